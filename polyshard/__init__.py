@@ -1,0 +1,98 @@
+"""polyshard: write a decoder once, train it on any parallelism library, serve it in an unpatched vLLM.
+
+Every public name is imported on first use: `import polyshard` imports no vendor, and little beyond torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from polyshard.attention import RotaryEmbedding, TrainableFlashAttention
+    from polyshard.checkpoint import ModelConfig, load_checkpoint, read_config, save_checkpoint
+    from polyshard.core.adapter import Adapter, AdamW, StepResult, TrainingEngine
+    from polyshard.core.capabilities import Capabilities, Rejected
+    from polyshard.core.context import GroupContext, ParallelContext
+    from polyshard.core.discovery import adapter_names, load_adapter
+    from polyshard.core.errors import (
+        AdapterError,
+        CheckpointError,
+        ConfigurationError,
+        LayoutError,
+        MissingDependencyError,
+        PolyshardError,
+        RankFailureError,
+        RegistrationError,
+    )
+    from polyshard.core.initialization import initialize_weights, normal_initializer
+    from polyshard.core.layout import ParallelLayout
+    from polyshard.core.linear import (
+        LinearAdapter,
+        column_parallel,
+        gather_logits,
+        lm_head,
+        qkv_parallel,
+        rms_norm,
+        row_parallel,
+        vocab_embedding,
+        vocab_parallel_cross_entropy,
+    )
+    from polyshard.core.weight_layout import Segment, WeightLayout
+    from polyshard.core.weight_table import collect_layouts
+    from polyshard.launch import initialize, shutdown
+    from polyshard.registry import register_model, registered_models
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "polyshard.attention": ("RotaryEmbedding", "TrainableFlashAttention"),
+    "polyshard.checkpoint": ("ModelConfig", "load_checkpoint", "read_config", "save_checkpoint"),
+    "polyshard.core.adapter": ("Adapter", "AdamW", "StepResult", "TrainingEngine"),
+    "polyshard.core.capabilities": ("Capabilities", "Rejected"),
+    "polyshard.core.context": ("GroupContext", "ParallelContext"),
+    "polyshard.core.discovery": ("adapter_names", "load_adapter"),
+    "polyshard.core.errors": (
+        "AdapterError",
+        "CheckpointError",
+        "ConfigurationError",
+        "LayoutError",
+        "MissingDependencyError",
+        "PolyshardError",
+        "RankFailureError",
+        "RegistrationError",
+    ),
+    "polyshard.core.initialization": ("initialize_weights", "normal_initializer"),
+    "polyshard.core.layout": ("ParallelLayout",),
+    "polyshard.core.linear": (
+        "LinearAdapter",
+        "column_parallel",
+        "gather_logits",
+        "lm_head",
+        "qkv_parallel",
+        "rms_norm",
+        "row_parallel",
+        "vocab_embedding",
+        "vocab_parallel_cross_entropy",
+    ),
+    "polyshard.core.weight_layout": ("Segment", "WeightLayout"),
+    "polyshard.core.weight_table": ("collect_layouts",),
+    "polyshard.launch": ("initialize", "shutdown"),
+    "polyshard.registry": ("register_model", "registered_models"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *sorted(_HOME_OF)]  # pyrefly: ignore  # computed from the table above
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'polyshard' has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,87 @@
+"""The torch adapter: what it can do, and its entry points."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyshard.adapters.torch.context import DEFAULT_TIMEOUT, initialize, world_size_from_environment
+from polyshard.adapters.torch.engine import TorchEngine
+from polyshard.adapters.torch.linear import TorchLinearAdapter
+from polyshard.core.adapter import OptimizerFactory
+from polyshard.core.capabilities import YES, Capabilities, no
+from polyshard.core.context import GroupContext, ParallelContext
+from polyshard.core.errors import AdapterError
+from polyshard.core.layout import ParallelLayout
+
+CAPABILITIES = Capabilities(
+    "torch",
+    {
+        "tensor": YES,
+        "sequence": YES,
+        "data": YES,
+        "fsdp": YES,
+        "zero1": no("never", "torch's ZeroRedundancyOptimizer is superseded by FSDP2: ask for fsdp"),
+        "zero2": no("never", "FSDP2 with reshard_after_forward=False is its equal: ask for fsdp"),
+        "zero3": no("never", "FSDP2 is its equal: ask for fsdp"),
+        "pipeline": no("notimpl", "torch.distributed.pipelining is not wired up yet"),
+        "context": no("notimpl", "Ulysses and ring attention are not wired up yet"),
+        "expert": no("notimpl", "no mixture-of-experts layers yet"),
+        "cpu": YES,
+        "cuda": YES,
+        "training": YES,
+        "serving": YES,
+    },
+)
+
+
+class TorchAdapter:
+    """`Adapter` of torch alone."""
+
+    name = "torch"
+    capabilities = CAPABILITIES
+
+    def __init__(self) -> None:
+        self.linear = TorchLinearAdapter()
+
+    def initialize(
+        self,
+        layout: ParallelLayout | None = None,
+        *,
+        device: str | torch.device | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+    ) -> GroupContext:
+        """Groups from torchrun's environment, or one process alone; see `context.initialize`.
+
+        Args:
+            layout: default: data parallel over the whole world.
+            device: default this rank's GPU, else the CPU.
+            timeout: seconds after which a wait for another rank ends in an error that names it.
+        """
+        layout = layout or ParallelLayout.for_world(world_size_from_environment())
+        for axis in ("pipeline", "context", "expert"):
+            if getattr(layout, axis) > 1:
+                self.capabilities.require(axis)
+        return initialize(layout, self.linear, device=device, timeout=timeout)
+
+    def adopt(self, context: ParallelContext) -> GroupContext:
+        """torch's layers on the groups of `context`."""
+        if not isinstance(context, GroupContext):
+            raise AdapterError(
+                f"cannot adopt {type(context).__name__}: hand over a polyshard.GroupContext with its axes' collectives"
+            )
+        return dataclasses.replace(context, linear=self.linear)
+
+    def engine(
+        self, model: nn.Module, optimizer: OptimizerFactory, context: ParallelContext, **options: Any
+    ) -> TorchEngine:
+        """DDP or FSDP2 around `model`; options are those of `TorchEngine`."""
+        return TorchEngine(model, optimizer, context, **options)
+
+    def shutdown(self, context: ParallelContext) -> None:
+        """Barrier, then destroy the groups that `initialize` made."""
+        for undo in getattr(context, "on_shutdown", ()):
+            undo()

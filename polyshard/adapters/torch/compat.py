@@ -1,0 +1,51 @@
+"""All that depends on torch's version."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+def fsdp_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`fully_shard` and `register_fsdp_forward_method`; public since torch 2.6."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    return fully_shard, register_fsdp_forward_method
+
+
+def local_tensor(tensor: Any) -> Any:
+    """A DTensor's local part, or the tensor itself."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def full_tensor(tensor: Any) -> Any:
+    """A DTensor gathered over its mesh (a collective), or the tensor itself."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether FSDP2 holds this parameter as a shard."""
+    return hasattr(tensor, "full_tensor") and hasattr(tensor, "device_mesh")
+
+
+def unshard_gradient_sync(module: nn.Module, enabled: bool) -> None:
+    """FSDP2's switch for gradient accumulation."""
+    module.set_requires_gradient_sync(enabled)  # pyrefly: ignore  # FSDPModule adds it at run time
+
+
+# Gloo raises a plain RuntimeError; these are the words of its transport and of the process group's wait.
+_GLOO_WORDS = ("gloo", "connection closed by peer", "timed out", "connection reset", "broken pipe", "nccl")
+
+
+def is_communication_error(error: BaseException) -> bool:
+    """Whether torch.distributed, and not the user's code, raised this."""
+    import torch.distributed as dist
+
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return type(error) is RuntimeError and any(word in text for word in _GLOO_WORDS)

@@ -1,0 +1,101 @@
+"""Cross-entropy over logits that are sharded along the vocabulary, without gathering them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from polyshard.core.context import ParallelAxis
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    """Loss of each token, `[tokens]`, from local logits `[tokens, local vocabulary]`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        axis: ParallelAxis,
+        vocab_size: int,
+        ignore_index: int,
+        smoothing: float,
+    ) -> torch.Tensor:
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        length = wide.shape[-1]
+        start = axis.rank * length
+        real = max(0, min(vocab_size - start, length))
+        ignored = targets == ignore_index
+
+        top = wide.amax(-1)
+        if axis.size > 1:
+            assert axis.collectives is not None
+            top = axis.collectives.all_reduce(top, "max")
+        shifted = wide - top.unsqueeze(-1)
+
+        local = targets - start
+        here = (local >= 0) & (local < length) & ~ignored
+        index = local.masked_fill(~here, 0).unsqueeze(-1)
+        target_logit = shifted.gather(-1, index).squeeze(-1).masked_fill(~here, 0.0)
+        total = shifted[..., :real].sum(-1) if smoothing else torch.zeros_like(target_logit)
+        weights = shifted.exp_()
+        normalizer = weights.sum(-1)
+        if axis.size > 1:
+            assert axis.collectives is not None
+            sums = axis.collectives.all_reduce(torch.stack((target_logit, normalizer, total)))
+            target_logit, normalizer, total = sums.unbind(0)
+
+        log_normalizer = normalizer.log()
+        loss = log_normalizer - target_logit
+        if smoothing:
+            loss = (1.0 - smoothing) * loss + smoothing * (log_normalizer - total / vocab_size)
+        probabilities = weights.div_(normalizer.unsqueeze(-1))
+        ctx.save_for_backward(probabilities, index, here, ignored)
+        ctx.smoothing, ctx.vocab_size, ctx.real, ctx.dtype = smoothing, vocab_size, real, logits.dtype
+        return loss.masked_fill(ignored, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        probabilities, index, here, ignored = ctx.saved_tensors
+        gradient = probabilities.clone()
+        if ctx.smoothing:
+            gradient[..., : ctx.real] -= ctx.smoothing / ctx.vocab_size
+        gradient.scatter_add_(-1, index, -(1.0 - ctx.smoothing) * here.unsqueeze(-1).to(gradient.dtype))
+        scale = gradients[0].masked_fill(ignored, 0.0).unsqueeze(-1)
+        return gradient.mul_(scale).to(ctx.dtype), None, None, None, None, None
+
+
+def vocab_parallel_cross_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    axis: ParallelAxis,
+    *,
+    vocab_size: int,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> torch.Tensor:
+    """See `polyshard.vocab_parallel_cross_entropy`; arguments are checked there.
+
+    Raises:
+        ValueError: a target is neither in the vocabulary nor `ignore_index` (on CPU; on CUDA the check would wait for
+            the device, so such a target gives the loss of no token there, as in Megatron-Core).
+    """
+    flat = logits.reshape(-1, logits.shape[-1])
+    flat_targets = targets.reshape(-1)
+    if flat_targets.device.type == "cpu":
+        wrong = ((flat_targets < 0) | (flat_targets >= vocab_size)) & (flat_targets != ignore_index)
+        if wrong.any():
+            raise ValueError(
+                f"target {int(flat_targets[wrong][0])} is outside the vocabulary of {vocab_size} "
+                f"and is not ignore_index ({ignore_index})"
+            )
+    losses = _VocabParallelCrossEntropy.apply(
+        flat, flat_targets, axis, vocab_size, ignore_index, label_smoothing
+    )
+    if reduction == "none":
+        return losses.view(targets.shape)
+    if reduction == "sum":
+        return losses.sum()
+    return losses.sum() / (flat_targets != ignore_index).sum()

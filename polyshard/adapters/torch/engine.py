@@ -1,0 +1,182 @@
+"""torch's own training engines: DistributedDataParallel and FSDP2 (`fully_shard`)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from polyshard.adapters.torch.clip import clip_gradients, global_grad_norm
+from polyshard.adapters.torch.compat import (
+    fsdp_functions,
+    full_tensor,
+    is_dtensor,
+    unshard_gradient_sync,
+)
+from polyshard.core.adapter import OptimizerFactory, StepResult
+from polyshard.core.context import ParallelContext, no_guard
+from polyshard.core.errors import ConfigurationError, LayoutError
+from polyshard.core.weight_table import collect_layouts
+
+logger = logging.getLogger(__name__)
+
+# Methods of a model that FSDP2 gathers the weights for, as it does for forward.
+_FORWARD_METHODS = ("compute_logits", "embed_input_ids")
+
+
+class TorchEngine:
+    """`TrainingEngine` on DDP or FSDP2, over the data axis; tensor parallelism is the model's own.
+
+    Args:
+        model: as its factory built it with `context`.
+        optimizer: makes the optimizer from named parameters, once they are wrapped.
+        context: where this process stands.
+        data_parallel: `"ddp"` (replicated) or `"fsdp"` (parameters, gradients and optimizer states sharded).
+        max_grad_norm: clip the whole model's gradient to this norm; None does not clip.
+        shard_modules: for FSDP2, which modules to gather one at a time; default: the items of every ModuleList.
+
+    Raises:
+        ConfigurationError: an unknown `data_parallel`, or a norm that is not positive.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerFactory,
+        context: ParallelContext,
+        *,
+        data_parallel: Literal["ddp", "fsdp"] = "ddp",
+        max_grad_norm: float | None = 1.0,
+        shard_modules: Callable[[nn.Module], bool] | None = None,
+    ) -> None:
+        if data_parallel not in ("ddp", "fsdp"):
+            raise ConfigurationError(f"data_parallel must be 'ddp' or 'fsdp', got {data_parallel!r}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ConfigurationError(f"max_grad_norm must be positive, or None, got {max_grad_norm}")
+        self.context = context
+        self.table = collect_layouts(model)  # before wrapping: see weight_table
+        self._guard = getattr(context, "guard", no_guard)
+        self._max_grad_norm = max_grad_norm
+        self._sharded = data_parallel == "fsdp" and context.get_data_parallel_world_size() > 1
+        self._module = model
+        self._wrapped: nn.Module = model
+        if self._sharded:
+            _fully_shard(model, context, shard_modules or _is_list_item(model))
+        elif context.get_data_parallel_world_size() > 1:
+            with self._guard("data parallel setup"):
+                self._wrapped = DistributedDataParallel(
+                    model, process_group=context.get_data_parallel_group(), gradient_as_bucket_view=True
+                )
+        self.optimizer = optimizer(model.named_parameters())
+
+    @property
+    def module(self) -> nn.Module:
+        """The model as the factory built it."""
+        return self._module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward."""
+        with self._guard("data forward"):
+            return self._wrapped(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate gradients, averaged over the data axis."""
+        with self._guard("data backward"):
+            loss.backward()
+
+    def step(self) -> StepResult:
+        """Clip, update, clear. A gradient that is not finite leaves the weights as they are, with a warning."""
+        with self._guard("data step"):
+            norm = global_grad_norm(self._module.named_parameters(), self.table, self.context)
+        value = float(norm)
+        finite = value == value and value != float("inf")
+        if finite:
+            if self._max_grad_norm is not None:
+                clip_gradients(self._module.parameters(), norm, self._max_grad_norm)
+            self.optimizer.step()
+        else:
+            logger.warning("gradient norm is %s: this step is skipped", value)
+        self.zero_grad()
+        return StepResult(grad_norm=value, skipped=not finite)
+
+    def zero_grad(self) -> None:
+        """Forget accumulated gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def set_learning_rate(self, lr: float) -> None:
+        """For the next step on."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def accumulate(self) -> AbstractContextManager[None]:
+        """Around all micro-batches but the last."""
+        if isinstance(self._wrapped, DistributedDataParallel):
+            return self._wrapped.no_sync()
+        return self._without_sync() if self._sharded else nullcontext()
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names as built, and tensor-parallel shards gathered over the data axis."""
+        for name, parameter in self._module.named_parameters():
+            with self._guard("data gather of weights"):
+                yield name, full_tensor(parameter.detach())
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Set parameters from tensor-parallel shards."""
+        parameters = dict(self._module.named_parameters())
+        with torch.no_grad():
+            for name, value in weights:
+                parameter = parameters[name]
+                if value.shape != parameter.shape:
+                    raise LayoutError(
+                        f"{name}: expected this rank's shard of shape {tuple(parameter.shape)}, got {tuple(value.shape)}"
+                    )
+                parameter.copy_(_like(value, parameter))
+
+    def close(self) -> None:
+        """Drop the wrapper's hold on the process group."""
+        self._wrapped = self._module
+
+    @contextmanager
+    def _without_sync(self) -> Iterator[None]:
+        unshard_gradient_sync(self._module, False)
+        try:
+            yield
+        finally:
+            unshard_gradient_sync(self._module, True)
+
+
+def _is_list_item(model: nn.Module) -> Callable[[nn.Module], bool]:
+    items = {id(item) for module in model.modules() if isinstance(module, nn.ModuleList) for item in module}
+    return lambda module: id(module) in items
+
+
+def _fully_shard(model: nn.Module, context: ParallelContext, chosen: Callable[[nn.Module], bool]) -> None:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    fully_shard, register_forward = fsdp_functions()
+    group = context.get_data_parallel_group()
+    assert group is not None
+    mesh = DeviceMesh.from_group(group, context.device.type)
+    for module in reversed(list(model.modules())):
+        if module is not model and chosen(module):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for method in _FORWARD_METHODS:
+        if callable(getattr(model, method, None)):
+            register_forward(model, method)
+
+
+def _like(value: torch.Tensor, parameter: nn.Parameter) -> Any:
+    if not is_dtensor(parameter):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = parameter.device_mesh  # pyrefly: ignore  # checked by is_dtensor
+    return distribute_tensor(
+        value.to(parameter.device), mesh, parameter.placements, src_data_rank=None  # pyrefly: ignore  # likewise
+    )

@@ -1,0 +1,135 @@
+"""Which rank failed, and when: heartbeats in the store that torchrun (or rank 0) keeps.
+
+Each rank writes a heartbeat every `INTERVAL` seconds from a thread, with the number of communications that it has
+entered on each axis. A backend's own error says little ("connection closed by peer", "timed out"); when one is
+raised, the heartbeats tell which rank is gone, frozen, or behind.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+
+from polyshard.adapters.torch.compat import is_communication_error
+from polyshard.core.errors import RankFailureError
+
+logger = logging.getLogger(__name__)
+
+INTERVAL = 0.5  # seconds between heartbeats
+PATIENCE = 3.0  # seconds in which a living rank's heartbeat must have changed
+
+
+def backend_timeout(timeout: float) -> float:
+    """What to give the backend, so that its error and the diagnosis after it fit into `timeout` seconds."""
+    return max(1.0, timeout - PATIENCE - 2 * INTERVAL)
+
+
+class RankMonitor:
+    """Writes this rank's heartbeat, and names the others' failures. One per initialised context."""
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: float) -> None:
+        self._store, self._rank, self._world_size, self._timeout = store, rank, world_size, timeout
+        self._entered: Counter[str] = Counter()
+        self._operation = ""
+        self._stopping = threading.Event()
+        self._beat("running")
+        self._thread = threading.Thread(target=self._run, name="polyshard-heartbeat", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the heartbeat; the others then see a rank that left on purpose."""
+        self._stopping.set()
+        self._thread.join(timeout=2 * INTERVAL)
+        try:
+            self._beat("finished")
+        except (dist.DistError, RuntimeError) as error:
+            logger.debug("the store was gone at shutdown: %s", error)
+
+    @contextmanager
+    def guard(self, operation: str) -> Iterator[None]:
+        """Count a communication, and turn the backend's error in it into `RankFailureError`."""
+        axis = operation.split(" ", 1)[0]
+        self._entered[axis] += 1
+        self._operation = operation
+        started = time.monotonic()
+        try:
+            yield
+        except RankFailureError:
+            raise
+        except Exception as error:
+            if not is_communication_error(error):
+                raise
+            raise self._diagnose(operation, axis, time.monotonic() - started, error) from error
+
+    def _run(self) -> None:
+        while not self._stopping.wait(INTERVAL):
+            try:
+                self._beat("running")
+            except (dist.DistError, RuntimeError):
+                return  # the store is gone, and with it whoever kept it; the next collective will say so
+
+    def _beat(self, state: str) -> None:
+        beat = {"time": time.time(), "state": state, "entered": dict(self._entered), "operation": self._operation}
+        self._store.set(self._key(self._rank), json.dumps(beat))
+
+    def _key(self, rank: int) -> str:
+        return f"polyshard/heartbeat/{rank}"
+
+    def _read(self, rank: int) -> dict[str, Any]:
+        return json.loads(self._store.get(self._key(rank)))
+
+    def _diagnose(self, operation: str, axis: str, waited: float, error: Exception) -> RankFailureError:
+        here = f"rank {self._rank}: {operation} failed after {waited:.1f} s at {_clock(time.time())}"
+        others = [rank for rank in range(self._world_size) if rank != self._rank]
+        try:
+            before = {rank: self._read(rank) for rank in others}
+            suspects = set(others)
+            deadline = time.monotonic() + PATIENCE
+            latest = dict(before)
+            while suspects and time.monotonic() < deadline:
+                time.sleep(INTERVAL / 2)
+                for rank in tuple(suspects):
+                    latest[rank] = self._read(rank)
+                    if latest[rank]["time"] != before[rank]["time"] and latest[rank]["state"] == "running":
+                        suspects.discard(rank)
+        except (dist.DistError, RuntimeError) as gone:
+            return RankFailureError(
+                f"{here}: the process that keeps the store (torchrun's agent, or rank 0) is gone "
+                f"({type(gone).__name__}); backend: {_first_line(error)}"
+            )
+        if suspects:
+            told = "; ".join(_describe(rank, latest[rank]) for rank in sorted(suspects))
+            return RankFailureError(f"{here}: {told}; backend: {_first_line(error)}", tuple(sorted(suspects)))
+        mine = self._entered[axis]
+        behind = [rank for rank in others if latest[rank]["entered"].get(axis, 0) < mine]
+        if behind:
+            told = "; ".join(
+                f"rank {rank} is alive but has entered {latest[rank]['entered'].get(axis, 0)} communications on "
+                f"this axis, this rank {mine} (its last: {latest[rank]['operation'] or 'none'})"
+                for rank in behind
+            )
+            return RankFailureError(f"{here}: {told}; backend: {_first_line(error)}", tuple(behind))
+        return RankFailureError(f"{here}: all ranks are alive; backend: {_first_line(error)}")
+
+
+def _describe(rank: int, beat: dict[str, Any]) -> str:
+    last = f"last heartbeat at {_clock(beat['time'])}, {max(0.0, time.time() - beat['time']):.1f} s ago"
+    if beat["state"] == "finished":
+        return f"rank {rank} had shut down ({last})"
+    return f"rank {rank} died or froze ({last}, in {beat['operation'] or 'no communication yet'})"
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(seconds)) + f".{int(seconds % 1 * 1000):03d}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

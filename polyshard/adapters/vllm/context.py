@@ -1,0 +1,67 @@
+"""The parallel context inside a vLLM worker: vLLM's groups, vLLM's paged attention, any adapter's layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from polyshard.adapters.vllm.attention import paged_attention_factory
+from polyshard.adapters.vllm.compat import VllmConfig, get_pp_group, get_tp_group
+from polyshard.core.context import GroupContext, ParallelAxis
+from polyshard.core.discovery import load_adapter
+from polyshard.core.layout import Axis, ParallelLayout
+
+
+@dataclass(frozen=True, slots=True)
+class VllmCollectives:
+    """`Collectives` by vLLM's group coordinator: its custom all-reduce on GPUs, shared memory on CPU."""
+
+    group: Any
+
+    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        """Elementwise `sum` or `max` over the group."""
+        if op == "sum":
+            # On CPU vLLM reduces in place (cpu_communicator.py): the contract leaves the input untouched.
+            return self.group.all_reduce(tensor.clone() if tensor.device.type == "cpu" else tensor)
+        result = tensor.clone()
+        torch.distributed.all_reduce(result, op=torch.distributed.ReduceOp.MAX, group=self.group.device_group)
+        return result
+
+    def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """Concatenation along `dim`."""
+        return self.group.all_gather(tensor.contiguous(), dim)
+
+    def reduce_scatter(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """This rank's part, along `dim`, of the sum."""
+        return self.group.reduce_scatter(tensor.contiguous(), dim)
+
+
+def serving_context(vllm_config: VllmConfig, adapter: str) -> GroupContext:
+    """The context of this worker, with `adapter`'s layers (`"vllm"`: vLLM's own)."""
+    axes: dict[Axis, ParallelAxis] = {}
+    for name, group in (("tensor", get_tp_group()), ("pipeline", get_pp_group())):
+        axes[name] = ParallelAxis(
+            name=name,
+            ranks=tuple(group.ranks),
+            rank=group.rank_in_group,
+            group=group.device_group,
+            collectives=VllmCollectives(group) if group.world_size > 1 else None,
+        )
+    chosen = load_adapter(adapter)
+    context = GroupContext(
+        layout=ParallelLayout(tensor=axes["tensor"].size, pipeline=axes["pipeline"].size),
+        device=torch.get_default_device(),
+        linear=chosen.linear,
+        axes=axes,
+        rank=axes["tensor"].ranks[axes["tensor"].rank],
+        attention=paged_attention_factory(vllm_config),
+        initialize_weights=False,
+    )
+    if adapter == "vllm":
+        return context
+    chosen.capabilities.require("serving")
+    adopted = chosen.adopt(context)
+    assert isinstance(adopted, GroupContext)
+    return adopted

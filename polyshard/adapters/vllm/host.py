@@ -1,0 +1,15 @@
+"""vLLM as a host of models."""
+
+from __future__ import annotations
+
+from polyshard.adapters.vllm.compat import ModelRegistry
+from polyshard.adapters.vllm.model import make_model_class
+from polyshard.core.host import ModelFactory, RegisteredModel
+
+
+class VllmHost:
+    """Puts a class object into vLLM's registry: the lazy string form costs a subprocess of 11 s, and caches its flags."""
+
+    def register(self, model: RegisteredModel, factory: ModelFactory) -> None:
+        """Make this process's vLLM know `model`."""
+        ModelRegistry.register_model(model.name, make_model_class(model, factory))

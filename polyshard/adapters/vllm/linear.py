@@ -1,0 +1,102 @@
+"""vLLM's own parallel layers under polyshard's `LinearAdapter`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyshard.adapters.vllm.compat import (
+    DEFAULT_VOCAB_PADDING_SIZE,
+    QKV_SHARD_IDS,
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    ParallelLMHead,
+    QKVParallelLinear,
+    RMSNorm,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from polyshard.core.errors import AdapterError
+
+
+class VllmHead(nn.Module):
+    """`ParallelLMHead` as a layer: vLLM itself applies it in its sampler."""
+
+    def __init__(self, hidden_size: int, vocab_size: int, bias: bool, tied_to: nn.Module | None) -> None:
+        super().__init__()
+        head = ParallelLMHead(vocab_size, hidden_size, bias=bias)
+        self.head = head if tied_to is None else head.tie_weights(tied_to)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Local logits `[..., padded vocabulary / tensor size]`; the host drops the padding after gathering."""
+        return self.head.quant_method.apply(self.head, hidden, bias=self.head.bias)
+
+
+class VllmLinearAdapter:
+    """`LinearAdapter` of vLLM. `shard_ids` on a layer are what its weight loader calls the layout's segments."""
+
+    plain_outputs = True
+    vocab_padding = DEFAULT_VOCAB_PADDING_SIZE
+
+    def create_column_parallel(
+        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+    ) -> nn.Module:
+        """vLLM's ColumnParallelLinear."""
+        return ColumnParallelLinear(input_size, output_size, bias=bias, gather_output=False, return_bias=False)
+
+    def create_merged_column_parallel(
+        self, input_size: int, output_sizes: list[int], parallel_context: Any, bias: bool = False
+    ) -> nn.Module:
+        """vLLM's MergedColumnParallelLinear."""
+        layer = MergedColumnParallelLinear(input_size, output_sizes, bias=bias, return_bias=False)
+        layer.shard_ids = tuple(range(len(output_sizes)))
+        return layer
+
+    def create_qkv_parallel(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        parallel_context: Any,
+        bias: bool = False,
+    ) -> nn.Module:
+        """vLLM's QKVParallelLinear."""
+        layer = QKVParallelLinear(hidden_size, head_dim, num_heads, num_kv_heads, bias=bias, return_bias=False)
+        layer.shard_ids = QKV_SHARD_IDS
+        return layer
+
+    def create_row_parallel(
+        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+    ) -> nn.Module:
+        """vLLM's RowParallelLinear."""
+        return RowParallelLinear(input_size, output_size, bias=bias, input_is_parallel=True, return_bias=False)
+
+    def create_vocab_embedding(
+        self, num_embeddings: int, embedding_dim: int, parallel_context: Any
+    ) -> nn.Module:
+        """vLLM's VocabParallelEmbedding."""
+        return VocabParallelEmbedding(num_embeddings, embedding_dim)
+
+    def create_lm_head(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        parallel_context: Any,
+        bias: bool = False,
+        tied_to: nn.Module | None = None,
+    ) -> nn.Module:
+        """vLLM's ParallelLMHead."""
+        return VllmHead(hidden_size, vocab_size, bias, tied_to)
+
+    def create_norm(
+        self, hidden_size: int, parallel_context: Any, eps: float, partial_gradient: bool
+    ) -> nn.Module:
+        """vLLM's RMSNorm."""
+        return RMSNorm(hidden_size, eps=eps)
+
+    def vocab_parallel_cross_entropy(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Never: a server computes no loss."""
+        raise AdapterError("vLLM's layers compute no loss: they have no backward")

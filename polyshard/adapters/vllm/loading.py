@@ -1,0 +1,119 @@
+"""Weights from vLLM's loader into a served model, through the weight layouts.
+
+Data reaches a parameter only through its `weight_loader`, which is looked up at load time: vLLM's reload replaces the
+parameters, and a direct copy would then be lost without a word.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyshard.core.context import ParallelContext
+from polyshard.core.errors import CheckpointError
+from polyshard.core.weight_layout import WeightLayout
+from polyshard.core.weight_table import WeightEntry, WeightTable, copy_into_shard, stored_shape
+
+# Constants that older files carry; they follow from the config.
+IGNORED = ("*rotary_emb.inv_freq", "*.masked_bias", "*.attn.bias")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardLoader:
+    """The `weight_loader` of a parameter whose layer brings none: copies this rank's part."""
+
+    layout: WeightLayout
+    count: int
+    rank: int
+    size: int
+
+    def __call__(self, parameter: torch.Tensor, full: torch.Tensor, index: int = 0) -> None:
+        """Copy the part of stored tensor `index` into the shard."""
+        copy_into_shard(parameter, self.layout, self.count, index, full, self.rank, self.size)
+
+
+def attach_loaders(model: nn.Module, table: WeightTable, context: ParallelContext) -> None:
+    """Give a `ShardLoader` to every parameter without a loader of its own."""
+    rank, size = context.get_tensor_parallel_rank(), context.get_tensor_parallel_world_size()
+    for name, parameter in model.named_parameters():
+        if not hasattr(parameter, "weight_loader"):
+            entry = table[name]
+            loader = ShardLoader(entry.layout, len(entry.checkpoint_names), rank, size)
+            parameter.weight_loader = loader  # pyrefly: ignore  # vLLM's own convention
+
+
+def load_weights(
+    model: nn.Module, table: WeightTable, weights: Iterable[tuple[str, torch.Tensor]], name: str
+) -> set[str]:
+    """Load each parameter exactly once.
+
+    Args:
+        model: as the factory built it.
+        table: its layouts.
+        weights: names and full tensors as stored.
+        name: the architecture, for messages.
+
+    Returns:
+        Names, in the model, of the parameters that were loaded: all of them.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected, doubled or of another shape; all are listed.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    targets = table.by_checkpoint_name()
+    tied = {other: entry.checkpoint_names[0] for entry in table.values() for other in entry.tied_names}
+    loaded: set[str] = set()
+    problems: list[str] = []
+    for stored_name, tensor in weights:
+        canonical = stored_name
+        if stored_name not in targets and stored_name in tied:
+            canonical = tied[stored_name]
+            if canonical in loaded:
+                continue  # the same weight again, under its other name
+        if canonical not in targets:
+            if not any(fnmatch.fnmatch(stored_name, pattern) for pattern in IGNORED):
+                problems.append(f"unexpected {stored_name}")
+            continue
+        entry, index = targets[canonical]
+        expected = stored_shape(entry.layout, len(entry.checkpoint_names), index)
+        if tuple(tensor.shape) != expected:
+            problems.append(f"{stored_name} is {list(tensor.shape)}, the model has {list(expected)}")
+        elif canonical in loaded:
+            problems.append(f"{stored_name} came twice")
+        else:
+            _load_one(model, parameters, entry, index, tensor)
+        loaded.add(canonical)
+    missing = [wanted for wanted in targets if wanted not in loaded]
+    problems.extend(f"missing {wanted}" for wanted in missing)
+    if problems:
+        more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise CheckpointError(f"the checkpoint does not fit model {name!r}: {'; '.join(problems[:12])}{more}")
+    return set(parameters)
+
+
+def _load_one(
+    model: nn.Module, parameters: dict[str, nn.Parameter], entry: WeightEntry, index: int, tensor: torch.Tensor
+) -> None:
+    _call_loader(model, parameters, entry.parameter, len(entry.checkpoint_names), index, tensor)
+    for other in entry.tied_parameters:
+        # One object at the first load; two after vLLM's reload has replaced them.
+        if parameters[other] is not parameters[entry.parameter]:
+            _call_loader(model, parameters, other, len(entry.checkpoint_names), index, tensor)
+
+
+def _call_loader(
+    model: nn.Module, parameters: dict[str, nn.Parameter], name: str, count: int, index: int, tensor: torch.Tensor
+) -> None:
+    parameter = parameters[name]
+    loader: Any = parameter.weight_loader  # pyrefly: ignore  # set by vLLM's layers or attach_loaders
+    if count == 1:
+        loader(parameter, tensor)
+        return
+    layer = model.get_submodule(name.rpartition(".")[0])
+    shard_ids = getattr(layer, "shard_ids", None)
+    loader(parameter, tensor, index if shard_ids is None else shard_ids[index])

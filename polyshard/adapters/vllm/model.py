@@ -1,0 +1,97 @@
+"""The class that vLLM is given for a registered factory."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyshard.adapters.vllm.compat import VllmConfig
+from polyshard.adapters.vllm.context import serving_context
+from polyshard.adapters.vllm.loading import attach_loaders, load_weights
+from polyshard.core.errors import RegistrationError
+from polyshard.core.host import ModelFactory, RegisteredModel, build_model, check_served_interface
+from polyshard.core.linear import gather_logits
+from polyshard.core.weight_table import collect_layouts
+
+
+def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type[nn.Module]:
+    """A class with the interface that vLLM inspects, around the module that `factory` builds in each worker."""
+
+    class ServedModel(nn.Module):
+        """What vLLM calls; the user's model is `self.model`."""
+
+        def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+            super().__init__()
+            _refuse_unsupported(registered, vllm_config)
+            self.context = serving_context(vllm_config, registered.adapter)
+            config = vllm_config.model_config.hf_config
+            self.model = build_model(factory, config, self.context, registered.name)
+            check_served_interface(self.model, registered.name)
+            self.model.requires_grad_(False)
+            self.takes_embeddings = "inputs_embeds" in inspect.signature(self.model.forward).parameters
+            self.vocab_size = vllm_config.model_config.get_vocab_size()
+            self.table = collect_layouts(self.model)
+            attach_loaders(self.model, self.table, self.context)
+
+        def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+            embed = getattr(self.model, "embed_input_ids", None)
+            if embed is None:
+                raise RegistrationError(
+                    f"model {registered.name!r} has no embed_input_ids(input_ids): prompts given as embeddings need it"
+                )
+            return embed(input_ids)
+
+        def forward(
+            self,
+            input_ids: torch.Tensor | None,
+            positions: torch.Tensor,
+            intermediate_tensors: Any = None,
+            inputs_embeds: torch.Tensor | None = None,
+            **kwargs: Any,
+        ) -> torch.Tensor:
+            if inputs_embeds is None:
+                hidden = self.model(input_ids, positions)
+            elif self.takes_embeddings:
+                hidden = self.model(input_ids, positions, inputs_embeds=inputs_embeds)
+            else:
+                raise RegistrationError(
+                    f"model {registered.name!r}: its forward takes no inputs_embeds, which this request needs"
+                )
+            if not isinstance(hidden, torch.Tensor) or hidden.dim() != 2 or len(hidden) != len(positions):
+                got = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
+                raise RegistrationError(
+                    f"model {registered.name!r}: forward gave {got}, expected hidden states "
+                    f"[{len(positions)} tokens, hidden size]"
+                )
+            return hidden
+
+        def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            logits = self.model.compute_logits(hidden_states)  # pyrefly: ignore  # checked when built
+            if logits.shape[-1] >= self.vocab_size:  # one rank, or gathered by the model
+                return logits[..., : self.vocab_size]
+            return gather_logits(logits, self.context, self.vocab_size)
+
+        def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+            names = load_weights(self.model, self.table, weights, registered.name)
+            return {f"model.{name}" for name in names}
+
+    ServedModel.__name__ = ServedModel.__qualname__ = registered.name
+    return ServedModel
+
+
+def _refuse_unsupported(registered: RegisteredModel, vllm_config: VllmConfig) -> None:
+    """What vLLM would pass over in silence on a model that does not take part in it."""
+    name = registered.name
+    if vllm_config.quant_config is not None:
+        raise RegistrationError(
+            f"model {name!r}: quantized checkpoints are not supported for registered models yet; "
+            "serve an unquantized one, or vLLM's own implementation"
+        )
+    if vllm_config.lora_config is not None:
+        raise RegistrationError(f"model {name!r}: LoRA is not supported for registered models yet")
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise RegistrationError(f"model {name!r}: pipeline parallel is not supported for registered models yet")

@@ -1,0 +1,24 @@
+"""The `vllm.general_plugins` entry point: vLLM calls `register` in every process it starts.
+
+vLLM merely logs a plugin that cannot be imported, so this module imports next to nothing; an exception inside
+`register` ends the process with its message.
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Make vLLM know every registered model.
+
+    Raises:
+        RegistrationError: a factory cannot be found, or the environment variable is malformed.
+    """
+    from polyshard.core.discovery import load_adapter
+    from polyshard.registry import registered_models, resolve
+
+    models = registered_models()
+    if not models:
+        return
+    host = load_adapter("vllm").host  # pyrefly: ignore  # a host is more than an Adapter
+    for model in models.values():
+        host.register(model, resolve(model.reference))

@@ -1,0 +1,178 @@
+"""`TrainableFlashAttention`: the attention block of a decoder that is trained and served."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyshard.attention.packing import batch_of, packed, positions_of
+from polyshard.attention.rotary import RotaryEmbedding, apply_rotary
+from polyshard.attention.selection import select_kernel
+from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequences
+from polyshard.core.context import ParallelContext
+from polyshard.core.discovery import load_adapter
+from polyshard.core.errors import ConfigurationError
+from polyshard.core.linear import qkv_parallel, rms_norm, row_parallel
+
+
+class TrainableFlashAttention(nn.Module):
+    """Multi-head, grouped-query or multi-query self-attention with its projections.
+
+    In training it runs the fastest trainable kernel for packed sequences; inside a serving engine the same module
+    uses that engine's paged KV cache. Heads are sharded over the tensor axis of `parallel_context`.
+
+    Args:
+        hidden_size: size of the hidden states.
+        num_heads: query heads.
+        num_kv_heads: key and value heads; default `num_heads`.
+        head_dim: default `hidden_size / num_heads`.
+        dropout: of attention weights, in training.
+        scale: factor on q·k; default `head_dim ** -0.5`.
+        causal: mask keys after the query.
+        parallel_context: where this process stands; default one process alone.
+        qkv_bias: bias of the fused query, key and value projection.
+        output_bias: bias of the output projection.
+        qk_norm_eps: RMS norm of each query and key head before the rotary embedding, with this epsilon.
+        rotary: makes cosines and sines from positions; None for no rotary embedding here (or to pass them in).
+        sliding_window: see this many keys back, the query's own included.
+        layer_index: global index of the layer; a serving engine with pipeline stages needs it.
+        kernel: force a kernel by name; also by the environment variable POLYSHARD_ATTENTION.
+        linear: another library's layers for the projections.
+
+    Attributes:
+        qkv: the fused projection, `qkv.weight` `[(q + 2 kv) head_dim, hidden_size]` of this rank.
+        o_proj: the output projection.
+
+    Raises:
+        LayoutError: heads that do not divide over the tensor axis.
+        ConfigurationError: settings outside their range.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        dropout: float = 0.0,
+        scale: float | None = None,
+        causal: bool = True,
+        parallel_context: ParallelContext | None = None,
+        *,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        qk_norm_eps: float | None = None,
+        rotary: RotaryEmbedding | None = None,
+        sliding_window: int | None = None,
+        layer_index: int | None = None,
+        kernel: str | None = None,
+        linear: Any = None,
+    ) -> None:
+        super().__init__()
+        if head_dim is None and hidden_size % num_heads:
+            raise ConfigurationError(
+                f"hidden size {hidden_size} is not a multiple of {num_heads} heads: give head_dim"
+            )
+        if not 0.0 <= dropout < 1.0:
+            raise ConfigurationError(f"dropout must lie in [0, 1), got {dropout}")
+        if sliding_window is not None and sliding_window < 1:
+            raise ConfigurationError(f"sliding_window must be at least 1, got {sliding_window}")
+        head_dim = head_dim or hidden_size // num_heads
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        context = parallel_context or load_adapter("torch").initialize()
+        size = context.get_tensor_parallel_world_size()
+
+        self.qkv = qkv_parallel(
+            hidden_size, num_heads, num_kv_heads, head_dim, context, bias=qkv_bias, linear=linear
+        )
+        self.o_proj = row_parallel(num_heads * head_dim, hidden_size, context, bias=output_bias, linear=linear)
+        self.q_norm = self.k_norm = None
+        if qk_norm_eps is not None:
+            # Each rank normalises its own heads: the weight's gradient is a sum over ranks.
+            self.q_norm = rms_norm(head_dim, context, eps=qk_norm_eps, partial_gradient=True)
+            self.k_norm = rms_norm(head_dim, context, eps=qk_norm_eps, partial_gradient=True)
+        self.rotary = rotary
+        self.spec = AttentionSpec(
+            num_heads=num_heads // size,
+            num_kv_heads=max(1, num_kv_heads // size),
+            head_dim=head_dim,
+            scale=head_dim**-0.5 if scale is None else scale,
+            causal=causal,
+            sliding_window=sliding_window,
+            dropout=dropout,
+            layer_index=layer_index,
+            head_offset=context.get_tensor_parallel_rank() * (num_heads // size),
+        )
+        self.kernel = kernel
+        self.sequence_parallel = context.layout.sequence_parallel and size > 1
+        factory = getattr(context, "attention", None)
+        self.core: AttentionCore | None = None if factory is None else factory(self.spec)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        *,
+        sequences: PackedSequences | None = None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Attend within each sequence.
+
+        Args:
+            hidden_states: `[batch, seq, hidden]`, or packed `[tokens, hidden]`. Under sequence parallel: this rank's
+                part along seq or tokens.
+            positions: int64 `[batch, seq]` or `[tokens]`, for the module's own rotary embedding; default: from 0 in
+                each sequence.
+            cu_seqlens: int32 `[sequences + 1]` for packed input; default: one sequence.
+            sequences: the same, already checked; spares each layer the reading of `cu_seqlens`.
+            rotary: cosine and sine for all layers, in place of the module's own rotary embedding.
+
+        Returns:
+            The shape of `hidden_states`.
+        """
+        if hidden_states.dim() not in (2, 3):
+            raise ConfigurationError(
+                f"hidden states must be [batch, seq, hidden] or packed [tokens, hidden], got {tuple(hidden_states.shape)}"
+            )
+        qkv = self.qkv(hidden_states)
+        lead = qkv.shape[:-1]
+        spec = self.spec
+        heads = qkv.unflatten(-1, (-1, spec.head_dim))
+        q, k, v = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=-2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+
+        serving = self.core is not None
+        if sequences is None and not serving:
+            sequences = self._sequences(lead, cu_seqlens, q.device)
+        if rotary is None and self.rotary is not None:
+            if positions is None:
+                if sequences is None:
+                    raise ConfigurationError("a serving engine has to pass positions")
+                positions = positions_of(sequences, q.device).view(lead)
+            rotary = self.rotary(positions, q.dtype)
+        if rotary is not None:
+            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+
+        q, k, v = (t.reshape(-1, *t.shape[-2:]) for t in (q, k, v))
+        if self.core is not None:
+            out = self.core(q, k, v, sequences)
+        else:
+            assert sequences is not None
+            kernel = select_kernel(spec, q.device, q.dtype, self.training, self.kernel)
+            out = kernel(q, k, v, sequences, spec, self.training)
+        return self.o_proj(out.reshape(*lead, -1))
+
+    def _sequences(
+        self, lead: torch.Size, cu_seqlens: torch.Tensor | None, device: torch.device
+    ) -> PackedSequences:
+        if len(lead) == 2:
+            if cu_seqlens is not None:
+                raise ConfigurationError("cu_seqlens goes with packed [tokens, hidden] input, not with a batch")
+            return batch_of(lead[0], lead[1], device)
+        if cu_seqlens is None:
+            return batch_of(1, lead[0], device)
+        return packed(cu_seqlens, lead[0])

@@ -1,0 +1,45 @@
+"""Checked sequence boundaries."""
+
+from __future__ import annotations
+
+import torch
+
+from polyshard.core.attention import PackedSequences
+from polyshard.core.errors import ConfigurationError
+
+
+def batch_of(batch: int, length: int, device: torch.device) -> PackedSequences:
+    """The boundaries of `batch` sequences of one length."""
+    cu_seqlens = torch.arange(0, (batch + 1) * length, max(length, 1), dtype=torch.int32, device=device)
+    return PackedSequences(cu_seqlens[: batch + 1], (length,) * batch)
+
+
+def packed(cu_seqlens: torch.Tensor, tokens: int) -> PackedSequences:
+    """Boundaries from cumulative lengths.
+
+    Args:
+        cu_seqlens: integer `[sequences + 1]`; begins with 0, does not fall, and ends with `tokens`.
+        tokens: number of packed tokens.
+
+    Raises:
+        ConfigurationError: it is not that.
+    """
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
+        raise ConfigurationError(
+            f"cu_seqlens must be integers [sequences + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        )
+    bounds = cu_seqlens.tolist()
+    lengths = tuple(b - a for a, b in zip(bounds, bounds[1:]))
+    if bounds[0] != 0 or bounds[-1] != tokens or min(lengths) < 0:
+        raise ConfigurationError(
+            f"cu_seqlens must rise from 0 to the {tokens} tokens given, got {bounds[:8]}{'...' if len(bounds) > 8 else ''}"
+            f" ending in {bounds[-1]}"
+        )
+    return PackedSequences(cu_seqlens.to(torch.int32), lengths)
+
+
+def positions_of(sequences: PackedSequences, device: torch.device) -> torch.Tensor:
+    """Position of each packed token in its own sequence, int64 `[tokens]`."""
+    if not sequences.lengths:
+        return torch.zeros(0, dtype=torch.int64, device=device)
+    return torch.cat([torch.arange(length, device=device) for length in sequences.lengths])

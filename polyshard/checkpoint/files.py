@@ -1,0 +1,110 @@
+"""The safetensors files of a Hugging Face directory, checked before anything is read from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from polyshard.core.errors import CheckpointError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def locate_tensors(directory: Path) -> dict[str, Path]:
+    """Which file holds each tensor.
+
+    Raises:
+        CheckpointError: no weights, a shard that is missing or torn, an index that names a file outside the
+            directory, or one that disagrees with its shards.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory")
+    index = directory / INDEX
+    if index.is_file():
+        return _from_index(directory, index)
+    files = [directory / SINGLE] if (directory / SINGLE).is_file() else sorted(directory.glob("*.safetensors"))
+    if not files:
+        others = sorted(p.name for p in directory.iterdir())[:10]
+        raise CheckpointError(f"{directory} holds no {SINGLE} and no {INDEX}; it holds {others}")
+    where: dict[str, Path] = {}
+    for path in files:
+        with opened(path) as file:
+            for name in file.keys():  # noqa: SIM118  # not a mapping
+                if name in where:
+                    raise CheckpointError(f"tensor {name!r} is in both {where[name].name} and {path.name}")
+                where[name] = path
+    return where
+
+
+def _from_index(directory: Path, index: Path) -> dict[str, Path]:
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        assert isinstance(weight_map, dict)
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise CheckpointError(f"{index} is no valid index ({type(error).__name__}: {error})") from None
+    where: dict[str, Path] = {}
+    held: dict[Path, set[str]] = {}
+    for name, file_name in weight_map.items():
+        path = directory / str(file_name)
+        if path.parent != directory or "/" in str(file_name) or "\\" in str(file_name):
+            raise CheckpointError(f"{index} places {name!r} in {file_name!r}, outside its directory")
+        if path not in held:
+            if not path.is_file():
+                raise CheckpointError(f"{index} names the shard {file_name!r}, which does not exist")
+            with opened(path) as file:
+                held[path] = set(file.keys())
+        if name not in held[path]:
+            raise CheckpointError(f"{index} places {name!r} in {file_name!r}, which does not hold it")
+        where[name] = path
+    for path, names in held.items():
+        stray = sorted(names - {n for n, p in where.items() if p == path})
+        if stray:
+            raise CheckpointError(f"{path.name} holds tensors that the index does not name: {stray[:5]}")
+    return where
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """An open safetensors file.
+
+    Raises:
+        CheckpointError: it is truncated or is no safetensors file.
+    """
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            yield file
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise CheckpointError(
+            f"{path} ({size} bytes) is torn or no safetensors file: {error}; copy or save it again"
+        ) from None
+
+
+class TensorReader:
+    """Tensors by name; each file is opened once."""
+
+    def __init__(self, directory: Path) -> None:
+        self.where = locate_tensors(directory)
+        self._open: dict[Path, Any] = {}
+
+    def _file(self, name: str) -> Any:
+        path = self.where[name]
+        if path not in self._open:
+            with opened(path) as file:
+                self._open[path] = file
+        return self._open[path]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape as stored."""
+        return tuple(self._file(name).get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The whole tensor."""
+        return self._file(name).get_tensor(name)

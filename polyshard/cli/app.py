@@ -1,0 +1,37 @@
+"""`polyshard`: one file per command."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from polyshard.cli.serve import serve
+from polyshard.core.errors import PolyshardError
+
+app = typer.Typer(
+    name="polyshard",
+    help="Write a decoder once; train it on any parallelism library, serve it in an unpatched vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def root() -> None:
+    """Keep `serve` a subcommand while it is the only one."""
+
+
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(serve)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one line, not in a traceback."""
+    try:
+        app()
+    except PolyshardError as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(2)

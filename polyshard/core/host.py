@@ -1,0 +1,91 @@
+"""A serving engine that can take model factories, and the answers that a model owes it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
+
+from polyshard.core.context import ParallelContext
+from polyshard.core.errors import RegistrationError
+
+ModelFactory = Callable[[Any, ParallelContext], nn.Module]
+
+INTERFACE = """a served model needs
+    forward(input_ids, positions) -> hidden states
+        input_ids and positions are int64 [tokens], hidden states [tokens, hidden size]
+    compute_logits(hidden_states) -> logits
+        [tokens, vocabulary], or this rank's shard of it as `polyshard.lm_head` gives it
+and, for prompts given as embeddings, embed_input_ids(input_ids) -> [tokens, hidden size]
+and a forward that takes inputs_embeds"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegisteredModel:
+    """A model that serving engines know by name.
+
+    Attributes:
+        name: the architecture, as in a config.json's `architectures`.
+        reference: `module:attribute` of the factory, by which another process finds it.
+        adapter: whose layers serve it: `vllm` for vLLM's own, or another adapter's adopted onto vLLM's groups.
+    """
+
+    name: str
+    reference: str
+    adapter: str = "vllm"
+
+
+@runtime_checkable
+class ModelHost(Protocol):
+    """A serving engine."""
+
+    def register(self, model: RegisteredModel, factory: ModelFactory) -> None:
+        """Make the engine of this process know `model`."""
+        ...
+
+
+def build_model(factory: ModelFactory, config: Any, parallel_context: ParallelContext, name: str) -> nn.Module:
+    """Call a factory and check what it gives.
+
+    Raises:
+        RegistrationError: it raised (the cause is chained), or returned None or no module.
+    """
+    shown = describe(factory)
+    try:
+        model = factory(config, parallel_context)
+    except Exception as error:
+        raise RegistrationError(
+            f"model {name!r}: its factory {shown} raised {type(error).__name__}: {error}"
+        ) from error
+    if model is None:
+        raise RegistrationError(f"model {name!r}: its factory {shown} returned None; does it lack a return?")
+    if not isinstance(model, nn.Module):
+        raise RegistrationError(
+            f"model {name!r}: its factory {shown} returned {type(model).__name__}, expected a torch.nn.Module"
+        )
+    return model
+
+
+def check_served_interface(model: nn.Module, name: str) -> None:
+    """Raise `RegistrationError`, naming what is missing, where a model cannot be served."""
+    missing = []
+    if not callable(getattr(model, "compute_logits", None)):
+        missing.append("a method compute_logits(hidden_states)")
+    try:
+        inspect.signature(model.forward).bind(None, None)
+    except TypeError as error:
+        missing.append(f"a forward that takes (input_ids, positions): {error}")
+    if missing:
+        raise RegistrationError(
+            f"model {name!r} ({type(model).__name__}) lacks {' and '.join(missing)}; {INTERFACE}"
+        )
+
+
+def describe(factory: Any) -> str:
+    """`module:qualname` of a callable, for messages."""
+    module = getattr(factory, "__module__", None) or type(factory).__module__
+    qualname = getattr(factory, "__qualname__", None) or type(factory).__qualname__
+    return f"{module}:{qualname}"

@@ -1,0 +1,18 @@
+"""Models by name: how a factory reaches every process of a serving engine."""
+
+from polyshard.registry.models import (
+    ENVIRONMENT_VARIABLE,
+    ENTRY_POINT_GROUP,
+    register_model,
+    registered_models,
+)
+from polyshard.registry.reference import reference_of, resolve
+
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "ENVIRONMENT_VARIABLE",
+    "reference_of",
+    "register_model",
+    "registered_models",
+    "resolve",
+]

@@ -1,0 +1,123 @@
+"""Run a function on several ranks of this machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+
+class RankError(AssertionError):
+    """Some ranks failed; the message holds each one's traceback, or says how it ended."""
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 120.0,
+    expect_exit: tuple[int, ...] = (),
+) -> list[Any]:
+    """Call `function(*args)` on each rank, in processes with torchrun's environment variables.
+
+    Args:
+        function: at the top level of a module.
+        world_size: number of processes.
+        args: the same for all; picklable.
+        timeout: seconds after which all ranks are killed.
+        expect_exit: ranks that are meant to die without an answer.
+
+    Returns:
+        What each rank returned, in rank order (picklable; tensors as CPU tensors); None for those meant to die.
+
+    Raises:
+        RankError: a rank raised, died, or did not finish in time.
+    """
+    # A fork server that has imported torch starts a rank in milliseconds, and holds no threads yet.
+    spawn = multiprocessing.get_context("forkserver")
+    spawn.set_forkserver_preload(["torch", "torch.distributed", "polyshard.testing.ranks"])
+    port = free_port()
+    started, pipes = [], []
+    for rank in range(world_size):
+        receiving, sending = spawn.Pipe(duplex=False)
+        process = spawn.Process(
+            target=_run, args=(function, args, rank, world_size, port, sending), name=f"rank {rank}", daemon=True
+        )
+        process.start()
+        sending.close()
+        started.append(process)
+        pipes.append(receiving)
+    try:
+        return _collect(started, pipes, timeout, expect_exit)
+    finally:
+        for process in started:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def _run(
+    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int, pipe: Connection
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    try:
+        answer = ("returned", function(*args))
+    except BaseException:
+        answer = ("raised", traceback.format_exc())
+    pipe.send(answer)
+    pipe.close()
+
+
+def _collect(
+    processes: list[Any], pipes: list[Connection], timeout: float, expect_exit: tuple[int, ...]
+) -> list[Any]:
+    deadline = time.monotonic() + timeout
+    answers: dict[int, tuple[str, Any]] = {}
+    open_pipes = {pipe: rank for rank, pipe in enumerate(pipes)}
+    grace: float | None = None
+    while open_pipes:
+        left = min(deadline, grace or deadline) - time.monotonic()
+        ready = wait(list(open_pipes), timeout=max(0.0, left))
+        if not ready:
+            break
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            rank = open_pipes.pop(pipe)
+            try:
+                answers[rank] = pipe.recv()
+            except EOFError:
+                processes[rank].join(5)
+                answers[rank] = ("died", f"ended with exit code {processes[rank].exitcode} and no answer")
+            failed = answers[rank][0] != "returned" and rank not in expect_exit
+            if failed and grace is None:
+                grace = time.monotonic() + 10.0  # let the others say what they saw
+    troubles = []
+    for rank in range(len(processes)):
+        kind, content = answers.get(rank, ("hung", f"did not finish within {timeout:.0f} s"))
+        if kind != "returned" and not (kind == "died" and rank in expect_exit):
+            troubles.append(f"--- rank {rank} {kind} ---\n{content}")
+    if troubles:
+        raise RankError("\n" + "\n".join(troubles))
+    return [answers[rank][1] if answers[rank][0] == "returned" else None for rank in range(len(processes))]
