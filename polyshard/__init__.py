@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from polyshard.attention import RotaryEmbedding, TrainableFlashAttention
+    from polyshard.attention.packing import sequence_positions
     from polyshard.checkpoint import ModelConfig, load_checkpoint, read_config, save_checkpoint
     from polyshard.core.adapter import Adapter, AdamW, StepResult, TrainingEngine
     from polyshard.core.capabilities import Capabilities, Rejected
@@ -47,6 +48,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "polyshard.attention": ("RotaryEmbedding", "TrainableFlashAttention"),
+    "polyshard.attention.packing": ("sequence_positions",),
     "polyshard.checkpoint": ("ModelConfig", "load_checkpoint", "read_config", "save_checkpoint"),
     "polyshard.core.adapter": ("Adapter", "AdamW", "StepResult", "TrainingEngine"),
     "polyshard.core.capabilities": ("Capabilities", "Rejected"),

@@ -43,3 +43,20 @@ def positions_of(sequences: PackedSequences, device: torch.device) -> torch.Tens
     if not sequences.lengths:
         return torch.zeros(0, dtype=torch.int64, device=device)
     return torch.cat([torch.arange(length, device=device) for length in sequences.lengths])
+
+
+def sequence_positions(input_ids: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
+    """Position of each token in its own sequence.
+
+    Args:
+        input_ids: `[batch, seq]`, or packed `[tokens]`.
+        cu_seqlens: int32 `[sequences + 1]` of packed tokens; default one sequence.
+
+    Returns:
+        int64, the shape of `input_ids`.
+    """
+    if input_ids.dim() == 2:
+        return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    if cu_seqlens is None:
+        return torch.arange(input_ids.shape[0], device=input_ids.device)
+    return positions_of(packed(cu_seqlens, input_ids.shape[0]), input_ids.device)

@@ -77,9 +77,13 @@ def opened(path: Path) -> Iterator[Any]:
     Raises:
         CheckpointError: it is truncated or is no safetensors file.
     """
+    with _open(path) as file:
+        yield file
+
+
+def _open(path: Path) -> Any:
     try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            yield file
+        return safe_open(str(path), framework="pt", device="cpu")
     except SafetensorError as error:
         size = path.stat().st_size
         raise CheckpointError(
@@ -88,7 +92,7 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 class TensorReader:
-    """Tensors by name; each file is opened once."""
+    """Tensors by name; each file is mapped once, for as long as the reader lives."""
 
     def __init__(self, directory: Path) -> None:
         self.where = locate_tensors(directory)
@@ -97,8 +101,7 @@ class TensorReader:
     def _file(self, name: str) -> Any:
         path = self.where[name]
         if path not in self._open:
-            with opened(path) as file:
-                self._open[path] = file
+            self._open[path] = _open(path)
         return self._open[path]
 
     def shape(self, name: str) -> tuple[int, ...]:

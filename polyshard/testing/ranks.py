@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import time
 import traceback
@@ -86,7 +87,8 @@ def _run(
         answer = ("returned", function(*args))
     except BaseException:
         answer = ("raised", traceback.format_exc())
-    pipe.send(answer)
+    # Plain pickle: multiprocessing's own would share tensors with a process that is about to end.
+    pipe.send_bytes(pickle.dumps(answer))
     pipe.close()
 
 
@@ -106,7 +108,7 @@ def _collect(
             assert isinstance(pipe, Connection)
             rank = open_pipes.pop(pipe)
             try:
-                answers[rank] = pipe.recv()
+                answers[rank] = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 processes[rank].join(5)
                 answers[rank] = ("died", f"ended with exit code {processes[rank].exitcode} and no answer")

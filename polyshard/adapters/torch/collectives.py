@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import FunctionCtx
 
+from polyshard.adapters.torch.compat import all_gather_flat, reduce_scatter_flat
 from polyshard.core.context import FailureGuard, ParallelAxis, no_guard
 from polyshard.core.errors import LayoutError
 
@@ -38,17 +39,15 @@ class TorchCollectives:
         source = tensor.contiguous()
         result = source.new_empty((self.size, *source.shape))
         with self.guard(f"{self.name} all_gather"):
-            dist.all_gather_into_tensor(result.flatten(0, 1) if source.dim() else result, source, group=self.group)
-        if dim % tensor.dim() == 0:
-            return result.flatten(0, 1)
-        return torch.cat(result.unbind(0), dim=dim)
+            all_gather_flat(result.flatten(0, 1), source, self.group)
+        return result.flatten(0, 1) if dim % tensor.dim() == 0 else torch.cat(result.unbind(0), dim=dim)
 
     def reduce_scatter(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         """This rank's part, along `dim`, of the sum."""
         source = torch.cat(tensor.chunk(self.size, dim=dim)) if dim % tensor.dim() else tensor.contiguous()
         result = source.new_empty((source.shape[0] // self.size, *source.shape[1:]))
         with self.guard(f"{self.name} reduce_scatter"):
-            dist.reduce_scatter_tensor(result, source, group=self.group)
+            reduce_scatter_flat(result, source, self.group)
         return result
 
 

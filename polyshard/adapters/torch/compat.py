@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 
 def fsdp_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -13,6 +14,18 @@ def fsdp_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     return fully_shard, register_fsdp_forward_method
+
+
+def all_gather_flat(output: Tensor, source: Tensor, group: dist.ProcessGroup) -> None:
+    """All-gather into one tensor; renamed in torch 2.13."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(output, source, group=group)
+
+
+def reduce_scatter_flat(output: Tensor, source: Tensor, group: dist.ProcessGroup) -> None:
+    """Sum and scatter from one tensor; renamed in torch 2.13."""
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    scatter(output, source, group=group)
 
 
 def local_tensor(tensor: Any) -> Any:
@@ -43,8 +56,6 @@ _GLOO_WORDS = ("gloo", "connection closed by peer", "timed out", "connection res
 
 def is_communication_error(error: BaseException) -> bool:
     """Whether torch.distributed, and not the user's code, raised this."""
-    import torch.distributed as dist
-
     if isinstance(error, dist.DistError):
         return True
     text = str(error).lower()

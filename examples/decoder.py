@@ -1,0 +1,204 @@
+"""A decoder of the Llama family in one file: Llama 2 and 3, SmolLM2, Qwen2, Qwen3, Mistral.
+
+Grouped-query attention, rotary embedding with its usual scalings, optional QK norm, optional biases, tied or untied
+embeddings. `build_model` is the contract: training and serving both call it with a config and a parallel context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import polyshard as ps
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """What this decoder reads of a Hugging Face config."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: Mapping[str, Any] | None
+    max_position: int
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tied: bool
+    sliding_windows: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, config: Any) -> DecoderConfig:
+        """From anything with a Hugging Face config's attributes; raises `ConfigurationError` on what it cannot build."""
+        kind = getattr(config, "model_type", None)
+        if kind not in ("llama", "qwen2", "qwen3", "mistral"):
+            raise ps.ConfigurationError(f"decoder.py knows llama, qwen2, qwen3 and mistral configs, not model_type={kind!r}")
+        if getattr(config, "hidden_act", "silu") != "silu":
+            raise ps.ConfigurationError(f"decoder.py has silu only, not hidden_act={config.hidden_act!r}")
+        # transformers 5 keeps theta and scaling together in rope_parameters; files on disk mostly apart.
+        rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+        theta = rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
+        attention_bias = bool(getattr(config, "attention_bias", False))
+        layers = config.num_hidden_layers
+        return cls(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_layers=layers,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            norm_eps=config.rms_norm_eps,
+            rope_theta=float(theta),
+            rope_scaling=rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None,
+            max_position=config.max_position_embeddings,
+            qkv_bias=kind == "qwen2" or attention_bias,
+            output_bias=kind != "qwen2" and attention_bias,
+            mlp_bias=bool(getattr(config, "mlp_bias", False)),
+            qk_norm=kind == "qwen3",
+            tied=bool(getattr(config, "tie_word_embeddings", False)),
+            sliding_windows=_sliding_windows(config, kind, layers),
+        )
+
+
+def _sliding_windows(config: Any, kind: str, layers: int) -> tuple[int | None, ...]:
+    window = getattr(config, "sliding_window", None)
+    if window is None or (kind != "mistral" and not getattr(config, "use_sliding_window", False)):
+        return (None,) * layers
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        full_until = 0 if kind == "mistral" else getattr(config, "max_window_layers", 0)
+        types = ["full_attention" if i < full_until else "sliding_attention" for i in range(layers)]
+    return tuple(window if kind_ == "sliding_attention" else None for kind_ in types)
+
+
+class MLP(nn.Module):
+    """`down(silu(gate x) * up x)`, gate and up as one matrix product."""
+
+    def __init__(self, config: DecoderConfig, parallel_context: ps.ParallelContext) -> None:
+        super().__init__()
+        h, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_up = ps.column_parallel(h, [f, f], parallel_context, bias=bias, names=["gate_proj", "up_proj"])
+        self.down_proj = ps.row_parallel(f, h, parallel_context, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., hidden]` to the same shape."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each after a norm and around a residual."""
+
+    def __init__(self, config: DecoderConfig, parallel_context: ps.ParallelContext, index: int) -> None:
+        super().__init__()
+        self.input_layernorm = ps.rms_norm(config.hidden_size, parallel_context, eps=config.norm_eps)
+        self.self_attn = ps.TrainableFlashAttention(
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            parallel_context=parallel_context,
+            qkv_bias=config.qkv_bias,
+            output_bias=config.output_bias,
+            qk_norm_eps=config.norm_eps if config.qk_norm else None,
+            sliding_window=config.sliding_windows[index],
+            layer_index=index,
+        )
+        self.post_attention_layernorm = ps.rms_norm(config.hidden_size, parallel_context, eps=config.norm_eps)
+        self.mlp = MLP(config, parallel_context)
+
+    def forward(self, x: torch.Tensor, **attention: Any) -> torch.Tensor:
+        """`[..., hidden]` to the same shape."""
+        x = x + self.self_attn(self.input_layernorm(x), **attention)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks and the last norm."""
+
+    def __init__(self, config: DecoderConfig, parallel_context: ps.ParallelContext) -> None:
+        super().__init__()
+        self.embed_tokens = ps.vocab_embedding(config.vocab_size, config.hidden_size, parallel_context)
+        self.layers = nn.ModuleList(Block(config, parallel_context, i) for i in range(config.num_layers))
+        self.norm = ps.rms_norm(config.hidden_size, parallel_context, eps=config.norm_eps)
+        self.rotary = ps.RotaryEmbedding(
+            config.head_dim,
+            theta=config.rope_theta,
+            scaling=config.rope_scaling,
+            max_position=config.max_position,
+        )
+
+
+class Decoder(nn.Module):
+    """The language model; its parameters are named as in a Hugging Face checkpoint."""
+
+    def __init__(self, config: DecoderConfig, parallel_context: ps.ParallelContext) -> None:
+        super().__init__()
+        self.config, self.parallel_context = config, parallel_context
+        self.model = Transformer(config, parallel_context)
+        self.lm_head = ps.lm_head(
+            config.hidden_size,
+            config.vocab_size,
+            parallel_context,
+            tied_to=self.model.embed_tokens if config.tied else None,
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        *,
+        cu_seqlens: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states, or the loss.
+
+        Args:
+            input_ids: `[batch, seq]`, or packed `[tokens]`.
+            positions: of the same shape; default from 0 in each sequence.
+            cu_seqlens: int32 `[sequences + 1]` for packed input; default one sequence.
+            labels: the token after each token, -100 where none; of the same shape.
+            inputs_embeds: in place of `input_ids`, `[..., hidden]`.
+
+        Returns:
+            Hidden states `[..., hidden]`, or with labels the mean loss.
+        """
+        x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        if positions is None:
+            positions = ps.sequence_positions(input_ids, cu_seqlens)
+        rotary = self.model.rotary(positions, x.dtype)
+        for layer in self.model.layers:
+            x = layer(x, rotary=rotary, cu_seqlens=cu_seqlens)
+        hidden = self.model.norm(x)
+        if labels is None:
+            return hidden
+        return ps.vocab_parallel_cross_entropy(
+            self.compute_logits(hidden), labels, self.parallel_context, vocab_size=self.config.vocab_size
+        )
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids to embeddings."""
+        return self.model.embed_tokens(input_ids)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """This rank's shard of the logits; `polyshard.gather_logits` makes them whole."""
+        return self.lm_head(hidden)
+
+
+def build_model(config: Any, parallel_context: ps.ParallelContext) -> Decoder:
+    """The factory: a Hugging Face config (or anything with its attributes) and a parallel context."""
+    return Decoder(DecoderConfig.of(config), parallel_context)

@@ -1,0 +1,26 @@
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).resolve().parents[1]
+for folder in (ROOT / "examples", ROOT / "tests"):
+    sys.path.insert(0, str(folder))
+# Fork servers and vLLM's workers find the examples and the tests' helpers too.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT / "examples"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+).rstrip(os.pathsep)
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    from smollm2 import smollm2_directory
+
+    return smollm2_directory()

@@ -1,0 +1,82 @@
+"""What tests run on each rank. Top-level functions: other processes import them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import decoder
+import torch
+
+import polyshard as ps
+from polyshard.core.weight_table import stored_parts
+
+
+def build(directory: Path, context: ps.ParallelContext) -> decoder.Decoder:
+    model = decoder.build_model(ps.read_config(directory), context)
+    ps.load_checkpoint(model, directory, context)
+    return model
+
+
+def full_gradients(model: torch.nn.Module, context: ps.ParallelContext) -> dict[str, torch.Tensor]:
+    """Gradients of the logical tensors, by their checkpoint names."""
+    axis = context.axis("tensor")
+    gradients = {}
+    parameters = dict(model.named_parameters())
+    for name, entry in ps.collect_layouts(model).items():
+        shard = parameters[name].grad
+        assert shard is not None, f"{name} has no gradient"
+        shards = [shard] if axis.size == 1 else list(axis.collectives.all_gather(shard.unsqueeze(0), 0))
+        if entry.layout.dim is None:
+            for other in shards[1:]:
+                torch.testing.assert_close(other, shards[0], rtol=1e-4, atol=1e-6)  # the same on every rank
+        full = entry.layout.assemble(shards)
+        gradients.update(zip(entry.checkpoint_names, stored_parts(entry.layout, len(entry.checkpoint_names), full)))
+    return gradients
+
+
+def loss_and_gradients(directory: Path, inputs: dict, sizes: dict) -> dict:
+    """Logits, loss and every gradient, gathered; from the tensor-parallel layout in `sizes`."""
+    context = ps.initialize("torch", timeout=60, **sizes)
+    model = build(directory, context)
+    input_ids, labels, cu_seqlens = inputs["input_ids"], inputs["labels"], inputs.get("cu_seqlens")
+    loss = model(input_ids, labels=labels, cu_seqlens=cu_seqlens)
+    loss.backward()
+    with torch.no_grad():
+        hidden = model(input_ids, cu_seqlens=cu_seqlens)
+        logits = ps.gather_logits(model.compute_logits(hidden), context, model.config.vocab_size)
+    result = {"loss": loss.item(), "logits": logits, "gradients": full_gradients(model, context)}
+    rank = context.rank
+    ps.shutdown(context)
+    return result if rank == 0 else {"loss": result["loss"]}
+
+
+def training_curve(directory: Path, batches: list, sizes: dict, engine: dict, optimizer: dict) -> dict:
+    """Losses and gradient norms of some steps, and the weights after them."""
+    context = ps.initialize("torch", timeout=60, **sizes)
+    model = build(directory, context)
+    trainer = ps.load_adapter("torch").engine(model, ps.AdamW(**optimizer), context, **engine)
+    share = context.get_data_parallel_rank()
+    losses, norms = [], []
+    for input_ids, labels in batches:
+        rows = len(input_ids) // context.get_data_parallel_world_size()
+        mine = slice(share * rows, (share + 1) * rows)
+        loss = trainer(input_ids[mine], labels=labels[mine])
+        trainer.backward(loss)
+        norms.append(trainer.step().grad_norm)
+        total = loss.detach().clone()
+        data = context.axis("data")
+        if data.size > 1:
+            total = data.collectives.all_reduce(total) / data.size
+        losses.append(total.item())
+    weights = {}
+    axis = context.axis("tensor")
+    table = trainer.table
+    for name, shard in trainer.weights():
+        shards = [shard] if axis.size == 1 else list(axis.collectives.all_gather(shard.unsqueeze(0), 0))
+        entry = table[name]
+        full = entry.layout.assemble(shards)
+        weights.update(zip(entry.checkpoint_names, stored_parts(entry.layout, len(entry.checkpoint_names), full)))
+    trainer.close()
+    rank = context.rank
+    ps.shutdown(context)
+    return {"losses": losses, "norms": norms, "weights": {k: v.clone() for k, v in weights.items()} if rank == 0 else {}}
