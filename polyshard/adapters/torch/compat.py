@@ -9,11 +9,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def fsdp_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`fully_shard` and `register_fsdp_forward_method`; public since torch 2.6."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+def fsdp_function() -> Callable[..., Any]:
+    """`fully_shard`; public since torch 2.6."""
+    from torch.distributed.fsdp import fully_shard
 
-    return fully_shard, register_fsdp_forward_method
+    return fully_shard
 
 
 def all_gather_flat(output: Tensor, source: Tensor, group: dist.ProcessGroup) -> None:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from polyshard.adapters.torch.clip import clip_gradients, global_grad_norm
 from polyshard.adapters.torch.compat import (
-    fsdp_functions,
+    fsdp_function,
     full_tensor,
     is_dtensor,
     unshard_gradient_sync,
@@ -24,10 +24,6 @@ from polyshard.core.errors import ConfigurationError, LayoutError
 from polyshard.core.weight_table import collect_layouts
 
 logger = logging.getLogger(__name__)
-
-# Methods of a model that FSDP2 gathers the weights for, as it does for forward.
-_FORWARD_METHODS = ("compute_logits", "embed_input_ids")
-
 
 class TorchEngine:
     """`TrainingEngine` on DDP or FSDP2, over the data axis; tensor parallelism is the model's own.
@@ -59,7 +55,7 @@ class TorchEngine:
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ConfigurationError(f"max_grad_norm must be positive, or None, got {max_grad_norm}")
         self.context = context
-        self.table = collect_layouts(model)  # before wrapping: see weight_table
+        self.table = collect_layouts(model)  # before wrapping
         self._guard = getattr(context, "guard", no_guard)
         self._max_grad_norm = max_grad_norm
         self._sharded = data_parallel == "fsdp" and context.get_data_parallel_world_size() > 1
@@ -158,17 +154,17 @@ def _is_list_item(model: nn.Module) -> Callable[[nn.Module], bool]:
 def _fully_shard(model: nn.Module, context: ParallelContext, chosen: Callable[[nn.Module], bool]) -> None:
     from torch.distributed.device_mesh import DeviceMesh
 
-    fully_shard, register_forward = fsdp_functions()
+    fully_shard = fsdp_function()
     group = context.get_data_parallel_group()
     assert group is not None
     mesh = DeviceMesh.from_group(group, context.device.type)
     for module in reversed(list(model.modules())):
         if module is not model and chosen(module):
             fully_shard(module, mesh=mesh)
+    # The root's own weights (embedding, head, last norm) stay gathered between forward and backward. Its other methods
+    # must not be registered with register_fsdp_forward_method: when forward calls them, FSDP2 frees the weights that
+    # its backward still needs, and the process dies in it (torch 2.13).
     fully_shard(model, mesh=mesh)
-    for method in _FORWARD_METHODS:
-        if callable(getattr(model, method, None)):
-            register_forward(model, method)
 
 
 def _like(value: torch.Tensor, parameter: nn.Parameter) -> Any:
