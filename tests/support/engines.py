@@ -1,0 +1,62 @@
+"""vLLM engines for tests: in this process, small, eager."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Before vLLM is imported. Without torch.compile the first log-probability costs no 15 s.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+@contextlib.contextmanager
+def engine(directory: Path, architecture: str | None = None, **options: Any) -> Iterator[Any]:
+    """An engine in this process; `architecture` overrides the checkpoint's."""
+    from vllm import LLM
+    from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+    if architecture:
+        options.setdefault("hf_overrides", {})["architectures"] = [architecture]
+    settings = {
+        "dtype": "float32",
+        "max_model_len": 256,
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 64 << 20,
+        "skip_tokenizer_init": True,
+        "disable_log_stats": True,
+        **options,
+    }
+    gc.freeze()  # vLLM collects garbage several times; a million objects of imports need not be looked at
+    try:
+        llm = LLM(model=str(directory), **settings)
+        yield llm
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+    finally:
+        destroy_model_parallel()
+        destroy_distributed_environment()
+        gc.unfreeze()
+        gc.collect()
+
+
+def greedy(llm: Any, prompts: list[list[int]], tokens: int) -> list[tuple[list[int], list[float]]]:
+    """Greedy tokens and their log-probabilities for each prompt."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0.0, max_tokens=tokens, logprobs=0, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
+    result = []
+    for output in outputs:
+        completion = output.outputs[0]
+        ids = list(completion.token_ids)
+        result.append((ids, [step[i].logprob for step, i in zip(completion.logprobs, ids)]))
+    return result

@@ -1,0 +1,39 @@
+"""A user's script: registers a factory of its own inside the guard, and starts an engine with spawned workers.
+
+    python serving_script.py DIRECTORY TENSOR_PARALLEL ADAPTER PROMPTS_JSON TOKENS
+"""
+
+import json
+import sys
+
+import decoder
+
+import polyshard as ps
+
+
+def my_factory(config, parallel_context):
+    return decoder.build_model(config, parallel_context)
+
+
+def main():
+    from vllm import LLM
+
+    from support.engines import greedy
+
+    directory, size, adapter, prompts, tokens = sys.argv[1:]
+    ps.register_model("ScriptDecoder", my_factory, adapter=adapter)
+    llm = LLM(
+        model=directory,
+        hf_overrides={"architectures": ["ScriptDecoder"]},
+        dtype="float32",
+        max_model_len=256,
+        enforce_eager=True,
+        tensor_parallel_size=int(size),
+        kv_cache_memory_bytes=64 << 20,
+        skip_tokenizer_init=True,
+    )
+    print("RESULT" + json.dumps(greedy(llm, json.loads(prompts), int(tokens))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The same factory inside a real, unpatched vLLM, against transformers' greedy generation.
+
+Bounds on log-probabilities: float32 rounding. They are of order 1 to 10; for the tiny models the sums behind them give
+a few 1e-6, for SmolLM2 with its 30 layers up to 4e-5 (transformers itself is that far from float64).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import decoder
+import pytest
+from support.engines import engine, greedy
+from support.models import save_tiny
+from support.oracle import assert_same_generation, greedy_transformers
+
+import polyshard as ps
+
+pytestmark = pytest.mark.vllm
+
+TINY_BOUND, SMOLLM2_BOUND = 2e-5, 2e-4
+PROMPTS = [[1, 2, 3, 4, 5], [7, 9, 11], list(range(40)), [100]]
+TOKENS = 12
+SUPPORT = Path(__file__).parent / "support"
+
+# Odd shapes: head dimensions that do not follow from the hidden size, one KV head, an odd vocabulary and MLP.
+MODELS = {
+    "llama-tied": ("llama", {"hidden_size": 96, "head_dim": 32, "tie_word_embeddings": True}),
+    "llama-biased": ("llama", {"hidden_size": 72, "head_dim": 64, "intermediate_size": 100, "attention_bias": True}),
+    "qwen2-one-kv-head": ("qwen2", {"hidden_size": 128, "num_key_value_heads": 1, "intermediate_size": 90}),
+    "qwen3": ("qwen3", {"hidden_size": 80, "head_dim": 32, "num_attention_heads": 6, "vocab_size": 149}),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    directories = {name: save_tiny(folder / name, kind, **changes) for name, (kind, changes) in MODELS.items()}
+    return {name: (path, greedy_transformers(path, PROMPTS, TOKENS)) for name, path in directories.items()}
+
+
+@pytest.mark.parametrize("adapter", ["vllm", "torch"])
+@pytest.mark.parametrize("name", MODELS)
+def test_generation_equals_transformers(models, name, adapter):
+    directory, expected = models[name]
+    ps.register_model(f"Served{adapter}", decoder.build_model, adapter=adapter)
+    with engine(directory, f"Served{adapter}") as llm:
+        assert_same_generation(greedy(llm, PROMPTS, TOKENS), expected, TINY_BOUND)
+
+
+def test_smollm2_equals_transformers(smollm2):
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+    prompt = prompt if isinstance(prompt, list) else prompt["input_ids"]
+    expected = greedy_transformers(smollm2, [prompt], 16)
+    ps.register_model("ServedSmol", decoder.build_model)
+    with engine(smollm2, "ServedSmol") as llm:
+        assert_same_generation(greedy(llm, [prompt], 16), expected, SMOLLM2_BOUND)
+    assert "Paris" in tokenizer.decode(expected[0][0])
+
+
+def test_smollm2_is_refused_at_tensor_parallel_2(smollm2):
+    with pytest.raises(ValueError, match=r"9.*divisible.*2"), engine(smollm2, tensor_parallel_size=2):
+        pass
+
+
+def run(command, **environment):
+    root = Path(__file__).resolve().parents[1]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    env["PYTHONPATH"] = os.pathsep.join([str(root / "tests"), str(root / "examples")])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    assert lines, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return json.loads(lines[0].removeprefix("RESULT"))
+
+
+def test_tensor_parallel_2_on_vllms_and_on_torchs_layers(models):
+    chosen = ["llama-tied", "qwen2-one-kv-head", "qwen3"]
+    directories = [str(models[name][0]) for name in chosen]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29650"]
+    script = [str(SUPPORT / "colocated.py"), "vllm,torch", json.dumps(PROMPTS), str(TOKENS)]
+    results = run([*torchrun, *script, *directories])
+    for adapter in ("vllm", "torch"):
+        for name in chosen:
+            directory, expected = models[name]
+            assert_same_generation(results[f"{adapter} {directory}"], expected, TINY_BOUND)
+
+
+def test_a_factory_of_a_script_reaches_spawned_workers_at_tensor_parallel_2(models):
+    directory, expected = models["llama-tied"]
+    arguments = [str(directory), "2", "vllm", json.dumps(PROMPTS), str(TOKENS)]
+    result = run(
+        [sys.executable, str(SUPPORT / "serving_script.py"), *arguments], VLLM_ENABLE_V1_MULTIPROCESSING="1"
+    )
+    assert_same_generation(result, expected, TINY_BOUND)
