@@ -31,7 +31,7 @@ def run_ranks(
     world_size: int,
     *args: Any,
     timeout: float = 120.0,
-    expect_exit: tuple[int, ...] = (),
+    silent: tuple[int, ...] = (),
 ) -> list[Any]:
     """Call `function(*args)` on each rank, in processes with torchrun's environment variables.
 
@@ -40,10 +40,10 @@ def run_ranks(
         world_size: number of processes.
         args: the same for all; picklable.
         timeout: seconds after which all ranks are killed.
-        expect_exit: ranks that are meant to die without an answer.
+        silent: ranks that are meant to die or freeze; they are not waited for.
 
     Returns:
-        What each rank returned, in rank order (picklable; tensors as CPU tensors); None for those meant to die.
+        What each rank returned, in rank order (picklable; tensors as CPU tensors); None for those that gave no answer.
 
     Raises:
         RankError: a rank raised, died, or did not finish in time.
@@ -63,7 +63,7 @@ def run_ranks(
         started.append(process)
         pipes.append(receiving)
     try:
-        return _collect(started, pipes, timeout, expect_exit)
+        return _collect(started, pipes, timeout, silent)
     finally:
         for process in started:
             if process.is_alive():
@@ -93,13 +93,13 @@ def _run(
 
 
 def _collect(
-    processes: list[Any], pipes: list[Connection], timeout: float, expect_exit: tuple[int, ...]
+    processes: list[Any], pipes: list[Connection], timeout: float, silent: tuple[int, ...]
 ) -> list[Any]:
     deadline = time.monotonic() + timeout
     answers: dict[int, tuple[str, Any]] = {}
     open_pipes = {pipe: rank for rank, pipe in enumerate(pipes)}
     grace: float | None = None
-    while open_pipes:
+    while set(open_pipes.values()) - set(silent):
         left = min(deadline, grace or deadline) - time.monotonic()
         ready = wait(list(open_pipes), timeout=max(0.0, left))
         if not ready:
@@ -112,14 +112,14 @@ def _collect(
             except EOFError:
                 processes[rank].join(5)
                 answers[rank] = ("died", f"ended with exit code {processes[rank].exitcode} and no answer")
-            failed = answers[rank][0] != "returned" and rank not in expect_exit
+            failed = answers[rank][0] != "returned" and rank not in silent
             if failed and grace is None:
                 grace = time.monotonic() + 10.0  # let the others say what they saw
     troubles = []
     for rank in range(len(processes)):
         kind, content = answers.get(rank, ("hung", f"did not finish within {timeout:.0f} s"))
-        if kind != "returned" and not (kind == "died" and rank in expect_exit):
+        if kind == "raised" or (kind != "returned" and rank not in silent):
             troubles.append(f"--- rank {rank} {kind} ---\n{content}")
     if troubles:
         raise RankError("\n" + "\n".join(troubles))
-    return [answers[rank][1] if answers[rank][0] == "returned" else None for rank in range(len(processes))]
+    return [answers[rank][1] if rank in answers and rank not in silent else None for rank in range(len(processes))]

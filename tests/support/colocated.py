@@ -17,21 +17,19 @@ def main():
 
     import polyshard as ps
 
-    dist.init_process_group("gloo")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     results = {}
     for adapter in adapters.split(","):
         name = f"Colocated{adapter.capitalize()}"
         ps.register_model(name, decoder.build_model, adapter=adapter)
         for directory in directories:
-            options = {
-                "tensor_parallel_size": dist.get_world_size(),
-                "distributed_executor_backend": "external_launcher",
-            }
+            # vLLM destroys the process group with its engine: each engine gets a world of its own.
+            rendezvous = f"file://{directory}/rendezvous-{adapter}"
+            dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size)
+            options = {"tensor_parallel_size": size, "distributed_executor_backend": "external_launcher"}
             with engine(directory, name, **options) as llm:
                 results[f"{adapter} {directory}"] = greedy(llm, json.loads(prompts), int(tokens))
-            if not dist.is_initialized():
-                os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-    if int(os.environ["RANK"]) == 0:
+    if rank == 0:
         print("RESULT" + json.dumps(results))
 
 

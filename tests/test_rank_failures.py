@@ -1,0 +1,93 @@
+"""When a rank dies, freezes or goes astray, the others end in time with an error that names it."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+import polyshard as ps
+from polyshard.testing import run_ranks
+
+TIMEOUT = 8.0  # seconds given to initialize
+
+
+def wait_for_each_other(how, culprit):
+    context = ps.initialize("torch", tensor=2, timeout=TIMEOUT)
+    layer = ps.row_parallel(8, 8, context)
+    x = torch.randn(4, 8 // 2, requires_grad=True)
+    layer(x).sum().backward()  # all is well so far
+    if context.rank == culprit:
+        if how == "dies":
+            os._exit(3)
+        if how == "freezes":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if how == "stays away":
+            time.sleep(TIMEOUT + 4)
+            return None
+    started = time.monotonic()
+    try:
+        layer(x)
+    except ps.RankFailureError as error:
+        return time.monotonic() - started, str(error), error.ranks
+    return None
+
+
+def test_a_rank_that_dies_is_named():
+    results = run_ranks(wait_for_each_other, 2, "dies", 1, silent=(1,), timeout=60)
+    seconds, message, ranks = results[0]
+    assert seconds < TIMEOUT
+    assert ranks == (1,)
+    assert "rank 1 died or froze (last heartbeat at " in message
+    assert "tensor all_reduce" in message
+
+
+def test_the_death_of_the_stores_keeper_is_told():
+    results = run_ranks(wait_for_each_other, 2, "dies", 0, silent=(0,), timeout=60)
+    seconds, message, _ = results[1]
+    assert seconds < TIMEOUT
+    assert "the process that keeps the store" in message
+
+
+def test_a_rank_that_freezes_is_named_within_the_timeout():
+    results = run_ranks(wait_for_each_other, 2, "freezes", 1, silent=(1,), timeout=60)
+    seconds, message, ranks = results[0]
+    assert seconds < TIMEOUT
+    assert ranks == (1,)
+    assert "rank 1 died or froze" in message
+
+
+def test_a_rank_that_lives_but_does_not_come_is_named():
+    results = run_ranks(wait_for_each_other, 2, "stays away", 1, timeout=60)
+    seconds, message, ranks = results[0]
+    assert seconds < TIMEOUT
+    assert ranks == (1,)
+    assert "rank 1 is alive but has entered 1 communications on this axis, this rank 2" in message
+
+
+def initialise_again_with_another_size():
+    for tensor in (1, 2, 1):
+        context = ps.initialize("torch", tensor=tensor, timeout=30)
+        assert context.get_tensor_parallel_world_size() == tensor
+        assert context.get_data_parallel_world_size() == 2 // tensor
+        total = context.axis("tensor" if tensor == 2 else "data").collectives.all_reduce(torch.ones(3))
+        assert total.tolist() == [2.0, 2.0, 2.0]
+        ps.shutdown(context)
+    return "done"
+
+
+def test_initialise_shut_down_and_initialise_again():
+    assert run_ranks(initialise_again_with_another_size, 2) == ["done", "done"]
+
+
+def raise_on(culprit):
+    context = ps.initialize("torch", tensor=2, timeout=TIMEOUT)
+    if context.rank == culprit:
+        raise KeyError("a bug of the user's")
+    ps.row_parallel(8, 8, context)(torch.ones(1, 4))
+
+
+def test_run_ranks_shows_each_ranks_traceback():
+    with pytest.raises(AssertionError, match=r"(?s)rank 0 raised.*rank 1.*rank 1 raised.*a bug of the user's"):
+        run_ranks(raise_on, 2, 1, timeout=60)
