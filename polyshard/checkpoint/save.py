@@ -229,7 +229,9 @@ class _Writer:
     def _write_file(self) -> None:
         names = self.plan[self.file_index]
         tensors = {name: self.held.pop(name) for name in names}
-        save_file(tensors, self.temporary / self._file_name(self.file_index), metadata={"format": "pt"})
+        path = self.temporary / self._file_name(self.file_index)
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(self.temporary.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
         self.file_index += 1
 
 

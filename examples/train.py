@@ -1,0 +1,128 @@
+"""Fine-tune a decoder on the Python documentation, on any parallelism library.
+
+    torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT
+    torchrun --nproc-per-node 3 examples/train.py MODEL OUTPUT --tensor-parallel 3 --sequence-parallel
+
+MODEL is a Hugging Face directory of a Llama, Qwen2, Qwen3 or Mistral model (`python examples/smollm2.py` prints one);
+OUTPUT becomes one too. Ranks beyond the tensor-parallel size are data parallel.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import transformers
+import typer
+from decoder import build_model
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from text import token_rows
+
+import polyshard as ps
+
+NAME = "PolyshardDecoder"  # the architecture under which servers know this model
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="Hugging Face directory to start from.")],
+    output: Annotated[Path, typer.Argument(help="Directory of the trained model.")],
+    adapter: Annotated[str, typer.Option(help="Parallelism library.")] = "torch",
+    tensor_parallel: Annotated[int, typer.Option(help="Ranks that share each layer.")] = 1,
+    sequence_parallel: Annotated[bool, typer.Option(help="Shard activations along the sequence.")] = False,
+    data_parallel: Annotated[str, typer.Option(help="ddp or fsdp (torch adapter).")] = "ddp",
+    steps: int = 32,
+    batch: Annotated[int, typer.Option(help="Rows of each step, over all ranks.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 128,
+    learning_rate: float = 1e-4,
+    validation_rows: int = 16,
+    figures: Annotated[Path | None, typer.Option(help="Write losses and speeds here, as JSON.")] = None,
+) -> None:
+    """Train, with the validation loss before and after, and save."""
+    context = ps.initialize(adapter, tensor=tensor_parallel, sequence_parallel=sequence_parallel)
+    rank, share = context.get_data_parallel_rank(), context.get_data_parallel_world_size()
+    first = rank == 0 and context.get_tensor_parallel_rank() == 0
+    if batch % share or validation_rows % share:
+        raise typer.BadParameter(f"batch {batch} and {validation_rows} validation rows must divide over {share} ranks")
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    rows = token_rows(tokenizer, length, validation=False)
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+    held_out = token_rows(tokenizer, length, validation=True)[:validation_rows]
+
+    config = ps.read_config(model)
+    decoder = build_model(config, context)
+    ps.load_checkpoint(decoder, model, context)
+    trainer = ps.load_adapter(adapter).engine(
+        decoder, ps.AdamW(lr=learning_rate, weight_decay=0.01), context, **engine_options(adapter, data_parallel)
+    )
+
+    before = validation_loss(trainer, held_out, context)
+    losses, norms, speeds = [], [], []
+    columns = (
+        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[line]}"), TimeRemainingColumn()
+    )
+    with Progress(*columns, disable=not first) as progress:
+        task = progress.add_task("training", total=steps, line="")
+        for step in range(steps):
+            started = time.perf_counter()
+            trainer.set_learning_rate(learning_rate * schedule(step, steps))
+            chosen = rows[[(step * batch + i) % len(rows) for i in range(batch)]][rank::share]
+            loss = trainer(chosen[:, :-1], labels=chosen[:, 1:])
+            trainer.backward(loss)
+            norm = trainer.step().grad_norm
+            losses.append(mean_over_data(loss, context))
+            norms.append(norm)
+            speeds.append(batch * length / (time.perf_counter() - started))
+            line = f"loss {losses[-1]:.3f}  {speeds[-1]:.0f} tokens/s  gradient norm {norm or math.nan:.2f}"
+            progress.update(task, advance=1, line=line)
+            if first and not progress.console.is_terminal and (step % 8 == 0 or step + 1 == steps):
+                print(f"step {step + 1:3d}/{steps}  {line}", flush=True)
+    after = validation_loss(trainer, held_out, context)
+
+    ps.save_checkpoint(
+        trainer, output, context, config=config, architecture=NAME, factory="decoder:build_model", companions=model
+    )
+    if first:
+        print(f"validation loss {before:.3f} -> {after:.3f}; saved {output}")
+        if figures is not None:
+            numbers = {"validation_before": before, "validation_after": after, "losses": losses}
+            figures.write_text(json.dumps({**numbers, "gradient_norms": norms, "tokens_per_second": speeds}, indent=2))
+    trainer.close()
+    ps.shutdown(context)
+
+
+def engine_options(adapter: str, data_parallel: str) -> dict[str, object]:
+    """Each library's engine has its own settings."""
+    return {"max_grad_norm": 1.0, **({"data_parallel": data_parallel} if adapter == "torch" else {})}
+
+
+def schedule(step: int, steps: int) -> float:
+    """Linear warm-up over a tenth of the steps, then a cosine to a tenth."""
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+
+
+@torch.no_grad()
+def validation_loss(trainer: ps.TrainingEngine, rows: torch.Tensor, context: ps.ParallelContext) -> float:
+    """Mean loss over held-out rows, each data-parallel rank taking its share."""
+    mine = rows[context.get_data_parallel_rank() :: context.get_data_parallel_world_size()]
+    losses = [trainer(part[:, :-1], labels=part[:, 1:]) for part in mine.split(4)]
+    return mean_over_data(torch.stack(losses).mean(), context)
+
+
+def mean_over_data(value: torch.Tensor, context: ps.ParallelContext) -> float:
+    """The mean of a scalar over data-parallel ranks."""
+    axis = context.axis("data")
+    if axis.collectives is None:
+        return float(value)
+    return float(axis.collectives.all_reduce(value.detach())) / axis.size
+
+
+if __name__ == "__main__":
+    typer.run(main)
