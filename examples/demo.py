@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,8 @@ from typing import Annotated, Any
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", TOKENIZERS_PARALLELISM="false")
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", VLLM_CPU_OMP_THREADS_BIND="nobind")
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+
+warnings.filterwarnings("ignore", category=FutureWarning)  # vLLM looks through torch's deprecated names at its import
 
 import torch
 import transformers
@@ -33,12 +36,12 @@ NAME = "PolyshardDecoder"
 TOLERANCE = 5e-4  # of a log-probability, float32: about ten times what rounding has been seen to do to 30 layers
 QUESTION = "What is the capital of France?"
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 100)
 
 
 def main(
     output: Annotated[Path, typer.Option(help="Where the checkpoint, the figures and the curve go.")] = Path("runs/demo"),
-    steps: int = 24,
+    steps: int = 36,
     ranks: Annotated[int, typer.Option(help="Data-parallel ranks of the training.")] = 2,
 ) -> None:
     """Run the five stages; exit status 1 where trainer and server disagree."""
@@ -59,12 +62,14 @@ def main(
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     chat = [{"role": "user", "content": QUESTION}]
     prompts = {
-        QUESTION: encode_chat(tokenizer, chat),
+        "chat": encode_chat(tokenizer, chat),
         "documentation": tokenizer(documents(validation=True)[0][:220])["input_ids"],
     }
     served = serve(checkpoint, prompts)
     for title, (ids, _) in served.items():
-        console.print(f"  [bold]{title}[/bold]\n  {tokenizer.decode(ids, skip_special_tokens=True).strip()}\n", highlight=False)
+        asked = tokenizer.decode(prompts[title], skip_special_tokens=True).splitlines()[-2:]
+        console.print(f"[dim]{' '.join(asked)}[/dim]", highlight=False)
+        console.print(f"[bold]{tokenizer.decode(ids, skip_special_tokens=True).strip()}[/bold]\n", highlight=False)
 
     stage(5, "the same log-probabilities everywhere")
     difference = prove(checkpoint, prompts, served, tokenizer)
@@ -138,7 +143,7 @@ def prove(
     trainer = build_model(ps.read_config(checkpoint), context).eval()
     ps.load_checkpoint(trainer, checkpoint, context)
 
-    table = Table("text", "token", "transformers", "trainer", "vLLM", "largest difference")
+    table = Table("text", "token", "transformers", "trainer", "vLLM", "difference", title="log-probabilities")
     worst = 0.0
     for title, prompt in prompts.items():
         ids, from_server = served[title]

@@ -74,8 +74,8 @@ def test_the_torch_adapter_satisfies_the_protocols():
 
 
 def test_vllm_absent_is_said_with_the_command_that_installs_it(monkeypatch):
-    from polyshard.adapters.vllm import adapter as room
-
+    ps.load_adapter("vllm")
+    room = sys.modules["polyshard.adapters.vllm.adapter"]
     monkeypatch.setattr(room, "find_spec", lambda name: None)
     with pytest.raises(ps.MissingDependencyError, match=r"vLLM is not installed: pip install 'polyshard\[vllm\]'"):
         _ = ps.load_adapter("vllm").host

@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
+from polyshard.adapters.vllm.adapter import require_vllm
 from polyshard.checkpoint import read_config
-from polyshard.core.discovery import load_adapter
 from polyshard.core.errors import RegistrationError
 from polyshard.registry import register_model, registered_models
 
@@ -44,7 +44,7 @@ def server_command(
         CheckpointError: the directory has no config.json.
         MissingDependencyError: vLLM is not installed.
     """
-    _ = load_adapter("vllm").linear  # raises where vLLM is not installed
+    require_vllm()
     config = read_config(directory)
     architectures = list(getattr(config, "architectures", None) or [])
     recorded = (getattr(config, "polyshard", None) or {}).get("factory")

@@ -1,0 +1,39 @@
+"""Factories that will not do."""
+
+from torch import nn
+
+
+def raises(config, parallel_context):
+    raise ZeroDivisionError("the user's bug")
+
+
+def gives_none(config, parallel_context):
+    pass
+
+
+def gives_a_dict(config, parallel_context):
+    return {}
+
+
+class NoLogits(nn.Module):
+    def forward(self, input_ids, positions):
+        return input_ids
+
+
+def lacks_compute_logits(config, parallel_context):
+    return NoLogits()
+
+
+class WrongForward(nn.Module):
+    def forward(self, input_ids):
+        return input_ids
+
+    def compute_logits(self, hidden):
+        return hidden
+
+
+def wrong_forward(config, parallel_context):
+    return WrongForward()
+
+
+not_callable = 3

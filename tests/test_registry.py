@@ -1,0 +1,116 @@
+"""How factories become known, and how those that cannot are refused."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import decoder
+import pytest
+from support import broken_factories
+
+import polyshard as ps
+from polyshard.registry import ENVIRONMENT_VARIABLE, reference_of, resolve
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+
+
+def test_registering_puts_the_factory_where_child_processes_find_it():
+    ps.register_model("MyDecoder", decoder.build_model)
+    ps.register_model("MyDecoder", decoder.build_model)
+    ps.register_model("Other", "decoder:build_model", adapter="torch")
+    assert json.loads(os.environ[ENVIRONMENT_VARIABLE]) == {
+        "MyDecoder": {"factory": "decoder:build_model", "adapter": "vllm"},
+        "Other": {"factory": "decoder:build_model", "adapter": "torch"},
+    }
+    code = "import polyshard as ps; print(sorted(ps.registered_models()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['MyDecoder', 'Other']"
+
+
+def test_the_short_form_of_the_environment_variable(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, '{"Short": "decoder:build_model"}')
+    assert ps.registered_models()["Short"].adapter == "vllm"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"A": 3}', '{"A": {"adapter": "torch"}}', '{"A": {"factory": "m:f", "x": 1}}'])
+def test_a_malformed_environment_variable_is_refused(monkeypatch, text):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, text)
+    with pytest.raises(ps.RegistrationError, match=f"{ENVIRONMENT_VARIABLE}.*expected"):
+        ps.registered_models()
+
+
+def local_function_factory():
+    def factory(config, parallel_context):
+        return None
+
+    return factory
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (lambda config, context: None, "cannot be found by name in a worker. .*define the factory at the top level"),
+        (local_function_factory(), "cannot be found by name in a worker"),
+        (functools.partial(decoder.build_model), "has no module and name by which a worker could find it"),
+        ("decoder", "is no reference: expected 'module:attribute'"),
+        ("nowhere.to.be.found:f", "importing 'nowhere.to.be.found' raised ModuleNotFoundError"),
+        ("decoder:nothing", "'decoder' has no 'nothing'"),
+        ("/nowhere/file.py:f", "does not exist"),
+        ("support.broken_factories:not_callable", "is a int, expected a function"),
+    ],
+)
+def test_what_a_worker_could_not_find_is_refused_before_an_engine_starts(factory, message):
+    with pytest.raises(ps.RegistrationError, match=message):
+        ps.register_model("Refused", factory)
+    assert ENVIRONMENT_VARIABLE not in os.environ
+
+
+def test_bad_names_and_adapters():
+    with pytest.raises(ps.RegistrationError, match="has to be an identifier"):
+        ps.register_model("my model", decoder.build_model)
+    with pytest.raises(ps.AdapterError, match="unknown adapter 'jax'; available: torch, vllm"):
+        ps.register_model("My", decoder.build_model, adapter="jax")
+
+
+def test_a_factory_in_a_file_is_found_by_its_path(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def build(config, parallel_context):\n    return None\n")
+    ps.register_model("FromFile", f"{path}:build")
+    assert resolve(ps.registered_models()["FromFile"].reference)(None, None) is None
+
+
+def test_a_factory_typed_at_a_prompt_is_refused():
+    code = "import polyshard as ps\ndef f(c, p): ...\nps.register_model('A', f)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "RegistrationError: __main__:f was typed at a prompt" in done.stderr
+
+
+def test_a_function_knows_its_reference():
+    assert reference_of(broken_factories.raises) == "support.broken_factories:raises"
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-c", "from polyshard.cli import main; main()", *map(str, arguments)],
+        capture_output=True, text=True,
+    )
+
+
+def test_serving_a_checkpoint_without_a_registered_model_says_so(tmp_path):
+    from support.models import save_tiny
+
+    directory = save_tiny(tmp_path / "model", "llama")
+    done = command("serve", directory)
+    assert done.returncode == 2
+    assert "no model is registered for" in done.stderr
+    assert "Pass --factory" in done.stderr
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"polyshard": {"factory": "decoder:build_model"}}))
+    assert "pass --trust-checkpoint to run it" in command("serve", directory).stderr
+    assert "has no 'nothing'" in command("serve", directory, "--factory", "decoder:nothing").stderr
+    assert "config.json does not exist" in command("serve", tmp_path / "nowhere").stderr
