@@ -41,10 +41,12 @@ class DecoderConfig:
 
     @classmethod
     def of(cls, config: Any) -> DecoderConfig:
-        """From anything with a Hugging Face config's attributes; raises `ConfigurationError` on what it cannot build."""
+        """From anything with a Hugging Face config's attributes; `ConfigurationError` on what it cannot build."""
         kind = getattr(config, "model_type", None)
         if kind not in ("llama", "qwen2", "qwen3", "mistral"):
-            raise ps.ConfigurationError(f"decoder.py knows llama, qwen2, qwen3 and mistral configs, not model_type={kind!r}")
+            raise ps.ConfigurationError(
+                f"decoder.py knows llama, qwen2, qwen3 and mistral configs, not model_type={kind!r}"
+            )
         if getattr(config, "hidden_act", "silu") != "silu":
             raise ps.ConfigurationError(f"decoder.py has silu only, not hidden_act={config.hidden_act!r}")
         # transformers 5 keeps theta and scaling together in rope_parameters; files on disk mostly apart.

@@ -1,6 +1,6 @@
 """The main job, end to end: load a real model, train it, save it, serve it, prove that all of these are the same model.
 
-    python examples/demo.py [--output runs/demo]
+python examples/demo.py [--output runs/demo]
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
-# Before torch and vLLM are imported: one quiet engine in this process, on CPU without torch.compile (15 s at the start).
+# Before torch and vLLM are imported: one quiet engine in this process, without torch.compile (15 s at the start).
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", TOKENIZERS_PARALLELISM="false")
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", VLLM_CPU_OMP_THREADS_BIND="nobind")
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
@@ -40,7 +40,9 @@ console = Console(width=None if sys.stdout.isatty() else 100)
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Where the checkpoint, the figures and the curve go.")] = Path("runs/demo"),
+    output: Annotated[Path, typer.Option(help="Where the checkpoint, the figures and the curve go.")] = Path(
+        "runs/demo"
+    ),
     steps: int = 36,
     ranks: Annotated[int, typer.Option(help="Data-parallel ranks of the training.")] = 2,
 ) -> None:
@@ -59,7 +61,7 @@ def main(
         console.print(f"  {path.name:<26}{path.stat().st_size / 1e6:10.1f} MB")
 
     stage(4, "served by vLLM through the registry")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(checkpoint)
     chat = [{"role": "user", "content": QUESTION}]
     prompts = {
         "chat": encode_chat(tokenizer, chat),
@@ -128,14 +130,17 @@ def serve(checkpoint: Path, prompts: dict[str, list[int]]) -> dict[str, tuple[li
     for title, output in zip(prompts, outputs):
         completion = output.outputs[0]
         ids = list(completion.token_ids)
-        assert completion.logprobs is not None
-        answers[title] = (ids, [step[i].logprob for step, i in zip(completion.logprobs, ids)])
+        steps = cast(list[dict[int, Any]], completion.logprobs)
+        answers[title] = (ids, [step[i].logprob for step, i in zip(steps, ids)])
     return answers
 
 
 @torch.no_grad()
 def prove(
-    checkpoint: Path, prompts: dict[str, list[int]], served: dict[str, tuple[list[int], list[float]]], tokenizer: Any
+    checkpoint: Path,
+    prompts: dict[str, list[int]],
+    served: dict[str, tuple[list[int], list[float]]],
+    tokenizer: Any,
 ) -> float:
     """The table of log-probabilities under transformers, the trainer and vLLM; the largest difference."""
     oracle = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()

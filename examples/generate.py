@@ -1,12 +1,12 @@
 """Generate with a trained checkpoint in an unpatched vLLM, through the same `build_model` that trained it.
 
-    python examples/generate.py CHECKPOINT "What is a decorator?" "What is a generator?"
+python examples/generate.py CHECKPOINT "What is a decorator?" "What is a generator?"
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from decoder import build_model
@@ -22,22 +22,23 @@ def main(
     adapter: Annotated[str, typer.Option(help="Whose layers serve: vllm, or torch.")] = "vllm",
     tensor_parallel: int = 1,
     max_tokens: int = 64,
-    dtype: str = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:
     """Answer each question."""
     ps.register_model(NAME, build_model, adapter=adapter)
 
     from vllm import LLM, SamplingParams
 
+    options: dict[str, Any] = {"dtype": dtype}
     llm = LLM(
         model=str(checkpoint),
         hf_overrides={"architectures": [NAME]},
         tensor_parallel_size=tensor_parallel,
-        dtype=dtype,
+        **options,
         max_model_len=1024,
         enforce_eager=True,
     )
-    chats = [[{"role": "user", "content": question}] for question in questions]
+    chats: list[Any] = [[{"role": "user", "content": question}] for question in questions]
     for question, output in zip(questions, llm.chat(chats, SamplingParams(temperature=0.0, max_tokens=max_tokens))):
         print(f"\n> {question}\n{output.outputs[0].text.strip()}")
 

@@ -2,7 +2,7 @@
 
     python examples/smollm2.py    prints the directory
 
-The package carries the weights as GGUF (Q4_1); transformers reads them, and they are stored once as bfloat16 safetensors.
+The package carries the weights as GGUF (Q4_1); transformers reads them, and they are stored once as safetensors.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
 
@@ -78,7 +79,7 @@ def _convert(gguf: Path, directory: Path) -> None:
         transformers.utils.logging.disable_progress_bar()
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(**source)
         # A model that was read from GGUF counts as quantized and refuses to be saved; a plain one takes its weights.
         config = model.config.to_dict()
         config.pop("quantization_config", None)

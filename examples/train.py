@@ -57,13 +57,20 @@ def main(
     decoder = build_model(config, context)
     ps.load_checkpoint(decoder, model, context)
     trainer = ps.load_adapter(adapter).engine(
-        decoder, ps.AdamW(lr=learning_rate, weight_decay=0.01), context, **engine_options(adapter, data_parallel)
+        decoder,
+        ps.AdamW(lr=learning_rate, weight_decay=0.01),
+        context,
+        **engine_options(adapter, data_parallel),
     )
 
     before = validation_loss(trainer, held_out, context)
     losses, norms, speeds = [], [], []
     columns = (
-        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[line]}"), TimeRemainingColumn()
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[line]}"),
+        TimeRemainingColumn(),
     )
     with Progress(*columns, disable=not first) as progress:
         task = progress.add_task("training", total=steps, line="")
@@ -84,7 +91,13 @@ def main(
     after = validation_loss(trainer, held_out, context)
 
     ps.save_checkpoint(
-        trainer, output, context, config=config, architecture=NAME, factory="decoder:build_model", companions=model
+        trainer,
+        output,
+        context,
+        config=config,
+        architecture=NAME,
+        factory="decoder:build_model",
+        companions=model,
     )
     if first:
         print(f"validation loss {before:.3f} -> {after:.3f}; saved {output}")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from polyshard.attention import RotaryEmbedding, TrainableFlashAttention
     from polyshard.attention.packing import sequence_positions
     from polyshard.checkpoint import ModelConfig, load_checkpoint, read_config, save_checkpoint
-    from polyshard.core.adapter import Adapter, AdamW, StepResult, TrainingEngine
+    from polyshard.core.adapter import AdamW, Adapter, StepResult, TrainingEngine
     from polyshard.core.capabilities import Capabilities, Rejected
     from polyshard.core.context import GroupContext, ParallelContext
     from polyshard.core.discovery import adapter_names, load_adapter
@@ -28,17 +28,10 @@ if TYPE_CHECKING:
     )
     from polyshard.core.initialization import initialize_weights, normal_initializer
     from polyshard.core.layout import ParallelLayout
-    from polyshard.core.linear import (
-        LinearAdapter,
-        column_parallel,
-        gather_logits,
-        lm_head,
-        qkv_parallel,
-        rms_norm,
-        row_parallel,
-        vocab_embedding,
-        vocab_parallel_cross_entropy,
-    )
+    from polyshard.core.linear import column_parallel, qkv_parallel, row_parallel
+    from polyshard.core.linear_adapter import LinearAdapter
+    from polyshard.core.norm import rms_norm
+    from polyshard.core.vocabulary import gather_logits, lm_head, vocab_embedding, vocab_parallel_cross_entropy
     from polyshard.core.weight_layout import Segment, WeightLayout
     from polyshard.core.weight_table import collect_layouts
     from polyshard.launch import initialize, shutdown
@@ -66,17 +59,10 @@ _HOMES = {
     ),
     "polyshard.core.initialization": ("initialize_weights", "normal_initializer"),
     "polyshard.core.layout": ("ParallelLayout",),
-    "polyshard.core.linear": (
-        "LinearAdapter",
-        "column_parallel",
-        "gather_logits",
-        "lm_head",
-        "qkv_parallel",
-        "rms_norm",
-        "row_parallel",
-        "vocab_embedding",
-        "vocab_parallel_cross_entropy",
-    ),
+    "polyshard.core.linear": ("column_parallel", "qkv_parallel", "row_parallel"),
+    "polyshard.core.linear_adapter": ("LinearAdapter",),
+    "polyshard.core.norm": ("rms_norm",),
+    "polyshard.core.vocabulary": ("gather_logits", "lm_head", "vocab_embedding", "vocab_parallel_cross_entropy"),
     "polyshard.core.weight_layout": ("Segment", "WeightLayout"),
     "polyshard.core.weight_table": ("collect_layouts",),
     "polyshard.launch": ("initialize", "shutdown"),

@@ -60,7 +60,7 @@ def spec_of(heads=4, kv_heads=2, dim=16, **changes):
     ],
 )
 def test_kernels_equal_attention_written_out(kernel, changes, heads, dtype):
-    """Bounds: a few roundings of the dtype, relative to the largest entry (bfloat16: 2^-8; its sums are rounded too)."""
+    """Bounds: a few roundings of the dtype, relative to the largest entry (bfloat16: 2^-8)."""
     spec = spec_of(*heads, **changes)
     torch.manual_seed(0)
     tokens = sum(LENGTHS)
@@ -69,9 +69,7 @@ def test_kernels_equal_attention_written_out(kernel, changes, heads, dtype):
     sequences = packed(torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)]), tokens)
     assert kernel.rejects(spec, CPU, dtype, training=True) is None
     got = run(lambda *t: kernel(*t, sequences, spec, True), (q, k, v), grad_out)
-    want = run(
-        lambda *t: written_out(*t, LENGTHS, spec), [t.double() for t in (q, k, v)], grad_out.double()
-    )
+    want = run(lambda *t: written_out(*t, LENGTHS, spec), [t.double() for t in (q, k, v)], grad_out.double())
     bound = 2e-6 if dtype == torch.float32 else 2e-2
     for a, b in zip(got, want):
         assert a.dtype == dtype

@@ -47,8 +47,14 @@ def load(directory):
 
 
 DAMAGE = {
-    "missing": (lambda t: t.pop("model.layers.1.self_attn.k_proj.weight"), r"missing \(1\): .*1.self_attn.k_proj"),
-    "extra": (lambda t: t.update({"model.extra.weight": torch.ones(2)}), r"unexpected \(1\): model.extra.weight"),
+    "missing": (
+        lambda t: t.pop("model.layers.1.self_attn.k_proj.weight"),
+        r"missing \(1\): .*1.self_attn.k_proj",
+    ),
+    "extra": (
+        lambda t: t.update({"model.extra.weight": torch.ones(2)}),
+        r"unexpected \(1\): model.extra.weight",
+    ),
     "misshapen": (
         lambda t: t.update({"model.norm.weight": torch.ones(3)}),
         r"of another shape \(1\): model.norm.weight is \[3\], the model has \[48\]",
@@ -124,7 +130,9 @@ def test_an_index_is_followed_and_checked(copy, original):
 
 def test_a_config_that_the_decoder_does_not_know():
     context = ps.initialize("torch")
-    with pytest.raises(ps.ConfigurationError, match="knows llama, qwen2, qwen3 and mistral configs, not model_type='gpt2'"):
+    with pytest.raises(
+        ps.ConfigurationError, match="knows llama, qwen2, qwen3 and mistral configs, not model_type='gpt2'"
+    ):
         decoder.build_model(transformers.GPT2Config(), context)
     with pytest.raises(ps.ConfigurationError, match="silu only, not hidden_act='gelu'"):
         decoder.build_model(tiny_config("llama", hidden_act="gelu"), context)
@@ -138,8 +146,14 @@ def save_on_ranks(source, target, sizes, data_parallel, max_shard_bytes):
     if data_parallel is not None:
         model = ps.load_adapter("torch").engine(model, ps.AdamW(), context, data_parallel=data_parallel)
     ps.save_checkpoint(
-        model, target, context, config=config, architecture="MyDecoder", factory="decoder:build_model",
-        companions=source, max_shard_bytes=max_shard_bytes,
+        model,
+        target,
+        context,
+        config=config,
+        architecture="MyDecoder",
+        factory="decoder:build_model",
+        companions=source,
+        max_shard_bytes=max_shard_bytes,
     )
     ps.shutdown(context)
 
@@ -175,7 +189,9 @@ def test_saved_from_any_size_it_is_the_same_directory_bit_for_bit(tmp_path, rank
     assert config["polyshard"] == {"factory": "decoder:build_model"}
     # transformers reads it too
     ids = torch.arange(10)[None]
-    logits = [transformers.AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32)(ids).logits for d in (source, target)]
+    logits = [
+        transformers.AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32)(ids).logits for d in (source, target)
+    ]
     assert torch.equal(*logits)
     assert [p.name for p in target.parent.iterdir()] == ["saved"]  # nothing temporary is left
     mode = (target / next(p.name for p in target.glob("*.safetensors"))).stat().st_mode
@@ -213,9 +229,7 @@ def test_a_failed_save_leaves_the_previous_checkpoint_and_is_told_on_every_rank(
 
 def test_other_dtypes_are_converted(original, tmp_path):
     model, context = load(original)
-    ps.save_checkpoint(
-        model, tmp_path / "half", context, config=ps.read_config(original), dtype=torch.bfloat16
-    )
+    ps.save_checkpoint(model, tmp_path / "half", context, config=ps.read_config(original), dtype=torch.bfloat16)
     assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     assert load(tmp_path / "half")[0].lm_head.weight.dtype == torch.float32

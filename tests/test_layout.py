@@ -11,7 +11,9 @@ def test_data_parallel_takes_the_ranks_that_are_left():
 
 
 def test_a_world_that_does_not_fit_shows_the_arithmetic():
-    with pytest.raises(ps.LayoutError, match=r"world size 6 is not a multiple of tensor 4 x pipeline 1 x context 1 = 4"):
+    with pytest.raises(
+        ps.LayoutError, match=r"world size 6 is not a multiple of tensor 4 x pipeline 1 x context 1 = 4"
+    ):
         ps.ParallelLayout.for_world(6, tensor=4)
     with pytest.raises(ps.LayoutError, match=r"tensor 2 x pipeline 1 x context 1 x data 3 = 6 ranks, .*has 4.*start 6"):
         ps.ParallelLayout(tensor=2, data=3).validate(4)

@@ -52,7 +52,9 @@ def test_the_seeds_adapter_satisfies_the_protocol_as_it_stands(context, adapter)
 def test_a_minimal_adapter_is_told_what_it_lacks(context):
     with pytest.raises(ps.AdapterError, match="MegatronLinearAdapter makes no row-parallel layers: give it a method"):
         ps.row_parallel(8, 8, context, linear=MegatronLinearAdapter)
-    with pytest.raises(ps.AdapterError, match="object is not a LinearAdapter: it needs a method create_column_parallel"):
+    with pytest.raises(
+        ps.AdapterError, match="object is not a LinearAdapter: it needs a method create_column_parallel"
+    ):
         ps.column_parallel(8, 8, context, linear=object())
 
 
@@ -191,7 +193,9 @@ def out_of_range_ids():
         linear=context.linear,
         axes=context.axes,
     )
-    with pytest.raises(ps.LayoutError, match="sequence parallel: 3 tokens .* cannot be divided by tensor-parallel size 2"):
+    with pytest.raises(
+        ps.LayoutError, match="sequence parallel: 3 tokens .* cannot be divided by tensor-parallel size 2"
+    ):
         ps.vocab_embedding(10, 4, sequence_parallel)(torch.tensor([1, 2, 3]))
     ps.shutdown(context)
 

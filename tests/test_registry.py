@@ -37,7 +37,9 @@ def test_the_short_form_of_the_environment_variable(monkeypatch):
     assert ps.registered_models()["Short"].adapter == "vllm"
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"A": 3}', '{"A": {"adapter": "torch"}}', '{"A": {"factory": "m:f", "x": 1}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"A": 3}', '{"A": {"adapter": "torch"}}', '{"A": {"factory": "m:f", "x": 1}}']
+)
 def test_a_malformed_environment_variable_is_refused(monkeypatch, text):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, text)
     with pytest.raises(ps.RegistrationError, match=f"{ENVIRONMENT_VARIABLE}.*expected"):
@@ -54,7 +56,10 @@ def local_function_factory():
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        (lambda config, context: None, "cannot be found by name in a worker. .*define the factory at the top level"),
+        (
+            lambda config, context: None,
+            "cannot be found by name in a worker. .*define the factory at the top level",
+        ),
         (local_function_factory(), "cannot be found by name in a worker"),
         (functools.partial(decoder.build_model), "has no module and name by which a worker could find it"),
         ("decoder", "is no reference: expected 'module:attribute'"),
@@ -97,7 +102,8 @@ def test_a_function_knows_its_reference():
 def command(*arguments):
     return subprocess.run(
         [sys.executable, "-c", "from polyshard.cli import main; main()", *map(str, arguments)],
-        capture_output=True, text=True,
+        capture_output=True,
+        text=True,
     )
 
 

@@ -35,9 +35,7 @@ SCALINGS = {
 @pytest.mark.parametrize("name", SCALINGS)
 def test_queries_and_keys_turn_as_in_transformers(name):
     scaling = {**SCALINGS[name], "rope_theta": 50000.0}
-    config = LlamaConfig(
-        hidden_size=128, num_attention_heads=4, max_position_embeddings=256, rope_parameters=scaling
-    )
+    config = LlamaConfig(hidden_size=128, num_attention_heads=4, max_position_embeddings=256, rope_parameters=scaling)
     positions = torch.arange(200).view(1, 200)
     q, k = torch.randn(1, 200, 4, 32), torch.randn(1, 200, 2, 32)
     cos, sin = LlamaRotaryEmbedding(config)(q, positions)

@@ -66,7 +66,9 @@ def assert_equal_to_reference(result, expected):
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
-    "sizes", [{"tensor": 1}, {"tensor": 2}, {"tensor": 2, "sequence_parallel": True}], ids=["1", "2", "2-sequence"]
+    "sizes",
+    [{"tensor": 1}, {"tensor": 2}, {"tensor": 2, "sequence_parallel": True}],
+    ids=["1", "2", "2-sequence"],
 )
 def test_logits_loss_and_every_gradient_equal_transformers(tmp_path, model, sizes):
     kind, changes = MODELS[model]
@@ -175,7 +177,14 @@ def test_training_follows_the_curve_of_transformers(curve, ranks, sizes, engine)
 def test_fsdp_shards_a_model_whose_key_value_heads_are_shared(curve):
     directory, batches, losses, norms, _ = curve
     results = run_ranks(
-        training_curve, 8, directory, batches[:4], {"tensor": 4}, {"data_parallel": "fsdp"}, OPTIMIZER, timeout=240
+        training_curve,
+        8,
+        directory,
+        batches[:4],
+        {"tensor": 4},
+        {"data_parallel": "fsdp"},
+        OPTIMIZER,
+        timeout=240,
     )
     assert torch.allclose(torch.tensor(results[0]["losses"]), torch.tensor(losses[:4]), rtol=1e-5)
     assert torch.allclose(torch.tensor(results[0]["norms"]), torch.tensor(norms[:4]), rtol=1e-4)

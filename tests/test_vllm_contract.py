@@ -9,13 +9,26 @@ pytestmark = pytest.mark.vllm
 SIGNATURES = {
     "ColumnParallelLinear": ("input_size", "output_size", "bias", "gather_output", "return_bias"),
     "MergedColumnParallelLinear": ("input_size", "output_sizes", "bias", "return_bias"),
-    "QKVParallelLinear": ("hidden_size", "head_size", "total_num_heads", "total_num_kv_heads", "bias", "return_bias"),
+    "QKVParallelLinear": (
+        "hidden_size",
+        "head_size",
+        "total_num_heads",
+        "total_num_kv_heads",
+        "bias",
+        "return_bias",
+    ),
     "RowParallelLinear": ("input_size", "output_size", "bias", "input_is_parallel", "return_bias"),
     "VocabParallelEmbedding": ("num_embeddings", "embedding_dim"),
     "ParallelLMHead": ("num_embeddings", "embedding_dim", "bias"),
     "RMSNorm": ("hidden_size", "eps"),
     "Attention": (
-        "num_heads", "head_size", "scale", "num_kv_heads", "cache_config", "quant_config", "per_layer_sliding_window",
+        "num_heads",
+        "head_size",
+        "scale",
+        "num_kv_heads",
+        "cache_config",
+        "quant_config",
+        "per_layer_sliding_window",
         "prefix",
     ),
 }
@@ -35,7 +48,9 @@ def test_fused_loaders_take_a_shard_id():
 
     for cls in (compat.QKVParallelLinear, compat.MergedColumnParallelLinear):
         assert list(inspect.signature(cls.weight_loader).parameters)[1:4] == [
-            "param", "loaded_weight", "loaded_shard_id",
+            "param",
+            "loaded_weight",
+            "loaded_shard_id",
         ]
 
 
@@ -59,10 +74,10 @@ def test_general_plugins_are_loaded_by_entry_point():
 
 
 def test_registry_and_model_protocol():
+    import decoder
     from vllm import ModelRegistry
     from vllm.model_executor.models.interfaces_base import is_text_generation_model, is_vllm_model
 
-    import decoder
     from polyshard.adapters.vllm.model import make_model_class
     from polyshard.core.host import RegisteredModel
 

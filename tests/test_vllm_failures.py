@@ -25,10 +25,16 @@ def directory(tmp_path):
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        (broken_factories.raises, r"its factory support.broken_factories:raises raised ZeroDivisionError: the user's bug"),
+        (
+            broken_factories.raises,
+            r"its factory support.broken_factories:raises raised ZeroDivisionError: the user's bug",
+        ),
         (broken_factories.gives_none, "returned None; does it lack a return"),
         (broken_factories.gives_a_dict, "returned dict, expected a torch.nn.Module"),
-        (broken_factories.lacks_compute_logits, r"lacks a method compute_logits\(hidden_states\); a served model needs"),
+        (
+            broken_factories.lacks_compute_logits,
+            r"lacks a method compute_logits\(hidden_states\); a served model needs",
+        ),
         (broken_factories.wrong_forward, r"lacks a forward that takes \(input_ids, positions\)"),
     ],
 )
@@ -70,7 +76,10 @@ def test_a_reference_that_cannot_be_imported_is_named_by_vllm_itself(directory, 
     code = f"from vllm import LLM; LLM({str(directory)!r}, hf_overrides={{'architectures': ['Gone']}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
-    assert "RegistrationError: 'nowhere.at.all:build': importing 'nowhere.at.all' raised ModuleNotFoundError" in done.stderr
+    assert (
+        "RegistrationError: 'nowhere.at.all:build': importing 'nowhere.at.all' raised ModuleNotFoundError"
+        in done.stderr
+    )
 
 
 def test_embeddings_as_prompts(directory):

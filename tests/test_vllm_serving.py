@@ -28,7 +28,10 @@ SUPPORT = Path(__file__).parent / "support"
 # Odd shapes: head dimensions that do not follow from the hidden size, one KV head, an odd vocabulary and MLP.
 MODELS = {
     "llama-tied": ("llama", {"hidden_size": 96, "head_dim": 32, "tie_word_embeddings": True}),
-    "llama-biased": ("llama", {"hidden_size": 72, "head_dim": 64, "intermediate_size": 100, "attention_bias": True}),
+    "llama-biased": (
+        "llama",
+        {"hidden_size": 72, "head_dim": 64, "intermediate_size": 100, "attention_bias": True},
+    ),
     "qwen2-one-kv-head": ("qwen2", {"hidden_size": 128, "num_key_value_heads": 1, "intermediate_size": 90}),
     "qwen3": ("qwen3", {"hidden_size": 80, "head_dim": 32, "num_attention_heads": 6, "vocab_size": 149}),
 }
@@ -82,7 +85,15 @@ def run(command, **environment):
 def test_tensor_parallel_2_on_vllms_and_on_torchs_layers(models):
     chosen = ["llama-tied", "qwen2-one-kv-head", "qwen3"]
     directories = [str(models[name][0]) for name in chosen]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29650"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29650",
+    ]
     script = [str(SUPPORT / "colocated.py"), "vllm,torch", json.dumps(PROMPTS), str(TOKENS)]
     results = run([*torchrun, *script, *directories])
     for adapter in ("vllm", "torch"):
@@ -94,7 +105,5 @@ def test_tensor_parallel_2_on_vllms_and_on_torchs_layers(models):
 def test_a_factory_of_a_script_reaches_spawned_workers_at_tensor_parallel_2(models):
     directory, expected = models["llama-tied"]
     arguments = [str(directory), "2", "vllm", json.dumps(PROMPTS), str(TOKENS)]
-    result = run(
-        [sys.executable, str(SUPPORT / "serving_script.py"), *arguments], VLLM_ENABLE_V1_MULTIPROCESSING="1"
-    )
+    result = run([sys.executable, str(SUPPORT / "serving_script.py"), *arguments], VLLM_ENABLE_V1_MULTIPROCESSING="1")
     assert_same_generation(result, expected, TINY_BOUND)

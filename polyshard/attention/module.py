@@ -14,7 +14,8 @@ from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequenc
 from polyshard.core.context import ParallelContext
 from polyshard.core.discovery import load_adapter
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.linear import qkv_parallel, rms_norm, row_parallel
+from polyshard.core.linear import qkv_parallel, row_parallel
+from polyshard.core.norm import rms_norm
 
 
 class TrainableFlashAttention(nn.Module):
@@ -72,9 +73,7 @@ class TrainableFlashAttention(nn.Module):
     ) -> None:
         super().__init__()
         if head_dim is None and hidden_size % num_heads:
-            raise ConfigurationError(
-                f"hidden size {hidden_size} is not a multiple of {num_heads} heads: give head_dim"
-            )
+            raise ConfigurationError(f"hidden size {hidden_size} is not a multiple of {num_heads} heads: give head_dim")
         if not 0.0 <= dropout < 1.0:
             raise ConfigurationError(f"dropout must lie in [0, 1), got {dropout}")
         if sliding_window is not None and sliding_window < 1:
@@ -84,9 +83,7 @@ class TrainableFlashAttention(nn.Module):
         context = parallel_context or load_adapter("torch").initialize()
         size = context.get_tensor_parallel_world_size()
 
-        self.qkv = qkv_parallel(
-            hidden_size, num_heads, num_kv_heads, head_dim, context, bias=qkv_bias, linear=linear
-        )
+        self.qkv = qkv_parallel(hidden_size, num_heads, num_kv_heads, head_dim, context, bias=qkv_bias, linear=linear)
         self.o_proj = row_parallel(num_heads * head_dim, hidden_size, context, bias=output_bias, linear=linear)
         self.q_norm = self.k_norm = None
         if qk_norm_eps is not None:
@@ -135,7 +132,8 @@ class TrainableFlashAttention(nn.Module):
         """
         if hidden_states.dim() not in (2, 3):
             raise ConfigurationError(
-                f"hidden states must be [batch, seq, hidden] or packed [tokens, hidden], got {tuple(hidden_states.shape)}"
+                "hidden states must be [batch, seq, hidden] or packed [tokens, hidden], "
+                f"got {tuple(hidden_states.shape)}"
             )
         qkv = self.qkv(hidden_states)
         lead = qkv.shape[:-1]
@@ -166,9 +164,7 @@ class TrainableFlashAttention(nn.Module):
             out = kernel(q, k, v, sequences, spec, self.training)
         return self.o_proj(out.reshape(*lead, -1))
 
-    def _sequences(
-        self, lead: torch.Size, cu_seqlens: torch.Tensor | None, device: torch.device
-    ) -> PackedSequences:
+    def _sequences(self, lead: torch.Size, cu_seqlens: torch.Tensor | None, device: torch.device) -> PackedSequences:
         if len(lead) == 2:
             if cu_seqlens is not None:
                 raise ConfigurationError("cu_seqlens goes with packed [tokens, hidden] input, not with a batch")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from polyshard.core.attention import PackedSequences
@@ -29,11 +31,10 @@ def packed(cu_seqlens: torch.Tensor, tokens: int) -> PackedSequences:
             f"cu_seqlens must be integers [sequences + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         )
     bounds = cu_seqlens.tolist()
-    lengths = tuple(b - a for a, b in zip(bounds, bounds[1:]))
+    lengths = tuple(b - a for a, b in pairwise(bounds))
     if bounds[0] != 0 or bounds[-1] != tokens or min(lengths) < 0:
         raise ConfigurationError(
-            f"cu_seqlens must rise from 0 to the {tokens} tokens given, got {bounds[:8]}{'...' if len(bounds) > 8 else ''}"
-            f" ending in {bounds[-1]}"
+            f"cu_seqlens must rise from 0 to the {tokens} tokens given, got {bounds[:8]} ending in {bounds[-1]}"
         )
     return PackedSequences(cu_seqlens.to(torch.int32), lengths)
 

@@ -78,7 +78,12 @@ def _llama3(inverse: torch.Tensor, scaling: Mapping[str, Any], factor: float) ->
 
 
 def _yarn(
-    inverse: torch.Tensor, dim: int, theta: float, scaling: Mapping[str, Any], factor: float, max_position: int
+    inverse: torch.Tensor,
+    dim: int,
+    theta: float,
+    scaling: Mapping[str, Any],
+    factor: float,
+    max_position: int,
 ) -> tuple[torch.Tensor, float]:
     """Source: Peng et al. 2023, "YaRN"; transformers, `_compute_yarn_parameters`."""
     original = float(scaling.get("original_max_position_embeddings") or max_position)
@@ -96,7 +101,10 @@ def _yarn(
     def dimension(rotations: float) -> float:
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = dimension(float(scaling.get("beta_fast") or 32)), dimension(float(scaling.get("beta_slow") or 1))
+    low, high = (
+        dimension(float(scaling.get("beta_fast") or 32)),
+        dimension(float(scaling.get("beta_slow") or 1)),
+    )
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)

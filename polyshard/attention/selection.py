@@ -20,9 +20,7 @@ KERNELS: Sequence[AttentionKernel] = (TorchVarlen(), CpuFlash(), Chunked())  # f
 ENVIRONMENT_VARIABLE = "POLYSHARD_ATTENTION"
 
 
-def explain(
-    spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool
-) -> list[Accepted | Rejected]:
+def explain(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool) -> list[Accepted | Rejected]:
     """The verdict on every kernel, fastest first."""
     verdicts: list[Accepted | Rejected] = []
     for kernel in KERNELS:

@@ -83,7 +83,11 @@ def check_fit(table: WeightTable, reader: TensorReader, ignore: Sequence[str]) -
         problems.append(f"of another shape ({len(misshapen)}): {_some(misshapen)}")
     for name, entry in tied.items():
         first = entry.checkpoint_names[0]
-        if name in reader.where and first in reader.where and not torch.equal(reader.tensor(name), reader.tensor(first)):
+        if (
+            name in reader.where
+            and first in reader.where
+            and not torch.equal(reader.tensor(name), reader.tensor(first))
+        ):
             problems.append(f"{name} and {first} are tied in the model, but differ in the checkpoint")
     if problems:
         raise CheckpointError("the checkpoint does not fit the model; nothing was loaded. " + "; ".join(problems))

@@ -201,7 +201,7 @@ class _Writer:
             self._write_file()
 
     def finish(self, fields: Mapping[str, Any], companions: Path | None) -> None:
-        assert not self.held and self.file_index == len(self.plan), "tensors were left over"
+        assert not self.held, f"tensors were left over: {sorted(self.held)}"
         if len(self.plan) > 1:
             weight_map = {name: self._file_name(i) for i, names in enumerate(self.plan) for name in names}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}

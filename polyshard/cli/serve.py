@@ -58,9 +58,7 @@ def server_command(
     known = registered_models()
     if any(architecture in known for architecture in architectures):
         return [*command, *options]
-    hint = (
-        f" Its config.json names the factory {recorded!r}: pass --trust-checkpoint to run it." if recorded else ""
-    )
+    hint = f" Its config.json names the factory {recorded!r}: pass --trust-checkpoint to run it." if recorded else ""
     raise RegistrationError(
         f"no model is registered for {directory}, whose architectures are {architectures}; registered: "
         f"{sorted(known) or 'none'}. Pass --factory module:attribute, or set POLYSHARD_MODELS.{hint}"

@@ -80,9 +80,7 @@ class Capabilities:
         """Raise `AdapterError` with the recorded reason where the feature is not available."""
         answer = self.support[feature]
         if not answer.available:
-            raise AdapterError(
-                f"adapter {self.owner!r} has no {FEATURES[feature]}: {answer.reason} ({answer.whose})"
-            )
+            raise AdapterError(f"adapter {self.owner!r} has no {FEATURES[feature]}: {answer.reason} ({answer.whose})")
 
 
 @dataclass(frozen=True, slots=True)

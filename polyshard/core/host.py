@@ -79,9 +79,7 @@ def check_served_interface(model: nn.Module, name: str) -> None:
     except TypeError as error:
         missing.append(f"a forward that takes (input_ids, positions): {error}")
     if missing:
-        raise RegistrationError(
-            f"model {name!r} ({type(model).__name__}) lacks {' and '.join(missing)}; {INTERFACE}"
-        )
+        raise RegistrationError(f"model {name!r} ({type(model).__name__}) lacks {' and '.join(missing)}; {INTERFACE}")
 
 
 def describe(factory: Any) -> str:

@@ -44,9 +44,7 @@ class ParallelLayout:
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise LayoutError(f"{axis} parallel size must be a positive integer, got {size!r}")
         if self.data % self.expert:
-            raise LayoutError(
-                f"expert parallel size {self.expert} must divide the data parallel size {self.data}"
-            )
+            raise LayoutError(f"expert parallel size {self.expert} must divide the data parallel size {self.data}")
 
     @classmethod
     def for_world(

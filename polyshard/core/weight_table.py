@@ -74,9 +74,7 @@ class WeightTable(Mapping[str, WeightEntry]):
         return targets
 
 
-def attach_layouts(
-    module: nn.Module, layouts: Mapping[str, WeightLayout], tensor_rank: int, tensor_size: int
-) -> None:
+def attach_layouts(module: nn.Module, layouts: Mapping[str, WeightLayout], tensor_rank: int, tensor_size: int) -> None:
     """Record the layouts of a layer's parameters on the layer; `layouts` is keyed by `weight` and `bias`.
 
     A library may keep its parameter deeper (`layer.weight` inside a wrapper): the one parameter whose last name

@@ -1,8 +1,8 @@
 """Models by name: how a factory reaches every process of a serving engine."""
 
 from polyshard.registry.models import (
-    ENVIRONMENT_VARIABLE,
     ENTRY_POINT_GROUP,
+    ENVIRONMENT_VARIABLE,
     register_model,
     registered_models,
 )

@@ -86,11 +86,13 @@ def _from_environment() -> dict[str, RegisteredModel]:
     models = {}
     for name, entry in entries.items():
         fields = {"factory": entry} if isinstance(entry, str) else entry
-        if not isinstance(fields, dict) or not isinstance(fields.get("factory"), str) or set(fields) - {"factory", "adapter"}:
+        if (
+            not isinstance(fields, dict)
+            or not isinstance(fields.get("factory"), str)
+            or set(fields) - {"factory", "adapter"}
+        ):
             raise RegistrationError(f"{ENVIRONMENT_VARIABLE}: {name!r} is {entry!r}; {expected}")
-        models[name] = RegisteredModel(
-            name=name, reference=fields["factory"], adapter=fields.get("adapter", "vllm")
-        )
+        models[name] = RegisteredModel(name=name, reference=fields["factory"], adapter=fields.get("adapter", "vllm"))
     return models
 
 

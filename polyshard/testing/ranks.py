@@ -56,7 +56,10 @@ def run_ranks(
     for rank in range(world_size):
         receiving, sending = spawn.Pipe(duplex=False)
         process = spawn.Process(
-            target=_run, args=(function, args, rank, world_size, port, sending), name=f"rank {rank}", daemon=True
+            target=_run,
+            args=(function, args, rank, world_size, port, sending),
+            name=f"rank {rank}",
+            daemon=True,
         )
         process.start()
         sending.close()
@@ -72,7 +75,12 @@ def run_ranks(
 
 
 def _run(
-    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int, pipe: Connection
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    rank: int,
+    world_size: int,
+    port: int,
+    pipe: Connection,
 ) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -92,9 +100,7 @@ def _run(
     pipe.close()
 
 
-def _collect(
-    processes: list[Any], pipes: list[Connection], timeout: float, silent: tuple[int, ...]
-) -> list[Any]:
+def _collect(processes: list[Any], pipes: list[Connection], timeout: float, silent: tuple[int, ...]) -> list[Any]:
     deadline = time.monotonic() + timeout
     answers: dict[int, tuple[str, Any]] = {}
     open_pipes = {pipe: rank for rank, pipe in enumerate(pipes)}

@@ -1,6 +1,6 @@
 """Run under torchrun: one engine over the ranks (vLLM's external launcher), for each adapter's layers in turn.
 
-    torchrun --nproc-per-node 2 colocated.py ADAPTERS PROMPTS_JSON TOKENS DIRECTORY...
+torchrun --nproc-per-node 2 colocated.py ADAPTERS PROMPTS_JSON TOKENS DIRECTORY...
 """
 
 import json

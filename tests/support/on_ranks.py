@@ -79,4 +79,8 @@ def training_curve(directory: Path, batches: list, sizes: dict, engine: dict, op
     trainer.close()
     rank = context.rank
     ps.shutdown(context)
-    return {"losses": losses, "norms": norms, "weights": {k: v.clone() for k, v in weights.items()} if rank == 0 else {}}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "weights": {k: v.clone() for k, v in weights.items()} if rank == 0 else {},
+    }

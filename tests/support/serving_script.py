@@ -1,6 +1,6 @@
 """A user's script: registers a factory of its own inside the guard, and starts an engine with spawned workers.
 
-    python serving_script.py DIRECTORY TENSOR_PARALLEL ADAPTER PROMPTS_JSON TOKENS
+python serving_script.py DIRECTORY TENSOR_PARALLEL ADAPTER PROMPTS_JSON TOKENS
 """
 
 import json

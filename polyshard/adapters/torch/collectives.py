@@ -98,9 +98,7 @@ def gather_sequence(tensor: torch.Tensor, axis: ParallelAxis, dim: int = -2) -> 
         return tensor
     group = _collectives(axis)
     dim = dim % tensor.dim()
-    return _Communicate.apply(
-        tensor, lambda t: group.all_gather(t, dim), lambda g: group.reduce_scatter(g, dim)
-    )
+    return _Communicate.apply(tensor, lambda t: group.all_gather(t, dim), lambda g: group.reduce_scatter(g, dim))
 
 
 def scatter_sum_sequence(tensor: torch.Tensor, axis: ParallelAxis, dim: int = -2) -> torch.Tensor:
@@ -110,9 +108,7 @@ def scatter_sum_sequence(tensor: torch.Tensor, axis: ParallelAxis, dim: int = -2
     group = _collectives(axis)
     dim = dim % tensor.dim()
     require_divisible_sequence(tensor, axis, dim)
-    return _Communicate.apply(
-        tensor, lambda t: group.reduce_scatter(t, dim), lambda g: group.all_gather(g, dim)
-    )
+    return _Communicate.apply(tensor, lambda t: group.reduce_scatter(t, dim), lambda g: group.all_gather(g, dim))
 
 
 def require_divisible_sequence(tensor: torch.Tensor, axis: ParallelAxis, dim: int) -> None:
@@ -133,8 +129,6 @@ def sum_gradient(parameter: torch.Tensor, axis: ParallelAxis) -> torch.Tensor:
     return copy_to_region(parameter, axis)
 
 
-def transform_gradient(
-    parameter: torch.Tensor, transform: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
+def transform_gradient(parameter: torch.Tensor, transform: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """Identity forward; `transform` is applied to the gradient."""
     return _Communicate.apply(parameter, _same, transform)

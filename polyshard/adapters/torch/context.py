@@ -131,21 +131,20 @@ def _make_axis(
     layout: ParallelLayout, name: Axis, rank: int, timeout: float, guard: FailureGuard
 ) -> tuple[ParallelAxis, dist.ProcessGroup | None]:
     """One axis of this rank, and its group where one had to be made. All ranks call this in the same order."""
-    mine, made = (rank,), None
-    group: dist.ProcessGroup | None = None
+    mine: tuple[int, ...] = (rank,)
+    made: Any = None
+    group: Any = None
     for ranks in layout.groups(name):
         if len(ranks) == 1:
             candidate = None
         elif len(ranks) == layout.world_size:
             candidate = dist.group.WORLD
         else:
-            candidate = made_now = dist.new_group(list(ranks), timeout=timedelta(seconds=backend_timeout(timeout)))
-            made = made_now if rank in ranks else made
+            candidate = dist.new_group(list(ranks), timeout=timedelta(seconds=backend_timeout(timeout)))
+            made = candidate if rank in ranks else made
         if rank in ranks:
             mine, group = ranks, candidate
-    collectives = (
-        None if group is None else TorchCollectives(group=group, size=len(mine), name=name, guard=guard)
-    )
+    collectives = None if group is None else TorchCollectives(group=group, size=len(mine), name=name, guard=guard)
     return (
         ParallelAxis(name=name, ranks=mine, rank=mine.index(rank), group=group, collectives=collectives),
         made,

@@ -91,9 +91,7 @@ def vocab_parallel_cross_entropy(
                 f"target {int(flat_targets[wrong][0])} is outside the vocabulary of {vocab_size} "
                 f"and is not ignore_index ({ignore_index})"
             )
-    losses = _VocabParallelCrossEntropy.apply(
-        flat, flat_targets, axis, vocab_size, ignore_index, label_smoothing
-    )
+    losses = _VocabParallelCrossEntropy.apply(flat, flat_targets, axis, vocab_size, ignore_index, label_smoothing)
     if reduction == "none":
         return losses.view(targets.shape)
     if reduction == "sum":

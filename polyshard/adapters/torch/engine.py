@@ -25,6 +25,7 @@ from polyshard.core.weight_table import collect_layouts
 
 logger = logging.getLogger(__name__)
 
+
 class TorchEngine:
     """`TrainingEngine` on DDP or FSDP2, over the data axis; tensor parallelism is the model's own.
 
@@ -129,7 +130,7 @@ class TorchEngine:
                 parameter = parameters[name]
                 if value.shape != parameter.shape:
                     raise LayoutError(
-                        f"{name}: expected this rank's shard of shape {tuple(parameter.shape)}, got {tuple(value.shape)}"
+                        f"{name}: this rank's shard is {tuple(parameter.shape)}, but {tuple(value.shape)} was given"
                     )
                 parameter.copy_(_like(value, parameter))
 
@@ -167,12 +168,10 @@ def _fully_shard(model: nn.Module, context: ParallelContext, chosen: Callable[[n
     fully_shard(model, mesh=mesh)
 
 
-def _like(value: torch.Tensor, parameter: nn.Parameter) -> Any:
+def _like(value: torch.Tensor, parameter: Any) -> Any:
     if not is_dtensor(parameter):
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    mesh = parameter.device_mesh  # pyrefly: ignore  # checked by is_dtensor
-    return distribute_tensor(
-        value.to(parameter.device), mesh, parameter.placements, src_data_rank=None  # pyrefly: ignore  # likewise
-    )
+    where = parameter.device_mesh, parameter.placements
+    return distribute_tensor(value.to(parameter.device), *where, src_data_rank=None)

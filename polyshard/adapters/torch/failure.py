@@ -77,7 +77,12 @@ class RankMonitor:
                 return  # the store is gone, and with it whoever kept it; the next collective will say so
 
     def _beat(self, state: str) -> None:
-        beat = {"time": time.time(), "state": state, "entered": dict(self._entered), "operation": self._operation}
+        beat = {
+            "time": time.time(),
+            "state": state,
+            "entered": dict(self._entered),
+            "operation": self._operation,
+        }
         self._store.set(self._key(self._rank), json.dumps(beat))
 
     def _key(self, rank: int) -> str:

@@ -20,7 +20,7 @@ from polyshard.adapters.torch.collectives import (
 from polyshard.adapters.torch.cross_entropy import vocab_parallel_cross_entropy
 from polyshard.adapters.torch.norm import RMSNorm
 from polyshard.core.context import ParallelContext
-from polyshard.core.linear import sum_replicas
+from polyshard.core.replicas import sum_replicas
 from polyshard.core.weight_layout import Segment, WeightLayout
 
 
@@ -55,7 +55,12 @@ class ColumnParallelLinear(nn.Module):
     """
 
     def __init__(
-        self, input_size: int, output_size: int, segments: tuple[Segment, ...], context: ParallelContext, bias: bool
+        self,
+        input_size: int,
+        output_size: int,
+        segments: tuple[Segment, ...],
+        context: ParallelContext,
+        bias: bool,
     ) -> None:
         super().__init__()
         self.input_size, self.output_size = input_size, output_size
@@ -145,7 +150,12 @@ class VocabParallelHead(nn.Module):
     """Logits over this rank's part of the vocabulary; columns that only pad it are -inf."""
 
     def __init__(
-        self, hidden_size: int, vocab_size: int, context: ParallelContext, bias: bool, weight: nn.Parameter | None
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        context: ParallelContext,
+        bias: bool,
+        weight: nn.Parameter | None,
     ) -> None:
         super().__init__()
         self.axis = context.axis("tensor")
@@ -209,9 +219,7 @@ class TorchLinearAdapter:
         """The counterpart of a column-parallel layer."""
         return RowParallelLinear(input_size, output_size, parallel_context, bias)
 
-    def create_vocab_embedding(
-        self, num_embeddings: int, embedding_dim: int, parallel_context: Any
-    ) -> nn.Module:
+    def create_vocab_embedding(self, num_embeddings: int, embedding_dim: int, parallel_context: Any) -> nn.Module:
         """Token embedding."""
         return VocabParallelEmbedding(num_embeddings, embedding_dim, parallel_context)
 
@@ -228,12 +236,12 @@ class TorchLinearAdapter:
         assert weight is None or isinstance(weight, nn.Parameter)
         return VocabParallelHead(hidden_size, vocab_size, parallel_context, bias, weight)
 
-    def create_norm(
-        self, hidden_size: int, parallel_context: Any, eps: float, partial_gradient: bool
-    ) -> nn.Module:
+    def create_norm(self, hidden_size: int, parallel_context: Any, eps: float, partial_gradient: bool) -> nn.Module:
         """RMS norm."""
         return RMSNorm(hidden_size, parallel_context, eps, partial_gradient)
 
-    def vocab_parallel_cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor, parallel_context: Any, **options: Any) -> torch.Tensor:
+    def vocab_parallel_cross_entropy(
+        self, logits: torch.Tensor, targets: torch.Tensor, parallel_context: Any, **options: Any
+    ) -> torch.Tensor:
         """See `polyshard.vocab_parallel_cross_entropy`."""
         return vocab_parallel_cross_entropy(logits, targets, parallel_context.axis("tensor"), **options)

@@ -46,7 +46,7 @@ class PagedAttention(nn.Module):
 
 
 def paged_attention_factory(vllm_config: VllmConfig) -> AttentionFactory:
-    """Makes the attention cores of one model. A layer without an index takes the next one: vLLM needs distinct names."""
+    """Makes the attention cores of one model; a layer without an index takes the next one, for a name of its own."""
     next_index = count()
 
     def create(spec: AttentionSpec) -> PagedAttention:

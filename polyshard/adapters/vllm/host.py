@@ -8,7 +8,7 @@ from polyshard.core.host import ModelFactory, RegisteredModel
 
 
 class VllmHost:
-    """Puts a class object into vLLM's registry: the lazy string form costs a subprocess of 11 s, and caches its flags."""
+    """Puts a class object into vLLM's registry: the lazy string form costs a subprocess, and caches stale flags."""
 
     def register(self, model: RegisteredModel, factory: ModelFactory) -> None:
         """Make this process's vLLM know `model`."""

@@ -24,10 +24,10 @@ from polyshard.core.errors import AdapterError
 class VllmHead(nn.Module):
     """`ParallelLMHead` as a layer: vLLM itself applies it in its sampler."""
 
-    def __init__(self, hidden_size: int, vocab_size: int, bias: bool, tied_to: nn.Module | None) -> None:
+    def __init__(self, hidden_size: int, vocab_size: int, bias: bool, tied_to: Any) -> None:
         super().__init__()
         head = ParallelLMHead(vocab_size, hidden_size, bias=bias)
-        self.head = head if tied_to is None else head.tie_weights(tied_to)
+        self.head: Any = head if tied_to is None else head.tie_weights(tied_to)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Local logits `[..., padded vocabulary / tensor size]`; the host drops the padding after gathering."""
@@ -50,7 +50,7 @@ class VllmLinearAdapter:
         self, input_size: int, output_sizes: list[int], parallel_context: Any, bias: bool = False
     ) -> nn.Module:
         """vLLM's MergedColumnParallelLinear."""
-        layer = MergedColumnParallelLinear(input_size, output_sizes, bias=bias, return_bias=False)
+        layer: Any = MergedColumnParallelLinear(input_size, output_sizes, bias=bias, return_bias=False)
         layer.shard_ids = tuple(range(len(output_sizes)))
         return layer
 
@@ -64,7 +64,7 @@ class VllmLinearAdapter:
         bias: bool = False,
     ) -> nn.Module:
         """vLLM's QKVParallelLinear."""
-        layer = QKVParallelLinear(hidden_size, head_dim, num_heads, num_kv_heads, bias=bias, return_bias=False)
+        layer: Any = QKVParallelLinear(hidden_size, head_dim, num_heads, num_kv_heads, bias=bias, return_bias=False)
         layer.shard_ids = QKV_SHARD_IDS
         return layer
 
@@ -74,9 +74,7 @@ class VllmLinearAdapter:
         """vLLM's RowParallelLinear."""
         return RowParallelLinear(input_size, output_size, bias=bias, input_is_parallel=True, return_bias=False)
 
-    def create_vocab_embedding(
-        self, num_embeddings: int, embedding_dim: int, parallel_context: Any
-    ) -> nn.Module:
+    def create_vocab_embedding(self, num_embeddings: int, embedding_dim: int, parallel_context: Any) -> nn.Module:
         """vLLM's VocabParallelEmbedding."""
         return VocabParallelEmbedding(num_embeddings, embedding_dim)
 
@@ -91,9 +89,7 @@ class VllmLinearAdapter:
         """vLLM's ParallelLMHead."""
         return VllmHead(hidden_size, vocab_size, bias, tied_to)
 
-    def create_norm(
-        self, hidden_size: int, parallel_context: Any, eps: float, partial_gradient: bool
-    ) -> nn.Module:
+    def create_norm(self, hidden_size: int, parallel_context: Any, eps: float, partial_gradient: bool) -> nn.Module:
         """vLLM's RMSNorm."""
         return RMSNorm(hidden_size, eps=eps)
 

@@ -97,7 +97,11 @@ def load_weights(
 
 
 def _load_one(
-    model: nn.Module, parameters: dict[str, nn.Parameter], entry: WeightEntry, index: int, tensor: torch.Tensor
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    entry: WeightEntry,
+    index: int,
+    tensor: torch.Tensor,
 ) -> None:
     _call_loader(model, parameters, entry.parameter, len(entry.checkpoint_names), index, tensor)
     for other in entry.tied_parameters:
@@ -107,7 +111,12 @@ def _load_one(
 
 
 def _call_loader(
-    model: nn.Module, parameters: dict[str, nn.Parameter], name: str, count: int, index: int, tensor: torch.Tensor
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    name: str,
+    count: int,
+    index: int,
+    tensor: torch.Tensor,
 ) -> None:
     parameter = parameters[name]
     loader: Any = parameter.weight_loader  # pyrefly: ignore  # set by vLLM's layers or attach_loaders

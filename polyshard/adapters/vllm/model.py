@@ -14,7 +14,7 @@ from polyshard.adapters.vllm.context import serving_context
 from polyshard.adapters.vllm.loading import attach_loaders, load_weights
 from polyshard.core.errors import RegistrationError
 from polyshard.core.host import ModelFactory, RegisteredModel, build_model, check_served_interface
-from polyshard.core.linear import gather_logits
+from polyshard.core.vocabulary import gather_logits
 from polyshard.core.weight_table import collect_layouts
 
 

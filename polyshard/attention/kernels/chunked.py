@@ -132,9 +132,7 @@ class _Chunked(torch.autograd.Function):
         for chunk, logsumexp in zip(_chunks(ctx.lengths, spec), logsumexps):
             rows = chunk.last - chunk.first
             keys, values = (t[chunk.low : chunk.high].transpose(0, 1) for t in (k, v))
-            queries, grad_out, row_delta = (
-                _fold(t, chunk, spec.num_kv_heads) for t in (q, gradients[0], delta)
-            )
+            queries, grad_out, row_delta = (_fold(t, chunk, spec.num_kv_heads) for t in (q, gradients[0], delta))
             scores = _scores(queries, keys, _hidden(chunk, spec, q.device), spec.scale)
             weights = scores.sub_(logsumexp).exp_()
             grad_weights = (grad_out @ values.transpose(1, 2)).to(wide)

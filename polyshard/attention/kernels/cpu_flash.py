@@ -48,9 +48,7 @@ class _PackedFlash(torch.autograd.Function):
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         logsumexps = []
         for run in runs:
-            part, logsumexp = _FORWARD(
-                _batch(q, *run), _batch(k, *run), _batch(v, *run), 0.0, causal, scale=scale
-            )
+            part, logsumexp = _FORWARD(_batch(q, *run), _batch(k, *run), _batch(v, *run), 0.0, causal, scale=scale)
             _batch(out, *run).copy_(part)
             logsumexps.append(logsumexp)
         ctx.save_for_backward(q, k, v, out, *logsumexps)

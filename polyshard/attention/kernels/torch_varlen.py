@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -46,7 +47,7 @@ class TorchVarlen:
         left = -1 if spec.sliding_window is None else spec.sliding_window - 1
         right = 0 if spec.causal else (-1 if spec.sliding_window is None else left)
         known = inspect.signature(varlen_attn).parameters
-        options = {}
+        options: dict[str, Any] = {}
         if spec.num_heads != spec.num_kv_heads:
             if "enable_gqa" in known:
                 options["enable_gqa"] = True
@@ -54,6 +55,5 @@ class TorchVarlen:
                 repeats = spec.num_heads // spec.num_kv_heads
                 k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         cu, longest = sequences.cu_seqlens, sequences.max_length
-        return varlen_attn(
-            q, k, v, cu, cu, longest, longest, scale=spec.scale, window_size=(left, right), **options
-        )
+        attend: Any = varlen_attn
+        return attend(q, k, v, cu, cu, longest, longest, scale=spec.scale, window_size=(left, right), **options)

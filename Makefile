@@ -1,0 +1,51 @@
+# Everything runs in .venv, which `make` builds from the lock by itself: once, and again when the lock changes.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup demo test lint format lock bench clean
+
+help:
+	@echo "make demo    train a real model, serve it in vLLM, prove that both are the same (about six minutes, set-up included)"
+	@echo "make test    the test suite"
+	@echo "make lint    ruff, pyrefly, import-linter"
+	@echo "make bench   the benchmarks"
+	@echo "make lock    regenerate requirements/*.lock"
+
+setup: $(READY)
+
+$(READY): requirements/cpu.lock requirements/cpu-source.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -r requirements/cpu-source.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python benchmarks/attention.py
+
+lock: $(READY)
+	$(BIN)/python tools/lock.py
+
+clean:
+	rm -rf $(VENV) runs

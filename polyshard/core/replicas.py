@@ -1,0 +1,30 @@
+"""Gradients of parts that several tensor-parallel ranks hold alike."""
+
+from __future__ import annotations
+
+import torch
+
+from polyshard.core.context import ParallelAxis
+from polyshard.core.weight_layout import WeightLayout
+
+
+def sum_replicas(gradient: torch.Tensor, layout: WeightLayout, axis: ParallelAxis) -> torch.Tensor:
+    """A shard's gradient with each replicated segment summed over the ranks that hold it.
+
+    Args:
+        gradient: local gradient, sharded along dimension 0 as `layout` says (a weight's or its bias's).
+        layout: of the weight.
+        axis: the tensor axis.
+    """
+    result = gradient.clone()
+    for index, segment in enumerate(layout.segments):
+        if segment.replicas(axis.size) == 1:
+            continue
+        start, length = layout.local_offset(index, axis.rank, axis.size)
+        first = segment.local_range(axis.rank, axis.size)[0]
+        full = gradient.new_zeros((segment.size, *gradient.shape[1:]))
+        full.narrow(0, first, length).copy_(gradient.narrow(0, start, length))
+        assert axis.collectives is not None
+        full = axis.collectives.all_reduce(full)
+        result.narrow(0, start, length).copy_(full.narrow(0, first, length))
+    return result

@@ -1,0 +1,128 @@
+"""Embedding, head and loss over a vocabulary that is sharded over the tensor axis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyshard.core.context import ParallelContext
+from polyshard.core.linear_adapter import adapter_with, choose_adapter, tensor_rank_and_size
+from polyshard.core.weight_layout import Segment, WeightLayout
+from polyshard.core.weight_table import attach_layouts
+
+
+def vocab_embedding(
+    num_embeddings: int, embedding_dim: int, parallel_context: ParallelContext, *, linear: Any = None
+) -> nn.Module:
+    """A token embedding whose rows are sharded over the tensor axis (padded where they do not divide).
+
+    Returns:
+        A module: token ids `[...]` to `[..., embedding_dim]`, whole on every rank (under sequence parallel: sharded
+        along the sequence).
+    """
+    adapter = adapter_with(choose_adapter(linear, parallel_context), "create_vocab_embedding")
+    rank, size = tensor_rank_and_size(parallel_context)
+    layer = adapter.create_vocab_embedding(num_embeddings, embedding_dim, parallel_context)
+    layout = vocab_layout((num_embeddings, embedding_dim), adapter)
+    attach_layouts(layer, {"weight": layout}, rank, size)
+    return layer
+
+
+def lm_head(
+    hidden_size: int,
+    vocab_size: int,
+    parallel_context: ParallelContext,
+    *,
+    bias: bool = False,
+    tied_to: nn.Module | None = None,
+    linear: Any = None,
+) -> nn.Module:
+    """The output projection onto the vocabulary, sharded over the tensor axis.
+
+    Args:
+        hidden_size: size of the hidden states.
+        vocab_size: logical vocabulary size.
+        parallel_context: where this process stands.
+        bias: add a bias.
+        tied_to: the embedding, of the same adapter, whose weight this head shares.
+        linear: another library's layer for this one.
+
+    Returns:
+        A module `[..., hidden_size] -> [..., local vocabulary]`; columns that only pad the vocabulary are -inf.
+        Feed it to `vocab_parallel_cross_entropy`, or to `gather_logits` for the full logits.
+    """
+    adapter = adapter_with(choose_adapter(linear, parallel_context), "create_lm_head")
+    rank, size = tensor_rank_and_size(parallel_context)
+    layer = adapter.create_lm_head(hidden_size, vocab_size, parallel_context, bias=bias, tied_to=tied_to)
+    layouts = {"weight": vocab_layout((vocab_size, hidden_size), adapter)}
+    if bias:
+        layouts["bias"] = vocab_layout((vocab_size,), adapter)
+    attach_layouts(layer, layouts, rank, size)
+    return layer
+
+
+def vocab_parallel_cross_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    parallel_context: ParallelContext,
+    *,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    linear: Any = None,
+) -> torch.Tensor:
+    """Cross-entropy of logits that are sharded over the vocabulary, by the contract of torch's `cross_entropy`.
+
+    Args:
+        logits: `[..., local vocabulary]`, any float dtype, left untouched; computed in float32 or wider.
+        targets: `[...]` token ids; `ignore_index` is left out of loss, gradient and mean.
+        parallel_context: where this process stands.
+        vocab_size: logical size, where the vocabulary is padded; default the local size times the tensor size.
+        ignore_index: as in torch.
+        reduction: `"mean"`, `"sum"` or `"none"`.
+        label_smoothing: as in torch, over the logical vocabulary.
+        linear: another library's loss.
+
+    Returns:
+        A scalar, or `[...]` with `"none"`; the same on every tensor-parallel rank. float32 (float64 for float64).
+
+    Raises:
+        ValueError: an unknown reduction, or a label smoothing outside [0, 1].
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+    if logits.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"targets {tuple(targets.shape)} must have the shape of logits {tuple(logits.shape)} "
+            "without the last dimension"
+        )
+    adapter = adapter_with(choose_adapter(linear, parallel_context), "vocab_parallel_cross_entropy")
+    return adapter.vocab_parallel_cross_entropy(
+        logits,
+        targets,
+        parallel_context,
+        vocab_size=vocab_size or logits.shape[-1] * parallel_context.get_tensor_parallel_world_size(),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+
+
+def gather_logits(logits: torch.Tensor, parallel_context: ParallelContext, vocab_size: int) -> torch.Tensor:
+    """Full logits `[..., vocab_size]` from a vocabulary-parallel head's, on every rank; no gradient flows back."""
+    axis = parallel_context.axis("tensor")
+    if axis.size > 1:
+        assert axis.collectives is not None
+        logits = axis.collectives.all_gather(logits.detach(), logits.dim() - 1)
+    return logits[..., :vocab_size]
+
+
+def vocab_layout(shape: tuple[int, ...], adapter: Any) -> WeightLayout:
+    """Rows sharded over the tensor axis, padded as the adapter pads."""
+    padding = getattr(adapter, "vocab_padding", 1)
+    return WeightLayout(shape=shape, dim=0, segments=(Segment(size=shape[0], pad_multiple=padding),))
