@@ -22,6 +22,7 @@ def main(
     adapter: Annotated[str, typer.Option(help="Whose layers serve: vllm, or torch.")] = "vllm",
     tensor_parallel: int = 1,
     max_tokens: int = 64,
+    kv_cache_gib: Annotated[float, typer.Option(help="Memory of the KV cache.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:
     """Answer each question."""
@@ -37,6 +38,7 @@ def main(
         **options,
         max_model_len=1024,
         enforce_eager=True,
+        kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
     )
     chats: list[Any] = [[{"role": "user", "content": question}] for question in questions]
     for question, output in zip(questions, llm.chat(chats, SamplingParams(temperature=0.0, max_tokens=max_tokens))):
@@ -44,4 +46,6 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

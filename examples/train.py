@@ -138,4 +138,6 @@ def mean_over_data(value: torch.Tensor, context: ps.ParallelContext) -> float:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

@@ -1,0 +1,81 @@
+"""The OpenAI-compatible server, from the command line alone."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import openai
+import pytest
+
+from polyshard.testing.ranks import free_port
+
+pytestmark = pytest.mark.vllm
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", str(64 << 20)]
+
+
+@contextlib.contextmanager
+def server(command, log, **environment):
+    """A client of a running server; its whole process group is ended afterwards."""
+    port = free_port()
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment}
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*command, *OPTIONS, "--port", str(port)], stdout=file, stderr=file, env=env, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 180
+        while True:
+            assert process.poll() is None, f"the server ended with {process.returncode}:\n{log.read_text()[-6000:]}"
+            assert time.monotonic() < deadline, f"the server did not come up:\n{log.read_text()[-6000:]}"
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                break
+            time.sleep(0.5)
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(15)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def ask(client):
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    model = client.models.list().data[0].id
+    answer = client.chat.completions.create(model=model, messages=chat, temperature=0, max_tokens=16)
+    return answer.choices[0].message.content
+
+
+@pytest.fixture
+def checkpoint(smollm2, tmp_path):
+    """SmolLM2 under an architecture that vLLM does not know."""
+    directory = Path(shutil.copytree(smollm2, tmp_path / "model", copy_function=os.symlink))
+    config = json.loads((smollm2 / "config.json").read_text()) | {"architectures": ["OnlyPolyshardKnows"]}
+    (directory / "config.json").unlink()
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_polyshard_serve(checkpoint, tmp_path):
+    polyshard = str(Path(sys.executable).with_name("polyshard"))
+    command = [polyshard, "serve", str(checkpoint), "--factory", f"{EXAMPLES / 'decoder.py'}:build_model"]
+    with server(command, tmp_path / "log") as client:
+        assert "Paris" in ask(client)
+
+
+def test_plain_vllm_with_the_environment_variable(checkpoint, tmp_path):
+    models = {"OnlyPolyshardKnows": {"factory": f"{EXAMPLES / 'decoder.py'}:build_model", "adapter": "torch"}}
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)]
+    with server(command, tmp_path / "log", POLYSHARD_MODELS=json.dumps(models)) as client:
+        assert "Paris" in ask(client)
