@@ -12,7 +12,13 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 def run(*command, **environment):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "TORCH_COMPILE_DISABLE": "1", **environment}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "TORCH_COMPILE_DISABLE": "1",
+        **environment,
+    }
     env.pop("PYTHONPATH", None)  # the examples need no path but their own folder
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=280, env=env)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-5000:]}"
@@ -32,7 +38,9 @@ def test_train_at_tensor_parallel_3_and_generate(smollm2, tmp_path):
     assert numbers["validation_after"] < numbers["validation_before"]
     assert json.loads((output / "config.json").read_text())["architectures"] == ["PolyshardDecoder"]
 
-    answer = run(sys.executable, EXAMPLES / "generate.py", output, "What is the capital of France?", "--max-tokens", "12")
+    answer = run(
+        sys.executable, EXAMPLES / "generate.py", output, "What is the capital of France?", "--max-tokens", "12"
+    )
     assert "Paris" in answer
 
 

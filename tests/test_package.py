@@ -81,3 +81,14 @@ def test_vllm_absent_is_said_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(room, "find_spec", lambda name: None)
     with pytest.raises(ps.MissingDependencyError, match=r"vLLM is not installed: pip install 'polyshard\[vllm\]'"):
         _ = ps.load_adapter("vllm").host
+
+
+def test_the_table_of_capabilities_in_the_docs_is_current():
+    import importlib.util
+    from pathlib import Path
+
+    path = Path(__file__).resolve().parents[1] / "tools" / "capabilities.py"
+    spec = importlib.util.spec_from_file_location("capabilities_tool", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert tool.page() == tool.PAGE.read_text(), "run python tools/capabilities.py"
