@@ -92,7 +92,6 @@ def test_tensor_parallel_2_on_vllms_and_on_torchs_layers(models):
         "--nproc-per-node",
         "2",
         "--master-port",
-        "29650",
     ]
     script = [str(SUPPORT / "colocated.py"), "vllm,torch", json.dumps(PROMPTS), str(TOKENS)]
     results = run([*torchrun, *script, *directories])

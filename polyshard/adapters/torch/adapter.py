@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from polyshard.core.capabilities import YES, Capabilities, no
 from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.errors import AdapterError
 from polyshard.core.layout import ParallelLayout
+
+logger = logging.getLogger(__name__)
 
 CAPABILITIES = Capabilities(
     "torch",
@@ -65,7 +68,10 @@ class TorchAdapter:
         for axis in ("pipeline", "context", "expert"):
             if getattr(layout, axis) > 1:
                 self.capabilities.require(axis)
-        return initialize(layout, self.linear, device=device, timeout=timeout)
+        context = initialize(layout, self.linear, device=device, timeout=timeout)
+        if layout.sequence_parallel and layout.tensor == 1 and context.rank == 0:
+            logger.warning("sequence_parallel does nothing at tensor-parallel size 1: there is nothing to shard over")
+        return context
 
     def adopt(self, context: ParallelContext) -> GroupContext:
         """torch's layers on the groups of `context`."""

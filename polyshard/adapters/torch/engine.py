@@ -60,6 +60,8 @@ class TorchEngine:
         self._guard = getattr(context, "guard", no_guard)
         self._max_grad_norm = max_grad_norm
         self._sharded = data_parallel == "fsdp" and context.get_data_parallel_world_size() > 1
+        if data_parallel == "fsdp" and not self._sharded:
+            logger.warning("fsdp does nothing at data-parallel size 1: the model is trained unsharded")
         self._module = model
         self._wrapped: nn.Module = model
         if self._sharded:
