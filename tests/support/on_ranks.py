@@ -36,7 +36,7 @@ def full_gradients(model: torch.nn.Module, context: ps.ParallelContext) -> dict[
 
 def loss_and_gradients(directory: Path, inputs: dict, sizes: dict) -> dict:
     """Logits, loss and every gradient, gathered; from the tensor-parallel layout in `sizes`."""
-    context = ps.initialize("torch", timeout=60, **sizes)
+    context = ps.initialize(timeout=60, **sizes)
     model = build(directory, context)
     input_ids, labels, cu_seqlens = inputs["input_ids"], inputs["labels"], inputs.get("cu_seqlens")
     loss = model(input_ids, labels=labels, cu_seqlens=cu_seqlens)
@@ -52,9 +52,9 @@ def loss_and_gradients(directory: Path, inputs: dict, sizes: dict) -> dict:
 
 def training_curve(directory: Path, batches: list, sizes: dict, engine: dict, optimizer: dict) -> dict:
     """Losses and gradient norms of some steps, and the weights after them."""
-    context = ps.initialize("torch", timeout=60, **sizes)
+    context = ps.initialize(timeout=60, **sizes)
     model = build(directory, context)
-    trainer = ps.load_adapter("torch").engine(model, ps.AdamW(**optimizer), context, **engine)
+    trainer = ps.load_adapter(sizes.get("adapter", "torch")).engine(model, ps.AdamW(**optimizer), context, **engine)
     share = context.get_data_parallel_rank()
     losses, norms = [], []
     for input_ids, labels in batches:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from polyshard.adapters.shared.groups import group_context
 from polyshard.adapters.torch.context import DEFAULT_TIMEOUT, initialize, world_size_from_environment
 from polyshard.adapters.torch.engine import TorchEngine
 from polyshard.adapters.torch.linear import TorchLinearAdapter
 from polyshard.core.adapter import OptimizerFactory
 from polyshard.core.capabilities import YES, Capabilities, no
 from polyshard.core.context import GroupContext, ParallelContext
-from polyshard.core.errors import AdapterError
 from polyshard.core.layout import ParallelLayout
 
 logger = logging.getLogger(__name__)
@@ -75,11 +75,7 @@ class TorchAdapter:
 
     def adopt(self, context: ParallelContext) -> GroupContext:
         """torch's layers on the groups of `context`."""
-        if not isinstance(context, GroupContext):
-            raise AdapterError(
-                f"cannot adopt {type(context).__name__}: hand over a polyshard.GroupContext with its axes' collectives"
-            )
-        return dataclasses.replace(context, linear=self.linear)
+        return dataclasses.replace(group_context(context), linear=self.linear)
 
     def engine(
         self, model: nn.Module, optimizer: OptimizerFactory, context: ParallelContext, **options: Any

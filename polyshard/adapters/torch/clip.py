@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from polyshard.adapters.shared.grad_norm import clip_factor, counted_square
 from polyshard.adapters.torch.compat import full_tensor, is_dtensor, local_tensor
 from polyshard.core.context import ParallelContext
-from polyshard.core.weight_layout import WeightLayout
 from polyshard.core.weight_table import WeightTable
 
 
@@ -18,29 +18,23 @@ def global_grad_norm(
 ) -> torch.Tensor:
     """The 2-norm of the logical model's gradient, the same number on every rank; float32 scalar.
 
-    Each logical element counts once: shards are summed over the tensor axis, whole parameters are counted on its
-    first rank, replicated KV heads by their share, and FSDP's shards are summed over the data axis.
+    Shards are summed over the tensor axis, and FSDP's over the data axis too.
     """
-    tensor_axis = context.axis("tensor")
-    data_axis = context.axis("data")
-    zero = torch.zeros((), device=context.device)
-    over_data, everywhere = zero.clone(), zero.clone()
+    tensor_axis, data_axis = context.axis("tensor"), context.axis("data")
+    over_data, everywhere = torch.zeros(2, device=context.device).unbind(0)
     for name, parameter in named_parameters:
         if parameter.grad is None:
             continue
         layout = table[name].layout
-        if layout.has_replicas(tensor_axis.size):
-            everywhere += _replicated_square(full_tensor(parameter.grad), layout, tensor_axis.rank, tensor_axis.size)
-        elif layout.dim is not None or tensor_axis.rank == 0:
-            square = torch.linalg.vector_norm(local_tensor(parameter.grad), dtype=torch.float32).square()
-            if is_dtensor(parameter.grad):
-                over_data += square
-            else:
-                everywhere += square
+        if is_dtensor(parameter.grad) and not layout.has_replicas(tensor_axis.size):
+            local = local_tensor(parameter.grad)
+            over_data = over_data + counted_square(local, layout, tensor_axis.rank, tensor_axis.size)
+        else:
+            whole = full_tensor(parameter.grad)
+            everywhere = everywhere + counted_square(whole, layout, tensor_axis.rank, tensor_axis.size)
     if tensor_axis.size > 1:
         assert tensor_axis.collectives is not None
-        both = tensor_axis.collectives.all_reduce(torch.stack((over_data, everywhere)))
-        over_data, everywhere = both.unbind(0)
+        over_data, everywhere = tensor_axis.collectives.all_reduce(torch.stack((over_data, everywhere))).unbind(0)
     if data_axis.size > 1:
         assert data_axis.collectives is not None
         over_data = data_axis.collectives.all_reduce(over_data)
@@ -49,16 +43,7 @@ def global_grad_norm(
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: torch.Tensor, max_norm: float) -> None:
     """Scale gradients in place so that their norm is at most `max_norm`."""
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    factor = clip_factor(norm, max_norm)
     for parameter in parameters:
         if parameter.grad is not None:
             local_tensor(parameter.grad).mul_(factor)
-
-
-def _replicated_square(gradient: torch.Tensor, layout: WeightLayout, rank: int, size: int) -> torch.Tensor:
-    total = torch.zeros((), device=gradient.device)
-    for index, segment in enumerate(layout.segments):
-        start, length = layout.local_offset(index, rank, size)
-        part = gradient.narrow(layout.dim or 0, start, length)
-        total += torch.linalg.vector_norm(part, dtype=torch.float32).square() / segment.replicas(size)
-    return total

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from polyshard.adapters.shared.loss import check_targets
 from polyshard.core.context import ParallelAxis
 
 
@@ -84,13 +85,7 @@ def vocab_parallel_cross_entropy(
     """
     flat = logits.reshape(-1, logits.shape[-1])
     flat_targets = targets.reshape(-1)
-    if flat_targets.device.type == "cpu":
-        wrong = ((flat_targets < 0) | (flat_targets >= vocab_size)) & (flat_targets != ignore_index)
-        if wrong.any():
-            raise ValueError(
-                f"target {int(flat_targets[wrong][0])} is outside the vocabulary of {vocab_size} "
-                f"and is not ignore_index ({ignore_index})"
-            )
+    check_targets(flat_targets, vocab_size, ignore_index)
     losses = _VocabParallelCrossEntropy.apply(flat, flat_targets, axis, vocab_size, ignore_index, label_smoothing)
     if reduction == "none":
         return losses.view(targets.shape)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from polyshard.adapters.shared.weights import check_shard
 from polyshard.adapters.torch.clip import clip_gradients, global_grad_norm
 from polyshard.adapters.torch.compat import (
     fsdp_function,
@@ -20,7 +21,7 @@ from polyshard.adapters.torch.compat import (
 )
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, no_guard
-from polyshard.core.errors import ConfigurationError, LayoutError
+from polyshard.core.errors import ConfigurationError
 from polyshard.core.weight_table import collect_layouts
 
 logger = logging.getLogger(__name__)
@@ -130,10 +131,7 @@ class TorchEngine:
         with torch.no_grad():
             for name, value in weights:
                 parameter = parameters[name]
-                if value.shape != parameter.shape:
-                    raise LayoutError(
-                        f"{name}: this rank's shard is {tuple(parameter.shape)}, but {tuple(value.shape)} was given"
-                    )
+                check_shard(name, value, tuple(parameter.shape))
                 parameter.copy_(_like(value, parameter))
 
     def close(self) -> None:

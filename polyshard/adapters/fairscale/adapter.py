@@ -1,0 +1,81 @@
+"""The FairScale adapter: what it can do, and its entry points."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from polyshard.adapters.fairscale.context import adopt
+from polyshard.adapters.fairscale.linear import FairscaleLinearAdapter
+from polyshard.core.adapter import OptimizerFactory
+from polyshard.core.capabilities import YES, Capabilities, no
+from polyshard.core.context import GroupContext, ParallelContext
+from polyshard.core.discovery import load_adapter
+from polyshard.core.errors import MissingDependencyError
+from polyshard.core.layout import ParallelLayout
+
+if TYPE_CHECKING:
+    from polyshard.adapters.fairscale.engine import FairscaleEngine
+
+CAPABILITIES = Capabilities(
+    "fairscale",
+    {
+        "tensor": YES,
+        "sequence": no("never", "FairScale has no sequence-parallel layers, and is no longer developed"),
+        "data": YES,
+        "fsdp": no("never", "FullyShardedDataParallel needs CUDA streams; torch's FSDP2 has replaced it"),
+        "zero1": YES,
+        "zero2": YES,
+        "zero3": no("never", "FairScale's stage 3 is its FullyShardedDataParallel"),
+        "pipeline": no("never", "its Pipe runs in one process"),
+        "context": no("never", "FairScale has none"),
+        "expert": no("notimpl", "its MOELayer is not wired up"),
+        "cpu": YES,
+        "cuda": YES,
+        "training": YES,
+        "serving": YES,
+    },
+)
+
+
+class FairscaleAdapter:
+    """`Adapter` of FairScale."""
+
+    name = "fairscale"
+    capabilities = CAPABILITIES
+
+    def __init__(self) -> None:
+        self.linear = FairscaleLinearAdapter()
+
+    def initialize(self, layout: ParallelLayout | None = None, **options: Any) -> GroupContext:
+        """Groups as the torch adapter makes them, with FairScale's layers; options are the torch adapter's."""
+        _require_fairscale()
+        layout = layout or ParallelLayout()
+        if layout.sequence_parallel:
+            self.capabilities.require("sequence")
+        return self.adopt(load_adapter("torch").initialize(layout, **options))
+
+    def adopt(self, context: ParallelContext) -> GroupContext:
+        """FairScale's layers on the groups of `context`."""
+        _require_fairscale()
+        return adopt(context, self.linear)
+
+    def engine(
+        self, model: nn.Module, optimizer: OptimizerFactory, context: ParallelContext, **options: Any
+    ) -> FairscaleEngine:
+        """OSS with ShardedDataParallel or DDP around `model`; options are those of `FairscaleEngine`."""
+        from polyshard.adapters.fairscale.engine import FairscaleEngine
+
+        return FairscaleEngine(model, optimizer, context, **options)
+
+    def shutdown(self, context: ParallelContext) -> None:
+        """Give FairScale's group back, and undo what `initialize` made."""
+        for undo in getattr(context, "on_shutdown", ()):
+            undo()
+
+
+def _require_fairscale() -> None:
+    if find_spec("fairscale") is None:
+        raise MissingDependencyError("FairScale is not installed: pip install 'polyshard[fairscale]'")

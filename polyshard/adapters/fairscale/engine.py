@@ -1,0 +1,145 @@
+"""FairScale's training engines: OSS (ZeRO-1) with torch's DDP, and OSS with ShardedDataParallel (ZeRO-2)."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from polyshard.adapters.fairscale.compat import OSS, sharded_data_parallel
+from polyshard.adapters.shared.grad_norm import clip_factor, counted_square
+from polyshard.adapters.shared.weights import load_shards
+from polyshard.core.adapter import OptimizerFactory, StepResult
+from polyshard.core.context import ParallelContext, no_guard
+from polyshard.core.errors import ConfigurationError
+from polyshard.core.weight_table import collect_layouts
+
+logger = logging.getLogger(__name__)
+
+
+class FairscaleEngine:
+    """`TrainingEngine` of FairScale, over the data axis.
+
+    Args:
+        model: as its factory built it with `context`.
+        optimizer: its class, groups and settings are handed to OSS, which makes one for this rank's share.
+        context: where this process stands.
+        zero_stage: 1 for OSS with torch's DDP, 2 for OSS with ShardedDataParallel.
+        max_grad_norm: clip the whole model's gradient to this norm; None does not clip.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerFactory,
+        context: ParallelContext,
+        *,
+        zero_stage: int = 2,
+        max_grad_norm: float | None = 1.0,
+    ) -> None:
+        if zero_stage not in (1, 2):
+            raise ConfigurationError(
+                f"zero_stage must be 1 (OSS with DDP) or 2 (OSS with ShardedDDP), got {zero_stage!r}"
+            )
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ConfigurationError(f"max_grad_norm must be positive, or None, got {max_grad_norm}")
+        self.context = context
+        self.table = collect_layouts(model)
+        self._guard = getattr(context, "guard", no_guard)
+        self._max_grad_norm = max_grad_norm
+        self._module = model
+        template = optimizer(model.named_parameters())
+        group = context.get_data_parallel_group()
+        optimizer_class: Any = type(template)
+        accepted = inspect.signature(optimizer_class).parameters  # defaults hold more than the constructor takes
+        settings = {name: value for name, value in template.defaults.items() if name in accepted}
+        self.optimizer = OSS(template.param_groups, optim=optimizer_class, group=group, **settings)
+        # Stage 2 leaves each gradient with the rank that owns its optimizer state.
+        self._owned_only = zero_stage == 2 and context.get_data_parallel_world_size() > 1
+        with self._guard("data parallel setup"):
+            self._wrapped: Any = (
+                sharded_data_parallel(model, self.optimizer, group)
+                if zero_stage == 2
+                else DistributedDataParallel(model, process_group=group)
+            )
+
+    @property
+    def module(self) -> nn.Module:
+        """The model as the factory built it."""
+        return self._module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward."""
+        with self._guard("data forward"):
+            return self._wrapped(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate gradients, averaged over the data axis."""
+        with self._guard("data backward"):
+            loss.backward()
+
+    def step(self) -> StepResult:
+        """Clip, update, clear. A gradient that is not finite leaves the weights as they are, with a warning."""
+        with self._guard("data step"):
+            norm = self._grad_norm()
+            value = float(norm)
+            finite = value == value and value != float("inf")
+            if finite:
+                if self._max_grad_norm is not None:
+                    factor = clip_factor(norm, self._max_grad_norm)
+                    for parameter in self._module.parameters():
+                        if parameter.grad is not None:
+                            parameter.grad.mul_(factor)
+                self.optimizer.step()
+            else:
+                logger.warning("gradient norm is %s: this step is skipped", value)
+        self.zero_grad()
+        return StepResult(grad_norm=value, skipped=not finite)
+
+    def zero_grad(self) -> None:
+        """Forget accumulated gradients."""
+        self._wrapped.zero_grad(set_to_none=True)
+
+    def set_learning_rate(self, lr: float) -> None:
+        """For the next step on."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def accumulate(self) -> AbstractContextManager[None]:
+        """Around all micro-batches but the last."""
+        return self._wrapped.no_sync()
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names as built, and tensor-parallel shards."""
+        for name, parameter in self._module.named_parameters():
+            yield name, parameter.detach()
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Set parameters from tensor-parallel shards."""
+        load_shards(dict(self._module.named_parameters()), weights)
+
+    def close(self) -> None:
+        """Drop the wrapper's hold on the process group."""
+        self._wrapped = self._module
+
+    def _grad_norm(self) -> torch.Tensor:
+        tensor_axis, data_axis = self.context.axis("tensor"), self.context.axis("data")
+        total = torch.zeros((), device=self.context.device)
+        owner = self.optimizer._param_to_rank if self._owned_only else None
+        for name, parameter in self._module.named_parameters():
+            if parameter.grad is None or (owner is not None and owner[parameter] != data_axis.rank):
+                continue
+            total = total + counted_square(parameter.grad, self.table[name].layout, tensor_axis.rank, tensor_axis.size)
+        if tensor_axis.size > 1:
+            assert tensor_axis.collectives is not None
+            total = tensor_axis.collectives.all_reduce(total)
+        if self._owned_only:
+            assert data_axis.collectives is not None
+            total = data_axis.collectives.all_reduce(total)
+        return total.sqrt()

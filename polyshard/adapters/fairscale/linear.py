@@ -1,0 +1,100 @@
+"""FairScale's own parallel layers under polyshard's `LinearAdapter`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyshard.adapters.shared.head import PaddedHead, padded_size, tied_weight
+from polyshard.adapters.shared.loss import token_losses
+from polyshard.core.discovery import load_adapter
+
+logger = logging.getLogger(__name__)
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _initial(parallel_context: Any, std: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """FairScale calls this on the full weight on every rank, then slices: alike at every size where seeds are."""
+    return partial(nn.init.normal_, std=std) if getattr(parallel_context, "initialize_weights", True) else _leave
+
+
+def _placed(layer: nn.Module, parallel_context: Any) -> nn.Module:
+    """FairScale's constructors know neither device nor dtype."""
+    return layer.to(device=parallel_context.device, dtype=torch.get_default_dtype())
+
+
+class FairscaleLinearAdapter:
+    """`LinearAdapter` of FairScale. The layers read FairScale's global group: see `context.adopt`."""
+
+    plain_outputs = True
+    vocab_padding = 1
+
+    def create_column_parallel(
+        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+    ) -> nn.Module:
+        """FairScale's ColumnParallelLinear."""
+        from polyshard.adapters.fairscale.compat import ColumnParallelLinear
+
+        initial = _initial(parallel_context, input_size**-0.5)
+        layer = ColumnParallelLinear(input_size, output_size, bias=bias, gather_output=False, init_method=initial)
+        return _placed(layer, parallel_context)
+
+    def create_row_parallel(
+        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+    ) -> nn.Module:
+        """FairScale's RowParallelLinear."""
+        from polyshard.adapters.fairscale.compat import RowParallelLinear
+
+        initial = _initial(parallel_context, input_size**-0.5)
+        layer = RowParallelLinear(input_size, output_size, bias=bias, input_is_parallel=True, init_method=initial)
+        return _placed(layer, parallel_context)
+
+    def create_vocab_embedding(self, num_embeddings: int, embedding_dim: int, parallel_context: Any) -> nn.Module:
+        """FairScale's VocabParallelEmbedding, padded: it asserts that its rows divide."""
+        from polyshard.adapters.fairscale.compat import VocabParallelEmbedding
+
+        rows = padded_size(num_embeddings, parallel_context.axis("tensor"))
+        layer = VocabParallelEmbedding(rows, embedding_dim, init_method=_initial(parallel_context, 0.02))
+        return _placed(layer, parallel_context)
+
+    def create_lm_head(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        parallel_context: Any,
+        bias: bool = False,
+        tied_to: nn.Module | None = None,
+    ) -> nn.Module:
+        """FairScale's ColumnParallelLinear over the padded vocabulary."""
+        axis = parallel_context.axis("tensor")
+        layer: Any = self.create_column_parallel(hidden_size, padded_size(vocab_size, axis), parallel_context, bias)
+        if tied_to is not None:
+            layer.weight = tied_weight(tied_to)
+        return PaddedHead(layer, vocab_size, axis)
+
+    def vocab_parallel_cross_entropy(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        parallel_context: Any,
+        *,
+        label_smoothing: float,
+        **options: Any,
+    ) -> torch.Tensor:
+        """FairScale's loss, wrapped: it works in place, knows no ignored targets, and keeps bfloat16."""
+        if label_smoothing:
+            logger.info("FairScale's cross-entropy has no label smoothing: the torch adapter's is used")
+            torch_linear = load_adapter("torch").linear
+            options["label_smoothing"] = label_smoothing
+            return torch_linear.vocab_parallel_cross_entropy(logits, targets, parallel_context, **options)
+        from polyshard.adapters.fairscale.compat import vocab_parallel_cross_entropy
+
+        return token_losses(vocab_parallel_cross_entropy, logits, targets, **options)

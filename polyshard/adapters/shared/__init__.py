@@ -1,0 +1,1 @@
+"""What several adapters need; torch alone, no vendor."""

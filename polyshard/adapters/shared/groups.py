@@ -1,0 +1,53 @@
+"""Process groups for axes of one rank: some libraries want a group there too."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch.distributed as dist
+
+from polyshard.core.context import GroupContext, ParallelContext
+from polyshard.core.errors import AdapterError
+from polyshard.core.layout import Axis
+
+
+def group_context(context: ParallelContext) -> GroupContext:
+    """The context as plain data, which adoption needs.
+
+    Raises:
+        AdapterError: it is of another kind.
+    """
+    if not isinstance(context, GroupContext):
+        raise AdapterError(
+            f"cannot adopt {type(context).__name__}: hand over a polyshard.GroupContext with its axes' collectives"
+        )
+    return context
+
+
+def with_groups(context: GroupContext, names: Sequence[Axis]) -> GroupContext:
+    """The same context with a process group on each of these axes, made where the axis has one rank.
+
+    In one process alone a world of one is started. What is made is undone by the context's `on_shutdown`.
+    """
+    undo: list[Callable[[], None]] = []
+    alone = not dist.is_initialized()
+    if alone:
+        backend = "nccl" if context.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        undo.append(dist.destroy_process_group)
+    axes = dict(context.axes)
+    for name in names:
+        axis = context.axis(name)
+        if axis.group is None:
+            group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+            axes[name] = dataclasses.replace(axis, group=group)
+            if not alone:
+                undo.append(partial(_destroy, group))
+    return dataclasses.replace(context, axes=axes, on_shutdown=(*undo, *context.on_shutdown))
+
+
+def _destroy(group: dist.ProcessGroup) -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group(group)
