@@ -68,7 +68,7 @@ def test_a_rank_that_lives_but_does_not_come_is_named():
 
 def initialise_again_with_another_size():
     for tensor in (1, 2, 1):
-        context = ps.initialize("torch", tensor=tensor, timeout=30)
+        context = ps.initialize("torch", tensor=tensor, timeout=30 + tensor)
         assert context.get_tensor_parallel_world_size() == tensor
         assert context.get_data_parallel_world_size() == 2 // tensor
         total = context.axis("tensor" if tensor == 2 else "data").collectives.all_reduce(torch.ones(3))

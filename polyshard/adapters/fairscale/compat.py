@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
 from fairscale.nn.data_parallel import ShardedDataParallel
-from fairscale.nn.model_parallel import initialize as _state
+from fairscale.nn.model_parallel import initialize
 from fairscale.nn.model_parallel.cross_entropy import vocab_parallel_cross_entropy
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from fairscale.optim.oss import OSS
 from torch import nn
+
+_state: Any = initialize
 
 __all__ = [
     "OSS",
@@ -29,7 +30,7 @@ def get_group() -> Any:
     return _state._MODEL_PARALLEL_GROUP
 
 
-def set_group(group: dist.ProcessGroup | None) -> None:
+def set_group(group: Any) -> None:
     """FairScale has no setter: `initialize_model_parallel` makes groups of its own, and prints."""
     _state._MODEL_PARALLEL_GROUP = group
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch.distributed as dist
 
@@ -41,7 +42,7 @@ def with_groups(context: GroupContext, names: Sequence[Axis]) -> GroupContext:
     for name in names:
         axis = context.axis(name)
         if axis.group is None:
-            group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+            group: Any = dist.new_group([dist.get_rank()], use_local_synchronization=True)
             axes[name] = dataclasses.replace(axis, group=group)
             if not alone:
                 undo.append(partial(_destroy, group))

@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the store is: one for each, whatever the timeout."""
+
+    address: str
+    port: str
+    rank: str
+    timeout: float = field(compare=False)
+
+
+@lru_cache(maxsize=1)
+def _rendezvous(place: _Place) -> dist.Store:
+    store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=place.timeout))))
+    return store
+
+
+def rendezvous_store(timeout: float) -> dist.Store:
+    """The store of torchrun's agent, or of rank 0 where there is none; held for the life of the process.
+
+    A store that rank 0 closed with its process group would take the others' next initialisation down with it: they may
+    still connect to the old one, and wait there for ever.
+    """
+    place = _Place(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["RANK"], timeout)
+    return _rendezvous(place)
 
 
 def fsdp_function() -> Callable[..., Any]:

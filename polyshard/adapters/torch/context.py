@@ -13,12 +13,15 @@ import torch
 import torch.distributed as dist
 
 from polyshard.adapters.torch.collectives import TorchCollectives
+from polyshard.adapters.torch.compat import rendezvous_store
 from polyshard.adapters.torch.failure import RankMonitor, backend_timeout
 from polyshard.core.context import FailureGuard, GroupContext, ParallelAxis, no_guard
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.layout import AXES, Axis, ParallelLayout
 
 logger = logging.getLogger(__name__)
+
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
 
 DEFAULT_TIMEOUT = 600.0  # seconds; as torch's own default for NCCL
 
@@ -69,10 +72,19 @@ def initialize(
     undo: list[Callable[[], None]] = []
     adopted_world = dist.is_initialized()
     if not adopted_world:
-        _start_world(where, timeout)
-        undo.append(dist.destroy_process_group)
+        _require_environment()
+    monitor = None
+    if all(name in os.environ for name in _ENVIRONMENT):
+        rank = int(os.environ["RANK"])
+        store = rendezvous_store(timeout)
+        # Each rank counts its own initialisations: keys of an earlier one are never met again.
+        generation = store.add(f"polyshard/generation/{rank}", 1)
+        if not adopted_world:
+            _start_world(where, timeout, dist.PrefixStore(f"polyshard/world/{generation}", store), rank, world_size)
+            undo.append(dist.destroy_process_group)
+        heartbeats = dist.PrefixStore(f"polyshard/heartbeat/{generation}", _second_connection(timeout))
+        monitor = RankMonitor(heartbeats, rank, world_size)
     rank = dist.get_rank()
-    monitor = RankMonitor(_heartbeat_store(timeout), rank, world_size, timeout) if _can_monitor() else None
     guard: FailureGuard = monitor.guard if monitor else no_guard
     axes: dict[Axis, ParallelAxis] = {}
     for name in AXES:
@@ -99,24 +111,26 @@ def initialize(
     )
 
 
-def _start_world(device: torch.device, timeout: float) -> None:
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+def _require_environment() -> None:
+    missing = [name for name in _ENVIRONMENT if name not in os.environ]
     if missing:
         raise ConfigurationError(
             f"environment variables {', '.join(missing)} are not set: start with torchrun --nproc-per-node N script.py"
         )
+
+
+def _start_world(device: torch.device, timeout: float, store: dist.Store, rank: int, world_size: int) -> None:
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
         timeout=timedelta(seconds=backend_timeout(timeout)),
         device_id=device if device.type == "cuda" else None,
     )
 
 
-def _can_monitor() -> bool:
-    return "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
-
-
-def _heartbeat_store(timeout: float) -> dist.Store:
+def _second_connection(timeout: float) -> dist.Store:
     """A connection of its own to the store: a blocked wait on the process group's would hold up the heartbeat."""
     return dist.TCPStore(
         os.environ["MASTER_ADDR"],

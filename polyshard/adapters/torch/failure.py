@@ -35,8 +35,8 @@ def backend_timeout(timeout: float) -> float:
 class RankMonitor:
     """Writes this rank's heartbeat, and names the others' failures. One per initialised context."""
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: float) -> None:
-        self._store, self._rank, self._world_size, self._timeout = store, rank, world_size, timeout
+    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+        self._store, self._rank, self._world_size = store, rank, world_size
         self._entered: Counter[str] = Counter()
         self._operation = ""
         self._stopping = threading.Event()
@@ -83,13 +83,10 @@ class RankMonitor:
             "entered": dict(self._entered),
             "operation": self._operation,
         }
-        self._store.set(self._key(self._rank), json.dumps(beat))
-
-    def _key(self, rank: int) -> str:
-        return f"polyshard/heartbeat/{rank}"
+        self._store.set(str(self._rank), json.dumps(beat))
 
     def _read(self, rank: int) -> dict[str, Any]:
-        return json.loads(self._store.get(self._key(rank)))
+        return json.loads(self._store.get(str(rank)))
 
     def _diagnose(self, operation: str, axis: str, waited: float, error: Exception) -> RankFailureError:
         here = f"rank {self._rank}: {operation} failed after {waited:.1f} s at {_clock(time.time())}"

@@ -1,0 +1,81 @@
+"""The DeepSpeed adapter: what it can do, and its entry points."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from polyshard.adapters.deepspeed.context import adopt
+from polyshard.adapters.deepspeed.linear import DeepspeedLinearAdapter
+from polyshard.core.adapter import OptimizerFactory
+from polyshard.core.capabilities import YES, Capabilities, no
+from polyshard.core.context import GroupContext, ParallelContext
+from polyshard.core.discovery import load_adapter
+from polyshard.core.errors import MissingDependencyError
+from polyshard.core.layout import ParallelLayout
+
+if TYPE_CHECKING:
+    from polyshard.adapters.deepspeed.engine import DeepspeedEngine
+
+CAPABILITIES = Capabilities(
+    "deepspeed",
+    {
+        "tensor": YES,
+        "sequence": no("notyet", "the layers of DeepSpeed's automatic tensor parallelism have no sequence parallel"),
+        "data": YES,
+        "fsdp": no("never", "DeepSpeed's own form is ZeRO stage 3: ask for zero3"),
+        "zero1": YES,
+        "zero2": YES,
+        "zero3": YES,
+        "pipeline": no("notimpl", "its PipelineModule is not wired up"),
+        "context": no("notimpl", "its Ulysses attention is not wired up"),
+        "expert": no("notimpl", "its mixture-of-experts layers are not wired up"),
+        "cpu": YES,
+        "cuda": YES,
+        "training": YES,
+        "serving": YES,
+    },
+)
+
+
+class DeepspeedAdapter:
+    """`Adapter` of DeepSpeed."""
+
+    name = "deepspeed"
+    capabilities = CAPABILITIES
+
+    def __init__(self) -> None:
+        self.linear = DeepspeedLinearAdapter()
+
+    def initialize(self, layout: ParallelLayout | None = None, **options: Any) -> GroupContext:
+        """Groups as the torch adapter makes them, with DeepSpeed's layers; options are the torch adapter's."""
+        _require_deepspeed()
+        layout = layout or ParallelLayout()
+        if layout.sequence_parallel:
+            self.capabilities.require("sequence")
+        return self.adopt(load_adapter("torch").initialize(layout, **options))
+
+    def adopt(self, context: ParallelContext) -> GroupContext:
+        """DeepSpeed's layers on the groups of `context`."""
+        _require_deepspeed()
+        return adopt(context, self.linear)
+
+    def engine(
+        self, model: nn.Module, optimizer: OptimizerFactory, context: ParallelContext, **options: Any
+    ) -> DeepspeedEngine:
+        """DeepSpeed's ZeRO engine around `model`; options are those of `DeepspeedEngine`."""
+        from polyshard.adapters.deepspeed.engine import DeepspeedEngine
+
+        return DeepspeedEngine(model, optimizer, context, **options)
+
+    def shutdown(self, context: ParallelContext) -> None:
+        """Restore DeepSpeed's mode, and undo what `initialize` made."""
+        for undo in getattr(context, "on_shutdown", ()):
+            undo()
+
+
+def _require_deepspeed() -> None:
+    if find_spec("deepspeed") is None:
+        raise MissingDependencyError("DeepSpeed is not installed: pip install 'polyshard[deepspeed]'")

@@ -1,0 +1,173 @@
+"""DeepSpeed's training engine, ZeRO stages 0 to 3, with the context as its mpu."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyshard.adapters.deepspeed.compat import deepspeed, forget_mpu, gathered
+from polyshard.adapters.deepspeed.context import Mpu
+from polyshard.adapters.shared.grad_norm import counted_square
+from polyshard.adapters.shared.weights import check_shard
+from polyshard.core.adapter import OptimizerFactory, StepResult
+from polyshard.core.context import ParallelContext, no_guard
+from polyshard.core.errors import AdapterError, ConfigurationError
+from polyshard.core.weight_table import collect_layouts
+
+logger = logging.getLogger(__name__)
+
+
+class DeepspeedEngine:
+    """`TrainingEngine` of DeepSpeed, over the data axis.
+
+    Args:
+        model: as its factory built it with `context`.
+        optimizer: makes torch's optimizer, which ZeRO wraps.
+        context: where this process stands.
+        zero_stage: 0 to 3.
+        max_grad_norm: clip the whole model's gradient to this norm; None does not clip.
+        config: further settings of DeepSpeed's own configuration.
+
+    Raises:
+        AdapterError: KV heads are shared by tensor-parallel ranks and clipping is asked for: DeepSpeed's norm would
+            count each of them several times.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerFactory,
+        context: ParallelContext,
+        *,
+        zero_stage: int = 1,
+        max_grad_norm: float | None = 1.0,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        if zero_stage not in (0, 1, 2, 3):
+            raise ConfigurationError(f"zero_stage must be 0, 1, 2 or 3, got {zero_stage!r}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ConfigurationError(f"max_grad_norm must be positive, or None, got {max_grad_norm}")
+        self.context = context
+        self.table = collect_layouts(model)  # before ZeRO-3 empties the parameters
+        self._guard = getattr(context, "guard", no_guard)
+        self._module = model
+        self._stage = zero_stage
+        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        size = context.get_tensor_parallel_world_size()
+        shared = [name for name, entry in self.table.items() if entry.layout.has_replicas(size)]
+        if shared and max_grad_norm is not None:
+            raise AdapterError(
+                f"DeepSpeed's gradient norm counts {shared[0]!r} several times, since tensor-parallel ranks share its "
+                "KV heads: use a smaller tensor-parallel size, max_grad_norm=None, or another library's engine"
+            )
+        for name, parameter in model.named_parameters():
+            # How DeepSpeed's norm tells shards from copies; its own layers set it, others' do not.
+            parameter.tensor_model_parallel = self.table[name].layout.dim is not None  # pyrefly: ignore
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,  # names the unit of DeepSpeed's own throughput log, nothing else
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": max_grad_norm or 0.0,
+            "zero_optimization": {"stage": zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 10**12,
+            **(config or {}),
+        }
+        with self._guard("data parallel setup"), contextlib.redirect_stdout(io.StringIO()):
+            self._engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                model_parameters=[p for p in model.parameters() if p.requires_grad],
+                optimizer=optimizer(model.named_parameters()),
+                config=settings,
+                mpu=Mpu(context),
+                dist_init_required=False,
+            )
+
+    @property
+    def module(self) -> nn.Module:
+        """The model as the factory built it."""
+        return self._module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward."""
+        with self._guard("data forward"):
+            return self._engine(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate gradients, averaged over the data axis."""
+        with self._guard("data backward"):
+            self._engine.backward(loss)
+
+    def step(self) -> StepResult:
+        """DeepSpeed's step: clip, update, clear."""
+        with self._guard("data step"):
+            norm = self._unsharded_norm() if self._stage == 0 else None
+            self._engine.step()
+            if norm is None:
+                norm = self._engine.get_global_grad_norm()
+        value = None if norm is None else float(norm)
+        finite = value is None or (value == value and value not in (float("inf"), -1.0))
+        if not finite:
+            logger.warning("gradient norm is %s", value)
+        return StepResult(grad_norm=value, skipped=bool(getattr(self.optimizer, "overflow", False)))
+
+    def zero_grad(self) -> None:
+        """Forget accumulated gradients."""
+        self._engine.optimizer.zero_grad()
+
+    def set_learning_rate(self, lr: float) -> None:
+        """For the next step on."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def accumulate(self) -> AbstractContextManager[None]:
+        """Around all micro-batches but the last."""
+        return self._without_boundary()
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names as built, and tensor-parallel shards gathered over the data axis."""
+        for name, parameter in self._module.named_parameters():
+            with self._guard("data gather of weights"), gathered([parameter] if self._stage == 3 else []):
+                yield name, parameter.detach().clone() if self._stage == 3 else parameter.detach()
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Set parameters, and the optimizer's own copies of them, from tensor-parallel shards."""
+        parameters = dict(self._module.named_parameters())
+        for name, value in weights:
+            check_shard(name, value, self._shapes[name])
+            partitioned = [parameters[name]] if self._stage == 3 else []
+            with torch.no_grad(), self._guard("data load"), gathered(partitioned, modifier_rank=0):
+                parameters[name].copy_(value)
+        if self._stage:
+            self._engine.optimizer.refresh_fp32_params()
+
+    def close(self) -> None:
+        """Destroy the engine, and forget its mpu."""
+        self._engine.destroy()
+        forget_mpu()
+
+    def _unsharded_norm(self) -> torch.Tensor:
+        """At stage 0 DeepSpeed clips, but keeps no norm."""
+        axis = self.context.axis("tensor")
+        total = torch.zeros((), device=self.context.device)
+        for name, parameter in self._module.named_parameters():
+            if parameter.grad is not None:
+                total = total + counted_square(parameter.grad, self.table[name].layout, axis.rank, axis.size)
+        if axis.size > 1:
+            assert axis.collectives is not None
+            total = axis.collectives.all_reduce(total)
+        return total.sqrt()
+
+    @contextmanager
+    def _without_boundary(self) -> Iterator[None]:
+        self._engine.set_gradient_accumulation_boundary(False)
+        try:
+            yield
+        finally:
+            self._engine.set_gradient_accumulation_boundary(True)

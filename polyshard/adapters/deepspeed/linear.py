@@ -1,0 +1,125 @@
+"""The layers of DeepSpeed's automatic tensor parallelism under polyshard's `LinearAdapter`.
+
+DeepSpeed's layers are made from a whole `nn.Linear`, whose parameter they slice in place.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyshard.adapters.shared.head import PaddedHead, padded_size, tied_weight
+from polyshard.adapters.shared.loss import check_targets
+from polyshard.core.discovery import load_adapter
+
+logger = logging.getLogger(__name__)
+
+
+def _whole_linear(input_size: int, output_size: int, parallel_context: Any, bias: bool) -> nn.Linear:
+    """Drawn from torch's global generator: alike on ranks that were seeded alike, at every size."""
+    device = parallel_context.device
+    if not getattr(parallel_context, "initialize_weights", True):
+        return nn.utils.skip_init(nn.Linear, input_size, output_size, bias=bias, device=device)
+    layer = nn.Linear(input_size, output_size, bias=bias, device="cpu")
+    nn.init.normal_(layer.weight, std=input_size**-0.5)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer.to(device)
+
+
+class DeepspeedLinearAdapter:
+    """`LinearAdapter` of DeepSpeed; its communication has to be initialised: see `context.adopt`."""
+
+    plain_outputs = True
+    vocab_padding = 1
+
+    def create_column_parallel(
+        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+    ) -> nn.Module:
+        """DeepSpeed's LinearLayer."""
+        from polyshard.adapters.deepspeed.compat import LinearLayer
+
+        whole = _whole_linear(input_size, output_size, parallel_context, bias)
+        return LinearLayer(whole, mp_group=parallel_context.get_tensor_parallel_group())
+
+    def create_row_parallel(
+        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+    ) -> nn.Module:
+        """DeepSpeed's LinearAllreduce."""
+        from polyshard.adapters.deepspeed.compat import LinearAllreduce
+
+        whole = _whole_linear(input_size, output_size, parallel_context, bias)
+        return LinearAllreduce(whole, parallel_context.get_tensor_parallel_group())
+
+    def create_vocab_embedding(self, num_embeddings: int, embedding_dim: int, parallel_context: Any) -> nn.Module:
+        """DeepSpeed's VocabParallelEmbedding, padded to even shards as the layouts have it."""
+        from polyshard.adapters.deepspeed.compat import VocabParallelEmbedding
+
+        rows = padded_size(num_embeddings, parallel_context.axis("tensor"))
+        whole = nn.utils.skip_init(nn.Embedding, rows, embedding_dim, device=parallel_context.device)
+        if getattr(parallel_context, "initialize_weights", True):
+            nn.init.normal_(whole.weight, std=0.02)
+        return VocabParallelEmbedding(whole, parallel_context.get_tensor_parallel_group())
+
+    def create_lm_head(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        parallel_context: Any,
+        bias: bool = False,
+        tied_to: nn.Module | None = None,
+    ) -> nn.Module:
+        """DeepSpeed's VocabParallelLinear."""
+        from polyshard.adapters.deepspeed.compat import VocabParallelLinear
+
+        axis = parallel_context.axis("tensor")
+        whole = _whole_linear(hidden_size, padded_size(vocab_size, axis), parallel_context, bias)
+        layer: Any = VocabParallelLinear(whole, parallel_context.get_tensor_parallel_group())
+        if tied_to is not None:
+            layer.weight = tied_weight(tied_to)
+        return PaddedHead(layer, vocab_size, axis)
+
+    def vocab_parallel_cross_entropy(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        parallel_context: Any,
+        *,
+        vocab_size: int,
+        ignore_index: int,
+        reduction: str,
+        label_smoothing: float,
+    ) -> torch.Tensor:
+        """DeepSpeed's loss; it knows ignored targets, and no label smoothing."""
+        if label_smoothing:
+            logger.info("DeepSpeed's cross-entropy has no label smoothing: the torch adapter's is used")
+            return load_adapter("torch").linear.vocab_parallel_cross_entropy(
+                logits,
+                targets,
+                parallel_context,
+                vocab_size=vocab_size,
+                ignore_index=ignore_index,
+                reduction=reduction,
+                label_smoothing=label_smoothing,
+            )
+        from polyshard.adapters.deepspeed.compat import vocab_parallel_cross_entropy
+
+        axis = parallel_context.axis("tensor")
+        length = logits.shape[-1]
+        flat_targets = targets.reshape(-1)
+        check_targets(flat_targets, vocab_size, ignore_index)
+        flat = logits.reshape(-1, length)
+        losses = vocab_parallel_cross_entropy(
+            flat if flat.dtype == torch.float64 else flat.float(),
+            flat_targets,
+            tp_group=parallel_context.get_tensor_parallel_group(),
+            vocab_start_index=axis.rank * length,
+            vocab_end_index=(axis.rank + 1) * length,
+            global_vocab_size=axis.size * length,
+            ignore_index=ignore_index,
+            reduction=reduction,
+        )
+        return losses.view(targets.shape) if reduction == "none" else losses
