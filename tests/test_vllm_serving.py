@@ -37,6 +37,9 @@ MODELS = {
 }
 
 
+LIBRARIES = [name for name in ps.adapter_names() if name not in ("torch", "vllm")]
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
@@ -48,6 +51,14 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize("name", MODELS)
 def test_generation_equals_transformers(models, name, adapter):
     directory, expected = models[name]
+    ps.register_model(f"Served{adapter}", decoder.build_model, adapter=adapter)
+    with engine(directory, f"Served{adapter}") as llm:
+        assert_same_generation(greedy(llm, PROMPTS, TOKENS), expected, TINY_BOUND)
+
+
+@pytest.mark.parametrize("adapter", LIBRARIES)
+def test_the_layers_of_every_library_serve(models, adapter):
+    directory, expected = models["qwen2-one-kv-head"]
     ps.register_model(f"Served{adapter}", decoder.build_model, adapter=adapter)
     with engine(directory, f"Served{adapter}") as llm:
         assert_same_generation(greedy(llm, PROMPTS, TOKENS), expected, TINY_BOUND)
@@ -82,20 +93,20 @@ def run(command, **environment):
     return json.loads(lines[0].removeprefix("RESULT"))
 
 
-def test_tensor_parallel_2_on_vllms_and_on_torchs_layers(models):
+def test_tensor_parallel_2_on_the_layers_of_every_library(models):
     chosen = ["llama-tied", "qwen2-one-kv-head", "qwen3"]
     directories = [str(models[name][0]) for name in chosen]
     torchrun = [
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc-per-node",
         "2",
-        "--master-port",
     ]
-    script = [str(SUPPORT / "colocated.py"), "vllm,torch", json.dumps(PROMPTS), str(TOKENS)]
+    script = [str(SUPPORT / "colocated.py"), ",".join(ps.adapter_names()), json.dumps(PROMPTS), str(TOKENS)]
     results = run([*torchrun, *script, *directories])
-    for adapter in ("vllm", "torch"):
+    for adapter in ps.adapter_names():
         for name in chosen:
             directory, expected = models[name]
             assert_same_generation(results[f"{adapter} {directory}"], expected, TINY_BOUND)

@@ -34,8 +34,8 @@ if _printed.getvalue().strip():
     logger.debug("DeepSpeed printed at its import: %s", _printed.getvalue().strip())
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it logs every setting to stdout
 
-# The shared-memory all-reduce for CPU is built at the first use (minutes, and a lock that outlives a killed rank), ignores
-# the group it is given, and crashes without LOCAL_SIZE: deepspeed/comm/torch.py, inference_all_reduce.
+# The shared-memory all-reduce is built at its first use (minutes, and a lock that outlives a killed rank), ignores
+# its group, and crashes without LOCAL_SIZE: deepspeed/comm/torch.py, inference_all_reduce.
 _operators: Any = deepspeed.ops
 _operators.__compatible_ops__["deepspeed_shm_comm"] = False
 

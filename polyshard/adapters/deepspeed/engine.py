@@ -15,10 +15,11 @@ from torch import nn
 from polyshard.adapters.deepspeed.compat import deepspeed, forget_mpu, gathered
 from polyshard.adapters.deepspeed.context import Mpu
 from polyshard.adapters.shared.grad_norm import counted_square
+from polyshard.adapters.shared.library_norm import prepare_for_library_norm
 from polyshard.adapters.shared.weights import check_shard
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, no_guard
-from polyshard.core.errors import AdapterError, ConfigurationError
+from polyshard.core.errors import ConfigurationError
 from polyshard.core.weight_table import collect_layouts
 
 logger = logging.getLogger(__name__)
@@ -60,16 +61,7 @@ class DeepspeedEngine:
         self._module = model
         self._stage = zero_stage
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        size = context.get_tensor_parallel_world_size()
-        shared = [name for name, entry in self.table.items() if entry.layout.has_replicas(size)]
-        if shared and max_grad_norm is not None:
-            raise AdapterError(
-                f"DeepSpeed's gradient norm counts {shared[0]!r} several times, since tensor-parallel ranks share its "
-                "KV heads: use a smaller tensor-parallel size, max_grad_norm=None, or another library's engine"
-            )
-        for name, parameter in model.named_parameters():
-            # How DeepSpeed's norm tells shards from copies; its own layers set it, others' do not.
-            parameter.tensor_model_parallel = self.table[name].layout.dim is not None  # pyrefly: ignore
+        prepare_for_library_norm(model, self.table, context, "DeepSpeed", max_grad_norm is not None)
         settings = {
             "train_micro_batch_size_per_gpu": 1,  # names the unit of DeepSpeed's own throughput log, nothing else
             "gradient_accumulation_steps": 1,
@@ -80,7 +72,8 @@ class DeepspeedEngine:
             **(config or {}),
         }
         with self._guard("data parallel setup"), contextlib.redirect_stdout(io.StringIO()):
-            self._engine, self.optimizer, _, _ = deepspeed.initialize(
+            initialize: Any = deepspeed.initialize
+            self._engine, self.optimizer, _, _ = initialize(
                 model=model,
                 model_parameters=[p for p in model.parameters() if p.requires_grad],
                 optimizer=optimizer(model.named_parameters()),

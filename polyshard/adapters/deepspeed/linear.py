@@ -18,7 +18,7 @@ from polyshard.core.discovery import load_adapter
 logger = logging.getLogger(__name__)
 
 
-def _whole_linear(input_size: int, output_size: int, parallel_context: Any, bias: bool) -> nn.Linear:
+def _whole_linear(input_size: int, output_size: int, parallel_context: Any, bias: bool) -> nn.Module:
     """Drawn from torch's global generator: alike on ranks that were seeded alike, at every size."""
     device = parallel_context.device
     if not getattr(parallel_context, "initialize_weights", True):
@@ -59,7 +59,7 @@ class DeepspeedLinearAdapter:
         from polyshard.adapters.deepspeed.compat import VocabParallelEmbedding
 
         rows = padded_size(num_embeddings, parallel_context.axis("tensor"))
-        whole = nn.utils.skip_init(nn.Embedding, rows, embedding_dim, device=parallel_context.device)
+        whole: Any = nn.utils.skip_init(nn.Embedding, rows, embedding_dim, device=parallel_context.device)
         if getattr(parallel_context, "initialize_weights", True):
             nn.init.normal_(whole.weight, std=0.02)
         return VocabParallelEmbedding(whole, parallel_context.get_tensor_parallel_group())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from polyshard.adapters.shared.groups import group_context, with_groups
+from polyshard.adapters.shared.groups import group_context, is_alive, with_groups
 from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.errors import AdapterError
 
@@ -20,6 +20,8 @@ def adopt(context: ParallelContext, linear: Any) -> GroupContext:
 
     adopted = with_groups(group_context(context), ("tensor", "data"))
     group, previous = adopted.axis("tensor").group, compat.get_group()
+    if previous is not None and not is_alive(previous):
+        previous = None  # a serving engine destroys its groups without telling its models
     if previous is not None and previous is not group:
         raise AdapterError(
             "FairScale has one tensor-parallel group for the whole process, and another context holds it: shut that "

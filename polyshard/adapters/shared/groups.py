@@ -49,6 +49,15 @@ def with_groups(context: GroupContext, names: Sequence[Axis]) -> GroupContext:
     return dataclasses.replace(context, axes=axes, on_shutdown=(*undo, *context.on_shutdown))
 
 
+def is_alive(group: dist.ProcessGroup) -> bool:
+    """Whether a group still stands."""
+    try:
+        dist.get_process_group_ranks(group)
+    except (KeyError, ValueError, RuntimeError):
+        return False
+    return True
+
+
 def _destroy(group: dist.ProcessGroup) -> None:
     if dist.is_initialized():
         dist.destroy_process_group(group)

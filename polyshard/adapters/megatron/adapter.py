@@ -1,0 +1,78 @@
+"""The Megatron-Core adapter: what it can do, and its entry points."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from polyshard.adapters.megatron.context import adopt
+from polyshard.adapters.megatron.linear import MegatronLinearAdapter
+from polyshard.core.adapter import OptimizerFactory
+from polyshard.core.capabilities import YES, Capabilities, no
+from polyshard.core.context import GroupContext, ParallelContext
+from polyshard.core.discovery import load_adapter
+from polyshard.core.errors import MissingDependencyError
+from polyshard.core.layout import ParallelLayout
+
+if TYPE_CHECKING:
+    from polyshard.adapters.megatron.engine import MegatronEngine
+
+CAPABILITIES = Capabilities(
+    "megatron",
+    {
+        "tensor": YES,
+        "sequence": YES,
+        "data": YES,
+        "fsdp": no("notimpl", "Megatron's own FSDP is not wired up"),
+        "zero1": YES,
+        "zero2": no("never", "Megatron's optimizer shards at stage 1; beyond that it has its FSDP"),
+        "zero3": no("never", "Megatron's optimizer shards at stage 1; beyond that it has its FSDP"),
+        "pipeline": no("notimpl", "its schedules are not wired up"),
+        "context": no("notyet", "its context parallelism needs Transformer Engine's attention"),
+        "expert": no("notimpl", "its mixture-of-experts layers are not wired up"),
+        "cpu": YES,
+        "cuda": YES,
+        "training": YES,
+        "serving": YES,
+    },
+)
+
+
+class MegatronAdapter:
+    """`Adapter` of Megatron-Core."""
+
+    name = "megatron"
+    capabilities = CAPABILITIES
+
+    def __init__(self) -> None:
+        self.linear = MegatronLinearAdapter()
+
+    def initialize(self, layout: ParallelLayout | None = None, **options: Any) -> GroupContext:
+        """Groups as the torch adapter makes them, with Megatron-Core's layers; options are the torch adapter's."""
+        _require_megatron()
+        return self.adopt(load_adapter("torch").initialize(layout, **options))
+
+    def adopt(self, context: ParallelContext) -> GroupContext:
+        """Megatron-Core's layers on the groups of `context`."""
+        _require_megatron()
+        return adopt(context, self.linear)
+
+    def engine(
+        self, model: nn.Module, optimizer: OptimizerFactory, context: ParallelContext, **options: Any
+    ) -> MegatronEngine:
+        """Megatron's DDP and optimizer around `model`; options are those of `MegatronEngine`."""
+        from polyshard.adapters.megatron.engine import MegatronEngine
+
+        return MegatronEngine(model, optimizer, context, **options)
+
+    def shutdown(self, context: ParallelContext) -> None:
+        """Undo what `initialize` made."""
+        for undo in getattr(context, "on_shutdown", ()):
+            undo()
+
+
+def _require_megatron() -> None:
+    if find_spec("megatron") is None or find_spec("megatron.core") is None:
+        raise MissingDependencyError("Megatron-Core is not installed: pip install 'polyshard[megatron]'")

@@ -1,0 +1,160 @@
+"""All that depends on Megatron-Core's version; written for 0.16 to 0.19. Imported on first use of Megatron.
+
+0.19 needs Python 3.12; what differs is asked of signatures, not of version numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+logger = logging.getLogger(__name__)
+
+_printed = io.StringIO()
+with warnings.catch_warnings(record=True) as _warned, contextlib.redirect_stdout(_printed):
+    warnings.simplefilter("always")
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy as _cross_entropy
+for _warning in _warned:
+    logger.debug("Megatron warned at its import: %s", _warning.message)
+
+__all__ = [
+    "ColumnParallelLinear",
+    "DistributedDataParallel",
+    "DistributedDataParallelConfig",
+    "OptimizerConfig",
+    "RowParallelLinear",
+    "VocabParallelEmbedding",
+    "cuda_as_cpu",
+    "current_device_as_cpu",
+    "get_megatron_optimizer",
+    "layer_config",
+    "process_groups",
+    "sequence_parallel_state",
+    "vocab_parallel_cross_entropy",
+]
+
+
+def layer_config(tensor_size: int, sequence_parallel: bool, initialize: bool) -> ModelParallelConfig:
+    """What Megatron's layers and DDP read.
+
+    Weights are initialised on the CPU, whole and then sliced: alike at every tensor-parallel size, which Megatron's
+    initialisation on the GPU is not.
+    """
+    config: Any = ModelParallelConfig(
+        tensor_model_parallel_size=tensor_size,
+        sequence_parallel=sequence_parallel and tensor_size > 1,
+        use_cpu_initialization=True,
+        perform_initialization=initialize,
+        params_dtype=torch.get_default_dtype(),
+    )
+    # DistributedDataParallel and the optimizer read two fields of TransformerConfig on any model's config.
+    for name, value in (("num_moe_experts", None), ("calculate_per_token_loss", False)):
+        if not hasattr(config, name):
+            setattr(config, name, value)
+    return config
+
+
+def vocab_parallel_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Loss of each token. Before 0.19 the function takes no group, and its forward reads a global."""
+    loss: Any = _cross_entropy
+    if "tp_group" in inspect.signature(loss).parameters:
+        return loss(logits, targets, tp_group=group)
+    state: Any = parallel_state
+    previous = state._TENSOR_MODEL_PARALLEL_GROUP
+    state._TENSOR_MODEL_PARALLEL_GROUP = group
+    try:
+        return loss(logits, targets)
+    finally:
+        state._TENSOR_MODEL_PARALLEL_GROUP = previous
+
+
+def process_groups(tensor: Any, data: Any, one: Any, world: Any) -> ProcessGroupCollection:
+    """The collection that DDP and the optimizer ask for, without `initialize_model_parallel` and its globals."""
+    groups = {
+        **dict.fromkeys(("tp", "mp", "tp_ep_pp", "expt_tp", "tp_ep", "tp_cp"), tensor),
+        **dict.fromkeys(("dp", "dp_cp", "expt_dp", "intra_dp_cp", "intra_expt_dp"), data),
+        **dict.fromkeys(("pp", "ep", "cp", "gtp_remat", "expt_gtp_remat"), one),
+        "intra_dist_opt": world,
+        "tp_dp_cp": world,
+    }
+    known = {field.name for field in fields(ProcessGroupCollection)}
+    return ProcessGroupCollection(**{name: group for name, group in groups.items() if name in known})
+
+
+@contextlib.contextmanager
+def current_device_as_cpu() -> Iterator[None]:
+    """`torch.cuda.current_device()` names the CPU, on a machine without CUDA; elsewhere nothing is changed.
+
+    Sequence parallel and DDP allocate with `device=torch.cuda.current_device()`: tensor_parallel/mappings.py:91,181,
+    tensor_parallel/layers.py:552, distributed/param_and_grad_buffer.py:806 (0.16.1). `tests/test_megatron.py` fails
+    when Megatron no longer needs this.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    original = torch.cuda.current_device
+    torch.cuda.current_device = lambda: torch.device("cpu")  # pyrefly: ignore  # a device does for an index
+    try:
+        yield
+    finally:
+        torch.cuda.current_device = original
+
+
+@contextlib.contextmanager
+def sequence_parallel_state() -> Iterator[None]:
+    """What Megatron's layers read under sequence parallel: the global memory buffer that they gather into."""
+    state: Any = parallel_state
+    made = state._GLOBAL_MEMORY_BUFFER is None
+    if made:
+        state._set_global_memory_buffer()
+    try:
+        with current_device_as_cpu():
+            yield
+    finally:
+        if made:
+            state._GLOBAL_MEMORY_BUFFER = None
+
+
+class _CudaLiterals(TorchFunctionMode):
+    """`device="cuda"` becomes the CPU, and the type of a CPU tensor is told as CUDA's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if "cuda" in str(kwargs.get("device", "")):
+            kwargs["device"] = "cpu"
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.")
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def cuda_as_cpu() -> Iterator[None]:
+    """Around the construction and the step of Megatron's optimizers, on a machine without CUDA.
+
+    They hold literal `device='cuda'` and compare `tensor.type()` with 'torch.cuda.FloatTensor':
+    optimizer/optimizer.py:473,481,690,907, optimizer/clip_grads.py:90,103,115,167, optimizer/distrib_optimizer.py:420
+    (0.16.1). `tests/test_megatron.py` fails when Megatron no longer needs this.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    with current_device_as_cpu(), _CudaLiterals():
+        yield

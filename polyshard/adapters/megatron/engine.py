@@ -1,0 +1,151 @@
+"""Megatron-Core's training engine: its DistributedDataParallel with FP32Optimizer or DistributedOptimizer (ZeRO-1).
+
+Both run on any module, with an explicit collection of process groups.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from polyshard.adapters.megatron import compat
+from polyshard.adapters.shared.library_norm import prepare_for_library_norm
+from polyshard.adapters.shared.weights import load_shards
+from polyshard.core.adapter import AdamW, OptimizerFactory, StepResult
+from polyshard.core.context import ParallelContext, no_guard
+from polyshard.core.errors import AdapterError, ConfigurationError
+from polyshard.core.weight_table import collect_layouts
+
+logger = logging.getLogger(__name__)
+
+
+class MegatronEngine:
+    """`TrainingEngine` of Megatron-Core, over the data axis.
+
+    Args:
+        model: as its factory built it with `context`.
+        optimizer: `polyshard.AdamW`: Megatron makes its own optimizer from the settings.
+        context: where this process stands, as this adapter made or adopted it.
+        zero_stage: 0 for FP32Optimizer, 1 for DistributedOptimizer.
+        max_grad_norm: clip the whole model's gradient to this norm; None does not clip.
+
+    Raises:
+        AdapterError: another optimizer; or KV heads are shared by tensor-parallel ranks and clipping is asked for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerFactory,
+        context: ParallelContext,
+        *,
+        zero_stage: int = 1,
+        max_grad_norm: float | None = 1.0,
+    ) -> None:
+        if zero_stage not in (0, 1):
+            raise ConfigurationError(f"zero_stage must be 0 or 1, got {zero_stage!r}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ConfigurationError(f"max_grad_norm must be positive, or None, got {max_grad_norm}")
+        if not isinstance(optimizer, AdamW):
+            raise AdapterError(
+                f"Megatron makes its own optimizer: pass polyshard.AdamW(...), not {type(optimizer).__name__}"
+            )
+        self.context = context
+        self.table = collect_layouts(model)
+        self._guard = getattr(context, "guard", no_guard)
+        self._module = model
+        prepare_for_library_norm(model, self.table, context, "Megatron", max_grad_norm is not None)
+        groups = compat.process_groups(
+            context.get_tensor_parallel_group(),
+            context.get_data_parallel_group(),
+            context.get_pipeline_parallel_group(),
+            dist.group.WORLD,
+        )
+        sharded = zero_stage == 1
+        ddp_config = compat.DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=sharded
+        )
+        settings = compat.OptimizerConfig(
+            optimizer="adam",
+            lr=optimizer.lr,
+            adam_beta1=optimizer.betas[0],
+            adam_beta2=optimizer.betas[1],
+            adam_eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            clip_grad=max_grad_norm or 0.0,
+            params_dtype=torch.get_default_dtype(),
+            use_distributed_optimizer=sharded,
+        )
+        config = compat.layer_config(
+            context.get_tensor_parallel_world_size(), context.layout.sequence_parallel, initialize=False
+        )
+        with self._guard("data parallel setup"), compat.cuda_as_cpu():
+            wrap: Any = compat.DistributedDataParallel  # typed for a TransformerConfig; reads what layer_config has
+            self._ddp: Any = wrap(config=config, ddp_config=ddp_config, module=model, pg_collection=groups)
+            self.optimizer: Any = compat.get_megatron_optimizer(
+                settings, [self._ddp], use_gloo_process_groups=False, pg_collection=groups
+            )
+        for group in self.optimizer.param_groups:
+            # Megatron leaves this to its OptimizerParamScheduler; without it norms and biases would be decayed too.
+            group["weight_decay"] = optimizer.weight_decay * group.get("wd_mult", 1.0)
+        self.zero_grad()
+
+    @property
+    def module(self) -> nn.Module:
+        """The model as the factory built it."""
+        return self._module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward."""
+        with self._guard("data forward"):
+            return self._ddp(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate gradients in Megatron's buffers (`main_grad`); `grad` stays None."""
+        with self._guard("data backward"):
+            loss.backward()
+
+    def step(self) -> StepResult:
+        """Average over the data axis, clip, update, clear."""
+        with self._guard("data step"), compat.cuda_as_cpu():
+            self._ddp.finish_grad_sync()
+            updated, norm, _ = self.optimizer.step()
+        self.zero_grad()
+        if not updated:
+            logger.warning("Megatron's optimizer skipped this step: a gradient is not finite")
+        return StepResult(grad_norm=None if norm is None else float(norm), skipped=not updated)
+
+    def zero_grad(self) -> None:
+        """Forget accumulated gradients."""
+        self._ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def set_learning_rate(self, lr: float) -> None:
+        """For the next step on."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def accumulate(self) -> AbstractContextManager[None]:
+        """Around all micro-batches but the last."""
+        return self._ddp.no_sync()
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names as built, and tensor-parallel shards."""
+        for name, parameter in self._module.named_parameters():
+            yield name, parameter.detach()
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Set parameters, and the optimizer's own copies of them, from tensor-parallel shards."""
+        load_shards(dict(self._module.named_parameters()), weights)
+        with compat.cuda_as_cpu():
+            self.optimizer.reload_model_params()
+
+    def close(self) -> None:
+        """Drop the wrapper."""
+        self._ddp = self._module

@@ -1,0 +1,172 @@
+"""Megatron-Core's own parallel layers under polyshard's `LinearAdapter`."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyshard.adapters.shared.head import PaddedHead, padded_size, tied_weight
+from polyshard.adapters.shared.loss import token_losses
+from polyshard.core.context import ParallelAxis
+from polyshard.core.discovery import load_adapter
+
+logger = logging.getLogger(__name__)
+
+
+class MegatronLayer(nn.Module):
+    """Megatron's layer with a plain tensor as output, and the sequence before the last dimension.
+
+    Under sequence parallel Megatron shards dimension 0, `[seq, batch, hidden]`; polyshard's tensors are
+    `[batch, seq, hidden]` or packed `[tokens, hidden]`.
+    """
+
+    def __init__(self, layer: nn.Module, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.layer = layer
+        self.sequence_parallel = sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As Megatron's layer."""
+        if not (self.sequence_parallel and x.dim() == 3):
+            return self.layer(x.contiguous())[0]
+        return self.layer(x.transpose(0, 1).contiguous())[0].transpose(0, 1)
+
+
+class MegatronEmbedding(nn.Module):
+    """Megatron's embedding, likewise."""
+
+    def __init__(self, layer: nn.Module, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.layer = layer
+        self.sequence_parallel = sequence_parallel
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids `[batch, seq]` or `[tokens]`."""
+        if not self.sequence_parallel:
+            return self.layer(input_ids)
+        if input_ids.dim() == 1:
+            return self.layer(input_ids.unsqueeze(0)).squeeze(1)
+        return self.layer(input_ids).transpose(0, 1)
+
+
+class MegatronLinearAdapter:
+    """`LinearAdapter` of Megatron-Core, with an explicit tensor-parallel group."""
+
+    plain_outputs = True
+    vocab_padding = 1
+
+    def create_column_parallel(
+        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+    ) -> nn.Module:
+        """Megatron's ColumnParallelLinear."""
+        return MegatronLayer(*self._column(input_size, output_size, parallel_context, bias, input_size**-0.5))
+
+    def create_row_parallel(
+        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+    ) -> nn.Module:
+        """Megatron's RowParallelLinear."""
+        from polyshard.adapters.megatron.compat import RowParallelLinear
+
+        config, group = _config(parallel_context), parallel_context.get_tensor_parallel_group()
+        layer: Any = RowParallelLinear(
+            input_size,
+            output_size,
+            config=config,
+            init_method=partial(nn.init.normal_, std=input_size**-0.5),
+            bias=bias,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            tp_group=group,
+        ).to(parallel_context.device)
+        if bias and config.sequence_parallel:
+            # Each rank adds the bias to its own tokens; Megatron leaves the sum of its gradients to the engine.
+            layer.bias.register_hook(partial(_sum, axis=parallel_context.axis("tensor")))
+        return MegatronLayer(layer, config.sequence_parallel)
+
+    def create_vocab_embedding(self, num_embeddings: int, embedding_dim: int, parallel_context: Any) -> nn.Module:
+        """Megatron's VocabParallelEmbedding, padded: it asserts that its rows divide."""
+        from polyshard.adapters.megatron.compat import VocabParallelEmbedding
+
+        config, axis = _config(parallel_context), parallel_context.axis("tensor")
+        layer = VocabParallelEmbedding(
+            padded_size(num_embeddings, axis),
+            embedding_dim,
+            init_method=partial(nn.init.normal_, std=0.02),
+            reduce_scatter_embeddings=config.sequence_parallel,
+            config=config,
+            tp_group=parallel_context.get_tensor_parallel_group(),
+        )
+        return MegatronEmbedding(layer.to(parallel_context.device), config.sequence_parallel)
+
+    def create_lm_head(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        parallel_context: Any,
+        bias: bool = False,
+        tied_to: nn.Module | None = None,
+    ) -> nn.Module:
+        """Megatron's ColumnParallelLinear over the padded vocabulary."""
+        axis = parallel_context.axis("tensor")
+        layer, sequence_parallel = self._column(
+            hidden_size, padded_size(vocab_size, axis), parallel_context, bias, 0.02
+        )
+        if tied_to is not None:
+            layer.weight = tied_weight(tied_to)
+        return PaddedHead(MegatronLayer(layer, sequence_parallel), vocab_size, axis)
+
+    def vocab_parallel_cross_entropy(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        parallel_context: Any,
+        *,
+        label_smoothing: float,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Megatron's loss, wrapped: it works in place and knows no ignored targets."""
+        if label_smoothing:
+            logger.info("Megatron smooths labels over each rank's shard alone: the torch adapter's loss is used")
+            torch_linear = load_adapter("torch").linear
+            options["label_smoothing"] = label_smoothing
+            return torch_linear.vocab_parallel_cross_entropy(logits, targets, parallel_context, **options)
+        from polyshard.adapters.megatron.compat import vocab_parallel_cross_entropy
+
+        group = parallel_context.get_tensor_parallel_group()
+        return token_losses(partial(vocab_parallel_cross_entropy, group=group), logits, targets, **options)
+
+    def _column(
+        self, input_size: int, output_size: int, parallel_context: Any, bias: bool, std: float
+    ) -> tuple[Any, bool]:
+        from polyshard.adapters.megatron.compat import ColumnParallelLinear
+
+        config = _config(parallel_context)
+        layer = ColumnParallelLinear(
+            input_size,
+            output_size,
+            config=config,
+            init_method=partial(nn.init.normal_, std=std),
+            bias=bias,
+            gather_output=False,
+            tp_group=parallel_context.get_tensor_parallel_group(),
+        )
+        return layer.to(parallel_context.device), config.sequence_parallel
+
+
+def _config(parallel_context: Any) -> Any:
+    from polyshard.adapters.megatron.compat import layer_config
+
+    return layer_config(
+        parallel_context.get_tensor_parallel_world_size(),
+        parallel_context.layout.sequence_parallel,
+        getattr(parallel_context, "initialize_weights", True),
+    )
+
+
+def _sum(gradient: torch.Tensor, axis: ParallelAxis) -> torch.Tensor:
+    assert axis.collectives is not None
+    return axis.collectives.all_reduce(gradient)
