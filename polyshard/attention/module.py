@@ -141,7 +141,8 @@ class TrainableFlashAttention(nn.Module):
         heads = qkv.unflatten(-1, (-1, spec.head_dim))
         q, k, v = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=-2)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            # Under autocast the norm's float32 weight widens its output; attention takes one dtype.
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
 
         serving = self.core is not None
         if sequences is None and not serving:

@@ -1,5 +1,18 @@
-"""For tests of adapters and models: functions run on several ranks, with hard timeouts and each rank's traceback."""
+"""For authors of adapters and models: the conformance suite, and functions run on several ranks with hard timeouts."""
+
+from typing import TYPE_CHECKING, Any
 
 from polyshard.testing.ranks import RankError, run_ranks
 
-__all__ = ["RankError", "run_ranks"]
+if TYPE_CHECKING:
+    from polyshard.testing.suite import AdapterSuite
+
+__all__ = ["AdapterSuite", "RankError", "run_ranks"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AdapterSuite":  # needs pytest; processes of ranks do not
+        from polyshard.testing.suite import AdapterSuite
+
+        return AdapterSuite
+    raise AttributeError(f"module 'polyshard.testing' has no attribute {name!r}")

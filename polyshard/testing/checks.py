@@ -1,0 +1,215 @@
+"""What the conformance suite runs on each rank. Every function returns data; the suite judges it."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+
+from polyshard.core.adapter import AdamW
+from polyshard.core.context import GroupContext, ParallelContext
+from polyshard.core.discovery import load_adapter
+from polyshard.core.errors import LayoutError, RankFailureError
+from polyshard.core.initialization import initialize_weights
+from polyshard.core.linear import column_parallel, qkv_parallel, row_parallel
+from polyshard.core.vocabulary import gather_logits, vocab_parallel_cross_entropy
+from polyshard.core.weight_table import collect_layouts, copy_into_shard, stored_parts
+from polyshard.launch import initialize, shutdown
+from polyshard.testing.model import SuiteConfig, SuiteModel
+from polyshard.testing.reference import reference_weights
+
+Named = dict[str, torch.Tensor]
+
+
+def tokens(config: SuiteConfig, rows: int = 4, length: int = 8, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input ids and labels `[rows, length]`, the labels with one ignored place."""
+    ids = torch.randint(0, config.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(seed))
+    labels = ids[:, 1:].clone()
+    labels[0, 0] = -100
+    return ids[:, :-1], labels
+
+
+def batches(config: SuiteConfig, steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A rule that can be learnt: each token is the one before it plus seven."""
+    generator = torch.Generator().manual_seed(2)
+    result = []
+    for _ in range(steps):
+        ids = (
+            torch.randint(0, config.vocab_size, (4, 1), generator=generator) + 7 * torch.arange(9)
+        ) % config.vocab_size
+        result.append((ids[:, :-1], ids[:, 1:]))
+    return result
+
+
+def build(config: SuiteConfig, context: ParallelContext) -> SuiteModel:
+    """The suite's model with the reference's weights."""
+    model = SuiteModel(config, context)
+    full = reference_weights(config, dtype=torch.float32)
+    rank, size = context.get_tensor_parallel_rank(), context.get_tensor_parallel_world_size()
+    parameters = dict(model.named_parameters())
+    for entry in collect_layouts(model).values():
+        count = len(entry.checkpoint_names)
+        for index, name in enumerate(entry.checkpoint_names):
+            copy_into_shard(parameters[entry.parameter], entry.layout, count, index, full[name], rank, size)
+    return model
+
+
+def gathered(shards: Any, model: SuiteModel, context: ParallelContext) -> Named:
+    """Full tensors by checkpoint name, from (name as built, shard) pairs."""
+    axis, table = context.axis("tensor"), collect_layouts(model)
+    result: Named = {}
+    for name, shard in shards:
+        layout = table[name].layout
+        every = [shard] if axis.collectives is None else axis.collectives.all_gather(shard.unsqueeze(0), 0).unbind(0)
+        names = table[name].checkpoint_names
+        result.update(zip(names, (t.clone() for t in stored_parts(layout, len(names), layout.assemble(every)))))
+    return result
+
+
+def layers(adapter: str, tensor: int, sequence_parallel: bool) -> dict[str, Named]:
+    """Loss, logits and gradients with untied and tied embeddings, the loss under autocast, and initial weights."""
+    context = initialize(adapter, tensor=tensor, sequence_parallel=sequence_parallel, timeout=60)
+    results: dict[str, Named] = {}
+    for tied in (False, True):
+        config = SuiteConfig(tied=tied)
+        input_ids, labels = tokens(config)
+        model = build(config, context)
+        loss = model(input_ids, labels)
+        loss.backward()
+        with torch.no_grad():
+            logits = gather_logits(model(input_ids), context, config.vocab_size)
+            with torch.autocast(context.device.type, torch.bfloat16):
+                rough = model(input_ids, labels)
+        gradients = [(name, p.grad) for name, p in model.named_parameters()]
+        found = gathered(gradients, model, context)
+        results["tied" if tied else "untied"] = {"loss": loss.detach(), "logits": logits, "autocast": rough, **found}
+    model = SuiteModel(SuiteConfig(), context)
+    initialize_weights(model, context, seed=11)
+    results["initial"] = gathered(((n, p.detach()) for n, p in model.named_parameters()), model, context)
+    shutdown(context)
+    return results
+
+
+def training(
+    adapter: str, tensor: int, engine: dict[str, Any], steps: int, settings: dict[str, float]
+) -> dict[str, Any]:
+    """Losses, gradient norms and the weights at the end; half of the steps in two micro-batches."""
+    context = initialize(adapter, tensor=tensor, timeout=60)
+    config = SuiteConfig()
+    model = build(config, context)
+    optimizer = AdamW(lr=settings["lr"], weight_decay=settings["weight_decay"])
+    options = {"max_grad_norm": settings["max_grad_norm"], **engine}
+    trainer = load_adapter(adapter).engine(model, optimizer, context, **options)
+    share, rank = context.get_data_parallel_world_size(), context.get_data_parallel_rank()
+    losses, norms = [], []
+    for step, (input_ids, labels) in enumerate(batches(config, steps)):
+        mine, targets = input_ids[rank::share], labels[rank::share]
+        parts = list(zip(mine.chunk(2), targets.chunk(2))) if step % 2 else [(mine, targets)]
+        total = torch.zeros(())
+        for ids, wanted in parts[:-1]:
+            with trainer.accumulate():
+                loss = trainer(ids, wanted) / len(parts)
+                trainer.backward(loss)
+            total = total + loss.detach()
+        loss = trainer(*parts[-1]) / len(parts)
+        trainer.backward(loss)
+        total = total + loss.detach()
+        norms.append(trainer.step().grad_norm)
+        data = context.axis("data")
+        losses.append(float(total if data.collectives is None else data.collectives.all_reduce(total) / data.size))
+    weights = gathered(trainer.weights(), model, context)
+    trainer.close()
+    shutdown(context)
+    return {"losses": losses, "norms": norms, "weights": weights}
+
+
+def pieces(adapter: str) -> dict[str, Any]:
+    """On two tensor-parallel ranks: the loss's contract, dropout, foreign groups, wrong sizes, another size."""
+    library = load_adapter(adapter)
+    results: dict[str, Any] = {}
+    context = initialize(adapter, tensor=2, timeout=60)
+    results["loss"] = _loss_contract(context)
+    results["dropout"] = _dropout(context)
+    results["refused"] = _wrong_sizes(context)
+    shutdown(context)
+
+    foreign = load_adapter("torch").initialize(_layout(2), timeout=60)
+    adopted = library.adopt(foreign)
+    assert isinstance(adopted, GroupContext)
+    results["adopted"] = build(SuiteConfig(), adopted)(*tokens(SuiteConfig())).detach()
+    shutdown(adopted)
+
+    context = initialize(adapter, timeout=60)  # the same world, another size
+    results["again"] = build(SuiteConfig(), context)(*tokens(SuiteConfig())).detach()
+    results["dropout alone"] = _dropout(context)
+    shutdown(context)
+    return results
+
+
+def dies(adapter: str, timeout: float) -> tuple[float, str, tuple[int, ...]] | None:
+    """The last rank dies; what the first is told, and after how many seconds."""
+    context = initialize(adapter, tensor=2, timeout=timeout)
+    model = build(SuiteConfig(), context)
+    input_ids, labels = tokens(SuiteConfig())
+    model(input_ids, labels).backward()
+    if context.get_tensor_parallel_rank() == 1:
+        os._exit(7)
+    started = time.monotonic()
+    try:
+        # Collectives inside a library's layers are not ours to guard: an engine guards them all.
+        trainer = load_adapter(adapter).engine(model, AdamW(), context, **({"max_grad_norm": 1.0}))
+        trainer.backward(trainer(input_ids, labels))
+    except RankFailureError as error:
+        return time.monotonic() - started, str(error), error.ranks
+    return None
+
+
+def _layout(tensor: int) -> Any:
+    from polyshard.core.layout import ParallelLayout
+
+    return ParallelLayout.for_world(int(os.environ["WORLD_SIZE"]), tensor=tensor)
+
+
+def _loss_contract(context: ParallelContext) -> dict[str, Any]:
+    logits = 4 * torch.randn(12, 11, generator=torch.Generator().manual_seed(4))
+    targets = torch.tensor([3, -100, 10, 0, 5, 1, 2, -100, 4, 6, 7, 8])
+    padded = torch.cat((logits, torch.full((12, 1), -torch.inf)), dim=1)
+    rank = context.get_tensor_parallel_rank()
+    found: dict[str, Any] = {"logits": logits, "targets": targets}
+    for reduction in ("mean", "sum", "none"):
+        for smoothing in (0.0, 0.1):
+            local = padded.chunk(2, dim=1)[rank].clone().requires_grad_()
+            before = local.detach().clone()
+            loss = vocab_parallel_cross_entropy(
+                local, targets, context, vocab_size=11, reduction=reduction, label_smoothing=smoothing
+            )
+            loss.sum().backward()
+            untouched = torch.equal(local.detach(), before)
+            found[f"{reduction} {smoothing}"] = (loss.detach(), local.grad, untouched)
+    return found
+
+
+def _dropout(context: ParallelContext) -> torch.Tensor:
+    model = build(SuiteConfig(dropout=0.3), context)
+    input_ids, labels = tokens(SuiteConfig())
+    torch.manual_seed(9)
+    first = model(input_ids, labels).detach()
+    torch.manual_seed(9)
+    second = model(input_ids, labels).detach()
+    return torch.stack((first, second, model(input_ids, labels).detach()))
+
+
+def _wrong_sizes(context: ParallelContext) -> list[str]:
+    messages = []
+    for make in (
+        lambda: column_parallel(4, 7, context),
+        lambda: row_parallel(9, 4, context),
+        lambda: qkv_parallel(12, 3, 3, 4, context),
+    ):
+        try:
+            make()
+        except LayoutError as error:
+            messages.append(str(error))
+    return messages

@@ -1,0 +1,229 @@
+"""The conformance suite: what every adapter has to do, as tests that ask for capabilities and never for names.
+
+An adapter's author writes:
+
+    from polyshard.testing import AdapterSuite
+
+    class TestMyAdapter(AdapterSuite):
+        adapter = "my_adapter"                                # as in the entry-point group polyshard.adapters
+        engines = ({"zero_stage": 1}, {"zero_stage": 2})      # options of its engine, each tested
+
+and runs pytest. The oracle is the same model written out in float64 in one process (`polyshard.testing.reference`).
+Bounds are measured, not guessed: the oracle in float32 shows how far rounding alone moves each quantity, and the adapter
+may be four times as far, since it sums in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from polyshard.core.capabilities import FEATURES, Capabilities
+from polyshard.core.discovery import load_adapter
+from polyshard.testing import checks
+from polyshard.testing.model import SuiteConfig
+from polyshard.testing.ranks import run_ranks
+from polyshard.testing.reference import reference_run, reference_training
+
+MARGIN = 4.0
+FLOOR = 1e-6  # relative; some eight roundings of float32
+STEPS = 20
+SETTINGS = {"lr": 3e-3, "weight_decay": 0.05, "max_grad_norm": 0.5}
+SIZES = (1, 2, 4)
+WORLDS = {"1": (1, 1), "tensor 2": (2, 2), "data 2": (2, 1), "tensor 2, data 2": (4, 2)}  # ranks, tensor size
+
+
+@cache
+def _layers(adapter: str, tensor: int, sequence_parallel: bool) -> list[Any]:
+    return run_ranks(checks.layers, tensor, adapter, tensor, sequence_parallel)
+
+
+@cache
+def _pieces(adapter: str) -> list[Any]:
+    return run_ranks(checks.pieces, 2, adapter)
+
+
+@cache
+def _oracle(tied: bool, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    config = SuiteConfig(tied=tied)
+    return reference_run(config, *checks.tokens(config), dtype=dtype)
+
+
+@cache
+def _oracle_training() -> tuple[list[float], list[float]]:
+    config = SuiteConfig()
+    return reference_training(config, checks.batches(config, STEPS), **SETTINGS)
+
+
+class AdapterSuite:
+    """Subclass it, and name the adapter.
+
+    Attributes:
+        adapter: its name.
+        engines: options of its training engine, each tested.
+    """
+
+    adapter: ClassVar[str]
+    engines: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        engines = [pytest.param(dict(e), id=_label(e)) for e in cls.engines]
+        # Each subclass has its own engines: its test is a function of its own, parametrised by them.
+        cls.test_training = pytest.mark.parametrize("engine", engines)(_copy(AdapterSuite._training))
+
+    def need(self, *features: str) -> Capabilities:
+        """Skip, with the recorded reason, where the adapter lacks a feature."""
+        capabilities = load_adapter(self.adapter).capabilities
+        for feature in ("cpu", *features):
+            answer = capabilities[feature]
+            if not answer.available:
+                pytest.skip(f"{FEATURES[feature]}: {answer.reason} ({answer.whose})")
+        return capabilities
+
+    def test_every_capability_is_answered(self) -> None:
+        """Each 'no' has a reason."""
+        capabilities = load_adapter(self.adapter).capabilities
+        assert {name for name, _ in capabilities} == set(FEATURES)
+
+    @pytest.mark.parametrize("tied", ["untied", "tied"])
+    @pytest.mark.parametrize("tensor", SIZES)
+    def test_logits_loss_and_gradients(self, tensor: int, tied: str) -> None:
+        """Biases, fused segments, shared KV heads, a padded vocabulary, tied embeddings, ignored targets."""
+        self.need("training", "tensor")
+        self._judge(_layers(self.adapter, tensor, False), tied)
+
+    @pytest.mark.parametrize("tied", ["untied", "tied"])
+    @pytest.mark.parametrize("tensor", [2, 4])
+    def test_sequence_parallel(self, tensor: int, tied: str) -> None:
+        """The same, with activations sharded along the sequence."""
+        self.need("training", "sequence")
+        self._judge(_layers(self.adapter, tensor, True), tied)
+
+    @pytest.mark.parametrize("tensor", SIZES)
+    def test_autocast(self, tensor: int) -> None:
+        """In bfloat16 the loss is within one percent."""
+        self.need("training", "tensor")
+        exact = _oracle(False, torch.float64)["loss"]
+        for result in _layers(self.adapter, tensor, False):
+            assert abs(result["untied"]["autocast"].double() - exact) < 0.01 * exact
+
+    def test_initial_weights_are_the_same_at_every_size(self) -> None:
+        """Bit for bit."""
+        self.need("training", "tensor")
+        first, *others = [_layers(self.adapter, tensor, False)[0]["initial"] for tensor in SIZES]
+        for other in others:
+            assert set(other) == set(first)
+            assert all(torch.equal(other[name], first[name]) for name in first)
+
+    def _training(self, world: str, engine: dict[str, Any]) -> None:
+        """Twenty steps with clipping against one process, half of them in micro-batches."""
+        self.need("training", "tensor", "data")
+        ranks, tensor = WORLDS[world]
+        losses, norms = (torch.tensor(x) for x in _oracle_training())
+        assert losses[-1] < 0.8 * losses[0], "the oracle does not learn"
+        results = run_ranks(checks.training, ranks, self.adapter, tensor, engine, STEPS, SETTINGS)
+        for result in results:
+            got = torch.tensor(result["losses"], dtype=losses.dtype)
+            # AdamW magnifies rounding where the second moment is tiny: close at first, less so later.
+            assert torch.allclose(got[:5], losses[:5], rtol=1e-5, atol=0)
+            assert torch.allclose(got, losses, rtol=1e-3, atol=0)
+            assert torch.allclose(torch.tensor(result["norms"]), norms, rtol=5e-3)
+            assert torch.allclose(torch.tensor(result["norms"][:5]), norms[:5], rtol=1e-4)
+            for name, weight in results[0]["weights"].items():
+                assert torch.equal(result["weights"][name], weight), f"{name} differs between ranks"
+
+    _training = pytest.mark.parametrize("world", WORLDS)(_training)
+
+    @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    def test_cross_entropy(self, reduction: str, smoothing: float) -> None:
+        """torch's contract over a sharded and padded vocabulary; the logits are left untouched."""
+        self.need("training", "tensor")
+        for rank, result in enumerate(_pieces(self.adapter)):
+            found = result["loss"]
+            loss, gradient, untouched = found[f"{reduction} {smoothing}"]
+            logits = found["logits"].double().requires_grad_()
+            want = F.cross_entropy(logits, found["targets"], reduction=reduction, label_smoothing=smoothing)
+            want.sum().backward()
+            assert logits.grad is not None
+            assert torch.allclose(loss.double(), want.detach(), rtol=1e-5, atol=1e-6)
+            full = torch.cat((logits.grad, torch.zeros(len(logits.grad), 1)), dim=1)
+            assert torch.allclose(gradient.double(), full.chunk(2, dim=1)[rank], rtol=1e-4, atol=1e-7)
+            assert untouched
+
+    def test_dropout(self) -> None:
+        """The same seed gives the same loss, at tensor-parallel 1 and 2; the next draw gives another."""
+        self.need("training", "tensor")
+        results = _pieces(self.adapter)
+        for result in results:
+            first, second, third = result["dropout"]
+            assert first == second != third
+            assert torch.allclose(result["dropout"], results[0]["dropout alone"], rtol=1e-5)
+
+    def test_groups_that_another_library_made(self) -> None:
+        """Adopted on foreign groups, the loss is the same."""
+        self.need("training", "tensor")
+        exact = _oracle(False, torch.float64)["loss"].float()
+        assert all(torch.allclose(result["adopted"], exact, rtol=1e-5) for result in _pieces(self.adapter))
+
+    def test_initialise_again_with_another_size(self) -> None:
+        """Shut down and started again in the same processes, the loss is the same."""
+        self.need("training", "tensor")
+        exact = _oracle(False, torch.float64)["loss"].float()
+        assert all(torch.allclose(result["again"], exact, rtol=1e-5) for result in _pieces(self.adapter))
+
+    def test_wrong_sizes_are_refused_by_name(self) -> None:
+        """Before the library sees them."""
+        self.need("training", "tensor")
+        for result in _pieces(self.adapter):
+            column, row, qkv = result["refused"]
+            assert "column_parallel: 7 cannot be divided by tensor-parallel size 2" in column
+            assert "row_parallel: 9 cannot be divided" in row
+            assert "q_proj: 3 blocks of 4 cannot be divided" in qkv
+
+    def test_a_dead_rank_is_named_in_time(self) -> None:
+        """Within the timeout."""
+        self.need("training", "tensor")
+        timeout = 20.0
+        result = run_ranks(checks.dies, 2, self.adapter, timeout, silent=(1,))[0]
+        assert result is not None, "no RankFailureError was raised"
+        seconds, message, ranks = result
+        assert seconds < timeout
+        assert ranks == (1,)
+        assert "rank 1 died or froze" in message
+
+    def _judge(self, results: list[Any], tied: str) -> None:
+        exact, rounded = (_oracle(tied == "tied", dtype) for dtype in (torch.float64, torch.float32))
+        found = results[0][tied]
+        assert set(found) - {"autocast"} == set(exact)
+        worst = max(_error(rounded[name], exact[name]) for name in exact)
+        for name in exact:
+            error = _error(found[name], exact[name])
+            assert error < MARGIN * worst + FLOOR, f"{name}: {error:.1e}; rounding alone: {worst:.1e}"
+        for other in results[1:]:
+            assert torch.equal(other[tied]["loss"], found["loss"]), "ranks disagree on the loss"
+
+
+def _error(value: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((value.double() - exact).abs().max() / exact.abs().max())
+
+
+def _label(engine: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in engine.items()) or "default"
+
+
+def _copy(function: Any) -> Any:
+    from types import FunctionType
+
+    copied = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copied.__dict__.update(function.__dict__)
+    copied.pytestmark = list(getattr(function, "pytestmark", []))
+    return copied
