@@ -76,11 +76,13 @@ def test_the_torch_adapter_satisfies_the_protocols():
 
 
 def test_vllm_absent_is_said_with_the_command_that_installs_it(monkeypatch):
-    ps.load_adapter("vllm")
-    room = sys.modules["polyshard.adapters.vllm.adapter"]
-    monkeypatch.setattr(room, "find_spec", lambda name: None)
+    from polyshard.core import requirement
+
+    monkeypatch.setattr(requirement, "find_spec", lambda name: None)
     with pytest.raises(ps.MissingDependencyError, match=r"vLLM is not installed: pip install 'polyshard\[vllm\]'"):
         _ = ps.load_adapter("vllm").host
+    with pytest.raises(ps.MissingDependencyError, match=r"Megatron-Core is not installed: pip install 'polyshard\[meg"):
+        ps.initialize("megatron")
 
 
 def test_the_table_of_capabilities_in_the_docs_is_current():

@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from polyshard.cli.doctor import doctor
 from polyshard.cli.serve import serve
 from polyshard.core.errors import PolyshardError
 
@@ -18,14 +19,8 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def root() -> None:
-    """Keep `serve` a subcommand while it is the only one."""
-
-
-app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)(serve)
+app.command()(doctor)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 
 
 def main() -> None:

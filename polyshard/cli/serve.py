@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from polyshard.adapters.vllm.adapter import require_vllm
+from polyshard.adapters.vllm import adapter as vllm_adapter
 from polyshard.checkpoint import read_config
 from polyshard.core.errors import RegistrationError
 from polyshard.registry import register_model, registered_models
@@ -44,7 +44,7 @@ def server_command(
         CheckpointError: the directory has no config.json.
         MissingDependencyError: vLLM is not installed.
     """
-    require_vllm()
+    vllm_adapter.requirement.require()
     config = read_config(directory)
     architectures = list(getattr(config, "architectures", None) or [])
     recorded = (getattr(config, "polyshard", None) or {}).get("factory")

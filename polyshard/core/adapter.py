@@ -13,6 +13,7 @@ from torch import nn
 from polyshard.core.capabilities import Capabilities
 from polyshard.core.context import ParallelContext
 from polyshard.core.layout import ParallelLayout
+from polyshard.core.requirement import Requirement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +115,7 @@ class Adapter(Protocol):
 
     name: str
     capabilities: Capabilities
+    requirement: Requirement
     linear: Any
 
     def initialize(self, layout: ParallelLayout | None = None, **options: Any) -> ParallelContext:

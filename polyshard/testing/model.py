@@ -1,4 +1,4 @@
-"""The conformance suite's model: every kind of layer once, at sizes that divide by 1, 2 and 4 (the vocabulary by none)."""
+"""The conformance suite's model: every kind of layer, at sizes that divide by 1, 2, 4 (the vocabulary by none)."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ An adapter's author writes:
         engines = ({"zero_stage": 1}, {"zero_stage": 2})      # options of its engine, each tested
 
 and runs pytest. The oracle is the same model written out in float64 in one process (`polyshard.testing.reference`).
-Bounds are measured, not guessed: the oracle in float32 shows how far rounding alone moves each quantity, and the adapter
-may be four times as far, since it sums in another order.
+Bounds are measured, not guessed: the oracle in float32 shows how far rounding alone moves each quantity, and the
+adapter may be four times as far, since it sums in another order.
 """
 
 from __future__ import annotations
@@ -71,11 +71,10 @@ class AdapterSuite:
     adapter: ClassVar[str]
     engines: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        engines = [pytest.param(dict(e), id=_label(e)) for e in cls.engines]
-        # Each subclass has its own engines: its test is a function of its own, parametrised by them.
-        cls.test_training = pytest.mark.parametrize("engine", engines)(_copy(AdapterSuite._training))
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Each subclass's engines parametrise its training tests."""
+        if "engine" in metafunc.fixturenames:
+            metafunc.parametrize("engine", [pytest.param(dict(e), id=_label(e)) for e in self.engines])
 
     def need(self, *features: str) -> Capabilities:
         """Skip, with the recorded reason, where the adapter lacks a feature."""
@@ -121,7 +120,8 @@ class AdapterSuite:
             assert set(other) == set(first)
             assert all(torch.equal(other[name], first[name]) for name in first)
 
-    def _training(self, world: str, engine: dict[str, Any]) -> None:
+    @pytest.mark.parametrize("world", WORLDS)
+    def test_training(self, world: str, engine: dict[str, Any]) -> None:
         """Twenty steps with clipping against one process, half of them in micro-batches."""
         self.need("training", "tensor", "data")
         ranks, tensor = WORLDS[world]
@@ -137,8 +137,6 @@ class AdapterSuite:
             assert torch.allclose(torch.tensor(result["norms"][:5]), norms[:5], rtol=1e-4)
             for name, weight in results[0]["weights"].items():
                 assert torch.equal(result["weights"][name], weight), f"{name} differs between ranks"
-
-    _training = pytest.mark.parametrize("world", WORLDS)(_training)
 
     @pytest.mark.parametrize("smoothing", [0.0, 0.1])
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -216,14 +214,3 @@ def _error(value: torch.Tensor, exact: torch.Tensor) -> float:
 
 def _label(engine: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in engine.items()) or "default"
-
-
-def _copy(function: Any) -> Any:
-    from types import FunctionType
-
-    copied = FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    )
-    copied.__dict__.update(function.__dict__)
-    copied.pytestmark = list(getattr(function, "pytestmark", []))
-    return copied

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -13,8 +12,8 @@ from polyshard.core.adapter import OptimizerFactory
 from polyshard.core.capabilities import YES, Capabilities, no
 from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.discovery import load_adapter
-from polyshard.core.errors import MissingDependencyError
 from polyshard.core.layout import ParallelLayout
+from polyshard.core.requirement import Requirement
 
 if TYPE_CHECKING:
     from polyshard.adapters.deepspeed.engine import DeepspeedEngine
@@ -40,18 +39,28 @@ CAPABILITIES = Capabilities(
 )
 
 
+REQUIREMENT = Requirement(
+    title="DeepSpeed",
+    module="deepspeed",
+    distributions=("deepspeed",),
+    tested=("0.19.8",),
+    install="pip install 'polyshard[deepspeed]'",
+)
+
+
 class DeepspeedAdapter:
     """`Adapter` of DeepSpeed."""
 
     name = "deepspeed"
     capabilities = CAPABILITIES
+    requirement = REQUIREMENT
 
     def __init__(self) -> None:
         self.linear = DeepspeedLinearAdapter()
 
     def initialize(self, layout: ParallelLayout | None = None, **options: Any) -> GroupContext:
         """Groups as the torch adapter makes them, with DeepSpeed's layers; options are the torch adapter's."""
-        _require_deepspeed()
+        self.requirement.require()
         layout = layout or ParallelLayout()
         if layout.sequence_parallel:
             self.capabilities.require("sequence")
@@ -59,7 +68,7 @@ class DeepspeedAdapter:
 
     def adopt(self, context: ParallelContext) -> GroupContext:
         """DeepSpeed's layers on the groups of `context`."""
-        _require_deepspeed()
+        self.requirement.require()
         return adopt(context, self.linear)
 
     def engine(
@@ -74,8 +83,3 @@ class DeepspeedAdapter:
         """Restore DeepSpeed's mode, and undo what `initialize` made."""
         for undo in getattr(context, "on_shutdown", ()):
             undo()
-
-
-def _require_deepspeed() -> None:
-    if find_spec("deepspeed") is None:
-        raise MissingDependencyError("DeepSpeed is not installed: pip install 'polyshard[deepspeed]'")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -13,8 +12,8 @@ from polyshard.core.adapter import OptimizerFactory
 from polyshard.core.capabilities import YES, Capabilities, no
 from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.discovery import load_adapter
-from polyshard.core.errors import MissingDependencyError
 from polyshard.core.layout import ParallelLayout
+from polyshard.core.requirement import Requirement
 
 if TYPE_CHECKING:
     from polyshard.adapters.fairscale.engine import FairscaleEngine
@@ -40,18 +39,28 @@ CAPABILITIES = Capabilities(
 )
 
 
+REQUIREMENT = Requirement(
+    title="FairScale",
+    module="fairscale",
+    distributions=("fairscale",),
+    tested=("0.4.13",),
+    install="pip install 'polyshard[fairscale]'",
+)
+
+
 class FairscaleAdapter:
     """`Adapter` of FairScale."""
 
     name = "fairscale"
     capabilities = CAPABILITIES
+    requirement = REQUIREMENT
 
     def __init__(self) -> None:
         self.linear = FairscaleLinearAdapter()
 
     def initialize(self, layout: ParallelLayout | None = None, **options: Any) -> GroupContext:
         """Groups as the torch adapter makes them, with FairScale's layers; options are the torch adapter's."""
-        _require_fairscale()
+        self.requirement.require()
         layout = layout or ParallelLayout()
         if layout.sequence_parallel:
             self.capabilities.require("sequence")
@@ -59,7 +68,7 @@ class FairscaleAdapter:
 
     def adopt(self, context: ParallelContext) -> GroupContext:
         """FairScale's layers on the groups of `context`."""
-        _require_fairscale()
+        self.requirement.require()
         return adopt(context, self.linear)
 
     def engine(
@@ -74,8 +83,3 @@ class FairscaleAdapter:
         """Give FairScale's group back, and undo what `initialize` made."""
         for undo in getattr(context, "on_shutdown", ()):
             undo()
-
-
-def _require_fairscale() -> None:
-    if find_spec("fairscale") is None:
-        raise MissingDependencyError("FairScale is not installed: pip install 'polyshard[fairscale]'")

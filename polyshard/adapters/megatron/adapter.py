@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -13,8 +12,8 @@ from polyshard.core.adapter import OptimizerFactory
 from polyshard.core.capabilities import YES, Capabilities, no
 from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.discovery import load_adapter
-from polyshard.core.errors import MissingDependencyError
 from polyshard.core.layout import ParallelLayout
+from polyshard.core.requirement import Requirement
 
 if TYPE_CHECKING:
     from polyshard.adapters.megatron.engine import MegatronEngine
@@ -40,23 +39,33 @@ CAPABILITIES = Capabilities(
 )
 
 
+REQUIREMENT = Requirement(
+    title="Megatron-Core",
+    module="megatron.core",
+    distributions=("megatron-core",),
+    tested=("0.16.1",),
+    install="pip install 'polyshard[megatron]'",
+)
+
+
 class MegatronAdapter:
     """`Adapter` of Megatron-Core."""
 
     name = "megatron"
     capabilities = CAPABILITIES
+    requirement = REQUIREMENT
 
     def __init__(self) -> None:
         self.linear = MegatronLinearAdapter()
 
     def initialize(self, layout: ParallelLayout | None = None, **options: Any) -> GroupContext:
         """Groups as the torch adapter makes them, with Megatron-Core's layers; options are the torch adapter's."""
-        _require_megatron()
+        self.requirement.require()
         return self.adopt(load_adapter("torch").initialize(layout, **options))
 
     def adopt(self, context: ParallelContext) -> GroupContext:
         """Megatron-Core's layers on the groups of `context`."""
-        _require_megatron()
+        self.requirement.require()
         return adopt(context, self.linear)
 
     def engine(
@@ -71,8 +80,3 @@ class MegatronAdapter:
         """Undo what `initialize` made."""
         for undo in getattr(context, "on_shutdown", ()):
             undo()
-
-
-def _require_megatron() -> None:
-    if find_spec("megatron") is None or find_spec("megatron.core") is None:
-        raise MissingDependencyError("Megatron-Core is not installed: pip install 'polyshard[megatron]'")

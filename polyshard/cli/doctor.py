@@ -1,0 +1,128 @@
+"""`polyshard doctor`: what of polyshard can be used on this machine, and why the rest cannot."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from polyshard import __version__
+from polyshard.attention.selection import explain
+from polyshard.core.attention import AttentionSpec
+from polyshard.core.capabilities import Accepted, Rejected
+from polyshard.core.discovery import adapter_names, load_adapter
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        kind: `adapter`, `kernel`, `serving` or `platform`.
+        name: of the adapter, kernel, engine or fact.
+        usable: whether it can be used here.
+        version: found; None where there is none.
+        detail: known versions, or why it cannot be used and what installs it.
+    """
+
+    kind: str
+    name: str
+    usable: bool
+    version: str | None
+    detail: str
+
+
+def doctor(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Adapters, kernels or engines that have to be usable.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Report on every adapter, attention kernel and serving engine. Status 1 where one of NAMES is not usable."""
+    findings = [*platform_facts(), *adapters(), *kernels()]
+    known = {f.name for f in findings}
+    unknown = [name for name in names or [] if name not in known]
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        show(findings)
+    if unknown:
+        typer.secho(f"unknown: {', '.join(unknown)}; known: {', '.join(sorted(known))}", fg="red", err=True)
+        sys.exit(1)
+    missing = [f for name in names or [] for f in findings if f.name == name and not f.usable]
+    for finding in missing:
+        typer.secho(f"{finding.name} is not usable: {finding.detail}", fg="red", err=True)
+    if missing:
+        sys.exit(1)
+
+
+def platform_facts() -> list[Finding]:
+    """Python, torch, the device, and what ranks can talk through."""
+    cuda = torch.cuda.is_available()
+    distributed = torch.distributed.is_available()
+    gloo = distributed and torch.distributed.is_gloo_available()
+    nccl = distributed and torch.distributed.is_nccl_available()
+    device = torch.cuda.get_device_name(0) if cuda else "no CUDA device: everything runs on the CPU"
+    return [
+        Finding("platform", "polyshard", True, __version__, f"Python {platform.python_version()}"),
+        Finding("platform", "cuda", cuda, torch.version.cuda, device),
+        Finding("platform", "gloo", gloo, None, "ranks on CPUs" if gloo else "this torch was built without it"),
+        Finding("platform", "nccl", nccl, None, "ranks on GPUs" if nccl else "this torch was built without it"),
+    ]
+
+
+def adapters() -> list[Finding]:
+    """Every registered adapter; an adapter that cannot even be loaded is reported, not raised."""
+    findings = []
+    for name in adapter_names():
+        try:
+            adapter: Any = load_adapter(name)
+            requirement = adapter.requirement
+            version = requirement.version()
+        except Exception as error:
+            findings.append(Finding("adapter", name, False, None, f"{type(error).__name__}: {error}"))
+            continue
+        kind = "adapter" if adapter.capabilities["training"].available else "serving"
+        if version is None:
+            detail = f"not installed: {requirement.install}"
+        elif version.split("+")[0] in requirement.tested:
+            detail = "a version that polyshard is tested with"
+        else:
+            detail = f"not tested with this version; tested: {', '.join(requirement.tested)}"
+        findings.append(Finding(kind, name, version is not None, version, detail))
+    return findings
+
+
+def kernels() -> list[Finding]:
+    """Each attention kernel's verdict on a plain request here."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    spec = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=64, scale=0.125)
+    findings = []
+    for verdict in explain(spec, device, dtype, training=True):
+        match verdict:
+            case Accepted(name):
+                findings.append(Finding("kernel", name, True, None, f"trains on {device.type} in {dtype}"))
+            case Rejected(name, reason):
+                findings.append(Finding("kernel", name, False, None, reason))
+    return findings
+
+
+def show(findings: list[Finding]) -> None:
+    """The findings as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "", "version", "usable", "")
+    previous = ""
+    for finding in findings:
+        mark = "[green]yes[/green]" if finding.usable else "[red]no[/red]"
+        kind = finding.kind if finding.kind != previous else ""
+        previous = finding.kind
+        table.add_row(kind, finding.name, finding.version or "", mark, finding.detail)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)

@@ -1,0 +1,45 @@
+"""`polyshard doctor` reports what can be used, and its exit status answers for what was asked."""
+
+import json
+import subprocess
+import sys
+
+
+def doctor(*arguments):
+    code = "from polyshard.cli import main; main()"
+    return subprocess.run([sys.executable, "-c", code, "doctor", *arguments], capture_output=True, text=True)
+
+
+def test_the_report_covers_every_adapter_and_kernel():
+    done = doctor("--json")
+    assert done.returncode == 0
+    findings = {f["name"]: f for f in json.loads(done.stdout)}
+    assert {"torch", "megatron", "deepspeed", "fairscale", "vllm", "cpu_flash", "chunked", "gloo"} <= set(findings)
+    assert findings["vllm"]["kind"] == "serving"
+    assert findings["megatron"]["version"] == "0.16.1"
+    assert findings["torch_varlen"]["usable"] or findings["torch_varlen"]["detail"]
+    assert all(f["detail"] for f in findings.values())
+
+
+def test_the_exit_status_answers_for_what_was_asked():
+    assert doctor("torch", "cpu_flash").returncode == 0
+    unknown = doctor("jax")
+    assert unknown.returncode == 1
+    assert "unknown: jax; known: " in unknown.stderr
+
+
+def test_the_table_is_readable():
+    printed = doctor().stdout
+    assert "a version that polyshard is tested with" in printed
+    assert all(len(line) <= 120 for line in printed.splitlines())
+
+
+def test_a_missing_library_is_reported_with_its_command(monkeypatch):
+    import polyshard.cli
+    from polyshard.core import requirement
+
+    monkeypatch.setattr(requirement, "find_spec", lambda name: None)
+    assert polyshard.cli.main
+    rows = {finding.name: finding for finding in sys.modules["polyshard.cli.doctor"].adapters()}
+    assert not rows["megatron"].usable
+    assert "pip install 'polyshard[megatron]'" in rows["megatron"].detail
