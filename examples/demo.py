@@ -43,7 +43,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Where the checkpoint, the figures and the curve go.")] = Path(
         "runs/demo"
     ),
-    steps: int = 36,
+    steps: int = 24,
     ranks: Annotated[int, typer.Option(help="Data-parallel ranks of the training.")] = 2,
 ) -> None:
     """Run the five stages; exit status 1 where trainer and server disagree."""

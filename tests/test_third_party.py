@@ -20,7 +20,7 @@ def test_an_installed_third_party_adapter_conforms(tmp_path):
     paths = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
     listed = run([sys.executable, "-c", "import polyshard as ps; print(ps.adapter_names())"], PYTHONPATH=paths)
     assert "'example'" in listed
-    suite = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(PACKAGE / "conformance.py")]
+    suite = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(PACKAGE / "conformance.py")]
     printed = run(suite, PYTHONPATH=paths)
     assert " passed" in printed
     assert "failed" not in printed

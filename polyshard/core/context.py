@@ -43,7 +43,7 @@ class ParallelAxis:
     Attributes:
         ranks: global ranks of this process's group, in order along the axis.
         rank: this process's position in `ranks`.
-        group: the process group; None where the axis has one rank.
+        group: the process group; may be None where the axis has one rank.
         collectives: how this group communicates; None where the axis has one rank.
     """
 

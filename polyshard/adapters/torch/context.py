@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from polyshard.adapters.shared.groups import with_groups
 from polyshard.adapters.torch.collectives import TorchCollectives
 from polyshard.adapters.torch.compat import rendezvous_store
 from polyshard.adapters.torch.failure import RankMonitor, backend_timeout
@@ -100,7 +101,7 @@ def initialize(
         if monitor:
             monitor.stop()
 
-    return GroupContext(
+    context = GroupContext(
         layout=layout,
         device=where,
         linear=linear,
@@ -109,6 +110,8 @@ def initialize(
         guard=guard,
         on_shutdown=(leave, *undo),
     )
+    # A group even for one tensor-parallel rank, as in vLLM: layers of users' own adapters (Megatron's) ask for it.
+    return with_groups(context, ("tensor",))
 
 
 def _require_environment() -> None:

@@ -1,4 +1,4 @@
-"""The smallest whole adapter: two kinds of layers of its own; embedding, head, norm and loss are polyshard's defaults."""
+"""The smallest whole adapter: two kinds of layers of its own; all the rest are polyshard's defaults."""
 
 import dataclasses
 
