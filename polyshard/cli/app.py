@@ -8,6 +8,7 @@ import typer
 
 from polyshard.cli.doctor import doctor
 from polyshard.cli.serve import serve
+from polyshard.cli.verify import verify
 from polyshard.core.errors import PolyshardError
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
 
 
 app.command()(doctor)
+app.command()(verify)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 
 

@@ -1,0 +1,130 @@
+"""`polyshard verify`: the proof, on the user's own machine and model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from polyshard.checkpoint import read_config
+from polyshard.core.discovery import adapter_names, load_adapter
+from polyshard.core.errors import LayoutError, PolyshardError
+
+
+def verify(
+    model: Annotated[Path, typer.Option(help="Hugging Face directory.")],
+    factory: Annotated[str, typer.Option(help="The model's factory: module:attribute or file.py:attribute.")],
+    adapters: Annotated[str, typer.Option(help="Separated by commas; default: all that can train here.")] = "",
+    tensor_parallel: Annotated[str, typer.Option(help="Sizes, separated by commas.")] = "1,2",
+    vllm: Annotated[
+        bool, typer.Option(help="Compare log-probabilities with vLLM on each adapter's layers too.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(help="Length of the random sequence.")] = 24,
+    tolerance: Annotated[float, typer.Option(help="Largest difference that counts as rounding in float32.")] = 1e-4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+) -> None:
+    """Compare loss, logits and gradients with transformers, on each adapter at each size; status 1 on a difference."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    names = [n.strip() for n in adapters.split(",") if n.strip()] or trainable()
+    sizes = parse_sizes(tensor_parallel)
+    vocab_size = read_config(model).vocab_size
+    ids = torch.randint(vocab_size, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    cases: list[tuple[str, str, int]] = [("train", name, size) for name in names for size in sizes]
+    if vllm:
+        cases += [("serve", name, size) for name in ["vllm", *names] for size in sizes]
+    rows: list[dict[str, Any]] = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("transformers", total=len(cases) + 1)
+        reference = _reference(model, ids)
+        progress.advance(task)
+        for what, name, size in cases:
+            progress.update(task, description=f"{what}: {name}, tensor-parallel {size}")
+            rows.append(judge(what, name, size, str(model), factory, ids, reference, tolerance))
+            progress.advance(task)
+    if as_json:
+        print(json.dumps({"model": str(model), "tokens": tokens, "tolerance": tolerance, "rows": rows}, indent=2))
+    else:
+        show(rows, tolerance)
+    if not all(row["ok"] for row in rows):
+        sys.exit(1)
+
+
+def trainable() -> list[str]:
+    """Adapters that train on this machine."""
+    names = []
+    for name in adapter_names():
+        adapter: Any = load_adapter(name)
+        if adapter.capabilities["training"].available and adapter.requirement.version() is not None:
+            names.append(name)
+    return names
+
+
+def parse_sizes(text: str) -> list[int]:
+    """`"1,2,4"` to numbers; `LayoutError` for anything else."""
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise LayoutError(f"--tensor-parallel takes numbers separated by commas, got {text!r}") from None
+    if any(size < 1 for size in sizes):
+        raise LayoutError(f"tensor-parallel sizes must be positive, got {text!r}")
+    return sizes
+
+
+def judge(
+    what: str,
+    name: str,
+    size: int,
+    model: str,
+    factory: str,
+    ids: list[int],
+    reference: dict[str, Any],
+    tolerance: float,
+) -> dict[str, Any]:
+    """One row: the differences, or the error."""
+    from polyshard.testing.proof import compare, run_model
+    from polyshard.testing.ranks import RankError, run_ranks
+
+    row: dict[str, Any] = {"what": what, "adapter": name, "tensor_parallel": size}
+    try:
+        if what == "serve":
+            from polyshard.adapters.vllm.score import scores
+
+            logprobs = reference["logits"][:-1].log_softmax(-1)
+            want = logprobs.gather(-1, torch.tensor(ids[1:])[:, None]).squeeze(-1)
+            gap = float((torch.tensor(scores(model, factory, name, size, ids)) - want).abs().max())
+            return {**row, "logprobs": gap, "ok": gap <= tolerance}
+        found = run_ranks(run_model, size, name, size, model, factory, ids, timeout=600)[0]
+        difference = compare(found, reference)
+        return {**row, **asdict(difference), "ok": difference.within(tolerance)}
+    except (RankError, PolyshardError) as error:
+        return {**row, "error": str(error).strip().splitlines()[-1], "ok": False}
+
+
+def show(rows: list[dict[str, Any]], tolerance: float) -> None:
+    """The rows as a table, green or red."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "layers", "tensor", "loss", "logits", "gradients", "log-probabilities", "")
+    for row in rows:
+        numbers = [f"{row[key]:.1e}" if key in row else "" for key in ("loss", "logits", "gradients", "logprobs")]
+        verdict = (
+            "[green]equal[/green]" if row["ok"] else f"[red]{row.get('error') or row.get('worst', 'differs')}[/red]"
+        )
+        what = "train" if row["what"] == "train" else "vLLM"
+        table.add_row(what, row["adapter"], str(row["tensor_parallel"]), *numbers, verdict)
+    table.caption = f"largest difference to transformers in float32; tolerance {tolerance:.0e}"
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _reference(model: Path, ids: list[int]) -> dict[str, Any]:
+    from polyshard.testing.proof import run_transformers
+
+    return run_transformers(model, ids)

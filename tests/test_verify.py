@@ -1,0 +1,68 @@
+"""`polyshard verify`: green for a right model, red for one that is not, and a status that says which."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from support.models import save_tiny
+
+FACTORY = "decoder:build_model"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return save_tiny(
+        tmp_path_factory.mktemp("verify") / "model", "qwen3", hidden_size=64, head_dim=32, tie_word_embeddings=True
+    )
+
+
+def verify(*arguments):
+    code = "from polyshard.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, "verify", *map(str, arguments)], capture_output=True, text=True, timeout=280
+    )
+
+
+def test_every_library_is_equal_to_transformers(directory):
+    done = verify("--model", directory, "--factory", FACTORY, "--tensor-parallel", "1,2", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    rows = json.loads(done.stdout)["rows"]
+    assert {(row["adapter"], row["tensor_parallel"]) for row in rows} == {
+        (name, size) for name in ("torch", "megatron", "deepspeed", "fairscale") for size in (1, 2)
+    }
+    for row in rows:
+        assert max(row["loss"], row["logits"], row["gradients"]) < 1e-5
+
+
+@pytest.mark.vllm
+def test_vllm_gives_the_same_log_probabilities(directory):
+    options = ("--adapters", "torch", "--tensor-parallel", "1", "--vllm", "--json")
+    done = verify("--model", directory, "--factory", FACTORY, *options)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    served = [row for row in json.loads(done.stdout)["rows"] if row["what"] == "serve"]
+    assert {row["adapter"] for row in served} == {"vllm", "torch"}
+    assert all(row["logprobs"] < 2e-5 for row in served)
+
+
+def test_a_model_that_differs_is_red(directory):
+    options = ("--adapters", "torch", "--tensor-parallel", "1")
+    done = verify("--model", directory, "--factory", "support.different_factory:build_model", *options)
+    assert done.returncode == 1
+    assert "equal" not in done.stdout
+
+
+def test_a_size_that_does_not_divide_is_told_in_its_row(directory):
+    options = ("--adapters", "torch", "--tensor-parallel", "3", "--json")
+    done = verify("--model", directory, "--factory", FACTORY, *options)
+    assert done.returncode == 1
+    (row,) = json.loads(done.stdout)["rows"]
+    assert "cannot be divided by tensor-parallel size 3" in row["error"]
+
+
+def test_bad_arguments(directory):
+    assert (
+        "takes numbers separated by commas, got 'two'"
+        in verify("--model", directory, "--factory", FACTORY, "--tensor-parallel", "two").stderr
+    )
+    assert "config.json does not exist" in verify("--model", directory / "nowhere", "--factory", FACTORY).stderr
