@@ -43,6 +43,7 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/layers.py
 
 lock: $(READY)
 	$(BIN)/python tools/lock.py

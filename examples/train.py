@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT
     torchrun --nproc-per-node 3 examples/train.py MODEL OUTPUT --tensor-parallel 3 --sequence-parallel
+    torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT --adapter deepspeed --zero 3
 
 MODEL is a Hugging Face directory of a Llama, Qwen2, Qwen3 or Mistral model (`python examples/smollm2.py` prints one);
 OUTPUT becomes one too. Ranks beyond the tensor-parallel size are data parallel.
@@ -34,6 +35,7 @@ def main(
     tensor_parallel: Annotated[int, typer.Option(help="Ranks that share each layer.")] = 1,
     sequence_parallel: Annotated[bool, typer.Option(help="Shard activations along the sequence.")] = False,
     data_parallel: Annotated[str, typer.Option(help="ddp or fsdp (torch adapter).")] = "ddp",
+    zero: Annotated[int | None, typer.Option(help="ZeRO stage (other adapters); default the library's.")] = None,
     steps: int = 32,
     batch: Annotated[int, typer.Option(help="Rows of each step, over all ranks.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens of a row.")] = 128,
@@ -60,7 +62,7 @@ def main(
         decoder,
         ps.AdamW(lr=learning_rate, weight_decay=0.01),
         context,
-        **engine_options(adapter, data_parallel),
+        **engine_options(adapter, data_parallel, zero),
     )
 
     before = validation_loss(trainer, held_out, context)
@@ -108,9 +110,13 @@ def main(
     ps.shutdown(context)
 
 
-def engine_options(adapter: str, data_parallel: str) -> dict[str, object]:
+def engine_options(adapter: str, data_parallel: str, zero: int | None) -> dict[str, object]:
     """Each library's engine has its own settings."""
-    return {"max_grad_norm": 1.0, **({"data_parallel": data_parallel} if adapter == "torch" else {})}
+    if adapter == "torch":
+        if zero is not None:
+            raise typer.BadParameter("the torch adapter has no --zero: its form of stage 3 is --data-parallel fsdp")
+        return {"max_grad_norm": 1.0, "data_parallel": data_parallel}
+    return {"max_grad_norm": 1.0, **({} if zero is None else {"zero_stage": zero})}
 
 
 def schedule(step: int, steps: int) -> float:
