@@ -2,9 +2,9 @@
 
     python benchmarks/layers.py [--tensor-parallel 1] [--json FILE] [--check]
 
-The step: forward, backward and torch's AdamW, of a Llama-class decoder of about 17 million parameters. Both models stand
-in one process per rank and run by turns; the ratio is that of the medians. `--check` ends with status 1 where it is above
-1.02 and the step takes 50 ms or more.
+The step: forward, backward and torch's AdamW, of a Llama-class decoder of about 17 million parameters. Both models
+stand in one process per rank and run by turns; the ratio is that of the medians. `--check` ends with status 1 where it
+is above 1.02 and the step takes 50 ms or more.
 """
 
 from __future__ import annotations
