@@ -24,3 +24,14 @@ def smollm2() -> Path:
     from smollm2 import smollm2_directory
 
     return smollm2_directory()
+
+
+@pytest.fixture(autouse=True)
+def no_registration_is_left_behind():
+    """Each test's registrations end with it: child processes of the next one would look for them."""
+    before = os.environ.get("POLYSHARD_MODELS")
+    yield
+    if before is None:
+        os.environ.pop("POLYSHARD_MODELS", None)
+    else:
+        os.environ["POLYSHARD_MODELS"] = before
