@@ -1,6 +1,10 @@
 """What is peculiar to Megatron-Core."""
 
-import inspect
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,21 +12,88 @@ import torch
 import polyshard as ps
 from polyshard.testing import run_ranks
 
+# What polyshard passes and reads, by file of megatron/core; the same for 0.16 and 0.19.
+RELIED_ON = {
+    "tensor_parallel/layers.py": {
+        "ColumnParallelLinear.__init__": {"config", "init_method", "bias", "gather_output", "tp_group"},
+        "RowParallelLinear.__init__": {
+            "config", "init_method", "bias", "input_is_parallel", "skip_bias_add", "tp_group",
+        },
+        "VocabParallelEmbedding.__init__": {"init_method", "reduce_scatter_embeddings", "config", "tp_group"},
+    },
+    "tensor_parallel/cross_entropy.py": {"vocab_parallel_cross_entropy": {"vocab_parallel_logits", "target"}},
+    "distributed/distributed_data_parallel.py": {
+        "DistributedDataParallel.__init__": {"config", "ddp_config", "module", "pg_collection"},
+        "DistributedDataParallel.zero_grad_buffer": set(),
+        "DistributedDataParallel.no_sync": set(),
+        "DistributedDataParallel.finish_grad_sync": set(),
+    },
+    "optimizer/__init__.py": {"get_megatron_optimizer": {"use_gloo_process_groups", "pg_collection"}},
+    "parallel_state.py": {"_set_global_memory_buffer": set()},
+}  # fmt: skip
+FIELDS = {
+    "model_parallel_config.py": {
+        "tensor_model_parallel_size", "sequence_parallel", "use_cpu_initialization", "perform_initialization",
+        "params_dtype",
+    },
+    "distributed/distributed_data_parallel_config.py": {
+        "grad_reduce_in_fp32", "overlap_grad_reduce", "use_distributed_optimizer",
+    },
+    "optimizer/optimizer_config.py": {
+        "optimizer", "lr", "adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "clip_grad", "params_dtype",
+        "use_distributed_optimizer",
+    },
+    "process_groups_config.py": {"tp", "pp", "mp", "dp", "dp_cp", "expt_dp", "intra_dp_cp", "intra_dist_opt"},
+    "parallel_state.py": {"_TENSOR_MODEL_PARALLEL_GROUP", "_GLOBAL_MEMORY_BUFFER"},
+}  # fmt: skip
+NEWEST = "0.19.2"  # needs Python 3.12, so it is read and not run
 
-def test_the_contract_names_what_is_relied_on():
-    from polyshard.adapters.megatron import compat
 
-    expected = {
-        compat.ColumnParallelLinear: ("config", "init_method", "bias", "gather_output", "tp_group"),
-        compat.RowParallelLinear: ("config", "init_method", "bias", "input_is_parallel", "skip_bias_add", "tp_group"),
-        compat.VocabParallelEmbedding: ("init_method", "reduce_scatter_embeddings", "config", "tp_group"),
-        compat.DistributedDataParallel: ("config", "ddp_config", "module", "pg_collection"),
-    }
-    for cls, names in expected.items():
-        known = inspect.signature(cls.__init__).parameters
-        assert not [n for n in names if n not in known], f"Megatron's {cls.__name__} changed: mend compat.py"
-    known = inspect.signature(compat.get_megatron_optimizer).parameters
-    assert {"use_gloo_process_groups", "pg_collection"} <= set(known)
+@pytest.fixture(scope="module", params=["installed", NEWEST])
+def megatron_source(request, tmp_path_factory):
+    """The folder megatron/core of the installed version, and of the newest one's wheel."""
+    if request.param == "installed":
+        import megatron.core
+
+        return Path(megatron.core.__file__).parent
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    wanted = ["--python-version", "3.12", "--dest", str(folder), f"megatron-core=={NEWEST}"]
+    subprocess.run([*pip, *wanted], check=True, capture_output=True, timeout=120)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        wheel.extractall(folder)
+    return folder / "megatron" / "core"
+
+
+def signatures(source):
+    """Names of parameters of every function and method, and every name that a module or class body sets."""
+    functions, names = {}, set()
+
+    def walk(body, prefix):
+        for node in body:
+            if isinstance(node, ast.ClassDef):
+                walk(node.body, f"{node.name}.")
+            elif isinstance(node, ast.FunctionDef):
+                arguments = node.args
+                functions[prefix + node.name] = {a.arg for a in (*arguments.args, *arguments.kwonlyargs)}
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                names.add(node.target.id)
+            elif isinstance(node, ast.Assign):
+                names.update(t.id for t in node.targets if isinstance(t, ast.Name))
+
+    walk(ast.parse(source).body, "")
+    return functions, names
+
+
+def test_megatron_has_what_is_relied_on(megatron_source):
+    for file, functions in RELIED_ON.items():
+        known, _ = signatures((megatron_source / file).read_text())
+        for name, parameters in functions.items():
+            assert name in known, f"megatron/core/{file} has no {name}: mend compat.py"
+            assert parameters <= known[name], f"{name} no longer takes {parameters - known[name]}: mend compat.py"
+    for file, fields in FIELDS.items():
+        _, names = signatures((megatron_source / file).read_text())
+        assert fields <= names, f"megatron/core/{file} has no {fields - names}: mend compat.py"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the shim does nothing where there is CUDA")

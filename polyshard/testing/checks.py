@@ -144,6 +144,8 @@ def pieces(adapter: str) -> dict[str, Any]:
     context = initialize(adapter, timeout=60)  # the same world, another size
     results["again"] = build(SuiteConfig(), context)(*tokens(SuiteConfig())).detach()
     results["dropout alone"] = _dropout(context)
+    torch.manual_seed(100 + context.get_data_parallel_rank())
+    results["dropout of a replica"] = build(SuiteConfig(dropout=0.3), context)(*tokens(SuiteConfig())).detach()
     shutdown(context)
     return results
 

@@ -163,6 +163,8 @@ class AdapterSuite:
             first, second, third = result["dropout"]
             assert first == second != third
             assert torch.allclose(result["dropout"], results[0]["dropout alone"], rtol=1e-5)
+        replicas = [result["dropout of a replica"] for result in results]
+        assert replicas[0] != replicas[1], "data-parallel ranks that were seeded apart draw alike"
 
     def test_groups_that_another_library_made(self) -> None:
         """Adopted on foreign groups, the loss is the same."""

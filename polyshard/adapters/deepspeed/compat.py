@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import os
 from typing import Any
 
 import torch
 
+from polyshard.adapters.shared.quiet import printing_as_log
+
 # Before the import: DeepSpeed looks for accelerators then, and warns on a machine without one.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-_printed = io.StringIO()
-with contextlib.redirect_stdout(_printed):
+logger = logging.getLogger(__name__)
+
+with printing_as_log(logger, "DeepSpeed"):
     import deepspeed
     import deepspeed.ops
     from deepspeed.module_inject import layers as _layers
@@ -29,9 +30,6 @@ with contextlib.redirect_stdout(_printed):
     from deepspeed.sequence.cross_entropy import vocab_parallel_cross_entropy
     from deepspeed.utils import groups as _groups
 
-logger = logging.getLogger(__name__)
-if _printed.getvalue().strip():
-    logger.debug("DeepSpeed printed at its import: %s", _printed.getvalue().strip())
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it logs every setting to stdout
 
 # The shared-memory all-reduce is built at its first use (minutes, and a lock that outlives a killed rank), ignores
@@ -71,7 +69,7 @@ def enter_training_mode() -> Any:
 def init_communication() -> None:
     """DeepSpeed's communication on torch's existing world; its layers need it."""
     if not deepspeed.comm.is_initialized():
-        with contextlib.redirect_stdout(io.StringIO()):
+        with printing_as_log(logger, "DeepSpeed"):
             backend = torch.distributed.get_backend()
             deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -16,6 +14,7 @@ from polyshard.adapters.deepspeed.compat import deepspeed, forget_mpu, gathered
 from polyshard.adapters.deepspeed.context import Mpu
 from polyshard.adapters.shared.grad_norm import counted_square
 from polyshard.adapters.shared.library_norm import prepare_for_library_norm
+from polyshard.adapters.shared.quiet import printing_as_log
 from polyshard.adapters.shared.weights import check_shard
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, no_guard
@@ -71,7 +70,7 @@ class DeepspeedEngine:
             "steps_per_print": 10**12,
             **(config or {}),
         }
-        with self._guard("data parallel setup"), contextlib.redirect_stdout(io.StringIO()):
+        with self._guard("data parallel setup"), printing_as_log(logger, "DeepSpeed"):
             initialize: Any = deepspeed.initialize
             self._engine, self.optimizer, _, _ = initialize(
                 model=model,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -18,10 +17,11 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from polyshard.adapters.shared.quiet import printing_as_log
+
 logger = logging.getLogger(__name__)
 
-_printed = io.StringIO()
-with warnings.catch_warnings(record=True) as _warned, contextlib.redirect_stdout(_printed):
+with warnings.catch_warnings(record=True) as _warned, printing_as_log(logger, "Megatron"):
     warnings.simplefilter("always")
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
