@@ -13,10 +13,14 @@ from torch import nn
 from polyshard.checkpoint.files import TensorReader
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import CheckpointError
-from polyshard.core.weight_table import WeightEntry, WeightTable, collect_layouts, local_part, stored_shape
-
-# Constants that older files carry; they follow from the config.
-IGNORED = ("*rotary_emb.inv_freq", "*.masked_bias", "*.attn.bias")
+from polyshard.core.weight_table import (
+    IGNORED_TENSORS,
+    WeightEntry,
+    WeightTable,
+    collect_layouts,
+    local_part,
+    stored_shape,
+)
 
 
 def load_checkpoint(
@@ -24,7 +28,7 @@ def load_checkpoint(
     directory: str | Path,
     parallel_context: ParallelContext,
     *,
-    ignore: Sequence[str] = IGNORED,
+    ignore: Sequence[str] = IGNORED_TENSORS,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Load every parameter exactly once. Nothing is changed where the checkpoint does not fit.

@@ -16,6 +16,9 @@ from torch import nn
 from polyshard.core.errors import AdapterError, LayoutError
 from polyshard.core.weight_layout import WeightLayout, replicated
 
+# Shell patterns of stored tensors that no parameter takes: constants of older files, which follow from the config.
+IGNORED_TENSORS = ("*rotary_emb.inv_freq", "*.masked_bias", "*.attn.bias")
+
 _ATTRIBUTE = "weight_layouts"  # {name inside the module: (canonical name inside the module, layout)}
 
 

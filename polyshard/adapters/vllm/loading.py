@@ -17,10 +17,7 @@ from torch import nn
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import CheckpointError
 from polyshard.core.weight_layout import WeightLayout
-from polyshard.core.weight_table import WeightEntry, WeightTable, copy_into_shard, stored_shape
-
-# Constants that older files carry; they follow from the config.
-IGNORED = ("*rotary_emb.inv_freq", "*.masked_bias", "*.attn.bias")
+from polyshard.core.weight_table import IGNORED_TENSORS, WeightEntry, WeightTable, copy_into_shard, stored_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +73,7 @@ def load_weights(
             if canonical in loaded:
                 continue  # the same weight again, under its other name
         if canonical not in targets:
-            if not any(fnmatch.fnmatch(stored_name, pattern) for pattern in IGNORED):
+            if not any(fnmatch.fnmatch(stored_name, pattern) for pattern in IGNORED_TENSORS):
                 problems.append(f"unexpected {stored_name}")
             continue
         entry, index = targets[canonical]
