@@ -45,6 +45,15 @@ def test_vllm_gives_the_same_log_probabilities(directory):
     assert all(row["logprobs"] < 2e-5 for row in served)
 
 
+def test_without_a_model_the_built_in_one_is_judged_in_float64():
+    done = verify("--adapters", "torch,fairscale", "--tensor-parallel", "1,2", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    rows = json.loads(done.stdout)["rows"]
+    assert len(rows) == 4
+    assert all(row["gradients"] < 1e-5 for row in rows)
+    assert "--model and --factory go together" in verify("--factory", FACTORY).stderr
+
+
 def test_a_model_that_differs_is_red(directory):
     options = ("--adapters", "torch", "--tensor-parallel", "1")
     done = verify("--model", directory, "--factory", "support.different_factory:build_model", *options)

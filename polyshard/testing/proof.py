@@ -16,6 +16,10 @@ from polyshard.core.vocabulary import gather_logits, vocab_parallel_cross_entrop
 from polyshard.core.weight_table import collect_layouts, stored_parts
 from polyshard.launch import initialize, shutdown
 from polyshard.registry import resolve
+from polyshard.testing import checks
+from polyshard.testing.model import SuiteConfig
+from polyshard.testing.ranks import run_ranks
+from polyshard.testing.reference import reference_run
 
 Named = dict[str, torch.Tensor]
 
@@ -96,6 +100,18 @@ def run_transformers(directory: Path, token_ids: list[int]) -> Named:
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     return {"loss": loss.detach(), "logits": logits.detach(), **gradients}
+
+
+def run_built_in(adapter: str, tensor: int) -> Named:
+    """The conformance suite's model on an adapter: `loss`, `logits`, and each gradient."""
+    found = run_ranks(checks.layers, tensor, adapter, tensor, False, timeout=300)[0]["untied"]
+    return {name: tensor for name, tensor in found.items() if name != "autocast"}
+
+
+def oracle_of_built_in() -> Named:
+    """The same written out in float64."""
+    config = SuiteConfig()
+    return reference_run(config, *checks.tokens(config))
 
 
 def compare(found: Named, reference: Named) -> Difference:
