@@ -14,7 +14,7 @@ VENDORS = ("vllm", "megatron", "deepspeed", "fairscale", "flash_attn", "transfor
 def modules_after(statement):
     code = f"import sys; {statement}; print(' '.join(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+    return set(done.stdout.splitlines()[-1].split())
 
 
 def test_importing_polyshard_imports_no_vendor():
@@ -25,6 +25,12 @@ def test_importing_polyshard_imports_no_vendor():
 def test_using_the_torch_adapter_imports_no_vendor():
     use = "import polyshard as ps; ps.column_parallel(4, 4, ps.initialize('torch')); ps.TrainableFlashAttention(8, 2)"
     assert not modules_after(use) & set(VENDORS)
+
+
+@pytest.mark.parametrize("library", ["megatron", "deepspeed", "fairscale"])
+def test_using_one_library_imports_no_other(library):
+    use = f"import polyshard as ps; c = ps.initialize({library!r}); ps.column_parallel(4, 4, c); ps.shutdown(c)"
+    assert modules_after(use) & set(VENDORS) == {library}
 
 
 def test_loading_the_vllm_adapter_imports_no_vllm():
