@@ -16,7 +16,7 @@ from torch import nn
 from polyshard.checkpoint.files import INDEX, SINGLE
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import CheckpointError
-from polyshard.core.weight_layout import WeightLayout
+from polyshard.core.gather import gather_shards
 from polyshard.core.weight_table import WeightEntry, WeightTable, collect_layouts, stored_parts, stored_shape
 
 # Files that belong to a model beside its weights and config.
@@ -136,14 +136,7 @@ def _full_tensors(
     axis = context.axis("tensor")
     first = context.get_data_parallel_rank() == 0
     for name, shard in weights:
-        layout: WeightLayout = table[name].layout
-        if not first:
-            yield name, None
-        elif layout.dim is None or axis.size == 1:
-            yield name, layout.assemble([shard])
-        else:
-            assert axis.collectives is not None
-            yield name, layout.assemble(axis.collectives.all_gather(shard.unsqueeze(0), 0).unbind(0))
+        yield name, gather_shards(shard, table[name].layout, axis) if first else None
 
 
 def _any_rank(flag: bool, context: ParallelContext) -> bool:

@@ -12,6 +12,7 @@ from polyshard.core.adapter import AdamW
 from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.discovery import load_adapter
 from polyshard.core.errors import LayoutError, RankFailureError
+from polyshard.core.gather import gather_shards
 from polyshard.core.initialization import initialize_weights
 from polyshard.core.linear import column_parallel, qkv_parallel, row_parallel
 from polyshard.core.vocabulary import gather_logits, vocab_parallel_cross_entropy
@@ -61,10 +62,9 @@ def gathered(shards: Any, model: SuiteModel, context: ParallelContext) -> Named:
     axis, table = context.axis("tensor"), collect_layouts(model)
     result: Named = {}
     for name, shard in shards:
-        layout = table[name].layout
-        every = [shard] if axis.collectives is None else axis.collectives.all_gather(shard.unsqueeze(0), 0).unbind(0)
-        names = table[name].checkpoint_names
-        result.update(zip(names, (t.clone() for t in stored_parts(layout, len(names), layout.assemble(every)))))
+        layout, names = table[name].layout, table[name].checkpoint_names
+        parts = stored_parts(layout, len(names), gather_shards(shard, layout, axis))
+        result.update(zip(names, (part.clone() for part in parts)))
     return result
 
 

@@ -11,6 +11,7 @@ import torch
 from polyshard.checkpoint import load_checkpoint, read_config
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import MissingDependencyError
+from polyshard.core.gather import gather_shards
 from polyshard.core.host import build_model, check_served_interface
 from polyshard.core.vocabulary import gather_logits, vocab_parallel_cross_entropy
 from polyshard.core.weight_table import collect_layouts, stored_parts
@@ -71,10 +72,10 @@ def _full_gradients(model: torch.nn.Module, context: ParallelContext, keep: bool
     axis, table, found = context.axis("tensor"), collect_layouts(model), {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, f"{name} has no gradient"
-        entry, shard = table[name], parameter.grad
-        every = [shard] if axis.collectives is None else axis.collectives.all_gather(shard.unsqueeze(0), 0).unbind(0)
+        entry = table[name]
+        full = gather_shards(parameter.grad, entry.layout, axis)
         if keep:
-            parts = stored_parts(entry.layout, len(entry.checkpoint_names), entry.layout.assemble(every))
+            parts = stored_parts(entry.layout, len(entry.checkpoint_names), full)
             found.update((n, part.detach().cpu().clone()) for n, part in zip(entry.checkpoint_names, parts))
     return found
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from polyshard.adapters.deepspeed.compat import deepspeed, forget_mpu, gathered
 from polyshard.adapters.deepspeed.context import Mpu
-from polyshard.adapters.shared.grad_norm import counted_square
+from polyshard.adapters.shared.grad_norm import check_max_grad_norm, counted_square
 from polyshard.adapters.shared.library_norm import prepare_for_library_norm
 from polyshard.adapters.shared.quiet import printing_as_log
 from polyshard.adapters.shared.weights import check_shard
@@ -52,8 +52,7 @@ class DeepspeedEngine:
     ) -> None:
         if zero_stage not in (0, 1, 2, 3):
             raise ConfigurationError(f"zero_stage must be 0, 1, 2 or 3, got {zero_stage!r}")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ConfigurationError(f"max_grad_norm must be positive, or None, got {max_grad_norm}")
+        check_max_grad_norm(max_grad_norm)
         self.context = context
         self.table = collect_layouts(model)  # before ZeRO-3 empties the parameters
         self._guard = getattr(context, "guard", no_guard)

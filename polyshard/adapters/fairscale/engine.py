@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from polyshard.adapters.fairscale.compat import OSS, sharded_data_parallel
-from polyshard.adapters.shared.grad_norm import clip_factor, counted_square
+from polyshard.adapters.shared.grad_norm import check_max_grad_norm, clip_factor, counted_square
 from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, no_guard
@@ -47,8 +47,7 @@ class FairscaleEngine:
             raise ConfigurationError(
                 f"zero_stage must be 1 (OSS with DDP) or 2 (OSS with ShardedDDP), got {zero_stage!r}"
             )
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ConfigurationError(f"max_grad_norm must be positive, or None, got {max_grad_norm}")
+        check_max_grad_norm(max_grad_norm)
         self.context = context
         self.table = collect_layouts(model)
         self._guard = getattr(context, "guard", no_guard)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from polyshard.adapters.megatron import compat
+from polyshard.adapters.shared.grad_norm import check_max_grad_norm
 from polyshard.adapters.shared.library_norm import prepare_for_library_norm
 from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import AdamW, OptimizerFactory, StepResult
@@ -50,8 +51,7 @@ class MegatronEngine:
     ) -> None:
         if zero_stage not in (0, 1):
             raise ConfigurationError(f"zero_stage must be 0 or 1, got {zero_stage!r}")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ConfigurationError(f"max_grad_norm must be positive, or None, got {max_grad_norm}")
+        check_max_grad_norm(max_grad_norm)
         if not isinstance(optimizer, AdamW):
             raise AdapterError(
                 f"Megatron makes its own optimizer: pass polyshard.AdamW(...), not {type(optimizer).__name__}"

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from polyshard.core.errors import ConfigurationError
 from polyshard.core.weight_layout import WeightLayout
+
+
+def check_max_grad_norm(max_grad_norm: float | None) -> None:
+    """Raise `ConfigurationError` unless it is a positive number, or None for no clipping."""
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ConfigurationError(f"max_grad_norm must be positive, or None, got {max_grad_norm}")
 
 
 def counted_square(gradient: torch.Tensor, layout: WeightLayout, rank: int, size: int) -> torch.Tensor:

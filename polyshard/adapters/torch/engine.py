@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from polyshard.adapters.shared.grad_norm import check_max_grad_norm
 from polyshard.adapters.shared.weights import check_shard
 from polyshard.adapters.torch.clip import clip_gradients, global_grad_norm
 from polyshard.adapters.torch.compat import (
@@ -54,8 +55,7 @@ class TorchEngine:
     ) -> None:
         if data_parallel not in ("ddp", "fsdp"):
             raise ConfigurationError(f"data_parallel must be 'ddp' or 'fsdp', got {data_parallel!r}")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ConfigurationError(f"max_grad_norm must be positive, or None, got {max_grad_norm}")
+        check_max_grad_norm(max_grad_norm)
         self.context = context
         self.table = collect_layouts(model)  # before wrapping
         self._guard = getattr(context, "guard", no_guard)
