@@ -14,6 +14,7 @@ from polyshard.core.capabilities import Capabilities
 from polyshard.core.context import ParallelContext
 from polyshard.core.layout import ParallelLayout
 from polyshard.core.requirement import Requirement
+from polyshard.core.state import OptimizerState, Piece
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +103,22 @@ class TrainingEngine(Protocol):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Set parameters from this rank's tensor-parallel shards, by their names as built."""
+        ...
+
+    def weight_pieces(self) -> Iterator[Piece]:
+        """This rank's own run of every parameter, without communication; slot `"weight"`."""
+        ...
+
+    def weights_written(self) -> None:
+        """After values were written into the weight pieces: refresh the library's own copies. A collective."""
+        ...
+
+    def optimizer_state(self) -> OptimizerState:
+        """The optimizer's state on this rank, made where no step has been taken yet."""
+        ...
+
+    def optimizer_written(self, step: int, lr: float) -> None:
+        """After values were written into the optimizer's pieces: go on from update `step` with this rate."""
         ...
 
     def close(self) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from polyshard.adapters.shared.optimizer_state import materialize, slots
 from polyshard.adapters.shared.quiet import printing_as_log
+from polyshard.core.state import MASTER
 
 # Before the import: DeepSpeed looks for accelerators then, and warns on a machine without one.
 if not torch.cuda.is_available():
@@ -27,6 +30,7 @@ with printing_as_log(logger, "DeepSpeed"):
         VocabParallelLinear,
         set_autotp_mode,
     )
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from deepspeed.sequence.cross_entropy import vocab_parallel_cross_entropy
     from deepspeed.utils import groups as _groups
 
@@ -42,11 +46,15 @@ __all__ = [
     "LinearLayer",
     "VocabParallelEmbedding",
     "VocabParallelLinear",
+    "base_optimizer",
     "deepspeed",
     "enter_training_mode",
     "forget_mpu",
+    "gather_persistent",
     "gathered",
+    "partition",
     "vocab_parallel_cross_entropy",
+    "zero_fragments",
 ]
 
 
@@ -83,3 +91,57 @@ def forget_mpu() -> None:
 def gathered(parameters: Any, modifier_rank: int | None = None) -> Any:
     """Around access to whole parameters that ZeRO-3 has partitioned; does nothing to others."""
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
+
+
+def base_optimizer(optimizer: Any) -> Any:
+    """torch's optimizer inside ZeRO's, its state made where no step has been taken."""
+    base = getattr(optimizer, "optimizer", optimizer)
+    materialize(base)
+    return base
+
+
+def partition(parameter: Any, rank: int) -> tuple[int, torch.Tensor]:
+    """This rank's elements of a parameter that ZeRO-3 has partitioned, and the place of the first.
+
+    Every rank holds an equal run of the flattened parameter, the last ones padded
+    (zero/partition_parameters.py, _partition_param).
+    """
+    held = parameter.ds_tensor
+    start = min(rank * held.numel(), parameter.ds_numel)
+    return start, held.data.view(-1)[: max(0, min(held.numel(), parameter.ds_numel - start))]
+
+
+def zero_fragments(optimizer: Any, parameter: Any, stage: int, rank: int) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """Slot, first element and memory of this rank's fragments of a parameter's fp32 copy and optimizer state."""
+    base = base_optimizer(optimizer)
+    if stage == 3:
+        if parameter.ds_id not in {p.ds_id for p in _zero3_parameters(optimizer)}:
+            return
+        start, held = partition(parameter, rank)
+        group = optimizer.grad_position[optimizer.get_param_id(parameter)][0]
+        flat = optimizer.fp32_partitioned_groups_flat[group]
+        for slot in (MASTER, *slots(base, flat)):
+            key = None if slot == MASTER else slot
+            values, _ = optimizer._get_fp32_opt_state_partition(parameter, False, key)
+            yield slot, start, values.detach()[: held.numel()]
+        return
+    mapping = getattr(parameter, "_hp_mapping", None)
+    if mapping is None:
+        return
+    address = mapping.get_hp_fragment_address()
+    flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    start = mapping.lp_fragment_address.start
+    for slot, whole in {MASTER: flat, **slots(base, flat)}.items():
+        yield slot, start, whole.detach().view(-1)[address.start : address.start + address.numel]
+
+
+def _zero3_parameters(optimizer: Any) -> list[Any]:
+    return [parameter for group in optimizer.fp16_groups for parameter in group]
+
+
+def gather_persistent(optimizer: Any) -> None:
+    """Gather again the small parameters that ZeRO-3 keeps whole on every rank."""
+    stale = [p for p in optimizer.persistent_parameters if p.ds_status == ZeroParamStatus.AVAILABLE]
+    if stale:
+        stale[0].partition(stale)  # drops the whole, keeps the partition as it is
+        stale[0].all_gather(stale)

@@ -10,8 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard.adapters.deepspeed.compat import deepspeed, forget_mpu, gathered
+from polyshard.adapters.deepspeed.compat import (
+    base_optimizer,
+    deepspeed,
+    forget_mpu,
+    gather_persistent,
+    gathered,
+    partition,
+    zero_fragments,
+)
 from polyshard.adapters.deepspeed.context import Mpu
+from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.grad_norm import check_max_grad_norm, counted_square
 from polyshard.adapters.shared.library_norm import prepare_for_library_norm
 from polyshard.adapters.shared.quiet import printing_as_log
@@ -19,6 +28,7 @@ from polyshard.adapters.shared.weights import check_shard
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, no_guard
 from polyshard.core.errors import ConfigurationError
+from polyshard.core.state import MASTER, WEIGHT, OptimizerState, Piece
 from polyshard.core.weight_table import collect_layouts
 
 logger = logging.getLogger(__name__)
@@ -137,6 +147,52 @@ class DeepspeedEngine:
                 parameters[name].copy_(value)
         if self._stage:
             self._engine.optimizer.refresh_fp32_params()
+
+    def weight_pieces(self) -> Iterator[Piece]:
+        """This rank's run of every parameter; at stage 3 its partition."""
+        axis = self.context.axis("data")
+        for name, parameter in self._module.named_parameters():
+            if self._stage == 3:
+                start, values = partition(parameter, axis.rank)
+                yield Piece(parameter=name, slot=WEIGHT, start=start, values=values)
+                continue
+            values = parameter.detach().view(-1)
+            yield Piece(parameter=name, slot=WEIGHT, start=0, values=values, holder=axis.rank, holders=axis.size)
+
+    def weights_written(self) -> None:
+        """Refresh the optimizer's copies, and the parameters that stage 3 keeps gathered."""
+        if self._stage:
+            self._engine.optimizer.refresh_fp32_params()
+        if self._stage == 3:
+            with self._guard("data gather of weights"):
+                gather_persistent(self._engine.optimizer)
+
+    def optimizer_state(self) -> OptimizerState:
+        """This rank's fragments of the flattened parameters; the whole at stage 0."""
+        axis = self.context.axis("data")
+        base = base_optimizer(self.optimizer)
+        pieces: list[Piece] = []
+        for name, parameter in self._module.named_parameters():
+            if self._stage == 0:
+                pieces += [
+                    Piece(parameter=name, slot=slot, start=0, values=v.view(-1), holder=axis.rank, holders=axis.size)
+                    for slot, v in optimizer_state.slots(base, parameter).items()
+                ]
+                continue
+            for slot, start, values in zero_fragments(self._engine.optimizer, parameter, self._stage, axis.rank):
+                if slot != MASTER or values.dtype != parameter.dtype:
+                    pieces.append(Piece(parameter=name, slot=slot, start=start, values=values))
+        return OptimizerState(
+            kind=optimizer_state.kind(base),
+            step=optimizer_state.get_step(base),
+            lr=optimizer_state.learning_rate(self.optimizer),
+            pieces=pieces,
+        )
+
+    def optimizer_written(self, step: int, lr: float) -> None:
+        """Go on from update `step`."""
+        optimizer_state.set_step(base_optimizer(self.optimizer), step)
+        self.set_learning_rate(lr)
 
     def close(self) -> None:
         """Destroy the engine, and forget its mpu."""

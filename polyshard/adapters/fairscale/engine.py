@@ -13,11 +13,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from polyshard.adapters.fairscale.compat import OSS, sharded_data_parallel
+from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.grad_norm import check_max_grad_norm, clip_factor, counted_square
 from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, no_guard
 from polyshard.core.errors import ConfigurationError
+from polyshard.core.state import WEIGHT, OptimizerState, Piece
 from polyshard.core.weight_table import collect_layouts
 
 logger = logging.getLogger(__name__)
@@ -122,6 +124,37 @@ class FairscaleEngine:
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Set parameters from tensor-parallel shards."""
         load_shards(dict(self._module.named_parameters()), weights)
+
+    def weight_pieces(self) -> Iterator[Piece]:
+        """This rank's run of every parameter."""
+        axis = self.context.axis("data")
+        for name, parameter in self._module.named_parameters():
+            values = parameter.detach().view(-1)
+            yield Piece(parameter=name, slot=WEIGHT, start=0, values=values, holder=axis.rank, holders=axis.size)
+
+    def weights_written(self) -> None:
+        """Nothing to refresh: the pieces are the parameters."""
+
+    def optimizer_state(self) -> OptimizerState:
+        """OSS keeps the state of whole parameters, each on the rank that owns it."""
+        inner = self.optimizer.optim
+        optimizer_state.materialize(inner)
+        pieces = [
+            Piece(parameter=name, slot=slot, start=0, values=value.view(-1))
+            for name, parameter in self._module.named_parameters()
+            for slot, value in optimizer_state.slots(inner, parameter).items()
+        ]
+        return OptimizerState(
+            kind=optimizer_state.kind(inner),
+            step=optimizer_state.get_step(inner),
+            lr=optimizer_state.learning_rate(self.optimizer),
+            pieces=pieces,
+        )
+
+    def optimizer_written(self, step: int, lr: float) -> None:
+        """Go on from update `step`."""
+        optimizer_state.set_step(self.optimizer.optim, step)
+        self.set_learning_rate(lr)
 
     def close(self) -> None:
         """Drop the wrapper's hold on the process group."""

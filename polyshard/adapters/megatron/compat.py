@@ -10,14 +10,16 @@ import inspect
 import logging
 import warnings
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from polyshard.adapters.shared.optimizer_state import materialize
 from polyshard.adapters.shared.quiet import printing_as_log
+from polyshard.core.errors import AdapterError
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +42,12 @@ __all__ = [
     "OptimizerConfig",
     "RowParallelLinear",
     "VocabParallelEmbedding",
+    "base_optimizer",
     "cuda_as_cpu",
     "current_device_as_cpu",
     "get_megatron_optimizer",
     "layer_config",
+    "optimizer_part",
     "process_groups",
     "sequence_parallel_state",
     "vocab_parallel_cross_entropy",
@@ -95,6 +99,49 @@ def process_groups(tensor: Any, data: Any, one: Any, world: Any) -> ProcessGroup
     }
     known = {field.name for field in fields(ProcessGroupCollection)}
     return ProcessGroupCollection(**{name: group for name, group in groups.items() if name in known})
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerPart:
+    """Where Megatron keeps the optimizer state of a parameter on this rank.
+
+    Attributes:
+        optimizer: torch's (or Apex's), whose state is keyed by `main`.
+        main: the tensor that it updates: the parameter, its fp32 copy, or a 1-D shard of either.
+        start: first element of `main` in the flattened parameter.
+        sharded: `main` is this data-parallel rank's alone.
+    """
+
+    optimizer: Any
+    main: torch.Tensor
+    start: int
+    sharded: bool
+
+
+def base_optimizer(optimizer: Any) -> Any:
+    """torch's optimizer inside Megatron's, its state made where no step has been taken."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    if len(chained) != 1:
+        raise AdapterError(f"Megatron split the parameters over {len(chained)} optimizers; polyshard expects one")
+    base = chained[0].optimizer
+    materialize(base)
+    return base
+
+
+def optimizer_part(optimizer: Any, parameter: torch.nn.Parameter) -> OptimizerPart | None:
+    """A parameter's part, or None where this rank has none (distrib_optimizer.py, 0.16.1)."""
+    base = base_optimizer(optimizer)
+    (holder,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    if not hasattr(holder, "model_param_group_index_map"):
+        main = getattr(parameter, "main_param", None)
+        main = parameter if main is None else main
+        return OptimizerPart(base, main, 0, False) if main in base.state else None
+    place = holder.model_param_group_index_map.get(parameter)
+    if place is None:
+        return None
+    group, order = place
+    run = holder._get_model_param_range_map(parameter)["param"]
+    return OptimizerPart(base, base.param_groups[group]["params"][order], run.start, True)
 
 
 @contextlib.contextmanager

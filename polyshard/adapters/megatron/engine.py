@@ -15,12 +15,14 @@ import torch.distributed as dist
 from torch import nn
 
 from polyshard.adapters.megatron import compat
+from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.grad_norm import check_max_grad_norm
 from polyshard.adapters.shared.library_norm import prepare_for_library_norm
 from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import AdamW, OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, no_guard
 from polyshard.core.errors import AdapterError, ConfigurationError
+from polyshard.core.state import MASTER, WEIGHT, OptimizerState, Piece
 from polyshard.core.weight_table import collect_layouts
 
 logger = logging.getLogger(__name__)
@@ -145,6 +147,49 @@ class MegatronEngine:
         load_shards(dict(self._module.named_parameters()), weights)
         with compat.cuda_as_cpu():
             self.optimizer.reload_model_params()
+
+    def weight_pieces(self) -> Iterator[Piece]:
+        """This rank's run of every parameter."""
+        axis = self.context.axis("data")
+        for name, parameter in self._module.named_parameters():
+            values = parameter.detach().view(-1)
+            yield Piece(parameter=name, slot=WEIGHT, start=0, values=values, holder=axis.rank, holders=axis.size)
+
+    def weights_written(self) -> None:
+        """Refresh the optimizer's copies."""
+        with compat.cuda_as_cpu():
+            self.optimizer.reload_model_params()
+
+    def optimizer_state(self) -> OptimizerState:
+        """Each rank's run of the flattened parameters, or the whole at stage 0."""
+        axis = self.context.axis("data")
+        pieces: list[Piece] = []
+        inner = None
+        for name, parameter in self._module.named_parameters():
+            found = compat.optimizer_part(self.optimizer, parameter)
+            if found is None:
+                continue
+            inner = found.optimizer
+            tensors = optimizer_state.slots(inner, found.main)
+            if found.main.dtype != parameter.dtype:
+                tensors[MASTER] = found.main.detach()
+            for slot, value in tensors.items():
+                holder, holders = (0, 1) if found.sharded else (axis.rank, axis.size)
+                run = {"start": found.start, "values": value.view(-1), "holder": holder, "holders": holders}
+                pieces.append(Piece(parameter=name, slot=slot, **run))
+        assert inner is not None or not pieces
+        base = inner if inner is not None else compat.base_optimizer(self.optimizer)
+        return OptimizerState(
+            kind=optimizer_state.kind(base),
+            step=optimizer_state.get_step(base),
+            lr=optimizer_state.learning_rate(self.optimizer),
+            pieces=pieces,
+        )
+
+    def optimizer_written(self, step: int, lr: float) -> None:
+        """Go on from update `step`."""
+        optimizer_state.set_step(compat.base_optimizer(self.optimizer), step)
+        self.set_learning_rate(lr)
 
     def close(self) -> None:
         """Drop the wrapper."""

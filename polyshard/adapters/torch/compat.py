@@ -76,6 +76,20 @@ def is_dtensor(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor") and hasattr(tensor, "device_mesh")
 
 
+def sharded_rows(tensor: Any) -> tuple[int, Tensor]:
+    """The local rows of a parameter that FSDP2 shards, and the place of the first element in the flattened whole.
+
+    FSDP2 cuts dimension 0 as torch.chunk does (fsdp/_fully_shard/_fsdp_param.py, _init_sharded_param).
+    """
+    (placement,) = tensor.placements
+    assert placement.dim == 0, f"FSDP2 shards dimension 0, this tensor {placement}"
+    mesh = tensor.device_mesh
+    rows = tensor.shape[0]
+    first = min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
+    local = tensor.to_local()
+    return first * (tensor.numel() // rows if rows else 0), local
+
+
 def unshard_gradient_sync(module: nn.Module, enabled: bool) -> None:
     """FSDP2's switch for gradient accumulation."""
     module.set_requires_gradient_sync(enabled)  # pyrefly: ignore  # FSDPModule adds it at run time

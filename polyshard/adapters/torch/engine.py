@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.grad_norm import check_max_grad_norm
 from polyshard.adapters.shared.weights import check_shard
 from polyshard.adapters.torch.clip import clip_gradients, global_grad_norm
@@ -18,11 +19,13 @@ from polyshard.adapters.torch.compat import (
     fsdp_function,
     full_tensor,
     is_dtensor,
+    sharded_rows,
     unshard_gradient_sync,
 )
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, no_guard
 from polyshard.core.errors import ConfigurationError
+from polyshard.core.state import WEIGHT, OptimizerState, Piece
 from polyshard.core.weight_table import collect_layouts
 
 logger = logging.getLogger(__name__)
@@ -133,6 +136,41 @@ class TorchEngine:
                 parameter = parameters[name]
                 check_shard(name, value, tuple(parameter.shape))
                 parameter.copy_(_like(value, parameter))
+
+    def weight_pieces(self) -> Iterator[Piece]:
+        """This rank's run of every parameter."""
+        for name, parameter in self._module.named_parameters():
+            yield self._piece(name, WEIGHT, parameter.detach())
+
+    def weights_written(self) -> None:
+        """Nothing to refresh: the pieces are the parameters."""
+
+    def optimizer_state(self) -> OptimizerState:
+        """The optimizer's own tensors."""
+        optimizer_state.materialize(self.optimizer)
+        pieces = [
+            self._piece(name, slot, value)
+            for name, parameter in self._module.named_parameters()
+            for slot, value in optimizer_state.slots(self.optimizer, parameter).items()
+        ]
+        return OptimizerState(
+            kind=optimizer_state.kind(self.optimizer),
+            step=optimizer_state.get_step(self.optimizer),
+            lr=optimizer_state.learning_rate(self.optimizer),
+            pieces=pieces,
+        )
+
+    def optimizer_written(self, step: int, lr: float) -> None:
+        """Go on from update `step`."""
+        optimizer_state.set_step(self.optimizer, step)
+        self.set_learning_rate(lr)
+
+    def _piece(self, name: str, slot: str, tensor: Any) -> Piece:
+        if is_dtensor(tensor):
+            start, local = sharded_rows(tensor)
+            return Piece(parameter=name, slot=slot, start=start, values=local.view(-1))
+        axis = self.context.axis("data")
+        return Piece(parameter=name, slot=slot, start=0, values=tensor.view(-1), holder=axis.rank, holders=axis.size)
 
     def close(self) -> None:
         """Drop the wrapper's hold on the process group."""

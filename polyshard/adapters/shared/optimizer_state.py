@@ -1,0 +1,78 @@
+"""The state of a torch optimizer, which every library keeps at the bottom, under the names that polyshard stores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+ADAM = "adam"
+
+
+def kind(optimizer: Any) -> str:
+    """`"adam"` for Adam and AdamW, whose states mean the same; else the qualified class name."""
+    if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) or hasattr(optimizer, "adam_w_mode"):
+        return ADAM
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+
+
+def materialize(optimizer: Any) -> None:
+    """Make the state that the first step would make, so that a checkpoint can be read into it."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if not optimizer.state.get(p)]
+    if not parameters:
+        return
+    if kind(optimizer) == ADAM:
+        for group in optimizer.param_groups:
+            names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group.get("amsgrad") else [])]
+            for parameter in group["params"]:
+                state = optimizer.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state.update({name: torch.zeros_like(parameter.detach()) for name in names})
+        return
+    # Any other: one step that moves nothing. What it leaves in the state is then overwritten.
+    held = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    try:
+        for group in optimizer.param_groups:
+            group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group.get("lr"), torch.Tensor) else 0.0
+        for parameter, _ in held:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    finally:
+        for parameter, gradient in held:
+            parameter.grad = gradient
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate
+
+
+def slots(optimizer: Any, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The state tensors that are shaped like the parameter, by name."""
+    state = optimizer.state.get(parameter, {})
+    return {
+        name: value
+        for name, value in sorted(state.items())
+        if isinstance(value, torch.Tensor) and value.numel() == parameter.numel() and name != "step"
+    }
+
+
+def get_step(optimizer: Any) -> int:
+    """Updates done: 0 before the first."""
+    steps = {int(state["step"]) for state in optimizer.state.values() if "step" in state}
+    steps |= {int(group["step"]) for group in optimizer.param_groups if "step" in group}
+    return max(steps, default=0)
+
+
+def set_step(optimizer: Any, step: int) -> None:
+    """Where the optimizer counts its updates."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else step
+    for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] = step
+
+
+def learning_rate(optimizer: Any) -> float:
+    """Of the first parameter group."""
+    return float(optimizer.param_groups[0]["lr"]) if optimizer.param_groups else 0.0
