@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from polyshard.attention import RotaryEmbedding, TrainableFlashAttention
     from polyshard.attention.packing import sequence_positions
-    from polyshard.checkpoint import ModelConfig, load_checkpoint, read_config, save_checkpoint
+    from polyshard.checkpoint import (
+        ModelConfig,
+        PendingSave,
+        TrainingState,
+        latest_checkpoint,
+        load_checkpoint,
+        load_training_state,
+        read_config,
+        save_checkpoint,
+        save_training_state,
+    )
     from polyshard.core.adapter import AdamW, Adapter, StepResult, TrainingEngine
     from polyshard.core.capabilities import Capabilities, Rejected
     from polyshard.core.context import GroupContext, ParallelContext
@@ -42,7 +52,17 @@ __version__ = "0.1.0"
 _HOMES = {
     "polyshard.attention": ("RotaryEmbedding", "TrainableFlashAttention"),
     "polyshard.attention.packing": ("sequence_positions",),
-    "polyshard.checkpoint": ("ModelConfig", "load_checkpoint", "read_config", "save_checkpoint"),
+    "polyshard.checkpoint": (
+        "ModelConfig",
+        "PendingSave",
+        "TrainingState",
+        "latest_checkpoint",
+        "load_checkpoint",
+        "load_training_state",
+        "read_config",
+        "save_checkpoint",
+        "save_training_state",
+    ),
     "polyshard.core.adapter": ("Adapter", "AdamW", "StepResult", "TrainingEngine"),
     "polyshard.core.capabilities": ("Capabilities", "Rejected"),
     "polyshard.core.context": ("GroupContext", "ParallelContext"),

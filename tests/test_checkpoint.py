@@ -2,7 +2,9 @@
 
 import json
 import os
+import resource
 import shutil
+import signal
 from pathlib import Path
 
 import decoder
@@ -198,18 +200,14 @@ def test_saved_from_any_size_it_is_the_same_directory_bit_for_bit(tmp_path, rank
     assert mode & 0o044, "readable for others, as the umask says"
 
 
-def fail_to_save(source, target):
+def fail_to_save(source, target, failing):
     context = ps.initialize("torch", tensor=2, timeout=60)
     config = ps.read_config(source)
     model = decoder.build_model(config, context)
     ps.load_checkpoint(model, source, context)
-    if context.rank == 0:
-        import polyshard.checkpoint.save as room
-
-        def full_disk(*args, **kwargs):
-            raise OSError(28, "No space left on device")
-
-        room.save_file = full_disk
+    if context.rank == failing:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))  # a full disk, for this rank alone
     try:
         ps.save_checkpoint(model, target, context, config=config)
     except ps.CheckpointError as error:
@@ -218,11 +216,12 @@ def fail_to_save(source, target):
     return None
 
 
-def test_a_failed_save_leaves_the_previous_checkpoint_and_is_told_on_every_rank(original, copy):
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failed_save_leaves_the_previous_checkpoint_and_is_told_on_every_rank(original, copy, failing):
     before = {p.name: p.read_bytes() for p in copy.iterdir()}
-    first, second = run_ranks(fail_to_save, 2, original, copy)
-    assert "No space left on device" in first
-    assert "failed on the first rank" in second
+    for told in run_ranks(fail_to_save, 2, original, copy, failing):
+        assert "failed, and nothing was changed" in told
+        assert f"rank {failing}: [Errno 27] File too large" in told
     assert {p.name: p.read_bytes() for p in copy.iterdir()} == before
     assert os.listdir(copy.parent) == [copy.name]
 

@@ -1,7 +1,20 @@
-"""Model weights on disk: a plain Hugging Face directory, whatever library and sizes wrote it."""
+"""Weights and training states on disk: plain safetensors and JSON, whatever library and sizes wrote them."""
 
 from polyshard.checkpoint.config import ModelConfig, read_config
+from polyshard.checkpoint.directory import latest_checkpoint
 from polyshard.checkpoint.load import load_checkpoint
+from polyshard.checkpoint.pending import PendingSave
 from polyshard.checkpoint.save import save_checkpoint
+from polyshard.checkpoint.training import TrainingState, load_training_state, save_training_state
 
-__all__ = ["ModelConfig", "load_checkpoint", "read_config", "save_checkpoint"]
+__all__ = [
+    "ModelConfig",
+    "PendingSave",
+    "TrainingState",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "load_training_state",
+    "read_config",
+    "save_checkpoint",
+    "save_training_state",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from polyshard.checkpoint.directory import find
+from polyshard.checkpoint.plan import DTYPE_NAMES
 from polyshard.core.errors import CheckpointError
 
 SINGLE = "model.safetensors"
@@ -33,6 +35,17 @@ def locate_tensors(directory: Path) -> dict[str, Path]:
     if not files:
         others = sorted(p.name for p in directory.iterdir())[:10]
         raise CheckpointError(f"{directory} holds no {SINGLE} and no {INDEX}; it holds {others}")
+    return _in_files(files)
+
+
+def _of_stem(directory: Path, stem: str) -> list[Path]:
+    files = sorted([*directory.glob(f"{stem}.safetensors"), *directory.glob(f"{stem}-?????-of-?????.safetensors")])
+    if not files:
+        raise CheckpointError(f"{directory / stem}.safetensors is missing")
+    return files
+
+
+def _in_files(files: Sequence[Path]) -> dict[str, Path]:
     where: dict[str, Path] = {}
     for path in files:
         with opened(path) as file:
@@ -92,10 +105,16 @@ def _open(path: Path) -> Any:
 
 
 class TensorReader:
-    """Tensors by name; each file is mapped once, for as long as the reader lives."""
+    """Tensors by name; each file is mapped once, for as long as the reader lives.
 
-    def __init__(self, directory: Path) -> None:
-        self.where = locate_tensors(directory)
+    Args:
+        directory: a Hugging Face directory.
+        stem: read `STEM.safetensors`, or `STEM-00001-of-00002.safetensors` and so on, instead of the model's files.
+    """
+
+    def __init__(self, directory: Path, stem: str | None = None) -> None:
+        found = find(directory)
+        self.where = locate_tensors(found) if stem is None else _in_files(_of_stem(found, stem))
         self._open: dict[Path, Any] = {}
 
     def _file(self, name: str) -> Any:
@@ -103,6 +122,25 @@ class TensorReader:
         if path not in self._open:
             self._open[path] = _open(path)
         return self._open[path]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype as stored.
+
+        Raises:
+            CheckpointError: torch knows none of that name.
+        """
+        found = str(self._file(name).get_slice(name).get_dtype())
+        for dtype, text in DTYPE_NAMES.items():
+            if text == found:
+                return dtype
+        raise CheckpointError(f"tensor {name!r} is stored as {found}, which this polyshard cannot read")
+
+    def region(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+        """A rectangle of a tensor; nothing else is read."""
+        part = self._file(name).get_slice(name)
+        if not sizes:
+            return self._file(name).get_tensor(name)
+        return part[tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes))]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape as stored."""

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from polyshard.checkpoint.directory import find
 from polyshard.checkpoint.files import TensorReader
+from polyshard.checkpoint.manifest import read_manifest, verify_files
+from polyshard.checkpoint.ranks import Ranks
+from polyshard.checkpoint.save import module_pieces
+from polyshard.checkpoint.storage import BUCKET_BYTES, Progress
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import CheckpointError
+from polyshard.core.regions import Region, regions
+from polyshard.core.state import Piece
 from polyshard.core.weight_table import (
     IGNORED_TENSORS,
     WeightEntry,
     WeightTable,
     collect_layouts,
-    local_part,
     stored_shape,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def load_checkpoint(
@@ -29,39 +38,101 @@ def load_checkpoint(
     parallel_context: ParallelContext,
     *,
     ignore: Sequence[str] = IGNORED_TENSORS,
-    progress: Callable[[int, int], None] | None = None,
+    verify: bool = True,
+    progress: Progress | None = None,
 ) -> None:
     """Load every parameter exactly once. Nothing is changed where the checkpoint does not fit.
 
+    Each rank reads its own elements into its own memory, and nothing else. A collective: every rank calls it.
+
     Args:
         model: a model as its factory built it, or a training engine around one.
-        directory: with config.json and safetensors.
+        directory: with config.json and safetensors: of Hugging Face, or a training state.
         parallel_context: the context that the model was built with.
         ignore: shell patterns of stored tensors that may be left over.
-        progress: called with (tensors done, tensors in all).
+        verify: compare each file's checksum, where the checkpoint records one (polyshard's do).
+        progress: called with (elements read, elements in all) of this rank.
 
     Raises:
-        CheckpointError: files are missing or torn, or tensors are missing, unexpected or of another shape; the
-            message lists all of them.
+        CheckpointError: files are missing, torn or altered, or tensors are missing, unexpected, of another shape or
+            kind of number; the message lists all of them.
     """
-    reader = TensorReader(Path(directory))
+    path, ranks = find(directory), Ranks.of(parallel_context)
     engine = None if isinstance(model, nn.Module) else model
     table: WeightTable = collect_layouts(model) if engine is None else engine.table
-    check_fit(table, reader, ignore)
-    parameters = dict((model if engine is None else engine.module).named_parameters())
-    dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
-
-    shards = _shards(table, reader, parallel_context, dtypes, progress)
+    reader = _checked(path, table, ignore, ranks, verify)
+    axis = parallel_context.axis("tensor")
     if engine is not None:
-        engine.load_weights(shards)
+        read_pieces(reader, engine.weight_pieces(), table, axis.rank, axis.size, progress)
+        engine.weights_written()
         return
+    pieces = list(module_pieces(model, parallel_context))
+    read_pieces(reader, pieces, table, axis.rank, axis.size, progress)
     with torch.no_grad():
-        for name, shard in shards:
-            parameters[name].copy_(shard)
+        for piece, (name, parameter) in zip(pieces, model.named_parameters()):
+            assert piece.parameter == name
+            if piece.values.data_ptr() != parameter.data_ptr():  # not contiguous: a copy was read into
+                parameter.copy_(piece.values.view(parameter.shape))
+
+
+def _checked(path: Path, table: WeightTable, ignore: Sequence[str], ranks: Ranks, verify: bool) -> TensorReader:
+    """A reader of weights that fit, on every rank; an error of any rank is raised on all."""
+    error: Exception | None = None
+    reader = manifest = None
+    try:
+        manifest = read_manifest(path) if path.is_dir() else None
+        reader = TensorReader(path)
+        check_fit(table, reader, ignore)
+    except CheckpointError as problem:
+        error = problem
+    ranks.agree(error, f"{path} cannot be loaded; nothing was changed")
+    assert reader is not None
+    if manifest is not None and verify:
+        verify_files(path, manifest, ranks)
+    return reader
+
+
+def read_pieces(
+    reader: TensorReader,
+    pieces: Iterable[Piece],
+    table: WeightTable,
+    tensor_rank: int,
+    tensor_size: int,
+    progress: Progress | None = None,
+) -> None:
+    """Fill each piece from the stored tensors, converting the dtype; padding becomes zero."""
+    held = list(pieces)
+    whole = sum(len(piece.values) for piece in held)
+    done = 0
+    for piece in held:
+        entry = table[piece.parameter]
+        found = regions(entry, tensor_rank, tensor_size, piece.start, piece.start + len(piece.values))
+        with torch.no_grad():
+            if sum(region.numel for region in found) < len(piece.values):
+                piece.values.zero_()
+            for region in found:
+                source = source_name(entry, region, reader.where)
+                for target, offsets in _buckets(region, region.view(piece.values, piece.start)):
+                    target.copy_(reader.region(source, offsets, tuple(target.shape)))
+        done += len(piece.values)
+        if progress is not None:
+            progress(done, whole)
+
+
+def source_name(entry: WeightEntry, region: Region, stored: Mapping[str, object]) -> str:
+    """The stored tensor's name: its own, or that of the weight it is tied to."""
+    return region.name if region.name in stored else next(name for name in entry.tied_names if name in stored)
+
+
+def _buckets(region: Region, target: torch.Tensor) -> Iterable[tuple[torch.Tensor, tuple[int, ...]]]:
+    if target.dim() == 0 or target.nbytes <= BUCKET_BYTES:
+        return [(target, region.offsets)]
+    step = max(1, BUCKET_BYTES * len(target) // target.nbytes)
+    return [(part, (region.offsets[0] + i * step, *region.offsets[1:])) for i, part in enumerate(target.split(step))]
 
 
 def check_fit(table: WeightTable, reader: TensorReader, ignore: Sequence[str]) -> None:
-    """Raise `CheckpointError` with all that is missing, unexpected or of another shape."""
+    """Raise `CheckpointError` with all that is missing, unexpected, of another shape or kind of number."""
     targets = table.by_checkpoint_name()
     tied = {name: entry for entry in table.values() for name in entry.tied_names}
     problems = []
@@ -75,7 +146,7 @@ def check_fit(table: WeightTable, reader: TensorReader, ignore: Sequence[str]) -
     ]
     if unexpected:
         problems.append(f"unexpected ({len(unexpected)}): {_some(unexpected)}")
-    misshapen = []
+    misshapen, numbers = [], []
     for name, (entry, index) in targets.items():
         source = name if name in reader.where else next((t for t in entry.tied_names if t in reader.where), None)
         if source is None:
@@ -83,18 +154,33 @@ def check_fit(table: WeightTable, reader: TensorReader, ignore: Sequence[str]) -
         expected = stored_shape(entry.layout, len(entry.checkpoint_names), index)
         if reader.shape(source) != expected:
             misshapen.append(f"{source} is {list(reader.shape(source))}, the model has {list(expected)}")
+        if not (reader.dtype(source).is_floating_point and reader.dtype(source).itemsize > 1):
+            numbers.append(f"{source} is {str(reader.dtype(source)).removeprefix('torch.')}")
     if misshapen:
         problems.append(f"of another shape ({len(misshapen)}): {_some(misshapen)}")
+    if numbers:
+        problems.append(
+            f"not stored as float16, bfloat16, float32 or float64 ({len(numbers)}): {_some(numbers)}; "
+            "a quantized checkpoint has to be dequantized first"
+        )
     for name, entry in tied.items():
         first = entry.checkpoint_names[0]
-        if (
-            name in reader.where
-            and first in reader.where
-            and not torch.equal(reader.tensor(name), reader.tensor(first))
-        ):
+        if name in reader.where and first in reader.where and not _same(reader, name, first):
             problems.append(f"{name} and {first} are tied in the model, but differ in the checkpoint")
     if problems:
         raise CheckpointError("the checkpoint does not fit the model; nothing was loaded. " + "; ".join(problems))
+
+
+def _same(reader: TensorReader, first: str, second: str) -> bool:
+    shape = reader.shape(first)
+    if shape != reader.shape(second):
+        return False
+    rows = max(1, BUCKET_BYTES // (4 * max(1, torch.Size(shape[1:]).numel())))
+
+    def part(name: str, start: int) -> torch.Tensor:
+        return reader.region(name, (start, *[0] * (len(shape) - 1)), (min(rows, shape[0] - start), *shape[1:]))
+
+    return all(torch.equal(part(first, start), part(second, start)) for start in range(0, shape[0], rows))
 
 
 def _stored_as_tied(target: tuple[WeightEntry, int], reader: TensorReader) -> bool:
@@ -103,23 +189,3 @@ def _stored_as_tied(target: tuple[WeightEntry, int], reader: TensorReader) -> bo
 
 def _some(items: list[str]) -> str:
     return ", ".join(items[:8]) + (f", and {len(items) - 8} more" if len(items) > 8 else "")
-
-
-def _shards(
-    table: WeightTable,
-    reader: TensorReader,
-    context: ParallelContext,
-    dtypes: dict[str, torch.dtype],
-    progress: Callable[[int, int], None] | None,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    rank, size = context.get_tensor_parallel_rank(), context.get_tensor_parallel_world_size()
-    for done, entry in enumerate(table.values(), start=1):
-        count = len(entry.checkpoint_names)
-        parts = []
-        for index, name in enumerate(entry.checkpoint_names):
-            source = name if name in reader.where else next(t for t in entry.tied_names if t in reader.where)
-            parts.append(local_part(entry.layout, count, index, reader.tensor(source), rank, size)[0])
-        shard = parts[0] if count == 1 else torch.cat(parts, dim=entry.layout.dim or 0)
-        yield entry.parameter, shard.to(dtypes[entry.parameter])
-        if progress is not None:
-            progress(done, len(table))

@@ -1,23 +1,32 @@
-"""A model of any adapter and size as a plain Hugging Face directory, written whole or not at all."""
+"""A model of any adapter and size as a plain Hugging Face directory, written by all ranks, whole or not at all."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException, save
 
-from polyshard.checkpoint.files import INDEX, SINGLE
+from polyshard.checkpoint.directory import begin, publish, staging_name
+from polyshard.checkpoint.files import INDEX
+from polyshard.checkpoint.manifest import Manifest, record_files, write_manifest
+from polyshard.checkpoint.pending import PendingSave
+from polyshard.checkpoint.plan import PlannedFile, StoredTensor, index_of, plan_files
+from polyshard.checkpoint.ranks import Ranks
+from polyshard.checkpoint.storage import LayoutPlanner, LayoutWriter, Progress, storage_key
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import CheckpointError
-from polyshard.core.gather import gather_shards
-from polyshard.core.weight_table import WeightEntry, WeightTable, collect_layouts, stored_parts, stored_shape
+from polyshard.core.fingerprint import text
+from polyshard.core.state import WEIGHT, Piece
+from polyshard.core.weight_table import WeightTable, collect_layouts, stored_shape
 
 # Files that belong to a model beside its weights and config.
 COMPANIONS = (
@@ -29,6 +38,7 @@ COMPANIONS = (
     "chat_template.jinja",
     "generation_config.json",
 )
+MAX_SHARD_BYTES = 5 * 10**9
 
 
 def save_checkpoint(
@@ -41,13 +51,15 @@ def save_checkpoint(
     factory: str | None = None,
     companions: str | Path | None = None,
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 5 * 10**9,
-    progress: Callable[[int, int], None] | None = None,
-) -> Path:
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    asynchronous: bool = False,
+    progress: Progress | None = None,
+) -> Path | PendingSave:
     """Write weights, config and companions. A collective: every rank calls it.
 
-    Tensors are gathered one at a time to the first rank, which writes to a directory beside `directory` and renames
-    it at the end: a failed save leaves what was there before.
+    Each rank writes the elements that it holds into the final files, through torch's distributed checkpoint; nothing is
+    gathered. The files are written beside `directory`, with their checksums, and put into its place at the end: a
+    failed or killed save leaves what was there before. All ranks must see the same file system.
 
     Args:
         model: a model as its factory built it, or a training engine around one.
@@ -59,66 +71,155 @@ def save_checkpoint(
         companions: a directory whose tokenizer and generation files are copied.
         dtype: convert the weights; default as they are.
         max_shard_bytes: size above which weights are split over several files.
-        progress: called with (tensors done, tensors in all), on the first rank.
+        asynchronous: copy the weights to the host and go on; give a `PendingSave`.
+        progress: called with (elements written, elements in all) of this rank.
 
     Returns:
-        The directory.
+        The directory, or the save under way.
 
     Raises:
-        CheckpointError: the first rank could not write; raised on every rank.
+        CheckpointError: a rank could not write; raised on every rank, naming it.
     """
-    target = Path(directory)
     engine = None if isinstance(model, nn.Module) else model
     table: WeightTable = collect_layouts(model) if engine is None else engine.table
-    weights: Iterable[tuple[str, torch.Tensor]] = (
-        ((name, p.detach()) for name, p in model.named_parameters()) if engine is None else engine.weights()
+    module = model if engine is None else engine.module
+    dtypes = {name: dtype or parameter.dtype for name, parameter in module.named_parameters()}
+    job = SaveJob(
+        directory=Path(directory),
+        kind="weights",
+        pieces=list(module_pieces(module, parallel_context) if engine is None else engine.weight_pieces()),
+        table=table,
+        files=weight_files(table, dtypes, max_shard_bytes),
+        documents=model_documents(config, architecture, factory, dtypes),
+        companions=None if companions is None else Path(companions),
     )
-    dtypes = {n: dtype or p.dtype for n, p in (model if engine is None else engine.module).named_parameters()}
-    writes = all(
-        rank() == 0
-        for rank in (
-            parallel_context.get_tensor_parallel_rank,
-            parallel_context.get_data_parallel_rank,
-            parallel_context.get_context_parallel_rank,
-            parallel_context.get_pipeline_parallel_rank,
+    return job.start(parallel_context, asynchronous, progress)
+
+
+def module_pieces(module: nn.Module, context: ParallelContext) -> Iterator[Piece]:
+    """A model's parameters as pieces; data-parallel ranks hold them alike."""
+    axis = context.axis("data")
+    for name, parameter in module.named_parameters():
+        values = parameter.detach().contiguous().view(-1)
+        yield Piece(parameter=name, slot=WEIGHT, start=0, values=values, holder=axis.rank, holders=axis.size)
+
+
+def stored_tensors(table: WeightTable, dtypes: Mapping[str, torch.dtype], slot: str = WEIGHT) -> list[StoredTensor]:
+    """The tensors that a checkpoint holds for these parameters, in the model's order."""
+    return [
+        StoredTensor(
+            key=storage_key(slot, name),
+            name=name,
+            shape=stored_shape(entry.layout, len(entry.checkpoint_names), index),
+            dtype=dtypes[entry.parameter],
         )
-    )
+        for entry in table.values()
+        if entry.parameter in dtypes
+        for index, name in enumerate(entry.checkpoint_names)
+    ]
+
+
+def weight_files(table: WeightTable, dtypes: Mapping[str, torch.dtype], limit: int) -> list[PlannedFile]:
+    """The files of a Hugging Face directory."""
+    table.by_checkpoint_name()  # raises where two parameters claim one name
+    return plan_files("model", stored_tensors(table, dtypes), limit)
+
+
+def model_documents(
+    config: Mapping[str, Any] | Any, architecture: str | None, factory: str | None, dtypes: Mapping[str, torch.dtype]
+) -> dict[str, Any]:
+    """`config.json`, as fields."""
     fields = dict(config) if isinstance(config, Mapping) else dict(config.to_dict())
     if architecture is not None:
         fields["architectures"] = [architecture]
     if factory is not None:
         fields["polyshard"] = {"factory": factory}
-    stored_dtypes = {str(d).removeprefix("torch.") for d in dtypes.values()}
-    if len(stored_dtypes) == 1:
-        fields["dtype"] = stored_dtypes.pop()
+    stored = {str(dtype).removeprefix("torch.") for dtype in dtypes.values()}
+    if len(stored) == 1:
+        fields["dtype"] = stored.pop()
         fields.pop("torch_dtype", None)
+    return {"config.json": fields}
 
-    writer = _Writer(target, _plan(table, dtypes, max_shard_bytes)) if writes else None
-    error: Exception | None = None
-    try:
-        if writer is not None:
-            error = _attempt(writer.begin)
-        for done, (name, full) in enumerate(_full_tensors(weights, table, parallel_context), start=1):
-            if writer is None or error is not None or full is None:
-                continue  # the other ranks are still gathering
-            entry = table[name]
-            for part_name, part in zip(
-                entry.checkpoint_names, stored_parts(entry.layout, len(entry.checkpoint_names), full)
-            ):
-                error = error or _attempt(writer.add, part_name, part.to(dtypes[name]))
-            if progress is not None:
-                progress(done, len(table))
-        if writer is not None and error is None:
-            error = _attempt(writer.finish, fields, None if companions is None else Path(companions))
-        failed = _any_rank(error is not None, parallel_context)
-    finally:
-        if writer is not None:
-            writer.discard()
-    if error is not None:
-        raise CheckpointError(f"saving {target} failed, and nothing was changed: {error}") from error
-    if failed:
-        raise CheckpointError(f"saving {target} failed on the first rank; its error says why")
-    return target
+
+@dataclass(frozen=True, kw_only=True)
+class SaveJob:
+    """Everything that a save needs, known before it starts.
+
+    Attributes:
+        kind: as in the manifest.
+        pieces: of this rank.
+        files: of all tensors.
+        documents: JSON files of the first rank, by name.
+        companions: a directory whose tokenizer files are copied.
+        state: for the manifest.
+        blobs: further safetensors files of the first rank, by relative path.
+    """
+
+    directory: Path
+    kind: str
+    pieces: Sequence[Piece]
+    table: WeightTable
+    files: Sequence[PlannedFile]
+    documents: Mapping[str, Any]
+    companions: Path | None = None
+    state: Mapping[str, Any] | None = None
+    blobs: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+
+    def start(self, context: ParallelContext, asynchronous: bool, progress: Progress | None) -> Path | PendingSave:
+        """Run here, or in the background on a copy of the pieces."""
+        tensor = context.axis("tensor")
+        if not asynchronous:
+            return self._run(Ranks.of(context), tensor.rank, tensor.size, progress)
+        copied = [replace(piece, values=_copy(piece)) for piece in self.pieces]
+        job = replace(self, pieces=copied)
+        return PendingSave(context, lambda ranks: job._run(ranks, tensor.rank, tensor.size, progress))
+
+    def _run(self, ranks: Ranks, tensor_rank: int, tensor_size: int, progress: Progress | None) -> Path:
+        what = f"saving {self.directory} failed, and nothing was changed"
+        staging = self.directory.parent / ranks.first(staging_name(self.directory))
+        writer = LayoutWriter(staging, self.files, progress)
+        stored = {tensor.key: tensor for file in self.files for tensor in file.tensors}
+        planner = LayoutPlanner(self.pieces, self.table, tensor_rank, tensor_size, stored)
+        try:
+            ranks.agree(_attempt(begin, self.directory, staging) if ranks.rank == 0 else None, what)
+            try:
+                with ranks.guard("world checkpoint write"), warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as meant, in one process
+                    save({}, storage_writer=writer, planner=planner, process_group=ranks.group, no_dist=ranks.alone)
+            except CheckpointException as failure:
+                raise CheckpointError(f"{what}: {_told(failure)}") from failure
+            ranks.agree(_attempt(self._add_documents, staging) if ranks.rank == 0 else None, what)
+            records = record_files(staging, ranks)
+            error = None
+            if ranks.rank == 0:
+                manifest = Manifest(
+                    kind=self.kind,
+                    files=records,
+                    fingerprints=_by_slot(writer.fingerprints),
+                    state=self.state or {},
+                )
+                error = _attempt(write_manifest, staging, manifest) or _attempt(publish, staging, self.directory)
+            ranks.agree(error, what)
+        finally:
+            if ranks.rank == 0:
+                shutil.rmtree(staging, ignore_errors=True)
+        return self.directory
+
+    def _add_documents(self, staging: Path) -> None:
+        for name, tensors in self.blobs.items():
+            path = staging / name
+            path.parent.mkdir(exist_ok=True)
+            save_file(dict(tensors), path)
+            path.chmod(staging.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
+        weights = [file for file in self.files if "/" not in file.path]
+        if len(weights) > 1:
+            (staging / INDEX).write_text(json.dumps(index_of(weights), indent=2))
+        for name, fields in self.documents.items():
+            (staging / name).write_text(json.dumps(fields, indent=2))
+        if self.companions is not None:
+            for pattern in COMPANIONS:
+                for source in self.companions.glob(pattern):
+                    shutil.copyfile(source, staging / source.name)
 
 
 def _attempt(action: Callable[..., None], *arguments: Any) -> Exception | None:
@@ -129,108 +230,17 @@ def _attempt(action: Callable[..., None], *arguments: Any) -> Exception | None:
     return None
 
 
-def _full_tensors(
-    weights: Iterable[tuple[str, torch.Tensor]], table: WeightTable, context: ParallelContext
-) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """Names and full tensors, on the first data-parallel replica; None on the others."""
-    axis = context.axis("tensor")
-    first = context.get_data_parallel_rank() == 0
-    for name, shard in weights:
-        yield name, gather_shards(shard, table[name].layout, axis) if first else None
+def _told(failure: CheckpointException) -> str:
+    return "; ".join(f"rank {rank}: {error}" for rank, (error, _) in sorted(failure.failures.items()))
 
 
-def _any_rank(flag: bool, context: ParallelContext) -> bool:
-    value = torch.tensor(float(flag), device=context.device)
-    for name in ("tensor", "context", "data", "pipeline"):
-        collectives = context.axis(name).collectives
-        if collectives is not None:
-            value = collectives.all_reduce(value, "max")
-    return bool(value)
+def _by_slot(fingerprints: Mapping[str, int]) -> dict[str, dict[str, str]]:
+    result: dict[str, dict[str, str]] = {}
+    for key, value in fingerprints.items():
+        slot, _, name = key.partition("/")
+        result.setdefault(slot, {})[name] = text(value)
+    return result
 
 
-def _plan(table: WeightTable, dtypes: Mapping[str, torch.dtype], limit: int) -> list[list[str]]:
-    """Names of the tensors of each file, in order."""
-    shards: list[list[str]] = [[]]
-    used = 0
-    for entry in table.values():
-        for index, name in enumerate(entry.checkpoint_names):
-            size = _stored_bytes(entry, index, dtypes[entry.parameter])
-            if shards[-1] and used + size > limit:
-                shards.append([])
-                used = 0
-            shards[-1].append(name)
-            used += size
-    return shards
-
-
-def _stored_bytes(entry: WeightEntry, index: int, dtype: torch.dtype) -> int:
-    shape = stored_shape(entry.layout, len(entry.checkpoint_names), index)
-    count = 1
-    for length in shape:
-        count *= length
-    return count * dtype.itemsize
-
-
-class _Writer:
-    """Collects tensors, writes each file when it is complete, and puts the directory in place at the end."""
-
-    def __init__(self, target: Path, plan: list[list[str]]) -> None:
-        self.target = target
-        self.temporary = target.parent / f".{target.name}.saving-{os.getpid()}"
-        self.plan = plan
-        self.held: dict[str, torch.Tensor] = {}
-        self.file_index = 0
-        self.total_bytes = 0
-
-    def begin(self) -> None:
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        self.temporary.mkdir()
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        self.held[name] = tensor.cpu().contiguous()
-        self.total_bytes += tensor.nbytes
-        if set(self.plan[self.file_index]) <= set(self.held):
-            self._write_file()
-
-    def finish(self, fields: Mapping[str, Any], companions: Path | None) -> None:
-        assert not self.held, f"tensors were left over: {sorted(self.held)}"
-        if len(self.plan) > 1:
-            weight_map = {name: self._file_name(i) for i, names in enumerate(self.plan) for name in names}
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            (self.temporary / INDEX).write_text(json.dumps(index, indent=2))
-        (self.temporary / "config.json").write_text(json.dumps(fields, indent=2))
-        if companions is not None:
-            for pattern in COMPANIONS:
-                for source in companions.glob(pattern):
-                    shutil.copyfile(source, self.temporary / source.name)
-        for path in (*self.temporary.iterdir(), self.temporary):
-            _sync(path)
-        previous = self.target.parent / f".{self.target.name}.replaced-{os.getpid()}"
-        if self.target.exists():
-            os.rename(self.target, previous)
-        os.rename(self.temporary, self.target)
-        _sync(self.target.parent)
-        shutil.rmtree(previous, ignore_errors=True)
-
-    def discard(self) -> None:
-        shutil.rmtree(self.temporary, ignore_errors=True)
-
-    def _file_name(self, index: int) -> str:
-        return SINGLE if len(self.plan) == 1 else f"model-{index + 1:05d}-of-{len(self.plan):05d}.safetensors"
-
-    def _write_file(self) -> None:
-        names = self.plan[self.file_index]
-        tensors = {name: self.held.pop(name) for name in names}
-        path = self.temporary / self._file_name(self.file_index)
-        save_file(tensors, path, metadata={"format": "pt"})
-        path.chmod(self.temporary.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
-        self.file_index += 1
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _copy(piece: Piece) -> torch.Tensor:
+    return piece.values.detach().to("cpu", copy=True)

@@ -15,6 +15,7 @@ from polyshard.core.context import ParallelContext
 from polyshard.core.layout import ParallelLayout
 from polyshard.core.requirement import Requirement
 from polyshard.core.state import OptimizerState, Piece
+from polyshard.core.weight_table import WeightTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +69,11 @@ class TrainingEngine(Protocol):
     @property
     def module(self) -> nn.Module:
         """The model as the factory built it."""
+        ...
+
+    @property
+    def table(self) -> WeightTable:
+        """The model's weight layouts, collected before it was wrapped."""
         ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -122,6 +122,7 @@ class GroupContext:
         guard: wraps communication that is not a layer's (a training engine's, a checkpoint's).
         on_shutdown: what undoes the initialisation, in order.
         initialize_weights: whether layers fill their weights when built; a server loads them instead.
+        group_timeout: seconds, for further process groups.
     """
 
     layout: ParallelLayout
@@ -132,6 +133,7 @@ class GroupContext:
     attention: AttentionFactory | None = None
     guard: FailureGuard = no_guard
     initialize_weights: bool = True
+    group_timeout: float = 600.0
     on_shutdown: tuple[Callable[[], None], ...] = ()
 
     def axis(self, name: Axis) -> ParallelAxis:

@@ -96,7 +96,20 @@ def gathered(parameters: Any, modifier_rank: int | None = None) -> Any:
 def base_optimizer(optimizer: Any) -> Any:
     """torch's optimizer inside ZeRO's, its state made where no step has been taken."""
     base = getattr(optimizer, "optimizer", optimizer)
-    materialize(base)
+    partitions = getattr(optimizer, "fp32_partitioned_groups_flat", None)
+    if partitions is None:
+        materialize(base)
+        return base
+    # Stage 3 puts its partitions into the groups for the time of a step alone (zero/stage3.py, _optimizer_step).
+    held = [group["params"] for group in base.param_groups]
+    try:
+        for group in base.param_groups:
+            group["params"] = []
+        base.param_groups[0]["params"] = list(partitions)
+        materialize(base)
+    finally:
+        for group, parameters in zip(base.param_groups, held):
+            group["params"] = parameters
     return base
 
 

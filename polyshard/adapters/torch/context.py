@@ -108,6 +108,7 @@ def initialize(
         axes=axes,
         rank=rank,
         guard=guard,
+        group_timeout=backend_timeout(timeout),
         on_shutdown=(leave, *undo),
     )
     # A group even for one tensor-parallel rank, as in vLLM: layers of users' own adapters (Megatron's) ask for it.

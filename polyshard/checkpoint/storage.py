@@ -1,0 +1,230 @@
+"""torch's distributed checkpoint over weight layouts: each rank writes its own elements into the final files.
+
+Torch's `HuggingFaceStorageWriter` lets every rank write a file of its own, which one rank then merges: all bytes are
+written twice, a shard that is missing is filled with zeros, and a rank can hold one box of a tensor only. The writer
+here is that writer with another `write_data`: the files are laid out and allocated first, and each rank puts its
+rectangles into place. Planning, validation (nothing missing, nothing twice) and the exchange of errors are torch's.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import DefaultSavePlanner, HuggingFaceStorageWriter, SavePlan, SavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from polyshard.checkpoint.plan import PlannedFile, StoredTensor
+from polyshard.core.errors import CheckpointError
+from polyshard.core.fingerprint import fingerprint, total
+from polyshard.core.regions import regions
+from polyshard.core.state import Piece
+from polyshard.core.weight_table import WeightTable
+
+BUCKET_BYTES = 16 << 20  # what a conversion or a copy from a device takes beside the weights
+
+Progress = Callable[[int, int], None]
+
+
+def storage_key(slot: str, name: str) -> str:
+    """The name under which torch's planner knows a tensor: weights and optimizer slots bear the same names."""
+    return f"{slot}/{name}"
+
+
+class LayoutPlanner(DefaultSavePlanner):
+    """Offers a rank's pieces as rectangles of the stored tensors."""
+
+    def __init__(
+        self,
+        pieces: Iterable[Piece],
+        table: WeightTable,
+        tensor_rank: int,
+        tensor_size: int,
+        stored: Mapping[str, StoredTensor],
+    ) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._values: dict[MetadataIndex, torch.Tensor] = {}
+        self._stored = stored
+        for piece in pieces:
+            entry = table[piece.parameter]
+            start, stop = shared_run(piece, entry.layout.local_shape(tensor_rank, tensor_size))
+            for region in regions(entry, tensor_rank, tensor_size, start, stop):
+                if region.first:
+                    index = MetadataIndex(storage_key(piece.slot, region.name), torch.Size(region.offsets))
+                    self._values[index] = region.view(piece.values, piece.start)
+
+    def create_local_plan(self) -> SavePlan:
+        """One write for each rectangle."""
+        self.plan = SavePlan([self._item(index, values) for index, values in self._values.items()])
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        """The live values."""
+        index = write_item.index
+        return self._values[MetadataIndex(index.fqn, index.offset)]
+
+    def _item(self, index: MetadataIndex, values: torch.Tensor) -> WriteItem:
+        stored = self._stored[index.fqn]
+        assert index.offset is not None
+        return WriteItem(
+            index=index,
+            type=WriteItemType.SHARD,
+            tensor_data=TensorWriteData(
+                chunk=ChunkStorageMetadata(offsets=index.offset, sizes=torch.Size(values.shape)),
+                properties=TensorProperties(dtype=stored.dtype),
+                size=torch.Size(stored.shape),
+            ),
+        )
+
+
+def shared_run(piece: Piece, shape: Sequence[int]) -> tuple[int, int]:
+    """The part of a piece that this rank writes where several hold it alike: whole rows, in turn."""
+    start, stop = piece.start, piece.start + len(piece.values)
+    row = math.prod(shape[1:])
+    rows = len(piece.values) // row if row else 0
+    if piece.holders == 1:
+        return start, stop
+    if rows * row != len(piece.values) or rows < piece.holders or piece.values.nbytes < 1 << 16:
+        return (start, stop) if piece.holder == 0 else (start, start)  # not worth cutting
+    first, last = (rows * i // piece.holders for i in (piece.holder, piece.holder + 1))
+    return start + first * row, start + last * row
+
+
+class LayoutWriter(HuggingFaceStorageWriter):
+    """Writes rectangles into files that were laid out before.
+
+    Attributes:
+        fingerprints: of every stored tensor by key, as written; on the coordinator, after the save.
+    """
+
+    def __init__(self, directory: Path, files: Sequence[PlannedFile], progress: Progress | None = None) -> None:
+        super().__init__(path=str(directory), save_distributed=True)
+        self._directory = directory
+        self._files = list(files)
+        self._where = {tensor.key: (file, tensor) for file in files for tensor in file.tensors}
+        self._progress = progress
+        self.fingerprints: dict[str, int] = {}
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """The directory was made before."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Check that every element is written, and allocate the files: a full disk shows here."""
+        written = dict.fromkeys(self._where, 0)
+        for plan in plans:
+            for item in plan.items:
+                assert item.tensor_data is not None
+                written[item.index.fqn] += math.prod(item.tensor_data.chunk.sizes)
+        for key, count in written.items():
+            expected = math.prod(self._where[key][1].shape)
+            if count != expected:
+                raise CheckpointError(f"{key}: the ranks hold {count} of its {expected} elements")
+        for file in self._files:
+            allocate(self._directory / file.path, file)
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Put this rank's rectangles into place, and fingerprint what is written."""
+        by_file: dict[str, list[WriteItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(self._where[item.index.fqn][0].path, []).append(item)
+        whole = sum(planner.resolve_data(item).numel() for item in plan.items)  # pyrefly: ignore  # tensors alone
+        results: list[WriteResult] = []
+        done = 0
+        for path, items in by_file.items():
+            descriptor = os.open(self._directory / path, os.O_WRONLY)
+            try:
+                for item in items:
+                    values: Any = planner.resolve_data(item)
+                    size, print_ = self._write(descriptor, item, values)
+                    results.append(WriteResult(index=item.index, size_in_bytes=size, storage_data=print_))
+                    done += values.numel()
+                    if self._progress is not None:
+                        self._progress(done, whole)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Add up the fingerprints of the parts."""
+        del metadata
+        for result in (result for of_rank in results for result in of_rank):
+            key = result.index.fqn
+            self.fingerprints[key] = total((self.fingerprints.get(key, 0), result.storage_data))
+
+    def _write(self, descriptor: int, item: WriteItem, values: torch.Tensor) -> tuple[int, int]:
+        file, tensor = self._where[item.index.fqn]
+        assert item.index.offset is not None
+        offsets = tuple(item.index.offset)
+        row_bytes = max(1, values.nbytes // max(1, len(values) if values.dim() else 1))
+        step = max(1, BUCKET_BYTES // row_bytes)
+        written, prints = 0, []
+        direct = values.dtype == tensor.dtype and values.device.type == "cpu"
+        chunks = (values,) if direct or values.dim() == 0 else values.split(step)
+        first = offsets
+        for chunk in chunks:
+            chunk = chunk.detach().to(device="cpu", dtype=tensor.dtype)
+            prints.append(fingerprint(chunk, first))
+            written += put(descriptor, file.places[item.index.fqn], tensor, chunk, first)
+            if values.dim():
+                first = (first[0] + len(chunk), *first[1:])
+        return written, total(prints)
+
+
+def allocate(path: Path, file: PlannedFile) -> None:
+    """Make a file of its full size, with its header."""
+    path.parent.mkdir(exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        os.posix_fallocate(descriptor, 0, max(1, file.size))
+        os.pwrite(descriptor, file.header, 0)
+    finally:
+        os.close(descriptor)
+
+
+def put(descriptor: int, place: int, tensor: StoredTensor, values: torch.Tensor, offsets: Sequence[int]) -> int:
+    """Write a rectangle of `tensor`, whose first byte stands at `place`; gives the bytes written.
+
+    The trailing dimensions that the rectangle fills are written in one run.
+    """
+    if values.numel() == 0:
+        return 0
+    if values.dim() == 0:
+        return _write_all(descriptor, values.reshape(1), place)
+    strides = [math.prod(tensor.shape[dim + 1 :]) for dim in range(values.dim())]
+    start = place + values.element_size() * sum(o * s for o, s in zip(offsets, strides))
+    # `full`: from this dimension on the rectangle is as wide as the tensor.
+    full = values.dim()
+    while full > 0 and values.shape[full - 1] == tensor.shape[full - 1]:
+        full -= 1
+    outer = max(full - 1, 0)  # dimensions walked one by one
+    written = 0
+    for index in _indices(values.shape[:outer]):
+        where = start + values.element_size() * sum(i * s for i, s in zip(index, strides))
+        written += _write_all(descriptor, values[index], where)
+    return written
+
+
+def _indices(shape: Sequence[int]) -> Iterable[tuple[int, ...]]:
+    return [()] if not shape else [(i, *rest) for i in range(shape[0]) for rest in _indices(shape[1:])]
+
+
+def _write_all(descriptor: int, values: torch.Tensor, place: int) -> int:
+    flat = values.contiguous().view(-1).view(torch.uint8)
+    array: Any = flat.numpy()
+    data = memoryview(array)
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done : done + (1 << 30)], place + done)
+    return done
