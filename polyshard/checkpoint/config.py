@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from polyshard.checkpoint.directory import find
 from polyshard.core.errors import CheckpointError
 
 
@@ -24,7 +25,7 @@ def read_config(directory: str | Path) -> ModelConfig:
     Raises:
         CheckpointError: it is missing or is no JSON object.
     """
-    path = Path(directory) / "config.json"
+    path = find(directory) / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist: expected a Hugging Face model directory")
     try:

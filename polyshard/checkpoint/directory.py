@@ -41,6 +41,12 @@ def begin(target: Path, staging: Path) -> None:
     staging.mkdir()
 
 
+def _forget_replaced(target: Path) -> None:
+    """Once a new one stands, what a killed replacement left aside is of no use."""
+    for kept in target.parent.glob(f".{target.name}.replaced-*"):
+        shutil.rmtree(kept, ignore_errors=True)
+
+
 def publish(staging: Path, target: Path) -> None:
     """Put the finished directory into place; what was there is gone afterwards."""
     for path in (*staging.rglob("*"), staging):
@@ -48,6 +54,7 @@ def publish(staging: Path, target: Path) -> None:
     if not target.exists():
         os.rename(staging, target)
         _sync(target.parent)
+        _forget_replaced(target)
         return
     if _exchange(staging, target):
         _sync(target.parent)

@@ -12,14 +12,16 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from polyshard.adapters.torch.compat import is_communication_error
 from polyshard.core.errors import RankFailureError
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +51,8 @@ class RankMonitor:
         self._stopping.set()
         self._thread.join(timeout=2 * INTERVAL)
         try:
-            self._beat("finished")
-        except (dist.DistError, RuntimeError) as error:
+            _in_time(lambda: self._beat("finished"), PATIENCE)
+        except (dist.DistError, RuntimeError, TimeoutError) as error:
             logger.debug("the store was gone at shutdown: %s", error)
 
     @contextmanager
@@ -92,16 +94,12 @@ class RankMonitor:
         here = f"rank {self._rank}: {operation} failed after {waited:.1f} s at {_clock(time.time())}"
         others = [rank for rank in range(self._world_size) if rank != self._rank]
         try:
-            before = {rank: self._read(rank) for rank in others}
-            suspects = set(others)
-            deadline = time.monotonic() + PATIENCE
-            latest = dict(before)
-            while suspects and time.monotonic() < deadline:
-                time.sleep(INTERVAL / 2)
-                for rank in tuple(suspects):
-                    latest[rank] = self._read(rank)
-                    if latest[rank]["time"] != before[rank]["time"] and latest[rank]["state"] == "running":
-                        suspects.discard(rank)
+            suspects, latest = _in_time(lambda: self._watch(others), PATIENCE + 2 * INTERVAL)
+        except TimeoutError:
+            return RankFailureError(
+                f"{here}: the process that keeps the store (torchrun's agent, or rank 0) does not answer: it is "
+                f"frozen, or its machine is gone; backend: {_first_line(error)}"
+            )
         except (dist.DistError, RuntimeError) as gone:
             return RankFailureError(
                 f"{here}: the process that keeps the store (torchrun's agent, or rank 0) is gone "
@@ -120,6 +118,41 @@ class RankMonitor:
             )
             return RankFailureError(f"{here}: {told}; backend: {_first_line(error)}", tuple(behind))
         return RankFailureError(f"{here}: all ranks are alive; backend: {_first_line(error)}")
+
+    def _watch(self, others: list[int]) -> tuple[set[int], dict[int, dict[str, Any]]]:
+        """Ranks whose heartbeat stands still, and the last of each."""
+        before = {rank: self._read(rank) for rank in others}
+        suspects = set(others)
+        deadline = time.monotonic() + PATIENCE
+        latest = dict(before)
+        while suspects and time.monotonic() < deadline:
+            time.sleep(INTERVAL / 2)
+            for rank in tuple(suspects):
+                latest[rank] = self._read(rank)
+                if latest[rank]["time"] != before[rank]["time"] and latest[rank]["state"] == "running":
+                    suspects.discard(rank)
+        return suspects, latest
+
+
+def _in_time(action: Callable[[], T], seconds: float) -> T:
+    """The action's result, or TimeoutError: a store whose keeper is frozen never answers, whatever its timeout."""
+    results: list[T] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(action())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="polyshard-store", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TimeoutError(f"no answer within {seconds} s")
+    return results[0]
 
 
 def _describe(rank: int, beat: dict[str, Any]) -> str:

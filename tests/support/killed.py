@@ -1,0 +1,42 @@
+"""Saving over and over on ranks of which one is killed."""
+
+import os
+import threading
+import time
+
+import torch
+
+import polyshard as ps
+from polyshard.adapters.torch import failure
+from polyshard.testing.model import SuiteConfig, SuiteModel
+
+SIZES = {"hidden_size": 64, "intermediate_size": 256, "num_layers": 4}
+
+
+def fill(model, context, value):
+    """Every element of the logical model is `value`."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(value)
+
+
+def save_until_hit(directory, start, victim, delay, how, timeout, patience):
+    """Save states whose every weight is their step; `victim` is hit by a signal after `delay` seconds of it."""
+    failure.PATIENCE = patience  # how long a survivor looks for the culprit
+    context = ps.initialize("torch", tensor=2, timeout=timeout)
+    model = SuiteModel(SuiteConfig(**SIZES), context)
+    engine = ps.load_adapter("torch").engine(model, ps.AdamW(), context)
+    if context.rank == victim:
+        timer = threading.Timer(delay, lambda: os.kill(os.getpid(), how))
+        timer.daemon = True
+        timer.start()
+    began = time.monotonic()
+    step = start
+    try:
+        while time.monotonic() - began < 30:
+            step += 1
+            fill(model, context, step)
+            ps.save_training_state(engine, directory, context, step=step, config={})
+    except ps.PolyshardError as error:
+        return step, type(error).__name__, str(error), time.monotonic() - began
+    return step, None, "", time.monotonic() - began
