@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from polyshard.adapters.vllm.transfer.sync import SyncReport, WeightSync
     from polyshard.attention import RotaryEmbedding, TrainableFlashAttention
     from polyshard.attention.packing import sequence_positions
     from polyshard.checkpoint import (
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         PolyshardError,
         RankFailureError,
         RegistrationError,
+        WeightSyncError,
     )
     from polyshard.core.initialization import initialize_weights, normal_initializer
     from polyshard.core.layout import ParallelLayout
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "polyshard.adapters.vllm.transfer.sync": ("SyncReport", "WeightSync"),
     "polyshard.attention": ("RotaryEmbedding", "TrainableFlashAttention"),
     "polyshard.attention.packing": ("sequence_positions",),
     "polyshard.checkpoint": (
@@ -76,6 +79,7 @@ _HOMES = {
         "PolyshardError",
         "RankFailureError",
         "RegistrationError",
+        "WeightSyncError",
     ),
     "polyshard.core.initialization": ("initialize_weights", "normal_initializer"),
     "polyshard.core.layout": ("ParallelLayout",),

@@ -15,7 +15,7 @@ from support.killed import save_until_hit
 import polyshard as ps
 from polyshard.adapters.torch import failure
 from polyshard.checkpoint.manifest import read_manifest, verify_files
-from polyshard.checkpoint.ranks import Ranks
+from polyshard.core.ranks import Ranks
 from polyshard.testing import run_ranks
 
 TRIES = 50

@@ -14,11 +14,11 @@ from torch import nn
 from polyshard.checkpoint.directory import find
 from polyshard.checkpoint.files import TensorReader
 from polyshard.checkpoint.manifest import read_manifest, verify_files
-from polyshard.checkpoint.ranks import Ranks
-from polyshard.checkpoint.save import module_pieces
 from polyshard.checkpoint.storage import BUCKET_BYTES, Progress
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import CheckpointError
+from polyshard.core.movement import module_pieces
+from polyshard.core.ranks import Ranks
 from polyshard.core.regions import Region, regions
 from polyshard.core.state import Piece
 from polyshard.core.weight_table import (

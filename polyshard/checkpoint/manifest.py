@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from polyshard.checkpoint.ranks import Ranks
 from polyshard.core.errors import CheckpointError
+from polyshard.core.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 

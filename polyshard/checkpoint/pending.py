@@ -10,8 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from polyshard.checkpoint.ranks import Ranks
 from polyshard.core.context import ParallelContext
+from polyshard.core.ranks import Ranks
 
 
 class PendingSave:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from polyshard.checkpoint.files import INDEX
 from polyshard.checkpoint.manifest import Manifest, record_files, write_manifest
 from polyshard.checkpoint.pending import PendingSave
 from polyshard.checkpoint.plan import PlannedFile, StoredTensor, index_of, plan_files
-from polyshard.checkpoint.ranks import Ranks
 from polyshard.checkpoint.storage import LayoutPlanner, LayoutWriter, Progress, storage_key
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import CheckpointError
 from polyshard.core.fingerprint import text
+from polyshard.core.movement import module_pieces
+from polyshard.core.ranks import Ranks
 from polyshard.core.state import WEIGHT, Piece
 from polyshard.core.weight_table import WeightTable, collect_layouts, stored_shape
 
@@ -94,14 +95,6 @@ def save_checkpoint(
         companions=None if companions is None else Path(companions),
     )
     return job.start(parallel_context, asynchronous, progress)
-
-
-def module_pieces(module: nn.Module, context: ParallelContext) -> Iterator[Piece]:
-    """A model's parameters as pieces; data-parallel ranks hold them alike."""
-    axis = context.axis("data")
-    for name, parameter in module.named_parameters():
-        values = parameter.detach().contiguous().view(-1)
-        yield Piece(parameter=name, slot=WEIGHT, start=0, values=values, holder=axis.rank, holders=axis.size)
 
 
 def stored_tensors(table: WeightTable, dtypes: Mapping[str, torch.dtype], slot: str = WEIGHT) -> list[StoredTensor]:

@@ -24,6 +24,7 @@ from torch.futures import Future
 from polyshard.checkpoint.plan import PlannedFile, StoredTensor
 from polyshard.core.errors import CheckpointError
 from polyshard.core.fingerprint import fingerprint, total
+from polyshard.core.movement import shared_run
 from polyshard.core.regions import regions
 from polyshard.core.state import Piece
 from polyshard.core.weight_table import WeightTable
@@ -82,19 +83,6 @@ class LayoutPlanner(DefaultSavePlanner):
                 size=torch.Size(stored.shape),
             ),
         )
-
-
-def shared_run(piece: Piece, shape: Sequence[int]) -> tuple[int, int]:
-    """The part of a piece that this rank writes where several hold it alike: whole rows, in turn."""
-    start, stop = piece.start, piece.start + len(piece.values)
-    row = math.prod(shape[1:])
-    rows = len(piece.values) // row if row else 0
-    if piece.holders == 1:
-        return start, stop
-    if rows * row != len(piece.values) or rows < piece.holders or piece.values.nbytes < 1 << 16:
-        return (start, stop) if piece.holder == 0 else (start, start)  # not worth cutting
-    first, last = (rows * i // piece.holders for i in (piece.holder, piece.holder + 1))
-    return start + first * row, start + last * row
 
 
 class LayoutWriter(HuggingFaceStorageWriter):

@@ -28,7 +28,6 @@ from polyshard.checkpoint.load import check_fit, read_pieces
 from polyshard.checkpoint.manifest import MANIFEST, Manifest, read_manifest, verify_files
 from polyshard.checkpoint.pending import PendingSave
 from polyshard.checkpoint.plan import PlannedFile, plan_files
-from polyshard.checkpoint.ranks import Ranks
 from polyshard.checkpoint.save import (
     MAX_SHARD_BYTES,
     SaveJob,
@@ -40,6 +39,7 @@ from polyshard.checkpoint.storage import Progress
 from polyshard.core.adapter import TrainingEngine
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import CheckpointError
+from polyshard.core.ranks import Ranks
 from polyshard.core.state import MASTER, WEIGHT, OptimizerState, Piece
 from polyshard.core.weight_table import IGNORED_TENSORS, WeightTable
 

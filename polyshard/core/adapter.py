@@ -71,6 +71,8 @@ class TrainingEngine(Protocol):
         """The model as the factory built it."""
         ...
 
+    updates: int  # how often the weights have changed: by steps, and by loading
+
     @property
     def table(self) -> WeightTable:
         """The model's weight layouts, collected before it was wrapped."""

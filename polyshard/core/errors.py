@@ -31,6 +31,20 @@ class CheckpointError(PolyshardError, ValueError):
     """A checkpoint that is missing, torn, or does not fit the model. Nothing has been loaded."""
 
 
+class WeightSyncError(PolyshardError, RuntimeError):
+    """Weights did not arrive as they were sent, or an engine holds a half-finished update.
+
+    Attributes:
+        tensors: the names that are concerned; empty where none could be told.
+        ranks: the ranks of the engine's workers that are concerned.
+    """
+
+    def __init__(self, message: str, tensors: tuple[str, ...] = (), ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.tensors = tensors
+        self.ranks = ranks
+
+
 class RegistrationError(PolyshardError, ValueError):
     """A model factory that cannot be handed to a serving engine."""
 

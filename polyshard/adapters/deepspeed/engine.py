@@ -64,6 +64,7 @@ class DeepspeedEngine:
             raise ConfigurationError(f"zero_stage must be 0, 1, 2 or 3, got {zero_stage!r}")
         check_max_grad_norm(max_grad_norm)
         self.context = context
+        self.updates = 0
         self.table = collect_layouts(model)  # before ZeRO-3 empties the parameters
         self._guard = getattr(context, "guard", no_guard)
         self._module = model
@@ -107,6 +108,7 @@ class DeepspeedEngine:
 
     def step(self) -> StepResult:
         """DeepSpeed's step: clip, update, clear."""
+        self.updates += 1
         with self._guard("data step"):
             norm = self._unsharded_norm() if self._stage == 0 else None
             self._engine.step()
@@ -139,6 +141,7 @@ class DeepspeedEngine:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Set parameters, and the optimizer's own copies of them, from tensor-parallel shards."""
+        self.updates += 1
         parameters = dict(self._module.named_parameters())
         for name, value in weights:
             check_shard(name, value, self._shapes[name])
@@ -161,6 +164,7 @@ class DeepspeedEngine:
 
     def weights_written(self) -> None:
         """Refresh the optimizer's copies, and the parameters that stage 3 keeps gathered."""
+        self.updates += 1
         if self._stage:
             self._engine.optimizer.refresh_fp32_params()
         if self._stage == 3:

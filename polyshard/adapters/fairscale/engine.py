@@ -51,6 +51,7 @@ class FairscaleEngine:
             )
         check_max_grad_norm(max_grad_norm)
         self.context = context
+        self.updates = 0
         self.table = collect_layouts(model)
         self._guard = getattr(context, "guard", no_guard)
         self._max_grad_norm = max_grad_norm
@@ -87,6 +88,7 @@ class FairscaleEngine:
 
     def step(self) -> StepResult:
         """Clip, update, clear. A gradient that is not finite leaves the weights as they are, with a warning."""
+        self.updates += 1
         with self._guard("data step"):
             norm = self._grad_norm()
             value = float(norm)
@@ -123,6 +125,7 @@ class FairscaleEngine:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Set parameters from tensor-parallel shards."""
+        self.updates += 1
         load_shards(dict(self._module.named_parameters()), weights)
 
     def weight_pieces(self) -> Iterator[Piece]:
@@ -133,7 +136,8 @@ class FairscaleEngine:
             yield Piece(parameter=name, slot=WEIGHT, start=0, values=values, holder=axis.rank, holders=axis.size)
 
     def weights_written(self) -> None:
-        """Nothing to refresh: the pieces are the parameters."""
+        """The pieces are the parameters: nothing to refresh."""
+        self.updates += 1
 
     def optimizer_state(self) -> OptimizerState:
         """OSS keeps the state of whole parameters, each on the rank that owns it."""

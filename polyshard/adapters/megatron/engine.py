@@ -59,6 +59,7 @@ class MegatronEngine:
                 f"Megatron makes its own optimizer: pass polyshard.AdamW(...), not {type(optimizer).__name__}"
             )
         self.context = context
+        self.updates = 0
         self.table = collect_layouts(model)
         self._guard = getattr(context, "guard", no_guard)
         self._module = model
@@ -115,6 +116,7 @@ class MegatronEngine:
 
     def step(self) -> StepResult:
         """Average over the data axis, clip, update, clear."""
+        self.updates += 1
         with self._guard("data step"), compat.cuda_as_cpu():
             self._ddp.finish_grad_sync()
             updated, norm, _ = self.optimizer.step()
@@ -144,6 +146,7 @@ class MegatronEngine:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Set parameters, and the optimizer's own copies of them, from tensor-parallel shards."""
+        self.updates += 1
         load_shards(dict(self._module.named_parameters()), weights)
         with compat.cuda_as_cpu():
             self.optimizer.reload_model_params()
@@ -157,6 +160,7 @@ class MegatronEngine:
 
     def weights_written(self) -> None:
         """Refresh the optimizer's copies."""
+        self.updates += 1
         with compat.cuda_as_cpu():
             self.optimizer.reload_model_params()
 

@@ -60,6 +60,7 @@ class TorchEngine:
             raise ConfigurationError(f"data_parallel must be 'ddp' or 'fsdp', got {data_parallel!r}")
         check_max_grad_norm(max_grad_norm)
         self.context = context
+        self.updates = 0
         self.table = collect_layouts(model)  # before wrapping
         self._guard = getattr(context, "guard", no_guard)
         self._max_grad_norm = max_grad_norm
@@ -94,6 +95,7 @@ class TorchEngine:
 
     def step(self) -> StepResult:
         """Clip, update, clear. A gradient that is not finite leaves the weights as they are, with a warning."""
+        self.updates += 1
         with self._guard("data step"):
             norm = global_grad_norm(self._module.named_parameters(), self.table, self.context)
         value = float(norm)
@@ -130,6 +132,7 @@ class TorchEngine:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Set parameters from tensor-parallel shards."""
+        self.updates += 1
         parameters = dict(self._module.named_parameters())
         with torch.no_grad():
             for name, value in weights:
@@ -143,7 +146,8 @@ class TorchEngine:
             yield self._piece(name, WEIGHT, parameter.detach())
 
     def weights_written(self) -> None:
-        """Nothing to refresh: the pieces are the parameters."""
+        """The pieces are the parameters: nothing to refresh."""
+        self.updates += 1
 
     def optimizer_state(self) -> OptimizerState:
         """The optimizer's own tensors."""

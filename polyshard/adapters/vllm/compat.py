@@ -5,9 +5,23 @@ Imported on first use of vLLM. `tests/test_vllm_contract.py` names each import a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
 from vllm import ModelRegistry
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import get_pp_group, get_tp_group
+from vllm.distributed.weight_transfer.base import (
+    ParamMeta,
+    WeightSource,
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
@@ -16,28 +30,120 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     DEFAULT_VOCAB_PADDING_SIZE,
     ParallelLMHead,
     VocabParallelEmbedding,
+)
+from vllm.model_executor.model_loader.reload.layerwise import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
 )
 
 __all__ = [
     "DEFAULT_VOCAB_PADDING_SIZE",
     "Attention",
     "ColumnParallelLinear",
+    "LocalWorker",
     "MergedColumnParallelLinear",
     "ModelRegistry",
     "ParallelLMHead",
+    "ParamMeta",
     "QKVParallelLinear",
     "RMSNorm",
     "RowParallelLinear",
     "VllmConfig",
     "VocabParallelEmbedding",
+    "WeightSource",
+    "WeightTransferEngine",
+    "WeightTransferInitInfo",
+    "WeightTransferUpdateInfo",
+    "begin_reload",
+    "end_reload",
+    "engine_dtype",
     "get_pp_group",
     "get_tp_group",
+    "load_into",
+    "local_worker",
+    "process_after_loading",
+    "register_transfer",
+    "unfinished_requests",
 ]
 
 
 # The shard ids that vLLM's fused layers' weight loaders take, by segment.
 QKV_SHARD_IDS = ("q", "k", "v")
+
+
+def process_after_loading(module: Any) -> None:
+    """vLLM's own work on a layer whose weights are loaded (packed CPU copies); none where the layer is not vLLM's."""
+    method = getattr(module, "quant_method", None)
+    if isinstance(method, QuantizeMethodBase):
+        method.process_weights_after_loading(module)
+
+
+def begin_reload(model: nn.Module, vllm_config: VllmConfig) -> None:
+    """vLLM's layerwise reload: parameters become meta tensors that their loaders fill."""
+    with set_current_vllm_config(vllm_config):
+        initialize_layerwise_reload(model)
+
+
+def load_into(model: Any, vllm_config: VllmConfig, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
+    """The model's own loading; gives the names of the parameters that were loaded, where the model tells."""
+    with set_current_vllm_config(vllm_config):
+        return model.load_weights(weights)
+
+
+def end_reload(model: nn.Module, vllm_config: VllmConfig) -> None:
+    """End vLLM's layerwise reload, and pack shared weights again.
+
+    vLLM packs a weight for each layer that uses it, but reloads it for the first alone: on CPU a head that is tied to
+    the embedding would go on with the old weights (0.32.0, model_executor/model_loader/reload/layerwise.py).
+    """
+    with set_current_vllm_config(vllm_config):
+        finalize_layerwise_reload(model, vllm_config.model_config)
+        users: dict[int, list[nn.Module]] = {}
+        for module in model.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, torch.Tensor) and weight.numel():
+                users.setdefault(weight.data_ptr(), []).append(module)
+        for sharing in users.values():
+            if len(sharing) > 1:
+                for module in sharing:
+                    process_after_loading(module)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalWorker:
+    """The worker of an engine that runs in this very process."""
+
+    model: nn.Module
+    vllm_config: VllmConfig
+
+
+def local_worker(llm: Any) -> LocalWorker | None:
+    """An engine's worker, where it is in this process (one process, or torchrun's external launcher); else None."""
+    executor = getattr(llm.llm_engine, "model_executor", None)
+    worker = getattr(executor, "driver_worker", None)
+    worker = getattr(worker, "worker", worker)
+    runner = getattr(worker, "model_runner", None)
+    if runner is None:
+        return None
+    return LocalWorker(runner.get_model(), llm.llm_engine.vllm_config)
+
+
+def engine_dtype(llm: Any) -> torch.dtype:
+    """Of an engine's weights."""
+    return llm.llm_engine.vllm_config.model_config.dtype
+
+
+def unfinished_requests(llm: Any) -> list[str]:
+    """Ids of the requests that an engine has not finished."""
+    return list(llm.llm_engine.output_processor.request_states)
+
+
+def register_transfer(name: str, module: str, attribute: str) -> None:
+    """Make a weight transfer backend known to vLLM in this process; again is as once."""
+    if name not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(name, module, attribute)

@@ -44,6 +44,15 @@ def attach_loaders(model: nn.Module, table: WeightTable, context: ParallelContex
             parameter.weight_loader = loader  # pyrefly: ignore  # vLLM's own convention
 
 
+def keep_buffers(model: nn.Module) -> None:
+    """Make every buffer non-persistent: vLLM's reload leaves persistent ones uninitialised, without a word.
+
+    No checkpoint holds them: loading fills parameters alone.
+    """
+    for module in model.modules():
+        module._non_persistent_buffers_set.update(module._buffers)
+
+
 def load_weights(
     model: nn.Module, table: WeightTable, weights: Iterable[tuple[str, torch.Tensor]], name: str
 ) -> set[str]:

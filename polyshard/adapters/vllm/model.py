@@ -11,8 +11,9 @@ from torch import nn
 
 from polyshard.adapters.vllm.compat import VllmConfig
 from polyshard.adapters.vllm.context import serving_context
-from polyshard.adapters.vllm.loading import attach_loaders, load_weights
-from polyshard.core.errors import RegistrationError
+from polyshard.adapters.vllm.loading import attach_loaders, keep_buffers, load_weights
+from polyshard.adapters.vllm.transfer.guard import WeightGuard
+from polyshard.core.errors import CheckpointError, RegistrationError
 from polyshard.core.host import ModelFactory, RegisteredModel, build_model, check_served_interface
 from polyshard.core.vocabulary import gather_logits
 from polyshard.core.weight_table import collect_layouts
@@ -36,6 +37,9 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
             self.vocab_size = vllm_config.model_config.get_vocab_size()
             self.table = collect_layouts(self.model)
             attach_loaders(self.model, self.table, self.context)
+            keep_buffers(self.model)
+            self.weights = WeightGuard()
+            self.loaded = False
 
         def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
             embed = getattr(self.model, "embed_input_ids", None)
@@ -53,6 +57,7 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
             inputs_embeds: torch.Tensor | None = None,
             **kwargs: Any,
         ) -> torch.Tensor:
+            self.weights.check()
             if inputs_embeds is None:
                 hidden = self.model(input_ids, positions)
             elif self.takes_embeddings:
@@ -76,7 +81,13 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
             return gather_logits(logits, self.context, self.vocab_size)
 
         def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+            if self.loaded and not any(parameter.is_meta for parameter in self.model.parameters()):
+                raise CheckpointError(
+                    f"model {registered.name!r} is running: load_weights alone would leave packed copies of the old "
+                    "weights. Use polyshard.WeightSync, or vLLM's reload_weights"
+                )
             names = load_weights(self.model, self.table, weights, registered.name)
+            self.loaded = True
             return {f"model.{name}" for name in names}
 
     ServedModel.__name__ = ServedModel.__qualname__ = registered.name

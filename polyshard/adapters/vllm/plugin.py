@@ -8,14 +8,16 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Make vLLM know every registered model.
+    """Make vLLM know every registered model, and polyshard's weight transfer.
 
     Raises:
         RegistrationError: a factory cannot be found, or the environment variable is malformed.
     """
+    from polyshard.adapters.vllm.compat import register_transfer
     from polyshard.core.discovery import load_adapter
     from polyshard.registry import registered_models, resolve
 
+    register_transfer("polyshard", "polyshard.adapters.vllm.transfer.worker", "PolyshardTransfer")
     models = registered_models()
     if not models:
         return

@@ -1,4 +1,4 @@
-"""What a checkpoint's ranks tell each other: small objects over the world's process group, and errors of any to all."""
+"""What all ranks of a job tell each other: small objects over the world's process group, and errors of any to all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from polyshard.core.context import FailureGuard, ParallelContext, no_guard
-from polyshard.core.errors import CheckpointError
+from polyshard.core.errors import CheckpointError, PolyshardError
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Ranks:
         if self.alone:
             return [value]
         values: list[Any] = [None] * self.size
-        with self.guard("world checkpoint exchange"):
+        with self.guard("world exchange"):
             dist.all_gather_object(values, value, group=self.group)
         return values
 
@@ -53,21 +53,21 @@ class Ranks:
         if self.alone:
             return value
         box = [value]
-        with self.guard("world checkpoint exchange"):
+        with self.guard("world exchange"):
             dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
-    def agree(self, error: Exception | None, what: str) -> None:
-        """Raise on every rank where any has an error, naming the rank."""
+    def agree(self, error: Exception | None, what: str, kind: type[PolyshardError] = CheckpointError) -> None:
+        """Raise an error of this kind on every rank where any has one, naming the rank."""
         texts = self.gather(None if error is None else f"{type(error).__name__}: {error}")
         failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
         if not failed:
             return
         if self.alone:
             assert error is not None
-            if isinstance(error, CheckpointError):
+            if isinstance(error, PolyshardError):
                 raise error
             failed = [str(error)]
-        elif isinstance(error, CheckpointError) and len({text for text in texts if text}) == 1:
+        elif isinstance(error, PolyshardError) and len({text for text in texts if text}) == 1:
             raise error  # all that failed say the same
-        raise CheckpointError(f"{what}: {'; '.join(failed)}") from error
+        raise kind(f"{what}: {'; '.join(failed)}") from error

@@ -1,0 +1,127 @@
+"""The backend that vLLM's workers run: `weight_transfer_config={"backend": "polyshard"}`.
+
+Values come through a bucket in shared memory, what came goes back through one small file for each worker: vLLM's own
+calls (`start_weight_update`, `update_weights`, `finish_weight_update`) drive it, and return nothing themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from polyshard.adapters.vllm.compat import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from polyshard.adapters.vllm.transfer.bucket import Bucket, chunk_from
+from polyshard.adapters.vllm.transfer.receiver import Receiver, receiver_for
+from polyshard.core.errors import WeightSyncError
+from polyshard.core.movement import Moved
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """Where workers report."""
+
+    reports: str = ""
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """One chunk, or the abandonment of an update."""
+
+    version: str = ""
+    index: int = 0
+    path: str = ""
+    nbytes: int = 0
+    dtype: str = ""
+    chunk: dict[str, Any] = field(default_factory=dict)
+    abandon: bool = False
+
+
+class PolyshardTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """vLLM's `WeightTransferEngine` over polyshard's receivers."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+    supports_draft_weight_update = False
+
+    def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
+        super().__init__(config, vllm_config, device, model)
+        self._receiver: Receiver = receiver_for(model, vllm_config)
+        parallel = vllm_config.parallel_config
+        self._rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
+        self._reports: Path | None = None
+        self._version: str | None = None
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """A trainer introduces itself."""
+        self._reports = Path(init_info.reports)
+        self._report("ready", -1)
+
+    def start_weight_update(self) -> None:
+        """The version comes with the first chunk; from here on the model refuses to compute."""
+        self._version = None
+        self._receiver.guard.refuse("a weight update has begun and is not finished")
+        self._report("started", -1)
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Load one chunk."""
+        if update_info.abandon:
+            self._give_up(update_info.version)
+        try:
+            if self._version is None:
+                self._version = update_info.version
+                self._receiver.begin(update_info.version)
+            chunk = chunk_from(update_info.chunk, update_info.nbytes)
+            bucket = Bucket(update_info.path, update_info.nbytes)
+            moved = self._receiver.take(bucket.tensors(chunk, getattr(torch, update_info.dtype)))
+        except Exception as error:
+            self._report("failed", update_info.index, error=str(error))
+            raise
+        self._report("taken", update_info.index, moved)
+
+    def finish_weight_update(self) -> None:
+        """Check that all came, and compute again."""
+        try:
+            if self._version is None:
+                raise WeightSyncError("a weight update was finished before any tensor came")
+            self._receiver.finish()
+        except Exception as error:
+            self._report("failed", -1, error=str(error))
+            raise
+        self._report("finished", -1)
+
+    def shutdown(self) -> None:
+        """Nothing is held between updates."""
+        self._reports = None
+
+    def _give_up(self, version: str) -> NoReturn:
+        problem = f"the update to weights {version!r} was abandoned by its trainer"
+        self._receiver.guard.refuse(problem)
+        self._report("abandoned", -1)
+        # vLLM ends an update only when this raises, or when it is complete.
+        raise WeightSyncError(problem)
+
+    def _report(self, state: str, index: int, moved: list[Moved] | None = None, error: str | None = None) -> None:
+        if self._reports is None:
+            return
+        report = {
+            "state": state,
+            "index": index,
+            "time": time.time(),
+            "moved": [asdict(m) for m in moved or ()],
+            "error": error,
+            "rank": self._rank,
+            "pid": os.getpid(),
+            "tensor_size": self.parallel_config.tensor_parallel_size,
+            "workers": self.parallel_config.data_parallel_size * self.parallel_config.world_size,
+            "dtype": str(self.model_config.dtype).removeprefix("torch."),
+        }
+        path = self._reports / f"worker-{self._rank:05d}.json"
+        temporary = path.with_suffix(".writing")
+        temporary.write_text(json.dumps(report))
+        os.replace(temporary, path)
