@@ -7,8 +7,7 @@ parameters, and a direct copy would then be lost without a word.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,27 +19,25 @@ from polyshard.core.weight_layout import WeightLayout
 from polyshard.core.weight_table import IGNORED_TENSORS, WeightEntry, WeightTable, copy_into_shard, stored_shape
 
 
-@dataclass(frozen=True, slots=True)
-class ShardLoader:
-    """The `weight_loader` of a parameter whose layer brings none: copies this rank's part."""
+def shard_loader(layout: WeightLayout, count: int, rank: int, size: int) -> Callable[..., None]:
+    """The `weight_loader` of a parameter whose layer brings none: copies this rank's part.
 
-    layout: WeightLayout
-    count: int
-    rank: int
-    size: int
+    A function whose first argument is called `param`: vLLM's reload asks for its name, and binds that argument anew.
+    """
 
-    def __call__(self, parameter: torch.Tensor, full: torch.Tensor, index: int = 0) -> None:
-        """Copy the part of stored tensor `index` into the shard."""
-        copy_into_shard(parameter, self.layout, self.count, index, full, self.rank, self.size)
+    def load(param: torch.Tensor, loaded_weight: torch.Tensor, index: int = 0) -> None:
+        copy_into_shard(param, layout, count, index, loaded_weight, rank, size)
+
+    return load
 
 
 def attach_loaders(model: nn.Module, table: WeightTable, context: ParallelContext) -> None:
-    """Give a `ShardLoader` to every parameter without a loader of its own."""
+    """Give a `shard_loader` to every parameter without a loader of its own."""
     rank, size = context.get_tensor_parallel_rank(), context.get_tensor_parallel_world_size()
     for name, parameter in model.named_parameters():
         if not hasattr(parameter, "weight_loader"):
             entry = table[name]
-            loader = ShardLoader(entry.layout, len(entry.checkpoint_names), rank, size)
+            loader = shard_loader(entry.layout, len(entry.checkpoint_names), rank, size)
             parameter.weight_loader = loader  # pyrefly: ignore  # vLLM's own convention
 
 

@@ -1,0 +1,87 @@
+"""Run under torchrun: a trainer whose first rank owns a vLLM engine in processes of its own.
+
+torchrun --nproc-per-node M remote_sync.py DIRECTORY OUT ADAPTER TRAINER_TENSOR OPTIONS_JSON ENGINE_TENSOR DTYPE
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from support.engines import greedy
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+TORCHRUN = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC")
+PROMPTS = [[1, 2, 3, 4, 5], [7, 9, 11], list(range(40)), list(range(40))]
+
+
+def own_engine(directory, tensor, dtype, adapter="vllm"):
+    """An engine whose processes know nothing of torchrun."""
+    import decoder
+    from vllm import LLM
+
+    import polyshard as ps
+
+    ps.register_model("Synced", decoder.build_model, adapter=adapter)
+    kept = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(TORCHRUN)}
+    try:
+        return LLM(
+            str(directory),
+            hf_overrides={"architectures": ["Synced"]},
+            tensor_parallel_size=tensor,
+            dtype=dtype,
+            max_model_len=256,
+            enforce_eager=True,
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            kv_cache_memory_bytes=64 << 20,
+            enable_prefix_caching=True,
+            weight_transfer_config={"backend": "polyshard"},
+        )
+    finally:
+        os.environ.update(kept)
+
+
+def trainer(directory, adapter, tensor, options):
+    """A model with other weights than the directory's, around which training has begun."""
+    import decoder
+    import torch
+
+    import polyshard as ps
+
+    context = ps.initialize(adapter, tensor=tensor, timeout=60)
+    config = ps.read_config(directory)
+    model = decoder.build_model(config, context)
+    ps.load_checkpoint(model, directory, context)
+    engine = ps.load_adapter(adapter).engine(model, ps.AdamW(lr=5e-3), context, max_grad_norm=None, **options)
+    ids = torch.arange(24).reshape(2, 12)
+    for _ in range(3):
+        engine.backward(engine(ids[:, :-1], labels=ids[:, 1:]))
+        engine.step()
+    return context, engine, config
+
+
+def main():
+    directory, out, adapter, tensor, options, engine_tensor, dtype = sys.argv[1:]
+    import polyshard as ps
+
+    context, engine, config = trainer(directory, adapter, int(tensor), json.loads(options))
+    llm = own_engine(directory, int(engine_tensor), dtype) if context.rank == 0 else None
+    before = greedy(llm, PROMPTS, 8) if llm else None
+    result = {}
+    with ps.WeightSync(engine, context, llm, bucket_bytes=20_000, timeout=60) as sync:
+        for name in ("first", "second"):
+            report = sync(name)
+            if llm:
+                result[name] = greedy(llm, PROMPTS, 8)
+                result[f"{name} version"] = llm.llm_engine.get_weight_version()
+    ps.save_checkpoint(engine, Path(out) / "trained", context, config=config)
+    if llm:
+        result |= {"before": before, "tensors": report.tensors}
+        (Path(out) / "result.json").write_text(json.dumps(result))
+    ps.shutdown(context)
+    del llm
+
+
+if __name__ == "__main__":
+    main()
