@@ -258,25 +258,30 @@ class WeightSync:
             except Exception as problem:
                 error = problem
         self._ranks.agree(error, "sync failed", WeightSyncError)
-        self._together(partial(self._compare_direct, self._ranks.gather((sent, arrived))), "sync failed")
+        mine = (self._axis.rank, sent, arrived)
+        self._together(partial(self._compare_direct, self._ranks.gather(mine)), "sync failed")
 
-    def _compare_direct(self, everywhere: list[tuple[dict[tuple[int, str], int], list[Arrived]]]) -> None:
+    def _compare_direct(self, everywhere: list[tuple[int, dict[tuple[int, str], int], list[Arrived]]]) -> None:
         """Each engine's workers together hold what the trainer's ranks beside them together hold."""
-        sums: dict[tuple[int, int, str], list[int]] = {}  # sent and found, by engine, copy and tensor
-        for rank, (sent, arrived) in enumerate(everywhere):
-            for (number, name), print_ in sent.items():
-                pair = sums.setdefault((number, rank // self._kinds[number][1], name), [0, 0])
-                pair[0] = total((pair[0], print_))
+        sent: dict[tuple[int, int, str], dict[int, int]] = {}  # by engine, copy and tensor; by trainer tensor rank
+        found: dict[tuple[int, int, str], int] = {}
+        for rank, (tensor_rank, prints, arrived) in enumerate(everywhere):
+            for (number, name), print_ in prints.items():
+                parts = sent.setdefault((number, rank // self._kinds[number][1], name), {})
+                if parts.setdefault(tensor_rank, print_) != print_:
+                    told = f"{name!r}: data-parallel ranks of the trainer hold different values (rank {rank} is one)"
+                    raise WeightSyncError(told, (name,))
             for number, _, moved in arrived:
                 if moved.first:
-                    pair = sums.setdefault((number, rank // self._kinds[number][1], moved.name), [0, 0])
-                    pair[1] = total((pair[1], moved.print))
-        for (number, copy, name), (want, found) in sums.items():
-            if want != found:
-                size = self._kinds[number][1]
+                    key = (number, rank // self._kinds[number][1], moved.name)
+                    found[key] = total((found.get(key, 0), moved.print))
+        for key, parts in sent.items():
+            want = total(parts.values())
+            if want != found.get(key):
+                (number, copy, name), size = key, self._kinds[key[0]][1]
                 raise WeightSyncError(
                     f"{name!r} arrived damaged in the workers on ranks {list(range(copy * size, copy * size + size))} "
-                    f"of engine {number}: sent {text(want)}, found {text(found)}",
+                    f"of engine {number}: sent {text(want)}, found {text(found.get(key, 0))}",
                     (name,),
                     tuple(range(size)),
                 )
