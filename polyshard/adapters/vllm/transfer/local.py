@@ -144,9 +144,6 @@ class LocalEngine:
             self.receiver.guard.refuse(f"its prefix cache was not emptied after the update to weights {version!r}")
             raise WeightSyncError(f"{self.name} did not empty its prefix cache: requests are under way")
 
-    def abandon(self, version: str) -> None:
-        """Nothing to tell: the model refuses until an update is complete."""
-
     def close(self) -> None:
         """Nothing is held."""
 

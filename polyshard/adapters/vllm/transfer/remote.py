@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -85,13 +86,16 @@ class RemoteEngine:
     def __init__(self, client: Client, timeout: float) -> None:
         self.name = client.name
         self._client, self._timeout = client, timeout
+        self._pending: threading.Thread | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="polyshard-reports-"))
         self._call("init_weight_transfer_engine", {"init_info": {"reports": str(self._folder)}})
         first = self._reports()[0]
         self._workers: int = first["workers"]
         self.tensor_size: int = first["tensor_size"]
         self.dtype: torch.dtype = getattr(torch, first["dtype"])
-        self._half = False
+        # Between start and finish; a trainer that died may have left an update open.
+        self._open: bool = any(report["open"] for report in self._reports())
+        self._half = self._open
 
     def require_idle(self) -> None:
         """Raise where requests are under way; those that a half-updated model refused are dropped."""
@@ -107,9 +111,9 @@ class RemoteEngine:
     def begin(self, version: str) -> None:
         """From here on the engine refuses to generate."""
         del version
-        if self._half:  # vLLM holds the old update open until it is finished or fails
-            self.abandon("unfinished")
-        self._half = True
+        if self._open:
+            self._end()
+        self._half = self._open = True
         self._call("start_weight_update", None)
 
     def take(self, version: str, index: int, chunk: Chunk, bucket: Bucket) -> list[tuple[int, Moved]]:
@@ -123,31 +127,41 @@ class RemoteEngine:
             "chunk": chunk.to_dict(),
         }
         self._call("update_weights", {"update_info": info}, index)
-        reports = self._reports()
-        late = [report["rank"] for report in reports if (report["state"], report["index"]) != ("taken", index)]
-        if late or len(reports) < self._workers:
-            raise WeightSyncError(
-                f"{self.name}: workers {late or 'unknown'} did not take chunk {index}", (), tuple(late)
-            )
+        reports = self._require("taken", index)
         return [(report["rank"], _moved(fields)) for report in reports for fields in report["moved"]]
 
     def finish(self, version: str) -> None:
         """The engine generates again."""
-        self._call("finish_weight_update", None)
+        self._end()
+        self._require("finished", -1)
         if not self._client.forget_cached(version):
             raise WeightSyncError(f"{self.name} did not empty its prefix cache: requests are under way")
         self._half = False
 
-    def abandon(self, version: str) -> None:
-        """Leave the engine refusing, and ready for another update."""
-        try:
-            self._call("update_weights", {"update_info": {"version": version, "abandon": True}})
-        except WeightSyncError:
-            return  # vLLM ends an update by an error alone
+    def abandon(self) -> None:
+        """End a failed update; the engine goes on refusing until one is complete."""
+        if self._open and not (self._pending and self._pending.is_alive()):
+            with contextlib.suppress(WeightSyncError):  # the error that led here is the one to tell
+                self._end()
+
+    def _end(self) -> None:
+        self._call("finish_weight_update", None)
+        self._open = False
 
     def close(self) -> None:
         """Forget the engine; it goes on with its weights."""
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _require(self, state: str, index: int) -> list[dict[str, Any]]:
+        """Every worker's report, where all are in this state."""
+        reports = self._reports()
+        others = [report for report in reports if (report["state"], report["index"]) != (state, index)]
+        if others or len(reports) < self._workers:
+            told = "; ".join(f"worker {r['rank']}: {r['error'] or 'is ' + r['state']}" for r in others)
+            raise WeightSyncError(
+                f"{self.name}: {told or 'a worker did not report'}", (), tuple(report["rank"] for report in others)
+            )
+        return reports
 
     def _call(self, method: str, payload: Mapping[str, Any] | None, index: int = -1) -> None:
         errors: list[BaseException] = []
@@ -158,8 +172,12 @@ class RemoteEngine:
             except BaseException as error:
                 errors.append(error)
 
-        thread = threading.Thread(target=run, name=f"polyshard-{method}", daemon=True)
         started = time.monotonic()
+        if self._pending is not None:
+            self._pending.join(self._timeout)  # vLLM answers in turn
+            if self._pending.is_alive():
+                raise self._error(method, index, time.monotonic() - started, "an earlier call has no answer yet")
+        self._pending = thread = threading.Thread(target=run, name=f"polyshard-{method}", daemon=True)
         thread.start()
         while thread.is_alive() and time.monotonic() - started < self._timeout:
             thread.join(1.0)

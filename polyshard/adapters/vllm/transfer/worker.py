@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -31,7 +33,7 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """One chunk, or the abandonment of an update."""
+    """One chunk."""
 
     version: str = ""
     index: int = 0
@@ -39,7 +41,6 @@ class UpdateInfo(WeightTransferUpdateInfo):
     nbytes: int = 0
     dtype: str = ""
     chunk: dict[str, Any] = field(default_factory=dict)
-    abandon: bool = False
 
 
 class PolyshardTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -56,6 +57,7 @@ class PolyshardTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
         self._reports: Path | None = None
         self._version: str | None = None
+        self._open = False
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """A trainer introduces itself."""
@@ -64,47 +66,46 @@ class PolyshardTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def start_weight_update(self) -> None:
         """The version comes with the first chunk; from here on the model refuses to compute."""
-        self._version = None
+        self._version, self._open = None, True
         self._receiver.guard.refuse("a weight update has begun and is not finished")
         self._report("started", -1)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Load one chunk."""
-        if update_info.abandon:
-            self._give_up(update_info.version)
-        try:
+        with self._reporting(update_info.index):
             if self._version is None:
                 self._version = update_info.version
                 self._receiver.begin(update_info.version)
             chunk = chunk_from(update_info.chunk, update_info.nbytes)
             bucket = Bucket(update_info.path, update_info.nbytes)
             moved = self._receiver.take(bucket.tensors(chunk, getattr(torch, update_info.dtype)))
-        except Exception as error:
-            self._report("failed", update_info.index, error=str(error))
-            raise
-        self._report("taken", update_info.index, moved)
+            self._report("taken", update_info.index, moved)
 
     def finish_weight_update(self) -> None:
-        """Check that all came, and compute again."""
-        try:
+        """Check that all came, and compute again; or end an update that failed, and go on refusing."""
+        self._open = False
+        with self._reporting(-1):
             if self._version is None:
-                raise WeightSyncError("a weight update was finished before any tensor came")
+                raise WeightSyncError("the weight update was ended before any tensor came")
             self._receiver.finish()
-        except Exception as error:
-            self._report("failed", -1, error=str(error))
-            raise
-        self._report("finished", -1)
+            self._report("finished", -1)
 
     def shutdown(self) -> None:
         """Nothing is held between updates."""
         self._reports = None
 
-    def _give_up(self, version: str) -> NoReturn:
-        problem = f"the update to weights {version!r} was abandoned by its trainer"
-        self._receiver.guard.refuse(problem)
-        self._report("abandoned", -1)
-        # vLLM ends an update only when this raises, or when it is complete.
-        raise WeightSyncError(problem)
+    @contextmanager
+    def _reporting(self, index: int) -> Iterator[None]:
+        """A failure is reported and not raised.
+
+        vLLM reads the other workers' answers no more when one has raised, and takes them for answers to its next call
+        (0.32.0, v1/executor/multiproc_executor.py, get_response).
+        """
+        try:
+            yield
+        except Exception as error:
+            self._receiver.guard.refuse(f"its last weight update failed ({error})")
+            self._report("failed", index, error=str(error))
 
     def _report(self, state: str, index: int, moved: list[Moved] | None = None, error: str | None = None) -> None:
         if self._reports is None:
@@ -116,6 +117,7 @@ class PolyshardTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
             "moved": [asdict(m) for m in moved or ()],
             "error": error,
             "rank": self._rank,
+            "open": self._open,
             "pid": os.getpid(),
             "tensor_size": self.parallel_config.tensor_parallel_size,
             "workers": self.parallel_config.data_parallel_size * self.parallel_config.world_size,

@@ -1,0 +1,68 @@
+"""Somebody dies or freezes during a sync: an error in bounded time that names who, and no half-updated model in use."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.killed_sync import TIMEOUT
+from support.models import save_tiny
+
+from polyshard.testing.ranks import free_port
+
+pytestmark = pytest.mark.vllm
+
+SCRIPT = Path(__file__).parent / "support" / "killed_sync.py"
+
+
+def run(scenario, ranks, folder):
+    directory = save_tiny(folder / "old", "qwen3", head_dim=32)
+    port = str(free_port())
+    started = []
+    for rank in range(ranks):
+        environment = dict(os.environ)
+        if ranks > 1:
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, str(SCRIPT), str(directory), str(folder), scenario]
+        log = (folder / f"{rank}.log").open("w")
+        started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
+    try:
+        started[0].wait(240)
+    finally:
+        for process in started:
+            try:
+                os.killpg(process.pid, 9)
+            except ProcessLookupError:
+                continue
+    result = folder / f"{scenario}-0.json"
+    assert result.is_file(), (folder / "0.log").read_text()[-3000:]
+    return json.loads(result.read_text())
+
+
+def test_a_frozen_worker_and_a_killed_trainer(tmp_path):
+    result = run("apart", 2, tmp_path)
+    frozen = result["worker frozen"]
+    assert frozen["error"] == "WeightSyncError"
+    assert "worker 1 (process" in frozen["told"]
+    assert "is frozen" in frozen["told"]
+    assert frozen["seconds"] < 2 * TIMEOUT + 5
+    assert result["after it woke"]["error"] is None, "the next sync mends the engine"
+    assert result["generates again"]["error"] is None
+    killed = result["trainer killed"]
+    assert killed["error"] == "RankFailureError"
+    assert "rank 1 died or froze" in killed["told"]
+    assert killed["seconds"] < 60
+    assert result["then"]["error"] is not None, "a half-updated model generated"
+
+
+def test_a_killed_worker(tmp_path):
+    result = run("dead", 1, tmp_path)
+    killed = result["worker killed"]
+    assert killed["error"] == "WeightSyncError"
+    assert "worker 0 (process" in killed["told"]
+    assert "is dead" in killed["told"]
+    assert killed["seconds"] < 60
+    assert result["then"]["error"] is not None
