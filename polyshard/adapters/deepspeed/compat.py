@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -158,3 +159,12 @@ def gather_persistent(optimizer: Any) -> None:
     if stale:
         stale[0].partition(stale)  # drops the whole, keeps the partition as it is
         stale[0].all_gather(stale)
+
+
+def fp32_weights(directory: Path, tag: str) -> dict[str, torch.Tensor]:
+    """The fp32 weights of a ZeRO checkpoint with one tensor-parallel rank, by DeepSpeed's own code."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with printing_as_log(logger, "DeepSpeed"):
+        weights: Any = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=tag)
+    return dict(weights)

@@ -12,6 +12,7 @@ from polyshard.core.adapter import OptimizerFactory
 from polyshard.core.capabilities import YES, Capabilities, no
 from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.discovery import load_adapter
+from polyshard.core.foreign import CheckpointFormat
 from polyshard.core.layout import ParallelLayout
 from polyshard.core.requirement import Requirement
 
@@ -78,6 +79,13 @@ class FairscaleAdapter:
         from polyshard.adapters.fairscale.engine import FairscaleEngine
 
         return FairscaleEngine(model, optimizer, context, **options)
+
+    @property
+    def formats(self) -> tuple[CheckpointFormat, ...]:
+        """Its checkpoints on disk; the library itself is not needed to look at them."""
+        from polyshard.adapters.fairscale.llama_format import LlamaFormat
+
+        return (LlamaFormat(),)
 
     def shutdown(self, context: ParallelContext) -> None:
         """Give FairScale's group back, and undo what `initialize` made."""

@@ -12,6 +12,7 @@ from polyshard.core.adapter import OptimizerFactory
 from polyshard.core.capabilities import YES, Capabilities, no
 from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.discovery import load_adapter
+from polyshard.core.foreign import CheckpointFormat
 from polyshard.core.layout import ParallelLayout
 from polyshard.core.requirement import Requirement
 
@@ -75,6 +76,14 @@ class MegatronAdapter:
         from polyshard.adapters.megatron.engine import MegatronEngine
 
         return MegatronEngine(model, optimizer, context, **options)
+
+    @property
+    def formats(self) -> tuple[CheckpointFormat, ...]:
+        """Its checkpoints on disk; the library itself is not needed to look at them."""
+        from polyshard.adapters.megatron.dist_format import MegatronDistFormat
+        from polyshard.adapters.megatron.legacy_format import MegatronLegacyFormat
+
+        return (MegatronDistFormat(), MegatronLegacyFormat())
 
     def shutdown(self, context: ParallelContext) -> None:
         """Undo what `initialize` made."""

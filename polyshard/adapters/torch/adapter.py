@@ -16,6 +16,7 @@ from polyshard.adapters.torch.linear import TorchLinearAdapter
 from polyshard.core.adapter import OptimizerFactory
 from polyshard.core.capabilities import YES, Capabilities, no
 from polyshard.core.context import GroupContext, ParallelContext
+from polyshard.core.foreign import CheckpointFormat
 from polyshard.core.layout import ParallelLayout
 from polyshard.core.requirement import Requirement
 
@@ -89,6 +90,13 @@ class TorchAdapter:
     ) -> TorchEngine:
         """DDP or FSDP2 around `model`; options are those of `TorchEngine`."""
         return TorchEngine(model, optimizer, context, **options)
+
+    @property
+    def formats(self) -> tuple[CheckpointFormat, ...]:
+        """Its checkpoints on disk; the library itself is not needed to look at them."""
+        from polyshard.adapters.torch.dcp_format import DcpFormat
+
+        return (DcpFormat(),)
 
     def shutdown(self, context: ParallelContext) -> None:
         """Barrier, then destroy the groups that `initialize` made."""

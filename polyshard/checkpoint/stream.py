@@ -1,0 +1,89 @@
+"""A Hugging Face directory from whole tensors, one at a time, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyshard.checkpoint.directory import begin, publish, staging_name
+from polyshard.checkpoint.files import INDEX
+from polyshard.checkpoint.manifest import Manifest, record_files, write_manifest
+from polyshard.checkpoint.plan import StoredTensor, index_of, plan_files
+from polyshard.checkpoint.save import COMPANIONS, MAX_SHARD_BYTES, model_documents
+from polyshard.checkpoint.storage import allocate, put
+from polyshard.core.errors import CheckpointError
+from polyshard.core.fingerprint import fingerprint, text
+from polyshard.core.ranks import Ranks
+from polyshard.core.state import WEIGHT
+
+
+def write_tensors(
+    directory: Path,
+    tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]],
+    config: Mapping[str, Any],
+    *,
+    companions: Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, int]:
+    """Write a model's directory; gives the fingerprint of each tensor as written.
+
+    Args:
+        directory: replaced where it exists.
+        tensors: name, shape, dtype to store, and what loads the tensor; one is held at a time.
+        config: fields of config.json.
+        companions: a directory whose tokenizer files are copied.
+        max_shard_bytes: size above which weights are split over several files.
+        progress: called with (bytes written, bytes in all).
+
+    Raises:
+        CheckpointError: a tensor could not be read or written; nothing is left behind.
+    """
+    listed = list(tensors)
+    stored = [StoredTensor(key=name, name=name, shape=shape, dtype=dtype) for name, shape, dtype, _ in listed]
+    files = plan_files("model", stored, max_shard_bytes)
+    where = {tensor.key: (file, tensor) for file in files for tensor in file.tensors}
+    dtypes = {name: dtype for name, _, dtype, _ in listed}
+    staging = directory.parent / staging_name(directory)
+    prints: dict[str, int] = {}
+    done, whole = 0, sum(tensor.nbytes for tensor in stored)
+    try:
+        begin(directory, staging)
+        for file in files:
+            allocate(staging / file.path, file)
+        for name, shape, dtype, load in listed:
+            file, tensor = where[name]
+            values = load().to(device="cpu", dtype=dtype)
+            if tuple(values.shape) != shape:
+                raise CheckpointError(f"{name} was announced as {list(shape)} and came as {list(values.shape)}")
+            descriptor = os.open(staging / file.path, os.O_WRONLY)
+            try:
+                put(descriptor, file.places[name], tensor, values.contiguous(), (0,) * values.dim())
+            finally:
+                os.close(descriptor)
+            prints[name] = fingerprint(values)
+            done += tensor.nbytes
+            if progress is not None:
+                progress(done, whole)
+        if len(files) > 1:
+            (staging / INDEX).write_text(json.dumps(index_of(files), indent=2))
+        for name, fields in model_documents(config, None, None, dtypes).items():
+            (staging / name).write_text(json.dumps(fields, indent=2))
+        if companions is not None:
+            for source in (source for pattern in COMPANIONS for source in companions.glob(pattern)):
+                shutil.copyfile(source, staging / source.name)
+        fingerprints = {WEIGHT: {name: text(value) for name, value in prints.items()}}
+        records = record_files(staging, Ranks())
+        write_manifest(staging, Manifest(kind="weights", files=records, fingerprints=fingerprints))
+        publish(staging, directory)
+    except OSError as error:
+        raise CheckpointError(f"writing {directory} failed, and nothing was changed: {error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return prints

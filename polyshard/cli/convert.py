@@ -1,0 +1,74 @@
+"""`polyshard convert`: checkpoints from one format to another."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from polyshard.convert import convert as run
+from polyshard.convert.convert import read_config_fields
+from polyshard.convert.formats import detect
+from polyshard.core.errors import ConfigurationError
+from polyshard.core.foreign import Options
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="A checkpoint: a file or a directory.")],
+    target: Annotated[Path, typer.Argument(help="A new directory.")],
+    from_format: Annotated[str | None, typer.Option("--from", help="Its format; default what is detected.")] = None,
+    to_format: Annotated[str, typer.Option("--to", help="huggingface, megatron-torch-dist, or llama.")] = "huggingface",
+    tensor_parallel: Annotated[int, typer.Option(help="Ranks to write for (llama), or to pad for (Megatron).")] = 1,
+    pad_vocabulary: Annotated[int, typer.Option(help="Pad the vocabulary to a multiple of this (Megatron).")] = 1,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default as it is.")] = None,
+    config: Annotated[Path | None, typer.Option(help="config.json, for formats that hold no configuration.")] = None,
+    allow_pickle: Annotated[bool, typer.Option(help="Read files that are pickles.")] = False,
+    verify: Annotated[bool, typer.Option(help="Read back, and compare fingerprints and logits.")] = False,
+) -> None:
+    """Convert SOURCE, of any format that polyshard reads, to TARGET."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    if tensor_parallel < 1 or pad_vocabulary < 1:
+        raise ConfigurationError(f"--tensor-parallel and --pad-vocabulary must be positive, got {tensor_parallel}")
+    console = Console(stderr=True)
+    if from_format is None:
+        console.print(f"found {detect(source)[1]}", markup=False, highlight=False)
+    options = Options(
+        config=None if config is None else read_config_fields(config),
+        allow_pickle=allow_pickle,
+        tensor_parallel=tensor_parallel,
+        padded_vocabulary=pad_vocabulary,
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("writing", total=None)
+        result = run(
+            source,
+            target,
+            from_format=from_format,
+            to_format=to_format,
+            options=options,
+            dtype=_dtype(dtype),
+            verify=verify,
+            progress=lambda done, whole: bar.update(task, completed=done, total=whole),
+        )
+    for note in result.notes:
+        console.print(note, markup=False, highlight=False)
+    proof = ""
+    if result.verified is not None:
+        proof = f"; verified: {result.verified} fingerprints equal"
+        proof += ", logits equal" if result.logits is not None else ", logits not compared (unknown to transformers)"
+    print(f"{result.source} -> {result.target}: {result.tensors} tensors, {result.nbytes / 1e6:.1f} MB{proof}")
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is None:
+        return None
+    if name not in known:
+        raise ConfigurationError(f"unknown dtype {name!r}; known: {', '.join(known)}")
+    return known[name]
