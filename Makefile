@@ -44,6 +44,7 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/layers.py
+	$(BIN)/python benchmarks/weights.py
 
 lock: $(READY)
 	$(BIN)/python tools/lock.py

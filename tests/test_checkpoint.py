@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from support.models import VOCAB, save_tiny, tiny_config
 
 import polyshard as ps
+from polyshard.checkpoint.storage import BUCKET_BYTES
 from polyshard.testing import run_ranks
+from polyshard.testing.memory import PeakMemory
 
 
 @pytest.fixture(scope="module")
@@ -241,3 +243,26 @@ def test_a_tied_head_may_be_stored_under_its_own_name_if_it_is_equal(tmp_path):
     edit(directory, lambda t: t.update({"lm_head.weight": torch.zeros(VOCAB, 48)}))
     with pytest.raises(ps.CheckpointError, match="are tied in the model, but differ in the checkpoint"):
         load(directory)
+
+
+def peaks(source, target):
+    context = ps.initialize("torch", tensor=3, timeout=120)
+    model = decoder.build_model(ps.read_config(source), context)
+    found = {}
+    with PeakMemory() as peak:
+        ps.load_checkpoint(model, source, context)
+    found["load"] = peak.bytes
+    with PeakMemory() as peak:
+        ps.save_checkpoint(model, target, context, config=ps.read_config(source))
+    found["save"] = peak.bytes
+    found["shard"] = sum(parameter.nbytes for parameter in model.parameters())
+    ps.shutdown(context)
+    return found
+
+
+def test_loading_and_saving_take_one_bucket_beside_the_weights(smollm2, tmp_path):
+    """SmolLM2 on three ranks: a third of 540 MB in float32 each; whoever gathered would show."""
+    for found in run_ranks(peaks, 3, smollm2, tmp_path / "saved", timeout=200):
+        # The parameters' own pages may be touched first while they are filled.
+        assert found["load"] <= found["shard"] + BUCKET_BYTES + (16 << 20)
+        assert found["save"] <= BUCKET_BYTES + (16 << 20)
