@@ -76,6 +76,10 @@ class ServedReceiver:
                 self.regions.setdefault(region.name, []).append(region)
         self._tied = {name: entry.checkpoint_names[0] for entry in self.table.values() for name in entry.tied_names}
         self._owners = {entry.parameter: self._modules_of(entry) for entry in self.table.values()}
+        self._parameters: dict[nn.Module, list[str]] = {}  # of each layer
+        for parameter, owners in self._owners.items():
+            for module, _ in owners:
+                self._parameters.setdefault(module, []).append(parameter)
         self._version = ""
         self._came: set[str] = set()
         self._shards: dict[str, torch.Tensor] = {}
@@ -154,7 +158,7 @@ class ServedReceiver:
         for module, _ in self._owners[entry.parameter]:
             if self._is_complete(module):
                 compat.process_after_loading(module)
-                for parameter in self._parameters_of(module):
+                for parameter in self._parameters[module]:
                     self._shards.pop(parameter, None)
 
     def finish(self) -> None:
@@ -177,12 +181,8 @@ class ServedReceiver:
         places = (entry.parameter, *entry.tied_parameters)
         return [(self._model.get_submodule(p.rpartition(".")[0]), p.rpartition(".")[2]) for p in places]
 
-    def _parameters_of(self, module: nn.Module) -> list[str]:
-        return [name for name, owners in self._owners.items() if any(m is module for m, _ in owners)]
-
     def _is_complete(self, module: nn.Module) -> bool:
-        names = (n for parameter in self._parameters_of(module) for n in self.table[parameter].checkpoint_names)
-        return all(name in self._came for name in names)
+        return all(name in self._came for p in self._parameters[module] for name in self.table[p].checkpoint_names)
 
 
 class NativeReceiver:
