@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT
     torchrun --nproc-per-node 3 examples/train.py MODEL OUTPUT --tensor-parallel 3 --sequence-parallel
     torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT --adapter deepspeed --zero 3
+    torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT --states runs/a    # started again, it goes on
 
 MODEL is a Hugging Face directory of a Llama, Qwen2, Qwen3 or Mistral model (`python examples/smollm2.py` prints one);
 OUTPUT becomes one too. Ranks beyond the tensor-parallel size are data parallel.
@@ -42,6 +43,8 @@ def main(
     learning_rate: float = 1e-4,
     validation_rows: int = 16,
     figures: Annotated[Path | None, typer.Option(help="Write losses and speeds here, as JSON.")] = None,
+    states: Annotated[Path | None, typer.Option(help="Save training states here, and go on from the latest.")] = None,
+    every: Annotated[int, typer.Option(help="Steps between training states.")] = 8,
 ) -> None:
     """Train, with the validation loss before and after, and save."""
     context = ps.initialize(adapter, tensor=tensor_parallel, sequence_parallel=sequence_parallel)
@@ -65,6 +68,13 @@ def main(
         **engine_options(adapter, data_parallel, zero),
     )
 
+    begin, pending = 0, None
+    latest = ps.latest_checkpoint(states) if states else None
+    if latest is not None:
+        begin = ps.load_training_state(trainer, latest, context).step
+        if first:
+            print(f"going on from {latest}", flush=True)
+
     before = validation_loss(trainer, held_out, context)
     losses, norms, speeds = [], [], []
     columns = (
@@ -75,8 +85,8 @@ def main(
         TimeRemainingColumn(),
     )
     with Progress(*columns, disable=not first) as progress:
-        task = progress.add_task("training", total=steps, line="")
-        for step in range(steps):
+        task = progress.add_task("training", total=steps, completed=begin, line="")
+        for step in range(begin, steps):
             started = time.perf_counter()
             trainer.set_learning_rate(learning_rate * schedule(step, steps))
             chosen = rows[[(step * batch + i) % len(rows) for i in range(batch)]][rank::share]
@@ -90,6 +100,15 @@ def main(
             progress.update(task, advance=1, line=line)
             if first and not progress.console.is_terminal and (step % 8 == 0 or step + 1 == steps):
                 print(f"step {step + 1:3d}/{steps}  {line}", flush=True)
+            if states and (step + 1) % every == 0:
+                if pending is not None:
+                    pending.wait()
+                place = states / f"step-{step + 1:08d}"
+                pending = ps.save_training_state(
+                    trainer, place, context, step=step + 1, config=config, companions=model, asynchronous=True
+                )
+    if pending is not None:
+        pending.wait()
     after = validation_loss(trainer, held_out, context)
 
     ps.save_checkpoint(
