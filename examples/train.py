@@ -101,13 +101,13 @@ def main(
             if first and not progress.console.is_terminal and (step % 8 == 0 or step + 1 == steps):
                 print(f"step {step + 1:3d}/{steps}  {line}", flush=True)
             if states and (step + 1) % every == 0:
-                if pending is not None:
+                if isinstance(pending, ps.PendingSave):
                     pending.wait()
                 place = states / f"step-{step + 1:08d}"
                 pending = ps.save_training_state(
                     trainer, place, context, step=step + 1, config=config, companions=model, asynchronous=True
                 )
-    if pending is not None:
+    if isinstance(pending, ps.PendingSave):
         pending.wait()
     after = validation_loss(trainer, held_out, context)
 

@@ -1,4 +1,4 @@
-"""A training run goes on from its saved state: bit for bit at the same sizes, within rounding anywhere else."""
+"""A training run goes on from its saved state. The conformance suite has the same sizes, this file all others."""
 
 import json
 import logging
@@ -7,10 +7,10 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.resume import all_in_one, first_half, make, second_half, straight
 
 import polyshard as ps
 from polyshard.testing import RankError, run_ranks
+from polyshard.testing.resuming import first_half, make, second_half, straight
 
 HALF, ALL = 10, 20
 ENGINES = {
@@ -25,18 +25,6 @@ ENGINES = {
     "fairscale zero 1": ("fairscale", {"zero_stage": 1}),
     "fairscale zero 2": ("fairscale", {"zero_stage": 2}),
 }
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_at_the_same_sizes_the_run_is_bit_for_bit_the_one_that_was_not_interrupted(engine, tmp_path):
-    adapter, options = ENGINES[engine]
-    dropout = 0.1  # random states have to be restored too
-    results = run_ranks(all_in_one, 2, adapter, 1, options, HALF, ALL, tmp_path / "state", dropout)
-    for rank, (whole, begun, (losses, weights, step, data, carried)) in enumerate(results):
-        assert begun + losses == whole[0]
-        assert all(torch.equal(weights[name], value) for name, value in whole[1].items())
-        assert (step, data) == (HALF, {"row": HALF, "rank": rank})
-        assert carried == ["optimizer", "random", "weights"]
 
 
 @pytest.fixture(scope="module")

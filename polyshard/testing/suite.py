@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 
 from polyshard.core.capabilities import FEATURES, Capabilities
 from polyshard.core.discovery import load_adapter
-from polyshard.testing import checks
+from polyshard.testing import checks, resuming
 from polyshard.testing.model import SuiteConfig
 from polyshard.testing.ranks import run_ranks
 from polyshard.testing.reference import reference_run, reference_training
@@ -137,6 +138,17 @@ class AdapterSuite:
             assert torch.allclose(torch.tensor(result["norms"][:5]), norms[:5], rtol=1e-4)
             for name, weight in results[0]["weights"].items():
                 assert torch.equal(result["weights"][name], weight), f"{name} differs between ranks"
+
+    def test_a_run_goes_on_bit_for_bit_from_its_saved_state(self, engine: dict[str, Any], tmp_path: Path) -> None:
+        """At the same sizes: weights, optimizer, random states (dropout) and data positions are all there."""
+        self.need("training", "data")
+        half, steps = STEPS // 2, STEPS
+        results = run_ranks(resuming.all_in_one, 2, self.adapter, 1, engine, half, steps, tmp_path / "state", 0.1)
+        for rank, (whole, begun, (losses, weights, step, data, carried)) in enumerate(results):
+            assert begun + losses == whole[0]
+            assert all(torch.equal(weights[name], value) for name, value in whole[1].items())
+            assert (step, data) == (half, {"row": half, "rank": rank})
+            assert carried == ["optimizer", "random", "weights"]
 
     @pytest.mark.parametrize("smoothing", [0.0, 0.1])
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -53,7 +53,7 @@ def signal_worker(rank, number):
     return action
 
 
-def worker_frozen_then_trainer_killed(engine, context, llm, result):
+def frozen(engine, context, llm, result):
     sync = room.WeightSync(engine, context, llm, bucket_bytes=20_000, timeout=TIMEOUT)
     sync()
     undo = at_chunk(2, signal_worker(1, signal.SIGSTOP)) if llm else None
@@ -70,32 +70,36 @@ def worker_frozen_then_trainer_killed(engine, context, llm, result):
         put_pieces = room.put_pieces
         calls = []
 
-        def dying(*arguments):
+        def stopping(*arguments):
             calls.append(1)
             if len(calls) == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGSTOP)
             return put_pieces(*arguments)
 
-        room.put_pieces = dying
-    result["trainer killed"] = attempt(sync)
+        room.put_pieces = stopping
+    result["trainer frozen"] = attempt(sync)
     result["then"] = attempt(lambda: greedy(llm, PROMPTS[:1], 4))
 
 
-def worker_killed(engine, context, llm, result):
+def killed(engine, context, llm, result):
     sync = room.WeightSync(engine, context, llm, bucket_bytes=20_000, timeout=60)
-    undo = at_chunk(2, signal_worker(0, signal.SIGKILL))
+    undo = at_chunk(2, signal_worker(0, signal.SIGKILL)) if llm else None
     result["worker killed"] = attempt(sync)
-    undo()
-    result["then"] = attempt(lambda: greedy(llm, PROMPTS[:1], 4))
+    if llm:
+        undo()
+        result["then"] = attempt(lambda: greedy(llm, PROMPTS[:1], 4))
+    if context.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    result["trainer killed"] = attempt(sync)
 
 
-SCENARIOS = {"apart": (worker_frozen_then_trainer_killed, 2), "dead": (worker_killed, 1)}
+SCENARIOS = {"frozen": (frozen, 2), "killed": (killed, 1)}
 
 
 def main():
     directory, out, scenario = sys.argv[1:]
     act, engine_tensor = SCENARIOS[scenario]
-    context, engine, _ = trainer(directory, "torch", 1, {})
+    context, engine, _ = trainer(directory, "torch", 1, {}, timeout=45)  # the engine starts meanwhile
     llm = own_engine(directory, engine_tensor, "float32") if context.rank == 0 else None
     result = {}
     act(engine, context, llm, result)

@@ -42,14 +42,14 @@ def own_engine(directory, tensor, dtype, adapter="vllm"):
         os.environ.update(kept)
 
 
-def trainer(directory, adapter, tensor, options):
+def trainer(directory, adapter, tensor, options, timeout=60):
     """A model with other weights than the directory's, around which training has begun."""
     import decoder
     import torch
 
     import polyshard as ps
 
-    context = ps.initialize(adapter, tensor=tensor, timeout=60)
+    context = ps.initialize(adapter, tensor=tensor, timeout=timeout)
     config = ps.read_config(directory)
     model = decoder.build_model(config, context)
     ps.load_checkpoint(model, directory, context)

@@ -1,26 +1,39 @@
-"""Training on ranks with saves and loads in between, for the tests of training states."""
+"""Training that is interrupted, saved and gone on with: run on each rank, judged by the suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-import polyshard as ps
+from polyshard.checkpoint import PendingSave, load_training_state, save_training_state
+from polyshard.core.adapter import AdamW
+from polyshard.core.context import ParallelContext
+from polyshard.core.discovery import load_adapter
+from polyshard.core.initialization import initialize_weights
+from polyshard.launch import initialize, shutdown
 from polyshard.testing import checks
 from polyshard.testing.model import SuiteConfig, SuiteModel
 
-SETTINGS = {"lr": 3e-3, "weight_decay": 0.05}
+Options = dict[str, Any]
 CONFIG = {"model_type": "suite"}
 
 
-def make(adapter, tensor, options, dropout=0.0):
-    context = ps.initialize(adapter, tensor=tensor, timeout=90)
+def make(adapter: str, tensor: int, options: Options, dropout: float = 0.0) -> tuple[ParallelContext, Any]:
+    """A context, and an engine around the suite's model."""
+    context = initialize(adapter, tensor=tensor, timeout=90)
     config = SuiteConfig(dropout=dropout)
     model = SuiteModel(config, context)
-    ps.initialize_weights(model, context, seed=1)
-    engine = ps.load_adapter(adapter).engine(model, ps.AdamW(**SETTINGS), context, max_grad_norm=0.5, **options)
+    initialize_weights(model, context, seed=1)
+    engine = load_adapter(adapter).engine(
+        model, AdamW(lr=3e-3, weight_decay=0.05), context, max_grad_norm=0.5, **options
+    )
     return context, engine
 
 
-def steps(engine, context, first, last):
+def steps(engine: Any, context: ParallelContext, first: int, last: int) -> list[float]:
     """Losses of steps `first` to `last`, averaged over the data axis; each rank takes its rows of the batch."""
     losses = []
     batches = checks.batches(SuiteConfig(), last)
@@ -38,20 +51,32 @@ def steps(engine, context, first, last):
     return losses
 
 
-def straight(adapter, tensor, options, count, dropout=0.0):
+def straight(
+    adapter: str, tensor: int, options: Options, count: int, dropout: float = 0.0
+) -> tuple[list[float], checks.Named]:
+    """The run that is not interrupted: losses, and the weights at the end."""
     context, engine = make(adapter, tensor, options, dropout)
     torch.manual_seed(5 + context.get_data_parallel_rank())
     losses = steps(engine, context, 0, count)
     weights = {name: value.clone() for name, value in engine.weights()}
-    ps.shutdown(context)
+    shutdown(context)
     return losses, weights
 
 
-def first_half(adapter, tensor, options, half, directory, dropout=0.0, asynchronous=False):
+def first_half(
+    adapter: str,
+    tensor: int,
+    options: Options,
+    half: int,
+    directory: Path,
+    dropout: float = 0.0,
+    asynchronous: bool = False,
+) -> list[float]:
+    """Train, and save the state."""
     context, engine = make(adapter, tensor, options, dropout)
     torch.manual_seed(5 + context.get_data_parallel_rank())
     losses = steps(engine, context, 0, half)
-    saved = ps.save_training_state(
+    saved = save_training_state(
         engine,
         directory,
         context,
@@ -60,14 +85,16 @@ def first_half(adapter, tensor, options, half, directory, dropout=0.0, asynchron
         data={"row": half, "rank": context.get_data_parallel_rank()},
         asynchronous=asynchronous,
     )
-    if asynchronous:
+    if isinstance(saved, PendingSave):
         steps(engine, context, half, half + 2)  # must not show in what is written
-        saved = saved.wait()
-    ps.shutdown(context)
+        saved.wait()
+    shutdown(context)
     return losses
 
 
-def all_in_one(adapter, tensor, options, half, count, directory, dropout):
+def all_in_one(
+    adapter: str, tensor: int, options: Options, half: int, count: int, directory: Path, dropout: float
+) -> tuple[Any, list[float], Any]:
     """The run that is not interrupted, and the one that is; each initialises anew."""
     whole = straight(adapter, tensor, options, count, dropout)
     begun = first_half(adapter, tensor, options, half, directory, dropout)
@@ -75,14 +102,17 @@ def all_in_one(adapter, tensor, options, half, count, directory, dropout):
     return whole, begun, second_half(adapter, tensor, options, half, count, directory, dropout)
 
 
-def second_half(adapter, tensor, options, half, count, directory, dropout=0.0):
+def second_half(
+    adapter: str, tensor: int, options: Options, half: int, count: int, directory: Path, dropout: float = 0.0
+) -> tuple[list[float], checks.Named, int, Any, list[str]]:
+    """Load the state into an engine whose weights are spoilt, and go on."""
     context, engine = make(adapter, tensor, options, dropout)
     with torch.no_grad():  # nothing of the new run's own weights may survive
         for piece in engine.weight_pieces():
             piece.values.fill_(7.0)
     engine.weights_written()
-    state = ps.load_training_state(engine, directory, context)
+    state = load_training_state(engine, directory, context)
     losses = steps(engine, context, half, count)
     weights = {name: value.clone() for name, value in engine.weights()}
-    ps.shutdown(context)
+    shutdown(context)
     return losses, weights, state.step, state.data, sorted(state.carried)
