@@ -99,6 +99,16 @@ class LayoutWriter(HuggingFaceStorageWriter):
         self._where = {tensor.key: (file, tensor) for file in files for tensor in file.tensors}
         self._progress = progress
         self.fingerprints: dict[str, int] = {}
+        self._written: list[Path] = []
+
+    def flush(self) -> None:
+        """Bring what this rank wrote to the disk. Apart from `write_data`, so that it can go on beside the checksums."""
+        for path in self._written:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """The directory was made before."""
@@ -137,9 +147,9 @@ class LayoutWriter(HuggingFaceStorageWriter):
                     done += values.numel()
                     if self._progress is not None:
                         self._progress(done, whole)
-                os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+            self._written.append(self._directory / path)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
