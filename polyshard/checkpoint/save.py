@@ -182,7 +182,10 @@ class SaveJob:
             except CheckpointException as failure:
                 raise CheckpointError(f"{what}: {_told(failure)}") from failure
             ranks.agree(_attempt(self._add_documents, staging) if ranks.rank == 0 else None, what)
-            records = record_files(staging, ranks)
+            with ThreadPoolExecutor(1) as pool:
+                flushed = pool.submit(_attempt, writer.flush)
+                records = record_files(staging, ranks)
+                ranks.agree(flushed.result(), what)
             error = None
             if ranks.rank == 0:
                 manifest = Manifest(

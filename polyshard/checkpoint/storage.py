@@ -102,7 +102,7 @@ class LayoutWriter(HuggingFaceStorageWriter):
         self._written: list[Path] = []
 
     def flush(self) -> None:
-        """Bring what this rank wrote to the disk. Apart from `write_data`, so that it can go on beside the checksums."""
+        """Bring what this rank wrote to the disk; apart, so that checksums can be taken meanwhile."""
         for path in self._written:
             descriptor = os.open(path, os.O_RDONLY)
             try:
