@@ -10,13 +10,13 @@ from pathlib import Path
 
 from support.engines import greedy
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
 TORCHRUN = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC")
 PROMPTS = [[1, 2, 3, 4, 5], [7, 9, 11], list(range(40)), list(range(40))]
 
 
 def own_engine(directory, tensor, dtype, adapter="vllm"):
     """An engine whose processes know nothing of torchrun."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     import decoder
     from vllm import LLM
 
