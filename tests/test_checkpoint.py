@@ -59,6 +59,10 @@ DAMAGE = {
         lambda t: t.update({"model.extra.weight": torch.ones(2)}),
         r"unexpected \(1\): model.extra.weight",
     ),
+    "numbers": (
+        lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)}),
+        r"not stored as float16, bfloat16, float32 or float64 \(1\): model.norm.weight is int8; .*dequantized first",
+    ),
     "misshapen": (
         lambda t: t.update({"model.norm.weight": torch.ones(3)}),
         r"of another shape \(1\): model.norm.weight is \[3\], the model has \[48\]",

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import polyshard as ps
 from polyshard.testing import RankError, run_ranks
-from polyshard.testing.resuming import first_half, make, second_half, straight
+from polyshard.testing.resuming import first_half, make, second_half, steps, straight
 
 HALF, ALL = 10, 20
 ENGINES = {
@@ -63,6 +63,47 @@ def test_an_asynchronous_save_holds_the_weights_of_its_moment(tmp_path):
         first, second = (load_file(tmp_path / f"{a}" / f"{name}.safetensors") for a in (False, True))
         assert set(first) == set(second)
         assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def in_bfloat16(adapter, options, directory):
+    """Losses of three steps in bfloat16 with fp32 copies, of the same again from a saved state, and the slots."""
+    context, engine = make(adapter, 1, options, dtype=torch.bfloat16)
+    steps(engine, context, 0, 3)
+    ps.save_training_state(engine, directory, context, step=3, config={})
+    whole = steps(engine, context, 3, 6)
+    engine.close()
+    ps.shutdown(context)
+    context, engine = make(adapter, 1, options, dtype=torch.bfloat16)
+    ps.load_training_state(engine, directory, context)
+    again = steps(engine, context, 3, 6)
+    slots = {piece.slot for piece in engine.optimizer_state().pieces}
+    ps.shutdown(context)
+    return whole, again, slots
+
+
+def in_float32(directory):
+    context, engine = make("torch", 1, {})
+    ps.load_training_state(engine, directory, context)
+    return {name: value.clone() for name, value in engine.weights()}
+
+
+BFLOAT16 = {
+    "megatron": {"zero_stage": 1},
+    "deepspeed": {"zero_stage": 3, "config": {"bf16": {"enabled": True}}},
+}
+
+
+@pytest.mark.parametrize("adapter", BFLOAT16)
+def test_bfloat16_weights_go_on_with_their_float32_copies(adapter, tmp_path):
+    for whole, again, slots in run_ranks(in_bfloat16, 2, adapter, BFLOAT16[adapter], tmp_path / "state"):
+        assert again == whole
+        assert "master" in slots
+    # A float32 engine takes the copies, and not the rounded weights.
+    masters = load_file(tmp_path / "state" / "training" / "master.safetensors")
+    rounded = load_file(tmp_path / "state" / "model.safetensors")
+    found = in_float32(tmp_path / "state")["norm.weight"]
+    assert torch.equal(found, masters["norm.weight"])
+    assert not torch.equal(found, rounded["norm.weight"].float())
 
 
 @pytest.fixture(scope="module")

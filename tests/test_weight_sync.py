@@ -223,3 +223,20 @@ def test_the_source_for_vllms_own_backends_yields_what_it_declares(trained):
     want = load_file(case.new / "model.safetensors")
     assert all(torch.equal(tensor, want[name].bfloat16()) for name, tensor in source)
     assert [name for group in source.groups() for name in group] == [name for name, *_ in declared]
+
+
+def test_buckets_of_dead_processes_are_removed_and_others_are_kept(tmp_path):
+    import os
+    import socket
+    import subprocess
+
+    from polyshard.adapters.vllm.transfer.bucket import remove_abandoned
+
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    host = socket.gethostname()
+    kept = [tmp_path / f"polyshard-{host}-{os.getpid()}-ab", tmp_path / f"polyshard-elsewhere-{dead.pid}-ab"]
+    for path in (*kept, tmp_path / f"polyshard-{host}-{dead.pid}-ab"):
+        path.touch()
+    remove_abandoned(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(kept)

@@ -21,16 +21,20 @@ Options = dict[str, Any]
 CONFIG = {"model_type": "suite"}
 
 
-def make(adapter: str, tensor: int, options: Options, dropout: float = 0.0) -> tuple[ParallelContext, Any]:
+def make(
+    adapter: str, tensor: int, options: Options, dropout: float = 0.0, dtype: torch.dtype = torch.float32
+) -> tuple[ParallelContext, Any]:
     """A context, and an engine around the suite's model."""
     context = initialize(adapter, tensor=tensor, timeout=90)
-    config = SuiteConfig(dropout=dropout)
-    model = SuiteModel(config, context)
-    initialize_weights(model, context, seed=1)
-    engine = load_adapter(adapter).engine(
-        model, AdamW(lr=3e-3, weight_decay=0.05), context, max_grad_norm=0.5, **options
-    )
-    return context, engine
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = SuiteModel(SuiteConfig(dropout=dropout), context)
+        initialize_weights(model, context, seed=1)
+        optimizer = AdamW(lr=3e-3, weight_decay=0.05)
+        return context, load_adapter(adapter).engine(model, optimizer, context, max_grad_norm=0.5, **options)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def steps(engine: Any, context: ParallelContext, first: int, last: int) -> list[float]:

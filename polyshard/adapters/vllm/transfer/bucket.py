@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,19 +118,20 @@ def bucket_folder() -> Path:
 
 def bucket_path() -> Path:
     """A name that no other process has."""
-    return bucket_folder() / f"polyshard-{os.getpid()}-{secrets.token_hex(6)}"
+    return bucket_folder() / f"{_prefix()}{os.getpid()}-{secrets.token_hex(6)}"
 
 
 def remove_abandoned(folder: Path | None = None) -> None:
-    """Remove buckets whose makers are gone: killed processes leave theirs behind."""
-    for path in _all(folder or bucket_folder()):
-        maker = path.name.split("-")[1]
+    """Remove buckets of this host whose makers are gone: killed processes leave theirs behind."""
+    for path in (folder or bucket_folder()).glob(f"{_prefix()}*-*"):
+        maker = path.name.removeprefix(_prefix()).partition("-")[0]
         if maker.isdigit() and not Path(f"/proc/{maker}").exists() and Path("/proc/self").exists():
             path.unlink(missing_ok=True)
 
 
-def _all(folder: Path) -> Iterator[Path]:
-    return folder.glob("polyshard-*-*")
+def _prefix() -> str:
+    # Containers may share the memory's folder, but not the numbers of their processes.
+    return f"polyshard-{socket.gethostname()}-"
 
 
 def chunk_from(fields: dict[str, Sequence[Any]], nbytes: int) -> Chunk:
