@@ -190,6 +190,42 @@ def test_a_damaged_tensor_is_named_with_its_worker(trained, path, monkeypatch):
         assert greedy(llm, PROMPTS, TOKENS) == case.fresh("Livevllm")
 
 
+def test_a_damaged_last_tensor_is_not_served_by_an_engine_apart(trained, monkeypatch):
+    """All tensors have come, and the workers cannot know that one is damaged: the trainer tells them."""
+    from polyshard.adapters.vllm.transfer import receiver as room
+
+    case, original = trained["untied"], room.take_region
+    monkeypatch.setattr(compat, "local_worker", lambda llm: None)  # drive it as one in processes of its own
+
+    def damaging(region, shard, values):
+        return original(region, shard, values + 1 if region.name == "lm_head.weight" else values)
+
+    with (
+        engine(case.old, "Livevllm", weight_transfer_config={"backend": "polyshard"}) as llm,
+        ps.WeightSync(case.model, case.context, llm, bucket_bytes=20_000) as sync,
+    ):
+        monkeypatch.setattr(room, "take_region", damaging)
+        with pytest.raises(ps.WeightSyncError, match=r"'lm_head.weight' arrived damaged in worker 0 of engine 0"):
+            sync()
+        with pytest.raises(ps.WeightSyncError, match="refuses to generate.*was abandoned by its trainer"):
+            greedy(llm, PROMPTS[:1], TOKENS)
+        monkeypatch.setattr(room, "take_region", original)
+        sync()
+        assert greedy(llm, PROMPTS, TOKENS) == case.fresh("Livevllm")
+
+
+def test_an_engine_apart_has_to_be_started_for_it(trained, monkeypatch):
+    case = trained["untied"]
+    monkeypatch.setattr(compat, "local_worker", lambda llm: None)
+    with (
+        engine(case.old, "Livevllm") as llm,
+        pytest.raises(
+            ps.ConfigurationError, match="start it with LLM.*weight_transfer_config={'backend': 'polyshard'}"
+        ),
+    ):
+        ps.WeightSync(case.model, case.context, llm)
+
+
 def test_an_engine_with_unfinished_requests_is_not_touched(trained):
     from vllm import SamplingParams
 

@@ -110,9 +110,8 @@ class RemoteEngine:
 
     def begin(self, version: str) -> None:
         """From here on the engine refuses to generate."""
-        del version
         if self._open:
-            self._end()
+            self._give_up(version)
         self._half = self._open = True
         self._call("start_weight_update", None)
 
@@ -138,11 +137,16 @@ class RemoteEngine:
             raise WeightSyncError(f"{self.name} did not empty its prefix cache: requests are under way")
         self._half = False
 
-    def abandon(self) -> None:
+    def abandon(self, version: str) -> None:
         """End a failed update; the engine goes on refusing until one is complete."""
         if self._open and not (self._pending and self._pending.is_alive()):
             with contextlib.suppress(WeightSyncError):  # the error that led here is the one to tell
-                self._end()
+                self._give_up(version)
+
+    def _give_up(self, version: str) -> None:
+        # What came may be complete, and yet damaged: the workers cannot know.
+        self._call("update_weights", {"update_info": {"version": version, "abandon": True}})
+        self._end()
 
     def _end(self) -> None:
         self._call("finish_weight_update", None)

@@ -137,7 +137,7 @@ class WeightSync:
             self._together(lambda: [engine.finish(name) for engine in self._remote], "sync failed")
         except BaseException:
             for engine in self._remote:
-                engine.abandon()
+                engine.abandon(name)
             raise
         return SyncReport(
             version=name,

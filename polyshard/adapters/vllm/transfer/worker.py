@@ -33,7 +33,7 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """One chunk."""
+    """One chunk, or word that the update has failed."""
 
     version: str = ""
     index: int = 0
@@ -41,6 +41,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
     nbytes: int = 0
     dtype: str = ""
     chunk: dict[str, Any] = field(default_factory=dict)
+    abandon: bool = False
 
 
 class PolyshardTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -58,6 +59,7 @@ class PolyshardTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._reports: Path | None = None
         self._version: str | None = None
         self._open = False
+        self._failed: str | None = None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """A trainer introduces itself."""
@@ -66,13 +68,15 @@ class PolyshardTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def start_weight_update(self) -> None:
         """The version comes with the first chunk; from here on the model refuses to compute."""
-        self._version, self._open = None, True
+        self._version, self._open, self._failed = None, True, None
         self._receiver.guard.refuse("a weight update has begun and is not finished")
         self._report("started", -1)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Load one chunk."""
         with self._reporting(update_info.index):
+            if update_info.abandon:
+                raise WeightSyncError(f"the update to weights {update_info.version!r} was abandoned by its trainer")
             if self._version is None:
                 self._version = update_info.version
                 self._receiver.begin(update_info.version)
@@ -85,6 +89,8 @@ class PolyshardTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Check that all came, and compute again; or end an update that failed, and go on refusing."""
         self._open = False
         with self._reporting(-1):
+            if self._failed is not None:
+                raise WeightSyncError(self._failed)
             if self._version is None:
                 raise WeightSyncError("the weight update was ended before any tensor came")
             self._receiver.finish()
@@ -104,6 +110,7 @@ class PolyshardTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         try:
             yield
         except Exception as error:
+            self._failed = str(error)
             self._receiver.guard.refuse(f"its last weight update failed ({error})")
             self._report("failed", index, error=str(error))
 
