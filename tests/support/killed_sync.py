@@ -99,8 +99,14 @@ SCENARIOS = {"frozen": (frozen, 2), "killed": (killed, 1)}
 def main():
     directory, out, scenario = sys.argv[1:]
     act, engine_tensor = SCENARIOS[scenario]
-    context, engine, _ = trainer(directory, "torch", 1, {}, timeout=45)  # the engine starts meanwhile
-    llm = own_engine(directory, engine_tensor, "float32") if context.rank == 0 else None
+    started = Path(out, f"{scenario}-engine-started")
+    llm = None
+    if os.environ["RANK"] == "0":
+        llm = own_engine(directory, engine_tensor, "float32")
+        started.touch()
+    while not started.exists():  # before the short timeout begins
+        time.sleep(0.2)
+    context, engine, _ = trainer(directory, "torch", 1, {}, timeout=15)
     result = {}
     act(engine, context, llm, result)
     Path(out, f"{scenario}-{context.rank}.json").write_text(json.dumps(result))
