@@ -50,20 +50,20 @@ def _forget_replaced(target: Path) -> None:
 def publish(staging: Path, target: Path) -> None:
     """Put the finished directory into place; what was there is gone afterwards."""
     for path in (*staging.rglob("*"), staging):
-        _sync(path)
+        sync_path(path)
     if not target.exists():
         os.rename(staging, target)
-        _sync(target.parent)
+        sync_path(target.parent)
         _forget_replaced(target)
         return
     if _exchange(staging, target):
-        _sync(target.parent)
+        sync_path(target.parent)
         shutil.rmtree(staging, ignore_errors=True)
         return
     previous = target.parent / f".{target.name}.replaced-{secrets.token_hex(4)}"
     os.rename(target, previous)
     os.rename(staging, target)
-    _sync(target.parent)
+    sync_path(target.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -133,7 +133,8 @@ def _is_abandoned(staging: Path) -> bool:
     return False
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Bring a file or a directory's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from polyshard.checkpoint.directory import sync_path
 from polyshard.checkpoint.plan import PlannedFile, StoredTensor
 from polyshard.core.errors import CheckpointError
 from polyshard.core.fingerprint import fingerprint, total
@@ -104,11 +105,7 @@ class LayoutWriter(HuggingFaceStorageWriter):
     def flush(self) -> None:
         """Bring what this rank wrote to the disk; apart, so that checksums can be taken meanwhile."""
         for path in self._written:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync_path(path)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """The directory was made before."""

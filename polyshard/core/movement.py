@@ -12,7 +12,7 @@ from torch import nn
 from polyshard.core.context import ParallelContext
 from polyshard.core.fingerprint import fingerprint, total
 from polyshard.core.regions import Region, regions
-from polyshard.core.state import WEIGHT, Piece
+from polyshard.core.state import WEIGHT, Piece, held_alike
 from polyshard.core.weight_table import WeightTable
 
 
@@ -39,8 +39,7 @@ def module_pieces(module: nn.Module, context: ParallelContext) -> Iterator[Piece
     """A model's parameters as pieces; data-parallel ranks hold them alike."""
     axis = context.axis("data")
     for name, parameter in module.named_parameters():
-        values = parameter.detach().contiguous().view(-1)
-        yield Piece(parameter=name, slot=WEIGHT, start=0, values=values, holder=axis.rank, holders=axis.size)
+        yield held_alike(name, WEIGHT, parameter.detach().contiguous(), axis)
 
 
 def shared_run(piece: Piece, shape: Sequence[int]) -> tuple[int, int]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 
-from polyshard.core.weight_layout import Segment
 from polyshard.core.weight_table import WeightEntry, stored_shape
 
 
@@ -126,7 +125,7 @@ def _in_stored(
     before = 0  # logical length of the segments before, where they are stored as one tensor
     for index, segment in enumerate(layout.segments):
         local, length = layout.local_offset(index, rank, size)
-        logical = _logical_start(segment, rank, size)
+        logical = segment.local_range(rank, size)[0]
         begin, end = max(offsets[dim], local), min(offsets[dim] + sizes[dim], local + length)
         end = min(end, local + segment.size - logical)  # padding is stored nowhere
         if begin < end:
@@ -142,7 +141,3 @@ def _in_stored(
                 first=rank % segment.replicas(size) == 0,
             )
         before += segment.size
-
-
-def _logical_start(segment: Segment, rank: int, size: int) -> int:
-    return segment.local_range(rank, size)[0]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from polyshard.core.context import ParallelAxis
+
 WEIGHT = "weight"  # the slot of the parameters themselves
 MASTER = "master"  # the optimizer's own copy of a parameter, in a wider dtype
 
@@ -19,7 +21,8 @@ class Piece:
         parameter: name in the model as built.
         slot: `"weight"`, `"master"`, or the optimizer's own name (`"exp_avg"`).
         start: first element, in the flattened shard.
-        values: 1-D, the library's own memory: what is written there takes effect (see `TrainingEngine.restored`).
+        values: 1-D, the library's own memory: what is written there takes effect (see `weights_written` and
+            `optimizer_written` of `TrainingEngine`).
         holder: this rank's position among the data-parallel ranks that hold this very run.
         holders: how many there are.
     """
@@ -30,6 +33,18 @@ class Piece:
     values: torch.Tensor
     holder: int = 0
     holders: int = 1
+
+
+def held_alike(parameter: str, slot: str, values: torch.Tensor, data_axis: ParallelAxis) -> Piece:
+    """The piece of a whole shard that every rank of the data axis holds alike; `values` must be contiguous."""
+    return Piece(
+        parameter=parameter,
+        slot=slot,
+        start=0,
+        values=values.view(-1),
+        holder=data_axis.rank,
+        holders=data_axis.size,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

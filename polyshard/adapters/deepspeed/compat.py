@@ -125,14 +125,24 @@ def partition(parameter: Any, rank: int) -> tuple[int, torch.Tensor]:
     return start, held.data.view(-1)[: max(0, min(held.numel(), parameter.ds_numel - start))]
 
 
-def zero_fragments(optimizer: Any, parameter: Any, stage: int, rank: int) -> Iterator[tuple[str, int, torch.Tensor]]:
-    """Slot, first element and memory of this rank's fragments of a parameter's fp32 copy and optimizer state."""
-    base = base_optimizer(optimizer)
+def zero_fragments(
+    optimizer: Any, base: Any, parameter: Any, stage: int, rank: int
+) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """Slot, first element and memory of this rank's fragments of a parameter's fp32 copy and optimizer state.
+
+    Args:
+        optimizer: ZeRO's.
+        base: its `base_optimizer`.
+        parameter: of the model.
+        stage: of ZeRO.
+        rank: position along the data axis.
+    """
     if stage == 3:
-        if parameter.ds_id not in {p.ds_id for p in _zero3_parameters(optimizer)}:
+        place = optimizer.grad_position.get(optimizer.get_param_id(parameter))
+        if place is None:  # not trained
             return
         start, held = partition(parameter, rank)
-        group = optimizer.grad_position[optimizer.get_param_id(parameter)][0]
+        group = place[0]
         flat = optimizer.fp32_partitioned_groups_flat[group]
         for slot in (MASTER, *slots(base, flat)):
             key = None if slot == MASTER else slot
@@ -147,10 +157,6 @@ def zero_fragments(optimizer: Any, parameter: Any, stage: int, rank: int) -> Ite
     start = mapping.lp_fragment_address.start
     for slot, whole in {MASTER: flat, **slots(base, flat)}.items():
         yield slot, start, whole.detach().view(-1)[address.start : address.start + address.numel]
-
-
-def _zero3_parameters(optimizer: Any) -> list[Any]:
-    return [parameter for group in optimizer.fp16_groups for parameter in group]
 
 
 def gather_persistent(optimizer: Any) -> None:

@@ -28,7 +28,7 @@ from polyshard.adapters.shared.weights import check_shard
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, no_guard
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.state import MASTER, WEIGHT, OptimizerState, Piece
+from polyshard.core.state import MASTER, WEIGHT, OptimizerState, Piece, held_alike
 from polyshard.core.weight_table import collect_layouts
 
 logger = logging.getLogger(__name__)
@@ -159,8 +159,7 @@ class DeepspeedEngine:
                 start, values = partition(parameter, axis.rank)
                 yield Piece(parameter=name, slot=WEIGHT, start=start, values=values)
                 continue
-            values = parameter.detach().view(-1)
-            yield Piece(parameter=name, slot=WEIGHT, start=0, values=values, holder=axis.rank, holders=axis.size)
+            yield held_alike(name, WEIGHT, parameter.detach(), axis)
 
     def weights_written(self) -> None:
         """Refresh the optimizer's copies, and the parameters that stage 3 keeps gathered."""
@@ -179,19 +178,14 @@ class DeepspeedEngine:
         for name, parameter in self._module.named_parameters():
             if self._stage == 0:
                 pieces += [
-                    Piece(parameter=name, slot=slot, start=0, values=v.view(-1), holder=axis.rank, holders=axis.size)
-                    for slot, v in optimizer_state.slots(base, parameter).items()
+                    held_alike(name, slot, value, axis)
+                    for slot, value in optimizer_state.slots(base, parameter).items()
                 ]
                 continue
-            for slot, start, values in zero_fragments(self._engine.optimizer, parameter, self._stage, axis.rank):
+            for slot, start, values in zero_fragments(self._engine.optimizer, base, parameter, self._stage, axis.rank):
                 if slot != MASTER or values.dtype != parameter.dtype:
                     pieces.append(Piece(parameter=name, slot=slot, start=start, values=values))
-        return OptimizerState(
-            kind=optimizer_state.kind(base),
-            step=optimizer_state.get_step(base),
-            lr=optimizer_state.learning_rate(self.optimizer),
-            pieces=pieces,
-        )
+        return optimizer_state.state(base, self.optimizer, pieces)
 
     def optimizer_written(self, step: int, lr: float) -> None:
         """Go on from update `step`."""

@@ -19,7 +19,7 @@ from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, no_guard
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.state import WEIGHT, OptimizerState, Piece
+from polyshard.core.state import WEIGHT, OptimizerState, Piece, held_alike
 from polyshard.core.weight_table import collect_layouts
 
 logger = logging.getLogger(__name__)
@@ -132,8 +132,7 @@ class FairscaleEngine:
         """This rank's run of every parameter."""
         axis = self.context.axis("data")
         for name, parameter in self._module.named_parameters():
-            values = parameter.detach().view(-1)
-            yield Piece(parameter=name, slot=WEIGHT, start=0, values=values, holder=axis.rank, holders=axis.size)
+            yield held_alike(name, WEIGHT, parameter.detach(), axis)
 
     def weights_written(self) -> None:
         """The pieces are the parameters: nothing to refresh."""
@@ -148,12 +147,7 @@ class FairscaleEngine:
             for name, parameter in self._module.named_parameters()
             for slot, value in optimizer_state.slots(inner, parameter).items()
         ]
-        return OptimizerState(
-            kind=optimizer_state.kind(inner),
-            step=optimizer_state.get_step(inner),
-            lr=optimizer_state.learning_rate(self.optimizer),
-            pieces=pieces,
-        )
+        return optimizer_state.state(inner, self.optimizer, pieces)
 
     def optimizer_written(self, step: int, lr: float) -> None:
         """Go on from update `step`."""

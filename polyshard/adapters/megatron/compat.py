@@ -106,16 +106,13 @@ class OptimizerPart:
     """Where Megatron keeps the optimizer state of a parameter on this rank.
 
     Attributes:
-        optimizer: torch's (or Apex's), whose state is keyed by `main`.
-        main: the tensor that it updates: the parameter, its fp32 copy, or a 1-D shard of either.
-        start: first element of `main` in the flattened parameter.
-        sharded: `main` is this data-parallel rank's alone.
+        main: the tensor that the optimizer updates: the parameter, its fp32 copy, or a 1-D shard of either.
+        start: of a shard, its first element in the flattened parameter; None where `main` is whole on every
+            data-parallel rank.
     """
 
-    optimizer: Any
     main: torch.Tensor
-    start: int
-    sharded: bool
+    start: int | None
 
 
 def base_optimizer(optimizer: Any) -> Any:
@@ -128,20 +125,25 @@ def base_optimizer(optimizer: Any) -> Any:
     return base
 
 
-def optimizer_part(optimizer: Any, parameter: torch.nn.Parameter) -> OptimizerPart | None:
-    """A parameter's part, or None where this rank has none (distrib_optimizer.py, 0.16.1)."""
-    base = base_optimizer(optimizer)
+def optimizer_part(optimizer: Any, base: Any, parameter: torch.nn.Parameter) -> OptimizerPart | None:
+    """A parameter's part, or None where this rank has none (distrib_optimizer.py, 0.16.1).
+
+    Args:
+        optimizer: Megatron's.
+        base: its `base_optimizer`.
+        parameter: of the model.
+    """
     (holder,) = getattr(optimizer, "chained_optimizers", [optimizer])
     if not hasattr(holder, "model_param_group_index_map"):
         main = getattr(parameter, "main_param", None)
         main = parameter if main is None else main
-        return OptimizerPart(base, main, 0, False) if main in base.state else None
+        return OptimizerPart(main, None) if main in base.state else None
     place = holder.model_param_group_index_map.get(parameter)
     if place is None:
         return None
     group, order = place
     run = holder._get_model_param_range_map(parameter)["param"]
-    return OptimizerPart(base, base.param_groups[group]["params"][order], run.start, True)
+    return OptimizerPart(base.param_groups[group]["params"][order], run.start)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import AdamW, OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, no_guard
 from polyshard.core.errors import AdapterError, ConfigurationError
-from polyshard.core.state import MASTER, WEIGHT, OptimizerState, Piece
+from polyshard.core.state import MASTER, WEIGHT, OptimizerState, Piece, held_alike
 from polyshard.core.weight_table import collect_layouts
 
 logger = logging.getLogger(__name__)
@@ -155,8 +155,7 @@ class MegatronEngine:
         """This rank's run of every parameter."""
         axis = self.context.axis("data")
         for name, parameter in self._module.named_parameters():
-            values = parameter.detach().view(-1)
-            yield Piece(parameter=name, slot=WEIGHT, start=0, values=values, holder=axis.rank, holders=axis.size)
+            yield held_alike(name, WEIGHT, parameter.detach(), axis)
 
     def weights_written(self) -> None:
         """Refresh the optimizer's copies."""
@@ -168,27 +167,20 @@ class MegatronEngine:
         """Each rank's run of the flattened parameters, or the whole at stage 0."""
         axis = self.context.axis("data")
         pieces: list[Piece] = []
-        inner = None
+        base = compat.base_optimizer(self.optimizer)
         for name, parameter in self._module.named_parameters():
-            found = compat.optimizer_part(self.optimizer, parameter)
+            found = compat.optimizer_part(self.optimizer, base, parameter)
             if found is None:
                 continue
-            inner = found.optimizer
-            tensors = optimizer_state.slots(inner, found.main)
+            tensors = optimizer_state.slots(base, found.main)
             if found.main.dtype != parameter.dtype:
                 tensors[MASTER] = found.main.detach()
             for slot, value in tensors.items():
-                holder, holders = (0, 1) if found.sharded else (axis.rank, axis.size)
-                run = {"start": found.start, "values": value.view(-1), "holder": holder, "holders": holders}
-                pieces.append(Piece(parameter=name, slot=slot, **run))
-        assert inner is not None or not pieces
-        base = inner if inner is not None else compat.base_optimizer(self.optimizer)
-        return OptimizerState(
-            kind=optimizer_state.kind(base),
-            step=optimizer_state.get_step(base),
-            lr=optimizer_state.learning_rate(self.optimizer),
-            pieces=pieces,
-        )
+                if found.start is None:
+                    pieces.append(held_alike(name, slot, value, axis))
+                else:
+                    pieces.append(Piece(parameter=name, slot=slot, start=found.start, values=value.view(-1)))
+        return optimizer_state.state(base, self.optimizer, pieces)
 
     def optimizer_written(self, step: int, lr: float) -> None:
         """Go on from update `step`."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+
+from polyshard.core.state import OptimizerState, Piece
 
 ADAM = "adam"
 
@@ -73,6 +76,13 @@ def set_step(optimizer: Any, step: int) -> None:
             group["step"] = step
 
 
-def learning_rate(optimizer: Any) -> float:
-    """Of the first parameter group."""
-    return float(optimizer.param_groups[0]["lr"]) if optimizer.param_groups else 0.0
+def state(base: Any, outer: Any, pieces: Iterable[Piece]) -> OptimizerState:
+    """What an engine tells of its optimizer.
+
+    Args:
+        base: torch's optimizer.
+        outer: the library's around it, whose first parameter group has the learning rate.
+        pieces: of every slot.
+    """
+    rate = float(outer.param_groups[0]["lr"]) if outer.param_groups else 0.0
+    return OptimizerState(kind=kind(base), step=get_step(base), lr=rate, pieces=pieces)

@@ -25,7 +25,7 @@ from polyshard.adapters.torch.compat import (
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, no_guard
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.state import WEIGHT, OptimizerState, Piece
+from polyshard.core.state import WEIGHT, OptimizerState, Piece, held_alike
 from polyshard.core.weight_table import collect_layouts
 
 logger = logging.getLogger(__name__)
@@ -157,12 +157,7 @@ class TorchEngine:
             for name, parameter in self._module.named_parameters()
             for slot, value in optimizer_state.slots(self.optimizer, parameter).items()
         ]
-        return OptimizerState(
-            kind=optimizer_state.kind(self.optimizer),
-            step=optimizer_state.get_step(self.optimizer),
-            lr=optimizer_state.learning_rate(self.optimizer),
-            pieces=pieces,
-        )
+        return optimizer_state.state(self.optimizer, self.optimizer, pieces)
 
     def optimizer_written(self, step: int, lr: float) -> None:
         """Go on from update `step`."""
@@ -173,8 +168,7 @@ class TorchEngine:
         if is_dtensor(tensor):
             start, local = sharded_rows(tensor)
             return Piece(parameter=name, slot=slot, start=start, values=local.view(-1))
-        axis = self.context.axis("data")
-        return Piece(parameter=name, slot=slot, start=0, values=tensor.view(-1), holder=axis.rank, holders=axis.size)
+        return held_alike(name, slot, tensor, self.context.axis("data"))
 
     def close(self) -> None:
         """Drop the wrapper's hold on the process group."""
