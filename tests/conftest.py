@@ -16,7 +16,17 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
+import multiprocessing  # noqa: E402
+from multiprocessing import forkserver  # noqa: E402
+
 import pytest  # noqa: E402
+
+from polyshard.testing import ranks  # noqa: E402
+
+# The ranks of all tests are forked from one server; a library that it has imported costs them no seconds.
+LIBRARIES = ("megatron", "deepspeed", "fairscale")
+multiprocessing.set_forkserver_preload([*ranks.PRELOAD, *(f"polyshard.adapters.{name}.engine" for name in LIBRARIES)])
+forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,8 @@ def try_many(root, seed):
             root / "state",
             seen,
             victim,
-            chance.uniform(0.0, 0.6),
+            chance.randrange(3),
+            chance.uniform(0.0, 1.2),
             signal.SIGKILL,
             30,
             0.5,
@@ -82,7 +83,7 @@ def test_killed_at_any_moment_nothing_is_lost(tmp_path):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_frozen_rank_is_named_in_time(tmp_path, victim):
     timeout = 12
-    arguments = (tmp_path / "state", 0, victim, 0.3, signal.SIGSTOP, timeout, failure.PATIENCE)
+    arguments = (tmp_path / "state", 0, victim, 2, 0.5, signal.SIGSTOP, timeout, failure.PATIENCE)
     step, error, told, seconds = run_ranks(save_until_hit, 2, *arguments, silent=(victim,))[1 - victim]
     assert error == "RankFailureError"
     assert seconds < timeout + 1

@@ -14,6 +14,14 @@ from typing import Any
 
 import torch
 
+# What every rank would import; torch._dynamo comes with the first optimizer.
+PRELOAD = [
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "polyshard.testing.ranks",
+    "polyshard.adapters.torch.engine",
+]
+
 
 class RankError(AssertionError):
     """Some ranks failed; the message holds each one's traceback, or says how it ended."""
@@ -50,7 +58,7 @@ def run_ranks(
     """
     # A fork server that has imported torch starts a rank in milliseconds, and holds no threads yet.
     spawn = multiprocessing.get_context("forkserver")
-    spawn.set_forkserver_preload(["torch", "torch.distributed", "polyshard.testing.ranks"])
+    spawn.set_forkserver_preload(PRELOAD)
     port = free_port()
     started, pipes = [], []
     for rank in range(world_size):

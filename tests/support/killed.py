@@ -20,23 +20,29 @@ def fill(model, context, value):
             parameter.fill_(value)
 
 
-def save_until_hit(directory, start, victim, delay, how, timeout, patience):
-    """Save states whose every weight is their step; `victim` is hit by a signal after `delay` seconds of it."""
+def save_until_hit(directory, start, victim, after, share, how, timeout, patience):
+    """Save states whose every weight is their step.
+
+    `victim` is hit by a signal when `after` saves are done, and that `share` of the time of the last one is over: so a
+    slow machine is hit at the same moments as a fast one.
+    """
     failure.PATIENCE = patience  # how long a survivor looks for the culprit
     context = ps.initialize("torch", tensor=2, timeout=timeout)
     model = SuiteModel(SuiteConfig(**SIZES), context)
     engine = ps.load_adapter("torch").engine(model, ps.AdamW(), context)
-    if context.rank == victim:
-        timer = threading.Timer(delay, lambda: os.kill(os.getpid(), how))
-        timer.daemon = True
-        timer.start()
     began = time.monotonic()
-    step = start
+    step, last = start, 0.2
     try:
         while time.monotonic() - began < 30:
+            if context.rank == victim and step - start == after:
+                timer = threading.Timer(share * last, lambda: os.kill(os.getpid(), how))
+                timer.daemon = True
+                timer.start()
             step += 1
             fill(model, context, step)
+            last = -time.monotonic()
             ps.save_training_state(engine, directory, context, step=step, config={})
+            last += time.monotonic()
     except ps.PolyshardError as error:
         return step, type(error).__name__, str(error), time.monotonic() - began
     return step, None, "", time.monotonic() - began
