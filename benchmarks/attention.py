@@ -23,9 +23,7 @@ from rich.progress import track
 from rich.table import Table
 from torch.nn import functional as F
 
-from polyshard.attention.kernels.cpu_flash import CpuFlash
-from polyshard.attention.packing import packed
-from polyshard.core.attention import AttentionSpec
+import polyshard as ps
 
 HEADS, KV_HEADS, DIM = 9, 3, 64
 LOADS = {
@@ -33,11 +31,10 @@ LOADS = {
     "32 x 64": (64,) * 32,
     "mixed 16..512": (16, 40, 64, 100, 128, 200, 333, 512),
 }
-SPEC = AttentionSpec(num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, scale=DIM**-0.5)
 
 
 def ours(q, k, v, lengths):
-    return CpuFlash()(q, k, v, boundaries(lengths), SPEC, True)
+    return ps.packed_attention(q, k, v, boundaries(lengths))
 
 
 def loop(q, k, v, lengths):
@@ -67,7 +64,7 @@ WAYS = {"polyshard": ours, "loop": loop, "padded": padded, "block mask": block_m
 
 
 def boundaries(lengths):
-    return packed(torch.tensor([0, *torch.tensor(lengths).cumsum(0)]), sum(lengths))
+    return ps.pack(torch.tensor([0, *torch.tensor(lengths).cumsum(0)]), sum(lengths))
 
 
 def seconds(way, tensors, lengths, grad, backward):

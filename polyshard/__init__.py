@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from polyshard.adapters.vllm.transfer.sync import SyncReport, WeightSync
-    from polyshard.attention import RotaryEmbedding, TrainableFlashAttention
-    from polyshard.attention.packing import sequence_positions
+    from polyshard.attention import RotaryEmbedding, TrainableFlashAttention, packed_attention
+    from polyshard.attention.packing import pack, sequence_positions
     from polyshard.checkpoint import (
         ModelConfig,
         PendingSave,
@@ -53,8 +53,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "polyshard.adapters.vllm.transfer.sync": ("SyncReport", "WeightSync"),
-    "polyshard.attention": ("RotaryEmbedding", "TrainableFlashAttention"),
-    "polyshard.attention.packing": ("sequence_positions",),
+    "polyshard.attention": ("RotaryEmbedding", "TrainableFlashAttention", "packed_attention"),
+    "polyshard.attention.packing": ("pack", "sequence_positions"),
     "polyshard.checkpoint": (
         "ModelConfig",
         "PendingSave",

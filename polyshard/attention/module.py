@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from polyshard.attention.packing import batch_of, packed, positions_of
+from polyshard.attention.alibi import slopes_of_heads
+from polyshard.attention.functional import check_spec, run_kernel
+from polyshard.attention.packing import batch_of, pack, positions_of
 from polyshard.attention.rotary import RotaryEmbedding, apply_rotary
-from polyshard.attention.selection import select_kernel
 from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequences
 from polyshard.core.context import ParallelContext
 from polyshard.core.discovery import load_adapter
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.linear import qkv_parallel, row_parallel
 from polyshard.core.norm import rms_norm
+from polyshard.core.weight_layout import Segment, WeightLayout
+from polyshard.core.weight_table import attach_layouts
 
 
 class TrainableFlashAttention(nn.Module):
@@ -38,6 +42,10 @@ class TrainableFlashAttention(nn.Module):
         qk_norm_eps: RMS norm of each query and key head before the rotary embedding, with this epsilon.
         rotary: makes cosines and sines from positions; None for no rotary embedding here (or to pass them in).
         sliding_window: see this many keys back, the query's own included.
+        softcap: bound on scores, `softcap tanh(s / softcap)` (Gemma 2).
+        alibi: take `slope |i - j|` from scores: True for the usual slopes, or one for each query head (Press et al.
+            2021, "Train Short, Test Long").
+        sinks: a learned logit of each head that takes part in the softmax and gives nothing (gpt-oss).
         layer_index: global index of the layer; a serving engine with pipeline stages needs it.
         kernel: force a kernel by name; also by the environment variable POLYSHARD_ATTENTION.
         linear: another library's layers for the projections.
@@ -45,6 +53,7 @@ class TrainableFlashAttention(nn.Module):
     Attributes:
         qkv: the fused projection, `qkv.weight` `[(q + 2 kv) head_dim, hidden_size]` of this rank.
         o_proj: the output projection.
+        sinks: `[heads]` of this rank; None without.
 
     Raises:
         LayoutError: heads that do not divide over the tensor axis.
@@ -67,6 +76,9 @@ class TrainableFlashAttention(nn.Module):
         qk_norm_eps: float | None = None,
         rotary: RotaryEmbedding | None = None,
         sliding_window: int | None = None,
+        softcap: float | None = None,
+        alibi: bool | Sequence[float] = False,
+        sinks: bool = False,
         layer_index: int | None = None,
         kernel: str | None = None,
         linear: Any = None,
@@ -74,10 +86,6 @@ class TrainableFlashAttention(nn.Module):
         super().__init__()
         if head_dim is None and hidden_size % num_heads:
             raise ConfigurationError(f"hidden size {hidden_size} is not a multiple of {num_heads} heads: give head_dim")
-        if not 0.0 <= dropout < 1.0:
-            raise ConfigurationError(f"dropout must lie in [0, 1), got {dropout}")
-        if sliding_window is not None and sliding_window < 1:
-            raise ConfigurationError(f"sliding_window must be at least 1, got {sliding_window}")
         head_dim = head_dim or hidden_size // num_heads
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         context = parallel_context or load_adapter("torch").initialize()
@@ -91,21 +99,33 @@ class TrainableFlashAttention(nn.Module):
             self.q_norm = rms_norm(head_dim, context, eps=qk_norm_eps, partial_gradient=True)
             self.k_norm = rms_norm(head_dim, context, eps=qk_norm_eps, partial_gradient=True)
         self.rotary = rotary
+        heads = num_heads // size
+        first = context.get_tensor_parallel_rank() * heads
+        slopes = slopes_of_heads(num_heads, alibi)
         self.spec = AttentionSpec(
-            num_heads=num_heads // size,
+            num_heads=heads,
             num_kv_heads=max(1, num_kv_heads // size),
             head_dim=head_dim,
             scale=head_dim**-0.5 if scale is None else scale,
             causal=causal,
             sliding_window=sliding_window,
+            softcap=softcap,
+            alibi_slopes=None if slopes is None else slopes[first : first + heads],
+            sinks=sinks,
             dropout=dropout,
             layer_index=layer_index,
-            head_offset=context.get_tensor_parallel_rank() * (num_heads // size),
+            head_offset=first,
         )
+        check_spec(self.spec)
+        self.sinks: nn.Parameter | None = None
+        if sinks:
+            self.sinks = nn.Parameter(torch.zeros(heads, device=context.device))
+            layout = WeightLayout(shape=(num_heads,), dim=0, segments=(Segment(size=num_heads),))
+            attach_layouts(self, {"sinks": layout}, context.get_tensor_parallel_rank(), size)
         self.kernel = kernel
         self.sequence_parallel = context.layout.sequence_parallel and size > 1
         factory = getattr(context, "attention", None)
-        self.core: AttentionCore | None = None if factory is None else factory(self.spec)
+        self.core: AttentionCore | None = None if factory is None else factory(self.spec, self.sinks)
 
     def forward(
         self,
@@ -151,7 +171,7 @@ class TrainableFlashAttention(nn.Module):
             if positions is None:
                 if sequences is None:
                     raise ConfigurationError("a serving engine has to pass positions")
-                positions = positions_of(sequences, q.device).view(lead)
+                positions = positions_of(sequences, lead.numel(), q.device).view(lead)
             rotary = self.rotary(positions, q.dtype)
         if rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
@@ -161,8 +181,7 @@ class TrainableFlashAttention(nn.Module):
             out = self.core(q, k, v, sequences)
         else:
             assert sequences is not None
-            kernel = select_kernel(spec, q.device, q.dtype, self.training, self.kernel)
-            out = kernel(q, k, v, sequences, spec, self.training)
+            out = run_kernel(q, k, v, sequences, spec, self.training, self.kernel, sinks=self.sinks)
         return self.o_proj(out.reshape(*lead, -1))
 
     def _sequences(self, lead: torch.Size, cu_seqlens: torch.Tensor | None, device: torch.device) -> PackedSequences:
@@ -172,4 +191,4 @@ class TrainableFlashAttention(nn.Module):
             return batch_of(lead[0], lead[1], device)
         if cu_seqlens is None:
             return batch_of(1, lead[0], device)
-        return packed(cu_seqlens, lead[0])
+        return pack(cu_seqlens, lead[0])

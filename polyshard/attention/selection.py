@@ -4,29 +4,72 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 
 import torch
 
-from polyshard.attention.kernels.chunked import Chunked
-from polyshard.attention.kernels.cpu_flash import CpuFlash
+from polyshard.attention.kernels.cpu import Chunked, Cpu, CpuFlash
+from polyshard.attention.kernels.flash_attn_2 import FlashAttn2
+from polyshard.attention.kernels.flash_attn_3 import FlashAttn3
+from polyshard.attention.kernels.flash_attn_4 import FlashAttn4
+from polyshard.attention.kernels.flex import Flex
 from polyshard.attention.kernels.protocol import AttentionKernel
 from polyshard.attention.kernels.torch_varlen import TorchVarlen
 from polyshard.core.attention import AttentionSpec
 from polyshard.core.capabilities import Accepted, Rejected
+from polyshard.core.discovery import adapter_names, load_adapter
 from polyshard.core.errors import ConfigurationError
 
-KERNELS: Sequence[AttentionKernel] = (TorchVarlen(), CpuFlash(), Chunked())  # fastest first
+# Fastest first; flex stands after the CPU's own, as there it has no backward and is slower.
+KERNELS: Sequence[AttentionKernel] = (
+    FlashAttn4(),
+    FlashAttn3(),
+    FlashAttn2(),
+    TorchVarlen(),
+    Cpu(),
+    CpuFlash(),
+    Flex(),
+    Chunked(),
+)
 
 ENVIRONMENT_VARIABLE = "POLYSHARD_ATTENTION"
 
 
-def explain(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool) -> list[Accepted | Rejected]:
-    """The verdict on every kernel, fastest first."""
-    verdicts: list[Accepted | Rejected] = []
+@cache
+def servers_kernels() -> Sequence[AttentionKernel]:
+    """The kernels of serving engines, from adapters with an attribute `attention_kernels`; taken by name alone.
+
+    They give a server's own numbers, and cost the import of that server.
+    """
+    found: list[AttentionKernel] = []
+    for name in adapter_names():
+        adapter = load_adapter(name)
+        if adapter.requirement.version() is not None:
+            found += getattr(adapter, "attention_kernels", ())
+    return tuple(found)
+
+
+def kernel_named(name: str) -> AttentionKernel:
+    """A kernel by its name.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
     for kernel in KERNELS:
-        reason = kernel.rejects(spec, device, dtype, training)
-        verdicts.append(Accepted(kernel.name) if reason is None else Rejected(kernel.name, reason))
-    return verdicts
+        if kernel.name == name:
+            return kernel
+    for kernel in servers_kernels():
+        if kernel.name == name:
+            return kernel
+    known = [kernel.name for kernel in (*KERNELS, *servers_kernels())]
+    raise ConfigurationError(f"unknown attention kernel {name!r}; known: {', '.join(known)}")
+
+
+def explain(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool) -> list[Accepted | Rejected]:
+    """The verdict on every kernel: fastest first, then those that are taken by name alone."""
+    asked = _asked(spec, training)
+    return [_verdict(kernel, asked, device, dtype, training) for kernel in (*KERNELS, *servers_kernels())]
 
 
 def select_kernel(
@@ -38,20 +81,37 @@ def select_kernel(
         spec: the request.
         device: of the tensors.
         dtype: of the tensors.
-        training: whether dropout applies.
+        training: whether dropout applies, and a backward will come.
         name: force this kernel; default the environment variable POLYSHARD_ATTENTION, else free choice.
 
     Raises:
         ConfigurationError: the forced kernel is unknown or cannot do it, or none can; the message gives each reason.
     """
-    forced = name or os.environ.get(ENVIRONMENT_VARIABLE) or None
-    known = {kernel.name: kernel for kernel in KERNELS}
-    if forced is not None and forced not in known:
-        raise ConfigurationError(f"unknown attention kernel {forced!r}; known: {', '.join(known)}")
-    verdicts = explain(spec, device, dtype, training)
-    for verdict in verdicts:
-        if isinstance(verdict, Accepted) and forced in (None, verdict.name):
-            return known[verdict.name]
-    reasons = "; ".join(str(v) for v in verdicts if isinstance(v, Rejected) and forced in (None, v.name))
+    return _select(_asked(spec, training), device, dtype, training, name or os.environ.get(ENVIRONMENT_VARIABLE))
+
+
+@cache
+def _select(
+    spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool, forced: str | None
+) -> AttentionKernel:
+    candidates = [kernel_named(forced)] if forced else KERNELS
+    reasons = []
+    for kernel in candidates:
+        verdict = _verdict(kernel, spec, device, dtype, training)
+        if isinstance(verdict, Accepted):
+            return kernel
+        reasons.append(str(verdict))
     wanted = f"attention kernel {forced!r} was asked for, but" if forced else "no attention kernel fits:"
-    raise ConfigurationError(f"{wanted} {reasons}")
+    raise ConfigurationError(f"{wanted} {'; '.join(reasons)}")
+
+
+def _verdict(
+    kernel: AttentionKernel, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool
+) -> Accepted | Rejected:
+    reason = kernel.rejects(spec, device, dtype, training)
+    return Accepted(kernel.name) if reason is None else Rejected(kernel.name, reason)
+
+
+def _asked(spec: AttentionSpec, training: bool) -> AttentionSpec:
+    """Without dropout where it does not apply, and without what no kernel depends on."""
+    return replace(spec, dropout=spec.dropout if training else 0.0, layer_index=None)

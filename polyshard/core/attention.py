@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,13 +12,20 @@ import torch
 class AttentionSpec:
     """What one attention layer asks of its kernel; head counts are this rank's.
 
+    The score of query position `i` and key position `j` is `s = scale q·k`, then `softcap tanh(s / softcap)`, then
+    `s - slope |i - j|`; the weights are the softmax over the keys seen and, where there are sinks, the head's sink.
+
     Attributes:
         num_heads: query heads on this rank.
         num_kv_heads: key and value heads on this rank; divides `num_heads`.
-        head_dim: size of one head.
+        head_dim: size of one query or key head.
+        value_dim: size of one value head; None for `head_dim`.
         scale: factor on q·k before the softmax.
         causal: keys after the query's position are masked.
-        sliding_window: keys `j` with `0 <= i - j < sliding_window` are seen; None for all.
+        sliding_window: keys `j` with `|i - j| < sliding_window` are seen; None for all.
+        softcap: bound on scores, by tanh; None for none.
+        alibi_slopes: one for each of this rank's query heads; None for no bias by distance.
+        sinks: whether each head has a learned logit that takes part in the softmax and gives nothing.
         dropout: probability of dropping an attention weight in training.
         layer_index: global index of the layer, where the user gave one.
         head_offset: global index of this rank's first query head (dropout is a function of the global head).
@@ -29,29 +35,43 @@ class AttentionSpec:
     num_kv_heads: int
     head_dim: int
     scale: float
+    value_dim: int | None = None
     causal: bool = True
     sliding_window: int | None = None
+    softcap: float | None = None
+    alibi_slopes: tuple[float, ...] | None = None
+    sinks: bool = False
     dropout: float = 0.0
     layer_index: int | None = None
     head_offset: int = 0
 
+    @property
+    def v_dim(self) -> int:
+        """Size of one value head."""
+        return self.head_dim if self.value_dim is None else self.value_dim
+
 
 @dataclass(frozen=True, slots=True)
 class PackedSequences:
-    """Sequences laid end to end.
+    """Sequences laid end to end. Make them by `polyshard.pack` once for a step, and hand them to every layer.
 
     Attributes:
         cu_seqlens: int32 `[sequences + 1]`, cumulative lengths from 0 to the number of tokens, on the device.
-        lengths: the same lengths as Python integers; kernels on CPU loop over them.
+        host: the same on the CPU (the same tensor where that is the device): a kernel reads it without waiting.
     """
 
     cu_seqlens: torch.Tensor
-    lengths: tuple[int, ...]
+    host: torch.Tensor
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Length of each sequence."""
+        return tuple(self.host.diff().tolist())
 
     @property
     def max_length(self) -> int:
         """Length of the longest sequence."""
-        return max(self.lengths, default=0)
+        return int(self.host.diff().max()) if len(self.host) > 1 else 0
 
 
 class AttentionCore(Protocol):
@@ -65,13 +85,22 @@ class AttentionCore(Protocol):
         Args:
             q: `[tokens, heads, head_dim]`, rotary embedding applied.
             k: `[tokens, kv_heads, head_dim]`, rotary embedding applied.
-            v: `[tokens, kv_heads, head_dim]`.
+            v: `[tokens, kv_heads, value_dim]`.
             sequences: where each sequence begins; None in a server, which knows it from its own metadata.
 
         Returns:
-            `[tokens, heads, head_dim]`.
+            `[tokens, heads, value_dim]`.
         """
         ...
 
 
-AttentionFactory = Callable[[AttentionSpec], AttentionCore]
+class AttentionFactory(Protocol):
+    """Makes the attention core of one layer of a served model."""
+
+    def __call__(self, spec: AttentionSpec, sinks: torch.Tensor | None = None) -> AttentionCore:
+        """The core for `spec`; `sinks` is the layer's parameter `[heads]`, loaded later.
+
+        Raises:
+            RegistrationError: the server's attention lacks a feature of `spec`.
+        """
+        ...

@@ -25,10 +25,10 @@ def generator_for(name: str, seed: int) -> torch.Generator:
 
 
 def normal_initializer(std: float = 0.02) -> Initializer:
-    """Matrices from N(0, std²), biases 0, other vectors (norms) 1, all in float32."""
+    """Matrices from N(0, std²), biases and attention sinks 0, other vectors (norms) 1, all in float32."""
 
     def initialize(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-        if name.endswith("bias"):
+        if name.endswith(("bias", "sinks")):
             return torch.zeros(shape, dtype=torch.float32)
         if len(shape) < 2:
             return torch.ones(shape, dtype=torch.float32)

@@ -62,6 +62,13 @@ class VllmAdapter:
         return VllmLinearAdapter()
 
     @property
+    def attention_kernels(self) -> tuple[Any, ...]:
+        """The engine's own attention kernel, with a backward; vLLM is imported when it is used."""
+        from polyshard.adapters.vllm.kernel import VllmKernel
+
+        return (VllmKernel(),)
+
+    @property
     def host(self) -> ModelHost:
         """vLLM's engine as a host of models."""
         self.requirement.require()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from itertools import count
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from polyshard.adapters.vllm.compat import Attention, VllmConfig
 from polyshard.core.attention import AttentionFactory, AttentionSpec, PackedSequences
@@ -13,44 +15,81 @@ from polyshard.core.errors import RegistrationError
 
 
 class PagedAttention(nn.Module):
-    """`AttentionCore` by vLLM's attention layer, which finds batch and cache in vLLM's forward context."""
+    """`AttentionCore` by vLLM's attention layer, which finds batch and cache in vLLM's forward context.
 
-    def __init__(self, spec: AttentionSpec, vllm_config: VllmConfig, layer_name: str) -> None:
+    Its cache holds keys and values of one size: the smaller of the two is filled up with zeros, which changes no
+    score and no output.
+    """
+
+    def __init__(
+        self, spec: AttentionSpec, vllm_config: VllmConfig, layer_name: str, sinks: torch.Tensor | None
+    ) -> None:
         super().__init__()
         if not spec.causal:
             raise RegistrationError("vLLM serves causal decoders: an attention with causal=False cannot be served")
-        self.attention = Attention(
-            spec.num_heads,
-            spec.head_dim,
-            spec.scale,
-            num_kv_heads=spec.num_kv_heads,
-            cache_config=vllm_config.cache_config,
-            quant_config=vllm_config.quant_config,
-            per_layer_sliding_window=spec.sliding_window,
-            prefix=layer_name,
-        )
+        self.spec = spec
+        self.head_dim = max(spec.head_dim, spec.v_dim)
+        features = _features(spec, sinks)
+        try:
+            self.attention = Attention(
+                spec.num_heads,
+                self.head_dim,
+                spec.scale,
+                num_kv_heads=spec.num_kv_heads,
+                cache_config=vllm_config.cache_config,
+                quant_config=vllm_config.quant_config,
+                per_layer_sliding_window=spec.sliding_window,
+                prefix=layer_name,
+                **features,
+            )
+        except (TypeError, ValueError, NotImplementedError) as error:
+            asked = ", ".join(["sliding_window"] * (spec.sliding_window is not None) + sorted(features)) or "nothing"
+            raise RegistrationError(
+                f"vLLM has no attention for {layer_name}, which asks for {asked}: {error}"
+            ) from error
+        if self.attention.sliding_window != spec.sliding_window:
+            # vLLM falls back on the config's window where a layer names none.
+            raise RegistrationError(
+                f"{layer_name} asks for sliding_window={spec.sliding_window}, but vLLM reads "
+                f"{self.attention.sliding_window} from the model's config: make both say the same "
+                "(hf_overrides={'sliding_window': None} for a model without one)"
+            )
         backend = self.attention.attn_backend
         sizes = getattr(backend, "get_supported_head_sizes", list)()
-        if sizes and spec.head_dim not in sizes:
+        if sizes and self.head_dim not in sizes:
             raise RegistrationError(
-                f"head dimension {spec.head_dim} is not supported by vLLM's attention backend {backend.get_name()}, "
+                f"head dimension {self.head_dim} is not supported by vLLM's attention backend {backend.get_name()}, "
                 f"which has {sorted(sizes)}"
             )
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PackedSequences | None
     ) -> torch.Tensor:
-        """`[tokens, heads, head_dim]`; `sequences` is vLLM's affair."""
-        out = self.attention(q.flatten(-2), k.flatten(-2), v.flatten(-2))
-        return out.view(q.shape)
+        """`[tokens, heads, value_dim]`; `sequences` is vLLM's affair."""
+        size = self.head_dim
+        q, k, v = (t if t.shape[-1] == size else F.pad(t, (0, size - t.shape[-1])) for t in (q, k, v))
+        out = self.attention(q.flatten(-2), k.flatten(-2), v.flatten(-2)).view(q.shape)
+        return out if self.spec.v_dim == size else out[..., : self.spec.v_dim]
+
+
+def _features(spec: AttentionSpec, sinks: torch.Tensor | None) -> dict[str, Any]:
+    """What only some backends have: handed over where it is asked for."""
+    features: dict[str, Any] = {}
+    if spec.softcap is not None:
+        features["logits_soft_cap"] = spec.softcap
+    if spec.alibi_slopes is not None:
+        features["alibi_slopes"] = list(spec.alibi_slopes)
+    if sinks is not None:
+        features["sinks"] = sinks
+    return features
 
 
 def paged_attention_factory(vllm_config: VllmConfig) -> AttentionFactory:
     """Makes the attention cores of one model; a layer without an index takes the next one, for a name of its own."""
     next_index = count()
 
-    def create(spec: AttentionSpec) -> PagedAttention:
+    def create(spec: AttentionSpec, sinks: torch.Tensor | None = None) -> PagedAttention:
         index = next(next_index) if spec.layer_index is None else spec.layer_index
-        return PagedAttention(spec, vllm_config, f"model.layers.{index}.self_attn.attn")
+        return PagedAttention(spec, vllm_config, f"model.layers.{index}.self_attn.attn", sinks)
 
     return create

@@ -40,6 +40,10 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+from vllm.v1.attention.backends import cpu_attn
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+from polyshard.attention.kernels.protocol import AttentionCall
 
 __all__ = [
     "DEFAULT_VOCAB_PADDING_SIZE",
@@ -60,6 +64,10 @@ __all__ = [
     "WeightTransferInitInfo",
     "WeightTransferUpdateInfo",
     "begin_reload",
+    "cpu_attention",
+    "cpu_head_sizes",
+    "cuda_flash_attention",
+    "cuda_flash_version",
     "end_reload",
     "engine_dtype",
     "get_pp_group",
@@ -70,6 +78,77 @@ __all__ = [
     "register_transfer",
     "unfinished_requests",
 ]
+
+
+_CPU_BLOCK = 32  # tokens of a cache block; vLLM's CPU kernel takes multiples of it
+
+
+def cpu_head_sizes() -> tuple[int, ...]:
+    """Head dimensions of vLLM's CPU attention."""
+    return tuple(CPUAttentionBackend.get_supported_head_sizes())
+
+
+def cpu_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+    """vLLM's CPU attention of packed sequences, through a paged cache that lasts for the call.
+
+    Keys are not split over threads (VLLM_CPU_ATTN_SPLIT_KV=0 gives the same in an engine): then a token's output does
+    not depend on how a batch is cut (`facts`: bitwise, in float32 and bfloat16).
+
+    Source: v1/attention/backends/cpu_attn.py, CPUAttentionBackendImpl.forward.
+    """
+    from vllm import _custom_ops as operators
+
+    spec, heads, size = call.spec, k.shape[1], k.shape[2]
+    lengths = call.keys.host.diff()
+    blocks = (lengths + _CPU_BLOCK - 1) // _CPU_BLOCK
+    first = blocks.cumsum(0) - blocks
+    table = first[:, None] + torch.arange(max(1, int(blocks.max())))
+    token = torch.arange(k.shape[0]) - call.keys.host[:-1].repeat_interleave(lengths)
+    slots = first.repeat_interleave(lengths) * _CPU_BLOCK + token
+    cache = k.new_zeros(int(blocks.sum()), heads, 2 * _CPU_BLOCK, size)
+    keys, values = cache.chunk(2, dim=2)
+    kind = cpu_attn._get_attn_isa(q.dtype, _CPU_BLOCK, size, "auto")
+    operators.cpu_attn_reshape_and_cache(k.contiguous(), v.contiguous(), keys, values, slots.to(torch.int64), kind)
+    window = -1 if spec.sliding_window is None else spec.sliding_window
+    seen, bounds = lengths.to(torch.int32), call.queries.host.to(torch.int32)
+    plan = operators.cpu_attn_get_scheduler_metadata(
+        len(seen), q.shape[1], heads, size, seen, q.dtype, bounds, spec.causal, window, kind, False
+    )
+    sinks = call.sinks
+    if sinks is not None and sinks.dtype not in (torch.bfloat16, torch.float32):
+        sinks = sinks.float()
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    operators.cpu_attention_with_kv_cache(
+        q.contiguous(),
+        keys,
+        values,
+        out,
+        bounds,
+        seen,
+        spec.scale,
+        spec.causal,
+        call.alibi_slopes,
+        window,
+        table.to(torch.int32),
+        spec.softcap or 0.0,
+        plan,
+        sinks,
+    )
+    return out
+
+
+def cuda_flash_attention() -> Any:
+    """vLLM's bundled flash-attention: forward alone."""
+    from vllm.vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func
+
+    return flash_attn_varlen_func
+
+
+def cuda_flash_version(head_dim: int) -> int:
+    """Which of its versions an engine takes on this device."""
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    return get_flash_attn_version(head_size=head_dim) or 2
 
 
 # The shard ids that vLLM's fused layers' weight loaders take, by segment.

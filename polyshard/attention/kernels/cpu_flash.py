@@ -1,107 +1,62 @@
-"""torch's flash attention for CPU over packed sequences.
-
-One autograd function calls torch's operator once for each run of neighbouring sequences of equal length, forward and
-backward. Measured by benchmarks/attention.py (one thread, AMD Zen 4): padding costs up to 4.5 times as much on mixed
-lengths and a block mask up to 23 times; a loop over SDPA is on a par for long sequences, and up to 1.15 times on
-many short ones.
-"""
+"""torch's flash attention for CPU, over one run of sequences of equal length at a time."""
 
 from __future__ import annotations
 
-from itertools import groupby
-from typing import Any
-
 import torch
 
-from polyshard.core.attention import AttentionSpec, PackedSequences
+from polyshard.attention.kernels.protocol import AttentionCall
+from polyshard.attention.kernels.tiles import Run
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def _runs(lengths: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    """(first token, number of sequences, length) of each run of equal lengths; empty sequences are left out."""
-    runs, start = [], 0
-    for length, group in groupby(lengths):
-        count = len(list(group))
-        if length:
-            runs.append((start, count, length))
-        start += count * length
-    return runs
+def fits(run: Run, call: AttentionCall) -> bool:
+    """Whether the operator computes this run: its causal mask is aligned at the first query and the first key."""
+    return run.shift == 0 or (not call.spec.causal and call.spec.sliding_window is None)
 
 
-def _batch(packed: torch.Tensor, start: int, count: int, length: int) -> torch.Tensor:
-    """`[tokens, heads, dim]` to a view `[count, heads, length, dim]` of one run."""
-    return packed[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2)
+def forward_run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    run: Run,
+    call: AttentionCall,
+    out: torch.Tensor,
+    logsumexp: torch.Tensor,
+) -> None:
+    """Fill a run's part of `out` and `logsumexp`."""
+    queries, keys, values = _queries(q, run), _keys(k, run), _keys(v, run)
+    part, total = _FORWARD(queries, keys, values, 0.0, call.spec.causal, scale=call.spec.scale)
+    _queries(out, run).copy_(part)
+    _queries(logsumexp, run).copy_(total)
 
 
-class _PackedFlash(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        runs: list[tuple[int, int, int]],
-        causal: bool,
-        scale: float,
-    ) -> torch.Tensor:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        logsumexps = []
-        for run in runs:
-            part, logsumexp = _FORWARD(_batch(q, *run), _batch(k, *run), _batch(v, *run), 0.0, causal, scale=scale)
-            _batch(out, *run).copy_(part)
-            logsumexps.append(logsumexp)
-        ctx.save_for_backward(q, k, v, out, *logsumexps)
-        ctx.runs, ctx.causal, ctx.scale = runs, causal, scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, *logsumexps = ctx.saved_tensors
-        grad_q, grad_k, grad_v = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-        for run, logsumexp in zip(ctx.runs, logsumexps):
-            parts = _BACKWARD(
-                _batch(gradients[0], *run),
-                _batch(q, *run),
-                _batch(k, *run),
-                _batch(v, *run),
-                _batch(out, *run),
-                logsumexp,
-                0.0,
-                ctx.causal,
-                scale=ctx.scale,
-            )
-            for target, part in zip((grad_q, grad_k, grad_v), parts):
-                _batch(target, *run).copy_(part)
-        return grad_q, grad_k, grad_v, None, None, None
+def backward_run(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    logsumexp: torch.Tensor,
+    run: Run,
+    call: AttentionCall,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:
+    """Fill a run's part of the gradients of q, k and v."""
+    queries, keys, values = _queries(q, run), _keys(k, run), _keys(v, run)
+    total = _queries(logsumexp, run).contiguous()
+    rest = (_queries(out, run), total, 0.0, call.spec.causal)
+    parts = _BACKWARD(_queries(grad_out, run), queries, keys, values, *rest, scale=call.spec.scale)
+    _queries(grads[0], run).copy_(parts[0])
+    _keys(grads[1], run).copy_(parts[1])
+    _keys(grads[2], run).copy_(parts[2])
 
 
-class CpuFlash:
-    """torch's `_scaled_dot_product_flash_attention_for_cpu`; grouped-query natively."""
+def _queries(packed: torch.Tensor, run: Run) -> torch.Tensor:
+    """`[tokens, heads, ...]` to a view `[count, heads, rows, ...]` of one run."""
+    return packed[run.query : run.query + run.count * run.rows].unflatten(0, (run.count, run.rows)).transpose(1, 2)
 
-    name = "cpu_flash"
 
-    def rejects(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
-        """See `AttentionKernel`."""
-        if device.type != "cpu":
-            return f"needs a CPU, not {device.type}"
-        if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            return f"has no {dtype}"
-        if spec.dropout and training:
-            return "has no dropout"
-        if spec.sliding_window is not None:
-            return "has no sliding window"
-        return None
-
-    def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sequences: PackedSequences,
-        spec: AttentionSpec,
-        training: bool,
-    ) -> torch.Tensor:
-        """See `AttentionKernel`."""
-        return _PackedFlash.apply(q, k, v, _runs(sequences.lengths), spec.causal, spec.scale)
+def _keys(packed: torch.Tensor, run: Run) -> torch.Tensor:
+    return packed[run.key : run.key + run.count * run.keys].unflatten(0, (run.count, run.keys)).transpose(1, 2)

@@ -1,0 +1,130 @@
+"""The kernel that vLLM's engine itself uses, with a backward: a trainer's forward has the server's numbers.
+
+vLLM's kernels are forward alone. What autograd would make of them is silence (no gradient, or zeros); here the
+backward is supplied, from q, k, v, the output and the logsumexp.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch.nn import functional as F
+
+from polyshard.attention.kernels import operator
+from polyshard.attention.kernels.chunked import add_logsumexp
+from polyshard.attention.kernels.cpu import Chunked
+from polyshard.attention.kernels.flash_limits import flash_rejects, window_of
+from polyshard.attention.kernels.protocol import AttentionCall
+from polyshard.attention.kernels.tiles import runs
+from polyshard.attention.kernels.torch_varlen import TorchVarlen
+from polyshard.core.attention import AttentionSpec
+from polyshard.core.errors import ConfigurationError
+
+
+class VllmKernel:
+    """CPU: vLLM's paged CPU attention over a cache made for the call. CUDA: its bundled flash-attention."""
+
+    name = "vllm"
+    native_sinks = True
+
+    def rejects(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
+        """See `AttentionKernel`."""
+        if spec.dropout:
+            return "has no dropout"
+        if device.type == "cuda":
+            return flash_rejects(spec, device, dtype, (8, 0))
+        if device.type != "cpu":
+            return f"needs CUDA or a CPU, not {device.type}"
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"has no {dtype}"
+        from polyshard.adapters.vllm import compat
+
+        if max(spec.head_dim, spec.v_dim) > max(compat.cpu_head_sizes()):
+            return f"needs head dimensions up to {max(compat.cpu_head_sizes())}, not {spec.head_dim}"
+        if not spec.causal and spec.sliding_window is not None:
+            return "has no window around the query, only one before it"
+        return None
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See `AttentionKernel`."""
+        return operator.attend(self, q, k, v, call, sinks)
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `BlockKernel`."""
+        if q.device.type == "cuda":
+            return *_cuda_forward(q, k, v, call), q.new_empty(0)
+        out = _cpu_forward(q, k, v, call)
+        logsumexp = torch.full(q.shape[:2], -math.inf, dtype=torch.float32, device=q.device)
+        if call.logsumexp:
+            for run in runs(call):
+                add_logsumexp(q, k, run, call, logsumexp)
+            if call.sinks is not None:
+                logsumexp = torch.logaddexp(logsumexp, call.sinks.float())
+        return out, logsumexp, q.new_empty(0)
+
+    def backward(
+        self,
+        grad_out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        logsumexp: torch.Tensor,
+        saved: torch.Tensor,
+        call: AttentionCall,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `BlockKernel`."""
+        kernel = TorchVarlen()
+        spec = call.spec
+        if kernel.rejects(spec, q.device, q.dtype, True) is not None or call.alibi_slopes is not None:
+            kernel = Chunked()
+        call = replace(call, save=False)  # this forward keeps no weights
+        return kernel.backward(grad_out, q, k, v, out, logsumexp, saved, call)
+
+
+def _cpu_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+    from polyshard.adapters.vllm import compat
+
+    needed, value_dim = max(q.shape[2], v.shape[2]), v.shape[2]
+    size = min(head for head in compat.cpu_head_sizes() if head >= needed)
+    q, k, v = (F.pad(t, (0, size - t.shape[2])) for t in (q, k, v))
+    seen = call.queries.lengths, call.keys.lengths
+    if not q.shape[0] or not k.shape[0]:
+        return q.new_zeros((*q.shape[:2], value_dim))
+    if any(rows > keys for rows, keys in zip(*seen)):
+        raise ConfigurationError(
+            "vLLM's CPU kernel has no queries before the first key: give each sequence as many keys"
+        )
+    return compat.cpu_attention(q, k, v, call)[..., :value_dim].contiguous()
+
+
+def _cuda_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from polyshard.adapters.vllm import compat
+
+    spec = call.spec
+    out, logsumexp = compat.cuda_flash_attention()(
+        q,
+        k,
+        v,
+        max_seqlen_q=call.queries.max_length,
+        cu_seqlens_q=call.queries.cu_seqlens,
+        max_seqlen_k=call.keys.max_length,
+        cu_seqlens_k=call.keys.cu_seqlens,
+        softmax_scale=spec.scale,
+        causal=spec.causal,
+        window_size=list(window_of(spec)),
+        softcap=spec.softcap or 0.0,
+        alibi_slopes=call.alibi_slopes,
+        return_softmax_lse=True,
+        fa_version=compat.cuda_flash_version(spec.head_dim),
+        s_aux=call.sinks,
+    )
+    return out, logsumexp.transpose(0, 1).contiguous()

@@ -1,0 +1,143 @@
+"""How packed sequences are cut for the chunked kernel: runs of equal sequences, groups of them, tiles of queries."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+
+from polyshard.attention.kernels.protocol import AttentionCall
+from polyshard.core.attention import AttentionSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring sequences alike in lengths and alignment.
+
+    Attributes:
+        query: row of the first query token.
+        key: row of the first key token.
+        count: sequences.
+        rows: queries of each.
+        keys: keys of each.
+        shift: position of a sequence's first query less position of its first key.
+        query_id: by which dropout knows the first query token.
+        key_id: the same of the first key token.
+    """
+
+    query: int
+    key: int
+    count: int
+    rows: int
+    keys: int
+    shift: int
+    query_id: int
+    key_id: int
+
+    def part(self, first: int, count: int) -> Run:
+        """`count` of the sequences, from the one numbered `first`."""
+        return Run(
+            self.query + first * self.rows,
+            self.key + first * self.keys,
+            count,
+            self.rows,
+            self.keys,
+            self.shift,
+            self.query_id + first * self.rows,
+            self.key_id + first * self.keys,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Queries `[first, last)` of each sequence of a run, and the keys `[low, high)` that some of them see."""
+
+    first: int
+    last: int
+    low: int
+    high: int
+
+
+def runs(call: AttentionCall) -> list[Run]:
+    """The sequences of a call that have queries, in order."""
+    rows, keys = call.queries.lengths, call.keys.lengths
+    query_starts, key_starts = list(accumulate(rows, initial=0)), list(accumulate(keys, initial=0))
+    shifts = call.shifts or tuple(n - m for m, n in zip(rows, keys))
+    query_ids, key_ids = call.query_ids or query_starts, call.key_ids or key_starts
+    found: list[Run] = []
+    for i, (m, n) in enumerate(zip(rows, keys)):
+        if m == 0:
+            continue
+        this = Run(query_starts[i], key_starts[i], 1, m, n, shifts[i], query_ids[i], key_ids[i])
+        if found and found[-1].part(found[-1].count, 1) == this:
+            found[-1] = replace(found[-1], count=found[-1].count + 1)
+        else:
+            found.append(this)
+    return found
+
+
+def groups(run: Run, elements_of_one: int, budget: int) -> Iterator[Run]:
+    """Parts of a run whose scores of one tile stay within `budget` elements: in the processor's cache."""
+    most = max(1, budget // max(1, elements_of_one))
+    for first in range(0, run.count, most):
+        yield run.part(first, min(most, run.count - first))
+
+
+def tiles(run: Run, spec: AttentionSpec, rows: int) -> Iterator[Tile]:
+    """The tiles of one sequence of `run`; one that sees no key has `low == high`."""
+    window = spec.sliding_window
+    for first in range(0, run.rows, rows):
+        last = min(first + rows, run.rows)
+        low, high = 0, run.keys
+        if spec.causal:
+            high = min(high, last + run.shift)
+        elif window is not None:
+            high = min(high, last - 1 + run.shift + window)
+        if window is not None:
+            low = max(low, first + run.shift - window + 1)
+        yield Tile(first, last, low, high) if low < high else Tile(first, last, 0, 0)
+
+
+def every_row_sees(run: Run, tile: Tile, spec: AttentionSpec) -> bool:
+    """Whether no query of a tile is left without a key."""
+    ends = run.keys if spec.sliding_window is None else run.keys + spec.sliding_window - 1
+    return run.shift >= 0 and tile.last - 1 + run.shift < ends
+
+
+def hidden(run: Run, tile: Tile, spec: AttentionSpec, like: torch.Tensor) -> tuple[torch.Tensor | None, int]:
+    """What is masked: float 0 or -inf, `[rows, 1, columns]` for the tile's keys from the returned column on."""
+    first, last = tile.first + run.shift, tile.last + run.shift
+    window = spec.sliding_window
+    past = window is not None and last - 1 - tile.low >= window
+    future = not spec.causal and window is not None and tile.high - 1 - first >= window
+    if past or future:
+        column = 0
+    elif spec.causal and tile.high - 1 > first:
+        column = max(0, first + 1 - tile.low)
+    else:
+        return None, 0
+    distance = first - (tile.low + column)
+    size = (last - first, tile.high - tile.low - column)
+    return _mask(*size, distance, spec.causal, window, like.dtype, like.device), column
+
+
+@functools.lru_cache(maxsize=256)
+def _mask(
+    rows: int,
+    columns: int,
+    distance: int,
+    causal: bool,
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    """`distance`: position of the first row less position of the first column."""
+    apart = torch.arange(rows, device=device)[:, None] + distance - torch.arange(columns, device=device)[None]
+    mask = apart < 0 if causal else torch.zeros_like(apart, dtype=torch.bool)
+    if window is not None:
+        mask |= apart.abs() >= window
+    return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(mask, -math.inf).unsqueeze(1)
