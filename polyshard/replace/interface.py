@@ -1,0 +1,62 @@
+"""polyshard's attention as one of transformers' implementations: modules that were kept use it, and masks come right.
+
+Source: transformers 5, modeling_utils.AttentionInterface and masking_utils.AttentionMaskInterface.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyshard.core.errors import ConfigurationError
+from polyshard.replace.module import attend_batch
+
+IMPLEMENTATION = "polyshard"
+
+
+def register() -> None:
+    """Make the implementation known to transformers; it changes no model that does not ask for it."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flash_attention_mask
+
+    AttentionInterface.register(IMPLEMENTATION, attend)
+    AttentionMaskInterface.register(IMPLEMENTATION, flash_attention_mask)
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """`query`, `key` and `value` `[batch, heads, seq, head_dim]` to `[batch, seq, heads, head_dim]`."""
+    for name in ("position_bias", "head_mask"):
+        if kwargs.get(name) is not None:
+            raise ConfigurationError(
+                f"{type(module).__name__} passes {name}, which polyshard's attention does not take"
+            )
+    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    out = attend_batch(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attention_mask,
+        kwargs.get("cu_seq_lens_q"),
+        scale=scaling,
+        causal=causal,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        dropout=dropout,
+        sinks=s_aux,
+    )
+    return out, None

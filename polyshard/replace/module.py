@@ -1,0 +1,160 @@
+"""The module that takes an attention's place, called as transformers' decoder layers call theirs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from polyshard.attention.functional import packed_attention
+from polyshard.attention.module import TrainableFlashAttention
+from polyshard.attention.rotary import apply_rotary
+from polyshard.core.context import ParallelContext
+from polyshard.core.errors import ConfigurationError
+from polyshard.replace.recognise import Found
+
+
+class ReplacedAttention(TrainableFlashAttention):
+    """`TrainableFlashAttention` with another module's weights and calling convention.
+
+    Its checkpoint names are those of the module replaced. In a serving engine it takes that engine's cache.
+    """
+
+    def __init__(self, found: Found, context: ParallelContext | None, kernel: str | None) -> None:
+        first = found.projections[0].weight
+        with torch.device(first.device):
+            super().__init__(
+                found.hidden_size,
+                found.num_heads,
+                found.num_kv_heads,
+                found.head_dim,
+                dropout=found.dropout,
+                scale=found.scale,
+                causal=found.causal,
+                parallel_context=context,
+                qkv_bias=found.projections[0].bias is not None,
+                output_bias=found.output.bias is not None,
+                sliding_window=found.sliding_window,
+                softcap=found.softcap,
+                sinks=found.sinks is not None,
+                layer_index=found.layer_index,
+                kernel=kernel,
+            )
+        self.to(device=first.device, dtype=first.dtype)
+        self.uses_rotary = found.rotary
+        self.rotary_doubled = True  # whether cosine and sine come twice over, as in all but gpt-oss
+        if found.norms is not None:
+            for name, norm in zip(("q_norm", "k_norm"), found.norms):
+                setattr(self, name, norm)
+
+    def forward(  # pyrefly: ignore  # transformers' convention, not the parent's
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Attend.
+
+        Args:
+            hidden_states: `[batch, seq, hidden]`.
+            position_embeddings: cosine and sine, each `[batch, seq, rotary_dim]`, its halves alike, or one.
+            attention_mask: `[batch, keys]`, True or 1 where a token counts; None where all do.
+            past_key_values: transformers' cache, to which this layer's keys and values are added.
+            position_ids: `[batch, seq]`; where they begin again at 0 another sequence begins.
+            kwargs: `cu_seq_lens_q` gives boundaries; the rest says nothing about attention.
+
+        Returns:
+            `[batch, seq, hidden]`, and None for the weights, which no flash kernel has.
+        """
+        batch, length = hidden_states.shape[:2]
+        spec = self.spec
+        heads = self.qkv(hidden_states).unflatten(-1, (-1, spec.head_dim))
+        q, k, v = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=-2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if position_embeddings is not None and self.uses_rotary:
+            parts = 2 if self.rotary_doubled else 1
+            cos, sin = (t[..., : t.shape[-1] // parts].unsqueeze(-2) for t in position_embeddings)
+            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        if self.core is not None:
+            q, k, v = (t.reshape(-1, *t.shape[-2:]) for t in (q, k, v))
+            return self.o_proj(self.core(q, k, v, None).reshape(batch, length, -1)), None
+        if past_key_values is not None:
+            cached = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), spec.layer_index)
+            k, v = (t.transpose(1, 2) for t in cached)
+        bounds = kwargs.get("cu_seq_lens_q")
+        if bounds is None and attention_mask is None and past_key_values is None:
+            bounds = _boundaries(position_ids)
+        out = attend_batch(
+            q,
+            k,
+            v,
+            attention_mask,
+            bounds,
+            scale=spec.scale,
+            causal=spec.causal,
+            sliding_window=spec.sliding_window,
+            softcap=spec.softcap,
+            dropout=spec.dropout if self.training else 0.0,
+            sinks=self.sinks,
+            kernel=self.kernel,
+        )
+        return self.o_proj(out.flatten(-2)), None
+
+
+def attend_batch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    **features: Any,
+) -> torch.Tensor:
+    """Attention of a padded batch, or of one row that holds several sequences.
+
+    Args:
+        q: `[batch, seq, heads, head_dim]`.
+        k: `[batch, keys, kv_heads, head_dim]`; where there are more keys than queries, the queries are the last.
+        v: as `k`.
+        mask: `[batch, keys]`, where a token counts; None where all do.
+        cu_seqlens: boundaries in the batch laid end to end; None for one sequence a row.
+        features: of `packed_attention`.
+
+    Returns:
+        `[batch, seq, heads, head_dim]`; 0 where the mask is.
+
+    Raises:
+        ConfigurationError: the mask is not of that shape.
+    """
+    batch, length, keys = q.shape[0], q.shape[1], k.shape[1]
+    if mask is None:
+        if cu_seqlens is None:
+            cu_seqlens = torch.arange(batch + 1, device=q.device) * length
+        key_bounds = None if keys == length else torch.arange(batch + 1, device=q.device) * keys
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        return packed_attention(q, k, v, cu_seqlens, keys=key_bounds, **features).unflatten(0, (batch, length))
+    if mask.dim() != 2 or mask.shape != (batch, keys):
+        raise ConfigurationError(
+            f"the attention mask is {tuple(mask.shape)}, not [batch, keys] = {(batch, keys)}: flash kernels take masks "
+            "of whole tokens; let replace_with_trainable_attention set the model's attention implementation"
+        )
+    counts = mask.bool()
+    rows = counts[:, keys - length :]
+    bounds, key_bounds = (torch.cat((t.new_zeros(1, dtype=torch.int64), t.sum(1).cumsum(0))) for t in (rows, counts))
+    out = packed_attention(q[rows], k[counts], v[counts], bounds, keys=key_bounds, **features)
+    return q.new_zeros((*q.shape[:3], v.shape[-1])).masked_scatter(rows[..., None, None], out)
+
+
+def _boundaries(position_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """Where positions begin again within a row; None where they do not."""
+    if position_ids is None or position_ids.dim() != 2:
+        return None
+    starts = position_ids == 0
+    starts[:, 0] = True
+    if int(starts.sum()) == len(starts):
+        return None
+    flat = starts.flatten().nonzero().flatten()
+    return torch.cat((flat, flat.new_tensor([starts.numel()])))
