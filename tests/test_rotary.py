@@ -29,6 +29,12 @@ SCALINGS = {
         "beta_slow": 2,
     },
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * 16,
+        "long_factor": [1.0 + 0.5 * i for i in range(16)],
+    },
 }
 
 

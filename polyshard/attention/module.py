@@ -33,6 +33,7 @@ class TrainableFlashAttention(nn.Module):
         num_heads: query heads.
         num_kv_heads: key and value heads; default `num_heads`.
         head_dim: default `hidden_size / num_heads`.
+        value_dim: size of a value head; default `head_dim`.
         dropout: of attention weights, in training.
         scale: factor on q·k; default `head_dim ** -0.5`.
         causal: mask keys after the query.
@@ -71,6 +72,7 @@ class TrainableFlashAttention(nn.Module):
         causal: bool = True,
         parallel_context: ParallelContext | None = None,
         *,
+        value_dim: int | None = None,
         qkv_bias: bool = False,
         output_bias: bool = False,
         qk_norm_eps: float | None = None,
@@ -91,26 +93,29 @@ class TrainableFlashAttention(nn.Module):
         context = parallel_context or load_adapter("torch").initialize()
         size = context.get_tensor_parallel_world_size()
 
-        self.qkv = qkv_parallel(hidden_size, num_heads, num_kv_heads, head_dim, context, bias=qkv_bias, linear=linear)
-        self.o_proj = row_parallel(num_heads * head_dim, hidden_size, context, bias=output_bias, linear=linear)
+        value_dim = value_dim or head_dim
+        heads = (num_heads, num_kv_heads, head_dim)
+        self.qkv = qkv_parallel(hidden_size, *heads, context, bias=qkv_bias, value_dim=value_dim, linear=linear)
+        self.o_proj = row_parallel(num_heads * value_dim, hidden_size, context, bias=output_bias, linear=linear)
         self.q_norm = self.k_norm = None
         if qk_norm_eps is not None:
             # Each rank normalises its own heads: the weight's gradient is a sum over ranks.
             self.q_norm = rms_norm(head_dim, context, eps=qk_norm_eps, partial_gradient=True)
             self.k_norm = rms_norm(head_dim, context, eps=qk_norm_eps, partial_gradient=True)
         self.rotary = rotary
-        heads = num_heads // size
-        first = context.get_tensor_parallel_rank() * heads
+        local = num_heads // size
+        first = context.get_tensor_parallel_rank() * local
         slopes = slopes_of_heads(num_heads, alibi)
         self.spec = AttentionSpec(
-            num_heads=heads,
+            num_heads=local,
             num_kv_heads=max(1, num_kv_heads // size),
             head_dim=head_dim,
+            value_dim=value_dim,
             scale=head_dim**-0.5 if scale is None else scale,
             causal=causal,
             sliding_window=sliding_window,
             softcap=softcap,
-            alibi_slopes=None if slopes is None else slopes[first : first + heads],
+            alibi_slopes=None if slopes is None else slopes[first : first + local],
             sinks=sinks,
             dropout=dropout,
             layer_index=layer_index,
@@ -119,7 +124,7 @@ class TrainableFlashAttention(nn.Module):
         check_spec(self.spec)
         self.sinks: nn.Parameter | None = None
         if sinks:
-            self.sinks = nn.Parameter(torch.zeros(heads, device=context.device))
+            self.sinks = nn.Parameter(torch.zeros(local, device=context.device))
             layout = WeightLayout(shape=(num_heads,), dim=0, segments=(Segment(size=num_heads),))
             attach_layouts(self, {"sinks": layout}, context.get_tensor_parallel_rank(), size)
         self.kernel = kernel
@@ -158,8 +163,10 @@ class TrainableFlashAttention(nn.Module):
         qkv = self.qkv(hidden_states)
         lead = qkv.shape[:-1]
         spec = self.spec
-        heads = qkv.unflatten(-1, (-1, spec.head_dim))
-        q, k, v = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=-2)
+        sizes = [spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.num_kv_heads * spec.v_dim]
+        q, k, v = qkv.split(sizes, dim=-1)
+        q, k = q.unflatten(-1, (-1, spec.head_dim)), k.unflatten(-1, (-1, spec.head_dim))
+        v = v.unflatten(-1, (-1, spec.v_dim))
         if self.q_norm is not None and self.k_norm is not None:
             # Under autocast the norm's float32 weight widens its output; attention takes one dtype.
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)

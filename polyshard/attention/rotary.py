@@ -14,7 +14,7 @@ from torch import nn
 
 from polyshard.core.errors import ConfigurationError
 
-SCALINGS = ("default", "linear", "dynamic", "yarn", "llama3")
+SCALINGS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
 def rotary_frequencies(
@@ -45,6 +45,8 @@ def rotary_frequencies(
         return inverse, 1.0
     if kind not in SCALINGS:
         raise ConfigurationError(f"unknown rotary scaling {kind!r}; known: {', '.join(SCALINGS)}")
+    if kind == "longrope":
+        return _longrope(exponents, theta, scaling, max_position)
     factor = float(_need(scaling, "factor", kind))
     if kind == "linear":
         return inverse / factor, 1.0
@@ -75,6 +77,27 @@ def _llama3(inverse: torch.Tensor, scaling: Mapping[str, Any], factor: float) ->
     blended = (1 - smooth) * inverse / factor + smooth * inverse
     result = torch.where(wavelength > original / low, inverse / factor, blended)
     return torch.where(wavelength < original / high, inverse, result)
+
+
+def _longrope(
+    exponents: torch.Tensor, theta: float, scaling: Mapping[str, Any], max_position: int
+) -> tuple[torch.Tensor, float]:
+    """Source: Ding et al. 2024, "LongRoPE"; transformers, `_compute_longrope_parameters`.
+
+    The long factors are taken where the model's `max_position_embeddings` is beyond its original length, for all
+    sequences: as vLLM serves it. (transformers takes the short ones for short inputs, so that a cached prefix changes
+    its meaning when a sequence grows.)
+    """
+    original = float(_need(scaling, "original_max_position_embeddings", "longrope"))
+    long = max_position > original
+    factors = torch.tensor(_need(scaling, "long_factor" if long else "short_factor", "longrope"), dtype=torch.float32)
+    if len(factors) != len(exponents):
+        raise ConfigurationError(f"rotary scaling 'longrope' needs {len(exponents)} factors, it has {len(factors)}")
+    factor = float(scaling.get("factor") or max_position / original)
+    magnitude = scaling.get("long_mscale" if long else "short_mscale") or scaling.get("attention_factor")
+    if magnitude is None:
+        magnitude = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return 1.0 / (factors * theta**exponents), float(magnitude)
 
 
 def _yarn(

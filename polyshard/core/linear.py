@@ -109,6 +109,7 @@ def qkv_parallel(
     parallel_context: ParallelContext,
     *,
     bias: bool = False,
+    value_dim: int | None = None,
     names: Sequence[str] = ("q_proj", "k_proj", "v_proj"),
     linear: Any = None,
     **options: Any,
@@ -116,11 +117,11 @@ def qkv_parallel(
     """The fused query, key and value projection, sharded by heads.
 
     Where the tensor axis has more ranks than there are KV heads, each KV head is held by several ranks, and its
-    gradient is summed over them.
+    gradient is summed over them. Value heads have `value_dim`, by default `head_dim`.
 
     Returns:
-        A module `[..., hidden_size] -> [..., (q + 2 kv) head_dim]` with this rank's `q = num_heads / tensor size`
-        and `kv = max(1, num_kv_heads / tensor size)`.
+        A module `[..., hidden_size] -> [..., (q + kv) head_dim + kv value_dim]`, with this rank's
+        `q = num_heads / tensor size` and `kv = max(1, num_kv_heads / tensor size)`.
 
     Raises:
         LayoutError: the heads do not divide.
@@ -129,16 +130,17 @@ def qkv_parallel(
         raise LayoutError(f"{num_heads} query heads cannot share {num_kv_heads} key-value heads evenly")
     rank, size = tensor_rank_and_size(parallel_context)
     q_name, k_name, v_name = names
+    value_dim = head_dim if value_dim is None else value_dim
     segments = (
         Segment(size=num_heads * head_dim, unit=head_dim, name=q_name),
         Segment(size=num_kv_heads * head_dim, unit=head_dim, name=k_name, replicate=True),
-        Segment(size=num_kv_heads * head_dim, unit=head_dim, name=v_name, replicate=True),
+        Segment(size=num_kv_heads * value_dim, unit=value_dim, name=v_name, replicate=True),
     )
     _check_divides("qkv_parallel", segments, rank, size)
     adapter = choose_adapter(linear, parallel_context)
     create = getattr(adapter, "create_qkv_parallel", None)
     layout = WeightLayout(shape=(sum(s.size for s in segments), hidden_size), dim=0, segments=segments)
-    if create is not None:
+    if create is not None and value_dim == head_dim:
         layer = create(hidden_size, num_heads, num_kv_heads, head_dim, parallel_context, bias=bias, **options)
     else:
         local = layout.local_shape(rank, size)[0]

@@ -128,8 +128,9 @@ def _setting(module: nn.Module, config: Any, name: str) -> Any:
 
 def _window(module: nn.Module, config: Any) -> int | None:
     """A layer's own window; transformers' older models read it from the config."""
-    if hasattr(module, "sliding_window"):
-        return module.sliding_window
+    own: Any = getattr(module, "sliding_window", "unsaid")
+    if own != "unsaid":
+        return own
     types = getattr(config, "layer_types", None)
     index = getattr(module, "layer_idx", None)
     window = getattr(config, "sliding_window", None)

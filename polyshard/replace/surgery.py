@@ -92,11 +92,12 @@ def replace_with_trainable_attention(
         setattr(model.get_submodule(parent), leaf, module)
     for item in kept:
         logger.warning("%s was not replaced: %s", item.name, item.reason)
-    if made and hasattr(model, "set_attn_implementation"):
+    choose: Any = getattr(model, "set_attn_implementation", None)
+    if made and choose is not None:
         from polyshard.replace.interface import IMPLEMENTATION, register
 
         register()
-        model.set_attn_implementation(IMPLEMENTATION)
+        choose(IMPLEMENTATION)
     return Replacement(tuple(made), tuple(kept))
 
 
@@ -106,7 +107,7 @@ def _replacement(module: nn.Module, context: ParallelContext | None, kernel: str
     new.train(module.training)
     rank = 0 if context is None else context.get_tensor_parallel_rank()
     size = 1 if context is None else context.get_tensor_parallel_world_size()
-    sources = {
+    sources: dict[str, torch.Tensor] = {
         f"{name}.{leaf}": parameter
         for name, layer in (*zip(("q_proj", "k_proj", "v_proj"), found.projections), ("o_proj", found.output))
         for leaf, parameter in layer.named_parameters()
@@ -142,13 +143,13 @@ def _replacement(module: nn.Module, context: ParallelContext | None, kernel: str
 def _compare(old: nn.Module, new: ReplacedAttention, found: Found) -> None:
     """Run both on one input, the old one with weights written out ("eager"), whose mask is given."""
     config: Any = old.config
-    like = new.o_proj.weight
+    like = found.output.weight
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(like)
 
-    hidden = draw(2, _TOKENS, new.qkv.weight.shape[1])
+    hidden = draw(2, _TOKENS, found.hidden_size)
     turned = int(found.head_dim * (getattr(config, "partial_rotary_factor", None) or 1.0))
     angles = draw(2, _TOKENS, turned // 2)
     rotary = tuple(torch.cat([t] * (2 if new.rotary_doubled else 1), dim=-1) for t in (angles.cos(), angles.sin()))
