@@ -110,15 +110,22 @@ def run_kernel(
     differentiable = training or (torch.is_grad_enabled() and q.requires_grad)
     if not training and spec.dropout:
         spec = replace(spec, dropout=0.0)
+    call = call_of(q, sequences, spec, keys)
+    chosen = _chosen(spec, q.device, q.dtype, differentiable, name)
+    return kernel_named(chosen).attend(q, k, v, call, sinks)
+
+
+def call_of(
+    q: torch.Tensor, sequences: PackedSequences, spec: AttentionSpec, keys: PackedSequences | None = None
+) -> AttentionCall:
+    """The call of `spec`, with a seed where there is dropout."""
     # A number out of torch's own generator: activation checkpointing puts that back before it runs again.
     seed = torch.randint(2**62, (), device="cpu") if spec.dropout else None
     slopes = None
     if spec.alibi_slopes is not None:
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         slopes = torch.tensor(spec.alibi_slopes, dtype=wide, device=q.device)
-    call = AttentionCall(spec=spec, queries=sequences, keys=keys or sequences, alibi_slopes=slopes, seed=seed)
-    chosen = _chosen(spec, q.device, q.dtype, differentiable, name)
-    return kernel_named(chosen).attend(q, k, v, call, sinks)
+    return AttentionCall(spec=spec, queries=sequences, keys=keys or sequences, alibi_slopes=slopes, seed=seed)
 
 
 @torch.compiler.assume_constant_result

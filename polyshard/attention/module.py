@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from polyshard.attention.alibi import slopes_of_heads
+from polyshard.attention.context.parallel import Way, context_parallel_attention
+from polyshard.attention.context.shards import context_shard
 from polyshard.attention.functional import check_spec, run_kernel
 from polyshard.attention.packing import batch_of, pack, positions_of
 from polyshard.attention.rotary import RotaryEmbedding, apply_rotary
@@ -49,6 +51,7 @@ class TrainableFlashAttention(nn.Module):
         sinks: a learned logit of each head that takes part in the softmax and gives nothing (gpt-oss).
         layer_index: global index of the layer; a serving engine with pipeline stages needs it.
         kernel: force a kernel by name; also by the environment variable POLYSHARD_ATTENTION.
+        context_parallel: `"ulysses"` or `"ring"`, where the context axis has several ranks.
         linear: another library's layers for the projections.
 
     Attributes:
@@ -83,6 +86,7 @@ class TrainableFlashAttention(nn.Module):
         sinks: bool = False,
         layer_index: int | None = None,
         kernel: str | None = None,
+        context_parallel: Way = "ulysses",
         linear: Any = None,
     ) -> None:
         super().__init__()
@@ -128,6 +132,9 @@ class TrainableFlashAttention(nn.Module):
             layout = WeightLayout(shape=(num_heads,), dim=0, segments=(Segment(size=num_heads),))
             attach_layouts(self, {"sinks": layout}, context.get_tensor_parallel_rank(), size)
         self.kernel = kernel
+        self.context, self.context_parallel = context, context_parallel
+        if context_parallel not in get_args(Way):
+            raise ConfigurationError(f"context_parallel must be one of {get_args(Way)}, got {context_parallel!r}")
         self.sequence_parallel = context.layout.sequence_parallel and size > 1
         factory = getattr(context, "attention", None)
         self.core: AttentionCore | None = None if factory is None else factory(self.spec, self.sinks)
@@ -145,10 +152,11 @@ class TrainableFlashAttention(nn.Module):
 
         Args:
             hidden_states: `[batch, seq, hidden]`, or packed `[tokens, hidden]`. Under sequence parallel: this rank's
-                part along seq or tokens.
+                part along seq or tokens. Under context parallel: the part that `context_shard` cuts.
             positions: int64 `[batch, seq]` or `[tokens]`, for the module's own rotary embedding; default: from 0 in
                 each sequence.
-            cu_seqlens: int32 `[sequences + 1]` for packed input; default: one sequence.
+            cu_seqlens: int32 `[sequences + 1]` for packed input, of all context-parallel ranks' tokens; default: one
+                sequence.
             sequences: the same, already checked; spares each layer the reading of `cu_seqlens`.
             rotary: cosine and sine for all layers, in place of the module's own rotary embedding.
 
@@ -178,7 +186,7 @@ class TrainableFlashAttention(nn.Module):
             if positions is None:
                 if sequences is None:
                     raise ConfigurationError("a serving engine has to pass positions")
-                positions = positions_of(sequences, lead.numel(), q.device).view(lead)
+                positions = self._positions(sequences, lead, q.device)
             rotary = self.rotary(positions, q.dtype)
         if rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
@@ -188,14 +196,29 @@ class TrainableFlashAttention(nn.Module):
             out = self.core(q, k, v, sequences)
         else:
             assert sequences is not None
-            out = run_kernel(q, k, v, sequences, spec, self.training, self.kernel, sinks=self.sinks)
+            options: dict[str, Any] = {"sinks": self.sinks}
+            if self.context.axis("context").size == 1:
+                out = run_kernel(q, k, v, sequences, spec, self.training, self.kernel, **options)
+            else:
+                options |= {"training": self.training, "kernel": self.kernel, "rows": 1 if len(lead) == 1 else lead[0]}
+                way = self.context_parallel
+                out = context_parallel_attention(q, k, v, sequences, spec, self.context, way, **options)
         return self.o_proj(out.reshape(*lead, -1))
 
+    def _positions(self, sequences: PackedSequences, lead: torch.Size, device: torch.device) -> torch.Tensor:
+        shards = self.context.axis("context").size
+        if len(lead) == 1:
+            positions = positions_of(sequences, lead[0] * shards, device)
+            return positions if shards == 1 else context_shard(positions, self.context)
+        positions = torch.arange(lead[1] * shards, device=device)
+        return (positions if shards == 1 else context_shard(positions, self.context)).expand(lead)
+
     def _sequences(self, lead: torch.Size, cu_seqlens: torch.Tensor | None, device: torch.device) -> PackedSequences:
+        shards = self.context.axis("context").size
         if len(lead) == 2:
             if cu_seqlens is not None:
                 raise ConfigurationError("cu_seqlens goes with packed [tokens, hidden] input, not with a batch")
-            return batch_of(lead[0], lead[1], device)
+            return batch_of(lead[0], lead[1] * shards, device)
         if cu_seqlens is None:
-            return batch_of(1, lead[0], device)
-        return pack(cu_seqlens, lead[0])
+            return batch_of(1, lead[0] * shards, device)
+        return pack(cu_seqlens, lead[0] * shards)

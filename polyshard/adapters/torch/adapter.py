@@ -33,7 +33,7 @@ CAPABILITIES = Capabilities(
         "zero2": no("never", "FSDP2 with reshard_after_forward=False is its equal: ask for fsdp"),
         "zero3": no("never", "FSDP2 is its equal: ask for fsdp"),
         "pipeline": no("notimpl", "torch.distributed.pipelining is not wired up yet"),
-        "context": no("notimpl", "Ulysses and ring attention are not wired up yet"),
+        "context": no("notimpl", "attention has it, but the engine does not sum gradients over the context axis yet"),
         "expert": no("notimpl", "no mixture-of-experts layers yet"),
         "cpu": YES,
         "cuda": YES,
@@ -73,7 +73,7 @@ class TorchAdapter:
             timeout: seconds after which a wait for another rank ends in an error that names it.
         """
         layout = layout or ParallelLayout.for_world(world_size_from_environment())
-        for axis in ("pipeline", "context", "expert"):
+        for axis in ("pipeline", "expert"):
             if getattr(layout, axis) > 1:
                 self.capabilities.require(axis)
         context = initialize(layout, self.linear, device=device, timeout=timeout)
@@ -89,6 +89,8 @@ class TorchAdapter:
         self, model: nn.Module, optimizer: OptimizerFactory, context: ParallelContext, **options: Any
     ) -> TorchEngine:
         """DDP or FSDP2 around `model`; options are those of `TorchEngine`."""
+        if context.layout.context > 1:
+            self.capabilities.require("context")
         return TorchEngine(model, optimizer, context, **options)
 
     @property

@@ -50,6 +50,29 @@ class TorchCollectives:
             reduce_scatter_flat(result, source, self.group)
         return result
 
+    def all_to_all(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`[ranks, ...]`, one part for each rank, to `[ranks, ...]`, one part from each."""
+        source = tensor.contiguous()
+        result = torch.empty_like(source)
+        with self.guard(f"{self.name} all_to_all"):
+            dist.all_to_all_single(result, source, group=self.group)
+        return result
+
+    def rotate(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, of the same shape, of the rank before; this one goes to the rank after."""
+        source = tensor.contiguous()
+        result = torch.empty_like(source)
+        rank = dist.get_rank(self.group)
+        after, before = (dist.get_global_rank(self.group, (rank + by) % self.size) for by in (1, -1))
+        operations = [
+            dist.P2POp(dist.isend, source, after, self.group),
+            dist.P2POp(dist.irecv, result, before, self.group),
+        ]
+        with self.guard(f"{self.name} rotate"):
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+        return result
+
 
 def _collectives(axis: ParallelAxis) -> Any:
     assert axis.collectives is not None, f"the {axis.name} axis has several ranks but no collectives"

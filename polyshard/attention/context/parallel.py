@@ -1,0 +1,88 @@
+"""Attention over the context axis, by the way that is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from polyshard.attention.context.ring import ring_attention
+from polyshard.attention.context.ulysses import ulysses_attention
+from polyshard.attention.functional import call_of, run_kernel
+from polyshard.attention.kernels.cpu import Chunked
+from polyshard.attention.kernels.protocol import BlockKernel
+from polyshard.attention.selection import select_kernel
+from polyshard.core.attention import AttentionSpec, PackedSequences
+from polyshard.core.context import ParallelContext
+from polyshard.core.errors import ConfigurationError
+
+Way = Literal["ulysses", "ring"]
+
+
+def context_parallel_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sequences: PackedSequences,
+    spec: AttentionSpec,
+    parallel_context: ParallelContext,
+    way: Way = "ulysses",
+    *,
+    training: bool = True,
+    rows: int = 1,
+    sinks: torch.Tensor | None = None,
+    kernel: str | None = None,
+) -> torch.Tensor:
+    """Attention of this rank's tokens to the tokens of all ranks of the context axis; differentiable.
+
+    Args:
+        q: `[local tokens, heads, head_dim]`: this rank's part, as `context_shard` cuts it.
+        k: `[local tokens, kv_heads, head_dim]`.
+        v: `[local tokens, kv_heads, value_dim]`.
+        sequences: boundaries of all tokens, those of other ranks included.
+        spec: the request, for the heads given.
+        parallel_context: whose context axis it is.
+        way: `"ulysses"` exchanges heads for tokens, and gives the bits of one process; `"ring"` sends keys round, has
+            no condition on heads, and gives them within rounding.
+        training: whether dropout applies.
+        rows: rows of the batch, each cut alike; 1 for packed tokens.
+        sinks: `[heads]`.
+        kernel: force one by name.
+
+    Raises:
+        ConfigurationError: heads or tokens do not divide over the ranks; the kernel cannot run in a ring.
+    """
+    axis = parallel_context.axis("context")
+    held = int(sequences.host[-1])
+    if held != q.shape[0] * axis.size:
+        raise ConfigurationError(
+            f"the sequences hold {held} tokens, but {axis.size} ranks with {q.shape[0]} each hold "
+            f"{q.shape[0] * axis.size}: boundaries are those of all ranks' tokens"
+        )
+    if not training and spec.dropout:
+        spec = replace(spec, dropout=0.0)
+    if way == "ulysses":
+
+        def attend(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, part: AttentionSpec, sinks: torch.Tensor | None
+        ) -> torch.Tensor:
+            return run_kernel(q, k, v, sequences, part, training, kernel, sinks=sinks)
+
+        return ulysses_attention(q, k, v, spec, sinks, axis, rows, attend)
+    if way != "ring":
+        raise ConfigurationError(f"context parallel must be 'ulysses' or 'ring', got {way!r}")
+    call = call_of(q, sequences, spec)
+    return ring_attention(q, k, v, call, sinks, axis, rows, _ring_kernel(spec, q, training, kernel))
+
+
+def _ring_kernel(spec: AttentionSpec, q: torch.Tensor, training: bool, name: str | None) -> BlockKernel:
+    """The chosen kernel where it has two halves and the mask needs no positions; else the one that takes them."""
+    chosen = select_kernel(spec, q.device, q.dtype, training, name)
+    whole = isinstance(chosen, BlockKernel) and not chosen.native_sinks
+    if name is not None and not whole:
+        raise ConfigurationError(f"attention kernel {name!r} gives no logsumexp for parts: it cannot run in a ring")
+    positions = spec.sliding_window is not None or spec.alibi_slopes is not None or spec.dropout > 0
+    if isinstance(chosen, BlockKernel) and whole and not positions:
+        return chosen
+    return Chunked()

@@ -1,0 +1,98 @@
+"""Attention over a context axis, beside the same attention in one process."""
+
+import torch
+
+import polyshard as ps
+from polyshard.attention.functional import run_kernel
+from polyshard.core.attention import AttentionSpec
+
+
+def both_ways(way, heads, kv_heads, lengths, dtype, rows=1, sinks=False, kernel=None, **features):
+    """(output, gradients) of this rank's part, and what one process has there."""
+    context = ps.initialize("torch", context=2, timeout=60)
+    tokens = sum(lengths)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(tokens, heads, 16), (tokens, kv_heads, 16), (tokens, kv_heads, 16), (tokens, heads, 16)]
+    q, k, v, grad = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    logits = torch.randn(heads, generator=generator).to(dtype) if sinks else None
+    spec = AttentionSpec(num_heads=heads, num_kv_heads=kv_heads, head_dim=16, scale=0.25, sinks=sinks, **features)
+    sequences = ps.pack(torch.tensor([0, *torch.tensor(lengths).cumsum(0)]), tokens)
+
+    def leaves(tensors):
+        return [None if t is None else t.clone().requires_grad_() for t in tensors]
+
+    def cut(x):
+        return ps.context_shard(x.unflatten(0, (rows, -1)), context, dim=1).flatten(0, 1)
+
+    whole = leaves((q, k, v, logits))
+    torch.manual_seed(3)
+    expected = run_kernel(*whole[:3], sequences, spec, True, kernel, sinks=whole[3])
+    expected.backward(grad)
+    mine = leaves((cut(q), cut(k), cut(v), logits))
+    torch.manual_seed(3)
+    options = {"rows": rows, "sinks": mine[3], "kernel": kernel}
+    out = ps.context_parallel_attention(*mine[:3], sequences, spec, context, way, **options)
+    out.backward(cut(grad))
+    got, wanted = [out.detach()], [cut(expected.detach())]
+    for a, b in zip(mine[:3], whole[:3]):
+        got.append(a.grad)
+        wanted.append(cut(b.grad))
+    if sinks:
+        got.append(context.axis("context").collectives.all_reduce(mine[3].grad))
+        wanted.append(whole[3].grad)
+    ps.shutdown(context)
+    return list(zip(got, wanted))
+
+
+def modules(way, packed):
+    """A whole module's output and weight gradients over two ranks, and in one process."""
+    context = ps.initialize("torch", context=2, timeout=60)
+    torch.manual_seed(0)
+    options = {"rotary": ps.RotaryEmbedding(16), "qk_norm_eps": 1e-6, "sinks": True, "context_parallel": way}
+    sharded = ps.TrainableFlashAttention(32, 4, 2, 16, parallel_context=context, **options)
+    alone = ps.TrainableFlashAttention(
+        32,
+        4,
+        2,
+        16,
+        parallel_context=ps.GroupContext(layout=ps.ParallelLayout(), device=context.device, linear=context.linear),
+        **options,
+    )
+    alone.load_state_dict(sharded.state_dict())
+    for parameter in sharded.parameters():
+        torch.distributed.broadcast(parameter.data, 0)
+    alone.load_state_dict(sharded.state_dict())
+    x = torch.randn(24, 32, generator=torch.Generator().manual_seed(1))
+    bounds = {"cu_seqlens": torch.tensor([0, 5, 17, 24])} if packed else {}
+    x = x if packed else x.view(2, 12, 32)
+    dim = 0 if packed else 1
+    alone(x, **bounds).square().sum().backward()
+    part = ps.context_shard(x, context, dim)
+    out = sharded(part, **bounds)
+    out.square().sum().backward()
+    whole = ps.context_unshard(out, context, dim)
+    pairs = [(whole, alone(x, **bounds).detach())]
+    reduce = context.axis("context").collectives.all_reduce
+    pairs += [(reduce(a.grad), b.grad) for a, b in zip(sharded.parameters(), alone.parameters())]
+    ps.shutdown(context)
+    return pairs
+
+
+def misuse():
+    context = ps.initialize("torch", context=2, timeout=60)
+    spec = AttentionSpec(num_heads=3, num_kv_heads=3, head_dim=16, scale=0.25)
+    q = torch.randn(4, 3, 16)
+    messages = []
+    calls = [
+        lambda: ps.context_shard(torch.zeros(6), context),
+        lambda: ps.context_parallel_attention(q, q, q, ps.pack(torch.tensor([0, 4]), 4), spec, context),
+        lambda: ps.context_parallel_attention(q, q, q, ps.pack(torch.tensor([0, 8]), 8), spec, context),
+        lambda: ps.load_adapter("torch").engine(torch.nn.Linear(2, 2), ps.AdamW(), context),
+    ]
+    for call in calls:
+        try:
+            call()
+        except ps.PolyshardError as error:
+            messages.append(str(error))
+    ps.shutdown(context)
+    return messages
