@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from polyshard.adapters.vllm.transfer.sync import SyncReport, WeightSync
-    from polyshard.attention import RotaryEmbedding, TrainableFlashAttention, packed_attention
+    from polyshard.attention import RotaryEmbedding, TrainableFlashAttention, TrainableMLA, packed_attention
     from polyshard.attention.context import context_parallel_attention, context_shard, context_unshard
     from polyshard.attention.packing import pack, sequence_positions
     from polyshard.checkpoint import (
@@ -55,7 +55,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "polyshard.adapters.vllm.transfer.sync": ("SyncReport", "WeightSync"),
-    "polyshard.attention": ("RotaryEmbedding", "TrainableFlashAttention", "packed_attention"),
+    "polyshard.attention": ("RotaryEmbedding", "TrainableFlashAttention", "TrainableMLA", "packed_attention"),
     "polyshard.attention.context": ("context_parallel_attention", "context_shard", "context_unshard"),
     "polyshard.attention.packing": ("pack", "sequence_positions"),
     "polyshard.checkpoint": (

@@ -10,9 +10,8 @@ from torch import nn
 
 from polyshard.attention.alibi import slopes_of_heads
 from polyshard.attention.context.parallel import Way, context_parallel_attention
-from polyshard.attention.context.shards import context_shard
 from polyshard.attention.functional import check_spec, run_kernel
-from polyshard.attention.packing import batch_of, pack, positions_of
+from polyshard.attention.placement import positions_at, sequences_at
 from polyshard.attention.rotary import RotaryEmbedding, apply_rotary
 from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequences
 from polyshard.core.context import ParallelContext
@@ -181,12 +180,12 @@ class TrainableFlashAttention(nn.Module):
 
         serving = self.core is not None
         if sequences is None and not serving:
-            sequences = self._sequences(lead, cu_seqlens, q.device)
+            sequences = sequences_at(lead, cu_seqlens, self.context, q.device)
         if rotary is None and self.rotary is not None:
             if positions is None:
                 if sequences is None:
                     raise ConfigurationError("a serving engine has to pass positions")
-                positions = self._positions(sequences, lead, q.device)
+                positions = positions_at(sequences, lead, self.context, q.device)
             rotary = self.rotary(positions, q.dtype)
         if rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
@@ -204,21 +203,3 @@ class TrainableFlashAttention(nn.Module):
                 way = self.context_parallel
                 out = context_parallel_attention(q, k, v, sequences, spec, self.context, way, **options)
         return self.o_proj(out.reshape(*lead, -1))
-
-    def _positions(self, sequences: PackedSequences, lead: torch.Size, device: torch.device) -> torch.Tensor:
-        shards = self.context.axis("context").size
-        if len(lead) == 1:
-            positions = positions_of(sequences, lead[0] * shards, device)
-            return positions if shards == 1 else context_shard(positions, self.context)
-        positions = torch.arange(lead[1] * shards, device=device)
-        return (positions if shards == 1 else context_shard(positions, self.context)).expand(lead)
-
-    def _sequences(self, lead: torch.Size, cu_seqlens: torch.Tensor | None, device: torch.device) -> PackedSequences:
-        shards = self.context.axis("context").size
-        if len(lead) == 2:
-            if cu_seqlens is not None:
-                raise ConfigurationError("cu_seqlens goes with packed [tokens, hidden] input, not with a batch")
-            return batch_of(lead[0], lead[1] * shards, device)
-        if cu_seqlens is None:
-            return batch_of(1, lead[0] * shards, device)
-        return pack(cu_seqlens, lead[0] * shards)

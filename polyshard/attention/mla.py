@@ -1,0 +1,196 @@
+"""`TrainableMLA`: DeepSeek's multi-head latent attention, in the form that trains (and prefills): keys written out.
+
+Source: DeepSeek-AI 2024, "DeepSeek-V2", section 2.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyshard.attention.context.parallel import Way, context_parallel_attention
+from polyshard.attention.functional import check_spec, run_kernel
+from polyshard.attention.placement import positions_at, sequences_at
+from polyshard.attention.rotary import RotaryEmbedding, apply_rotary
+from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequences
+from polyshard.core.context import ParallelAxis, ParallelContext
+from polyshard.core.discovery import load_adapter
+from polyshard.core.errors import ConfigurationError, LayoutError
+from polyshard.core.linear import column_parallel, row_parallel
+from polyshard.core.norm import rms_norm
+
+
+class TrainableMLA(nn.Module):
+    """Queries and keys-and-values through low-rank bottlenecks; a rotary part of the key that all heads share.
+
+    Heads are sharded over the tensor axis of `parallel_context`; the bottlenecks are whole on every rank. Inside a
+    serving engine keys and values are cached written out, head by head, as an ordinary attention's: right everywhere,
+    with prefix caching and chunked prefill, at the memory of full heads. The latent cache of vLLM's MLA layers is not
+    used (on CPU that layer has neither of the two, and one head size).
+
+    Args:
+        hidden_size: size of the hidden states.
+        num_heads: heads.
+        kv_lora_rank: bottleneck of keys and values.
+        qk_nope_head_dim: part of a query or key head that is not rotated.
+        qk_rope_head_dim: part that is.
+        v_head_dim: size of a value head.
+        q_lora_rank: bottleneck of queries; None for a direct projection.
+        scale: factor on q·k; default `(qk_nope_head_dim + qk_rope_head_dim) ** -0.5` (with YaRN times its mscale²).
+        norm_eps: of the two norms in the bottlenecks.
+        rotary: for `qk_rope_head_dim`; None to pass cosines and sines in.
+        interleaved: whether rotated pairs are neighbours, as in DeepSeek's checkpoints.
+        bias: of the projections into the bottlenecks and of the output.
+        dropout: of attention weights, in training.
+        parallel_context: where this process stands; default one process alone.
+        layer_index: global index of the layer.
+        kernel: force a kernel by name.
+        context_parallel: `"ulysses"` or `"ring"`.
+        linear: another library's layers.
+
+    Raises:
+        LayoutError: heads that do not divide over the tensor axis, or sequence parallel, which this layer has not got.
+        ConfigurationError: settings outside their range.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        kv_lora_rank: int,
+        qk_nope_head_dim: int,
+        qk_rope_head_dim: int,
+        v_head_dim: int,
+        q_lora_rank: int | None = None,
+        scale: float | None = None,
+        norm_eps: float = 1e-6,
+        rotary: RotaryEmbedding | None = None,
+        interleaved: bool = True,
+        bias: bool = False,
+        dropout: float = 0.0,
+        parallel_context: ParallelContext | None = None,
+        layer_index: int | None = None,
+        kernel: str | None = None,
+        context_parallel: Way = "ulysses",
+        linear: Any = None,
+    ) -> None:
+        super().__init__()
+        context = parallel_context or load_adapter("torch").initialize()
+        size = context.get_tensor_parallel_world_size()
+        if context.layout.sequence_parallel and size > 1:
+            raise LayoutError("TrainableMLA has no sequence parallel: its bottlenecks need whole sequences")
+        if num_heads % size:
+            raise LayoutError(f"{num_heads} heads cannot be divided by tensor-parallel size {size}")
+        if qk_rope_head_dim % 2:
+            raise ConfigurationError(f"qk_rope_head_dim must be even, got {qk_rope_head_dim}")
+        self.parts = (qk_nope_head_dim, qk_rope_head_dim, v_head_dim)
+        self.kv_lora_rank = kv_lora_rank
+        query, shared = num_heads * (qk_nope_head_dim + qk_rope_head_dim), {"parallel_context": context}
+        if q_lora_rank is None:
+            self.q_a_proj = self.q_a_layernorm = self.q_b_proj = None
+            self.q_proj = column_parallel(hidden_size, query, **shared, linear=linear)
+        else:
+            self.q_proj = None
+            self.q_a_proj = nn.Linear(hidden_size, q_lora_rank, bias=bias, device=context.device)
+            self.q_a_layernorm = rms_norm(q_lora_rank, **shared, eps=norm_eps)
+            self.q_b_proj = column_parallel(q_lora_rank, query, **shared, linear=linear)
+        compressed = kv_lora_rank + qk_rope_head_dim
+        self.kv_a_proj_with_mqa = nn.Linear(hidden_size, compressed, bias=bias, device=context.device)
+        self.kv_a_layernorm = rms_norm(kv_lora_rank, **shared, eps=norm_eps)
+        expanded = num_heads * (qk_nope_head_dim + v_head_dim)
+        self.kv_b_proj = column_parallel(kv_lora_rank, expanded, **shared, linear=linear)
+        self.o_proj = row_parallel(num_heads * v_head_dim, hidden_size, **shared, bias=bias, linear=linear)
+        head_dim = qk_nope_head_dim + qk_rope_head_dim
+        self.spec = AttentionSpec(
+            num_heads=num_heads // size,
+            num_kv_heads=num_heads // size,
+            head_dim=head_dim,
+            value_dim=v_head_dim,
+            scale=head_dim**-0.5 if scale is None else scale,
+            dropout=dropout,
+            layer_index=layer_index,
+            head_offset=context.get_tensor_parallel_rank() * (num_heads // size),
+        )
+        check_spec(self.spec)
+        self.rotary, self.interleaved, self.kernel = rotary, interleaved, kernel
+        self.context, self.context_parallel = context, context_parallel
+        factory = getattr(context, "attention", None)
+        self.core: AttentionCore | None = None if factory is None else factory(self.spec)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        *,
+        sequences: PackedSequences | None = None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Attend within each sequence; arguments and result as `TrainableFlashAttention.forward`."""
+        lead, spec = hidden_states.shape[:-1], self.spec
+        nope, rope, value = self.parts
+        if sequences is None and self.core is None:
+            sequences = sequences_at(lead, cu_seqlens, self.context, hidden_states.device)
+        if rotary is None and self.rotary is not None:
+            if positions is None:
+                if sequences is None:
+                    raise ConfigurationError("a serving engine has to pass positions")
+                positions = positions_at(sequences, lead, self.context, hidden_states.device)
+            rotary = self.rotary(positions, hidden_states.dtype)
+
+        q = self._queries(hidden_states).unflatten(-1, (-1, nope + rope))
+        latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, rope], dim=-1)
+        kv = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (-1, nope + value))
+        k_nope, v = kv.split([nope, value], dim=-1)
+        # All heads share it, so that its gradient is a sum over the ranks of the heads.
+        k_rope = shared_by_heads(k_rope, self.context.axis("tensor")).unsqueeze(-2)
+        q_nope, q_rope = q.split([nope, rope], dim=-1)
+        if rotary is not None:
+            q_rope, k_rope = (apply_rotary(self._halves(t), *rotary) for t in (q_rope, k_rope))
+        q = torch.cat((q_nope, q_rope), dim=-1)
+        k = torch.cat((k_nope, k_rope.expand(*k_nope.shape[:-1], rope)), dim=-1)
+
+        q, k, v = (t.reshape(-1, *t.shape[-2:]) for t in (q, k, v))
+        if self.core is not None:
+            out = self.core(q, k, v, sequences)
+        elif self.context.axis("context").size == 1:
+            assert sequences is not None
+            out = run_kernel(q, k, v, sequences, spec, self.training, self.kernel)
+        else:
+            assert sequences is not None
+            options: dict[str, Any] = {"training": self.training, "kernel": self.kernel}
+            options["rows"] = 1 if len(lead) == 1 else lead[0]
+            way = self.context_parallel
+            out = context_parallel_attention(q, k, v, sequences, spec, self.context, way, **options)
+        return self.o_proj(out.reshape(*lead, -1))
+
+    def _queries(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.q_proj is not None:
+            return self.q_proj(hidden_states)
+        assert self.q_a_proj is not None
+        assert self.q_a_layernorm is not None
+        assert self.q_b_proj is not None
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+
+    def _halves(self, x: torch.Tensor) -> torch.Tensor:
+        """Neighbouring pairs put apart into halves; alike for queries and keys, so that no score changes."""
+        return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.interleaved else x
+
+
+def shared_by_heads(x: torch.Tensor, axis: ParallelAxis) -> torch.Tensor:
+    """Identity; the gradient is summed over the axis."""
+    return x if axis.size == 1 else _Shared.apply(x, axis)
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, axis: ParallelAxis) -> torch.Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.axis.collectives.all_reduce(gradients[0]), None
