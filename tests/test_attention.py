@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from support import on_context_ranks
 
 import polyshard as ps
+from polyshard.testing import run_ranks
 
 
 def test_dropout_is_reproducible_unbiased_and_off_in_evaluation():
@@ -69,3 +71,11 @@ def test_bad_settings_are_refused():
         ps.TrainableFlashAttention(8, 4, 3)
     with pytest.raises(ps.ConfigurationError, match=r"must be \[batch, seq, hidden\] or packed"):
         ps.TrainableFlashAttention(8, 4)(torch.randn(8))
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_every_feature_and_dropout_over_two_tensor_parallel_ranks_equal_one(sequence_parallel):
+    """Run under activation checkpointing. One key-value head is held by both ranks."""
+    for pairs in run_ranks(on_context_ranks.over_the_tensor_axis, 2, sequence_parallel):
+        for got, wanted in pairs:
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5 * max(1.0, float(wanted.abs().max())))

@@ -1,6 +1,7 @@
 """Attention over a context axis, beside the same attention in one process."""
 
 import torch
+import torch.utils.checkpoint
 
 import polyshard as ps
 from polyshard.attention.functional import run_kernel
@@ -96,3 +97,40 @@ def misuse():
             messages.append(str(error))
     ps.shutdown(context)
     return messages
+
+
+def over_the_tensor_axis(sequence_parallel):
+    """A module with every feature over two tensor-parallel ranks, beside the module alone; dropout included."""
+    context = ps.initialize("torch", tensor=2, timeout=60, sequence_parallel=sequence_parallel)
+    single = ps.GroupContext(layout=ps.ParallelLayout(), device=context.device, linear=context.linear)
+    features = {"sinks": True, "alibi": True, "value_dim": 24, "softcap": 3.0, "sliding_window": 9, "dropout": 0.3}
+    modules = []
+    for where in (context, single):
+        module = ps.TrainableFlashAttention(
+            32, 4, 1, 16, parallel_context=where, qkv_bias=True, qk_norm_eps=1e-6, **features
+        )
+        ps.initialize_weights(module, where, initializer=_drawn)
+        modules.append(module)
+    x = torch.randn(24, 32, generator=torch.Generator().manual_seed(1))
+    bounds = torch.tensor([0, 9, 24])
+    group, rank = context.axis("tensor").collectives, context.get_tensor_parallel_rank()
+    outs = []
+    for module, part in zip(modules, (x.chunk(2)[rank] if sequence_parallel else x, x)):
+        torch.manual_seed(5)
+        # The checkpoint draws the same dropout when it runs again.
+        out = torch.utils.checkpoint.checkpoint(module, part, cu_seqlens=bounds, use_reentrant=False)
+        out.square().sum().backward()
+        outs.append(out.detach())
+    whole = group.all_gather(outs[0], 0) if sequence_parallel else outs[0]
+    pairs = [(whole, outs[1])]
+    wanted = {name: p.grad for name, p in modules[1].named_parameters()}
+    table = ps.collect_layouts(modules[0])
+    for name, parameter in modules[0].named_parameters():
+        shards = list(group.all_gather(parameter.grad.unsqueeze(0), 0))
+        pairs.append((table[name].layout.assemble(shards), wanted[name]))
+    ps.shutdown(context)
+    return pairs
+
+
+def _drawn(name, shape, generator):
+    return torch.randn(shape, generator=generator) * 0.4 + (1.0 if "norm" in name else 0.0)
