@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +21,8 @@ from polyshard.core.attention import AttentionSpec
 from polyshard.core.capabilities import Accepted, Rejected
 from polyshard.core.discovery import adapter_names, load_adapter
 from polyshard.core.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
 
 # Fastest first; flex stands after the CPU's own, as there it has no backward and is slower.
 KERNELS: Sequence[AttentionKernel] = (
@@ -44,7 +47,11 @@ def servers_kernels() -> Sequence[AttentionKernel]:
     """
     found: list[AttentionKernel] = []
     for name in adapter_names():
-        adapter = load_adapter(name)
+        try:
+            adapter = load_adapter(name)
+        except Exception as error:  # somebody's broken package must not stop those who do not use it
+            logger.warning("the attention kernels of adapter %s are left out: it cannot be loaded: %s", name, error)
+            continue
         if adapter.requirement.version() is not None:
             found += getattr(adapter, "attention_kernels", ())
     return tuple(found)

@@ -39,10 +39,6 @@ class VllmKernel:
             return f"needs CUDA or a CPU, not {device.type}"
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"has no {dtype}"
-        from polyshard.adapters.vllm import compat
-
-        if max(spec.head_dim, spec.v_dim) > max(compat.cpu_head_sizes()):
-            return f"needs head dimensions up to {max(compat.cpu_head_sizes())}, not {spec.head_dim}"
         if not spec.causal and spec.sliding_window is not None:
             return "has no window around the query, only one before it"
         return None
@@ -92,7 +88,11 @@ def _cpu_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attent
     from polyshard.adapters.vllm import compat
 
     needed, value_dim = max(q.shape[2], v.shape[2]), v.shape[2]
-    size = min(head for head in compat.cpu_head_sizes() if head >= needed)
+    fitting = [head for head in compat.cpu_head_sizes() if head >= needed]
+    if not fitting:
+        largest = max(compat.cpu_head_sizes())
+        raise ConfigurationError(f"vLLM's CPU kernel needs head dimensions up to {largest}, not {needed}")
+    size = min(fitting)
     q, k, v = (F.pad(t, (0, size - t.shape[2])) for t in (q, k, v))
     seen = call.queries.lengths, call.keys.lengths
     if not q.shape[0] or not k.shape[0]:
