@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from polyshard.attention.context.parallel import Way, context_parallel_attention
-from polyshard.attention.functional import check_spec, run_kernel
+from polyshard.attention.functional import check_spec
 from polyshard.attention.placement import positions_at, sequences_at
 from polyshard.attention.rotary import RotaryEmbedding, apply_rotary
 from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequences
@@ -130,7 +130,7 @@ class TrainableMLA(nn.Module):
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Attend within each sequence; arguments and result as `TrainableFlashAttention.forward`."""
-        lead, spec = hidden_states.shape[:-1], self.spec
+        lead = hidden_states.shape[:-1]
         nope, rope, value = self.parts
         if sequences is None and self.core is None:
             sequences = sequences_at(lead, cu_seqlens, self.context, hidden_states.device)
@@ -156,15 +156,20 @@ class TrainableMLA(nn.Module):
         q, k, v = (t.reshape(-1, *t.shape[-2:]) for t in (q, k, v))
         if self.core is not None:
             out = self.core(q, k, v, sequences)
-        elif self.context.axis("context").size == 1:
-            assert sequences is not None
-            out = run_kernel(q, k, v, sequences, spec, self.training, self.kernel)
         else:
             assert sequences is not None
-            options: dict[str, Any] = {"training": self.training, "kernel": self.kernel}
-            options["rows"] = 1 if len(lead) == 1 else lead[0]
-            way = self.context_parallel
-            out = context_parallel_attention(q, k, v, sequences, spec, self.context, way, **options)
+            out = context_parallel_attention(
+                q,
+                k,
+                v,
+                sequences,
+                self.spec,
+                self.context,
+                self.context_parallel,
+                training=self.training,
+                rows=1 if len(lead) == 1 else lead[0],
+                kernel=self.kernel,
+            )
         return self.o_proj(out.reshape(*lead, -1))
 
     def _queries(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 
 from polyshard.attention.alibi import slopes_of_heads
 from polyshard.attention.context.parallel import Way, context_parallel_attention
-from polyshard.attention.functional import check_spec, run_kernel
+from polyshard.attention.functional import check_spec
 from polyshard.attention.placement import positions_at, sequences_at
 from polyshard.attention.rotary import RotaryEmbedding, apply_rotary
 from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequences
@@ -195,11 +195,17 @@ class TrainableFlashAttention(nn.Module):
             out = self.core(q, k, v, sequences)
         else:
             assert sequences is not None
-            options: dict[str, Any] = {"sinks": self.sinks}
-            if self.context.axis("context").size == 1:
-                out = run_kernel(q, k, v, sequences, spec, self.training, self.kernel, **options)
-            else:
-                options |= {"training": self.training, "kernel": self.kernel, "rows": 1 if len(lead) == 1 else lead[0]}
-                way = self.context_parallel
-                out = context_parallel_attention(q, k, v, sequences, spec, self.context, way, **options)
+            out = context_parallel_attention(
+                q,
+                k,
+                v,
+                sequences,
+                spec,
+                self.context,
+                self.context_parallel,
+                training=self.training,
+                rows=1 if len(lead) == 1 else lead[0],
+                sinks=self.sinks,
+                kernel=self.kernel,
+            )
         return self.o_proj(out.reshape(*lead, -1))

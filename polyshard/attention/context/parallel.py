@@ -34,7 +34,7 @@ def context_parallel_attention(
     sinks: torch.Tensor | None = None,
     kernel: str | None = None,
 ) -> torch.Tensor:
-    """Attention of this rank's tokens to the tokens of all ranks of the context axis; differentiable.
+    """Attention of this rank's tokens to the tokens of all ranks of the context axis (maybe one); differentiable.
 
     Args:
         q: `[local tokens, heads, head_dim]`: this rank's part, as `context_shard` cuts it.
@@ -54,6 +54,8 @@ def context_parallel_attention(
         ConfigurationError: heads or tokens do not divide over the ranks; the kernel cannot run in a ring.
     """
     axis = parallel_context.axis("context")
+    if axis.size == 1:
+        return run_kernel(q, k, v, sequences, spec, training, kernel, sinks=sinks)
     held = int(sequences.host[-1])
     if held != q.shape[0] * axis.size:
         raise ConfigurationError(
