@@ -92,7 +92,7 @@ def cpu_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Atten
     """vLLM's CPU attention of packed sequences, through a paged cache that lasts for the call.
 
     Keys are not split over threads (VLLM_CPU_ATTN_SPLIT_KV=0 gives the same in an engine): then a token's output does
-    not depend on how a batch is cut (`facts`: bitwise, in float32 and bfloat16).
+    not depend on how a batch is cut: docs/attention.md.
 
     Source: v1/attention/backends/cpu_attn.py, CPUAttentionBackendImpl.forward.
     """
