@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from polyshard.attention.kernels.protocol import AttentionCall
+from polyshard.attention.kernels.softmax import wide
 from polyshard.attention.packing import batch_of, pack
 from polyshard.attention.selection import kernel_named, select_kernel
 from polyshard.core.attention import AttentionSpec, PackedSequences
@@ -123,8 +124,7 @@ def call_of(
     seed = torch.randint(2**62, (), device="cpu") if spec.dropout else None
     slopes = None
     if spec.alibi_slopes is not None:
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        slopes = torch.tensor(spec.alibi_slopes, dtype=wide, device=q.device)
+        slopes = torch.tensor(spec.alibi_slopes, dtype=wide(q.dtype), device=q.device)
     return AttentionCall(spec=spec, queries=sequences, keys=keys or sequences, alibi_slopes=slopes, seed=seed)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from polyshard.core.attention import PackedSequences
@@ -14,6 +16,12 @@ def batch_of(batch: int, length: int, device: torch.device) -> PackedSequences:
     """The boundaries of `batch` sequences of one length."""
     _check_count(batch * length)
     host = torch.arange(batch + 1, dtype=torch.int32, device="cpu") * length
+    return PackedSequences(_on(host, device), host)
+
+
+def of_lengths(lengths: Sequence[int], device: torch.device) -> PackedSequences:
+    """The boundaries of sequences of these lengths."""
+    host = torch.tensor([0, *lengths], device="cpu").cumsum(0).to(torch.int32)
     return PackedSequences(_on(host, device), host)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from polyshard.attention.context.shards import context_shard
-from polyshard.attention.packing import batch_of, pack, positions_of
+from polyshard.attention.context.shards import context_positions, context_shard
+from polyshard.attention.packing import batch_of, pack
 from polyshard.core.attention import PackedSequences
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
@@ -31,5 +31,5 @@ def positions_at(
     """Position of each of this rank's tokens in its own sequence, int64 `[*lead]`."""
     shards = context.axis("context").size
     if len(lead) == 1:
-        return context_shard(positions_of(sequences, lead[0] * shards, device), context)
+        return context_positions(sequences, lead[0] * shards, context, device)
     return context_shard(torch.arange(lead[1] * shards, device=device), context).expand(lead)

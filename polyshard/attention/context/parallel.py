@@ -62,8 +62,6 @@ def context_parallel_attention(
             f"the sequences hold {held} tokens, but {axis.size} ranks with {q.shape[0]} each hold "
             f"{q.shape[0] * axis.size}: boundaries are those of all ranks' tokens"
         )
-    if not training and spec.dropout:
-        spec = replace(spec, dropout=0.0)
     if way == "ulysses":
 
         def attend(
@@ -74,6 +72,8 @@ def context_parallel_attention(
         return ulysses_attention(q, k, v, spec, sinks, axis, rows, attend)
     if way != "ring":
         raise ConfigurationError(f"context parallel must be 'ulysses' or 'ring', got {way!r}")
+    if not training and spec.dropout:
+        spec = replace(spec, dropout=0.0)
     call = call_of(q, sequences, spec)
     return ring_attention(q, k, v, call, sinks, axis, rows, _ring_kernel(spec, q, training, kernel))
 
@@ -81,10 +81,9 @@ def context_parallel_attention(
 def _ring_kernel(spec: AttentionSpec, q: torch.Tensor, training: bool, name: str | None) -> BlockKernel:
     """The chosen kernel where it has two halves and the mask needs no positions; else the one that takes them."""
     chosen = select_kernel(spec, q.device, q.dtype, training, name)
-    whole = isinstance(chosen, BlockKernel) and not chosen.native_sinks
-    if name is not None and not whole:
-        raise ConfigurationError(f"attention kernel {name!r} gives no logsumexp for parts: it cannot run in a ring")
+    if not isinstance(chosen, BlockKernel) or chosen.native_sinks:
+        if name is not None:
+            raise ConfigurationError(f"attention kernel {name!r} gives no logsumexp for parts: it cannot run in a ring")
+        return Chunked()
     positions = spec.sliding_window is not None or spec.alibi_slopes is not None or spec.dropout > 0
-    if isinstance(chosen, BlockKernel) and whole and not positions:
-        return chosen
-    return Chunked()
+    return Chunked() if positions else chosen

@@ -17,7 +17,8 @@ import torch
 
 from polyshard.attention.context.shards import pieces_of
 from polyshard.attention.kernels.protocol import AttentionCall, BlockKernel
-from polyshard.core.attention import AttentionSpec, PackedSequences
+from polyshard.attention.kernels.softmax import sinks_gradient, wide, with_sinks
+from polyshard.attention.packing import of_lengths
 from polyshard.core.context import ParallelAxis
 
 Piece = tuple[int, int]
@@ -28,17 +29,16 @@ class Ring:
     """What all steps share.
 
     Attributes:
+        call: the task in one process.
         bounds: cumulative lengths of all sequences, global.
         pieces: of each rank: the global tokens that it holds.
     """
 
-    spec: AttentionSpec
+    call: AttentionCall
     axis: ParallelAxis
     bounds: tuple[int, ...]
     pieces: tuple[tuple[Piece, ...], ...]
     kernel: BlockKernel
-    alibi_slopes: torch.Tensor | None
-    seed: torch.Tensor | None
 
 
 def ring_attention(
@@ -55,8 +55,7 @@ def ring_attention(
     length = q.shape[0] * axis.size // rows
     pieces = tuple(tuple(pieces_of(rows, length, axis, rank)) for rank in range(axis.size))
     bounds = tuple(call.queries.host.tolist())
-    ring = Ring(call.spec, axis, bounds, pieces, kernel, call.alibi_slopes, call.seed)
-    return _RingAttention.apply(q, k, v, sinks, ring)
+    return _RingAttention.apply(q, k, v, sinks, Ring(call, axis, bounds, pieces, kernel))
 
 
 class _RingAttention(torch.autograd.Function):
@@ -64,9 +63,8 @@ class _RingAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, ring: Ring
     ) -> torch.Tensor:
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        out = torch.zeros((*q.shape[:2], v.shape[2]), dtype=wide, device=q.device)
-        total = torch.full(q.shape[:2], -math.inf, dtype=wide, device=q.device)
+        out = torch.zeros((*q.shape[:2], v.shape[2]), dtype=wide(q.dtype), device=q.device)
+        total = torch.full(q.shape[:2], -math.inf, dtype=wide(q.dtype), device=q.device)
         held = (k, v)
         for step in range(ring.axis.size):
             for rows, seen, call in _meetings(ring, step, q.device):
@@ -75,9 +73,7 @@ class _RingAttention(torch.autograd.Function):
             if step + 1 < ring.axis.size:
                 held = _rotated(held, ring.axis)
         if sinks is not None:
-            joined = torch.logaddexp(total, sinks.to(wide))
-            out *= (total - joined).exp().unsqueeze(-1)
-            total = joined
+            out, total = with_sinks(out, total, sinks)
         narrow = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, narrow, total, sinks)
         ctx.ring = ring
@@ -101,10 +97,7 @@ class _RingAttention(torch.autograd.Function):
             if step + 1 < ring.axis.size:
                 held = _rotated(held, ring.axis)
             sums = _rotated(sums, ring.axis)  # after as many steps as ranks they are home
-        grad_sinks = None
-        if sinks is not None:
-            row = (grad_out.to(total.dtype) * out).sum(-1)
-            grad_sinks = -((sinks.to(total.dtype) - total).exp() * row).sum(0).to(sinks.dtype)
+        grad_sinks = None if sinks is None else sinks_gradient(grad_out, out, total, sinks)
         return grad_q.to(q.dtype), sums[0].to(k.dtype), sums[1].to(v.dtype), grad_sinks, None
 
 
@@ -143,7 +136,7 @@ def _meetings(ring: Ring, step: int, device: torch.device) -> Iterator[tuple[sli
 
 def _meeting(ring: Ring, queries: Piece, keys: Piece, device: torch.device) -> tuple[int, int, AttentionCall] | None:
     """The keys `[first, last)` of a piece that a piece of queries meets, and the call; None where they do not."""
-    spec = ring.spec
+    spec = ring.call.spec
     if spec.causal and keys[0] >= queries[1]:
         return None
     rows, seen, starts, key_starts = [], [], [], []
@@ -160,20 +153,13 @@ def _meeting(ring: Ring, queries: Piece, keys: Piece, device: torch.device) -> t
         return None
     met = [(start, start + count) for start, count in zip(key_starts, seen) if count]
     masked = spec.causal and keys == queries
-    part = replace(spec, causal=masked or (spec.causal and spec.sliding_window is not None))
-    call = AttentionCall(
-        spec=part,
-        queries=_packed(rows, device),
-        keys=_packed(seen, device),
-        alibi_slopes=ring.alibi_slopes,
-        seed=ring.seed,
+    call = replace(
+        ring.call,
+        spec=replace(spec, causal=masked or (spec.causal and spec.sliding_window is not None)),
+        queries=of_lengths(rows, device),
+        keys=of_lengths(seen, device),
         shifts=tuple(q - k for q, k in zip(starts, key_starts)),
         query_ids=tuple(starts),
         key_ids=tuple(key_starts),
     )
     return met[0][0] - keys[0], met[-1][1] - keys[0], call
-
-
-def _packed(lengths: list[int], device: torch.device) -> PackedSequences:
-    host = torch.tensor([0, *lengths], device="cpu").cumsum(0).to(torch.int32)
-    return PackedSequences(host if device.type == "cpu" else host.to(device), host)

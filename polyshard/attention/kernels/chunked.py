@@ -19,6 +19,7 @@ import torch
 
 from polyshard.attention.kernels.dropout import kept
 from polyshard.attention.kernels.protocol import AttentionCall
+from polyshard.attention.kernels.softmax import wide
 from polyshard.attention.kernels.tiles import Run, Tile, every_row_sees, groups, hidden, tiles
 from polyshard.core.attention import AttentionSpec
 
@@ -45,11 +46,11 @@ def forward_run(
     saved: torch.Tensor,
 ) -> None:
     """Fill a run's part of `out`, `logsumexp`, and `saved [saved_elements]`."""
-    spec, wide, narrow, keeps = call.spec, _wide(q.dtype), _narrow(q), _keeps(run, call)
+    spec, sums_in, narrow, keeps = call.spec, wide(q.dtype), _narrow(q), _keeps(run, call)
     wanted = call.logsumexp and not keeps
     place = 0
     for group in _groups(run, spec, q):
-        queries, keys, values = _rows(q, group, spec, wide), _keys(k, group, wide), _keys(v, group, narrow)
+        queries, keys, values = _rows(q, group, spec, sums_in), _keys(k, group, sums_in), _keys(v, group, narrow)
         queries = queries * spec.scale
         outs, sums = _fold(out, group, spec), _fold(logsumexp.unsqueeze(-1), group, spec)
         for tile, rows, seen in _tiles(group, spec, q):
@@ -68,9 +69,9 @@ def forward_run(
 
 def add_logsumexp(q: torch.Tensor, k: torch.Tensor, run: Run, call: AttentionCall, logsumexp: torch.Tensor) -> None:
     """Fill a run's part of `logsumexp`, for a kernel that gives none."""
-    spec, wide = call.spec, _wide(q.dtype)
+    spec, sums_in = call.spec, wide(q.dtype)
     for group in _groups(run, spec, q) if run.keys else ():
-        queries, keys = _rows(q, group, spec, wide) * spec.scale, _keys(k, group, wide)
+        queries, keys = _rows(q, group, spec, sums_in) * spec.scale, _keys(k, group, sums_in)
         sums = _fold(logsumexp.unsqueeze(-1), group, spec)
         for tile, rows, seen in _tiles(group, spec, q):
             scores, _ = _scores(queries[:, rows], keys[:, seen], group, tile, call)
@@ -91,14 +92,14 @@ def backward_run(
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
     """Fill a run's part of the gradients of q, k and v."""
-    spec, wide, narrow, keeps = call.spec, _wide(q.dtype), _narrow(q), _keeps(run, call)
+    spec, sums_in, narrow, keeps = call.spec, wide(q.dtype), _narrow(q), _keeps(run, call)
     place = 0
     for group in _groups(run, spec, q):
-        queries, keys, values = _rows(q, group, spec, wide), _keys(k, group, wide), _keys(v, group, wide)
-        grad_rows = _rows(grad_out, group, spec, wide)
+        queries, keys, values = _rows(q, group, spec, sums_in), _keys(k, group, sums_in), _keys(v, group, sums_in)
+        grad_rows = _rows(grad_out, group, spec, sums_in)
         # rowsum(dO ∘ O) = rowsum(dP ∘ P), with dropout too (FlashAttention, appendix B)
-        delta = (grad_rows * _rows(out, group, spec, wide)).sum(-1, keepdim=True)
-        totals = _rows(logsumexp.unsqueeze(-1), group, spec, wide)
+        delta = (grad_rows * _rows(out, group, spec, sums_in)).sum(-1, keepdim=True)
+        totals = _rows(logsumexp.unsqueeze(-1), group, spec, sums_in)
         small_q, small_k, small_grads = (t.to(narrow) for t in (queries, keys, grad_rows))
         queries = queries * spec.scale
         sum_k, sum_v, grad_q = torch.zeros_like(keys), torch.zeros_like(values), _fold(grads[0], group, spec)
@@ -128,10 +129,6 @@ def backward_run(
             _add_product(sum_k[:, seen], small, small_q[:, rows])
         _put_keys(grads[1], sum_k.mul_(spec.scale), group)
         _put_keys(grads[2], sum_v, group)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _narrow(q: torch.Tensor) -> torch.dtype:

@@ -12,6 +12,7 @@ import torch
 
 from polyshard.attention.kernels import chunked, cpu_flash, operator
 from polyshard.attention.kernels.protocol import AttentionCall
+from polyshard.attention.kernels.softmax import wide
 from polyshard.attention.kernels.tiles import Run, runs
 from polyshard.core.attention import AttentionSpec
 
@@ -24,7 +25,7 @@ class _ByRun:
     name: str
     native_sinks = False
 
-    def by_flash(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> bool:
+    def by_flash(self, run: Run, call: AttentionCall) -> bool:
         """Whether torch's operator is to compute this run."""
         raise NotImplementedError
 
@@ -38,11 +39,9 @@ class _ByRun:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `BlockKernel`."""
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         out = q.new_zeros((*q.shape[:2], v.shape[-1]))
-        logsumexp = torch.full(q.shape[:2], -math.inf, dtype=wide, device=q.device)
-        work = [(run, self.by_flash(run, call, q.dtype)) for run in runs(call) if run.keys]
-        kept = [0 if flash else chunked.saved_elements(run, call, q) for run, flash in work]
+        logsumexp = torch.full(q.shape[:2], -math.inf, dtype=wide(q.dtype), device=q.device)
+        work, kept = self._work(q, call)
         saved = q.new_empty(sum(kept))
         for (run, flash), part in zip(work, saved.split(kept)):
             if flash:
@@ -64,14 +63,18 @@ class _ByRun:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `BlockKernel`."""
         grads = (q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape))
-        work = [(run, self.by_flash(run, call, q.dtype)) for run in runs(call) if run.keys]
-        kept = [0 if flash else chunked.saved_elements(run, call, q) for run, flash in work]
+        work, kept = self._work(q, call)
         for (run, flash), part in zip(work, saved.split(kept)):
             if flash:
                 cpu_flash.backward_run(grad_out, q, k, v, out, logsumexp, run, call, grads)
             else:
                 chunked.backward_run(grad_out, q, k, v, out, logsumexp, part, run, call, grads)
         return grads
+
+    def _work(self, q: torch.Tensor, call: AttentionCall) -> tuple[list[tuple[Run, bool]], list[int]]:
+        """The runs with keys, each with whether torch's operator computes it, and how many weights it keeps."""
+        work = [(run, self.by_flash(run, call)) for run in runs(call) if run.keys]
+        return work, [0 if flash else chunked.saved_elements(run, call, q) for run, flash in work]
 
 
 class Chunked(_ByRun):
@@ -83,7 +86,7 @@ class Chunked(_ByRun):
         """See `AttentionKernel`."""
         return None if dtype.is_floating_point else f"needs a float dtype, not {dtype}"
 
-    def by_flash(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> bool:
+    def by_flash(self, run: Run, call: AttentionCall) -> bool:
         """Never."""
         return False
 
@@ -99,7 +102,7 @@ class Cpu(Chunked):
             return f"needs a CPU, not {device.type}"
         return super().rejects(spec, device, dtype, training)
 
-    def by_flash(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> bool:
+    def by_flash(self, run: Run, call: AttentionCall) -> bool:
         """Long, and with nothing that the operator lacks."""
         return run.keys >= _LONG and cpu_flash.fits(run, call) and flash_lacks(call.spec) is None
 
@@ -117,7 +120,7 @@ class CpuFlash(_ByRun):
             return f"has no {dtype}"
         return flash_lacks(spec)
 
-    def by_flash(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> bool:
+    def by_flash(self, run: Run, call: AttentionCall) -> bool:
         """Always, but for alignments that the operator cannot express."""
         return cpu_flash.fits(run, call)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from polyshard.attention.kernels.protocol import AttentionCall, BlockKernel
+from polyshard.attention.kernels.softmax import sinks_gradient, wide, with_sinks
 from polyshard.core.attention import AttentionSpec, PackedSequences
 
 
@@ -77,37 +78,15 @@ def _attention(
     chosen = _kernel(kernel)
     out, logsumexp, saved = chosen.forward(q, k, v, _call(q, k, v, bounds, settings))
     if sinks is not None and not chosen.native_sinks:
-        total = torch.logaddexp(logsumexp, sinks.to(logsumexp.dtype))
-        out = (out * (logsumexp - total).exp().unsqueeze(-1)).to(out.dtype)
-        logsumexp = total
+        out, logsumexp = with_sinks(out, logsumexp, sinks)
     return out, logsumexp, saved
 
 
 @_attention.register_fake
-def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_queries: torch.Tensor,
-    host_queries: torch.Tensor,
-    cu_keys: torch.Tensor | None,
-    host_keys: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    kernel: str,
-    scale: float,
-    causal: bool,
-    sliding_window: int | None,
-    softcap: float | None,
-    dropout: float,
-    head_offset: int,
-    differentiable: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     kept = torch.library.get_ctx().new_dynamic_size()  # lies in the lengths
     out = q.new_empty((*q.shape[:2], v.shape[-1]))
-    return out, q.new_empty(q.shape[:2], dtype=wide), q.new_empty(kept)
+    return out, q.new_empty(q.shape[:2], dtype=wide(q.dtype)), q.new_empty(kept)
 
 
 @torch.library.custom_op("polyshard::attention_backward", mutates_args=())
@@ -139,38 +118,14 @@ def _attention_backward(
     settings = (scale, causal, sliding_window, softcap, dropout, head_offset, differentiable)
     call = _call(q, k, v, bounds, settings)
     grads = _kernel(kernel).backward(grad_out, q, k, v, out, logsumexp, saved, call)
-    if sinks is None:
-        return *grads, q.new_empty(0)
-    row = (grad_out.to(logsumexp.dtype) * out).sum(-1)  # [tokens, heads]
-    weight = (sinks.to(logsumexp.dtype) - logsumexp).exp()
-    return *grads, -(weight * row).sum(0).to(sinks.dtype)
+    return *grads, q.new_empty(0) if sinks is None else sinks_gradient(grad_out, out, logsumexp, sinks)
 
 
 @_attention_backward.register_fake
 def _(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    logsumexp: torch.Tensor,
-    saved: torch.Tensor,
-    cu_queries: torch.Tensor,
-    host_queries: torch.Tensor,
-    cu_keys: torch.Tensor | None,
-    host_keys: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    kernel: str,
-    scale: float,
-    causal: bool,
-    sliding_window: int | None,
-    softcap: float | None,
-    dropout: float,
-    head_offset: int,
-    differentiable: bool,
+    grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    sinks = rest[7]  # after the output, the logsumexp, what was saved, and four boundaries
     grad_sinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_sinks
 
