@@ -12,7 +12,7 @@ from torch import nn
 
 from polyshard.attention.context.parallel import Way, context_parallel_attention
 from polyshard.attention.functional import check_spec
-from polyshard.attention.placement import positions_at, sequences_at
+from polyshard.attention.placement import rotary_at, sequences_at
 from polyshard.attention.rotary import RotaryEmbedding, apply_rotary
 from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequences
 from polyshard.core.context import ParallelAxis, ParallelContext
@@ -135,11 +135,7 @@ class TrainableMLA(nn.Module):
         if sequences is None and self.core is None:
             sequences = sequences_at(lead, cu_seqlens, self.context, hidden_states.device)
         if rotary is None and self.rotary is not None:
-            if positions is None:
-                if sequences is None:
-                    raise ConfigurationError("a serving engine has to pass positions")
-                positions = positions_at(sequences, lead, self.context, hidden_states.device)
-            rotary = self.rotary(positions, hidden_states.dtype)
+            rotary = rotary_at(self.rotary, positions, sequences, lead, self.context, hidden_states)
 
         q = self._queries(hidden_states).unflatten(-1, (-1, nope + rope))
         latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, rope], dim=-1)

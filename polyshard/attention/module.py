@@ -11,7 +11,7 @@ from torch import nn
 from polyshard.attention.alibi import slopes_of_heads
 from polyshard.attention.context.parallel import Way, context_parallel_attention
 from polyshard.attention.functional import check_spec
-from polyshard.attention.placement import positions_at, sequences_at
+from polyshard.attention.placement import rotary_at, sequences_at
 from polyshard.attention.rotary import RotaryEmbedding, apply_rotary
 from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequences
 from polyshard.core.context import ParallelContext
@@ -167,26 +167,12 @@ class TrainableFlashAttention(nn.Module):
                 "hidden states must be [batch, seq, hidden] or packed [tokens, hidden], "
                 f"got {tuple(hidden_states.shape)}"
             )
-        qkv = self.qkv(hidden_states)
-        lead = qkv.shape[:-1]
-        spec = self.spec
-        sizes = [spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.num_kv_heads * spec.v_dim]
-        q, k, v = qkv.split(sizes, dim=-1)
-        q, k = q.unflatten(-1, (-1, spec.head_dim)), k.unflatten(-1, (-1, spec.head_dim))
-        v = v.unflatten(-1, (-1, spec.v_dim))
-        if self.q_norm is not None and self.k_norm is not None:
-            # Under autocast the norm's float32 weight widens its output; attention takes one dtype.
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-
-        serving = self.core is not None
-        if sequences is None and not serving:
+        q, k, v = self.heads(hidden_states)
+        lead = q.shape[:-2]
+        if sequences is None and self.core is None:
             sequences = sequences_at(lead, cu_seqlens, self.context, q.device)
         if rotary is None and self.rotary is not None:
-            if positions is None:
-                if sequences is None:
-                    raise ConfigurationError("a serving engine has to pass positions")
-                positions = positions_at(sequences, lead, self.context, q.device)
-            rotary = self.rotary(positions, q.dtype)
+            rotary = rotary_at(self.rotary, positions, sequences, lead, self.context, q)
         if rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
 
@@ -200,7 +186,7 @@ class TrainableFlashAttention(nn.Module):
                 k,
                 v,
                 sequences,
-                spec,
+                self.spec,
                 self.context,
                 self.context_parallel,
                 training=self.training,
@@ -209,3 +195,15 @@ class TrainableFlashAttention(nn.Module):
                 kernel=self.kernel,
             )
         return self.o_proj(out.reshape(*lead, -1))
+
+    def heads(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """This rank's query, key and value heads, each `[..., heads, dim]`, normed, not yet rotated."""
+        spec = self.spec
+        sizes = [spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.num_kv_heads * spec.v_dim]
+        q, k, v = self.qkv(hidden_states).split(sizes, dim=-1)
+        q, k = q.unflatten(-1, (-1, spec.head_dim)), k.unflatten(-1, (-1, spec.head_dim))
+        v = v.unflatten(-1, (-1, spec.v_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            # Under autocast the norm's float32 weight widens its output; attention takes one dtype.
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        return q, k, v

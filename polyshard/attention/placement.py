@@ -6,6 +6,7 @@ import torch
 
 from polyshard.attention.context.shards import context_positions, context_shard
 from polyshard.attention.packing import batch_of, pack
+from polyshard.attention.rotary import RotaryEmbedding
 from polyshard.core.attention import PackedSequences
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
@@ -23,6 +24,22 @@ def sequences_at(
     if cu_seqlens is None:
         return batch_of(1, lead[0] * shards, device)
     return pack(cu_seqlens, lead[0] * shards)
+
+
+def rotary_at(
+    rotary: RotaryEmbedding,
+    positions: torch.Tensor | None,
+    sequences: PackedSequences | None,
+    lead: torch.Size,
+    context: ParallelContext,
+    like: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine for this rank's tokens, in the dtype and on the device of `like`; positions from 0 by default."""
+    if positions is None:
+        if sequences is None:
+            raise ConfigurationError("a serving engine has to pass positions")
+        positions = positions_at(sequences, lead, context, like.device)
+    return rotary(positions, like.dtype)
 
 
 def positions_at(

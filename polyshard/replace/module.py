@@ -71,10 +71,7 @@ class ReplacedAttention(TrainableFlashAttention):
         """
         batch, length = hidden_states.shape[:2]
         spec = self.spec
-        heads = self.qkv(hidden_states).unflatten(-1, (-1, spec.head_dim))
-        q, k, v = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=-2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k, v = self.heads(hidden_states)
         if position_embeddings is not None and self.uses_rotary:
             parts = 2 if self.rotary_doubled else 1
             cos, sin = (t[..., : t.shape[-1] // parts].unsqueeze(-2) for t in position_embeddings)
