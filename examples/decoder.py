@@ -170,7 +170,7 @@ class Decoder(nn.Module):
         """Hidden states, or the loss.
 
         Args:
-            input_ids: `[batch, seq]`, or packed `[tokens]`.
+            input_ids: `[batch, seq]`, or packed `[tokens]`; under context parallel this rank's part of them.
             positions: of the same shape; default from 0 in each sequence.
             cu_seqlens: int32 `[sequences + 1]` for packed input; default one sequence.
             labels: the token after each token, -100 where none; of the same shape.
@@ -181,7 +181,7 @@ class Decoder(nn.Module):
         """
         x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         if positions is None:
-            positions = ps.sequence_positions(input_ids, cu_seqlens)
+            positions = ps.sequence_positions(input_ids, cu_seqlens, self.parallel_context)
         rotary = self.model.rotary(positions, x.dtype)
         for layer in self.model.layers:
             x = layer(x, rotary=rotary, cu_seqlens=cu_seqlens)

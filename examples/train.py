@@ -3,10 +3,11 @@
     torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT
     torchrun --nproc-per-node 3 examples/train.py MODEL OUTPUT --tensor-parallel 3 --sequence-parallel
     torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT --adapter deepspeed --zero 3
+    torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT --context-parallel 2
     torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT --states runs/a    # started again, it goes on
 
 MODEL is a Hugging Face directory of a Llama, Qwen2, Qwen3 or Mistral model (`python examples/smollm2.py` prints one);
-OUTPUT becomes one too. Ranks beyond the tensor-parallel size are data parallel.
+OUTPUT becomes one too. Ranks beyond tensor and context parallel are data parallel.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def main(
     output: Annotated[Path, typer.Argument(help="Directory of the trained model.")],
     adapter: Annotated[str, typer.Option(help="Parallelism library.")] = "torch",
     tensor_parallel: Annotated[int, typer.Option(help="Ranks that share each layer.")] = 1,
+    context_parallel: Annotated[int, typer.Option(help="Ranks that share each sequence.")] = 1,
     sequence_parallel: Annotated[bool, typer.Option(help="Shard activations along the sequence.")] = False,
     data_parallel: Annotated[str, typer.Option(help="ddp or fsdp (torch adapter).")] = "ddp",
     zero: Annotated[int | None, typer.Option(help="ZeRO stage (other adapters); default the library's.")] = None,
@@ -47,9 +49,11 @@ def main(
     every: Annotated[int, typer.Option(help="Steps between training states.")] = 8,
 ) -> None:
     """Train, with the validation loss before and after, and save."""
-    context = ps.initialize(adapter, tensor=tensor_parallel, sequence_parallel=sequence_parallel)
+    context = ps.initialize(
+        adapter, tensor=tensor_parallel, context=context_parallel, sequence_parallel=sequence_parallel
+    )
     rank, share = context.get_data_parallel_rank(), context.get_data_parallel_world_size()
-    first = rank == 0 and context.get_tensor_parallel_rank() == 0
+    first = all(context.axis(name).rank == 0 for name in ("data", "tensor", "context"))
     if batch % share or validation_rows % share:
         raise typer.BadParameter(f"batch {batch} and {validation_rows} validation rows must divide over {share} ranks")
 
@@ -90,7 +94,7 @@ def main(
             started = time.perf_counter()
             trainer.set_learning_rate(learning_rate * schedule(step, steps))
             chosen = rows[[(step * batch + i) % len(rows) for i in range(batch)]][rank::share]
-            loss = trainer(chosen[:, :-1], labels=chosen[:, 1:])
+            loss = loss_of(trainer, chosen, context)
             trainer.backward(loss)
             norm = trainer.step().grad_norm
             losses.append(mean_over_data(loss, context))
@@ -150,8 +154,14 @@ def schedule(step: int, steps: int) -> float:
 def validation_loss(trainer: ps.TrainingEngine, rows: torch.Tensor, context: ps.ParallelContext) -> float:
     """Mean loss over held-out rows, each data-parallel rank taking its share."""
     mine = rows[context.get_data_parallel_rank() :: context.get_data_parallel_world_size()]
-    losses = [trainer(part[:, :-1], labels=part[:, 1:]) for part in mine.split(4)]
+    losses = [loss_of(trainer, part, context) for part in mine.split(4)]
     return mean_over_data(torch.stack(losses).mean(), context)
+
+
+def loss_of(trainer: ps.TrainingEngine, rows: torch.Tensor, context: ps.ParallelContext) -> torch.Tensor:
+    """Mean loss of predicting each row's next tokens; a rank takes its part of each row."""
+    inputs, labels = (ps.context_shard(part, context, dim=1) for part in (rows[:, :-1], rows[:, 1:]))
+    return trainer(inputs, labels=labels)
 
 
 def mean_over_data(value: torch.Tensor, context: ps.ParallelContext) -> float:

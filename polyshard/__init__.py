@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from polyshard.adapters.vllm.transfer.sync import SyncReport, WeightSync
     from polyshard.attention import RotaryEmbedding, TrainableFlashAttention, TrainableMLA, packed_attention
     from polyshard.attention.context import context_parallel_attention, context_shard, context_unshard
-    from polyshard.attention.packing import pack, sequence_positions
+    from polyshard.attention.packing import pack
+    from polyshard.attention.placement import sequence_positions
     from polyshard.checkpoint import (
         ModelConfig,
         PendingSave,
@@ -57,7 +58,8 @@ _HOMES = {
     "polyshard.adapters.vllm.transfer.sync": ("SyncReport", "WeightSync"),
     "polyshard.attention": ("RotaryEmbedding", "TrainableFlashAttention", "TrainableMLA", "packed_attention"),
     "polyshard.attention.context": ("context_parallel_attention", "context_shard", "context_unshard"),
-    "polyshard.attention.packing": ("pack", "sequence_positions"),
+    "polyshard.attention.packing": ("pack",),
+    "polyshard.attention.placement": ("sequence_positions",),
     "polyshard.checkpoint": (
         "ModelConfig",
         "PendingSave",

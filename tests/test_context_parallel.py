@@ -51,4 +51,4 @@ def test_what_does_not_fit_is_refused_with_the_way_out():
         assert "6 tokens cannot be cut for context-parallel size 2: pad them to a multiple of 4" in messages[0]
         assert "the sequences hold 4 tokens, but 2 ranks with 4 each hold 8" in messages[1]
         assert "Ulysses spreads 3 query and 3 key-value heads over 2 ranks" in messages[2]
-        assert "does not sum gradients over the context axis yet" in messages[3]
+        assert len(messages) == 3

@@ -47,7 +47,7 @@ class TrainableMLA(nn.Module):
         parallel_context: where this process stands; default one process alone.
         layer_index: global index of the layer.
         kernel: force a kernel by name.
-        context_parallel: `"ulysses"` or `"ring"`.
+        context_parallel: `"auto"`, `"ulysses"` or `"ring"`.
         linear: another library's layers.
 
     Raises:
@@ -74,7 +74,7 @@ class TrainableMLA(nn.Module):
         parallel_context: ParallelContext | None = None,
         layer_index: int | None = None,
         kernel: str | None = None,
-        context_parallel: Way = "ulysses",
+        context_parallel: Way = "auto",
         linear: Any = None,
     ) -> None:
         super().__init__()

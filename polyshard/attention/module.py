@@ -50,7 +50,8 @@ class TrainableFlashAttention(nn.Module):
         sinks: a learned logit of each head that takes part in the softmax and gives nothing (gpt-oss).
         layer_index: global index of the layer; a serving engine with pipeline stages needs it.
         kernel: force a kernel by name; also by the environment variable POLYSHARD_ATTENTION.
-        context_parallel: `"ulysses"` or `"ring"`, where the context axis has several ranks.
+        context_parallel: where the context axis has several ranks, `"ulysses"`, `"ring"`, or `"auto"`: Ulysses where
+            heads divide, else ring.
         linear: another library's layers for the projections.
 
     Attributes:
@@ -85,7 +86,7 @@ class TrainableFlashAttention(nn.Module):
         sinks: bool = False,
         layer_index: int | None = None,
         kernel: str | None = None,
-        context_parallel: Way = "ulysses",
+        context_parallel: Way = "auto",
         linear: Any = None,
     ) -> None:
         super().__init__()

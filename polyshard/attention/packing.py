@@ -71,23 +71,6 @@ def positions_of(sequences: PackedSequences, tokens: int, device: torch.device) 
     return index - cu_seqlens[torch.searchsorted(cu_seqlens, index, right=True) - 1]
 
 
-def sequence_positions(input_ids: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
-    """Position of each token in its own sequence.
-
-    Args:
-        input_ids: `[batch, seq]`, or packed `[tokens]`.
-        cu_seqlens: int32 `[sequences + 1]` of packed tokens; default one sequence.
-
-    Returns:
-        int64, the shape of `input_ids`.
-    """
-    if input_ids.dim() == 2:
-        return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    if cu_seqlens is None:
-        return torch.arange(input_ids.shape[0], device=input_ids.device)
-    return positions_of(pack(cu_seqlens, input_ids.shape[0]), input_ids.shape[0], input_ids.device)
-
-
 def _on(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     return host if device.type == "cpu" else host.to(device)
 

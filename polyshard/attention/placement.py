@@ -8,8 +8,9 @@ from polyshard.attention.context.shards import context_positions, context_shard
 from polyshard.attention.packing import batch_of, pack
 from polyshard.attention.rotary import RotaryEmbedding
 from polyshard.core.attention import PackedSequences
-from polyshard.core.context import ParallelContext
+from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.errors import ConfigurationError
+from polyshard.core.layout import ParallelLayout
 
 
 def sequences_at(
@@ -50,3 +51,23 @@ def positions_at(
     if len(lead) == 1:
         return context_positions(sequences, lead[0] * shards, context, device)
     return context_shard(torch.arange(lead[1] * shards, device=device), context).expand(lead)
+
+
+def sequence_positions(
+    input_ids: torch.Tensor,
+    cu_seqlens: torch.Tensor | None = None,
+    parallel_context: ParallelContext | None = None,
+) -> torch.Tensor:
+    """Position of each token in its own sequence.
+
+    Args:
+        input_ids: `[batch, seq]`, or packed `[tokens]`; under context parallel this rank's part.
+        cu_seqlens: int32 `[sequences + 1]` of packed tokens, of all context-parallel ranks; default one sequence.
+        parallel_context: where this process stands; needed under context parallel alone.
+
+    Returns:
+        int64, the shape of `input_ids`.
+    """
+    context = parallel_context or GroupContext(layout=ParallelLayout(), device=input_ids.device, linear=None)
+    sequences = sequences_at(input_ids.shape, cu_seqlens, context, input_ids.device)
+    return positions_at(sequences, input_ids.shape, context, input_ids.device)

@@ -59,6 +59,14 @@ class ParallelAxis:
         return len(self.ranks)
 
 
+def replica_axis(parallel_context: ParallelContext) -> ParallelAxis:
+    """The ranks that hold the same weights: those of the data and the context axis together.
+
+    Gradients are averaged, and ZeRO shards, over them.
+    """
+    return parallel_context.axis("data" if parallel_context.axis("context").size == 1 else "replica")
+
+
 @runtime_checkable
 class ParallelContext(Protocol):
     """What a model factory receives beside its config. It makes no layers itself."""

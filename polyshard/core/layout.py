@@ -7,8 +7,9 @@ from typing import Literal, get_args
 
 from polyshard.core.errors import LayoutError
 
-Axis = Literal["tensor", "pipeline", "data", "context", "expert"]
+Axis = Literal["tensor", "pipeline", "data", "context", "expert", "replica"]
 AXES: tuple[Axis, ...] = get_args(Axis)
+SIZED: tuple[Axis, ...] = ("tensor", "pipeline", "data", "context", "expert")  # those that a layout names
 
 # Fastest varying first, as Megatron-Core's default order "tp-cp-ep-dp-pp": ranks of one tensor-parallel group
 # are neighbours. Expert parallelism lies over the data axis and has no axis of its own here.
@@ -39,7 +40,7 @@ class ParallelLayout:
     sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
-        for axis in AXES:
+        for axis in SIZED:
             size = getattr(self, axis)
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise LayoutError(f"{axis} parallel size must be a positive integer, got {size!r}")
@@ -103,13 +104,18 @@ class ParallelLayout:
         return position
 
     def groups(self, axis: Axis) -> list[tuple[int, ...]]:
-        """All groups of an axis: global ranks that differ in that coordinate alone, in coordinate order."""
+        """All groups of an axis: global ranks that differ in that coordinate alone, in coordinate order.
+
+        The replica axis is the data and the context axis together: the ranks that hold the same weights.
+        """
         members: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
             position = self.coordinates(rank)
             if axis == "expert":
                 others = [position[a] for a in RANK_ORDER if a != "data"]
                 others.append(position["data"] // self.expert)
+            elif axis == "replica":
+                others = [position[a] for a in RANK_ORDER if a not in ("data", "context")]
             else:
                 others = [position[a] for a in RANK_ORDER if a != axis]
             members.setdefault(tuple(others), []).append(rank)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from polyshard.core.context import ParallelContext
+from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.fingerprint import fingerprint, total
 from polyshard.core.regions import Region, regions
 from polyshard.core.state import WEIGHT, Piece, held_alike
@@ -36,8 +36,8 @@ class Moved:
 
 
 def module_pieces(module: nn.Module, context: ParallelContext) -> Iterator[Piece]:
-    """A model's parameters as pieces; data-parallel ranks hold them alike."""
-    axis = context.axis("data")
+    """A model's parameters as pieces; its replicas hold them alike."""
+    axis = replica_axis(context)
     for name, parameter in module.named_parameters():
         yield held_alike(name, WEIGHT, parameter.detach().contiguous(), axis)
 

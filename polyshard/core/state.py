@@ -23,7 +23,7 @@ class Piece:
         start: first element, in the flattened shard.
         values: 1-D, the library's own memory: what is written there takes effect (see `weights_written` and
             `optimizer_written` of `TrainingEngine`).
-        holder: this rank's position among the data-parallel ranks that hold this very run.
+        holder: this rank's position among the replicas that hold this very run.
         holders: how many there are.
     """
 
@@ -35,15 +35,15 @@ class Piece:
     holders: int = 1
 
 
-def held_alike(parameter: str, slot: str, values: torch.Tensor, data_axis: ParallelAxis) -> Piece:
-    """The piece of a whole shard that every rank of the data axis holds alike; `values` must be contiguous."""
+def held_alike(parameter: str, slot: str, values: torch.Tensor, replicas: ParallelAxis) -> Piece:
+    """The piece of a whole shard that every rank of the replica axis holds alike; `values` must be contiguous."""
     return Piece(
         parameter=parameter,
         slot=slot,
         start=0,
         values=values.view(-1),
-        holder=data_axis.rank,
-        holders=data_axis.size,
+        holder=replicas.rank,
+        holders=replicas.size,
     )
 
 

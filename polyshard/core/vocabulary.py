@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard.core.context import ParallelContext
+from polyshard.core.context import ParallelAxis, ParallelContext
 from polyshard.core.linear_adapter import adapter_with, choose_adapter, tensor_rank_and_size
 from polyshard.core.weight_layout import Segment, WeightLayout
 from polyshard.core.weight_table import attach_layouts
@@ -82,7 +82,8 @@ def vocab_parallel_cross_entropy(
         parallel_context: where this process stands.
         vocab_size: logical size, where the vocabulary is padded; default the local size times the tensor size.
         ignore_index: as in torch.
-        reduction: `"mean"`, `"sum"` or `"none"`.
+        reduction: `"mean"`, `"sum"` or `"none"`. Under context parallel the mean is over the tokens of all ranks of
+            the context axis, and the same on each; sums and single losses are of this rank's tokens.
         label_smoothing: as in torch, over the logical vocabulary.
         linear: another library's loss.
 
@@ -102,15 +103,29 @@ def vocab_parallel_cross_entropy(
             "without the last dimension"
         )
     adapter = adapter_with(choose_adapter(linear, parallel_context), "vocab_parallel_cross_entropy")
-    return adapter.vocab_parallel_cross_entropy(
+    context_axis = parallel_context.axis("context")
+    over_context = reduction == "mean" and context_axis.size > 1
+    loss = adapter.vocab_parallel_cross_entropy(
         logits,
         targets,
         parallel_context,
         vocab_size=vocab_size or logits.shape[-1] * parallel_context.get_tensor_parallel_world_size(),
         ignore_index=ignore_index,
-        reduction=reduction,
+        reduction="sum" if over_context else reduction,
         label_smoothing=label_smoothing,
     )
+    return _mean_over(context_axis, loss, (targets != ignore_index).sum()) if over_context else loss
+
+
+def _mean_over(axis: ParallelAxis, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """The mean over the tokens of all ranks of an axis, from each one's sum.
+
+    Its gradient is that of this rank's tokens times the axis's size, since engines average over the replicas.
+    """
+    assert axis.collectives is not None
+    sums = axis.collectives.all_reduce(torch.stack((total.detach().double(), count.double())))
+    share = total * (axis.size / sums[1]).to(total.dtype)
+    return share + ((sums[0] / sums[1]).to(total.dtype) - share).detach()
 
 
 def gather_logits(logits: torch.Tensor, parallel_context: ParallelContext, vocab_size: int) -> torch.Tensor:

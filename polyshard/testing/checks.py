@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from polyshard.attention.context.shards import context_shard, context_unshard
 from polyshard.core.adapter import AdamW
-from polyshard.core.context import GroupContext, ParallelContext
+from polyshard.core.context import GroupContext, ParallelAxis, ParallelContext
 from polyshard.core.discovery import load_adapter
 from polyshard.core.errors import LayoutError, RankFailureError
 from polyshard.core.gather import gather_shards
@@ -68,21 +69,22 @@ def gathered(shards: Any, model: SuiteModel, context: ParallelContext) -> Named:
     return result
 
 
-def layers(adapter: str, tensor: int, sequence_parallel: bool) -> dict[str, Named]:
+def layers(adapter: str, tensor: int, sequence_parallel: bool, context_size: int = 1) -> dict[str, Named]:
     """Loss, logits and gradients with untied and tied embeddings, the loss under autocast, and initial weights."""
-    context = initialize(adapter, tensor=tensor, sequence_parallel=sequence_parallel, timeout=60)
+    context = initialize(adapter, tensor=tensor, context=context_size, sequence_parallel=sequence_parallel, timeout=60)
     results: dict[str, Named] = {}
     for tied in (False, True):
         config = SuiteConfig(tied=tied)
-        input_ids, labels = tokens(config)
+        input_ids, labels = (context_shard(x, context, dim=1) for x in tokens(config))
         model = build(config, context)
         loss = model(input_ids, labels)
         loss.backward()
         with torch.no_grad():
             logits = gather_logits(model(input_ids), context, config.vocab_size)
+            logits = context_unshard(logits, context, dim=1)
             with torch.autocast(context.device.type, torch.bfloat16):
                 rough = model(input_ids, labels)
-        gradients = [(name, p.grad) for name, p in model.named_parameters()]
+        gradients = [(name, _mean(p.grad, context.axis("context"))) for name, p in model.named_parameters()]
         found = gathered(gradients, model, context)
         results["tied" if tied else "untied"] = {"loss": loss.detach(), "logits": logits, "autocast": rough, **found}
     model = SuiteModel(SuiteConfig(), context)
@@ -93,10 +95,10 @@ def layers(adapter: str, tensor: int, sequence_parallel: bool) -> dict[str, Name
 
 
 def training(
-    adapter: str, tensor: int, engine: dict[str, Any], steps: int, settings: dict[str, float]
+    adapter: str, tensor: int, context_size: int, engine: dict[str, Any], steps: int, settings: dict[str, float]
 ) -> dict[str, Any]:
     """Losses, gradient norms and the weights at the end; half of the steps in two micro-batches."""
-    context = initialize(adapter, tensor=tensor, timeout=60)
+    context = initialize(adapter, tensor=tensor, context=context_size, timeout=60)
     config = SuiteConfig()
     model = build(config, context)
     optimizer = AdamW(lr=settings["lr"], weight_decay=settings["weight_decay"])
@@ -105,7 +107,7 @@ def training(
     share, rank = context.get_data_parallel_world_size(), context.get_data_parallel_rank()
     losses, norms = [], []
     for step, (input_ids, labels) in enumerate(batches(config, steps)):
-        mine, targets = input_ids[rank::share], labels[rank::share]
+        mine, targets = (context_shard(x[rank::share], context, dim=1) for x in (input_ids, labels))
         parts = list(zip(mine.chunk(2), targets.chunk(2))) if step % 2 else [(mine, targets)]
         total = torch.zeros(())
         for ids, wanted in parts[:-1]:
@@ -117,12 +119,15 @@ def training(
         trainer.backward(loss)
         total = total + loss.detach()
         norms.append(trainer.step().grad_norm)
-        data = context.axis("data")
-        losses.append(float(total if data.collectives is None else data.collectives.all_reduce(total) / data.size))
+        losses.append(float(_mean(total, context.axis("data"))))
     weights = gathered(trainer.weights(), model, context)
     trainer.close()
     shutdown(context)
     return {"losses": losses, "norms": norms, "weights": weights}
+
+
+def _mean(value: Any, axis: ParallelAxis) -> Any:
+    return value if axis.collectives is None else axis.collectives.all_reduce(value) / axis.size
 
 
 def pieces(adapter: str) -> dict[str, Any]:

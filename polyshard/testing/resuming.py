@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from polyshard.attention.context.shards import context_shard
 from polyshard.checkpoint import PendingSave, load_training_state, save_training_state
 from polyshard.core.adapter import AdamW
 from polyshard.core.context import ParallelContext
@@ -22,10 +23,15 @@ CONFIG = {"model_type": "suite"}
 
 
 def make(
-    adapter: str, tensor: int, options: Options, dropout: float = 0.0, dtype: torch.dtype = torch.float32
+    adapter: str,
+    tensor: int,
+    options: Options,
+    dropout: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    context_size: int = 1,
 ) -> tuple[ParallelContext, Any]:
     """A context, and an engine around the suite's model."""
-    context = initialize(adapter, tensor=tensor, timeout=90)
+    context = initialize(adapter, tensor=tensor, context=context_size, timeout=90)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -38,14 +44,14 @@ def make(
 
 
 def steps(engine: Any, context: ParallelContext, first: int, last: int) -> list[float]:
-    """Losses of steps `first` to `last`, averaged over the data axis; each rank takes its rows of the batch."""
+    """Losses of steps `first` to `last`, averaged over the data axis; each rank takes its part of the batch."""
     losses = []
     batches = checks.batches(SuiteConfig(), last)
     axis = context.axis("data")
     for ids, labels in batches[first:last]:
         rows = len(ids) // axis.size
         mine = slice(axis.rank * rows, (axis.rank + 1) * rows)
-        loss = engine(ids[mine], labels[mine])
+        loss = engine(*(context_shard(x[mine], context, dim=1) for x in (ids, labels)))
         engine.backward(loss)
         engine.step()
         value = loss.detach().clone()
@@ -56,10 +62,10 @@ def steps(engine: Any, context: ParallelContext, first: int, last: int) -> list[
 
 
 def straight(
-    adapter: str, tensor: int, options: Options, count: int, dropout: float = 0.0
+    adapter: str, tensor: int, options: Options, count: int, dropout: float = 0.0, context_size: int = 1
 ) -> tuple[list[float], checks.Named]:
     """The run that is not interrupted: losses, and the weights at the end."""
-    context, engine = make(adapter, tensor, options, dropout)
+    context, engine = make(adapter, tensor, options, dropout, context_size=context_size)
     torch.manual_seed(5 + context.get_data_parallel_rank())
     losses = steps(engine, context, 0, count)
     weights = {name: value.clone() for name, value in engine.weights()}
@@ -75,9 +81,10 @@ def first_half(
     directory: Path,
     dropout: float = 0.0,
     asynchronous: bool = False,
+    context_size: int = 1,
 ) -> list[float]:
     """Train, and save the state."""
-    context, engine = make(adapter, tensor, options, dropout)
+    context, engine = make(adapter, tensor, options, dropout, context_size=context_size)
     torch.manual_seed(5 + context.get_data_parallel_rank())
     losses = steps(engine, context, 0, half)
     saved = save_training_state(
@@ -97,20 +104,34 @@ def first_half(
 
 
 def all_in_one(
-    adapter: str, tensor: int, options: Options, half: int, count: int, directory: Path, dropout: float
+    adapter: str,
+    tensor: int,
+    options: Options,
+    half: int,
+    count: int,
+    directory: Path,
+    dropout: float,
+    context_size: int = 1,
 ) -> tuple[Any, list[float], Any]:
     """The run that is not interrupted, and the one that is; each initialises anew."""
-    whole = straight(adapter, tensor, options, count, dropout)
-    begun = first_half(adapter, tensor, options, half, directory, dropout)
+    whole = straight(adapter, tensor, options, count, dropout, context_size)
+    begun = first_half(adapter, tensor, options, half, directory, dropout, context_size=context_size)
     torch.manual_seed(99)
-    return whole, begun, second_half(adapter, tensor, options, half, count, directory, dropout)
+    return whole, begun, second_half(adapter, tensor, options, half, count, directory, dropout, context_size)
 
 
 def second_half(
-    adapter: str, tensor: int, options: Options, half: int, count: int, directory: Path, dropout: float = 0.0
+    adapter: str,
+    tensor: int,
+    options: Options,
+    half: int,
+    count: int,
+    directory: Path,
+    dropout: float = 0.0,
+    context_size: int = 1,
 ) -> tuple[list[float], checks.Named, int, Any, list[str]]:
     """Load the state into an engine whose weights are spoilt, and go on."""
-    context, engine = make(adapter, tensor, options, dropout)
+    context, engine = make(adapter, tensor, options, dropout, context_size=context_size)
     with torch.no_grad():  # nothing of the new run's own weights may survive
         for piece in engine.weight_pieces():
             piece.values.fill_(7.0)

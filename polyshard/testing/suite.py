@@ -36,12 +36,19 @@ FLOOR = 1e-6  # relative; some eight roundings of float32
 STEPS = 20
 SETTINGS = {"lr": 3e-3, "weight_decay": 0.05, "max_grad_norm": 0.5}
 SIZES = (1, 2, 4)
-WORLDS = {"1": (1, 1), "tensor 2": (2, 2), "data 2": (2, 1), "tensor 2, data 2": (4, 2)}  # ranks, tensor size
+WORLDS = {  # ranks, tensor size, context size
+    "1": (1, 1, 1),
+    "tensor 2": (2, 2, 1),
+    "data 2": (2, 1, 1),
+    "context 2": (2, 1, 2),
+    "tensor 2, data 2": (4, 2, 1),
+    "data 2, context 2": (4, 1, 2),
+}
 
 
 @cache
-def _layers(adapter: str, tensor: int, sequence_parallel: bool) -> list[Any]:
-    return run_ranks(checks.layers, tensor, adapter, tensor, sequence_parallel)
+def _layers(adapter: str, tensor: int, sequence_parallel: bool, context: int = 1) -> list[Any]:
+    return run_ranks(checks.layers, tensor * context, adapter, tensor, sequence_parallel, context)
 
 
 @cache
@@ -105,6 +112,13 @@ class AdapterSuite:
         self.need("training", "sequence")
         self._judge(_layers(self.adapter, tensor, True), tied)
 
+    @pytest.mark.parametrize("tied", ["untied", "tied"])
+    @pytest.mark.parametrize("tensor", [1, 2])
+    def test_context_parallel(self, tensor: int, tied: str) -> None:
+        """Each sequence over two ranks: one loss for all, though they hold unequally many targets."""
+        self.need("training", "tensor", "context")
+        self._judge(_layers(self.adapter, tensor, False, 2), tied)
+
     @pytest.mark.parametrize("tensor", SIZES)
     def test_autocast(self, tensor: int) -> None:
         """In bfloat16 the loss is within one percent."""
@@ -124,11 +138,11 @@ class AdapterSuite:
     @pytest.mark.parametrize("world", WORLDS)
     def test_training(self, world: str, engine: dict[str, Any]) -> None:
         """Twenty steps with clipping against one process, half of them in micro-batches."""
-        self.need("training", "tensor", "data")
-        ranks, tensor = WORLDS[world]
+        ranks, tensor, context = WORLDS[world]
+        self.need("training", "tensor", "data", *(["context"] if context > 1 else []))
         losses, norms = (torch.tensor(x) for x in _oracle_training())
         assert losses[-1] < 0.8 * losses[0], "the oracle does not learn"
-        results = run_ranks(checks.training, ranks, self.adapter, tensor, engine, STEPS, SETTINGS)
+        results = run_ranks(checks.training, ranks, self.adapter, tensor, context, engine, STEPS, SETTINGS)
         for result in results:
             got = torch.tensor(result["losses"], dtype=losses.dtype)
             # AdamW magnifies rounding where the second moment is tiny: close at first, less so later.
@@ -139,15 +153,21 @@ class AdapterSuite:
             for name, weight in results[0]["weights"].items():
                 assert torch.equal(result["weights"][name], weight), f"{name} differs between ranks"
 
-    def test_a_run_goes_on_bit_for_bit_from_its_saved_state(self, engine: dict[str, Any], tmp_path: Path) -> None:
+    @pytest.mark.parametrize("world", ["data 2", "context 2"])
+    def test_a_run_goes_on_bit_for_bit_from_its_saved_state(
+        self, world: str, engine: dict[str, Any], tmp_path: Path
+    ) -> None:
         """At the same sizes: weights, optimizer, random states (dropout) and data positions are all there."""
-        self.need("training", "data")
+        ranks, tensor, context = WORLDS[world]
+        self.need("training", "data", *(["context"] if context > 1 else []))
         half, steps = STEPS // 2, STEPS
-        results = run_ranks(resuming.all_in_one, 2, self.adapter, 1, engine, half, steps, tmp_path / "state", 0.1)
+        results = run_ranks(
+            resuming.all_in_one, ranks, self.adapter, tensor, engine, half, steps, tmp_path / "state", 0.1, context
+        )
         for rank, (whole, begun, (losses, weights, step, data, carried)) in enumerate(results):
             assert begun + losses == whole[0]
             assert all(torch.equal(weights[name], value) for name, value in whole[1].items())
-            assert (step, data) == (half, {"row": half, "rank": rank})
+            assert (step, data) == (half, {"row": half, "rank": rank // context})
             assert carried == ["optimizer", "random", "weights"]
 
     @pytest.mark.parametrize("smoothing", [0.0, 0.1])

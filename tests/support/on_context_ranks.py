@@ -87,8 +87,7 @@ def misuse():
     calls = [
         lambda: ps.context_shard(torch.zeros(6), context),
         lambda: ps.context_parallel_attention(q, q, q, ps.pack(torch.tensor([0, 4]), 4), spec, context),
-        lambda: ps.context_parallel_attention(q, q, q, ps.pack(torch.tensor([0, 8]), 8), spec, context),
-        lambda: ps.load_adapter("torch").engine(torch.nn.Linear(2, 2), ps.AdamW(), context),
+        lambda: ps.context_parallel_attention(q, q, q, ps.pack(torch.tensor([0, 8]), 8), spec, context, "ulysses"),
     ]
     for call in calls:
         try:

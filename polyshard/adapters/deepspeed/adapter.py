@@ -30,7 +30,7 @@ CAPABILITIES = Capabilities(
         "zero2": YES,
         "zero3": YES,
         "pipeline": no("notimpl", "its PipelineModule is not wired up"),
-        "context": no("notimpl", "its Ulysses attention is not wired up"),
+        "context": YES,
         "expert": no("notimpl", "its mixture-of-experts layers are not wired up"),
         "cpu": YES,
         "cuda": YES,

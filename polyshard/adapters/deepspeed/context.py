@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from polyshard.adapters.shared.groups import group_context, with_groups
-from polyshard.core.context import GroupContext, ParallelContext
+from polyshard.core.context import GroupContext, ParallelContext, replica_axis
 
 
 def adopt(context: ParallelContext, linear: Any) -> GroupContext:
@@ -38,13 +38,13 @@ class Mpu:
         return self._context.get_tensor_parallel_world_size()
 
     def get_data_parallel_group(self) -> Any:
-        """The data axis: ZeRO shards over it."""
-        return self._context.get_data_parallel_group()
+        """The replicas: ZeRO shards over them."""
+        return replica_axis(self._context).group
 
     def get_data_parallel_rank(self) -> int:
-        """Position along the data axis."""
-        return self._context.get_data_parallel_rank()
+        """Position among the replicas."""
+        return replica_axis(self._context).rank
 
     def get_data_parallel_world_size(self) -> int:
-        """Size of the data axis."""
-        return self._context.get_data_parallel_world_size()
+        """How many replicas there are."""
+        return replica_axis(self._context).size

@@ -26,7 +26,7 @@ from polyshard.adapters.shared.library_norm import prepare_for_library_norm
 from polyshard.adapters.shared.quiet import printing_as_log
 from polyshard.adapters.shared.weights import check_shard
 from polyshard.core.adapter import OptimizerFactory, StepResult
-from polyshard.core.context import ParallelContext, no_guard
+from polyshard.core.context import ParallelContext, no_guard, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.state import MASTER, WEIGHT, OptimizerState, Piece, held_alike
 from polyshard.core.weight_table import collect_layouts
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class DeepspeedEngine:
-    """`TrainingEngine` of DeepSpeed, over the data axis.
+    """`TrainingEngine` of DeepSpeed, over the replicas.
 
     Args:
         model: as its factory built it with `context`.
@@ -102,7 +102,7 @@ class DeepspeedEngine:
             return self._engine(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate gradients, averaged over the data axis."""
+        """Accumulate gradients, averaged over the replicas."""
         with self._guard("data backward"):
             self._engine.backward(loss)
 
@@ -134,7 +134,7 @@ class DeepspeedEngine:
         return self._without_boundary()
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names as built, and tensor-parallel shards gathered over the data axis."""
+        """Names as built, and tensor-parallel shards gathered over the replicas."""
         for name, parameter in self._module.named_parameters():
             with self._guard("data gather of weights"), gathered([parameter] if self._stage == 3 else []):
                 yield name, parameter.detach().clone() if self._stage == 3 else parameter.detach()
@@ -153,7 +153,7 @@ class DeepspeedEngine:
 
     def weight_pieces(self) -> Iterator[Piece]:
         """This rank's run of every parameter; at stage 3 its partition."""
-        axis = self.context.axis("data")
+        axis = replica_axis(self.context)
         for name, parameter in self._module.named_parameters():
             if self._stage == 3:
                 start, values = partition(parameter, axis.rank)
@@ -172,7 +172,7 @@ class DeepspeedEngine:
 
     def optimizer_state(self) -> OptimizerState:
         """This rank's fragments of the flattened parameters; the whole at stage 0."""
-        axis = self.context.axis("data")
+        axis = replica_axis(self.context)
         base = base_optimizer(self.optimizer)
         pieces: list[Piece] = []
         for name, parameter in self._module.named_parameters():

@@ -30,7 +30,7 @@ CAPABILITIES = Capabilities(
         "zero2": YES,
         "zero3": no("never", "FairScale's stage 3 is its FullyShardedDataParallel"),
         "pipeline": no("never", "its Pipe runs in one process"),
-        "context": no("never", "FairScale has none"),
+        "context": YES,
         "expert": no("notimpl", "its MOELayer is not wired up"),
         "cpu": YES,
         "cuda": YES,

@@ -17,7 +17,7 @@ from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.grad_norm import check_max_grad_norm, clip_factor, counted_square
 from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import OptimizerFactory, StepResult
-from polyshard.core.context import ParallelContext, no_guard
+from polyshard.core.context import ParallelContext, no_guard, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.state import WEIGHT, OptimizerState, Piece, held_alike
 from polyshard.core.weight_table import collect_layouts
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class FairscaleEngine:
-    """`TrainingEngine` of FairScale, over the data axis.
+    """`TrainingEngine` of FairScale, over the replicas.
 
     Args:
         model: as its factory built it with `context`.
@@ -57,13 +57,13 @@ class FairscaleEngine:
         self._max_grad_norm = max_grad_norm
         self._module = model
         template = optimizer(model.named_parameters())
-        group = context.get_data_parallel_group()
+        group = replica_axis(context).group
         optimizer_class: Any = type(template)
         accepted = inspect.signature(optimizer_class).parameters  # defaults hold more than the constructor takes
         settings = {name: value for name, value in template.defaults.items() if name in accepted}
         self.optimizer = OSS(template.param_groups, optim=optimizer_class, group=group, **settings)
         # Stage 2 leaves each gradient with the rank that owns its optimizer state.
-        self._owned_only = zero_stage == 2 and context.get_data_parallel_world_size() > 1
+        self._owned_only = zero_stage == 2 and replica_axis(context).size > 1
         with self._guard("data parallel setup"):
             self._wrapped: Any = (
                 sharded_data_parallel(model, self.optimizer, group)
@@ -82,7 +82,7 @@ class FairscaleEngine:
             return self._wrapped(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate gradients, averaged over the data axis."""
+        """Accumulate gradients, averaged over the replicas."""
         with self._guard("data backward"):
             loss.backward()
 
@@ -130,7 +130,7 @@ class FairscaleEngine:
 
     def weight_pieces(self) -> Iterator[Piece]:
         """This rank's run of every parameter."""
-        axis = self.context.axis("data")
+        axis = replica_axis(self.context)
         for name, parameter in self._module.named_parameters():
             yield held_alike(name, WEIGHT, parameter.detach(), axis)
 
@@ -159,17 +159,17 @@ class FairscaleEngine:
         self._wrapped = self._module
 
     def _grad_norm(self) -> torch.Tensor:
-        tensor_axis, data_axis = self.context.axis("tensor"), self.context.axis("data")
+        tensor_axis, replicas = self.context.axis("tensor"), replica_axis(self.context)
         total = torch.zeros((), device=self.context.device)
         owner = self.optimizer._param_to_rank if self._owned_only else None
         for name, parameter in self._module.named_parameters():
-            if parameter.grad is None or (owner is not None and owner[parameter] != data_axis.rank):
+            if parameter.grad is None or (owner is not None and owner[parameter] != replicas.rank):
                 continue
             total = total + counted_square(parameter.grad, self.table[name].layout, tensor_axis.rank, tensor_axis.size)
         if tensor_axis.size > 1:
             assert tensor_axis.collectives is not None
             total = tensor_axis.collectives.all_reduce(total)
         if self._owned_only:
-            assert data_axis.collectives is not None
-            total = data_axis.collectives.all_reduce(total)
+            assert replicas.collectives is not None
+            total = replicas.collectives.all_reduce(total)
         return total.sqrt()

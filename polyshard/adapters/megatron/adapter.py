@@ -30,7 +30,7 @@ CAPABILITIES = Capabilities(
         "zero2": no("never", "Megatron's optimizer shards at stage 1; beyond that it has its FSDP"),
         "zero3": no("never", "Megatron's optimizer shards at stage 1; beyond that it has its FSDP"),
         "pipeline": no("notimpl", "its schedules are not wired up"),
-        "context": no("notyet", "its context parallelism needs Transformer Engine's attention"),
+        "context": YES,
         "expert": no("notimpl", "its mixture-of-experts layers are not wired up"),
         "cpu": YES,
         "cuda": YES,

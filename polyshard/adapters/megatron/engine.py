@@ -20,7 +20,7 @@ from polyshard.adapters.shared.grad_norm import check_max_grad_norm
 from polyshard.adapters.shared.library_norm import prepare_for_library_norm
 from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import AdamW, OptimizerFactory, StepResult
-from polyshard.core.context import ParallelContext, no_guard
+from polyshard.core.context import ParallelContext, no_guard, replica_axis
 from polyshard.core.errors import AdapterError, ConfigurationError
 from polyshard.core.state import MASTER, WEIGHT, OptimizerState, Piece, held_alike
 from polyshard.core.weight_table import collect_layouts
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class MegatronEngine:
-    """`TrainingEngine` of Megatron-Core, over the data axis.
+    """`TrainingEngine` of Megatron-Core, over the replicas.
 
     Args:
         model: as its factory built it with `context`.
@@ -66,7 +66,7 @@ class MegatronEngine:
         prepare_for_library_norm(model, self.table, context, "Megatron", max_grad_norm is not None)
         groups = compat.process_groups(
             context.get_tensor_parallel_group(),
-            context.get_data_parallel_group(),
+            replica_axis(context).group,
             context.get_pipeline_parallel_group(),
             dist.group.WORLD,
         )
@@ -115,7 +115,7 @@ class MegatronEngine:
             loss.backward()
 
     def step(self) -> StepResult:
-        """Average over the data axis, clip, update, clear."""
+        """Average over the replicas, clip, update, clear."""
         self.updates += 1
         with self._guard("data step"), compat.cuda_as_cpu():
             self._ddp.finish_grad_sync()
@@ -153,7 +153,7 @@ class MegatronEngine:
 
     def weight_pieces(self) -> Iterator[Piece]:
         """This rank's run of every parameter."""
-        axis = self.context.axis("data")
+        axis = replica_axis(self.context)
         for name, parameter in self._module.named_parameters():
             yield held_alike(name, WEIGHT, parameter.detach(), axis)
 
@@ -165,7 +165,7 @@ class MegatronEngine:
 
     def optimizer_state(self) -> OptimizerState:
         """Each rank's run of the flattened parameters, or the whole at stage 0."""
-        axis = self.context.axis("data")
+        axis = replica_axis(self.context)
         pieces: list[Piece] = []
         base = compat.base_optimizer(self.optimizer)
         for name, parameter in self._module.named_parameters():

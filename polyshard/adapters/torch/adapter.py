@@ -33,7 +33,7 @@ CAPABILITIES = Capabilities(
         "zero2": no("never", "FSDP2 with reshard_after_forward=False is its equal: ask for fsdp"),
         "zero3": no("never", "FSDP2 is its equal: ask for fsdp"),
         "pipeline": no("notimpl", "torch.distributed.pipelining is not wired up yet"),
-        "context": no("notimpl", "attention has it, but the engine does not sum gradients over the context axis yet"),
+        "context": YES,
         "expert": no("notimpl", "no mixture-of-experts layers yet"),
         "cpu": YES,
         "cuda": YES,
@@ -89,8 +89,6 @@ class TorchAdapter:
         self, model: nn.Module, optimizer: OptimizerFactory, context: ParallelContext, **options: Any
     ) -> TorchEngine:
         """DDP or FSDP2 around `model`; options are those of `TorchEngine`."""
-        if context.layout.context > 1:
-            self.capabilities.require("context")
         return TorchEngine(model, optimizer, context, **options)
 
     @property

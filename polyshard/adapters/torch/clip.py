@@ -1,4 +1,4 @@
-"""The norm of a gradient that is spread over tensor and data ranks, and clipping by it."""
+"""The norm of a gradient that is spread over tensor ranks and replicas, and clipping by it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from polyshard.adapters.shared.grad_norm import clip_factor, counted_square
 from polyshard.adapters.torch.compat import full_tensor, is_dtensor, local_tensor
-from polyshard.core.context import ParallelContext
+from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.weight_table import WeightTable
 
 
@@ -18,27 +18,29 @@ def global_grad_norm(
 ) -> torch.Tensor:
     """The 2-norm of the logical model's gradient, the same number on every rank; float32 scalar.
 
-    Shards are summed over the tensor axis, and FSDP's over the data axis too.
+    Shards are summed over the tensor axis, and FSDP's over the replicas too.
     """
-    tensor_axis, data_axis = context.axis("tensor"), context.axis("data")
-    over_data, everywhere = torch.zeros(2, device=context.device).unbind(0)
+    tensor_axis, replicas = context.axis("tensor"), replica_axis(context)
+    over_replicas, everywhere = torch.zeros(2, device=context.device).unbind(0)
     for name, parameter in named_parameters:
         if parameter.grad is None:
             continue
         layout = table[name].layout
         if is_dtensor(parameter.grad) and not layout.has_replicas(tensor_axis.size):
             local = local_tensor(parameter.grad)
-            over_data = over_data + counted_square(local, layout, tensor_axis.rank, tensor_axis.size)
+            over_replicas = over_replicas + counted_square(local, layout, tensor_axis.rank, tensor_axis.size)
         else:
             whole = full_tensor(parameter.grad)
             everywhere = everywhere + counted_square(whole, layout, tensor_axis.rank, tensor_axis.size)
     if tensor_axis.size > 1:
         assert tensor_axis.collectives is not None
-        over_data, everywhere = tensor_axis.collectives.all_reduce(torch.stack((over_data, everywhere))).unbind(0)
-    if data_axis.size > 1:
-        assert data_axis.collectives is not None
-        over_data = data_axis.collectives.all_reduce(over_data)
-    return (over_data + everywhere).sqrt()
+        over_replicas, everywhere = tensor_axis.collectives.all_reduce(torch.stack((over_replicas, everywhere))).unbind(
+            0
+        )
+    if replicas.size > 1:
+        assert replicas.collectives is not None
+        over_replicas = replicas.collectives.all_reduce(over_replicas)
+    return (over_replicas + everywhere).sqrt()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: torch.Tensor, max_norm: float) -> None:

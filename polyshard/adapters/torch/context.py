@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Callable
@@ -89,6 +90,9 @@ def initialize(
     guard: FailureGuard = monitor.guard if monitor else no_guard
     axes: dict[Axis, ParallelAxis] = {}
     for name in AXES:
+        if name == "replica" and layout.context == 1:
+            axes[name] = dataclasses.replace(axes["data"], name=name)
+            continue
         axis, group = _make_axis(layout, name, rank, timeout, guard)
         axes[name] = axis
         if group is not None and adopted_world:  # else they go with the world

@@ -23,7 +23,7 @@ from polyshard.adapters.torch.compat import (
     unshard_gradient_sync,
 )
 from polyshard.core.adapter import OptimizerFactory, StepResult
-from polyshard.core.context import ParallelContext, no_guard
+from polyshard.core.context import ParallelContext, no_guard, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.state import WEIGHT, OptimizerState, Piece, held_alike
 from polyshard.core.weight_table import collect_layouts
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class TorchEngine:
-    """`TrainingEngine` on DDP or FSDP2, over the data axis; tensor parallelism is the model's own.
+    """`TrainingEngine` on DDP or FSDP2, over the replicas; tensor parallelism is the model's own.
 
     Args:
         model: as its factory built it with `context`.
@@ -64,17 +64,17 @@ class TorchEngine:
         self.table = collect_layouts(model)  # before wrapping
         self._guard = getattr(context, "guard", no_guard)
         self._max_grad_norm = max_grad_norm
-        self._sharded = data_parallel == "fsdp" and context.get_data_parallel_world_size() > 1
+        self._sharded = data_parallel == "fsdp" and replica_axis(context).size > 1
         if data_parallel == "fsdp" and not self._sharded:
             logger.warning("fsdp does nothing at data-parallel size 1: the model is trained unsharded")
         self._module = model
         self._wrapped: nn.Module = model
         if self._sharded:
             _fully_shard(model, context, shard_modules or _is_list_item(model))
-        elif context.get_data_parallel_world_size() > 1:
+        elif replica_axis(context).size > 1:
             with self._guard("data parallel setup"):
                 self._wrapped = DistributedDataParallel(
-                    model, process_group=context.get_data_parallel_group(), gradient_as_bucket_view=True
+                    model, process_group=replica_axis(context).group, gradient_as_bucket_view=True
                 )
         self.optimizer = optimizer(model.named_parameters())
 
@@ -89,7 +89,7 @@ class TorchEngine:
             return self._wrapped(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate gradients, averaged over the data axis."""
+        """Accumulate gradients, averaged over the replicas."""
         with self._guard("data backward"):
             loss.backward()
 
@@ -125,7 +125,7 @@ class TorchEngine:
         return self._without_sync() if self._sharded else nullcontext()
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names as built, and tensor-parallel shards gathered over the data axis."""
+        """Names as built, and tensor-parallel shards gathered over the replicas."""
         for name, parameter in self._module.named_parameters():
             with self._guard("data gather of weights"):
                 yield name, full_tensor(parameter.detach())
@@ -168,7 +168,7 @@ class TorchEngine:
         if is_dtensor(tensor):
             start, local = sharded_rows(tensor)
             return Piece(parameter=name, slot=slot, start=start, values=local.view(-1))
-        return held_alike(name, slot, tensor, self.context.axis("data"))
+        return held_alike(name, slot, tensor, replica_axis(self.context))
 
     def close(self) -> None:
         """Drop the wrapper's hold on the process group."""
@@ -192,7 +192,7 @@ def _fully_shard(model: nn.Module, context: ParallelContext, chosen: Callable[[n
     from torch.distributed.device_mesh import DeviceMesh
 
     fully_shard = fsdp_function()
-    group = context.get_data_parallel_group()
+    group = replica_axis(context).group
     assert group is not None
     mesh = DeviceMesh.from_group(group, context.device.type)
     for module in reversed(list(model.modules())):

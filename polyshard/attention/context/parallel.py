@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from polyshard.attention.context.ring import ring_attention
-from polyshard.attention.context.ulysses import ulysses_attention
+from polyshard.attention.context.ulysses import heads_divide, ulysses_attention
 from polyshard.attention.functional import call_of, run_kernel
 from polyshard.attention.kernels.cpu import Chunked
 from polyshard.attention.kernels.protocol import BlockKernel
@@ -17,7 +17,7 @@ from polyshard.core.attention import AttentionSpec, PackedSequences
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
 
-Way = Literal["ulysses", "ring"]
+Way = Literal["auto", "ulysses", "ring"]
 
 
 def context_parallel_attention(
@@ -27,7 +27,7 @@ def context_parallel_attention(
     sequences: PackedSequences,
     spec: AttentionSpec,
     parallel_context: ParallelContext,
-    way: Way = "ulysses",
+    way: Way = "auto",
     *,
     training: bool = True,
     rows: int = 1,
@@ -44,7 +44,7 @@ def context_parallel_attention(
         spec: the request, for the heads given.
         parallel_context: whose context axis it is.
         way: `"ulysses"` exchanges heads for tokens, and gives the bits of one process; `"ring"` sends keys round, has
-            no condition on heads, and gives them within rounding.
+            no condition on heads, and gives them within rounding; `"auto"` takes the first where heads divide.
         training: whether dropout applies.
         rows: rows of the batch, each cut alike; 1 for packed tokens.
         sinks: `[heads]`.
@@ -62,7 +62,9 @@ def context_parallel_attention(
             f"the sequences hold {held} tokens, but {axis.size} ranks with {q.shape[0]} each hold "
             f"{q.shape[0] * axis.size}: boundaries are those of all ranks' tokens"
         )
-    if way == "ulysses":
+    if way not in get_args(Way):
+        raise ConfigurationError(f"context parallel must be one of {get_args(Way)}, got {way!r}")
+    if way == "ulysses" or (way == "auto" and heads_divide(spec, axis.size)):
 
         def attend(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, part: AttentionSpec, sinks: torch.Tensor | None
@@ -70,8 +72,6 @@ def context_parallel_attention(
             return run_kernel(q, k, v, sequences, part, training, kernel, sinks=sinks)
 
         return ulysses_attention(q, k, v, spec, sinks, axis, rows, attend)
-    if way != "ring":
-        raise ConfigurationError(f"context parallel must be 'ulysses' or 'ring', got {way!r}")
     if not training and spec.dropout:
         spec = replace(spec, dropout=0.0)
     call = call_of(q, sequences, spec)

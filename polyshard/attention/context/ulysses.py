@@ -21,6 +21,11 @@ from polyshard.core.errors import ConfigurationError
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionSpec, torch.Tensor | None], torch.Tensor]
 
 
+def heads_divide(spec: AttentionSpec, size: int) -> bool:
+    """Whether each of `size` ranks can have as many heads as the others; KV heads may be shared."""
+    return not (spec.num_heads % size or (spec.num_kv_heads % size and size % spec.num_kv_heads))
+
+
 def ulysses_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -46,7 +51,7 @@ def ulysses_attention(
     """
     size, rank = axis.size, axis.rank
     heads, kv_heads = spec.num_heads, spec.num_kv_heads
-    if heads % size or (kv_heads % size and size % kv_heads):
+    if not heads_divide(spec, size):
         raise ConfigurationError(
             f"Ulysses spreads {heads} query and {kv_heads} key-value heads over {size} ranks: they must divide; "
             "use context_parallel='ring'"
