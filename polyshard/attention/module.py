@@ -12,8 +12,8 @@ from polyshard.attention.alibi import slopes_of_heads
 from polyshard.attention.context.parallel import Way, context_parallel_attention
 from polyshard.attention.functional import check_spec
 from polyshard.attention.placement import rotary_at, sequences_at
-from polyshard.attention.rotary import RotaryEmbedding, apply_rotary
-from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequences
+from polyshard.attention.rotary import RotaryEmbedding, rotate_heads
+from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequences, RotaryCore
 from polyshard.core.context import ParallelContext
 from polyshard.core.discovery import load_adapter
 from polyshard.core.errors import ConfigurationError
@@ -138,6 +138,7 @@ class TrainableFlashAttention(nn.Module):
         self.sequence_parallel = context.layout.sequence_parallel and size > 1
         factory = getattr(context, "attention", None)
         self.core: AttentionCore | None = None if factory is None else factory(self.spec, self.sinks)
+        self._rotate = self.core.rotate if isinstance(self.core, RotaryCore) else rotate_heads
 
     def forward(
         self,
@@ -175,7 +176,7 @@ class TrainableFlashAttention(nn.Module):
         if rotary is None and self.rotary is not None:
             rotary = rotary_at(self.rotary, positions, sequences, lead, self.context, q)
         if rotary is not None:
-            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+            q, k = self._rotate(q, k, *rotary)
 
         q, k, v = (t.reshape(-1, *t.shape[-2:]) for t in (q, k, v))
         if self.core is not None:

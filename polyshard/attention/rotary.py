@@ -172,6 +172,13 @@ class RotaryEmbedding(nn.Module):
         return cos.to(dtype).unsqueeze(-2), sin.to(dtype).unsqueeze(-2)
 
 
+def rotate_heads(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`apply_rotary` of queries and keys."""
+    return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+
+
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate heads `[..., heads, head_dim]`; the arithmetic is float32 or wider, as in vLLM."""
     dim = cos.shape[-1] * 2

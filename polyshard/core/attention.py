@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -90,6 +90,24 @@ class AttentionCore(Protocol):
 
         Returns:
             `[tokens, heads, value_dim]`.
+        """
+        ...
+
+
+@runtime_checkable
+class RotaryCore(Protocol):
+    """An attention core with a rotary operator of its engine's own."""
+
+    def rotate(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both rotated; may be in place.
+
+        Args:
+            q: `[tokens, heads, head_dim]`.
+            k: `[tokens, kv_heads, head_dim]`.
+            cos: `[tokens, 1, rotary_dim / 2]`.
+            sin: the same shape.
         """
         ...
 

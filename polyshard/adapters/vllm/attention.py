@@ -9,9 +9,28 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from polyshard.adapters.vllm.compat import Attention, VllmConfig
+from polyshard.adapters.vllm.compat import Attention, VllmConfig, rotate_in_place
+from polyshard.attention.rotary import rotate_heads
 from polyshard.core.attention import AttentionFactory, AttentionSpec, PackedSequences
 from polyshard.core.errors import RegistrationError
+
+
+class RotaryTable:
+    """Cosines and sines in the form of vLLM's operator, made by a forward's first layer for all that share them."""
+
+    def __init__(self) -> None:
+        self._cos: torch.Tensor | None = None
+        self._maker: object = None
+        self._table = self._rows = torch.empty(0)
+
+    def of(self, maker: object, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The table `[tokens, rotary_dim]`, and each token's row. A layer that asks again begins a new forward."""
+        if self._cos is not cos or self._maker is maker:
+            self._cos, self._maker = cos, maker
+            self._table = torch.cat((cos, sin), dim=-1).flatten(0, -2)
+            if len(self._rows) != len(self._table):
+                self._rows = torch.arange(len(self._table), device=cos.device)
+        return self._table, self._rows
 
 
 class PagedAttention(nn.Module):
@@ -22,9 +41,15 @@ class PagedAttention(nn.Module):
     """
 
     def __init__(
-        self, spec: AttentionSpec, vllm_config: VllmConfig, layer_name: str, sinks: torch.Tensor | None
+        self,
+        spec: AttentionSpec,
+        vllm_config: VllmConfig,
+        layer_name: str,
+        sinks: torch.Tensor | None,
+        rotary: RotaryTable,
     ) -> None:
         super().__init__()
+        self._rotary = rotary
         if not spec.causal:
             raise RegistrationError("vLLM serves causal decoders: an attention with causal=False cannot be served")
         self.spec = spec
@@ -71,6 +96,16 @@ class PagedAttention(nn.Module):
         out = self.attention(q.flatten(-2), k.flatten(-2), v.flatten(-2)).view(q.shape)
         return out if self.spec.v_dim == size else out[..., : self.spec.v_dim]
 
+    def rotate(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """By vLLM's operator, in place, where it takes these tensors."""
+        if q.dim() != 3 or cos.dtype != q.dtype or cos.shape[:-1] != (len(q), 1):
+            return rotate_heads(q, k, cos, sin)
+        table, rows = self._rotary.of(self, cos, sin)
+        rotate_in_place(rows, q.flatten(-2), k.flatten(-2), q.shape[-1], table)
+        return q, k
+
 
 def _features(spec: AttentionSpec, sinks: torch.Tensor | None) -> dict[str, Any]:
     """What only some backends have: handed over where it is asked for."""
@@ -87,9 +122,10 @@ def _features(spec: AttentionSpec, sinks: torch.Tensor | None) -> dict[str, Any]
 def paged_attention_factory(vllm_config: VllmConfig) -> AttentionFactory:
     """Makes the attention cores of one model; a layer without an index takes the next one, for a name of its own."""
     next_index = count()
+    rotary = RotaryTable()
 
     def create(spec: AttentionSpec, sinks: torch.Tensor | None = None) -> PagedAttention:
         index = next(next_index) if spec.layer_index is None else spec.layer_index
-        return PagedAttention(spec, vllm_config, f"model.layers.{index}.self_attn.attn", sinks)
+        return PagedAttention(spec, vllm_config, f"model.layers.{index}.self_attn.attn", sinks, rotary)
 
     return create

@@ -31,6 +31,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     DEFAULT_VOCAB_PADDING_SIZE,
     ParallelLMHead,
@@ -40,6 +41,8 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+from vllm.model_executor.models.interfaces import SupportsLoRA
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
@@ -55,14 +58,17 @@ __all__ = [
     "ParallelLMHead",
     "ParamMeta",
     "QKVParallelLinear",
+    "QuantizeMethodBase",
     "RMSNorm",
     "RowParallelLinear",
+    "SupportsLoRA",
     "VllmConfig",
     "VocabParallelEmbedding",
     "WeightSource",
     "WeightTransferEngine",
     "WeightTransferInitInfo",
     "WeightTransferUpdateInfo",
+    "WeightsMapper",
     "begin_reload",
     "cpu_attention",
     "cpu_head_sizes",
@@ -74,8 +80,11 @@ __all__ = [
     "get_tp_group",
     "load_into",
     "local_worker",
+    "pack_weight",
     "process_after_loading",
     "register_transfer",
+    "rms_norm",
+    "rotate_in_place",
     "unfinished_requests",
 ]
 
@@ -135,6 +144,34 @@ def cpu_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Atten
         sinks,
     )
     return out
+
+
+def rotate_in_place(rows: torch.Tensor, q: torch.Tensor, k: torch.Tensor, head_dim: int, table: torch.Tensor) -> None:
+    """vLLM's rotary operator, halves turned against each other (neox style).
+
+    Args:
+        rows: int64 `[tokens]`, into `table`.
+        q: `[tokens, heads * head_dim]`, a view of the memory to be changed; a token's heads lie together.
+        k: `[tokens, kv_heads * head_dim]`.
+        head_dim: size of a head.
+        table: `[rows, rotary_dim]`, cosines before sines, in the dtype of `q`.
+    """
+    from vllm import _custom_ops as operators
+
+    operators.rotary_embedding(rows, q, k, head_dim, table, True)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """vLLM's norm in one operator; its own layer runs one torch operation after another on CPU."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    torch.ops._C.rms_norm(out, x.contiguous(), weight, eps)
+    return out
+
+
+def pack_weight(layer: nn.Module) -> Any:
+    """Pack `layer.weight` for vLLM's CPU matrix product, and give that product `(x, weight, bias)`."""
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+    return layer.cpu_linear
 
 
 def cuda_flash_attention() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from polyshard.adapters.vllm.attention import paged_attention_factory
 from polyshard.adapters.vllm.compat import VllmConfig, get_pp_group, get_tp_group
+from polyshard.adapters.vllm.packed import PackedLinearAdapter
 from polyshard.core.context import GroupContext, ParallelAxis
 from polyshard.core.discovery import load_adapter
 from polyshard.core.layout import Axis, ParallelLayout
@@ -64,4 +66,6 @@ def serving_context(vllm_config: VllmConfig, adapter: str) -> GroupContext:
     chosen.capabilities.require("serving")
     adopted = chosen.adopt(context)
     assert isinstance(adopted, GroupContext)
-    return adopted
+    if adopted.device.type != "cpu":
+        return adopted
+    return dataclasses.replace(adopted, linear=PackedLinearAdapter(adopted.linear, adopted.axis("tensor")))

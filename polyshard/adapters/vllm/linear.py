@@ -17,6 +17,7 @@ from polyshard.adapters.vllm.compat import (
     RMSNorm,
     RowParallelLinear,
     VocabParallelEmbedding,
+    rms_norm,
 )
 from polyshard.core.errors import AdapterError
 
@@ -32,6 +33,14 @@ class VllmHead(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Local logits `[..., padded vocabulary / tensor size]`; the host drops the padding after gathering."""
         return self.head.quant_method.apply(self.head, hidden, bias=self.head.bias)
+
+
+class CpuRMSNorm(RMSNorm):
+    """vLLM's norm by its C++ operator, which its own layer passes over on CPU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., hidden]` to the same shape."""
+        return rms_norm(x, self.weight, self.variance_epsilon)
 
 
 class VllmLinearAdapter:
@@ -91,7 +100,7 @@ class VllmLinearAdapter:
 
     def create_norm(self, hidden_size: int, parallel_context: Any, eps: float, partial_gradient: bool) -> nn.Module:
         """vLLM's RMSNorm."""
-        return RMSNorm(hidden_size, eps=eps)
+        return (CpuRMSNorm if parallel_context.device.type == "cpu" else RMSNorm)(hidden_size, eps=eps)
 
     def vocab_parallel_cross_entropy(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Never: a server computes no loss."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from polyshard.core.context import ParallelContext
-from polyshard.core.errors import CheckpointError
+from polyshard.core.errors import CheckpointError, RegistrationError
 from polyshard.core.weight_layout import WeightLayout
 from polyshard.core.weight_table import IGNORED_TENSORS, WeightEntry, WeightTable, copy_into_shard, stored_shape
 
@@ -39,6 +39,27 @@ def attach_loaders(model: nn.Module, table: WeightTable, context: ParallelContex
             entry = table[name]
             loader = shard_loader(entry.layout, len(entry.checkpoint_names), rank, size)
             parameter.weight_loader = loader  # pyrefly: ignore  # vLLM's own convention
+
+
+def packed_names(table: WeightTable, name: str) -> dict[str, list[str]]:
+    """Each fused layer's own name, with the names of its projections in a checkpoint, as vLLM's LoRA asks it.
+
+    Raises:
+        RegistrationError: layers of one name are fused from differently named projections.
+    """
+    found: dict[str, list[str]] = {}
+    for entry in table.values():
+        layer, _, kind = entry.parameter.rpartition(".")
+        if kind != "weight" or len(entry.checkpoint_names) == 1:
+            continue
+        fused = layer.rpartition(".")[2]
+        parts = [stored.split(".")[-2] for stored in entry.checkpoint_names]
+        if found.setdefault(fused, parts) != parts:
+            raise RegistrationError(
+                f"model {name!r}: layers called {fused!r} are fused from {found[fused]} and from {parts}; "
+                "vLLM tells layers apart by that name: give them different ones"
+            )
+    return found
 
 
 def keep_buffers(model: nn.Module) -> None:

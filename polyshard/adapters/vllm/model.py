@@ -3,39 +3,55 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from polyshard.adapters.vllm.compat import VllmConfig
+from polyshard.adapters.vllm.compat import SupportsLoRA, VllmConfig, WeightsMapper
 from polyshard.adapters.vllm.context import serving_context
-from polyshard.adapters.vllm.loading import attach_loaders, keep_buffers, load_weights
+from polyshard.adapters.vllm.loading import attach_loaders, keep_buffers, load_weights, packed_names
 from polyshard.adapters.vllm.transfer.guard import WeightGuard
 from polyshard.core.errors import CheckpointError, RegistrationError
 from polyshard.core.host import ModelFactory, RegisteredModel, build_model, check_served_interface
 from polyshard.core.vocabulary import gather_logits
 from polyshard.core.weight_table import collect_layouts
 
+logger = logging.getLogger(__name__)
+
+_LORA_ON_CPU = (
+    "vLLM 0.32 on CPU, with its own models too, answers a request without a LoRA adapter by the adapter of its last "
+    "slot where one batch holds both kinds: set max_loras above the number of adapters, or do not mix them"
+)
+
 
 def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type[nn.Module]:
     """A class with the interface that vLLM inspects, around the module that `factory` builds in each worker."""
+    interfaces = (SupportsLoRA,) if registered.adapter == "vllm" else ()
 
-    class ServedModel(nn.Module):
+    class ServedModel(nn.Module, *interfaces):  # pyrefly: ignore  # a class of vLLM's, or none
         """What vLLM calls; the user's model is `self.model`."""
+
+        packed_modules_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # vLLM looks for it on class and instance
+        hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={"": "model."})
 
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
             super().__init__()
             _refuse_unsupported(registered, vllm_config)
             self.context = serving_context(vllm_config, registered.adapter)
-            config = vllm_config.model_config.hf_config
+            self.config = config = vllm_config.model_config.hf_config
             self.model = build_model(factory, config, self.context, registered.name)
             check_served_interface(self.model, registered.name)
             self.model.requires_grad_(False)
             self.takes_embeddings = "inputs_embeds" in inspect.signature(self.model.forward).parameters
             self.vocab_size = vllm_config.model_config.get_vocab_size()
             self.table = collect_layouts(self.model)
+            if vllm_config.lora_config is not None:
+                if self.context.device.type == "cpu" and self.context.rank == 0:
+                    logger.warning(_LORA_ON_CPU)
+                self.packed_modules_mapping = packed_names(self.table, registered.name)
             attach_loaders(self.model, self.table, self.context)
             keep_buffers(self.model)
             self.weights = WeightGuard()
@@ -102,7 +118,10 @@ def _refuse_unsupported(registered: RegisteredModel, vllm_config: VllmConfig) ->
             f"model {name!r}: quantized checkpoints are not supported for registered models yet; "
             "serve an unquantized one, or vLLM's own implementation"
         )
-    if vllm_config.lora_config is not None:
-        raise RegistrationError(f"model {name!r}: LoRA is not supported for registered models yet")
+    if vllm_config.lora_config is not None and registered.adapter != "vllm":
+        raise RegistrationError(
+            f"model {name!r}: LoRA needs vLLM's own layers, but it was registered with adapter={registered.adapter!r}: "
+            "register it with adapter='vllm'; checkpoints are the same"
+        )
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise RegistrationError(f"model {name!r}: pipeline parallel is not supported for registered models yet")

@@ -1,0 +1,289 @@
+"""Throughput of a registered model in vLLM, over vLLM's own implementation of the same architecture.
+
+    python benchmarks/serving.py [MODEL] [--dtype bfloat16] [--tensor-parallel 1] [--compiled] [--json FILE] [--check]
+
+MODEL is a Hugging Face directory of a Llama-class model (default: SmolLM2-135M, which `examples/smollm2.py` writes), or
+`qwen3` for a Qwen3 of half a billion random weights. Each engine stands in a process of its own and all stay alive;
+they run the loads by turns, and each ratio is that of the medians. `--check` ends with status 1 where a goal is missed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+MARK = "benchmark:"
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests that are handed over together.
+
+    Attributes:
+        name: in the table.
+        requests: (tokens of the prompt, tokens to generate) of each.
+    """
+
+    name: str
+    requests: tuple[tuple[int, int], ...]
+
+
+LOADS = (
+    Load("prefill: 8 x 384 in, 2 out", ((384, 2),) * 8),
+    Load("decode: 16 x 16 in, 48 out", ((16, 48),) * 16),
+    Load("mixed: 12 x 16..256 in, 8..32 out", tuple((16 + 240 * i // 11, 32 - 24 * i // 11) for i in range(12))),
+    Load("first token: 1 x 128 in, 1 out", ((128, 1),)),
+)
+GOALS = {("bfloat16", False): 1.15, ("float32", False): 1.05, ("bfloat16", True): 1.10, ("float32", True): 1.10}
+ADOPTED_GOAL, TRANSFORMERS_GOAL = 0.95, 1.05
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One side of the comparison; `adapter` None is vLLM without polyshard."""
+
+    name: str
+    adapter: str | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+ENGINES = {
+    engine.name: engine
+    for engine in (
+        Engine("native"),
+        Engine("transformers", options=(("model_impl", "transformers"),)),
+        Engine("polyshard", "vllm"),
+        Engine("adopted torch", "torch"),
+        Engine("adopted megatron", "megatron"),
+        Engine("adopted deepspeed", "deepspeed"),
+        Engine("adopted fairscale", "fairscale"),
+    )
+}
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Directory, or qwen3.")] = "",
+    dtype: str = "bfloat16",
+    tensor_parallel: int = 1,
+    compiled: Annotated[bool, typer.Option(help="With torch.compile, as vLLM does it.")] = False,
+    engines: Annotated[str, typer.Option(help="Comma-separated.")] = "native,transformers,polyshard,adopted torch",
+    rounds: int = 5,
+    threads: Annotated[int, typer.Option(help="OpenMP threads of each rank.")] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    check: Annotated[bool, typer.Option(help="Exit status 1 where a goal is missed.")] = False,
+    worker: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Compare."""
+    if worker is not None:
+        serve(ENGINES[worker], model, dtype, tensor_parallel, compiled)
+        return
+    names = engines.split(",")
+    unknown = [name for name in names if name not in ENGINES]
+    if unknown or "native" not in names:
+        raise typer.BadParameter(f"engines are {', '.join(ENGINES)}, native among them; got {engines}")
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as open_engines:
+        directory = prepare(model, Path(scratch))
+        started, running = {}, {}
+        for name in track(names, "starting engines"):
+            before = time.perf_counter()
+            running[name] = Running(name, directory, dtype, tensor_parallel, compiled, threads)
+            open_engines.callback(running[name].close)
+            started[name] = running[name].seconds
+            started[name + " process"] = time.perf_counter() - before
+        times: dict[str, dict[str, list[float]]] = {name: {load.name: [] for load in LOADS} for name in names}
+        for index in track(range(rounds + 1), "rounds"):
+            for place in range(len(LOADS)):
+                for name in names[index % len(names) :] + names[: index % len(names)]:
+                    seconds = running[name].run(place)
+                    if index:  # the first warms up
+                        times[name][LOADS[place].name].append(seconds)
+    report(names, times, started, dtype, compiled, json_file, check)
+
+
+def prepare(model: str, scratch: Path) -> Path:
+    """A directory with weights."""
+    if model == "qwen3":
+        from transformers import Qwen3Config
+
+        config = Qwen3Config(
+            vocab_size=32768,
+            hidden_size=1024,
+            intermediate_size=3072,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=64,
+            max_position_embeddings=2048,
+            architectures=["Qwen3ForCausalLM"],
+        )
+        config.save_pretrained(scratch)
+        return scratch
+    if model:
+        return Path(model)
+    sys.path.insert(0, str(EXAMPLES))
+    printed = subprocess.run(
+        [sys.executable, str(EXAMPLES / "smollm2.py")], check=True, capture_output=True, text=True
+    ).stdout
+    return Path(printed.strip().splitlines()[-1])
+
+
+class Running:
+    """An engine's process."""
+
+    def __init__(self, name: str, directory: Path, dtype: str, tensor: int, compiled: bool, threads: int) -> None:
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        if tensor == 1:
+            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if not compiled:
+            environment["TORCH_COMPILE_DISABLE"] = "1"
+        options = ["--dtype", dtype, "--tensor-parallel", str(tensor), *(["--compiled"] if compiled else [])]
+        self.name = name
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the process
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, str(directory), *options, "--worker", name],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+        )
+        self.seconds = self._answer()
+
+    def run(self, place: int) -> float:
+        """Seconds that a load takes."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{place}\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> float:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                return float(line.removeprefix(MARK))
+        self.errors.seek(0)
+        raise SystemExit(f"engine {self.name!r} ended:\n{self.errors.read()[-3000:]}")
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+def serve(engine: Engine, directory: str, dtype: str, tensor: int, compiled: bool) -> None:
+    """Answer on stdout how long each load, named on stdin, takes."""
+    sys.path.insert(0, str(EXAMPLES))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
+    options: dict[str, Any] = dict(engine.options)
+    if engine.adapter is not None:
+        import polyshard as ps
+
+        ps.register_model("PolyshardDecoder", "decoder:build_model", adapter=engine.adapter)
+        options["hf_overrides"] = {"architectures": ["PolyshardDecoder"]}
+    from vllm import LLM, SamplingParams
+
+    if not list(Path(directory).glob("*.safetensors")):
+        options["load_format"] = "dummy"
+    before = time.perf_counter()
+    llm = LLM(
+        directory,
+        dtype=dtype,
+        tensor_parallel_size=tensor,
+        max_model_len=512,
+        max_num_batched_tokens=2048,
+        enforce_eager=not compiled,
+        kv_cache_memory_bytes=512 << 20,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        **options,
+    )
+    print(f"{MARK}{time.perf_counter() - before}", flush=True)
+    for line in sys.stdin:
+        load = LOADS[int(line)]
+        prompts = [
+            {"prompt_token_ids": [(7 * i + j) % 5000 + 10 for j in range(n)]} for i, (n, _) in enumerate(load.requests)
+        ]
+        parameters = [
+            SamplingParams(temperature=0, max_tokens=out, ignore_eos=True, detokenize=False) for _, out in load.requests
+        ]
+        before = time.perf_counter()
+        llm.generate(prompts, parameters, use_tqdm=False)
+        print(f"{MARK}{time.perf_counter() - before}", flush=True)
+
+
+def report(
+    names: list[str],
+    times: dict[str, dict[str, list[float]]],
+    started: dict[str, float],
+    dtype: str,
+    compiled: bool,
+    json_file: Path | None,
+    check: bool,
+) -> None:
+    """The table; and with `check` the verdict."""
+    table = Table(title=f"speed over vLLM's native model ({dtype}, {'compiled' if compiled else 'eager'}); medians")
+    table.add_column("load")
+    for name in names:
+        table.add_column(name, justify="right")
+    missed = []
+    ratios: dict[str, dict[str, float]] = {name: {} for name in names}
+    for load in LOADS:
+        medians = {name: statistics.median(times[name][load.name]) for name in names}
+        cells = []
+        for name in names:
+            ratio = ratios[name][load.name] = medians["native"] / medians[name]
+            cells.append(f"{1000 * medians[name]:.0f} ms" if name == "native" else f"{ratio:.2f}")
+        table.add_row(load.name, *cells)
+        first_token = load.name.startswith("first")
+        for name in names:
+            if name == "polyshard":
+                goal = 1.0 if first_token else GOALS[dtype, compiled]
+                over = medians.get("transformers", 0.0) / medians[name]
+                if "transformers" in names and not first_token and over < TRANSFORMERS_GOAL:
+                    missed.append(f"{load.name}: {over:.2f} of the Transformers backend, goal {TRANSFORMERS_GOAL}")
+            elif name.startswith("adopted"):
+                goal = ADOPTED_GOAL
+            else:
+                continue
+            if ratios[name][load.name] < goal:
+                missed.append(f"{load.name}: {name} {ratios[name][load.name]:.2f}, goal {goal}")
+    table.add_row("engine start", *(f"{started[name]:.1f} s" for name in names))
+    Console(width=120).print(table)
+    for line in missed:
+        print("missed:", line)
+    if json_file is not None:
+        figures = {"dtype": dtype, "compiled": compiled, "ratios": ratios, "seconds": times, "start": started}
+        json_file.write_text(json.dumps(figures, indent=2))
+    if check and missed:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

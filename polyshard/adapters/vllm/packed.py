@@ -1,0 +1,67 @@
+"""Other libraries' layers in an engine on CPU: their own weights, multiplied by vLLM's packed matrix product.
+
+By polyshard's contract of each layer, a column-parallel one is a product alone, and a row-parallel one a product, a sum
+over the tensor axis, and the bias.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyshard.adapters.vllm.compat import QuantizeMethodBase, pack_weight
+from polyshard.core.context import ParallelAxis
+
+_COLUMN = ("create_column_parallel", "create_merged_column_parallel", "create_qkv_parallel", "create_lm_head")
+
+
+class PackedLinearAdapter:
+    """A `LinearAdapter` around another: what it makes is packed once its weights are loaded."""
+
+    def __init__(self, inner: Any, axis: ParallelAxis) -> None:
+        self._inner, self._axis = inner, axis
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        if name in _COLUMN:
+            return partial(self._create, found, None)
+        return partial(self._create, found, self._axis) if name == "create_row_parallel" else found
+
+    def _create(self, create: Any, summed_over: ParallelAxis | None, *args: Any, **kwargs: Any) -> nn.Module:
+        layer = create(*args, **kwargs)
+        owners = [module for module in layer.modules() if isinstance(module._parameters.get("weight"), nn.Parameter)]
+        if len(owners) == 1:
+            layer.quant_method = PackMethod(owners[0], summed_over)
+        return layer
+
+
+class PackMethod(QuantizeMethodBase):
+    """How vLLM is told to do its work on a layer after each loading, a reload's too."""
+
+    def __init__(self, owner: nn.Module, summed_over: ParallelAxis | None) -> None:
+        self._owner, self._axis = owner, summed_over
+
+    def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Never asked: the library made them."""
+        raise NotImplementedError
+
+    def apply(self, layer: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Never asked: the layer's forward is exchanged."""
+        raise NotImplementedError
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Pack, and multiply by what was packed from now on."""
+        product = pack_weight(self._owner)
+        layer.forward = partial(self._forward, product)  # pyrefly: ignore  # an instance's own, on purpose
+
+    def _forward(self, product: Any, x: torch.Tensor) -> torch.Tensor:
+        """`x` is `[..., local input]`."""
+        weight, bias = self._owner.weight, getattr(self._owner, "bias", None)
+        if self._axis is None or self._axis.size == 1:
+            return product(x, weight, bias)
+        assert self._axis.collectives is not None
+        y = self._axis.collectives.all_reduce(product(x, weight, None))
+        return y if bias is None else y + bias
