@@ -1,6 +1,5 @@
 """How factories become known, and how those that cannot are refused."""
 
-import functools
 import json
 import os
 import subprocess
@@ -46,6 +45,13 @@ def test_a_malformed_environment_variable_is_refused(monkeypatch, text):
         ps.registered_models()
 
 
+class Factory:
+    __module__ = None
+
+    def __call__(self, config, parallel_context):
+        return None
+
+
 def local_function_factory():
     def factory(config, parallel_context):
         return None
@@ -61,7 +67,7 @@ def local_function_factory():
             "cannot be found by name in a worker. .*define the factory at the top level",
         ),
         (local_function_factory(), "cannot be found by name in a worker"),
-        (functools.partial(decoder.build_model), "has no module and name by which a worker could find it"),
+        (Factory(), "has no module and name by which a worker could find it"),
         ("decoder", "is no reference: expected 'module:attribute'"),
         ("nowhere.to.be.found:f", "importing 'nowhere.to.be.found' raised ModuleNotFoundError"),
         ("decoder:nothing", "'decoder' has no 'nothing'"),
@@ -120,3 +126,10 @@ def test_serving_a_checkpoint_without_a_registered_model_says_so(tmp_path):
     assert "pass --trust-checkpoint to run it" in command("serve", directory).stderr
     assert "has no 'nothing'" in command("serve", directory, "--factory", "decoder:nothing").stderr
     assert "config.json does not exist" in command("serve", tmp_path / "nowhere").stderr
+
+
+@pytest.mark.parametrize("option", ['"inputs": "rows"', '"outputs": "tokens"', '"arguments": [1]', '"names": 3'])
+def test_a_malformed_option_in_the_environment_is_refused(monkeypatch, option):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, '{"A": {"factory": "decoder:build_model", %s}}' % option)
+    with pytest.raises(ps.RegistrationError, match=f"{ENVIRONMENT_VARIABLE}: 'A': "):
+        ps.registered_models()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -14,11 +14,17 @@ from polyshard.core.errors import RegistrationError
 
 ModelFactory = Callable[[Any, ParallelContext], nn.Module]
 
+Inputs = Literal["packed", "batched"]
+Outputs = Literal["hidden", "logits"]
+
 INTERFACE = """a served model needs
     forward(input_ids, positions) -> hidden states
         input_ids and positions are int64 [tokens], hidden states [tokens, hidden size]
     compute_logits(hidden_states) -> logits
-        [tokens, vocabulary], or this rank's shard of it as `polyshard.lm_head` gives it
+        [tokens, vocabulary], or this rank's shard of it as `polyshard.lm_head` gives it, as in
+            def compute_logits(self, hidden_states):
+                return self.lm_head(hidden_states)
+        (none where it is registered with outputs="logits": then forward gives them)
 and, for prompts given as embeddings, embed_input_ids(input_ids) -> [tokens, hidden size]
 and a forward that takes inputs_embeds"""
 
@@ -31,11 +37,19 @@ class RegisteredModel:
         name: the architecture, as in a config.json's `architectures`.
         reference: `module:attribute` of the factory, by which another process finds it.
         adapter: whose layers serve it: `vllm` for vLLM's own, or another adapter's adopted onto vLLM's groups.
+        arguments: further keyword arguments of the factory; plain JSON.
+        inputs: what its forward takes: `packed` `[tokens]`, or `batched` `[1, tokens]`.
+        outputs: what its forward gives: `hidden` states, or `logits`.
+        names: from stored names to the model's: regular expressions, or `module:function`.
     """
 
     name: str
     reference: str
     adapter: str = "vllm"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Inputs = "packed"
+    outputs: Outputs = "hidden"
+    names: Mapping[str, str] | str = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -69,10 +83,10 @@ def build_model(factory: ModelFactory, config: Any, parallel_context: ParallelCo
     return model
 
 
-def check_served_interface(model: nn.Module, name: str) -> None:
+def check_served_interface(model: nn.Module, name: str, outputs: Outputs = "hidden") -> None:
     """Raise `RegistrationError`, naming what is missing, where a model cannot be served."""
     missing = []
-    if not callable(getattr(model, "compute_logits", None)):
+    if outputs == "hidden" and not callable(getattr(model, "compute_logits", None)):
         missing.append("a method compute_logits(hidden_states)")
     try:
         inspect.signature(model.forward).bind(None, None)

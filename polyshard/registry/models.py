@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any, get_args
 
 from polyshard.core.discovery import adapter_names, load_adapter
 from polyshard.core.errors import AdapterError, RegistrationError
-from polyshard.core.host import ModelFactory, RegisteredModel
+from polyshard.core.host import Inputs, ModelFactory, Outputs, RegisteredModel
+from polyshard.registry.names import NameMap, check_names
+from polyshard.registry.opaque import is_kept, keep, kept
 from polyshard.registry.reference import reference_of, resolve
 
 ENVIRONMENT_VARIABLE = "POLYSHARD_MODELS"  # JSON: {"Name": "module:factory"} or {"Name": {"factory":, "adapter":}}
+_OPTIONAL = ("adapter", "arguments", "inputs", "outputs", "names")
 ENTRY_POINT_GROUP = "polyshard.models"  # name = "module:factory"
 
 
-def register_model(name: str, factory: ModelFactory | str, *, adapter: str = "vllm") -> RegisteredModel:
+def register_model(
+    name: str,
+    factory: ModelFactory | str,
+    *,
+    adapter: str = "vllm",
+    inputs: Inputs = "packed",
+    outputs: Outputs = "hidden",
+    names: NameMap | None = None,
+    this_process: bool = False,
+) -> RegisteredModel:
     """Make a model known to serving engines of this process and of all processes that it starts.
 
     Registering the same factory again does nothing; another one under the same name replaces it. Needs no serving
@@ -26,9 +40,17 @@ def register_model(name: str, factory: ModelFactory | str, *, adapter: str = "vl
     Args:
         name: the architecture: what stands in a config.json's `architectures`. The name of a model that the engine
             ships takes its place.
-        factory: `(config, parallel_context) -> torch.nn.Module`, at the top level of an importable module or of the
-            script; or `module:attribute` or `file.py:attribute`.
+        factory: `(config, parallel_context) -> torch.nn.Module`: a function or class at the top level of an importable
+            module or of the script, `module:attribute` or `file.py:attribute`, or a `functools.partial` of one with
+            keyword arguments of plain JSON.
         adapter: whose layers serve it: `"vllm"` for the engine's own, or another adapter's on the engine's groups.
+        inputs: `"packed"`: forward takes token ids and positions `[tokens]`; `"batched"`: `[1, tokens]`, for a model
+            that knows nothing of packing. Attention is the engine's in both.
+        outputs: `"hidden"`: forward gives hidden states, and compute_logits makes logits of some; `"logits"`: forward
+            gives logits of all tokens, which costs more.
+        names: of weights in a checkpoint, made the model's own: `{regular expression: replacement}`, each applied in
+            turn, or a function of a name.
+        this_process: the factory may be a lambda, a closure or a bound object, and serves engines of this process.
 
     Raises:
         RegistrationError: the name or the factory will not do, or workers could not find it.
@@ -38,24 +60,45 @@ def register_model(name: str, factory: ModelFactory | str, *, adapter: str = "vl
         raise RegistrationError(f"a model's name has to be an identifier, as in 'MyDecoder', got {name!r}")
     if adapter not in adapter_names():
         raise AdapterError(f"unknown adapter {adapter!r}; available: {', '.join(adapter_names())}")
+    _check_choices(inputs, outputs)
+    arguments: dict[str, Any] = {}
     if isinstance(factory, str):
         reference = _absolute(factory)
         factory = resolve(reference)
+    elif this_process:
+        reference = keep(name, factory)
     else:
+        factory, arguments = _taken_apart(name, factory)
         reference = reference_of(factory)
     if not callable(factory):
         raise RegistrationError(
             f"model {name!r}: {reference} is a {type(factory).__name__}, expected a function (config, parallel_context)"
         )
-    model = RegisteredModel(name=name, reference=reference, adapter=adapter)
+    model = RegisteredModel(
+        name=name,
+        reference=reference,
+        adapter=adapter,
+        arguments=arguments,
+        inputs=inputs,
+        outputs=outputs,
+        names={} if names is None else check_names(names),
+    )
     entries = _from_environment()
     entries[name] = model
-    os.environ[ENVIRONMENT_VARIABLE] = json.dumps(
-        {m.name: {"factory": m.reference, "adapter": m.adapter} for m in entries.values()}
-    )
+    os.environ[ENVIRONMENT_VARIABLE] = json.dumps({m.name: _as_entry(m) for m in entries.values()})
     if "vllm" in sys.modules:  # it may have run its plugins already
-        load_adapter("vllm").host.register(model, factory)  # pyrefly: ignore  # a host is more than an Adapter
+        load_adapter("vllm").host.register(model, factory_of(model))  # pyrefly: ignore  # a host is more than an Adapter
     return model
+
+
+def factory_of(model: RegisteredModel) -> ModelFactory:
+    """What builds a registered model, with its further arguments.
+
+    Raises:
+        RegistrationError: it cannot be found in this process.
+    """
+    found = kept(model.reference) if is_kept(model.reference) else resolve(model.reference)
+    return functools.partial(found, **model.arguments) if model.arguments else found
 
 
 def registered_models() -> dict[str, RegisteredModel]:
@@ -89,11 +132,49 @@ def _from_environment() -> dict[str, RegisteredModel]:
         if (
             not isinstance(fields, dict)
             or not isinstance(fields.get("factory"), str)
-            or set(fields) - {"factory", "adapter"}
+            or set(fields) - {"factory", *_OPTIONAL}
         ):
             raise RegistrationError(f"{ENVIRONMENT_VARIABLE}: {name!r} is {entry!r}; {expected}")
-        models[name] = RegisteredModel(name=name, reference=fields["factory"], adapter=fields.get("adapter", "vllm"))
+        options: dict[str, Any] = {option: fields[option] for option in _OPTIONAL if option in fields}
+        model = models[name] = RegisteredModel(name=name, reference=fields["factory"], **options)
+        try:
+            _check_choices(model.inputs, model.outputs)
+        except RegistrationError as error:
+            raise RegistrationError(f"{ENVIRONMENT_VARIABLE}: {name!r}: {error}") from None
+        if not isinstance(model.arguments, dict) or not isinstance(model.names, (dict, str)):
+            raise RegistrationError(f"{ENVIRONMENT_VARIABLE}: {name!r}: arguments is an object, names one or a string")
     return models
+
+
+def _check_choices(inputs: str, outputs: str) -> None:
+    for option, value, known in (("inputs", inputs, get_args(Inputs)), ("outputs", outputs, get_args(Outputs))):
+        if value not in known:
+            raise RegistrationError(f"{option} must be one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def _as_entry(model: RegisteredModel) -> dict[str, Any]:
+    """Its fields as JSON; of the later ones those that are not the default."""
+    plain = RegisteredModel(name=model.name, reference=model.reference)
+    changed = {o: getattr(model, o) for o in _OPTIONAL if getattr(model, o) != getattr(plain, o)}
+    return {"factory": model.reference, "adapter": model.adapter, **changed}
+
+
+def _taken_apart(name: str, factory: Any) -> tuple[Any, dict[str, Any]]:
+    """A partial's function and arguments; anything else as it is."""
+    if not isinstance(factory, functools.partial):
+        return factory, {}
+    inner, arguments = _taken_apart(name, factory.func)
+    arguments = {**arguments, **factory.keywords}
+    try:
+        travelled = json.loads(json.dumps(arguments))
+    except (TypeError, ValueError):
+        travelled = None
+    if factory.args or travelled != arguments:
+        raise RegistrationError(
+            f"model {name!r}: a partial reaches a worker with keyword arguments of plain JSON alone, got "
+            f"{factory.args} and {arguments}; put the rest into the config, or into a function of a module"
+        )
+    return inner, arguments
 
 
 def _absolute(reference: str) -> str:

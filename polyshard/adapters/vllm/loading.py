@@ -72,7 +72,11 @@ def keep_buffers(model: nn.Module) -> None:
 
 
 def load_weights(
-    model: nn.Module, table: WeightTable, weights: Iterable[tuple[str, torch.Tensor]], name: str
+    model: nn.Module,
+    table: WeightTable,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    name: str,
+    rename: Callable[[str], str],
 ) -> set[str]:
     """Load each parameter exactly once.
 
@@ -81,6 +85,7 @@ def load_weights(
         table: its layouts.
         weights: names and full tensors as stored.
         name: the architecture, for messages.
+        rename: from a stored name to that of the model's layers.
 
     Returns:
         Names, in the model, of the parameters that were loaded: all of them.
@@ -93,8 +98,8 @@ def load_weights(
     tied = {other: entry.checkpoint_names[0] for entry in table.values() for other in entry.tied_names}
     loaded: set[str] = set()
     problems: list[str] = []
-    for stored_name, tensor in weights:
-        canonical = stored_name
+    for found_name, tensor in weights:
+        canonical = stored_name = rename(found_name)
         if stored_name not in targets and stored_name in tied:
             canonical = tied[stored_name]
             if canonical in loaded:

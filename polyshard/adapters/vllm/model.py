@@ -18,6 +18,7 @@ from polyshard.core.errors import CheckpointError, RegistrationError
 from polyshard.core.host import ModelFactory, RegisteredModel, build_model, check_served_interface
 from polyshard.core.vocabulary import gather_logits
 from polyshard.core.weight_table import collect_layouts
+from polyshard.registry import renamer
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ _LORA_ON_CPU = (
 
 def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type[nn.Module]:
     """A class with the interface that vLLM inspects, around the module that `factory` builds in each worker."""
+    rename = renamer(registered.names)
     interfaces = (SupportsLoRA,) if registered.adapter == "vllm" else ()
 
     class ServedModel(nn.Module, *interfaces):  # pyrefly: ignore  # a class of vLLM's, or none
@@ -43,10 +45,11 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
             self.context = serving_context(vllm_config, registered.adapter)
             self.config = config = vllm_config.model_config.hf_config
             self.model = build_model(factory, config, self.context, registered.name)
-            check_served_interface(self.model, registered.name)
+            check_served_interface(self.model, registered.name, registered.outputs)
             self.model.requires_grad_(False)
             self.takes_embeddings = "inputs_embeds" in inspect.signature(self.model.forward).parameters
             self.vocab_size = vllm_config.model_config.get_vocab_size()
+            self.output_size = "hidden size" if registered.outputs == "hidden" else "vocabulary"
             self.table = collect_layouts(self.model)
             if vllm_config.lora_config is not None:
                 if self.context.device.type == "cpu" and self.context.rank == 0:
@@ -74,6 +77,10 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
             **kwargs: Any,
         ) -> torch.Tensor:
             self.weights.check()
+            if registered.inputs == "batched":
+                positions = positions.unsqueeze(0)
+                input_ids = None if input_ids is None else input_ids.unsqueeze(0)
+                inputs_embeds = None if inputs_embeds is None else inputs_embeds.unsqueeze(0)
             if inputs_embeds is None:
                 hidden = self.model(input_ids, positions)
             elif self.takes_embeddings:
@@ -82,16 +89,22 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
                 raise RegistrationError(
                     f"model {registered.name!r}: its forward takes no inputs_embeds, which this request needs"
                 )
-            if not isinstance(hidden, torch.Tensor) or hidden.dim() != 2 or len(hidden) != len(positions):
+            if not isinstance(hidden, torch.Tensor) or hidden.shape[:-1] != positions.shape:
                 got = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
                 raise RegistrationError(
-                    f"model {registered.name!r}: forward gave {got}, expected hidden states "
-                    f"[{len(positions)} tokens, hidden size]"
+                    f"model {registered.name!r}: forward gave {got}, expected {registered.outputs} "
+                    f"{[*positions.shape, self.output_size]} for {list(positions.shape)} tokens"
                 )
-            return hidden
+            if registered.inputs == "batched":
+                hidden = hidden.squeeze(0)
+            return self.whole_logits(hidden) if registered.outputs == "logits" else hidden
 
         def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-            logits = self.model.compute_logits(hidden_states)  # pyrefly: ignore  # checked when built
+            if registered.outputs == "logits":
+                return hidden_states
+            return self.whole_logits(self.model.compute_logits(hidden_states))  # pyrefly: ignore  # checked when built
+
+        def whole_logits(self, logits: torch.Tensor) -> torch.Tensor:
             if logits.shape[-1] >= self.vocab_size:  # one rank, or gathered by the model
                 return logits[..., : self.vocab_size]
             return gather_logits(logits, self.context, self.vocab_size)
@@ -102,7 +115,7 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
                     f"model {registered.name!r} is running: load_weights alone would leave packed copies of the old "
                     "weights. Use polyshard.WeightSync, or vLLM's reload_weights"
                 )
-            names = load_weights(self.model, self.table, weights, registered.name)
+            names = load_weights(self.model, self.table, weights, registered.name, rename)
             self.loaded = True
             return {f"model.{name}" for name in names}
 

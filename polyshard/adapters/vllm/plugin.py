@@ -15,7 +15,7 @@ def register() -> None:
     """
     from polyshard.adapters.vllm.compat import register_transfer
     from polyshard.core.discovery import load_adapter
-    from polyshard.registry import registered_models, resolve
+    from polyshard.registry import factory_of, registered_models
 
     register_transfer("polyshard", "polyshard.adapters.vllm.transfer.worker", "PolyshardTransfer")
     models = registered_models()
@@ -23,4 +23,4 @@ def register() -> None:
         return
     host = load_adapter("vllm").host  # pyrefly: ignore  # a host is more than an Adapter
     for model in models.values():
-        host.register(model, resolve(model.reference))
+        host.register(model, factory_of(model))
