@@ -130,6 +130,6 @@ def test_serving_a_checkpoint_without_a_registered_model_says_so(tmp_path):
 
 @pytest.mark.parametrize("option", ['"inputs": "rows"', '"outputs": "tokens"', '"arguments": [1]', '"names": 3'])
 def test_a_malformed_option_in_the_environment_is_refused(monkeypatch, option):
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, '{"A": {"factory": "decoder:build_model", %s}}' % option)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, f'{{"A": {{"factory": "decoder:build_model", {option}}}}}')
     with pytest.raises(ps.RegistrationError, match=f"{ENVIRONMENT_VARIABLE}: 'A': "):
         ps.registered_models()

@@ -1,7 +1,9 @@
 """Every form of factory and of model that an engine can be given; the oracle is transformers."""
 
+import dataclasses
 import functools
 import os
+import pickle
 
 import decoder
 import pytest
@@ -107,3 +109,36 @@ def test_an_output_of_another_shape_is_refused(served):
         pytest.raises(Exception, match=r"forward gave \(1, 6, \d+\), expected logits"),
     ):
         greedy(llm, [[1, 2, 3]], 1)
+
+
+@pytest.mark.parametrize("model_type", [None, "made_up"])
+def test_a_config_that_transformers_does_not_know(served, tmp_path, model_type):
+    directory, expected = served
+    own = plain.OwnConfig(131, 96, 2, 4, 2, 256, 80, 32)
+    context = ps.initialize("torch")
+    model = plain.build_own(own, context)
+    ps.load_checkpoint(model, directory, context)
+    config = own if model_type is None else {**dataclasses.asdict(own), "model_type": model_type}
+    ps.save_checkpoint(model, tmp_path / "own", context, config=config, architecture="ServedOwn")
+    ps.register_model("ServedOwn", plain.build_own, config_type=plain.OwnConfig, model_type=model_type)
+    with engine(tmp_path / "own") as llm:
+        assert_same_generation(greedy(llm, PROMPTS, TOKENS), expected, BOUND)
+        config = llm.llm_engine.vllm_config.model_config.hf_config
+    assert type(pickle.loads(pickle.dumps(config))) is type(config)
+
+
+def test_what_a_config_lacks_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "polyshard", "n_embd": 32, "vocab_size": 9}')
+    ps.register_model("ServedOwn", plain.build_own, config_type=plain.OwnConfig)
+    with pytest.raises(Exception, match=r"vLLM needs num_hidden_layers \(or n_layer, n_layers"), engine(tmp_path):
+        pass
+
+
+def test_a_model_type_of_transformers_own_is_refused():
+    with pytest.raises(ps.RegistrationError, match=r"'llama' is one that transformers knows \(LlamaConfig\)"):
+        ps.register_model("ServedOwn", plain.build_own, model_type="llama")
+
+
+def test_a_config_type_that_is_no_dataclass_is_refused():
+    with pytest.raises(ps.RegistrationError, match="config_type has to be a dataclass"):
+        ps.register_model("ServedOwn", plain.build_own, config_type=plain.Plain)

@@ -22,6 +22,7 @@ from polyshard.checkpoint.manifest import Manifest, record_files, write_manifest
 from polyshard.checkpoint.pending import PendingSave
 from polyshard.checkpoint.plan import PlannedFile, StoredTensor, index_of, plan_files
 from polyshard.checkpoint.storage import LayoutPlanner, LayoutWriter, Progress, storage_key
+from polyshard.core.config_fields import MODEL_TYPE, config_fields
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import CheckpointError
 from polyshard.core.fingerprint import text
@@ -123,7 +124,9 @@ def model_documents(
     config: Mapping[str, Any] | Any, architecture: str | None, factory: str | None, dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, Any]:
     """`config.json`, as fields."""
-    fields = dict(config) if isinstance(config, Mapping) else dict(config.to_dict())
+    fields = config_fields(config)
+    if not fields.get("model_type"):
+        fields["model_type"] = MODEL_TYPE
     if architecture is not None:
         fields["architectures"] = [architecture]
     if factory is not None:

@@ -6,12 +6,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from polyshard.adapters.vllm import adapter as vllm_adapter
 from polyshard.checkpoint import read_config
+from polyshard.core.config_fields import MODEL_TYPE
 from polyshard.core.errors import RegistrationError
 from polyshard.registry import register_model, registered_models
 
@@ -53,7 +54,7 @@ def server_command(
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
     if factory is not None:
         name = architectures[0] if architectures and _is_ours(architectures[0]) else SERVED_NAME
-        register_model(name, factory, adapter=adapter)
+        register_model(name, factory, adapter=adapter, model_type=_foreign_type(config))
         return [*command, "--hf-overrides", json.dumps({"architectures": [name]}), *options]
     known = registered_models()
     if any(architecture in known for architecture in architectures):
@@ -63,6 +64,14 @@ def server_command(
         f"no model is registered for {directory}, whose architectures are {architectures}; registered: "
         f"{sorted(known) or 'none'}. Pass --factory module:attribute, or set POLYSHARD_MODELS.{hint}"
     )
+
+
+def _foreign_type(config: Any) -> str | None:
+    """The model type, where transformers has no class for it."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = getattr(config, "model_type", None)
+    return None if not model_type or model_type in (*CONFIG_MAPPING, MODEL_TYPE) else model_type
 
 
 def _is_ours(architecture: str) -> bool:

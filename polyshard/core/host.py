@@ -41,6 +41,8 @@ class RegisteredModel:
         inputs: what its forward takes: `packed` `[tokens]`, or `batched` `[1, tokens]`.
         outputs: what its forward gives: `hidden` states, or `logits`.
         names: from stored names to the model's: regular expressions, or `module:function`.
+        config_type: `module:Class` of a dataclass that the factory takes, in place of the engine's config.
+        model_type: of the config.json files that transformers has to be taught to read.
     """
 
     name: str
@@ -50,6 +52,8 @@ class RegisteredModel:
     inputs: Inputs = "packed"
     outputs: Outputs = "hidden"
     names: Mapping[str, str] | str = field(default_factory=dict)
+    config_type: str | None = None
+    model_type: str | None = None
 
 
 @runtime_checkable

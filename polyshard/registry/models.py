@@ -6,10 +6,12 @@ import functools
 import json
 import os
 import sys
+from dataclasses import is_dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, get_args
 
+from polyshard.core.config_fields import typed_config
 from polyshard.core.discovery import adapter_names, load_adapter
 from polyshard.core.errors import AdapterError, RegistrationError
 from polyshard.core.host import Inputs, ModelFactory, Outputs, RegisteredModel
@@ -18,7 +20,7 @@ from polyshard.registry.opaque import is_kept, keep, kept
 from polyshard.registry.reference import reference_of, resolve
 
 ENVIRONMENT_VARIABLE = "POLYSHARD_MODELS"  # JSON: {"Name": "module:factory"} or {"Name": {"factory":, "adapter":}}
-_OPTIONAL = ("adapter", "arguments", "inputs", "outputs", "names")
+_OPTIONAL = ("adapter", "arguments", "inputs", "outputs", "names", "config_type", "model_type")
 ENTRY_POINT_GROUP = "polyshard.models"  # name = "module:factory"
 
 
@@ -30,6 +32,8 @@ def register_model(
     inputs: Inputs = "packed",
     outputs: Outputs = "hidden",
     names: NameMap | None = None,
+    config_type: type | str | None = None,
+    model_type: str | None = None,
     this_process: bool = False,
 ) -> RegisteredModel:
     """Make a model known to serving engines of this process and of all processes that it starts.
@@ -50,6 +54,9 @@ def register_model(
             gives logits of all tokens, which costs more.
         names: of weights in a checkpoint, made the model's own: `{regular expression: replacement}`, each applied in
             turn, or a function of a name.
+        config_type: a dataclass: the factory is given one, filled from the config.json's fields.
+        model_type: what stands in a config.json's `model_type`, where transformers does not know it. A config saved
+            without one needs nothing.
         this_process: the factory may be a lambda, a closure or a bound object, and serves engines of this process.
 
     Raises:
@@ -82,6 +89,8 @@ def register_model(
         inputs=inputs,
         outputs=outputs,
         names={} if names is None else check_names(names),
+        config_type=_dataclass_reference(name, config_type),
+        model_type=model_type,
     )
     entries = _from_environment()
     entries[name] = model
@@ -98,7 +107,11 @@ def factory_of(model: RegisteredModel) -> ModelFactory:
         RegistrationError: it cannot be found in this process.
     """
     found = kept(model.reference) if is_kept(model.reference) else resolve(model.reference)
-    return functools.partial(found, **model.arguments) if model.arguments else found
+    build = functools.partial(found, **model.arguments) if model.arguments else found
+    if model.config_type is None:
+        return build
+    config_type = resolve(model.config_type)
+    return functools.wraps(found)(lambda config, context: build(typed_config(config, config_type), context))
 
 
 def registered_models() -> dict[str, RegisteredModel]:
@@ -157,6 +170,16 @@ def _as_entry(model: RegisteredModel) -> dict[str, Any]:
     plain = RegisteredModel(name=model.name, reference=model.reference)
     changed = {o: getattr(model, o) for o in _OPTIONAL if getattr(model, o) != getattr(plain, o)}
     return {"factory": model.reference, "adapter": model.adapter, **changed}
+
+
+def _dataclass_reference(name: str, config_type: type | str | None) -> str | None:
+    if config_type is None:
+        return None
+    reference = _absolute(config_type) if isinstance(config_type, str) else reference_of(config_type)
+    found = resolve(reference)
+    if not (isinstance(found, type) and is_dataclass(found)):
+        raise RegistrationError(f"model {name!r}: config_type has to be a dataclass, got {found!r}")
+    return reference
 
 
 def _taken_apart(name: str, factory: Any) -> tuple[Any, dict[str, Any]]:

@@ -1,8 +1,43 @@
 """A model that knows nothing of packing, gives logits, and has names of its own."""
 
+from dataclasses import dataclass
+from types import SimpleNamespace
+
 import decoder
 import torch
 from torch import nn
+
+
+@dataclass(frozen=True)
+class OwnConfig:
+    """Sizes under the names of nanoGPT; no Hugging Face counterpart."""
+
+    vocab_size: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_kv_heads: int
+    block_size: int
+    hidden_mlp: int
+    head_dim: int
+    eps: float = 1e-5
+
+
+def build_own(config, parallel_context):
+    assert type(config) is OwnConfig
+    fields = SimpleNamespace(
+        model_type="llama",
+        vocab_size=config.vocab_size,
+        hidden_size=config.n_embd,
+        intermediate_size=config.hidden_mlp,
+        num_hidden_layers=config.n_layer,
+        num_attention_heads=config.n_head,
+        num_key_value_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.eps,
+        max_position_embeddings=config.block_size,
+    )
+    return decoder.build_model(fields, parallel_context)
 
 
 class Plain(nn.Module):
