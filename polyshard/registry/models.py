@@ -93,10 +93,10 @@ def register_model(
         model_type=model_type,
     )
     entries = _from_environment()
-    entries[name] = model
-    os.environ[ENVIRONMENT_VARIABLE] = json.dumps({m.name: _as_entry(m) for m in entries.values()})
     if "vllm" in sys.modules:  # it may have run its plugins already
         load_adapter("vllm").host.register(model, factory_of(model))  # pyrefly: ignore  # a host is more than an Adapter
+    entries[name] = model
+    os.environ[ENVIRONMENT_VARIABLE] = json.dumps({m.name: _as_entry(m) for m in entries.values()})
     return model
 
 

@@ -1,7 +1,7 @@
 """Configurations that transformers does not know, for vLLM, which reads every config.json by transformers.
 
-A config's class has to be importable by name in a worker before any plugin runs there: `config_class` makes one class for
-each model type, and this module's `__getattr__` makes it again in the worker that unpickles it.
+A config's class has to be importable by name in a worker before any plugin runs there: `config_class` makes one class
+for each model type, and this module's `__getattr__` makes it again in the worker that unpickles it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ def register_config(model_type: str = MODEL_TYPE) -> None:
     Raises:
         RegistrationError: transformers has a class of its own for it.
     """
-    known = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None
+    try:
+        known = CONFIG_MAPPING[model_type]
+    except KeyError:
+        known = None
     if known is not None and not issubclass(known, _AnyConfig):
         raise RegistrationError(
             f"model_type {model_type!r} is one that transformers knows ({known.__name__}): leave model_type out"
