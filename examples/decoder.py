@@ -129,13 +129,16 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks and the last norm."""
+    """Embedding, blocks and the last norm; of a pipeline, the part that this stage holds."""
 
     def __init__(self, config: DecoderConfig, parallel_context: ps.ParallelContext) -> None:
         super().__init__()
-        self.embed_tokens = ps.vocab_embedding(config.vocab_size, config.hidden_size, parallel_context)
-        self.layers = nn.ModuleList(Block(config, parallel_context, i) for i in range(config.num_layers))
-        self.norm = ps.rms_norm(config.hidden_size, parallel_context, eps=config.norm_eps)
+        self.stage = stage = ps.pipeline_stage(config.num_layers, parallel_context)
+        if stage.first or (stage.last and config.tied):
+            self.embed_tokens = ps.vocab_embedding(config.vocab_size, config.hidden_size, parallel_context)
+        self.layers = ps.stage_layers(stage, lambda i: Block(config, parallel_context, i))
+        if stage.last:
+            self.norm = ps.rms_norm(config.hidden_size, parallel_context, eps=config.norm_eps)
         self.rotary = ps.RotaryEmbedding(
             config.head_dim,
             theta=config.rope_theta,
@@ -151,12 +154,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.parallel_context = config, parallel_context
         self.model = Transformer(config, parallel_context)
-        self.lm_head = ps.lm_head(
-            config.hidden_size,
-            config.vocab_size,
-            parallel_context,
-            tied_to=self.model.embed_tokens if config.tied else None,
-        )
+        if self.model.stage.last:
+            self.lm_head = ps.lm_head(
+                config.hidden_size,
+                config.vocab_size,
+                parallel_context,
+                tied_to=self.model.embed_tokens if config.tied else None,
+            )
 
     def forward(
         self,
@@ -174,7 +178,8 @@ class Decoder(nn.Module):
             positions: of the same shape; default from 0 in each sequence.
             cu_seqlens: int32 `[sequences + 1]` for packed input; default one sequence.
             labels: the token after each token, -100 where none; of the same shape.
-            inputs_embeds: in place of `input_ids`, `[..., hidden]`.
+            inputs_embeds: in place of `input_ids`, `[..., hidden]`; for a later pipeline stage what the one before
+                gave.
 
         Returns:
             Hidden states `[..., hidden]`, or with labels the mean loss.
@@ -185,6 +190,8 @@ class Decoder(nn.Module):
         rotary = self.model.rotary(positions, x.dtype)
         for layer in self.model.layers:
             x = layer(x, rotary=rotary, cu_seqlens=cu_seqlens)
+        if not self.model.stage.last:
+            return x
         hidden = self.model.norm(x)
         if labels is None:
             return hidden

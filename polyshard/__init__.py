@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from polyshard.core.linear import column_parallel, qkv_parallel, row_parallel
     from polyshard.core.linear_adapter import LinearAdapter
     from polyshard.core.norm import rms_norm
+    from polyshard.core.pipeline import PipelineStage, pipeline_stage, stage_layers
     from polyshard.core.vocabulary import gather_logits, lm_head, vocab_embedding, vocab_parallel_cross_entropy
     from polyshard.core.weight_layout import Segment, WeightLayout
     from polyshard.core.weight_table import collect_layouts
@@ -95,6 +96,7 @@ _HOMES = {
     "polyshard.core.weight_layout": ("Segment", "WeightLayout"),
     "polyshard.core.weight_table": ("collect_layouts",),
     "polyshard.launch": ("initialize", "shutdown"),
+    "polyshard.core.pipeline": ("PipelineStage", "pipeline_stage", "stage_layers"),
     "polyshard.registry": ("register_model", "registered_models"),
     "polyshard.replace": ("replace_with_trainable_attention",),
 }

@@ -3,6 +3,7 @@
 import pytest
 
 import polyshard as ps
+from polyshard.core.pipeline import even_stages
 
 
 def test_data_parallel_takes_the_ranks_that_are_left():
@@ -53,3 +54,13 @@ def test_one_process_alone_is_a_context():
         assert getattr(context, f"get_{axis}_parallel_rank")() == 0
         assert getattr(context, f"get_{axis}_parallel_world_size")() == 1
         assert getattr(context, f"get_{axis}_parallel_group")() is None
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5, 12])
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_pipeline_stages_hold_each_layer_once(layers, stages):
+    if layers < stages:
+        pytest.skip("fewer layers than stages")
+    runs = [range(*even_stages(layers, rank, stages)) for rank in range(stages)]
+    assert [layer for run in runs for layer in run] == list(range(layers))
+    assert max(map(len, runs)) - min(map(len, runs)) <= 1

@@ -129,6 +129,7 @@ class GroupContext:
         attention: makes the attention core where an engine brings its own (a paged KV cache); None in training.
         guard: wraps communication that is not a layer's (a training engine's, a checkpoint's).
         on_shutdown: what undoes the initialisation, in order.
+        pipeline_layers: `(layers, stage, stages) -> (first, one past the last)` where an engine cuts by itself.
         initialize_weights: whether layers fill their weights when built; a server loads them instead.
         group_timeout: seconds, for further process groups.
     """
@@ -140,6 +141,7 @@ class GroupContext:
     rank: int = 0
     attention: AttentionFactory | None = None
     guard: FailureGuard = no_guard
+    pipeline_layers: Callable[[int, int, int], tuple[int, int]] | None = None
     initialize_weights: bool = True
     group_timeout: float = 600.0
     on_shutdown: tuple[Callable[[], None], ...] = ()

@@ -1,6 +1,6 @@
 """A user's script: registers a factory of its own inside the guard, and starts an engine with spawned workers.
 
-python serving_script.py DIRECTORY TENSOR_PARALLEL ADAPTER PROMPTS_JSON TOKENS
+python serving_script.py DIRECTORY TENSOR_PARALLEL ADAPTER PROMPTS_JSON TOKENS [OPTIONS_JSON]
 """
 
 import json
@@ -20,18 +20,20 @@ def main():
 
     from support.engines import greedy
 
-    directory, size, adapter, prompts, tokens = sys.argv[1:]
+    directory, size, adapter, prompts, tokens = sys.argv[1:6]
+    options = json.loads(sys.argv[6]) if len(sys.argv) > 6 else {}
     ps.register_model("ScriptDecoder", my_factory, adapter=adapter)
-    llm = LLM(
-        model=directory,
-        hf_overrides={"architectures": ["ScriptDecoder"]},
-        dtype="float32",
-        max_model_len=256,
-        enforce_eager=True,
-        tensor_parallel_size=int(size),
-        kv_cache_memory_bytes=64 << 20,
-        skip_tokenizer_init=True,
-    )
+    settings = {
+        "hf_overrides": {"architectures": ["ScriptDecoder"]},
+        "dtype": "float32",
+        "max_model_len": 256,
+        "enforce_eager": True,
+        "tensor_parallel_size": int(size),
+        "kv_cache_memory_bytes": 64 << 20,
+        "skip_tokenizer_init": True,
+        **options,
+    }
+    llm = LLM(model=directory, **settings)
     print("RESULT" + json.dumps(greedy(llm, json.loads(prompts), int(tokens))))
 
 

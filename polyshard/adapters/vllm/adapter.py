@@ -26,7 +26,7 @@ CAPABILITIES = Capabilities(
         "zero1": no("never", _FORWARD_ONLY),
         "zero2": no("never", _FORWARD_ONLY),
         "zero3": no("never", _FORWARD_ONLY),
-        "pipeline": no("notimpl", "a factory cannot build one stage yet"),
+        "pipeline": YES,
         "context": no("notimpl", "not wired up yet"),
         "expert": no("notimpl", "no mixture-of-experts layers yet"),
         "cpu": YES,

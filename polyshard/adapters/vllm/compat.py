@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 from vllm import ModelRegistry
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
 from vllm.distributed import get_pp_group, get_tp_group
+from vllm.distributed.utils import get_pp_indices
 from vllm.distributed.weight_transfer.base import (
     ParamMeta,
     WeightSource,
@@ -41,8 +42,9 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
-from vllm.model_executor.models.interfaces import SupportsLoRA
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP
 from vllm.model_executor.models.utils import WeightsMapper
+from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
@@ -52,6 +54,7 @@ __all__ = [
     "DEFAULT_VOCAB_PADDING_SIZE",
     "Attention",
     "ColumnParallelLinear",
+    "IntermediateTensors",
     "LocalWorker",
     "MergedColumnParallelLinear",
     "ModelRegistry",
@@ -62,6 +65,7 @@ __all__ = [
     "RMSNorm",
     "RowParallelLinear",
     "SupportsLoRA",
+    "SupportsPP",
     "VllmConfig",
     "VocabParallelEmbedding",
     "WeightSource",
@@ -77,6 +81,7 @@ __all__ = [
     "end_reload",
     "engine_dtype",
     "get_pp_group",
+    "get_pp_indices",
     "get_tp_group",
     "load_into",
     "local_worker",
@@ -85,6 +90,7 @@ __all__ = [
     "register_transfer",
     "rms_norm",
     "rotate_in_place",
+    "runs_pipelines",
     "unfinished_requests",
 ]
 
@@ -247,6 +253,15 @@ def local_worker(llm: Any) -> LocalWorker | None:
     if runner is None:
         return None
     return LocalWorker(runner.get_model(), llm.llm_engine.vllm_config)
+
+
+def runs_pipelines(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM makes the buffers between pipeline stages: on CPU it does so only in the run that compiles.
+
+    Source: v1/worker/cpu_worker.py and gpu_model_runner.py, `intermediate_tensors`, 0.32.
+    """
+    on_cpu = vllm_config.device_config.device_type == "cpu"
+    return not (on_cpu and vllm_config.compilation_config.mode == CompilationMode.NONE)
 
 
 def engine_dtype(llm: Any) -> torch.dtype:

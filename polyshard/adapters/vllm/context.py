@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from polyshard.adapters.vllm.attention import paged_attention_factory
-from polyshard.adapters.vllm.compat import VllmConfig, get_pp_group, get_tp_group
+from polyshard.adapters.vllm.compat import VllmConfig, get_pp_group, get_pp_indices, get_tp_group
 from polyshard.adapters.vllm.packed import PackedLinearAdapter
 from polyshard.core.context import GroupContext, ParallelAxis
 from polyshard.core.discovery import load_adapter
@@ -59,6 +59,7 @@ def serving_context(vllm_config: VllmConfig, adapter: str) -> GroupContext:
         axes=axes,
         rank=axes["tensor"].ranks[axes["tensor"].rank],
         attention=paged_attention_factory(vllm_config),
+        pipeline_layers=get_pp_indices,
         initialize_weights=False,
     )
     if adapter == "vllm":

@@ -77,6 +77,7 @@ def load_weights(
     weights: Iterable[tuple[str, torch.Tensor]],
     name: str,
     rename: Callable[[str], str],
+    elsewhere: frozenset[str],
 ) -> set[str]:
     """Load each parameter exactly once.
 
@@ -86,6 +87,7 @@ def load_weights(
         weights: names and full tensors as stored.
         name: the architecture, for messages.
         rename: from a stored name to that of the model's layers.
+        elsewhere: names of the weights that other pipeline stages hold.
 
     Returns:
         Names, in the model, of the parameters that were loaded: all of them.
@@ -105,7 +107,9 @@ def load_weights(
             if canonical in loaded:
                 continue  # the same weight again, under its other name
         if canonical not in targets:
-            if not any(fnmatch.fnmatch(stored_name, pattern) for pattern in IGNORED_TENSORS):
+            if stored_name not in elsewhere and not any(
+                fnmatch.fnmatch(stored_name, pattern) for pattern in IGNORED_TENSORS
+            ):
                 problems.append(f"unexpected {stored_name}")
             continue
         entry, index = targets[canonical]

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard.adapters.vllm.compat import SupportsLoRA, VllmConfig, WeightsMapper
+from polyshard.adapters.vllm.compat import IntermediateTensors, SupportsLoRA, SupportsPP, VllmConfig, WeightsMapper
 from polyshard.adapters.vllm.context import serving_context
 from polyshard.adapters.vllm.loading import attach_loaders, keep_buffers, load_weights, packed_names
+from polyshard.adapters.vllm.stages import HIDDEN, check_pipeline, nothing_yet, stored_elsewhere
 from polyshard.adapters.vllm.transfer.guard import WeightGuard
 from polyshard.core.errors import CheckpointError, RegistrationError
 from polyshard.core.host import ModelFactory, RegisteredModel, build_model, check_served_interface
@@ -31,7 +32,7 @@ _LORA_ON_CPU = (
 def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type[nn.Module]:
     """A class with the interface that vLLM inspects, around the module that `factory` builds in each worker."""
     rename = renamer(registered.names)
-    interfaces = (SupportsLoRA,) if registered.adapter == "vllm" else ()
+    interfaces = (SupportsPP, SupportsLoRA) if registered.adapter == "vllm" else (SupportsPP,)
 
     class ServedModel(nn.Module, *interfaces):  # pyrefly: ignore  # a class of vLLM's, or none
         """What vLLM calls; the user's model is `self.model`."""
@@ -47,6 +48,8 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
             self.model = build_model(factory, config, self.context, registered.name)
             check_served_interface(self.model, registered.name, registered.outputs)
             self.model.requires_grad_(False)
+            axis = self.context.axis("pipeline")
+            self.first_stage, self.last_stage = axis.rank == 0, axis.rank == axis.size - 1
             self.takes_embeddings = "inputs_embeds" in inspect.signature(self.model.forward).parameters
             self.vocab_size = vllm_config.model_config.get_vocab_size()
             self.output_size = "hidden size" if registered.outputs == "hidden" else "vocabulary"
@@ -55,6 +58,8 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
                 if self.context.device.type == "cpu" and self.context.rank == 0:
                     logger.warning(_LORA_ON_CPU)
                 self.packed_modules_mapping = packed_names(self.table, registered.name)
+            self.elsewhere = stored_elsewhere(registered.name, self.table)
+            self.hidden_size = vllm_config.model_config.get_hidden_size()
             attach_loaders(self.model, self.table, self.context)
             keep_buffers(self.model)
             self.weights = WeightGuard()
@@ -75,8 +80,10 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
             intermediate_tensors: Any = None,
             inputs_embeds: torch.Tensor | None = None,
             **kwargs: Any,
-        ) -> torch.Tensor:
+        ) -> torch.Tensor | IntermediateTensors:
             self.weights.check()
+            if not self.first_stage:
+                inputs_embeds = intermediate_tensors[HIDDEN]
             if registered.inputs == "batched":
                 positions = positions.unsqueeze(0)
                 input_ids = None if input_ids is None else input_ids.unsqueeze(0)
@@ -97,7 +104,14 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
                 )
             if registered.inputs == "batched":
                 hidden = hidden.squeeze(0)
+            if not self.last_stage:
+                return IntermediateTensors({HIDDEN: hidden})
             return self.whole_logits(hidden) if registered.outputs == "logits" else hidden
+
+        def make_empty_intermediate_tensors(
+            self, batch_size: int, dtype: torch.dtype, device: torch.device
+        ) -> IntermediateTensors:
+            return IntermediateTensors(nothing_yet(batch_size, self.hidden_size, dtype, device))
 
         def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
             if registered.outputs == "logits":
@@ -115,7 +129,7 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
                     f"model {registered.name!r} is running: load_weights alone would leave packed copies of the old "
                     "weights. Use polyshard.WeightSync, or vLLM's reload_weights"
                 )
-            names = load_weights(self.model, self.table, weights, registered.name, rename)
+            names = load_weights(self.model, self.table, weights, registered.name, rename, self.elsewhere)
             self.loaded = True
             return {f"model.{name}" for name in names}
 
@@ -136,5 +150,4 @@ def _refuse_unsupported(registered: RegisteredModel, vllm_config: VllmConfig) ->
             f"model {name!r}: LoRA needs vLLM's own layers, but it was registered with adapter={registered.adapter!r}: "
             "register it with adapter='vllm'; checkpoints are the same"
         )
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise RegistrationError(f"model {name!r}: pipeline parallel is not supported for registered models yet")
+    check_pipeline(name, vllm_config)
