@@ -103,7 +103,8 @@ def main(
         started: dict[str, list[float]] = {name: [] for name in names}
         for again in range(restarts):
             running = {}
-            for name in track(names, f"starting engines, {again + 1} of {restarts}"):
+            order = names[again % len(names) :] + names[: again % len(names)]
+            for name in track(order, f"starting engines, {again + 1} of {restarts}"):
                 running[name] = Running(name, directory, dtype, tensor_parallel, compiled, threads)
                 open_engines.callback(running[name].close)
                 started[name].append(running[name].seconds)

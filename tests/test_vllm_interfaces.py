@@ -27,8 +27,10 @@ def served(tmp_path_factory):
     return directory, greedy_transformers(directory, PROMPTS, TOKENS)
 
 
-@pytest.mark.parametrize("names", [{"^": "network."}, plain.under_network, "support.plain:under_network"])
-@pytest.mark.parametrize("adapter", ["vllm", "torch"])
+@pytest.mark.parametrize(
+    ("adapter", "names"),
+    [("vllm", {"^": "network."}), ("torch", plain.under_network), ("vllm", "support.plain:under_network")],
+)
 def test_a_partial_of_a_class_that_takes_batches_gives_logits_and_has_its_own_names(served, names, adapter):
     directory, expected = served
     factory = functools.partial(plain.Plain, temperature=1.0)
