@@ -64,9 +64,9 @@ def test_a_checkpoint_that_does_not_fit(directory, adapter):
 
 
 def test_a_head_dimension_that_vllm_does_not_have(tmp_path):
-    directory = save_tiny(tmp_path / "model", "llama", hidden_size=48, head_dim=12)
-    ps.register_model("SmallHeads", decoder.build_model)
-    with pytest.raises(Exception, match=r"(?i)head.*(size|dim).*12"), engine(directory, "SmallHeads"):
+    directory = save_tiny(tmp_path / "model", "llama", hidden_size=48, head_dim=520)
+    ps.register_model("LargeHeads", decoder.build_model)
+    with pytest.raises(Exception, match=r"(?i)head.*(size|dim).*520"), engine(directory, "LargeHeads"):
         pass
 
 

@@ -33,6 +33,7 @@ MODELS = {
         {"hidden_size": 72, "head_dim": 64, "intermediate_size": 100, "attention_bias": True},
     ),
     "qwen2-one-kv-head": ("qwen2", {"hidden_size": 128, "num_key_value_heads": 1, "intermediate_size": 90}),
+    "small-heads": ("llama", {"hidden_size": 48, "head_dim": 12}),  # vLLM's own model cannot be served with these
     "qwen3": ("qwen3", {"hidden_size": 80, "head_dim": 32, "num_attention_heads": 6, "vocab_size": 149}),
 }
 

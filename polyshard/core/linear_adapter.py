@@ -12,6 +12,8 @@ adapter has it and otherwise built from the required ones or from the torch adap
     vocab_parallel_cross_entropy(logits, targets, parallel_context, vocab_size, ignore_index, reduction,
                                  label_smoothing)
     vocab_padding: int    # vocabulary rows are padded to a multiple of this
+    plain_products: bool  # layers are x Wᵀ + b and no more (row-parallel ones summed): a server may multiply by its own
+                          # kernel
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ class DeepspeedLinearAdapter:
     """`LinearAdapter` of DeepSpeed; its communication has to be initialised: see `context.adopt`."""
 
     plain_outputs = True
+    plain_products = True
     vocab_padding = 1
 
     def create_column_parallel(

@@ -35,6 +35,7 @@ class FairscaleLinearAdapter:
     """`LinearAdapter` of FairScale. The layers read FairScale's global group: see `context.adopt`."""
 
     plain_outputs = True
+    plain_products = True
     vocab_padding = 1
 
     def create_column_parallel(

@@ -57,6 +57,7 @@ class MegatronLinearAdapter:
     """`LinearAdapter` of Megatron-Core, with an explicit tensor-parallel group."""
 
     plain_outputs = True
+    plain_products = True
     vocab_padding = 1
 
     def create_column_parallel(

@@ -183,6 +183,7 @@ class TorchLinearAdapter:
     """`LinearAdapter` of this library, with all optional methods."""
 
     plain_outputs = True
+    plain_products = True
     vocab_padding = 1
 
     def create_column_parallel(

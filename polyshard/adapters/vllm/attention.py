@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import count
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from polyshard.adapters.vllm.compat import Attention, VllmConfig, rotate_in_place
+from polyshard.adapters.vllm.compat import Attention, VllmConfig, cpu_head_sizes, rotate_in_place
 from polyshard.attention.rotary import rotate_heads
 from polyshard.core.attention import AttentionFactory, AttentionSpec, PackedSequences
 from polyshard.core.errors import RegistrationError
+
+logger = logging.getLogger(__name__)
 
 
 class RotaryTable:
@@ -36,8 +39,8 @@ class RotaryTable:
 class PagedAttention(nn.Module):
     """`AttentionCore` by vLLM's attention layer, which finds batch and cache in vLLM's forward context.
 
-    Its cache holds keys and values of one size: the smaller of the two is filled up with zeros, which changes no
-    score and no output.
+    Its cache holds keys and values of one size, on CPU one of some few: what is smaller is filled up with zeros, which
+    changes no score and no output.
     """
 
     def __init__(
@@ -53,7 +56,11 @@ class PagedAttention(nn.Module):
         if not spec.causal:
             raise RegistrationError("vLLM serves causal decoders: an attention with causal=False cannot be served")
         self.spec = spec
-        self.head_dim = max(spec.head_dim, spec.v_dim)
+        needed = max(spec.head_dim, spec.v_dim)
+        sizes = cpu_head_sizes() if vllm_config.device_config.device_type == "cpu" else ()
+        self.head_dim = min((size for size in sizes if size >= needed), default=needed)
+        if self.head_dim != needed and spec.layer_index in (None, 0):
+            logger.info("heads of %d are held as %d in the cache: vLLM has no kernel between", needed, self.head_dim)
         features = _features(spec, sinks)
         try:
             self.attention = Attention(

@@ -67,6 +67,6 @@ def serving_context(vllm_config: VllmConfig, adapter: str) -> GroupContext:
     chosen.capabilities.require("serving")
     adopted = chosen.adopt(context)
     assert isinstance(adopted, GroupContext)
-    if adopted.device.type != "cpu":
+    if adopted.device.type != "cpu" or not getattr(adopted.linear, "plain_products", False):
         return adopted
     return dataclasses.replace(adopted, linear=PackedLinearAdapter(adopted.linear, adopted.axis("tensor")))

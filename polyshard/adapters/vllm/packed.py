@@ -1,7 +1,7 @@
 """Other libraries' layers in an engine on CPU: their own weights, multiplied by vLLM's packed matrix product.
 
-By polyshard's contract of each layer, a column-parallel one is a product alone, and a row-parallel one a product, a sum
-over the tensor axis, and the bias.
+Only for adapters that say so (`plain_products`): their column-parallel layers are a product alone, and row-parallel
+ones a product, a sum over the tensor axis, and the bias.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from polyshard.adapters.vllm.compat import QuantizeMethodBase, pack_weight
 from polyshard.core.context import ParallelAxis
 
-_COLUMN = ("create_column_parallel", "create_merged_column_parallel", "create_qkv_parallel", "create_lm_head")
+_COLUMN = ("create_merged_column_parallel", "create_qkv_parallel", "create_lm_head")
 
 
 class PackedLinearAdapter:
@@ -23,6 +23,10 @@ class PackedLinearAdapter:
 
     def __init__(self, inner: Any, axis: ParallelAxis) -> None:
         self._inner, self._axis = inner, axis
+
+    def create_column_parallel(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The other's, packed; written out, since isinstance() with a protocol passes over `__getattr__`."""
+        return self._create(self._inner.create_column_parallel, None, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
