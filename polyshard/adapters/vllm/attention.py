@@ -69,7 +69,7 @@ class PagedAttention(nn.Module):
                 spec.scale,
                 num_kv_heads=spec.num_kv_heads,
                 cache_config=vllm_config.cache_config,
-                quant_config=vllm_config.quant_config,
+                quant_config=None,  # else it has scales of the cache as parameters, which few checkpoints hold
                 per_layer_sliding_window=spec.sliding_window,
                 prefix=layer_name,
                 **features,

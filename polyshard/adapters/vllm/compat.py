@@ -30,6 +30,7 @@ from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
+    UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
@@ -66,6 +67,7 @@ __all__ = [
     "RowParallelLinear",
     "SupportsLoRA",
     "SupportsPP",
+    "UnquantizedLinearMethod",
     "VllmConfig",
     "VocabParallelEmbedding",
     "WeightSource",

@@ -10,6 +10,7 @@ import torch
 
 from polyshard.adapters.vllm.attention import paged_attention_factory
 from polyshard.adapters.vllm.compat import VllmConfig, get_pp_group, get_pp_indices, get_tp_group
+from polyshard.adapters.vllm.linear import VllmLinearAdapter
 from polyshard.adapters.vllm.packed import PackedLinearAdapter
 from polyshard.core.context import GroupContext, ParallelAxis
 from polyshard.core.discovery import load_adapter
@@ -55,7 +56,7 @@ def serving_context(vllm_config: VllmConfig, adapter: str) -> GroupContext:
     context = GroupContext(
         layout=ParallelLayout(tensor=axes["tensor"].size, pipeline=axes["pipeline"].size),
         device=torch.get_default_device(),
-        linear=chosen.linear,
+        linear=VllmLinearAdapter(quantized=True) if vllm_config.quant_config is not None else chosen.linear,
         axes=axes,
         rank=axes["tensor"].ranks[axes["tensor"].rank],
         attention=paged_attention_factory(vllm_config),

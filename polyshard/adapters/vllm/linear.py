@@ -44,22 +44,44 @@ class CpuRMSNorm(RMSNorm):
 
 
 class VllmLinearAdapter:
-    """`LinearAdapter` of vLLM. `shard_ids` on a layer are what its weight loader calls the layout's segments."""
+    """`LinearAdapter` of vLLM. `shard_ids` on a layer are what its weight loader calls the layout's segments.
+
+    Args:
+        quantized: whether the checkpoint is: layers are then built in two steps.
+    """
 
     plain_outputs = True
     vocab_padding = DEFAULT_VOCAB_PADDING_SIZE
+
+    def __init__(self, quantized: bool = False) -> None:
+        self._quantized = quantized
+
+    def _make(self, kind: Any, *args: Any, **kwargs: Any) -> Any:
+        """A layer; for a quantized checkpoint without memory, to be built again under its name (`quantized.py`)."""
+        if not self._quantized:
+            return kind(*args, **kwargs)
+        with torch.device("meta"):
+            layer = kind(*args, **kwargs)
+
+        def rebuild(quant_config: Any, prefix: str) -> None:
+            kind.__init__(layer, *args, **kwargs, quant_config=quant_config, prefix=prefix)
+
+        layer.rebuild = rebuild
+        return layer
 
     def create_column_parallel(
         self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
     ) -> nn.Module:
         """vLLM's ColumnParallelLinear."""
-        return ColumnParallelLinear(input_size, output_size, bias=bias, gather_output=False, return_bias=False)
+        return self._make(
+            ColumnParallelLinear, input_size, output_size, bias=bias, gather_output=False, return_bias=False
+        )
 
     def create_merged_column_parallel(
         self, input_size: int, output_sizes: list[int], parallel_context: Any, bias: bool = False
     ) -> nn.Module:
         """vLLM's MergedColumnParallelLinear."""
-        layer: Any = MergedColumnParallelLinear(input_size, output_sizes, bias=bias, return_bias=False)
+        layer = self._make(MergedColumnParallelLinear, input_size, output_sizes, bias=bias, return_bias=False)
         layer.shard_ids = tuple(range(len(output_sizes)))
         return layer
 
@@ -73,7 +95,9 @@ class VllmLinearAdapter:
         bias: bool = False,
     ) -> nn.Module:
         """vLLM's QKVParallelLinear."""
-        layer: Any = QKVParallelLinear(hidden_size, head_dim, num_heads, num_kv_heads, bias=bias, return_bias=False)
+        layer = self._make(
+            QKVParallelLinear, hidden_size, head_dim, num_heads, num_kv_heads, bias=bias, return_bias=False
+        )
         layer.shard_ids = QKV_SHARD_IDS
         return layer
 
@@ -81,7 +105,9 @@ class VllmLinearAdapter:
         self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
     ) -> nn.Module:
         """vLLM's RowParallelLinear."""
-        return RowParallelLinear(input_size, output_size, bias=bias, input_is_parallel=True, return_bias=False)
+        return self._make(
+            RowParallelLinear, input_size, output_size, bias=bias, input_is_parallel=True, return_bias=False
+        )
 
     def create_vocab_embedding(self, num_embeddings: int, embedding_dim: int, parallel_context: Any) -> nn.Module:
         """vLLM's VocabParallelEmbedding."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from polyshard.adapters.vllm.quantized import QuantizedLayers
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import CheckpointError, RegistrationError
 from polyshard.core.weight_layout import WeightLayout
@@ -78,6 +79,7 @@ def load_weights(
     name: str,
     rename: Callable[[str], str],
     elsewhere: frozenset[str],
+    quantized: QuantizedLayers | None = None,
 ) -> set[str]:
     """Load each parameter exactly once.
 
@@ -88,6 +90,7 @@ def load_weights(
         name: the architecture, for messages.
         rename: from a stored name to that of the model's layers.
         elsewhere: names of the weights that other pipeline stages hold.
+        quantized: layers that load codes and scales in place of weights.
 
     Returns:
         Names, in the model, of the parameters that were loaded: all of them.
@@ -97,17 +100,26 @@ def load_weights(
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     targets = table.by_checkpoint_name()
+    coded = None
+    if quantized is not None:
+        coded = quantized.loading()
+        targets = {stored: found for stored, found in targets.items() if found[0].parameter not in quantized.weights}
     tied = {other: entry.checkpoint_names[0] for entry in table.values() for other in entry.tied_names}
     loaded: set[str] = set()
     problems: list[str] = []
     for found_name, tensor in weights:
         canonical = stored_name = rename(found_name)
+        taken = None if coded is None else coded.take(stored_name, tensor)
+        if taken is not None:
+            problems += taken
+            continue
         if stored_name not in targets and stored_name in tied:
             canonical = tied[stored_name]
             if canonical in loaded:
                 continue  # the same weight again, under its other name
         if canonical not in targets:
-            if stored_name not in elsewhere and not any(
+            held = f"{stored_name.rpartition('.')[0]}.weight" if quantized else stored_name  # scales go with weights
+            if not elsewhere & {held, stored_name} and not any(
                 fnmatch.fnmatch(stored_name, pattern) for pattern in IGNORED_TENSORS
             ):
                 problems.append(f"unexpected {stored_name}")
@@ -121,7 +133,7 @@ def load_weights(
         else:
             _load_one(model, parameters, entry, index, tensor)
         loaded.add(canonical)
-    missing = [wanted for wanted in targets if wanted not in loaded]
+    missing = [wanted for wanted in targets if wanted not in loaded] + ([] if coded is None else coded.missing())
     problems.extend(f"missing {wanted}" for wanted in missing)
     if problems:
         more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""

@@ -13,6 +13,7 @@ from torch import nn
 from polyshard.adapters.vllm.compat import IntermediateTensors, SupportsLoRA, SupportsPP, VllmConfig, WeightsMapper
 from polyshard.adapters.vllm.context import serving_context
 from polyshard.adapters.vllm.loading import attach_loaders, keep_buffers, load_weights, packed_names
+from polyshard.adapters.vllm.quantized import quantize_layers
 from polyshard.adapters.vllm.stages import HIDDEN, check_pipeline, nothing_yet, stored_elsewhere
 from polyshard.adapters.vllm.transfer.guard import WeightGuard
 from polyshard.core.errors import CheckpointError, RegistrationError
@@ -54,6 +55,10 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
             self.vocab_size = vllm_config.model_config.get_vocab_size()
             self.output_size = "hidden size" if registered.outputs == "hidden" else "vocabulary"
             self.table = collect_layouts(self.model)
+            self.quantized = None
+            if vllm_config.quant_config is not None:
+                vllm_config.quant_config.packed_modules_mapping.update(packed_names(self.table, registered.name))
+                self.quantized = quantize_layers(self.model, self.table, vllm_config.quant_config)
             if vllm_config.lora_config is not None:
                 if self.context.device.type == "cpu" and self.context.rank == 0:
                     logger.warning(_LORA_ON_CPU)
@@ -129,7 +134,9 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
                     f"model {registered.name!r} is running: load_weights alone would leave packed copies of the old "
                     "weights. Use polyshard.WeightSync, or vLLM's reload_weights"
                 )
-            names = load_weights(self.model, self.table, weights, registered.name, rename, self.elsewhere)
+            names = load_weights(
+                self.model, self.table, weights, registered.name, rename, self.elsewhere, self.quantized
+            )
             self.loaded = True
             return {f"model.{name}" for name in names}
 
@@ -140,14 +147,14 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
 def _refuse_unsupported(registered: RegisteredModel, vllm_config: VllmConfig) -> None:
     """What vLLM would pass over in silence on a model that does not take part in it."""
     name = registered.name
-    if vllm_config.quant_config is not None:
-        raise RegistrationError(
-            f"model {name!r}: quantized checkpoints are not supported for registered models yet; "
-            "serve an unquantized one, or vLLM's own implementation"
-        )
-    if vllm_config.lora_config is not None and registered.adapter != "vllm":
-        raise RegistrationError(
-            f"model {name!r}: LoRA needs vLLM's own layers, but it was registered with adapter={registered.adapter!r}: "
-            "register it with adapter='vllm'; checkpoints are the same"
-        )
+    asked = {
+        "a quantized checkpoint": vllm_config.quant_config is not None,
+        "LoRA": vllm_config.lora_config is not None,
+    }
+    for feature, wanted in asked.items():
+        if wanted and registered.adapter != "vllm":
+            raise RegistrationError(
+                f"model {name!r}: {feature} needs vLLM's own layers, but it was registered with "
+                f"adapter={registered.adapter!r}: register it with adapter='vllm'"
+            )
     check_pipeline(name, vllm_config)

@@ -45,6 +45,8 @@ def receiver_for(model: nn.Module, vllm_config: Any) -> Receiver:
     """The receiver of a worker's model; one for its whole life."""
     known = getattr(model, "polyshard_receiver", None)
     if known is None:
+        if getattr(model, "quantized", None) is not None:
+            raise WeightSyncError("the engine serves a quantized checkpoint: weights would have to be quantized too")
         known = ServedReceiver(model) if hasattr(model, "table") else NativeReceiver(model, vllm_config)
         object.__setattr__(model, "polyshard_receiver", known)
     return known
