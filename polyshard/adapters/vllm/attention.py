@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from polyshard.adapters.vllm.compat import Attention, VllmConfig, cpu_head_sizes, rotate_in_place
+from polyshard.adapters.vllm.compat import ROTARY_MULTIPLE, Attention, VllmConfig, cpu_head_sizes, rotate_in_place
 from polyshard.attention.rotary import rotate_heads
 from polyshard.core.attention import AttentionFactory, AttentionSpec, PackedSequences
 from polyshard.core.errors import RegistrationError
@@ -107,7 +107,8 @@ class PagedAttention(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """By vLLM's operator, in place, where it takes these tensors."""
-        if q.dim() != 3 or cos.dtype != q.dtype or cos.shape[:-1] != (len(q), 1):
+        odd = 2 * cos.shape[-1] % ROTARY_MULTIPLE
+        if odd or q.dim() != 3 or cos.dtype != q.dtype or cos.shape[:-1] != (len(q), 1):
             return rotate_heads(q, k, cos, sin)
         table, rows = self._rotary.of(self, cos, sin)
         rotate_in_place(rows, q.flatten(-2), k.flatten(-2), q.shape[-1], table)

@@ -53,6 +53,8 @@ from polyshard.attention.kernels.protocol import AttentionCall
 
 __all__ = [
     "DEFAULT_VOCAB_PADDING_SIZE",
+    "NORM_MULTIPLE",
+    "ROTARY_MULTIPLE",
     "Attention",
     "ColumnParallelLinear",
     "IntermediateTensors",
@@ -154,6 +156,9 @@ def cpu_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Atten
     return out
 
 
+ROTARY_MULTIPLE = 16  # rotary dims of whole vectors; at others the operator writes past the end on CPU (0.32.0)
+
+
 def rotate_in_place(rows: torch.Tensor, q: torch.Tensor, k: torch.Tensor, head_dim: int, table: torch.Tensor) -> None:
     """vLLM's rotary operator, halves turned against each other (neox style).
 
@@ -167,6 +172,9 @@ def rotate_in_place(rows: torch.Tensor, q: torch.Tensor, k: torch.Tensor, head_d
     from vllm import _custom_ops as operators
 
     operators.rotary_embedding(rows, q, k, head_dim, table, True)
+
+
+NORM_MULTIPLE = 8  # sizes that the operator takes on CPU: whole vectors
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

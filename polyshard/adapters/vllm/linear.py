@@ -9,6 +9,7 @@ from torch import nn
 
 from polyshard.adapters.vllm.compat import (
     DEFAULT_VOCAB_PADDING_SIZE,
+    NORM_MULTIPLE,
     QKV_SHARD_IDS,
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -40,6 +41,8 @@ class CpuRMSNorm(RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., hidden]` to the same shape."""
+        if x.shape[-1] % NORM_MULTIPLE:
+            return super().forward(x)
         return rms_norm(x, self.weight, self.variance_epsilon)
 
 
