@@ -119,3 +119,16 @@ def test_speculation_by_n_grams_changes_no_token(directory):
     arguments = [str(directory), "1", "vllm", json.dumps(prompts), "12", json.dumps(options)]
     result = run([sys.executable, str(SUPPORT / "serving_script.py"), *arguments], VLLM_ENABLE_V1_MULTIPROCESSING="0")
     assert_same_generation(result, greedy_transformers(directory, prompts, 12), BOUND)
+
+
+def test_heads_whose_rotary_dimension_is_no_whole_vector(tmp_path):
+    """vLLM's rotary operator on CPU writes past the end of such, in bfloat16 to a crash."""
+    small = save_tiny(tmp_path / "model", "llama", hidden_size=80, head_dim=20)
+    (ids, exact), *_ = greedy_transformers(small, [MIXED[0]], 1)
+    ps.register_model("ServedFeatures", decoder.build_model)
+    from vllm import SamplingParams
+
+    with engine(small, "ServedFeatures", dtype="bfloat16") as llm:
+        parameters = SamplingParams(temperature=0, max_tokens=1, logprobs=5)
+        output = llm.generate([{"prompt_token_ids": MIXED[0]}] * 3, parameters, use_tqdm=False)[0]
+    assert abs(output.outputs[0].logprobs[0][ids[0]].logprob - exact[0]) < 0.1
