@@ -6,10 +6,10 @@ import sys
 import decoder
 import pytest
 import torch
-from support.engines import engine
+from support.engines import engine, generated
 from support.models import save_tiny
 from support.oracle import assert_same_generation, greedy_transformers
-from test_vllm_serving import SUPPORT, run
+from support.scripts import SUPPORT, run
 
 import polyshard as ps
 
@@ -33,15 +33,6 @@ def on_both(directory, scenario, **options):
         with engine(directory, architecture, **options) as llm:
             results.append(scenario(llm))
     return results
-
-
-def generated(outputs):
-    found = []
-    for output in outputs:
-        for completion in output.outputs:
-            ids = list(completion.token_ids)
-            found.append((ids, [step[i].logprob for step, i in zip(completion.logprobs, ids)]))
-    return found
 
 
 def test_prompts_in_chunks_cached_prefixes_and_mixed_lengths(directory):

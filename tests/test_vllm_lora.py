@@ -6,7 +6,7 @@ import decoder
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.engines import engine
+from support.engines import engine, generated
 from support.models import save_tiny
 from support.oracle import assert_same_generation, greedy_transformers
 
@@ -66,10 +66,7 @@ def test_adapters_are_served_in_one_batch_and_the_base_after_them(base, tmp_path
     with engine(base, "ServedLora", enable_lora=True, max_loras=2, max_lora_rank=8) as llm:
         outputs = llm.generate(prompts * 2, parameters, lora_request=chosen, use_tqdm=False)
         outputs += llm.generate(prompts, parameters, use_tqdm=False)
-    found = []
-    for output in outputs:
-        ids = list(output.outputs[0].token_ids)
-        found.append((ids, [step[i].logprob for step, i in zip(output.outputs[0].logprobs, ids)]))
+    found = generated(outputs)
     wanted = [greedy_transformers(path, PROMPTS, TOKENS) for path in (*(merged for _, merged in adapters), base)]
     assert wanted[0] != wanted[1] != wanted[2]
     for i, expected in enumerate(wanted):

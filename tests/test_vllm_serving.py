@@ -5,16 +5,14 @@ a few 1e-6, for SmolLM2 with its 30 layers up to 4e-5 (transformers itself is th
 """
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import decoder
 import pytest
 from support.engines import engine, greedy
 from support.models import save_tiny
 from support.oracle import assert_same_generation, greedy_transformers
+from support.scripts import SUPPORT, run
 
 import polyshard as ps
 
@@ -23,7 +21,6 @@ pytestmark = pytest.mark.vllm
 TINY_BOUND, SMOLLM2_BOUND = 2e-5, 2e-4
 PROMPTS = [[1, 2, 3, 4, 5], [7, 9, 11], list(range(40)), [100]]
 TOKENS = 12
-SUPPORT = Path(__file__).parent / "support"
 
 # Odd shapes: head dimensions that do not follow from the hidden size, one KV head, an odd vocabulary and MLP.
 MODELS = {
@@ -82,16 +79,6 @@ def test_smollm2_equals_transformers(smollm2):
 def test_smollm2_is_refused_at_tensor_parallel_2(smollm2):
     with pytest.raises(ValueError, match=r"9.*divisible.*2"), engine(smollm2, tensor_parallel_size=2):
         pass
-
-
-def run(command, **environment):
-    root = Path(__file__).resolve().parents[1]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    env["PYTHONPATH"] = os.pathsep.join([str(root / "tests"), str(root / "examples")])
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    assert lines, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    return json.loads(lines[0].removeprefix("RESULT"))
 
 
 def test_tensor_parallel_2_on_the_layers_of_every_library(models):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard.attention.context.parallel import Way, context_parallel_attention
+from polyshard.attention.context.parallel import Way, attend_by
 from polyshard.attention.functional import check_spec
 from polyshard.attention.placement import rotary_at, sequences_at
 from polyshard.attention.rotary import RotaryEmbedding, apply_rotary
@@ -149,24 +149,19 @@ class TrainableMLA(nn.Module):
         q = torch.cat((q_nope, q_rope), dim=-1)
         k = torch.cat((k_nope, k_rope.expand(*k_nope.shape[:-1], rope)), dim=-1)
 
-        q, k, v = (t.reshape(-1, *t.shape[-2:]) for t in (q, k, v))
-        if self.core is not None:
-            out = self.core(q, k, v, sequences)
-        else:
-            assert sequences is not None
-            out = context_parallel_attention(
-                q,
-                k,
-                v,
-                sequences,
-                self.spec,
-                self.context,
-                self.context_parallel,
-                training=self.training,
-                rows=1 if len(lead) == 1 else lead[0],
-                kernel=self.kernel,
-            )
-        return self.o_proj(out.reshape(*lead, -1))
+        out = attend_by(
+            self.core,
+            q,
+            k,
+            v,
+            sequences,
+            self.spec,
+            self.context,
+            self.context_parallel,
+            training=self.training,
+            kernel=self.kernel,
+        )
+        return self.o_proj(out)
 
     def _queries(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.q_proj is not None:

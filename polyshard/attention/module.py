@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from polyshard.attention.alibi import slopes_of_heads
-from polyshard.attention.context.parallel import Way, context_parallel_attention
+from polyshard.attention.context.parallel import Way, attend_by
 from polyshard.attention.functional import check_spec
 from polyshard.attention.placement import rotary_at, sequences_at
 from polyshard.attention.rotary import RotaryEmbedding, rotate_heads
@@ -178,25 +178,20 @@ class TrainableFlashAttention(nn.Module):
         if rotary is not None:
             q, k = self._rotate(q, k, *rotary)
 
-        q, k, v = (t.reshape(-1, *t.shape[-2:]) for t in (q, k, v))
-        if self.core is not None:
-            out = self.core(q, k, v, sequences)
-        else:
-            assert sequences is not None
-            out = context_parallel_attention(
-                q,
-                k,
-                v,
-                sequences,
-                self.spec,
-                self.context,
-                self.context_parallel,
-                training=self.training,
-                rows=1 if len(lead) == 1 else lead[0],
-                sinks=self.sinks,
-                kernel=self.kernel,
-            )
-        return self.o_proj(out.reshape(*lead, -1))
+        out = attend_by(
+            self.core,
+            q,
+            k,
+            v,
+            sequences,
+            self.spec,
+            self.context,
+            self.context_parallel,
+            training=self.training,
+            sinks=self.sinks,
+            kernel=self.kernel,
+        )
+        return self.o_proj(out)
 
     def heads(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """This rank's query, key and value heads, each `[..., heads, dim]`, normed, not yet rotated."""

@@ -68,10 +68,10 @@ def server_command(
 
 def _foreign_type(config: Any) -> str | None:
     """The model type, where transformers has no class for it."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from polyshard.adapters.vllm.config import known_config
 
     model_type = getattr(config, "model_type", None)
-    return None if not model_type or model_type in (*CONFIG_MAPPING, MODEL_TYPE) else model_type
+    return None if not model_type or model_type == MODEL_TYPE or known_config(model_type) else model_type
 
 
 def _is_ours(architecture: str) -> bool:

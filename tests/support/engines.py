@@ -53,10 +53,14 @@ def greedy(llm: Any, prompts: list[list[int]], tokens: int) -> list[tuple[list[i
     from vllm import SamplingParams
 
     parameters = SamplingParams(temperature=0.0, max_tokens=tokens, logprobs=0, ignore_eos=True)
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
-    result = []
+    return generated(llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False))
+
+
+def generated(outputs: list[Any]) -> list[tuple[list[int], list[float]]]:
+    """Tokens and their log-probabilities of each completion of each request."""
+    found = []
     for output in outputs:
-        completion = output.outputs[0]
-        ids = list(completion.token_ids)
-        result.append((ids, [step[i].logprob for step, i in zip(completion.logprobs, ids)]))
-    return result
+        for completion in output.outputs:
+            ids = list(completion.token_ids)
+            found.append((ids, [step[i].logprob for step, i in zip(completion.logprobs, ids)]))
+    return found

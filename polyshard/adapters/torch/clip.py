@@ -34,9 +34,8 @@ def global_grad_norm(
             everywhere = everywhere + counted_square(whole, layout, tensor_axis.rank, tensor_axis.size)
     if tensor_axis.size > 1:
         assert tensor_axis.collectives is not None
-        over_replicas, everywhere = tensor_axis.collectives.all_reduce(torch.stack((over_replicas, everywhere))).unbind(
-            0
-        )
+        summed = tensor_axis.collectives.all_reduce(torch.stack((over_replicas, everywhere)))
+        over_replicas, everywhere = summed.unbind(0)
     if replicas.size > 1:
         assert replicas.collectives is not None
         over_replicas = replicas.collectives.all_reduce(over_replicas)

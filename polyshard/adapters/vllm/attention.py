@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from polyshard.adapters.vllm.compat import ROTARY_MULTIPLE, Attention, VllmConfig, cpu_head_sizes, rotate_in_place
+from polyshard.adapters.vllm.compat import ROTARY_MULTIPLE, Attention, VllmConfig, cpu_head_size, rotate_in_place
 from polyshard.attention.rotary import rotate_heads
 from polyshard.core.attention import AttentionFactory, AttentionSpec, PackedSequences
 from polyshard.core.errors import RegistrationError
@@ -57,8 +57,8 @@ class PagedAttention(nn.Module):
             raise RegistrationError("vLLM serves causal decoders: an attention with causal=False cannot be served")
         self.spec = spec
         needed = max(spec.head_dim, spec.v_dim)
-        sizes = cpu_head_sizes() if vllm_config.device_config.device_type == "cpu" else ()
-        self.head_dim = min((size for size in sizes if size >= needed), default=needed)
+        on_cpu = vllm_config.device_config.device_type == "cpu"
+        self.head_dim = (cpu_head_size(needed) if on_cpu else None) or needed
         if self.head_dim != needed and spec.layer_index in (None, 0):
             logger.info("heads of %d are held as %d in the cache: vLLM has no kernel between", needed, self.head_dim)
         features = _features(spec, sinks)

@@ -79,6 +79,7 @@ __all__ = [
     "WeightsMapper",
     "begin_reload",
     "cpu_attention",
+    "cpu_head_size",
     "cpu_head_sizes",
     "cuda_flash_attention",
     "cuda_flash_version",
@@ -105,6 +106,11 @@ _CPU_BLOCK = 32  # tokens of a cache block; vLLM's CPU kernel takes multiples of
 def cpu_head_sizes() -> tuple[int, ...]:
     """Head dimensions of vLLM's CPU attention."""
     return tuple(CPUAttentionBackend.get_supported_head_sizes())
+
+
+def cpu_head_size(needed: int) -> int | None:
+    """The smallest of them that holds a head; None where none does."""
+    return min((size for size in cpu_head_sizes() if size >= needed), default=None)
 
 
 def cpu_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall) -> torch.Tensor:

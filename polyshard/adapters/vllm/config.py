@@ -65,17 +65,23 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def known_config(model_type: str) -> type[PretrainedConfig] | None:
+    """The class that transformers itself has for a type."""
+    try:
+        known = CONFIG_MAPPING[model_type]
+    except KeyError:
+        return None
+    return None if issubclass(known, _AnyConfig) else known
+
+
 def register_config(model_type: str = MODEL_TYPE) -> None:
     """Make transformers of this process read config.json files of a type; again is as once.
 
     Raises:
         RegistrationError: transformers has a class of its own for it.
     """
-    try:
-        known = CONFIG_MAPPING[model_type]
-    except KeyError:
-        known = None
-    if known is not None and not issubclass(known, _AnyConfig):
+    known = known_config(model_type)
+    if known is not None:
         raise RegistrationError(
             f"model_type {model_type!r} is one that transformers knows ({known.__name__}): leave model_type out"
         )

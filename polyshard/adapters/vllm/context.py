@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,4 +69,4 @@ def serving_context(vllm_config: VllmConfig, adapter: str) -> GroupContext:
     assert isinstance(adopted, GroupContext)
     if adopted.device.type != "cpu" or not getattr(adopted.linear, "plain_products", False):
         return adopted
-    return dataclasses.replace(adopted, linear=PackedLinearAdapter(adopted.linear, adopted.axis("tensor")))
+    return replace(adopted, linear=PackedLinearAdapter(adopted.linear, adopted.axis("tensor")))

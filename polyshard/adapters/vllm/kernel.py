@@ -88,11 +88,10 @@ def _cpu_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attent
     from polyshard.adapters.vllm import compat
 
     needed, value_dim = max(q.shape[2], v.shape[2]), v.shape[2]
-    fitting = [head for head in compat.cpu_head_sizes() if head >= needed]
-    if not fitting:
+    size = compat.cpu_head_size(needed)
+    if size is None:
         largest = max(compat.cpu_head_sizes())
         raise ConfigurationError(f"vLLM's CPU kernel needs head dimensions up to {largest}, not {needed}")
-    size = min(fitting)
     q, k, v = (F.pad(t, (0, size - t.shape[2])) for t in (q, k, v))
     seen = call.queries.lengths, call.keys.lengths
     if not q.shape[0] or not k.shape[0]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard.adapters.vllm.quantized import QuantizedLayers
+from polyshard.adapters.vllm.quantized import QuantizedLayers, QuantizedLoading
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import CheckpointError, RegistrationError
 from polyshard.core.weight_layout import WeightLayout
@@ -102,7 +102,7 @@ def load_weights(
     targets = table.by_checkpoint_name()
     coded = None
     if quantized is not None:
-        coded = quantized.loading()
+        coded = QuantizedLoading(quantized.parts)
         targets = {stored: found for stored, found in targets.items() if found[0].parameter not in quantized.weights}
     tied = {other: entry.checkpoint_names[0] for entry in table.values() for other in entry.tied_names}
     loaded: set[str] = set()

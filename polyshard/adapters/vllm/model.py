@@ -14,7 +14,7 @@ from polyshard.adapters.vllm.compat import IntermediateTensors, SupportsLoRA, Su
 from polyshard.adapters.vllm.context import serving_context
 from polyshard.adapters.vllm.loading import attach_loaders, keep_buffers, load_weights, packed_names
 from polyshard.adapters.vllm.quantized import quantize_layers
-from polyshard.adapters.vllm.stages import HIDDEN, check_pipeline, nothing_yet, stored_elsewhere
+from polyshard.adapters.vllm.stages import HIDDEN, check_pipeline, stored_elsewhere
 from polyshard.adapters.vllm.transfer.guard import WeightGuard
 from polyshard.core.errors import CheckpointError, RegistrationError
 from polyshard.core.host import ModelFactory, RegisteredModel, build_model, check_served_interface
@@ -53,16 +53,16 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
             self.first_stage, self.last_stage = axis.rank == 0, axis.rank == axis.size - 1
             self.takes_embeddings = "inputs_embeds" in inspect.signature(self.model.forward).parameters
             self.vocab_size = vllm_config.model_config.get_vocab_size()
-            self.output_size = "hidden size" if registered.outputs == "hidden" else "vocabulary"
             self.table = collect_layouts(self.model)
             self.quantized = None
-            if vllm_config.quant_config is not None:
-                vllm_config.quant_config.packed_modules_mapping.update(packed_names(self.table, registered.name))
-                self.quantized = quantize_layers(self.model, self.table, vllm_config.quant_config)
-            if vllm_config.lora_config is not None:
-                if self.context.device.type == "cpu" and self.context.rank == 0:
-                    logger.warning(_LORA_ON_CPU)
+            if vllm_config.quant_config is not None or vllm_config.lora_config is not None:
                 self.packed_modules_mapping = packed_names(self.table, registered.name)
+            if vllm_config.quant_config is not None:
+                vllm_config.quant_config.packed_modules_mapping.update(self.packed_modules_mapping)
+                self.quantized = quantize_layers(self.model, self.table, vllm_config.quant_config)
+            on_cpu = self.context.device.type == "cpu"
+            if vllm_config.lora_config is not None and on_cpu and self.context.rank == 0:
+                logger.warning(_LORA_ON_CPU)
             self.elsewhere = stored_elsewhere(registered.name, self.table)
             self.hidden_size = vllm_config.model_config.get_hidden_size()
             attach_loaders(self.model, self.table, self.context)
@@ -103,9 +103,10 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
                 )
             if not isinstance(hidden, torch.Tensor) or hidden.shape[:-1] != positions.shape:
                 got = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
+                last = "hidden size" if registered.outputs == "hidden" else "vocabulary"
                 raise RegistrationError(
                     f"model {registered.name!r}: forward gave {got}, expected {registered.outputs} "
-                    f"{[*positions.shape, self.output_size]} for {list(positions.shape)} tokens"
+                    f"{[*positions.shape, last]} for {list(positions.shape)} tokens"
                 )
             if registered.inputs == "batched":
                 hidden = hidden.squeeze(0)
@@ -116,7 +117,8 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
         def make_empty_intermediate_tensors(
             self, batch_size: int, dtype: torch.dtype, device: torch.device
         ) -> IntermediateTensors:
-            return IntermediateTensors(nothing_yet(batch_size, self.hidden_size, dtype, device))
+            hidden = torch.zeros(batch_size, self.hidden_size, dtype=dtype, device=device)
+            return IntermediateTensors({HIDDEN: hidden})
 
         def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
             if registered.outputs == "logits":

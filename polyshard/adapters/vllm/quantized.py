@@ -6,7 +6,7 @@ without memory first, and once more under their names.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,25 +30,23 @@ class Part:
     shard: Any
 
 
+@dataclass(frozen=True, slots=True)
 class QuantizedLayers:
-    """The quantized layers of a model, by their names in a checkpoint.
+    """The quantized layers of a model.
 
     Attributes:
+        parts: by their names in a checkpoint.
         weights: names, in the model, of the weights that are loaded here and not by their layouts.
     """
 
-    def __init__(self, parts: dict[str, Part], weights: frozenset[str]) -> None:
-        self._parts, self.weights = parts, weights
-
-    def loading(self) -> QuantizedLoading:
-        """A pass over a checkpoint."""
-        return QuantizedLoading(self._parts)
+    parts: Mapping[str, Part]
+    weights: frozenset[str]
 
 
 class QuantizedLoading:
     """One pass over a checkpoint: every tensor of every quantized layer once."""
 
-    def __init__(self, parts: dict[str, Part]) -> None:
+    def __init__(self, parts: Mapping[str, Part]) -> None:
         self._parts = parts
         self._loaded: set[str] = set()
 

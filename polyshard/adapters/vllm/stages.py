@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 
 from polyshard.adapters.vllm.compat import VllmConfig, get_pp_group, runs_pipelines
@@ -41,8 +40,3 @@ def stored_elsewhere(name: str, table: WeightTable) -> frozenset[str]:
             "pipeline parallel"
         )
     return frozenset(set().union(*stages) - mine)
-
-
-def nothing_yet(tokens: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
-    """What stands in vLLM's buffers before the first stage has sent something."""
-    return {HIDDEN: torch.zeros(tokens, hidden_size, dtype=dtype, device=device)}
