@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from polyshard.core.weight_layout import Segment, WeightLayout
     from polyshard.core.weight_table import collect_layouts
     from polyshard.launch import initialize, shutdown
-    from polyshard.registry import register_model, registered_models
+    from polyshard.registry import engine_errors, register_model, registered_models
     from polyshard.replace import replace_with_trainable_attention
 
 __version__ = "0.1.0"
@@ -97,7 +97,7 @@ _HOMES = {
     "polyshard.core.weight_table": ("collect_layouts",),
     "polyshard.launch": ("initialize", "shutdown"),
     "polyshard.core.pipeline": ("PipelineStage", "pipeline_stage", "stage_layers"),
-    "polyshard.registry": ("register_model", "registered_models"),
+    "polyshard.registry": ("engine_errors", "register_model", "registered_models"),
     "polyshard.replace": ("replace_with_trainable_attention",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -1,5 +1,7 @@
 """How factories become known, and how those that cannot are refused."""
 
+import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -10,6 +12,7 @@ import pytest
 from support import broken_factories
 
 import polyshard as ps
+from polyshard.checkpoint.save import model_documents
 from polyshard.registry import ENVIRONMENT_VARIABLE, reference_of, resolve
 
 
@@ -126,6 +129,35 @@ def test_serving_a_checkpoint_without_a_registered_model_says_so(tmp_path):
     assert "pass --trust-checkpoint to run it" in command("serve", directory).stderr
     assert "has no 'nothing'" in command("serve", directory, "--factory", "decoder:nothing").stderr
     assert "config.json does not exist" in command("serve", tmp_path / "nowhere").stderr
+    assert "--outputs: these belong to a model" in command("serve", directory, "--outputs", "logits").stderr
+
+
+@pytest.mark.vllm
+def test_a_checkpoint_records_how_its_model_is_registered(tmp_path, monkeypatch):
+    """... and the command line goes before it."""
+    from polyshard.cli.serve import SERVED_NAME, server_command
+
+    monkeypatch.delenv("POLYSHARD_MODELS", raising=False)
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    registered = ps.register_model(
+        "Recorded",
+        functools.partial(decoder.build_model, sliding=3),
+        adapter="torch",
+        outputs="logits",
+        names={"^a": "b"},
+    )
+    fields = model_documents({"vocab_size": 5}, "Recorded", registered, {})["config.json"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    monkeypatch.delenv("POLYSHARD_MODELS")
+    with pytest.raises(ps.RegistrationError, match="names the factory 'decoder:build_model': pass --trust-checkpoint"):
+        server_command(tmp_path, None, False, [])
+    command = server_command(tmp_path, None, True, ["--port", "1"], names='{"^c": "d"}')
+    assert command[-2:] == ["--port", "1"]
+    assert ps.registered_models()[SERVED_NAME] == dataclasses.replace(registered, name=SERVED_NAME, names={"^c": "d"})
+    fields["polyshard"]["stray"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ps.RegistrationError, match=r"config.json: polyshard is .*stray.* expected"):
+        server_command(tmp_path, None, True, [])
 
 
 @pytest.mark.parametrize("option", ['"inputs": "rows"', '"outputs": "tokens"', '"arguments": [1]', '"names": 3'])

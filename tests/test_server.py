@@ -50,11 +50,18 @@ def server(command, log, **environment):
         process.wait()
 
 
+CHAT = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0, "max_tokens": 16}
+
+
 def ask(client):
-    chat = [{"role": "user", "content": "What is the capital of France?"}]
-    model = client.models.list().data[0].id
-    answer = client.chat.completions.create(model=model, messages=chat, temperature=0, max_tokens=16)
+    answer = client.chat.completions.create(model=client.models.list().data[0].id, **CHAT)
     return answer.choices[0].message.content
+
+
+def streamed(client):
+    for chunk in client.chat.completions.create(model=client.models.list().data[0].id, stream=True, **CHAT):
+        if chunk.choices[0].delta.content:
+            yield chunk.choices[0].delta.content
 
 
 @pytest.fixture
@@ -69,9 +76,16 @@ def checkpoint(smollm2, tmp_path):
 
 def test_polyshard_serve(checkpoint, tmp_path):
     polyshard = str(Path(sys.executable).with_name("polyshard"))
-    command = [polyshard, "serve", str(checkpoint), "--factory", f"{EXAMPLES / 'decoder.py'}:build_model"]
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["polyshard"] = {"factory": f"{EXAMPLES / 'decoder.py'}:build_model"}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    command = [polyshard, "serve", str(checkpoint), "--trust-checkpoint"]
     with server(command, tmp_path / "log") as client:
-        assert "Paris" in ask(client)
+        answer = ask(client)
+        assert "Paris" in answer
+        pieces = list(streamed(client))
+        assert len(pieces) > 3
+        assert "".join(pieces) == answer
 
 
 def test_plain_vllm_with_the_environment_variable(checkpoint, tmp_path):

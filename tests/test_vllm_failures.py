@@ -1,5 +1,6 @@
 """What cannot be served ends in an error that says so, out of vLLM's own engine start."""
 
+import os
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from support import broken_factories
 from support.engines import engine, greedy
 from support.models import save_tiny
+from support.scripts import run
 
 import polyshard as ps
 from polyshard.registry import ENVIRONMENT_VARIABLE
@@ -61,6 +63,73 @@ def test_a_checkpoint_that_does_not_fit(directory, adapter):
         "unexpected model.stray",
     ):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(directory, bad):
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = bad
+    save_file(tensors, path, metadata={"format": "pt"})
+    ps.register_model("NotFinite", decoder.build_model)
+    with (
+        pytest.raises(ps.CheckpointError, match=r"NaN or infinity in \S*layers.1.mlp.\S+ \(1 of \d+ values\)"),
+        engine(directory, "NotFinite"),
+    ):
+        pass
+
+
+WORKERS = """
+import json, sys
+import polyshard as ps
+
+if __name__ == "__main__":
+    from vllm import LLM
+    import psutil
+
+    directory, factory, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    ps.register_model("Broken", factory)
+    try:
+        with ps.engine_errors():
+            LLM(directory, hf_overrides={"architectures": ["Broken"]}, dtype="float32", max_model_len=256,
+                enforce_eager=True, kv_cache_memory_bytes=64 << 20, skip_tokenizer_init=True,
+                tensor_parallel_size=size)
+    except Exception as error:
+        found = [type(error).__name__, str(error), "".join(error.__notes__)]
+    gone, alive = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=20)
+    alive = [p.cmdline() for p in alive if "resource_tracker" not in " ".join(p.cmdline())]
+    print("RESULT" + json.dumps([*found, alive]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("factory", "size", "kind", "message"),
+    [
+        (
+            "support.broken_factories:raises",
+            1,
+            "RegistrationError",
+            "rank 0 of the engine: model 'Broken': its",
+        ),
+        ("support.broken_factories:raises", 2, "RegistrationError", "raised ZeroDivisionError: the user's bug"),
+        ("support.broken_factories:three_heads", 2, "LayoutError", "3"),
+    ],
+)
+def test_a_worker_process_tells_its_parent_why(directory, tmp_path, factory, size, kind, message):
+    """... and nothing of the engine is left: no process, no shared memory."""
+    before = set(os.listdir("/dev/shm"))
+    script = tmp_path / "script.py"
+    script.write_text(WORKERS)
+    found, told, notes, alive = run(
+        [sys.executable, str(script), str(directory), factory, str(size)],
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        VLLM_CPU_KVCACHE_SPACE="1",
+    )
+    assert message in told, told
+    assert found in (kind, "RegistrationError")
+    assert "Traceback" in notes
+    assert not alive
+    assert not set(os.listdir("/dev/shm")) - before
 
 
 def test_a_head_dimension_that_vllm_does_not_have(tmp_path):

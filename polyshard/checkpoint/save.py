@@ -26,6 +26,7 @@ from polyshard.core.config_fields import MODEL_TYPE, config_fields
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import CheckpointError
 from polyshard.core.fingerprint import text
+from polyshard.core.host import RegisteredModel, as_entry
 from polyshard.core.movement import module_pieces
 from polyshard.core.ranks import Ranks
 from polyshard.core.state import WEIGHT, Piece
@@ -51,7 +52,7 @@ def save_checkpoint(
     *,
     config: Mapping[str, Any] | Any,
     architecture: str | None = None,
-    factory: str | None = None,
+    factory: str | RegisteredModel | None = None,
     companions: str | Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -70,7 +71,8 @@ def save_checkpoint(
         parallel_context: the context that the model was built with.
         config: fields of config.json: a mapping, a `ModelConfig`, or anything with `to_dict`.
         architecture: goes into config.json's `architectures`: the name under which a server has the model registered.
-        factory: `module:attribute` of the factory, recorded in config.json for `polyshard serve`.
+        factory: `module:attribute` of the factory, or what `polyshard.register_model` gave, recorded with all its
+            options in config.json for `polyshard serve --trust-checkpoint`.
         companions: a directory whose tokenizer and generation files are copied.
         dtype: convert the weights; default as they are.
         max_shard_bytes: size above which weights are split over several files.
@@ -121,7 +123,10 @@ def weight_files(table: WeightTable, dtypes: Mapping[str, torch.dtype], limit: i
 
 
 def model_documents(
-    config: Mapping[str, Any] | Any, architecture: str | None, factory: str | None, dtypes: Mapping[str, torch.dtype]
+    config: Mapping[str, Any] | Any,
+    architecture: str | None,
+    factory: str | RegisteredModel | None,
+    dtypes: Mapping[str, torch.dtype],
 ) -> dict[str, Any]:
     """`config.json`, as fields."""
     fields = config_fields(config)
@@ -130,7 +135,7 @@ def model_documents(
     if architecture is not None:
         fields["architectures"] = [architecture]
     if factory is not None:
-        fields["polyshard"] = {"factory": factory}
+        fields["polyshard"] = {"factory": factory} if isinstance(factory, str) else as_entry(factory)
     stored = {str(dtype).removeprefix("torch.") for dtype in dtypes.values()}
     if len(stored) == 1:
         fields["dtype"] = stored.pop()

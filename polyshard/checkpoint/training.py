@@ -39,6 +39,7 @@ from polyshard.checkpoint.storage import Progress
 from polyshard.core.adapter import TrainingEngine
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import CheckpointError
+from polyshard.core.host import RegisteredModel
 from polyshard.core.ranks import Ranks
 from polyshard.core.state import MASTER, WEIGHT, OptimizerState, Piece
 from polyshard.core.weight_table import IGNORED_TENSORS, WeightTable
@@ -76,7 +77,7 @@ def save_training_state(
     config: Mapping[str, Any] | Any,
     data: Any = None,
     architecture: str | None = None,
-    factory: str | None = None,
+    factory: str | RegisteredModel | None = None,
     companions: str | Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     asynchronous: bool = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -14,7 +15,8 @@ from polyshard.adapters.vllm import adapter as vllm_adapter
 from polyshard.checkpoint import read_config
 from polyshard.core.config_fields import MODEL_TYPE
 from polyshard.core.errors import RegistrationError
-from polyshard.registry import register_model, registered_models
+from polyshard.core.host import as_entry
+from polyshard.registry import model_from_entry, register_model, registered_models, resolve
 
 SERVED_NAME = "PolyshardModel"
 
@@ -25,41 +27,75 @@ def serve(
     factory: Annotated[
         str | None, typer.Option(help="The model's factory: module:attribute or file.py:attribute.")
     ] = None,
-    adapter: Annotated[str, typer.Option(help="Whose layers serve it: vllm, or torch adopted into it.")] = "vllm",
+    adapter: Annotated[
+        str | None, typer.Option(help="Whose layers serve it: vllm (the default), or another's adopted into it.")
+    ] = None,
+    inputs: Annotated[str | None, typer.Option(help="What its forward takes: packed (the default) or batched.")] = None,
+    outputs: Annotated[str | None, typer.Option(help="What its forward gives: hidden (the default) or logits.")] = None,
+    names: Annotated[
+        str | None,
+        typer.Option(help='Stored names to the model\'s: {"regular expression": "replacement"}, or module:function.'),
+    ] = None,
+    config_type: Annotated[str | None, typer.Option(help="module:Class of a dataclass that the factory takes.")] = None,
     trust_checkpoint: Annotated[
         bool, typer.Option(help="Run the factory that the checkpoint's config.json names.")
     ] = False,
 ) -> None:
     """Serve DIRECTORY with vLLM's OpenAI-compatible server. All other options go to vLLM."""
-    command = server_command(directory, factory, adapter, trust_checkpoint, context.args)
+    given = {"adapter": adapter, "inputs": inputs, "outputs": outputs, "names": names, "config_type": config_type}
+    chosen = {option: value for option, value in given.items() if value is not None}
+    command = server_command(directory, factory, trust_checkpoint, context.args, **chosen)
     os.execv(command[0], command)
 
 
 def server_command(
-    directory: Path, factory: str | None, adapter: str, trust_checkpoint: bool, options: list[str]
+    directory: Path, factory: str | None, trust_checkpoint: bool, arguments: list[str], **options: Any
 ) -> list[str]:
     """Register the model in this process's environment, and give the command that serves it.
 
+    Args:
+        directory: the model.
+        factory: by default that of the checkpoint, if it is trusted, or of a model that is registered already.
+        trust_checkpoint: whether the factory that config.json names may run.
+        arguments: vLLM's own.
+        options: of `register_model`; they go before what config.json says.
+
     Raises:
-        RegistrationError: no factory is known for the checkpoint.
+        RegistrationError: no factory is known for the checkpoint, or an option is malformed.
         CheckpointError: the directory has no config.json.
         MissingDependencyError: vLLM is not installed.
     """
     vllm_adapter.requirement.require()
     config = read_config(directory)
     architectures = list(getattr(config, "architectures", None) or [])
-    recorded = (getattr(config, "polyshard", None) or {}).get("factory")
-    if factory is None and recorded and trust_checkpoint:
-        factory = recorded
+    recorded = getattr(config, "polyshard", None) or {}
+    if isinstance(options.get("names"), str) and options["names"].lstrip().startswith("{"):
+        try:
+            options["names"] = json.loads(options["names"])
+        except ValueError as error:
+            raise RegistrationError(f"--names {options['names']!r} is no valid JSON: {error}") from None
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
-    if factory is not None:
-        name = architectures[0] if architectures and _is_ours(architectures[0]) else SERVED_NAME
-        register_model(name, factory, adapter=adapter, model_type=_foreign_type(config))
-        return [*command, "--hf-overrides", json.dumps({"architectures": [name]}), *options]
     known = registered_models()
+    arguments_of_factory: dict[str, Any] = {}
+    if factory is None and recorded and trust_checkpoint:
+        entry = as_entry(model_from_entry(SERVED_NAME, recorded, f"{directory}/config.json: polyshard"))
+        factory, arguments_of_factory = entry.pop("factory"), entry.pop("arguments", {})
+        options = {**entry, **options}
+    if factory is not None:
+        name = architectures[0] if architectures and architectures[0] in known else SERVED_NAME
+        options.setdefault("model_type", _foreign_type(config))
+        build = functools.partial(resolve(factory), **arguments_of_factory) if arguments_of_factory else factory
+        register_model(name, build, **options)
+        return [*command, "--hf-overrides", json.dumps({"architectures": [name]}), *arguments]
+    if options:
+        raise RegistrationError(
+            f"{', '.join('--' + option.replace('_', '-') for option in options)}: these belong to a model that this "
+            "command registers: pass --factory too, or --trust-checkpoint"
+        )
     if any(architecture in known for architecture in architectures):
-        return [*command, *options]
-    hint = f" Its config.json names the factory {recorded!r}: pass --trust-checkpoint to run it." if recorded else ""
+        return [*command, *arguments]
+    named = recorded.get("factory")
+    hint = f" Its config.json names the factory {named!r}: pass --trust-checkpoint to run it." if named else ""
     raise RegistrationError(
         f"no model is registered for {directory}, whose architectures are {architectures}; registered: "
         f"{sorted(known) or 'none'}. Pass --factory module:attribute, or set POLYSHARD_MODELS.{hint}"
@@ -72,7 +108,3 @@ def _foreign_type(config: Any) -> str | None:
 
     model_type = getattr(config, "model_type", None)
     return None if not model_type or model_type == MODEL_TYPE or known_config(model_type) else model_type
-
-
-def _is_ours(architecture: str) -> bool:
-    return architecture in registered_models()

@@ -17,6 +17,8 @@ ModelFactory = Callable[[Any, ParallelContext], nn.Module]
 Inputs = Literal["packed", "batched"]
 Outputs = Literal["hidden", "logits"]
 
+OPTIONS = ("adapter", "arguments", "inputs", "outputs", "names", "config_type", "model_type")
+
 INTERFACE = """a served model needs
     forward(input_ids, positions) -> hidden states
         input_ids and positions are int64 [tokens], hidden states [tokens, hidden size]
@@ -54,6 +56,13 @@ class RegisteredModel:
     names: Mapping[str, str] | str = field(default_factory=dict)
     config_type: str | None = None
     model_type: str | None = None
+
+
+def as_entry(model: RegisteredModel) -> dict[str, Any]:
+    """Its fields as JSON, without its name; of the later ones those that are not the default."""
+    plain = RegisteredModel(name=model.name, reference=model.reference)
+    changed = {option: getattr(model, option) for option in OPTIONS if getattr(model, option) != getattr(plain, option)}
+    return {"factory": model.reference, "adapter": model.adapter, **changed}
 
 
 @runtime_checkable

@@ -1,9 +1,11 @@
 """Models by name: how a factory reaches every process of a serving engine."""
 
+from polyshard.registry.failures import engine_errors, told_to_parent
 from polyshard.registry.models import (
     ENTRY_POINT_GROUP,
     ENVIRONMENT_VARIABLE,
     factory_of,
+    model_from_entry,
     register_model,
     registered_models,
 )
@@ -13,10 +15,13 @@ from polyshard.registry.reference import reference_of, resolve
 __all__ = [
     "ENTRY_POINT_GROUP",
     "ENVIRONMENT_VARIABLE",
+    "engine_errors",
     "factory_of",
+    "model_from_entry",
     "reference_of",
     "register_model",
     "registered_models",
     "renamer",
     "resolve",
+    "told_to_parent",
 ]

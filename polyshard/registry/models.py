@@ -14,13 +14,12 @@ from typing import Any, get_args
 from polyshard.core.config_fields import typed_config
 from polyshard.core.discovery import adapter_names, load_adapter
 from polyshard.core.errors import AdapterError, RegistrationError
-from polyshard.core.host import Inputs, ModelFactory, Outputs, RegisteredModel
+from polyshard.core.host import OPTIONS, Inputs, ModelFactory, Outputs, RegisteredModel, as_entry
 from polyshard.registry.names import NameMap, check_names
 from polyshard.registry.opaque import is_kept, keep, kept
 from polyshard.registry.reference import reference_of, resolve
 
 ENVIRONMENT_VARIABLE = "POLYSHARD_MODELS"  # JSON: {"Name": "module:factory"} or {"Name": {"factory":, "adapter":}}
-_OPTIONAL = ("adapter", "arguments", "inputs", "outputs", "names", "config_type", "model_type")
 ENTRY_POINT_GROUP = "polyshard.models"  # name = "module:factory"
 
 
@@ -96,7 +95,7 @@ def register_model(
     if "vllm" in sys.modules:  # it may have run its plugins already
         load_adapter("vllm").host.register(model, factory_of(model))  # pyrefly: ignore  # a host is more than an Adapter
     entries[name] = model
-    os.environ[ENVIRONMENT_VARIABLE] = json.dumps({m.name: _as_entry(m) for m in entries.values()})
+    os.environ[ENVIRONMENT_VARIABLE] = json.dumps({m.name: as_entry(m) for m in entries.values()})
     return model
 
 
@@ -139,37 +138,42 @@ def _from_environment() -> dict[str, RegisteredModel]:
         raise RegistrationError(f"{ENVIRONMENT_VARIABLE} is no valid JSON ({error}); {expected}") from None
     if not isinstance(entries, dict):
         raise RegistrationError(f"{ENVIRONMENT_VARIABLE} holds a {type(entries).__name__}; {expected}")
-    models = {}
-    for name, entry in entries.items():
-        fields = {"factory": entry} if isinstance(entry, str) else entry
-        if (
-            not isinstance(fields, dict)
-            or not isinstance(fields.get("factory"), str)
-            or set(fields) - {"factory", *_OPTIONAL}
-        ):
-            raise RegistrationError(f"{ENVIRONMENT_VARIABLE}: {name!r} is {entry!r}; {expected}")
-        options: dict[str, Any] = {option: fields[option] for option in _OPTIONAL if option in fields}
-        model = models[name] = RegisteredModel(name=name, reference=fields["factory"], **options)
-        try:
-            _check_choices(model.inputs, model.outputs)
-        except RegistrationError as error:
-            raise RegistrationError(f"{ENVIRONMENT_VARIABLE}: {name!r}: {error}") from None
-        if not isinstance(model.arguments, dict) or not isinstance(model.names, (dict, str)):
-            raise RegistrationError(f"{ENVIRONMENT_VARIABLE}: {name!r}: arguments is an object, names one or a string")
-    return models
+    return {name: model_from_entry(name, entry, f"{ENVIRONMENT_VARIABLE}: {name!r}") for name, entry in entries.items()}
+
+
+def model_from_entry(name: str, entry: Any, where: str) -> RegisteredModel:
+    """A registered model from JSON: the reference of its factory, or an object with that and its options.
+
+    Args:
+        name: the architecture.
+        entry: as `polyshard.core.host.as_entry` gives it.
+        where: it was read, for messages.
+
+    Raises:
+        RegistrationError: it is malformed.
+    """
+    fields = {"factory": entry} if isinstance(entry, str) else entry
+    known = isinstance(fields, dict) and not set(fields) - {"factory", *OPTIONS}
+    if not known or not isinstance(fields.get("factory"), str):
+        raise RegistrationError(
+            f'{where} is {entry!r}; expected "module:factory", or {{"factory": "module:factory"}} with any of '
+            f"{', '.join(OPTIONS)}"
+        )
+    options: dict[str, Any] = {option: fields[option] for option in OPTIONS if option in fields}
+    model = RegisteredModel(name=name, reference=fields["factory"], **options)
+    try:
+        _check_choices(model.inputs, model.outputs)
+    except RegistrationError as error:
+        raise RegistrationError(f"{where}: {error}") from None
+    if not isinstance(model.arguments, dict) or not isinstance(model.names, (dict, str)):
+        raise RegistrationError(f"{where}: arguments is an object, names one or a string")
+    return model
 
 
 def _check_choices(inputs: str, outputs: str) -> None:
     for option, value, known in (("inputs", inputs, get_args(Inputs)), ("outputs", outputs, get_args(Outputs))):
         if value not in known:
             raise RegistrationError(f"{option} must be one of {', '.join(map(repr, known))}, got {value!r}")
-
-
-def _as_entry(model: RegisteredModel) -> dict[str, Any]:
-    """Its fields as JSON; of the later ones those that are not the default."""
-    plain = RegisteredModel(name=model.name, reference=model.reference)
-    changed = {o: getattr(model, o) for o in _OPTIONAL if getattr(model, o) != getattr(plain, o)}
-    return {"factory": model.reference, "adapter": model.adapter, **changed}
 
 
 def _dataclass_reference(name: str, config_type: type | str | None) -> str | None:

@@ -2,6 +2,8 @@
 
 from torch import nn
 
+import polyshard as ps
+
 
 def raises(config, parallel_context):
     raise ZeroDivisionError("the user's bug")
@@ -34,6 +36,10 @@ class WrongForward(nn.Module):
 
 def wrong_forward(config, parallel_context):
     return WrongForward()
+
+
+def three_heads(config, parallel_context):
+    ps.qkv_parallel(64, 32, 3, 3, parallel_context)
 
 
 not_callable = 3

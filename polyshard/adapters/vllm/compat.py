@@ -1,19 +1,21 @@
-"""All of vLLM that polyshard relies on; written for 0.32. A new vLLM is met by changing this file alone.
+"""All of vLLM that polyshard relies on; written for 0.32 and 0.33. A new vLLM is met by changing this file alone.
 
-Imported on first use of vLLM. `tests/test_vllm_contract.py` names each import and signature.
+Imported on first use of vLLM. `tools/vllm_contract.py` names each import and signature, and checks a new version's
+wheel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 from vllm import ModelRegistry
 from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
-from vllm.distributed import get_pp_group, get_tp_group
+from vllm.distributed import get_pp_group, get_tp_group, get_world_group
 from vllm.distributed.utils import get_pp_indices
 from vllm.distributed.weight_transfer.base import (
     ParamMeta,
@@ -88,6 +90,7 @@ __all__ = [
     "get_pp_group",
     "get_pp_indices",
     "get_tp_group",
+    "get_world_group",
     "load_into",
     "local_worker",
     "pack_weight",
@@ -96,9 +99,13 @@ __all__ = [
     "rms_norm",
     "rotate_in_place",
     "runs_pipelines",
+    "source_metadata",
     "unfinished_requests",
 ]
 
+
+# vLLM 0.33 asks a WeightSource for `metadata` as a cached property and for `iter_full()`; 0.32 calls both.
+source_metadata: Any = cached_property if hasattr(WeightSource, "iter_full") else lambda function: function
 
 _CPU_BLOCK = 32  # tokens of a cache block; vLLM's CPU kernel takes multiples of it
 

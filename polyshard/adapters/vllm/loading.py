@@ -19,6 +19,8 @@ from polyshard.core.errors import CheckpointError, RegistrationError
 from polyshard.core.weight_layout import WeightLayout
 from polyshard.core.weight_table import IGNORED_TENSORS, WeightEntry, WeightTable, copy_into_shard, stored_shape
 
+_CHECKED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 
 def shard_loader(layout: WeightLayout, count: int, rank: int, size: int) -> Callable[..., None]:
     """The `weight_loader` of a parameter whose layer brings none: copies this rank's part.
@@ -96,7 +98,7 @@ def load_weights(
         Names, in the model, of the parameters that were loaded: all of them.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected, doubled or of another shape; all are listed.
+        CheckpointError: tensors are missing, unexpected, doubled, of another shape, or not finite; all are listed.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     targets = table.by_checkpoint_name()
@@ -138,7 +140,30 @@ def load_weights(
     if problems:
         more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise CheckpointError(f"the checkpoint does not fit model {name!r}: {'; '.join(problems[:12])}{more}")
+    check_finite(parameters, name)
     return set(parameters)
+
+
+def check_finite(parameters: dict[str, nn.Parameter], name: str) -> None:
+    """Raise `CheckpointError` where a loaded weight holds NaN or infinity: answers would be garbage without a word.
+
+    One pass over what this rank holds, on its device. Codes (integers, 8-bit floats) and parameters that vLLM's
+    reload has yet to make are passed over.
+    """
+    found = []
+    for parameter_name, parameter in parameters.items():
+        if parameter.dtype not in _CHECKED or parameter.is_meta or not parameter.numel():
+            continue
+        low, high = torch.aminmax(parameter.detach())
+        if not (low.isfinite() and high.isfinite()):
+            count = int((~parameter.detach().isfinite()).sum())
+            found.append(f"{parameter_name} ({count} of {parameter.numel()} values)")
+    if found:
+        more = f"; and {len(found) - 12} more" if len(found) > 12 else ""
+        raise CheckpointError(
+            f"the checkpoint of model {name!r} holds NaN or infinity in {'; '.join(found[:12])}{more}: it is "
+            "damaged, or its training diverged. Serve an earlier checkpoint"
+        )
 
 
 def _load_one(

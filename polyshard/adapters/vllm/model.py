@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard.adapters.vllm.compat import IntermediateTensors, SupportsLoRA, SupportsPP, VllmConfig, WeightsMapper
+from polyshard.adapters.vllm.compat import (
+    IntermediateTensors,
+    SupportsLoRA,
+    SupportsPP,
+    VllmConfig,
+    WeightsMapper,
+    get_world_group,
+)
 from polyshard.adapters.vllm.context import serving_context
 from polyshard.adapters.vllm.loading import attach_loaders, keep_buffers, load_weights, packed_names
 from polyshard.adapters.vllm.quantized import quantize_layers
@@ -20,7 +27,7 @@ from polyshard.core.errors import CheckpointError, RegistrationError
 from polyshard.core.host import ModelFactory, RegisteredModel, build_model, check_served_interface
 from polyshard.core.vocabulary import gather_logits
 from polyshard.core.weight_table import collect_layouts
-from polyshard.registry import renamer
+from polyshard.registry import renamer, told_to_parent
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +50,10 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
 
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
             super().__init__()
+            with told_to_parent(get_world_group().rank):
+                self.build(vllm_config)
+
+        def build(self, vllm_config: VllmConfig) -> None:
             _refuse_unsupported(registered, vllm_config)
             self.context = serving_context(vllm_config, registered.adapter)
             self.config = config = vllm_config.model_config.hf_config
@@ -136,9 +147,10 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
                     f"model {registered.name!r} is running: load_weights alone would leave packed copies of the old "
                     "weights. Use polyshard.WeightSync, or vLLM's reload_weights"
                 )
-            names = load_weights(
-                self.model, self.table, weights, registered.name, rename, self.elsewhere, self.quantized
-            )
+            with told_to_parent(self.context.rank):
+                names = load_weights(
+                    self.model, self.table, weights, registered.name, rename, self.elsewhere, self.quantized
+                )
             self.loaded = True
             return {f"model.{name}" for name in names}
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard.adapters.vllm.compat import ParamMeta, WeightSource
+from polyshard.adapters.vllm.compat import ParamMeta, WeightSource, source_metadata
 from polyshard.core.context import ParallelContext
 from polyshard.core.gather import gather_shards
 from polyshard.core.weight_table import WeightTable, collect_layouts, stored_parts, stored_shape
@@ -35,6 +35,7 @@ class LayoutSource(WeightSource):
         self._dtype = dtype
         self._dtypes = {name: dtype or parameter.dtype for name, parameter in self._module.named_parameters()}
 
+    @source_metadata
     def metadata(self) -> list[ParamMeta]:
         """Name, dtype and shape of all that iteration yields, in its order; nothing is transferred."""
         return [
@@ -42,6 +43,10 @@ class LayoutSource(WeightSource):
             for entry in self._table.values()
             for i, name in enumerate(entry.checkpoint_names)
         ]
+
+    def iter_full(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each name with its whole tensor, as vLLM 0.33 asks for them."""
+        return iter(self)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         weights = (

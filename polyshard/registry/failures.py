@@ -1,0 +1,90 @@
+"""Errors of an engine's processes, told to the one that started it.
+
+A serving engine that runs in processes of its own reports a failed start as "initialization failed, see above": the
+reason stands in a worker's log alone. Here each worker leaves its reason in a file, and the parent raises it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from polyshard.core.errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigurationError,
+    LayoutError,
+    MissingDependencyError,
+    PolyshardError,
+    RegistrationError,
+)
+
+_RAISED = (RegistrationError, CheckpointError, LayoutError, ConfigurationError, AdapterError, MissingDependencyError)
+_DIRECTORY = "POLYSHARD_FAILURES"  # inherited by workers
+
+
+@contextlib.contextmanager
+def engine_errors() -> Iterator[None]:
+    """Raise what went wrong in a worker of a serving engine, in place of the engine's own "see above".
+
+    Use it around what starts the engine: `with polyshard.engine_errors(): llm = LLM(...)`.
+
+    Raises:
+        PolyshardError: of the class that the first failing worker raised (`RegistrationError` for an error that is
+            not polyshard's), with its rank, message and traceback; the engine's own exception is its cause. An
+            exception that no worker explained passes through as it is.
+    """
+    before = os.environ.get(_DIRECTORY)
+    with tempfile.TemporaryDirectory(prefix="polyshard-failures-") as directory:
+        os.environ[_DIRECTORY] = directory
+        try:
+            yield
+        except PolyshardError:  # an engine in this very process
+            raise
+        except Exception as error:
+            reports = sorted(Path(directory).glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+            if not reports:
+                raise
+            raise _explained([json.loads(path.read_text()) for path in reports]) from error
+        finally:
+            if before is None:
+                del os.environ[_DIRECTORY]
+            else:
+                os.environ[_DIRECTORY] = before
+
+
+@contextlib.contextmanager
+def told_to_parent(rank: int) -> Iterator[None]:
+    """In a worker: leave the reason of an exception where `engine_errors` looks for it."""
+    try:
+        yield
+    except Exception as error:
+        directory = os.environ.get(_DIRECTORY)
+        if directory is not None:
+            report = {
+                "rank": rank,
+                "type": type(error).__name__,
+                "message": str(error),
+                "traceback": "".join(traceback.format_exception(error)),
+            }
+            with contextlib.suppress(OSError):  # the parent may be gone; the error itself goes on
+                part = Path(directory) / f"{rank}.part"
+                part.write_text(json.dumps(report))
+                part.rename(part.with_suffix(".json"))
+        raise
+
+
+def _explained(reports: list[dict[str, str]]) -> PolyshardError:
+    first = reports[0]
+    kind = {kind.__name__: kind for kind in _RAISED}.get(first["type"])
+    message = first["message"] if kind is not None else f"{first['type']}: {first['message']}"
+    same = [report["rank"] for report in reports if report["message"] == first["message"]]
+    ranks = f"rank {first['rank']}" if len(same) == 1 else f"ranks {', '.join(map(str, sorted(same)))}"
+    found = (kind or RegistrationError)(f"{ranks} of the engine: {message}")
+    found.add_note(f"In the worker:\n{first['traceback']}")
+    return found
