@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from polyshard.launch import initialize, shutdown
     from polyshard.registry import engine_errors, register_model, registered_models
     from polyshard.replace import replace_with_trainable_attention
+    from polyshard.transformers import transformers_model
 
 __version__ = "0.1.0"
 
@@ -99,6 +100,7 @@ _HOMES = {
     "polyshard.core.pipeline": ("PipelineStage", "pipeline_stage", "stage_layers"),
     "polyshard.registry": ("engine_errors", "register_model", "registered_models"),
     "polyshard.replace": ("replace_with_trainable_attention",),
+    "polyshard.transformers": ("transformers_model",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -45,6 +45,9 @@ def attend(
             raise ConfigurationError(
                 f"{type(module).__name__} passes {name}, which polyshard's attention does not take"
             )
+    core: Any = getattr(module, "polyshard_core", None)
+    if core is not None:
+        return _attend_in_engine(core, query, key, value, scaling, sliding_window, softcap), None
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     out = attend_batch(
         query.transpose(1, 2),
@@ -60,3 +63,31 @@ def attend(
         sinks=s_aux,
     )
     return out, None
+
+
+def _attend_in_engine(
+    core: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """By a serving engine's cache, which was laid out before the module said what it asks for: the two have to agree.
+
+    Raises:
+        ConfigurationError: they do not.
+    """
+    spec = core.spec
+    for name, asked, had in (
+        ("heads", query.shape[1], spec.num_heads),
+        ("key-value heads", key.shape[1], spec.num_kv_heads),
+        ("scaling", spec.scale if scaling is None else float(scaling), spec.scale),
+        ("sliding_window", sliding_window, spec.sliding_window),
+        ("softcap", softcap, spec.softcap),
+    ):
+        if asked != had and not (isinstance(had, float) and asked is not None and abs(asked - had) < 1e-6 * had):
+            raise ConfigurationError(f"layer {spec.layer_index} attends with {name} {asked}, not with {had}")
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))  # [tokens, heads, head_dim]
+    return core(q, k, v, None).unflatten(0, (query.shape[0], query.shape[2]))

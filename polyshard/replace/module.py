@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
+from polyshard.adapters.torch.collectives import sum_gradient
 from polyshard.attention.functional import packed_attention
 from polyshard.attention.module import TrainableFlashAttention
 from polyshard.attention.rotary import apply_rotary
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
+from polyshard.core.weight_layout import WeightLayout, replicated
+from polyshard.core.weight_table import attach_layouts
 from polyshard.replace.recognise import Found
 
 
@@ -22,7 +27,8 @@ class ReplacedAttention(TrainableFlashAttention):
 
     def __init__(self, found: Found, context: ParallelContext | None, kernel: str | None) -> None:
         first = found.projections[0].weight
-        with torch.device(first.device):
+        device = context.device if first.is_meta and context is not None else first.device
+        with torch.device(device):
             super().__init__(
                 found.hidden_size,
                 found.num_heads,
@@ -40,12 +46,26 @@ class ReplacedAttention(TrainableFlashAttention):
                 layer_index=found.layer_index,
                 kernel=kernel,
             )
-        self.to(device=first.device, dtype=first.dtype)
+        self.to(device=device, dtype=first.dtype)
+        if len(found.projections) == 1:
+            self._store_fused()
         self.uses_rotary = found.rotary
         self.rotary_doubled = True  # whether cosine and sine come twice over, as in all but gpt-oss
         if found.norms is not None:
+            alone = self.context.get_tensor_parallel_world_size() == 1 or self.core is not None
             for name, norm in zip(("q_norm", "k_norm"), found.norms):
-                setattr(self, name, norm)
+                setattr(self, name, norm if alone else SummedNorm(norm, self.context))
+
+    def _store_fused(self) -> None:
+        """Query, key and value as one tensor in a checkpoint, as the module replaced stored them."""
+        known: dict[str, tuple[str, WeightLayout]] = vars(self.qkv).pop("weight_layouts")
+        self.weight_layouts = {
+            f"qkv.{name}": (
+                f"qkv_proj.{canonical}",
+                replace(layout, segments=tuple(replace(segment, name=None) for segment in layout.segments)),
+            )
+            for name, (canonical, layout) in known.items()
+        }
 
     def forward(  # pyrefly: ignore  # transformers' convention, not the parent's
         self,
@@ -75,7 +95,10 @@ class ReplacedAttention(TrainableFlashAttention):
         if position_embeddings is not None and self.uses_rotary:
             parts = 2 if self.rotary_doubled else 1
             cos, sin = (t[..., : t.shape[-1] // parts].unsqueeze(-2) for t in position_embeddings)
-            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+            if self.core is None:
+                q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+            else:
+                q, k = self._rotate(*(t.flatten(0, 1) for t in (q, k, cos, sin)))
         if self.core is not None:
             q, k, v = (t.reshape(-1, *t.shape[-2:]) for t in (q, k, v))
             return self.o_proj(self.core(q, k, v, None).reshape(batch, length, -1)), None
@@ -100,6 +123,22 @@ class ReplacedAttention(TrainableFlashAttention):
             kernel=self.kernel,
         )
         return self.o_proj(out.flatten(-2)), None
+
+
+class SummedNorm(nn.Module):
+    """A head norm of ranks that each see some of the heads: its weights' gradients are summed over them."""
+
+    def __init__(self, norm: nn.Module, context: ParallelContext) -> None:
+        super().__init__()
+        self.norm = norm
+        self.axis = context.axis("tensor")
+        layouts = {name: replicated(tuple(weight.shape)) for name, weight in norm.named_parameters()}
+        attach_layouts(self, layouts, self.axis.rank, self.axis.size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., head_dim]` to the same shape."""
+        weights = {name: sum_gradient(weight, self.axis) for name, weight in self.norm.named_parameters()}
+        return torch.func.functional_call(self.norm, weights, (x,))
 
 
 def attend_batch(

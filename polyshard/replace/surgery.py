@@ -57,7 +57,8 @@ def replace_with_trainable_attention(
     before it takes its place. For a transformers model, masks are asked for in the form that flash kernels take.
 
     Args:
-        model: on one device; built, and its weights loaded.
+        model: on one device; built, and its weights loaded. On the meta device nothing is copied or compared, and
+            the new modules stand on the context's device.
         parallel_context: where this process stands: attention is sharded over its tensor axis.
         kernel: force a kernel by name.
         strict: raise where a module that looks like attention cannot be replaced; else leave it and say so.
@@ -105,6 +106,8 @@ def _replacement(module: nn.Module, context: ParallelContext | None, kernel: str
     found = recognise(module)
     new = ReplacedAttention(found, context, kernel)
     new.train(module.training)
+    if found.output.weight.is_meta:
+        return new  # weights come later
     rank = 0 if context is None else context.get_tensor_parallel_rank()
     size = 1 if context is None else context.get_tensor_parallel_world_size()
     sources: dict[str, torch.Tensor] = {
@@ -113,10 +116,7 @@ def _replacement(module: nn.Module, context: ParallelContext | None, kernel: str
         for leaf, parameter in layer.named_parameters()
     }
     if len(found.projections) == 1:
-        heads = [found.num_heads, found.num_kv_heads, found.num_kv_heads]
-        for leaf, parameter in found.projections[0].named_parameters():
-            parts = parameter.split([count * found.head_dim for count in heads])
-            sources |= {f"{name}.{leaf}": part for name, part in zip(("q_proj", "k_proj", "v_proj"), parts)}
+        sources |= {f"qkv_proj.{leaf}": parameter for leaf, parameter in found.projections[0].named_parameters()}
     if found.sinks is not None:
         sources["sinks"] = found.sinks
     parameters = dict(new.named_parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import decoder
@@ -84,3 +85,25 @@ def training_curve(directory: Path, batches: list, sizes: dict, engine: dict, op
         "norms": norms,
         "weights": {k: v.clone() for k, v in weights.items()} if rank == 0 else {},
     }
+
+
+def transformers_outcome(directory: Path, input_ids: torch.Tensor, adapter: str) -> dict:
+    """Loss, logits and gradients of a transformers model by its own code, sharded over all ranks; and packed."""
+    import transformers
+
+    context = ps.initialize(adapter, timeout=60, tensor=int(os.environ["WORLD_SIZE"]))
+    config = transformers.AutoConfig.from_pretrained(directory)
+    model = ps.transformers_model(config, context).eval()
+    ps.load_checkpoint(model, directory, context)
+    labels = torch.cat((input_ids[:, 1:], torch.full_like(input_ids[:, :1], -100)), dim=1)
+    loss = model(input_ids, labels=labels)
+    loss.backward()
+    gradients = full_gradients(model, context)
+    with torch.no_grad():
+        logits = model.compute_logits(model(input_ids))
+        if logits.shape[-1] < config.vocab_size:
+            logits = ps.gather_logits(logits, context, config.vocab_size)
+        bounds = torch.arange(len(input_ids) + 1, dtype=torch.int32) * input_ids.shape[1]
+        packed = model(input_ids.flatten(), labels=labels.flatten(), cu_seqlens=bounds)
+    ps.shutdown(context)
+    return {"loss": loss.item(), "logits": logits, "gradients": gradients, "packed": packed.item()}

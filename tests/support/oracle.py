@@ -9,7 +9,9 @@ import transformers
 
 
 def greedy_transformers(directory: Path, prompts: list[list[int]], tokens: int) -> list[tuple[list[int], list[float]]]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     results = []
     for prompt in prompts:
         input_ids = torch.tensor([prompt])

@@ -22,7 +22,7 @@ def main():
 
     directory, size, adapter, prompts, tokens = sys.argv[1:6]
     options = json.loads(sys.argv[6]) if len(sys.argv) > 6 else {}
-    ps.register_model("ScriptDecoder", my_factory, adapter=adapter)
+    ps.register_model("ScriptDecoder", options.pop("factory", my_factory), adapter=adapter)
     settings = {
         "hf_overrides": {"architectures": ["ScriptDecoder"]},
         "dtype": "float32",

@@ -1,0 +1,96 @@
+"""Linear layers, gated MLPs and norms, exchanged by transformers' own plan."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from polyshard.core.context import ParallelContext
+from polyshard.core.errors import ConfigurationError
+from polyshard.core.linear import column_parallel, row_parallel
+from polyshard.core.norm import rms_norm
+from polyshard.transformers.gated import gated_mlp
+
+logger = logging.getLogger(__name__)
+
+_WHOLE = ("colwise_gather_output", "rowwise_split_input", "replicated_with_grad_allreduce")  # right on whole tensors
+
+
+def exchange_layers(model: Any, context: ParallelContext) -> None:
+    """Exchange gated MLPs, norms and linear layers.
+
+    Raises:
+        ConfigurationError: at a tensor-parallel size above 1, there is no plan, or it names a way that is not known.
+    """
+    size = context.get_tensor_parallel_world_size()
+    plan: dict[str, str] = dict(model.tp_plan)
+    if size > 1 and not plan:
+        raise ConfigurationError(
+            f"{type(model).__name__} has no tensor-parallel plan in transformers, so it runs at tensor-parallel 1 alone"
+        )
+    plain: dict[type, bool] = {}  # whether a class of norms is the plain one
+    whole: list[str] = []
+
+    def exchanged(path: str, module: Any) -> nn.Module | None:
+        mlp = gated_mlp(module, context)
+        if mlp is not None:
+            return mlp
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, torch.Tensor) or not weight.is_meta or module is model.get_output_embeddings():
+            return None
+        if "RMSNorm" in type(module).__name__ and plain.setdefault(type(module), is_plain_norm(module)):
+            return rms_norm(weight.numel(), context, eps=_eps(module))
+        if type(module) is not nn.Linear:
+            return None
+        style = _style(plan, path)
+        if style in ("colwise", "rowwise") or size == 1:
+            make = row_parallel if style == "rowwise" else column_parallel
+            return make(module.in_features, module.out_features, context, bias=module.bias is not None)
+        whole.append(path)
+        return None
+
+    def walk(prefix: str, parent: nn.Module) -> None:
+        for name, child in parent.named_children():
+            new = exchanged(prefix + name, child)
+            if new is None:
+                walk(f"{prefix}{name}.", child)
+            else:
+                setattr(parent, name, new)
+
+    walk("", model)
+    if size == 1:
+        return
+    unknown = sorted(set(plan.values()) - {"colwise", "rowwise", *_WHOLE, "embedding_rowwise"})
+    held = [path for path, module in model.named_modules() if _style(plan, path) in unknown]
+    if held:
+        raise ConfigurationError(
+            f"{type(model).__name__}: {held[0]} is sharded in a way that is not there yet ({', '.join(unknown)}): "
+            "run it at tensor-parallel 1"
+        )
+    if whole and context.get_tensor_parallel_rank() == 0:
+        logger.warning("%d linear layers are held whole by every rank: %s", len(whole), ", ".join(whole[:4]))
+
+
+def is_plain_norm(module: nn.Module) -> bool:
+    """Whether a norm multiplies by its weight alone (Gemma's adds 1), tried on a random input."""
+    probe: Any = copy.deepcopy(module).to_empty(device="cpu").float()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad(), torch.device("cpu"):
+        probe.weight.copy_(torch.randn(probe.weight.shape, generator=generator))
+        x = torch.randn(3, probe.weight.numel(), generator=generator)
+        return torch.allclose(probe(x), F.rms_norm(x, (x.shape[-1],), probe.weight, _eps(module)), atol=1e-5)
+
+
+def _eps(module: Any) -> float:
+    return float(getattr(module, "variance_epsilon", None) or getattr(module, "eps", None) or 1e-6)
+
+
+def _style(plan: dict[str, str], path: str) -> str | None:
+    """A plan's word on a module; its stars stand for numbers."""
+    return next((style for pattern, style in plan.items() if fnmatch.fnmatchcase(path, pattern)), None)

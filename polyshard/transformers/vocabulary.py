@@ -1,0 +1,73 @@
+"""Embedding and head of a transformers model, sharded over the tensor axis."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from polyshard.core.context import ParallelContext
+from polyshard.core.errors import ConfigurationError
+from polyshard.core.vocabulary import lm_head, vocab_embedding
+
+
+class ScaledEmbedding(nn.Module):
+    """A sharded embedding times a number (Gemma's)."""
+
+    def __init__(self, embedding: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.scale = scale
+        known: dict[str, Any] = vars(embedding).pop("weight_layouts")  # stored as if it stood here
+        self.weight_layouts = {f"embedding.{name}": entry for name, entry in known.items()}
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """`[...]` to `[..., hidden]`."""
+        x = self.embedding(input_ids)
+        return x * torch.tensor(self.scale, dtype=x.dtype, device="cpu")  # rounded as the weights are
+
+
+def exchange_vocabulary(model: Any, context: ParallelContext) -> None:
+    """Shard embedding and head, tied where they were.
+
+    Raises:
+        ConfigurationError: they are of a kind that cannot be sharded, at a tensor-parallel size above 1.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    scale = _scale(embedding)
+    if scale is None or type(head) is not nn.Linear:
+        if context.get_tensor_parallel_world_size() > 1:
+            raise ConfigurationError(
+                f"{type(model).__name__}: its {type(embedding).__name__} and {type(head).__name__} cannot be sharded "
+                "over the vocabulary: run it at tensor-parallel 1"
+            )
+        return
+    tied = head.weight is embedding.weight
+    new = vocab_embedding(embedding.num_embeddings, embedding.embedding_dim, context)
+    new_head = lm_head(
+        head.in_features, head.out_features, context, bias=head.bias is not None, tied_to=new if tied else None
+    )
+    model.set_input_embeddings(new if scale == 1.0 else ScaledEmbedding(new, scale))
+    model.set_output_embeddings(new_head)
+
+
+def _scale(embedding: Any) -> float | None:
+    """The number that an embedding multiplies by, found by trying it; None where it does anything else."""
+    if type(embedding) is nn.Embedding:
+        return 1.0
+    scale = getattr(embedding, "scalar_embed_scale", None)
+    if not isinstance(embedding, nn.Embedding) or not isinstance(scale, (int, float)):
+        return None
+    trial: Any = copy.copy(embedding)
+    trial._parameters, trial._buffers = dict(trial._parameters), dict(trial._buffers)
+    with torch.no_grad(), torch.device("cpu"):
+        weight = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+        trial._parameters["weight"] = nn.Parameter(weight)
+        for name in trial._buffers:
+            trial._buffers[name] = torch.tensor(float(scale))
+        ids = torch.tensor([2, 1])
+        trial.padding_idx = None
+        return float(scale) if torch.allclose(trial(ids), F.embedding(ids, weight) * scale) else None

@@ -1,0 +1,158 @@
+"""transformers' models by their own code, with polyshard's layers: trained, sharded, saved, served."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+import transformers
+from support.engines import engine, greedy
+from support.on_ranks import transformers_outcome
+from support.oracle import assert_same_generation, greedy_transformers
+from support.scripts import SUPPORT, run
+
+import polyshard as ps
+from polyshard.core.context import ParallelAxis
+from polyshard.testing import run_ranks
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
+HEADS = {**SIZES, "head_dim": 32}
+ALONE = {**SIZES, "hidden_size": 128}
+GPT2 = {
+    "vocab_size": 96,
+    "n_embd": 128,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+SHARDED = {
+    "llama": transformers.LlamaConfig(**HEADS),
+    "llama, tied": transformers.LlamaConfig(**HEADS, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "qwen3": transformers.Qwen3Config(**HEADS),
+    "gemma2": transformers.Gemma2Config(
+        **HEADS, sliding_window=16, query_pre_attn_scalar=24, attn_logit_softcapping=2.0, final_logit_softcapping=3.0
+    ),
+    "gemma3": transformers.Gemma3TextConfig(**HEADS, sliding_window=16, query_pre_attn_scalar=24),
+    "phi3": transformers.Phi3Config(**ALONE),
+    "granite": transformers.GraniteConfig(
+        **ALONE, logits_scaling=4.0, residual_multiplier=0.5, attention_multiplier=0.2
+    ),
+    "starcoder2": transformers.Starcoder2Config(**ALONE, sliding_window=None),
+}
+WHOLE = {  # attention of these is not recognised: they keep their own code
+    "gpt2": transformers.GPT2Config(**GPT2),
+    "cohere": transformers.CohereConfig(**ALONE),
+    "olmo2": transformers.Olmo2Config(**ALONE),
+}
+ALL = {**SHARDED, **WHOLE}
+PROMPTS = [[1, 2, 3, 4, 5], [7, 9, 11], list(range(40))]
+TOKENS, BOUND = 6, 2e-5
+IDS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directories = {}
+
+    def save(name):
+        if name not in directories:
+            torch.manual_seed(0)
+            model = transformers.AutoModelForCausalLM.from_config(ALL[name])
+            for weight in model.parameters():
+                torch.nn.init.normal_(weight, std=0.15)  # far from uniform
+            directories[name] = tmp_path_factory.mktemp("transformers") / "model"
+            model.save_pretrained(directories[name])
+        return directories[name]
+
+    return save
+
+
+def oracle(directory):
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    output = model(IDS, labels=IDS, use_cache=False)
+    output.loss.backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters()}
+    return output.loss.item(), output.logits.detach(), gradients
+
+
+LIBRARIES = ("megatron", "deepspeed", "fairscale")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "adapter"),
+    [
+        *((name, 1, "torch") for name in ALL),
+        *((name, 2, "torch") for name in SHARDED),
+        ("llama", 4, "torch"),
+        *(("qwen3", 2, library) for library in LIBRARIES),
+    ],
+)
+def test_loss_logits_and_gradients_equal_the_originals(saved, name, tensor, adapter):
+    directory = saved(name)
+    loss, logits, gradients = oracle(directory)
+    got = run_ranks(transformers_outcome, tensor, directory, IDS, adapter)[0]
+    assert got["loss"] == pytest.approx(loss, abs=2e-5)
+    torch.testing.assert_close(got["logits"], logits, rtol=1e-4, atol=2e-4)
+    assert got["packed"] == pytest.approx(loss, abs=2e-5)
+    assert set(got["gradients"]) == set(gradients)
+    for stored, gradient in gradients.items():
+        torch.testing.assert_close(got["gradients"][stored], gradient, rtol=2e-3, atol=2e-5, msg=stored)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", ALL)
+def test_served_by_its_own_code_on_vllms_layers_and_cache(saved, name):
+    directory = saved(name)
+    ps.register_model("ServedAsItIs", "polyshard:transformers_model")
+    with engine(directory, "ServedAsItIs", max_num_batched_tokens=32) as llm:  # the longest prompt comes in chunks
+        assert_same_generation(greedy(llm, PROMPTS, TOKENS), greedy_transformers(directory, PROMPTS, TOKENS), BOUND)
+
+
+@pytest.mark.vllm
+def test_served_on_another_librarys_layers(saved):
+    directory = saved("gemma3")
+    ps.register_model("ServedAsItIs", "polyshard:transformers_model", adapter="torch")
+    with engine(directory, "ServedAsItIs") as llm:
+        assert_same_generation(greedy(llm, PROMPTS, TOKENS), greedy_transformers(directory, PROMPTS, TOKENS), BOUND)
+
+
+@pytest.mark.vllm
+def test_served_at_tensor_parallel_2_in_processes_of_its_own(saved):
+    directory = saved("gemma3")
+    options = json.dumps({"factory": "polyshard:transformers_model"})
+    arguments = [str(directory), "2", "vllm", json.dumps(PROMPTS), str(TOKENS), options]
+    result = run([sys.executable, str(SUPPORT / "serving_script.py"), *arguments], VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    assert_same_generation(result, greedy_transformers(directory, PROMPTS, TOKENS), BOUND)
+
+
+@pytest.mark.parametrize(
+    ("config", "layout", "words"),
+    [
+        (WHOLE["gpt2"], {"tensor": 2}, "not recognised.*tensor-parallel 1 alone"),
+        (WHOLE["olmo2"], {"tensor": 2}, "query norm.*tensor-parallel 1 alone"),
+        (SHARDED["llama"], {"pipeline": 2}, "no pipeline parallel"),
+        (transformers.T5Config(), {}, "no causal language model of T5Config"),
+        ({"hidden_size": 8}, {}, "needs a transformers config, got dict"),
+    ],
+)
+def test_what_cannot_be_built_says_why(config, layout, words):
+    axes = {
+        axis: ParallelAxis(name=axis, ranks=tuple(range(size)), rank=0, group=None) for axis, size in layout.items()
+    }
+    context = dataclasses.replace(ps.initialize(), layout=ps.ParallelLayout(**layout), axes=axes)
+    with pytest.raises(ps.ConfigurationError, match=words):
+        ps.transformers_model(config, context)
