@@ -59,6 +59,7 @@ class Engine:
 
     name: str
     adapter: str | None = None
+    factory: str = "decoder:build_model"
     options: tuple[tuple[str, Any], ...] = ()
 
 
@@ -68,6 +69,7 @@ ENGINES = {
         Engine("native"),
         Engine("transformers", options=(("model_impl", "transformers"),)),
         Engine("polyshard", "vllm"),
+        Engine("transformers' code", "vllm", "polyshard:transformers_model"),
         Engine("adopted torch", "torch"),
         Engine("adopted megatron", "megatron"),
         Engine("adopted deepspeed", "deepspeed"),
@@ -207,7 +209,7 @@ def serve(engine: Engine, directory: str, dtype: str, tensor: int, compiled: boo
     if engine.adapter is not None:
         import polyshard as ps
 
-        ps.register_model("PolyshardDecoder", "decoder:build_model", adapter=engine.adapter)
+        ps.register_model("PolyshardDecoder", engine.factory, adapter=engine.adapter)
         options["hf_overrides"] = {"architectures": ["PolyshardDecoder"]}
     from vllm import LLM, SamplingParams
 

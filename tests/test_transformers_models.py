@@ -1,5 +1,6 @@
 """transformers' models by their own code, with polyshard's layers: trained, sharded, saved, served."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -15,6 +16,7 @@ from support.scripts import SUPPORT, run
 import polyshard as ps
 from polyshard.core.context import ParallelAxis
 from polyshard.testing import run_ranks
+from polyshard.transformers.gated import GatedMLP
 
 SIZES = {
     "vocab_size": 96,
@@ -77,6 +79,16 @@ def saved(tmp_path_factory):
         return directories[name]
 
     return save
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def oracle(directory):
@@ -156,3 +168,15 @@ def test_what_cannot_be_built_says_why(config, layout, words):
     context = dataclasses.replace(ps.initialize(), layout=ps.ParallelLayout(**layout), axes=axes)
     with pytest.raises(ps.ConfigurationError, match=words):
         ps.transformers_model(config, context)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_the_same_layers_are_exchanged_in_half_precision(name):
+    built = []
+    for dtype in (torch.float32, torch.bfloat16):
+        with default_dtype(dtype):
+            built.append(ps.transformers_model(SHARDED[name], ps.initialize()))
+    kinds = [[type(module) for module in model.modules()] for model in built]
+    assert kinds[0] == kinds[1]
+    assert torch.nn.Linear not in kinds[0]
+    assert (GatedMLP in kinds[0]) == (name != "starcoder2")

@@ -71,9 +71,9 @@ def _agrees(module: nn.Module, linear: set[str], act: nn.Module) -> bool:
         for name in linear:
             out, inp = sizes.get(name, (intermediate, hidden))
             layer = nn.Linear(inp, out, bias=False, dtype=torch.float32)
-            layer.weight.copy_(torch.randn(out, inp, generator=generator))
+            layer.weight.copy_(torch.randn(out, inp, generator=generator, dtype=torch.float32))
             trial._modules[name], small[name] = layer, layer.weight
-        x = torch.randn(3, hidden, generator=generator)
+        x = torch.randn(3, hidden, generator=generator, dtype=torch.float32)
         fused = small.get("gate_up_proj")
         gate, up = (small["gate_proj"], small["up_proj"]) if fused is None else fused.chunk(2)
         expected = (act(x @ gate.T) * (x @ up.T)) @ small["down_proj"].T

@@ -82,8 +82,8 @@ def is_plain_norm(module: nn.Module) -> bool:
     probe: Any = copy.deepcopy(module).to_empty(device="cpu").float()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad(), torch.device("cpu"):
-        probe.weight.copy_(torch.randn(probe.weight.shape, generator=generator))
-        x = torch.randn(3, probe.weight.numel(), generator=generator)
+        probe.weight.copy_(torch.randn(probe.weight.shape, generator=generator, dtype=torch.float32))
+        x = torch.randn(3, probe.weight.numel(), generator=generator, dtype=torch.float32)
         return torch.allclose(probe(x), F.rms_norm(x, (x.shape[-1],), probe.weight, _eps(module)), atol=1e-5)
 
 

@@ -64,10 +64,10 @@ def _scale(embedding: Any) -> float | None:
     trial: Any = copy.copy(embedding)
     trial._parameters, trial._buffers = dict(trial._parameters), dict(trial._buffers)
     with torch.no_grad(), torch.device("cpu"):
-        weight = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+        weight = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
         trial._parameters["weight"] = nn.Parameter(weight)
         for name in trial._buffers:
-            trial._buffers[name] = torch.tensor(float(scale))
+            trial._buffers[name] = torch.tensor(float(scale), dtype=torch.float32)
         ids = torch.tensor([2, 1])
         trial.padding_idx = None
         return float(scale) if torch.allclose(trial(ids), F.embedding(ids, weight) * scale) else None
