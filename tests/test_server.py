@@ -3,16 +3,20 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
 import pytest
+from support.models import save_tiny
+from support.oracle import greedy_transformers
 
 from polyshard.testing.ranks import free_port
 
@@ -86,6 +90,29 @@ def test_polyshard_serve(checkpoint, tmp_path):
         pieces = list(streamed(client))
         assert len(pieces) > 3
         assert "".join(pieces) == answer
+
+
+def test_data_parallel_engines_behind_one_server(tmp_path):
+    directory = save_tiny(tmp_path / "model", "llama", hidden_size=96, head_dim=32)
+    prompts = [[1, 2, 3 + i] for i in range(8)]
+    polyshard = str(Path(sys.executable).with_name("polyshard"))
+    command = [polyshard, "serve", str(directory), "--factory", f"{EXAMPLES / 'decoder.py'}:build_model"]
+    command += ["--data-parallel-size", "2", "--skip-tokenizer-init"]
+    with server(command, tmp_path / "log", VLLM_CPU_OMP_THREADS_BIND="nobind") as client:
+
+        def generated(prompt):
+            more = {"return_token_ids": True}
+            return client.completions.create(
+                model=str(directory), prompt=prompt, max_tokens=4, temperature=0, extra_body=more
+            )
+
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            got = [answer.choices[0].token_ids for answer in pool.map(generated, prompts)]
+        metrics = urllib.request.urlopen(str(client.base_url).replace("/v1/", "/metrics"), timeout=5).read().decode()
+    assert got == [tokens for tokens, _ in greedy_transformers(directory, prompts, 4)]
+    finished = re.findall(r'vllm:request_success_total\{engine="(\d)",finished_reason="length".*\} (\d+)', metrics)
+    assert {engine for engine, count in finished if int(count)} == {"0", "1"}
+    assert sum(int(count) for _, count in finished) == len(prompts)
 
 
 def test_plain_vllm_with_the_environment_variable(checkpoint, tmp_path):

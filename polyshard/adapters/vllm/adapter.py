@@ -21,7 +21,7 @@ CAPABILITIES = Capabilities(
     {
         "tensor": YES,
         "sequence": no("never", _FORWARD_ONLY),
-        "data": no("notimpl", "data-parallel engines are not tested yet"),
+        "data": YES,
         "fsdp": no("never", _FORWARD_ONLY),
         "zero1": no("never", _FORWARD_ONLY),
         "zero2": no("never", _FORWARD_ONLY),
