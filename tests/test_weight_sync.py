@@ -18,6 +18,9 @@ TOKENS = 8
 TIED = {"untied": False, "tied": True}
 
 
+LIBRARIES = ("torch", "megatron", "deepspeed", "fairscale")
+
+
 class Trained:
     """A checkpoint to start engines from, and a trainer whose weights have moved on."""
 
@@ -49,11 +52,15 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def registered():
-    for adapter in ("vllm", "torch"):
+    for adapter in ("vllm", *LIBRARIES):
         ps.register_model(f"Live{adapter}", decoder.build_model, adapter=adapter)
 
 
-SERVED = {"vLLM's layers": "Livevllm", "torch's layers": "Livetorch", "vLLM's own model": None}
+SERVED = {
+    "vLLM's layers": "Livevllm",
+    **{f"{library}'s layers": f"Live{library}" for library in LIBRARIES},
+    "vLLM's own model": None,
+}
 
 
 @pytest.mark.parametrize("tied", TIED)

@@ -107,6 +107,8 @@ class PagedAttention(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """By vLLM's operator, in place, where it takes these tensors."""
+        if torch.compiler.is_compiling():
+            return rotate_heads(q, k, cos, sin)  # the compiler fuses it; the table below lives in Python
         odd = 2 * cos.shape[-1] % ROTARY_MULTIPLE
         if odd or q.dim() != 3 or cos.dtype != q.dtype or cos.shape[:-1] != (len(q), 1):
             return rotate_heads(q, k, cos, sin)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm import ModelRegistry
+from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
 from vllm.distributed import get_pp_group, get_tp_group, get_world_group
 from vllm.distributed.utils import get_pp_indices
@@ -45,6 +46,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+from vllm.model_executor.model_loader.utils import _MODEL_ARCH_BY_HASH
 from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.sequence import IntermediateTensors
@@ -59,10 +61,10 @@ __all__ = [
     "ROTARY_MULTIPLE",
     "Attention",
     "ColumnParallelLinear",
+    "CompilationMode",
     "IntermediateTensors",
     "LocalWorker",
     "MergedColumnParallelLinear",
-    "ModelRegistry",
     "ParallelLMHead",
     "ParamMeta",
     "QKVParallelLinear",
@@ -95,11 +97,13 @@ __all__ = [
     "local_worker",
     "pack_weight",
     "process_after_loading",
+    "register_class",
     "register_transfer",
     "rms_norm",
     "rotate_in_place",
     "runs_pipelines",
     "source_metadata",
+    "support_torch_compile",
     "unfinished_requests",
 ]
 
@@ -295,6 +299,17 @@ def engine_dtype(llm: Any) -> torch.dtype:
 def unfinished_requests(llm: Any) -> list[str]:
     """Ids of the requests that an engine has not finished."""
     return list(llm.llm_engine.output_processor.request_states)
+
+
+def register_class(name: str, model_class: type[nn.Module]) -> None:
+    """Put a class into vLLM's registry; one of the same name gives way, also where an engine has looked it up already.
+
+    A class object: the lazy string form costs a subprocess, and caches stale flags. vLLM keeps the class that it found
+    for a checkpoint (0.32, model_executor/model_loader/utils.py), and would go on with the one registered before.
+    """
+    ModelRegistry.register_model(name, model_class)
+    for key in [key for key, (_, found) in _MODEL_ARCH_BY_HASH.items() if found == name]:
+        del _MODEL_ARCH_BY_HASH[key]
 
 
 def register_transfer(name: str, module: str, attribute: str) -> None:

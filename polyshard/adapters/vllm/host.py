@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from polyshard.adapters.vllm.compat import ModelRegistry
+from polyshard.adapters.vllm.compat import register_class
 from polyshard.adapters.vllm.config import register_config
 from polyshard.adapters.vllm.model import make_model_class
 from polyshard.core.host import ModelFactory, RegisteredModel
 
 
 class VllmHost:
-    """Puts a class object into vLLM's registry: the lazy string form costs a subprocess, and caches stale flags."""
+    """Gives vLLM a class for each registered model."""
 
     def register(self, model: RegisteredModel, factory: ModelFactory) -> None:
         """Make this process's vLLM know `model`."""
         register_config()
         if model.model_type is not None:
             register_config(model.model_type)
-        ModelRegistry.register_model(model.name, make_model_class(model, factory))
+        register_class(model.name, make_model_class(model, factory))

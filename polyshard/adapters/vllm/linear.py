@@ -41,7 +41,7 @@ class CpuRMSNorm(RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., hidden]` to the same shape."""
-        if x.shape[-1] % NORM_MULTIPLE:
+        if x.shape[-1] % NORM_MULTIPLE or torch.compiler.is_compiling():  # the compiler fuses vLLM's own
             return super().forward(x)
         return rms_norm(x, self.weight, self.variance_epsilon)
 

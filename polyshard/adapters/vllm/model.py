@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from polyshard.adapters.vllm.body import make_body
 from polyshard.adapters.vllm.compat import (
     IntermediateTensors,
     SupportsLoRA,
@@ -62,7 +62,6 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
             self.model.requires_grad_(False)
             axis = self.context.axis("pipeline")
             self.first_stage, self.last_stage = axis.rank == 0, axis.rank == axis.size - 1
-            self.takes_embeddings = "inputs_embeds" in inspect.signature(self.model.forward).parameters
             self.vocab_size = vllm_config.model_config.get_vocab_size()
             self.table = collect_layouts(self.model)
             self.quantized = None
@@ -78,6 +77,7 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
             self.hidden_size = vllm_config.model_config.get_hidden_size()
             attach_loaders(self.model, self.table, self.context)
             keep_buffers(self.model)
+            self.body = (make_body(registered, self.model, vllm_config),)
             self.weights = WeightGuard()
             self.loaded = False
 
@@ -100,27 +100,7 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
             self.weights.check()
             if not self.first_stage:
                 inputs_embeds = intermediate_tensors[HIDDEN]
-            if registered.inputs == "batched":
-                positions = positions.unsqueeze(0)
-                input_ids = None if input_ids is None else input_ids.unsqueeze(0)
-                inputs_embeds = None if inputs_embeds is None else inputs_embeds.unsqueeze(0)
-            if inputs_embeds is None:
-                hidden = self.model(input_ids, positions)
-            elif self.takes_embeddings:
-                hidden = self.model(input_ids, positions, inputs_embeds=inputs_embeds)
-            else:
-                raise RegistrationError(
-                    f"model {registered.name!r}: its forward takes no inputs_embeds, which this request needs"
-                )
-            if not isinstance(hidden, torch.Tensor) or hidden.shape[:-1] != positions.shape:
-                got = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
-                last = "hidden size" if registered.outputs == "hidden" else "vocabulary"
-                raise RegistrationError(
-                    f"model {registered.name!r}: forward gave {got}, expected {registered.outputs} "
-                    f"{[*positions.shape, last]} for {list(positions.shape)} tokens"
-                )
-            if registered.inputs == "batched":
-                hidden = hidden.squeeze(0)
+            hidden = self.body[0](None if inputs_embeds is not None else input_ids, positions, inputs_embeds)
             if not self.last_stage:
                 return IntermediateTensors({HIDDEN: hidden})
             return self.whole_logits(hidden) if registered.outputs == "logits" else hidden

@@ -38,15 +38,18 @@ class PackedLinearAdapter:
         layer = create(*args, **kwargs)
         owners = [module for module in layer.modules() if isinstance(module._parameters.get("weight"), nn.Parameter)]
         if len(owners) == 1:
-            layer.quant_method = PackMethod(owners[0], summed_over)
+            owners[0].quant_method = PackMethod(layer, owners[0], summed_over)  # pyrefly: ignore  # vLLM's convention
         return layer
 
 
 class PackMethod(QuantizeMethodBase):
-    """How vLLM is told to do its work on a layer after each loading, a reload's too."""
+    """How vLLM is told to do its work on a layer after each loading, a reload's too.
 
-    def __init__(self, owner: nn.Module, summed_over: ParallelAxis | None) -> None:
-        self._owner, self._axis = owner, summed_over
+    It stands on the module that owns the weight: vLLM reloads no other, and a wrapper's would keep the old weights.
+    """
+
+    def __init__(self, layer: nn.Module, owner: nn.Module, summed_over: ParallelAxis | None) -> None:
+        self._layer, self._owner, self._axis = layer, owner, summed_over
 
     def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Never asked: the library made them."""
@@ -59,7 +62,7 @@ class PackMethod(QuantizeMethodBase):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Pack, and multiply by what was packed from now on."""
         product = pack_weight(self._owner)
-        layer.forward = partial(self._forward, product)  # pyrefly: ignore  # an instance's own, on purpose
+        self._layer.forward = partial(self._forward, product)  # pyrefly: ignore  # an instance's own, on purpose
 
     def _forward(self, product: Any, x: torch.Tensor) -> torch.Tensor:
         """`x` is `[..., local input]`."""

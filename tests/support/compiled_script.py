@@ -1,0 +1,58 @@
+"""Engines that compile, one after the other in one process. Needs TORCH_COMPILE_DISABLE=0.
+
+python compiled_script.py DIRECTORY NEW_DIRECTORY PROMPTS_JSON TOKENS
+"""
+
+import json
+import sys
+
+import decoder
+from torch._dynamo.utils import counters
+
+import polyshard as ps
+from support.engines import engine, greedy
+
+REGISTRATIONS = {
+    "vllm": ("decoder:build_model", "vllm"),
+    "transformers": ("polyshard:transformers_model", "vllm"),
+    "torch": ("decoder:build_model", "torch"),
+    "megatron": ("decoder:build_model", "megatron"),
+}
+
+
+class Breaks(decoder.Decoder):
+    def forward(self, input_ids, positions=None, **kwargs):
+        if positions.max().item() > 10_000:  # a number that no graph knows
+            raise ValueError
+        return super().forward(input_ids, positions, **kwargs)
+
+
+def breaks(config, parallel_context):
+    return Breaks(decoder.DecoderConfig.of(config), parallel_context)
+
+
+def main():
+    directory, new, prompts, tokens = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
+    context = ps.initialize()
+    model = decoder.build_model(ps.read_config(new), context)
+    ps.load_checkpoint(model, new, context)
+    results = {}
+    for name, (factory, adapter) in REGISTRATIONS.items():
+        ps.register_model("Compiled", factory, adapter=adapter)
+        before = counters["stats"]["unique_graphs"]
+        with engine(directory, "Compiled", enforce_eager=False) as llm:
+            first = greedy(llm, prompts, tokens)
+            graphs = counters["stats"]["unique_graphs"] - before
+            ps.WeightSync(model, context, llm)()
+            results[name] = {"first": first, "graphs": graphs, "synced": greedy(llm, prompts, tokens)}
+    ps.register_model("Compiled", breaks)
+    try:
+        with engine(directory, "Compiled", enforce_eager=False):
+            pass
+    except ps.RegistrationError as error:
+        results["breaks"] = str(error)
+    print("RESULT" + json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
