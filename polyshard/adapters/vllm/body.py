@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard import __version__
 from polyshard.adapters.vllm.compat import CompilationMode, VllmConfig, support_torch_compile
 from polyshard.core.errors import RegistrationError
 from polyshard.core.host import RegisteredModel, as_entry
@@ -30,7 +29,7 @@ def make_body(registered: RegisteredModel, model: nn.Module, vllm_config: VllmCo
     vLLM keeps compiled models on disk under its config and the name of the forward, and torch in the process under the
     code object. All three are made this registration's own, so that no model ever runs another's compiled code.
     """
-    identity = json.dumps([__version__, as_entry(registered)], sort_keys=True)
+    identity = json.dumps(as_entry(registered), sort_keys=True)
     if is_kept(registered.reference):
         identity += uuid.uuid4().hex  # a closure has no name that would tell it from another
     if isinstance(vllm_config.additional_config, dict):  # part of vLLM's hash of a config
@@ -75,7 +74,8 @@ def make_body(registered: RegisteredModel, model: nn.Module, vllm_config: VllmCo
     if not _compiles(registered, vllm_config):
         return Body(vllm_config=vllm_config)
     dims = {"input_ids": 0, "positions": 0, "inputs_embeds": 0}
-    return _told(registered.name, support_torch_compile(Body, dynamic_arg_dims=dims)(vllm_config=vllm_config))
+    compiled = support_torch_compile(dynamic_arg_dims=dims)(Body)  # pyrefly: ignore  # its overloads lack its arguments
+    return _told(registered.name, compiled(vllm_config=vllm_config))
 
 
 def _compiles(registered: RegisteredModel, vllm_config: VllmConfig) -> bool:
