@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from polyshard.core.vocabulary import gather_logits, lm_head, vocab_embedding, vocab_parallel_cross_entropy
     from polyshard.core.weight_layout import Segment, WeightLayout
     from polyshard.core.weight_table import collect_layouts
+    from polyshard.exact import exact_context
+    from polyshard.exact.logprobs import token_logprobs
     from polyshard.launch import initialize, shutdown
     from polyshard.registry import engine_errors, register_model, registered_models
     from polyshard.replace import replace_with_trainable_attention
@@ -96,6 +98,8 @@ _HOMES = {
     "polyshard.core.vocabulary": ("gather_logits", "lm_head", "vocab_embedding", "vocab_parallel_cross_entropy"),
     "polyshard.core.weight_layout": ("Segment", "WeightLayout"),
     "polyshard.core.weight_table": ("collect_layouts",),
+    "polyshard.exact": ("exact_context",),
+    "polyshard.exact.logprobs": ("token_logprobs",),
     "polyshard.launch": ("initialize", "shutdown"),
     "polyshard.core.pipeline": ("PipelineStage", "pipeline_stage", "stage_layers"),
     "polyshard.registry": ("engine_errors", "register_model", "registered_models"),

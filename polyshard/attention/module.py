@@ -138,7 +138,9 @@ class TrainableFlashAttention(nn.Module):
         self.sequence_parallel = context.layout.sequence_parallel and size > 1
         factory = getattr(context, "attention", None)
         self.core: AttentionCore | None = None if factory is None else factory(self.spec, self.sinks)
-        self._rotate = self.core.rotate if isinstance(self.core, RotaryCore) else rotate_heads
+        exact = getattr(context, "exact", None)
+        own = rotate_heads if exact is None else exact.rotate
+        self._rotate = self.core.rotate if isinstance(self.core, RotaryCore) else own
 
     def forward(
         self,

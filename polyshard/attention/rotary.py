@@ -159,10 +159,16 @@ class RotaryEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.rotary_dim = rotary_dim or head_dim
-        inverse, self.factor = rotary_frequencies(self.rotary_dim, theta, scaling, max_position)
+        self._exactly, self.factor = rotary_frequencies(self.rotary_dim, theta, scaling, max_position)
         # Not persistent: a checkpoint has no such tensor, and a server's weight reload would leave it undefined.
-        self.register_buffer("inverse_frequencies", inverse.to(torch.get_default_device()), persistent=False)
+        self.register_buffer("inverse_frequencies", self._exactly.to(torch.get_default_device()), persistent=False)
         self.inverse_frequencies: torch.Tensor
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RotaryEmbedding:
+        """Move with the model, but stay float32: `model.to(torch.bfloat16)` would round the frequencies for good."""
+        super()._apply(fn, recurse)
+        self.inverse_frequencies = self._exactly.to(self.inverse_frequencies.device)
+        return self
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine, each `[*positions.shape, 1, rotary_dim / 2]`, rounded to `dtype`."""

@@ -37,12 +37,24 @@ def serve(
         typer.Option(help='Stored names to the model\'s: {"regular expression": "replacement"}, or module:function.'),
     ] = None,
     config_type: Annotated[str | None, typer.Option(help="module:Class of a dataclass that the factory takes.")] = None,
+    exact: Annotated[bool, typer.Option(help="Serve in exact mode: the bits of a trainer in exact mode.")] = False,
+    exact_shards: Annotated[
+        int | None, typer.Option(help="Shards of row-parallel sums in exact mode; default vLLM's tensor-parallel size.")
+    ] = None,
     trust_checkpoint: Annotated[
         bool, typer.Option(help="Run the factory that the checkpoint's config.json names.")
     ] = False,
 ) -> None:
     """Serve DIRECTORY with vLLM's OpenAI-compatible server. All other options go to vLLM."""
-    given = {"adapter": adapter, "inputs": inputs, "outputs": outputs, "names": names, "config_type": config_type}
+    given = {
+        "adapter": adapter,
+        "inputs": inputs,
+        "outputs": outputs,
+        "names": names,
+        "config_type": config_type,
+        "exact": exact or None,
+        "exact_shards": exact_shards,
+    }
     chosen = {option: value for option, value in given.items() if value is not None}
     command = server_command(directory, factory, trust_checkpoint, context.args, **chosen)
     os.execv(command[0], command)

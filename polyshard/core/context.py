@@ -14,6 +14,7 @@ from polyshard.core.layout import AXES, Axis, ParallelLayout
 
 if TYPE_CHECKING:
     from polyshard.core.attention import AttentionFactory
+    from polyshard.core.exact import ExactMode
 
 
 @runtime_checkable
@@ -132,6 +133,7 @@ class GroupContext:
         pipeline_layers: `(layers, stage, stages) -> (first, one past the last)` where an engine cuts by itself.
         initialize_weights: whether layers fill their weights when built; a server loads them instead.
         group_timeout: seconds, for further process groups.
+        exact: set in exact mode: every operator of the forward gives the bits of the other side.
     """
 
     layout: ParallelLayout
@@ -144,6 +146,7 @@ class GroupContext:
     pipeline_layers: Callable[[int, int, int], tuple[int, int]] | None = None
     initialize_weights: bool = True
     group_timeout: float = 600.0
+    exact: ExactMode | None = None
     on_shutdown: tuple[Callable[[], None], ...] = ()
 
     def axis(self, name: Axis) -> ParallelAxis:

@@ -17,7 +17,17 @@ ModelFactory = Callable[[Any, ParallelContext], nn.Module]
 Inputs = Literal["packed", "batched"]
 Outputs = Literal["hidden", "logits"]
 
-OPTIONS = ("adapter", "arguments", "inputs", "outputs", "names", "config_type", "model_type")
+OPTIONS = (
+    "adapter",
+    "arguments",
+    "inputs",
+    "outputs",
+    "names",
+    "config_type",
+    "model_type",
+    "exact",
+    "exact_shards",
+)
 
 INTERFACE = """a served model needs
     forward(input_ids, positions) -> hidden states
@@ -45,6 +55,8 @@ class RegisteredModel:
         names: from stored names to the model's: regular expressions, or `module:function`.
         config_type: `module:Class` of a dataclass that the factory takes, in place of the engine's config.
         model_type: of the config.json files that transformers has to be taught to read.
+        exact: whether it is served in exact mode: by the operators, and with the bits, of a trainer in exact mode.
+        exact_shards: of row-parallel sums in exact mode; None for the engine's tensor-parallel size.
     """
 
     name: str
@@ -56,6 +68,8 @@ class RegisteredModel:
     names: Mapping[str, str] | str = field(default_factory=dict)
     config_type: str | None = None
     model_type: str | None = None
+    exact: bool = False
+    exact_shards: int | None = None
 
 
 def as_entry(model: RegisteredModel) -> dict[str, Any]:

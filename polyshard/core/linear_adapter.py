@@ -56,14 +56,15 @@ class FullLinearAdapter(LinearAdapter, Protocol):
 
 
 def choose_adapter(linear: Any, parallel_context: ParallelContext) -> Any:
-    """The layer's own adapter or the context's; `AdapterError` where it is none."""
+    """The layer's own adapter or the context's, in exact mode around it; `AdapterError` where it is none."""
     adapter = linear if linear is not None else parallel_context.linear
     if not isinstance(adapter, LinearAdapter):
         raise AdapterError(
             f"{name_of(adapter)} is not a LinearAdapter: it needs a method "
             "create_column_parallel(input_size, output_size, parallel_context, bias=False)"
         )
-    return adapter
+    exact = getattr(parallel_context, "exact", None)
+    return adapter if exact is None else exact.around(adapter)
 
 
 def adapter_with(adapter: Any, method: str) -> Any:

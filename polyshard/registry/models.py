@@ -34,6 +34,8 @@ def register_model(
     config_type: type | str | None = None,
     model_type: str | None = None,
     this_process: bool = False,
+    exact: bool = False,
+    exact_shards: int | None = None,
 ) -> RegisteredModel:
     """Make a model known to serving engines of this process and of all processes that it starts.
 
@@ -57,6 +59,10 @@ def register_model(
         model_type: what stands in a config.json's `model_type`, where transformers does not know it. A config saved
             without one needs nothing.
         this_process: the factory may be a lambda, a closure or a bound object, and serves engines of this process.
+        exact: serve in exact mode: log-probabilities are, bit for bit, those of a trainer with
+            `initialize(..., exact=True)`. Whose layers hold the weights makes no difference to it.
+        exact_shards: from how many partial products a row-parallel layer is summed: a multiple of the tensor-parallel
+            sizes of trainer and engine, the same on both; default the engine's size.
 
     Raises:
         RegistrationError: the name or the factory will not do, or workers could not find it.
@@ -67,6 +73,7 @@ def register_model(
     if adapter not in adapter_names():
         raise AdapterError(f"unknown adapter {adapter!r}; available: {', '.join(adapter_names())}")
     _check_choices(inputs, outputs)
+    _check_exact(exact, exact_shards)
     arguments: dict[str, Any] = {}
     if isinstance(factory, str):
         reference = _absolute(factory)
@@ -90,6 +97,8 @@ def register_model(
         names={} if names is None else check_names(names),
         config_type=_dataclass_reference(name, config_type),
         model_type=model_type,
+        exact=exact,
+        exact_shards=exact_shards,
     )
     entries = _from_environment()
     if "vllm" in sys.modules:  # it may have run its plugins already
@@ -163,6 +172,7 @@ def model_from_entry(name: str, entry: Any, where: str) -> RegisteredModel:
     model = RegisteredModel(name=name, reference=fields["factory"], **options)
     try:
         _check_choices(model.inputs, model.outputs)
+        _check_exact(model.exact, model.exact_shards)
     except RegistrationError as error:
         raise RegistrationError(f"{where}: {error}") from None
     if not isinstance(model.arguments, dict) or not isinstance(model.names, (dict, str)):
@@ -174,6 +184,17 @@ def _check_choices(inputs: str, outputs: str) -> None:
     for option, value, known in (("inputs", inputs, get_args(Inputs)), ("outputs", outputs, get_args(Outputs))):
         if value not in known:
             raise RegistrationError(f"{option} must be one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def _check_exact(exact: Any, shards: Any) -> None:
+    if not isinstance(exact, bool):
+        raise RegistrationError(f"exact must be true or false, got {exact!r}")
+    if shards is None:
+        return
+    if not exact:
+        raise RegistrationError(f"exact_shards={shards!r} belongs to exact mode: add exact=True")
+    if not isinstance(shards, int) or isinstance(shards, bool) or shards < 1:
+        raise RegistrationError(f"exact_shards must be a positive integer, got {shards!r}")
 
 
 def _dataclass_reference(name: str, config_type: type | str | None) -> str | None:

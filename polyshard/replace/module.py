@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard.adapters.torch.collectives import sum_gradient
 from polyshard.attention.functional import packed_attention
 from polyshard.attention.module import TrainableFlashAttention
 from polyshard.attention.rotary import apply_rotary
 from polyshard.core.context import ParallelContext
+from polyshard.core.differentiable import sum_gradient
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.weight_layout import WeightLayout, replicated
 from polyshard.core.weight_table import attach_layouts

@@ -9,7 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from polyshard.adapters.torch.collectives import (
+from polyshard.adapters.torch.cross_entropy import vocab_parallel_cross_entropy
+from polyshard.adapters.torch.norm import RMSNorm
+from polyshard.core.context import ParallelContext
+from polyshard.core.differentiable import (
     copy_to_region,
     gather_sequence,
     reduce_from_region,
@@ -17,9 +20,6 @@ from polyshard.adapters.torch.collectives import (
     sum_gradient,
     transform_gradient,
 )
-from polyshard.adapters.torch.cross_entropy import vocab_parallel_cross_entropy
-from polyshard.adapters.torch.norm import RMSNorm
-from polyshard.core.context import ParallelContext
 from polyshard.core.replicas import sum_replicas
 from polyshard.core.weight_layout import Segment, WeightLayout
 

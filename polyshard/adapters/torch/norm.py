@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from polyshard.adapters.torch.collectives import sum_gradient
 from polyshard.core.context import ParallelContext
+from polyshard.core.differentiable import sum_gradient
 
 
 class RMSNorm(nn.Module):

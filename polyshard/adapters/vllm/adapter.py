@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
 from polyshard.core.adapter import OptimizerFactory
 from polyshard.core.capabilities import YES, Capabilities, no
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import AdapterError
+from polyshard.core.exact import ExactOperators
 from polyshard.core.host import ModelHost
 from polyshard.core.layout import ParallelLayout
 from polyshard.core.requirement import Requirement
@@ -63,10 +65,17 @@ class VllmAdapter:
 
     @property
     def attention_kernels(self) -> tuple[Any, ...]:
-        """The engine's own attention kernel, with a backward; vLLM is imported when it is used."""
+        """The engine's own attention kernel and the pinned one, with a backward; vLLM is imported when it is used."""
         from polyshard.adapters.vllm.kernel import VllmKernel
 
-        return (VllmKernel(),)
+        return (VllmKernel(), VllmKernel(pinned=True))
+
+    def exact_operators(self, device: torch.device) -> ExactOperators:
+        """What exact mode computes with on `device`."""
+        self.requirement.require()
+        from polyshard.adapters.vllm.exact import operators_of
+
+        return operators_of(device)
 
     @property
     def host(self) -> ModelHost:

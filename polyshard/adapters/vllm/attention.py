@@ -10,7 +10,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from polyshard.adapters.vllm.compat import ROTARY_MULTIPLE, Attention, VllmConfig, cpu_head_size, rotate_in_place
+from polyshard.adapters.vllm.compat import (
+    ROTARY_MULTIPLE,
+    Attention,
+    PinnedBackend,
+    VllmConfig,
+    cpu_head_size,
+    rotate_in_place,
+)
 from polyshard.attention.rotary import rotate_heads
 from polyshard.core.attention import AttentionFactory, AttentionSpec, PackedSequences
 from polyshard.core.errors import RegistrationError
@@ -50,6 +57,7 @@ class PagedAttention(nn.Module):
         layer_name: str,
         sinks: torch.Tensor | None,
         rotary: RotaryTable,
+        backend: Any = None,
     ) -> None:
         super().__init__()
         self._rotary = rotary
@@ -72,6 +80,7 @@ class PagedAttention(nn.Module):
                 quant_config=None,  # else it has scales of the cache as parameters, which few checkpoints hold
                 per_layer_sliding_window=spec.sliding_window,
                 prefix=layer_name,
+                attn_backend=backend,
                 **features,
             )
         except (TypeError, ValueError, NotImplementedError) as error:
@@ -110,10 +119,11 @@ class PagedAttention(nn.Module):
         if torch.compiler.is_compiling():
             return rotate_heads(q, k, cos, sin)  # the compiler fuses it; the table below lives in Python
         odd = 2 * cos.shape[-1] % ROTARY_MULTIPLE
-        if odd or q.dim() != 3 or cos.dtype != q.dtype or cos.shape[:-1] != (len(q), 1):
+        if odd or cos.dtype != q.dtype or cos.shape[:-1] != (*q.shape[:-2], 1):
             return rotate_heads(q, k, cos, sin)
         table, rows = self._rotary.of(self, cos, sin)
-        rotate_in_place(rows, q.flatten(-2), k.flatten(-2), q.shape[-1], table)
+        flat_q, flat_k = (t.flatten(-2).view(len(rows), -1) for t in (q, k))
+        rotate_in_place(rows, flat_q, flat_k, q.shape[-1], table)
         return q, k
 
 
@@ -129,13 +139,17 @@ def _features(spec: AttentionSpec, sinks: torch.Tensor | None) -> dict[str, Any]
     return features
 
 
-def paged_attention_factory(vllm_config: VllmConfig) -> AttentionFactory:
-    """Makes the attention cores of one model; a layer without an index takes the next one, for a name of its own."""
+def paged_attention_factory(vllm_config: VllmConfig, pinned: bool = False) -> AttentionFactory:
+    """Makes the attention cores of one model; a layer without an index takes the next one, for a name of its own.
+
+    `pinned`: a token's output depends on its sequence alone (exact mode; on CUDA vLLM's batch-invariant mode does it).
+    """
     next_index = count()
     rotary = RotaryTable()
+    backend = PinnedBackend if pinned and vllm_config.device_config.device_type == "cpu" else None
 
     def create(spec: AttentionSpec, sinks: torch.Tensor | None = None) -> PagedAttention:
         index = next(next_index) if spec.layer_index is None else spec.layer_index
-        return PagedAttention(spec, vllm_config, f"model.layers.{index}.self_attn.attn", sinks, rotary)
+        return PagedAttention(spec, vllm_config, f"model.layers.{index}.self_attn.attn", sinks, rotary, backend)
 
     return create

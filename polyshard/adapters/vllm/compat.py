@@ -7,13 +7,13 @@ wheel.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import nn
-from vllm import ModelRegistry
+from vllm import ModelRegistry, envs
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
 from vllm.distributed import get_pp_group, get_tp_group, get_world_group
@@ -51,9 +51,11 @@ from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backends import cpu_attn
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionMetadataBuilder
 
+from polyshard.adapters.vllm.paging import CPU_BLOCK, Blocks, cut_queries
 from polyshard.attention.kernels.protocol import AttentionCall
+from polyshard.core.errors import ConfigurationError
 
 __all__ = [
     "DEFAULT_VOCAB_PADDING_SIZE",
@@ -67,6 +69,7 @@ __all__ = [
     "MergedColumnParallelLinear",
     "ParallelLMHead",
     "ParamMeta",
+    "PinnedBackend",
     "QKVParallelLinear",
     "QuantizeMethodBase",
     "RMSNorm",
@@ -81,10 +84,12 @@ __all__ = [
     "WeightTransferInitInfo",
     "WeightTransferUpdateInfo",
     "WeightsMapper",
+    "batch_invariant",
     "begin_reload",
     "cpu_attention",
     "cpu_head_size",
     "cpu_head_sizes",
+    "cpu_packed_product",
     "cuda_flash_attention",
     "cuda_flash_version",
     "end_reload",
@@ -93,6 +98,8 @@ __all__ = [
     "get_pp_indices",
     "get_tp_group",
     "get_world_group",
+    "is_batch_invariant",
+    "is_eager",
     "load_into",
     "local_worker",
     "pack_weight",
@@ -111,8 +118,6 @@ __all__ = [
 # vLLM 0.33 asks a WeightSource for `metadata` as a cached property and for `iter_full()`; 0.32 calls both.
 source_metadata: Any = cached_property if hasattr(WeightSource, "iter_full") else lambda function: function
 
-_CPU_BLOCK = 32  # tokens of a cache block; vLLM's CPU kernel takes multiples of it
-
 
 def cpu_head_sizes() -> tuple[int, ...]:
     """Head dimensions of vLLM's CPU attention."""
@@ -124,29 +129,29 @@ def cpu_head_size(needed: int) -> int | None:
     return min((size for size in cpu_head_sizes() if size >= needed), default=None)
 
 
-def cpu_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+def cpu_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, pinned: bool = False
+) -> torch.Tensor:
     """vLLM's CPU attention of packed sequences, through a paged cache that lasts for the call.
 
-    Keys are not split over threads (VLLM_CPU_ATTN_SPLIT_KV=0 gives the same in an engine): then a token's output does
-    not depend on how a batch is cut: docs/attention.md.
+    Keys are not split over threads (VLLM_CPU_ATTN_SPLIT_KV=0 gives the same in an engine). `pinned`: queries are
+    attended in pieces that are alike in every batch, and a token's output depends on its sequence alone.
 
     Source: v1/attention/backends/cpu_attn.py, CPUAttentionBackendImpl.forward.
     """
     from vllm import _custom_ops as operators
 
     spec, heads, size = call.spec, k.shape[1], k.shape[2]
-    lengths = call.keys.host.diff()
-    blocks = (lengths + _CPU_BLOCK - 1) // _CPU_BLOCK
-    first = blocks.cumsum(0) - blocks
-    table = first[:, None] + torch.arange(max(1, int(blocks.max())))
-    token = torch.arange(k.shape[0]) - call.keys.host[:-1].repeat_interleave(lengths)
-    slots = first.repeat_interleave(lengths) * _CPU_BLOCK + token
-    cache = k.new_zeros(int(blocks.sum()), heads, 2 * _CPU_BLOCK, size)
+    blocks = Blocks.of(call.keys.host, CPU_BLOCK)
+    cache = k.new_zeros(blocks.count, heads, 2 * CPU_BLOCK, size)
     keys, values = cache.chunk(2, dim=2)
-    kind = cpu_attn._get_attn_isa(q.dtype, _CPU_BLOCK, size, "auto")
-    operators.cpu_attn_reshape_and_cache(k.contiguous(), v.contiguous(), keys, values, slots.to(torch.int64), kind)
+    kind = cpu_isa(q.dtype, size)
+    operators.cpu_attn_reshape_and_cache(k.contiguous(), v.contiguous(), keys, values, blocks.slots, kind)
     window = -1 if spec.sliding_window is None else spec.sliding_window
-    seen, bounds = lengths.to(torch.int32), call.queries.host.to(torch.int32)
+    bounds, seen, table = call.queries.host, call.keys.host.diff(), blocks.table
+    if pinned:
+        bounds, seen, table = cut_queries(bounds, seen, table, queries_of_a_piece(kind, q.shape[1] // heads))
+    bounds, seen, table = bounds.to(torch.int32), seen.to(torch.int32), table.to(torch.int32)
     plan = operators.cpu_attn_get_scheduler_metadata(
         len(seen), q.shape[1], heads, size, seen, q.dtype, bounds, spec.causal, window, kind, False
     )
@@ -165,12 +170,109 @@ def cpu_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Atten
         spec.causal,
         call.alibi_slopes,
         window,
-        table.to(torch.int32),
+        table,
         spec.softcap or 0.0,
         plan,
         sinks,
     )
     return out
+
+
+def cpu_isa(dtype: torch.dtype, head_dim: int) -> str:
+    """The instruction set of vLLM's CPU attention on this machine."""
+    return cpu_attn._get_attn_isa(dtype, CPU_BLOCK, head_dim, "auto")
+
+
+# Query heads that the kernel holds in registers at a time (0.32, csrc/cpu/cpu_attn_*.hpp, MaxQHeadNumPerIteration).
+# Up to so many, the number of keys of a tile is one constant; beyond, it follows from the number of queries, which
+# follows from the batch and the threads.
+_HEADS_AT_A_TIME = {"vec": 8, "vec16": 16, "amx": 32}
+
+
+def queries_of_a_piece(isa: str, heads_per_kv: int) -> int:
+    """How many query tokens the kernel takes at a time.
+
+    Raises:
+        ConfigurationError: nothing is known of this instruction set.
+    """
+    if isa not in _HEADS_AT_A_TIME:
+        raise ConfigurationError(
+            f"exact mode knows vLLM's CPU attention for {', '.join(_HEADS_AT_A_TIME)}, this machine has {isa!r}: "
+            "its kernel would have to be looked at first"
+        )
+    heads = _HEADS_AT_A_TIME[isa]
+    return heads // heads_per_kv if heads % heads_per_kv == 0 else heads  # else each head goes by itself
+
+
+class PinnedMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Hands vLLM's kernel a batch as pieces of queries that are alike in every batch, and never splits keys.
+
+    Why: `_HEADS_AT_A_TIME`, and docs/exactness.md. A piece is a sequence to the kernel, over the same cache blocks.
+    """
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        """vLLM's metadata of the pieces."""
+        common = common_attn_metadata
+        bounds, seen, table = cut_queries(
+            common.query_start_loc,
+            common.seq_lens,
+            common.block_table_tensor,
+            queries_of_a_piece(self.isa, self.num_heads // self.num_kv_heads),
+        )
+        pieces = replace(common, query_start_loc=bounds, seq_lens=seen, block_table_tensor=table, num_reqs=len(seen))
+        found = super().build(common_prefix_len, pieces, fast_build)
+        if envs.VLLM_CPU_ATTN_SPLIT_KV:
+            from vllm import _custom_ops as operators
+
+            dtype: Any = self.dtype
+            found.scheduler_metadata = operators.cpu_attn_get_scheduler_metadata(
+                len(seen),
+                self.num_heads,
+                self.num_kv_heads,
+                self.head_dim,
+                seen,
+                dtype,
+                bounds,
+                found.causal,
+                self.window_size,
+                self.isa,
+                False,
+            )
+        return found
+
+
+class PinnedBackend(CPUAttentionBackend):
+    """vLLM's CPU attention backend with that builder, for `Attention(attn_backend=...)`."""
+
+    @staticmethod
+    def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
+        """See the class."""
+        return PinnedMetadataBuilder
+
+
+def is_eager(vllm_config: VllmConfig) -> bool:
+    """Whether the model's operators run one by one, as they are written."""
+    return vllm_config.compilation_config.mode == CompilationMode.NONE
+
+
+def cpu_packed_product(weight: torch.Tensor) -> Any:
+    """vLLM's packed CPU matrix product `x -> x Wᵀ` of oneDNN, whatever kernel an engine would choose for the size."""
+    from vllm import _custom_ops as operators
+
+    handler = operators.create_onednn_mm(weight.detach().contiguous().t(), 32)
+    return partial(operators.onednn_mm, handler, bias=None)
+
+
+def batch_invariant() -> Any:
+    """vLLM's batch-invariant CUDA operators."""
+    from vllm.model_executor.determinism import batch_invariant
+
+    return batch_invariant
+
+
+def is_batch_invariant() -> bool:
+    """Whether vLLM was started with VLLM_BATCH_INVARIANT=1."""
+    return bool(envs.VLLM_BATCH_INVARIANT)
 
 
 ROTARY_MULTIPLE = 16  # rotary dims of whole vectors; at others the operator writes past the end on CPU (0.32.0)

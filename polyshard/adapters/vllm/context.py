@@ -9,10 +9,12 @@ import torch
 
 from polyshard.adapters.vllm.attention import paged_attention_factory
 from polyshard.adapters.vllm.compat import VllmConfig, get_pp_group, get_pp_indices, get_tp_group
+from polyshard.adapters.vllm.exact import exact_serving
 from polyshard.adapters.vllm.linear import VllmLinearAdapter
 from polyshard.adapters.vllm.packed import PackedLinearAdapter
 from polyshard.core.context import GroupContext, ParallelAxis
 from polyshard.core.discovery import load_adapter
+from polyshard.core.host import RegisteredModel
 from polyshard.core.layout import Axis, ParallelLayout
 
 
@@ -40,8 +42,12 @@ class VllmCollectives:
         return self.group.reduce_scatter(tensor.contiguous(), dim)
 
 
-def serving_context(vllm_config: VllmConfig, adapter: str) -> GroupContext:
-    """The context of this worker, with `adapter`'s layers (`"vllm"`: vLLM's own)."""
+def serving_context(vllm_config: VllmConfig, registered: RegisteredModel) -> GroupContext:
+    """The context of this worker, with the layers of the registered adapter (`"vllm"`: vLLM's own).
+
+    In exact mode all layers multiply alike, and hold their weights as another library made them, for `"vllm"` torch.
+    """
+    adapter = "torch" if registered.exact and registered.adapter == "vllm" else registered.adapter
     axes: dict[Axis, ParallelAxis] = {}
     for name, group in (("tensor", get_tp_group()), ("pipeline", get_pp_group())):
         axes[name] = ParallelAxis(
@@ -58,7 +64,7 @@ def serving_context(vllm_config: VllmConfig, adapter: str) -> GroupContext:
         linear=VllmLinearAdapter(quantized=True) if vllm_config.quant_config is not None else chosen.linear,
         axes=axes,
         rank=axes["tensor"].ranks[axes["tensor"].rank],
-        attention=paged_attention_factory(vllm_config),
+        attention=paged_attention_factory(vllm_config, pinned=registered.exact),
         pipeline_layers=get_pp_indices,
         initialize_weights=False,
     )
@@ -67,6 +73,8 @@ def serving_context(vllm_config: VllmConfig, adapter: str) -> GroupContext:
     chosen.capabilities.require("serving")
     adopted = chosen.adopt(context)
     assert isinstance(adopted, GroupContext)
+    if registered.exact:
+        return exact_serving(adopted, registered, vllm_config)
     if adopted.device.type != "cpu" or not getattr(adopted.linear, "plain_products", False):
         return adopted
     return replace(adopted, linear=PackedLinearAdapter(adopted.linear, adopted.axis("tensor")))

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from polyshard.adapters.vllm.paging import CUDA_BLOCK, paged
 from polyshard.attention.kernels import operator
 from polyshard.attention.kernels.chunked import add_logsumexp
 from polyshard.attention.kernels.cpu import Chunked
@@ -24,10 +26,17 @@ from polyshard.core.errors import ConfigurationError
 
 
 class VllmKernel:
-    """CPU: vLLM's paged CPU attention over a cache made for the call. CUDA: its bundled flash-attention."""
+    """CPU: vLLM's paged CPU attention over a cache made for the call. CUDA: its bundled flash-attention.
 
-    name = "vllm"
+    Args:
+        pinned: by pieces that are cut alike in every batch, as an engine in exact mode attends: `vllm_pinned`.
+    """
+
     native_sinks = True
+
+    def __init__(self, pinned: bool = False) -> None:
+        self.name = "vllm_pinned" if pinned else "vllm"
+        self._pinned = pinned
 
     def rejects(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
         """See `AttentionKernel`."""
@@ -54,8 +63,8 @@ class VllmKernel:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `BlockKernel`."""
         if q.device.type == "cuda":
-            return *_cuda_forward(q, k, v, call), q.new_empty(0)
-        out = _cpu_forward(q, k, v, call)
+            return *_cuda_forward(q, k, v, call, self._pinned), q.new_empty(0)
+        out = _cpu_forward(q, k, v, call, self._pinned)
         logsumexp = torch.full(q.shape[:2], -math.inf, dtype=torch.float32, device=q.device)
         if call.logsumexp:
             for run in runs(call):
@@ -84,7 +93,7 @@ class VllmKernel:
         return kernel.backward(grad_out, q, k, v, out, logsumexp, saved, call)
 
 
-def _cpu_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+def _cpu_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, pinned: bool) -> torch.Tensor:
     from polyshard.adapters.vllm import compat
 
     needed, value_dim = max(q.shape[2], v.shape[2]), v.shape[2]
@@ -100,15 +109,20 @@ def _cpu_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attent
         raise ConfigurationError(
             "vLLM's CPU kernel has no queries before the first key: give each sequence as many keys"
         )
-    return compat.cpu_attention(q, k, v, call)[..., :value_dim].contiguous()
+    return compat.cpu_attention(q, k, v, call, pinned)[..., :value_dim].contiguous()
 
 
 def _cuda_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, pinned: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from polyshard.adapters.vllm import compat
 
     spec = call.spec
+    keys: dict[str, Any] = {"cu_seqlens_k": call.keys.cu_seqlens}
+    if pinned:
+        # As the engine runs it: its tiles depend on whether keys are paged, its splits on the batch.
+        k, v, table = paged(k, v, call.keys.host, CUDA_BLOCK)
+        keys = {"seqused_k": call.keys.cu_seqlens.diff(), "block_table": table, "num_splits": 1}
     out, logsumexp = compat.cuda_flash_attention()(
         q,
         k,
@@ -116,7 +130,7 @@ def _cuda_forward(
         max_seqlen_q=call.queries.max_length,
         cu_seqlens_q=call.queries.cu_seqlens,
         max_seqlen_k=call.keys.max_length,
-        cu_seqlens_k=call.keys.cu_seqlens,
+        **keys,
         softmax_scale=spec.scale,
         causal=spec.causal,
         window_size=list(window_of(spec)),

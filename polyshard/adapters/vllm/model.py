@@ -55,7 +55,7 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
 
         def build(self, vllm_config: VllmConfig) -> None:
             _refuse_unsupported(registered, vllm_config)
-            self.context = serving_context(vllm_config, registered.adapter)
+            self.context = serving_context(vllm_config, registered)
             self.config = config = vllm_config.model_config.hf_config
             self.model = build_model(factory, config, self.context, registered.name)
             check_served_interface(self.model, registered.name, registered.outputs)

@@ -1,0 +1,243 @@
+"""Any library's parallel layers in exact mode: its parameters, multiplied by the server's operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyshard.adapters.shared.head import PaddedHead
+from polyshard.core.context import ParallelContext
+from polyshard.core.differentiable import (
+    copy_to_region,
+    gather_sequence,
+    require_divisible_sequence,
+    sum_gradient,
+    transform_gradient,
+)
+from polyshard.core.errors import AdapterError, ConfigurationError, LayoutError
+from polyshard.core.exact import ExactMode, Product
+from polyshard.core.linear_adapter import adapter_with, name_of
+from polyshard.core.replicas import sum_replicas
+from polyshard.core.weight_layout import Segment, WeightLayout
+from polyshard.exact.norm import ExactRMSNorm
+from polyshard.exact.product import exact_product
+from polyshard.exact.reduction import sum_in_order
+
+OnBuilt = Callable[[nn.Module], None]
+
+
+class ExactLinear(nn.Module):
+    """The parameters of a library's layer, and how they are multiplied."""
+
+    def __init__(self, owner: nn.Module, context: ParallelContext, exact: ExactMode) -> None:
+        super().__init__()
+        weight, bias = owner.weight, getattr(owner, "bias", None)
+        assert isinstance(weight, nn.Parameter)
+        self.weight = weight
+        self.bias: nn.Parameter | None = bias
+        self.axis = context.axis("tensor")
+        self.sequence_parallel = context.layout.sequence_parallel and self.axis.size > 1
+        self.exact = exact
+        self.packed: tuple[Product, ...] | None = None  # a server's, once its weights are loaded
+
+    def parts(self) -> list[torch.Tensor]:
+        """Matrices to be packed, in the order in which the forward multiplies by them."""
+        return [self.weight]
+
+    def pack(self) -> None:
+        """Multiply by copies of the weights as they are now; for a server, which is told when they change."""
+        self.packed = tuple(self.exact.operators.pack(part) for part in self.parts())
+
+    def product(self, x: torch.Tensor, weight: torch.Tensor, index: int) -> torch.Tensor:
+        """By one of the parts."""
+        dtype = self.exact.compute_dtype or weight.dtype
+        if x.dtype != dtype:
+            raise ConfigurationError(
+                f"exact mode: a layer with weights of {dtype} was given {x.dtype}. Autocast is not exact: build the "
+                "model in the server's dtype, or keep float32 parameters with exact_dtype=torch.bfloat16"
+            )
+        packed = None if self.packed is None else self.packed[index]
+        return exact_product(x, weight.to(dtype), self.exact.operators, packed)
+
+
+class ExactColumnParallelLinear(ExactLinear):
+    """`y = x Wᵀ + b` with the rows of `W` sharded; shapes are those of `polyshard.column_parallel`.
+
+    An output feature is a sum over all inputs whatever the shard: a rank's product is the whole one's columns.
+    """
+
+    def __init__(
+        self, owner: nn.Module, context: ParallelContext, exact: ExactMode, layout: WeightLayout | None = None
+    ) -> None:
+        super().__init__(owner, context, exact)
+        self.shared = layout if layout is not None and layout.has_replicas(self.axis.size) else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        x = gather_sequence(x, self.axis) if self.sequence_parallel else copy_to_region(x, self.axis)
+        weight, bias = self.weight, self.bias
+        if self.shared is not None and torch.is_grad_enabled():
+            add_up = partial(sum_replicas, layout=self.shared, axis=self.axis)
+            weight = transform_gradient(weight, add_up)
+            bias = None if bias is None else transform_gradient(bias, add_up)
+        y = self.product(x, weight, 0)
+        return y if bias is None else y + bias.to(y.dtype)
+
+
+class ExactRowParallelLinear(ExactLinear):
+    """`y = x Wᵀ + b` with the columns of `W` sharded; shapes are those of `polyshard.row_parallel`.
+
+    The input features are cut into `exact.shards`; the products of all shards are added in their order.
+    """
+
+    def __init__(self, owner: nn.Module, context: ParallelContext, exact: ExactMode) -> None:
+        super().__init__(owner, context, exact)
+        self.count = exact.shards // self.axis.size
+        if self.weight.shape[1] % self.count:
+            raise LayoutError(
+                f"exact mode: {self.weight.shape[1] * self.axis.size} input features of a row-parallel layer cannot "
+                f"be cut into exact_shards={exact.shards}"
+            )
+
+    def parts(self) -> list[torch.Tensor]:
+        """One matrix for each shard of input features that this rank holds."""
+        return list(self.weight.chunk(self.count, dim=1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        if self.sequence_parallel:
+            require_divisible_sequence(x, self.axis, x.dim() - 2)
+        inputs = x.chunk(self.count, dim=-1)
+        products = [self.product(one, part, i) for i, (one, part) in enumerate(zip(inputs, self.parts()))]
+        y = sum_in_order(products, self.axis, self.sequence_parallel)
+        if self.bias is None:
+            return y
+        bias = sum_gradient(self.bias, self.axis) if self.sequence_parallel else self.bias
+        return y + bias.to(y.dtype)
+
+
+class ExactLinearAdapter:
+    """A `LinearAdapter` around another: parameters are made by that one, and multiplied exactly.
+
+    Args:
+        inner: its layers have to be products and sums alone (`plain_products`).
+        exact: the mode.
+        on_built: told of every layer; a server has it packed when its weights are loaded.
+    """
+
+    plain_outputs = True
+    plain_products = False
+
+    def __init__(self, inner: Any, exact: ExactMode, on_built: OnBuilt = lambda layer: None) -> None:
+        if not getattr(inner, "plain_products", False):
+            raise AdapterError(
+                f"exact mode multiplies by an operator of its own, but {name_of(inner)} does not say that its layers "
+                "are x Wᵀ + b and no more: set plain_products = True on it if they are"
+            )
+        self.inner, self._exact, self._on_built = inner, exact, on_built
+
+    @property
+    def vocab_padding(self) -> int:
+        """As the inner adapter pads."""
+        return getattr(self.inner, "vocab_padding", 1)
+
+    def create_column_parallel(
+        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+    ) -> nn.Module:
+        """One projection, or several."""
+        return self._column(
+            self.inner.create_column_parallel(input_size, output_size, parallel_context, bias=bias), parallel_context
+        )
+
+    def create_merged_column_parallel(
+        self, input_size: int, output_sizes: list[int], parallel_context: Any, bias: bool = False
+    ) -> nn.Module:
+        """Several projections, each sharded on its own; one where the inner adapter has no such layer."""
+        create = getattr(self.inner, "create_merged_column_parallel", None)
+        if create is None:
+            return self.create_column_parallel(input_size, sum(output_sizes), parallel_context, bias)
+        return self._column(create(input_size, output_sizes, parallel_context, bias=bias), parallel_context)
+
+    def create_qkv_parallel(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        parallel_context: Any,
+        bias: bool = False,
+    ) -> nn.Module:
+        """Query, key and value; the gradient of KV heads that ranks share is summed in the forward's graph."""
+        kv = Segment(size=num_kv_heads * head_dim, unit=head_dim, replicate=True)
+        segments = (Segment(size=num_heads * head_dim, unit=head_dim), kv, kv)
+        layout = WeightLayout(shape=(sum(s.size for s in segments), hidden_size), dim=0, segments=segments)
+        axis = parallel_context.axis("tensor")
+        create = getattr(self.inner, "create_qkv_parallel", None)
+        if create is not None:
+            layer = create(hidden_size, num_heads, num_kv_heads, head_dim, parallel_context, bias=bias)
+        else:
+            rows = layout.local_shape(axis.rank, axis.size)[0] * axis.size
+            layer = self.inner.create_column_parallel(hidden_size, rows, parallel_context, bias=bias)
+        return self._column(layer, parallel_context, layout)
+
+    def create_row_parallel(
+        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+    ) -> nn.Module:
+        """The counterpart of a column-parallel layer."""
+        create = getattr(self.inner, "create_row_parallel", None)
+        if create is None:
+            raise AdapterError(f"{name_of(self.inner)} makes no row-parallel layers")
+        layer = create(input_size, output_size, parallel_context, bias=bias)
+        return self._built(ExactRowParallelLinear(_owner(layer), parallel_context, self._exact))
+
+    def create_vocab_embedding(self, num_embeddings: int, embedding_dim: int, parallel_context: Any) -> nn.Module:
+        """The inner adapter's: a row is copied, and other ranks add zeros."""
+        adapter = adapter_with(self.inner, "create_vocab_embedding")
+        layer = adapter.create_vocab_embedding(num_embeddings, embedding_dim, parallel_context)
+        dtype = self._exact.compute_dtype
+        if dtype is not None:
+            layer.register_forward_hook(lambda module, args, output: output.to(dtype))
+        return layer
+
+    def create_lm_head(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        parallel_context: Any,
+        bias: bool = False,
+        tied_to: nn.Module | None = None,
+    ) -> nn.Module:
+        """The output projection; columns that only pad the vocabulary are -inf."""
+        adapter = adapter_with(self.inner, "create_lm_head")
+        layer = adapter.create_lm_head(hidden_size, vocab_size, parallel_context, bias=bias, tied_to=tied_to)
+        return PaddedHead(self._column(layer, parallel_context), vocab_size, parallel_context.axis("tensor"))
+
+    def create_norm(self, hidden_size: int, parallel_context: Any, eps: float, partial_gradient: bool) -> nn.Module:
+        """RMS norm by the server's operator."""
+        return ExactRMSNorm(hidden_size, parallel_context, eps, partial_gradient, self._exact)
+
+    def vocab_parallel_cross_entropy(
+        self, logits: torch.Tensor, targets: torch.Tensor, parallel_context: Any, **options: Any
+    ) -> torch.Tensor:
+        """The inner adapter's: no server computes a loss."""
+        adapter = adapter_with(self.inner, "vocab_parallel_cross_entropy")
+        return adapter.vocab_parallel_cross_entropy(logits, targets, parallel_context, **options)
+
+    def _column(self, layer: nn.Module, context: Any, layout: WeightLayout | None = None) -> nn.Module:
+        return self._built(ExactColumnParallelLinear(_owner(layer), context, self._exact, layout))
+
+    def _built(self, layer: nn.Module) -> nn.Module:
+        self._on_built(layer)
+        return layer
+
+
+def _owner(layer: nn.Module) -> nn.Module:
+    """The module inside a library's layer that holds the weight."""
+    owners = [module for module in layer.modules() if isinstance(module._parameters.get("weight"), nn.Parameter)]
+    if len(owners) != 1:
+        raise AdapterError(f"exact mode: {type(layer).__name__} has {len(owners)} weights, expected one")
+    return owners[0]

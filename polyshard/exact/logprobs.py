@@ -1,0 +1,46 @@
+"""Log-probabilities of given tokens: what a policy's trainer compares with its server's."""
+
+from __future__ import annotations
+
+import torch
+
+from polyshard.core.context import ParallelContext
+from polyshard.core.differentiable import gather_last
+from polyshard.core.vocabulary import vocab_parallel_cross_entropy
+
+
+def token_logprobs(
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    parallel_context: ParallelContext,
+    *,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """Log-probability of each token under the logits that stand at its place; differentiable.
+
+    In exact mode the arithmetic is that of vLLM's sampler: the whole vocabulary's `log_softmax` in float32, on every
+    tensor-parallel rank. Otherwise the logits stay sharded.
+
+    Args:
+        logits: `[..., local vocabulary]`, as `polyshard.lm_head` gives them; left untouched.
+        token_ids: `[...]`; the token that followed.
+        parallel_context: where this process stands.
+        vocab_size: logical size, where the vocabulary is padded.
+        temperature: that the tokens were sampled with. The server tells log-probabilities at temperature 1 whatever
+            it samples with, unless it is started with `logprobs_mode="processed_logprobs"`.
+
+    Returns:
+        float32 `[...]`, the same on every tensor-parallel rank.
+    """
+    if getattr(parallel_context, "exact", None) is None:
+        scaled = logits if temperature == 1.0 else logits.float() / temperature
+        losses = vocab_parallel_cross_entropy(
+            scaled, token_ids, parallel_context, vocab_size=vocab_size, reduction="none", ignore_index=-1
+        )
+        return -losses
+    whole = gather_last(logits, parallel_context.axis("tensor"))[..., :vocab_size]
+    if temperature != 1.0:
+        whole = whole.float() / whole.new_full((1,), temperature, dtype=torch.float32)  # as the sampler: by a tensor
+    everything = whole.log_softmax(-1, dtype=torch.float32)
+    return everything.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
