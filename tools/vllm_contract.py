@@ -42,7 +42,7 @@ SIGNATURES: dict[tuple[str, str], tuple[str, ...]] = {
     ("vllm.model_executor.layers.layernorm", "RMSNorm.__init__"): ("hidden_size", "eps"),
     ("vllm.model_executor.layers.attention.attention", "Attention.__init__"): (
         *("num_heads", "head_size", "scale", "num_kv_heads", "cache_config", "quant_config"),
-        *("per_layer_sliding_window", "prefix"),
+        *("per_layer_sliding_window", "prefix", "attn_backend"),
     ),
     ("vllm.model_executor.layers.quantization.base_config", "QuantizeMethodBase.process_weights_after_loading"): (
         "layer",
@@ -55,6 +55,14 @@ SIGNATURES: dict[tuple[str, str], tuple[str, ...]] = {
     ("vllm.distributed.parallel_state", "GroupCoordinator.all_gather"): ("input_", "dim"),
     ("vllm.distributed.parallel_state", "GroupCoordinator.reduce_scatter"): ("input_", "dim"),
     ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackend.get_supported_head_sizes"): (),
+    ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackend.get_builder_cls"): (),
+    ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionMetadataBuilder.build"): (
+        *("common_prefix_len", "common_attn_metadata", "fast_build"),
+    ),
+    ("vllm._custom_ops", "create_onednn_mm"): ("weight", "primitive_cache_size"),
+    ("vllm._custom_ops", "onednn_mm"): ("dnnl_handler", "x", "bias"),
+    ("vllm.model_executor.determinism.batch_invariant", "linear_batch_invariant"): ("input", "weight"),
+    ("vllm.model_executor.determinism.batch_invariant", "rms_norm_batch_invariant"): ("input", "weight", "eps"),
     ("vllm.v1.attention.backends.cpu_attn", "_get_attn_isa"): ("dtype", "block_size", "head_size"),
     ("vllm._custom_ops", "cpu_attn_get_scheduler_metadata"): (
         *("num_reqs", "num_heads", "num_kv_heads", "head_dim", "seq_lens", "dtype", "query_start_loc"),
@@ -76,6 +84,9 @@ TEXT: dict[str, tuple[str, ...]] = {
     "vllm/model_executor/layers/utils.py": ("cpu_linear",),
     "vllm/v1/engine/output_processor.py": ("request_states",),
     "vllm/config/compilation.py": ("class CompilationMode",),
+    "vllm/envs.py": ("VLLM_CPU_ATTN_SPLIT_KV", "VLLM_BATCH_INVARIANT"),
+    "vllm/v1/attention/backends/cpu_attn.py": ("self.isa", "self.num_heads", "self.window_size", "self.head_dim"),
+    "vllm/v1/attention/backend.py": ("query_start_loc", "seq_lens", "block_table_tensor", "num_reqs"),
 }
 
 Read = Callable[[str], str | None]

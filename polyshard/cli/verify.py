@@ -31,6 +31,14 @@ def verify(
     tokens: Annotated[int, typer.Option(help="Length of the random sequence.")] = 24,
     tolerance: Annotated[float, typer.Option(help="Largest difference that counts as rounding in float32.")] = 1e-4,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+    exact: Annotated[
+        bool, typer.Option(help="Compare each trainer's log-probabilities with vLLM's bit for bit, in exact mode.")
+    ] = False,
+    server_tensor_parallel: Annotated[int, typer.Option(help="vLLM's tensor-parallel size (with --exact).")] = 1,
+    dtype: Annotated[str, typer.Option(help="vLLM's dtype (with --exact): float32, bfloat16, float16.")] = "bfloat16",
+    certificate: Annotated[
+        Path | None, typer.Option(help="Write the certificate here, as JSON (with --exact).")
+    ] = None,
 ) -> None:
     """Compare loss, logits and gradients with transformers, on each adapter at each size; status 1 on a difference."""
     from rich.console import Console
@@ -40,6 +48,13 @@ def verify(
     sizes = parse_sizes(tensor_parallel)
     if (model is None) != (factory is None):
         raise ConfigurationError("--model and --factory go together: one builds what the other holds")
+    if exact:
+        from polyshard.cli.certify import certify
+
+        if model is None or factory is None:
+            raise ConfigurationError("--exact needs --model and --factory: both sides load the checkpoint")
+        certify(model, factory, names, sizes, server_tensor_parallel, dtype, tokens, certificate, as_json)
+        return
     if model is None and vllm:
         raise ConfigurationError("--vllm needs --model and --factory: vLLM serves checkpoints")
     ids: list[int] = []

@@ -102,11 +102,8 @@ def exact_serving(context: GroupContext, registered: RegisteredModel, vllm_confi
         why = "the compiler fuses and reorders operations: start the engine with enforce_eager=True"
     elif vllm_config.quant_config is not None or vllm_config.lora_config is not None:
         why = "quantized weights and LoRA have kernels of their own"
-    elif vllm_config.cache_config.cache_dtype not in (
-        "auto",
-        str(vllm_config.model_config.dtype).removeprefix("torch."),
-    ):
-        why = f"a KV cache of {vllm_config.cache_config.cache_dtype} rounds keys and values, which training does not"
+    elif cached not in ("auto", str(vllm_config.model_config.dtype).removeprefix("torch.")):
+        why = f"a KV cache of {cached} rounds keys and values, which training does not"
     elif device.type == "cuda" and not compat.is_batch_invariant():
         why = "on CUDA it needs the environment variable VLLM_BATCH_INVARIANT=1"
     if why is not None:

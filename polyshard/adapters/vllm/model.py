@@ -27,6 +27,7 @@ from polyshard.core.errors import CheckpointError, RegistrationError
 from polyshard.core.host import ModelFactory, RegisteredModel, build_model, check_served_interface
 from polyshard.core.vocabulary import gather_logits
 from polyshard.core.weight_table import collect_layouts
+from polyshard.exact.trace import recorder_of
 from polyshard.registry import renamer, told_to_parent
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
             keep_buffers(self.model)
             self.body = (make_body(registered, self.model, vllm_config),)
             self.weights = WeightGuard()
+            self.recorder = recorder_of(self.model, self.context.get_tensor_parallel_rank())
             self.loaded = False
 
         def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,130 @@
+"""`polyshard verify --exact`: the certificate, on the user's own machine and model."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from polyshard.checkpoint import read_config
+from polyshard.core.errors import ConfigurationError
+from polyshard.exact.certificate import Certificate, Comparison, TrainerCase, compare
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def certify(
+    model: Path,
+    factory: str,
+    adapters: list[str],
+    sizes: list[int],
+    server_size: int,
+    dtype: str,
+    tokens: int,
+    path: Path | None,
+    as_json: bool,
+) -> None:
+    """Compare every trainer with one engine; print, write, and end with status 1 where a bit differs.
+
+    In half precision each library is tried with float32 parameters too, as it would train.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from polyshard.adapters.vllm import adapter as vllm_adapter
+
+    if dtype not in DTYPES:
+        raise ConfigurationError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if server_size < 1:
+        raise ConfigurationError(f"--server-tensor-parallel must be positive, got {server_size}")
+    vllm_adapter.requirement.require()
+    from polyshard.adapters.vllm.rollout import RolloutJob, rollout
+
+    shards = math.lcm(server_size, *sizes)
+    job = RolloutJob(
+        directory=str(model),
+        factory=factory,
+        dtype=dtype,
+        prompts=random_prompts(read_config(model).vocab_size),
+        tokens=tokens,
+        tensor=server_size,
+        shards=shards,
+    )
+    cases = [TrainerCase(adapter=name, tensor=size) for name in adapters for size in sizes]
+    if dtype != "float32":
+        cases += [TrainerCase(adapter=name, tensor=sizes[0], masters=True) for name in adapters]
+    found: list[Comparison] = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"vLLM, tensor-parallel {server_size}", total=len(cases) + 1)
+        answers = rollout(job)
+        progress.advance(task)
+        for case in cases:
+            progress.update(task, description=f"{case.adapter}, tensor-parallel {case.tensor}")
+            found.append(
+                compare(case, answers, str(model), factory, dtype, shards, trace=lambda folder: rollout(job, folder))
+            )
+            progress.advance(task)
+    certificate = Certificate(
+        model=str(model),
+        factory=factory,
+        exact=True,
+        dtype=dtype,
+        shards=shards,
+        server={
+            "tensor_parallel": server_size,
+            "max_num_batched_tokens": job.chunk,
+            "prefix_caching": True,
+            "prompts": [len(prompt) for prompt in job.prompts],
+            "sampled": tokens,
+        },
+        comparisons=found,
+    )
+    if path is not None:
+        certificate.write(path)
+    if as_json:
+        print(json.dumps({"holds": certificate.holds, **asdict(certificate)}, indent=2))
+    else:
+        show(certificate)
+    if not certificate.holds:
+        sys.exit(1)
+
+
+def random_prompts(vocab_size: int) -> list[list[int]]:
+    """Of one token and of many, more than a chunk; two begin alike, so that a cached prefix is hit."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in (5, 1, 64, 130, 17)]
+    return [*prompts, prompts[3][:96] + prompts[2], prompts[3]]
+
+
+def show(certificate: Certificate) -> None:
+    """As a table, with what it holds for."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    table = Table("trainer", "tensor", "parameters", "tokens", "bits differ in", "by at most", "")
+    for row in certificate.comparisons:
+        verdict = "[green]equal[/green]" if row.holds else f"[red]{row.error or 'differs'}[/red]"
+        parameters = "float32" if row.masters else certificate.dtype
+        numbers = (str(row.tokens), str(row.differ), f"{row.largest:.3g}")
+        table.add_row(row.adapter, str(row.tensor), parameters, *numbers, verdict)
+    server = certificate.server
+    table.title = (
+        f"{Path(certificate.model).name} in {certificate.dtype}, exact mode, {certificate.shards} shards; vLLM at "
+        f"tensor-parallel {server['tensor_parallel']}, chunks of {server['max_num_batched_tokens']}, prefix caching"
+    )
+    versions = ", ".join(f"{name} {number}" for name, number in certificate.versions.items())
+    table.caption = f"{versions}; {certificate.machine['processor']}, {certificate.machine['isa']}"
+    console.print(table)
+    for row in certificate.comparisons:
+        if row.first is not None:
+            console.print(f"[red]{row.adapter} at tensor-parallel {row.tensor} parts first in {row.first}[/red]")
+        elif row.error is None and row.differ:
+            console.print(
+                f"[red]{row.adapter} at tensor-parallel {row.tensor}: all modules' recorded values are equal: the head "
+                "or the log-probabilities part[/red]"
+            )
