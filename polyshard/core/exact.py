@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from polyshard.core.errors import ConfigurationError
+
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -61,3 +63,35 @@ class ExactMode:
     around: Callable[[Any], Any]
     rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     compute_dtype: torch.dtype | None = None
+
+
+def shards_of(context: Any) -> int | None:
+    """Of a context's exact mode; None where it has none."""
+    exact = getattr(context, "exact", None)
+    return None if exact is None else exact.shards
+
+
+def check_same_mode(trainer: int | None, server: int | None, name: str) -> None:
+    """Raise `ConfigurationError` where one side alone is in exact mode, or the shards differ.
+
+    Args:
+        trainer: shards, or None for the ordinary mode.
+        server: likewise.
+        name: of the server, for the message.
+    """
+    if trainer == server:
+        return
+    if trainer is None:
+        raise ConfigurationError(
+            f"{name} serves in exact mode, the trainer's context is not exact: their log-probabilities would differ. "
+            f"Initialize it with exact=True, exact_shards={server}, or register the model without exact=True"
+        )
+    if server is None:
+        raise ConfigurationError(
+            f"the trainer's context is in exact mode, {name} does not serve in it: their log-probabilities would "
+            f"differ. Register its model with exact=True, exact_shards={trainer}, or initialize without exact=True"
+        )
+    raise ConfigurationError(
+        f"the trainer sums row-parallel layers from exact_shards={trainer}, {name} from {server}: give both the same, "
+        "a multiple of both tensor-parallel sizes"
+    )

@@ -93,6 +93,7 @@ class RemoteEngine:
         self._workers: int = first["workers"]
         self.tensor_size: int = first["tensor_size"]
         self.dtype: torch.dtype = getattr(torch, first["dtype"])
+        self.exact_shards: int | None = first["exact_shards"]
         # Between start and finish; a trainer that died may have left an update open.
         self._open: bool = any(report["open"] for report in self._reports())
         self._half = self._open

@@ -23,6 +23,7 @@ from polyshard.adapters.vllm.transfer.local import LocalEngine, module_watch
 from polyshard.adapters.vllm.transfer.remote import Client, LlmClient, RemoteEngine
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError, WeightSyncError
+from polyshard.core.exact import check_same_mode, shards_of
 from polyshard.core.fingerprint import fingerprint, text, total
 from polyshard.core.movement import Moved, module_pieces, put_pieces, rectangle, shared_run
 from polyshard.core.ranks import Ranks
@@ -68,7 +69,8 @@ class WeightSync:
             the next sync.
 
     Raises:
-        ConfigurationError: an engine cannot take weights, or the engines have different dtypes.
+        ConfigurationError: an engine cannot take weights, the engines have different dtypes, or one of trainer and
+            engine alone is in exact mode.
         WeightSyncError: the engines' weights are not those of the trainer.
     """
 
@@ -101,6 +103,8 @@ class WeightSync:
         try:
             remove_abandoned()
             self._connect(engines, timeout, share)
+            for connected in (*self._local, *self._remote):
+                check_same_mode(shards_of(parallel_context), connected.exact_shards, connected.name)
         except Exception as problem:
             error = problem
         self._ranks.agree(error, "the engines cannot take weights", WeightSyncError)
