@@ -61,6 +61,7 @@ class Engine:
     adapter: str | None = None
     factory: str = "decoder:build_model"
     options: tuple[tuple[str, Any], ...] = ()
+    exact: bool = False
 
 
 ENGINES = {
@@ -70,6 +71,7 @@ ENGINES = {
         Engine("transformers", options=(("model_impl", "transformers"),)),
         Engine("polyshard", "vllm"),
         Engine("transformers' code", "vllm", "polyshard:transformers_model"),
+        Engine("exact", "vllm", exact=True),
         Engine("adopted torch", "torch"),
         Engine("adopted megatron", "megatron"),
         Engine("adopted deepspeed", "deepspeed"),
@@ -99,6 +101,21 @@ def main(
     unknown = [name for name in names if name not in ENGINES]
     if unknown or "native" not in names:
         raise typer.BadParameter(f"engines are {', '.join(ENGINES)}, native among them; got {engines}")
+    times, started = measure(names, model, dtype, tensor_parallel, compiled, threads, rounds, restarts)
+    report(names, times, started, dtype, compiled, json_file, check)
+
+
+def measure(
+    names: list[str],
+    model: str,
+    dtype: str,
+    tensor_parallel: int,
+    compiled: bool,
+    threads: int,
+    rounds: int,
+    restarts: int,
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[float]]]:
+    """Seconds of each engine for each load, run by turns; and of each start."""
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as open_engines:
         directory = prepare(model, Path(scratch))
         times: dict[str, dict[str, list[float]]] = {name: {load.name: [] for load in LOADS} for name in names}
@@ -117,7 +134,7 @@ def main(
                         if index:  # the first warms up
                             times[name][LOADS[place].name].append(seconds)
             open_engines.close()
-    report(names, times, started, dtype, compiled, json_file, check)
+    return times, started
 
 
 def prepare(model: str, scratch: Path) -> Path:
@@ -167,7 +184,7 @@ class Running:
         self.name = name
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the process
         self.process = subprocess.Popen(
-            [sys.executable, __file__, str(directory), *options, "--worker", name],
+            [sys.executable, str(Path(__file__).resolve()), str(directory), *options, "--worker", name],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -209,7 +226,7 @@ def serve(engine: Engine, directory: str, dtype: str, tensor: int, compiled: boo
     if engine.adapter is not None:
         import polyshard as ps
 
-        ps.register_model("PolyshardDecoder", engine.factory, adapter=engine.adapter)
+        ps.register_model("PolyshardDecoder", engine.factory, adapter=engine.adapter, exact=engine.exact)
         options["hf_overrides"] = {"architectures": ["PolyshardDecoder"]}
     from vllm import LLM, SamplingParams
 

@@ -169,20 +169,22 @@ class Decoder(nn.Module):
         *,
         cu_seqlens: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states, or the loss.
+        """Hidden states, the loss, or log-probabilities.
 
         Args:
             input_ids: `[batch, seq]`, or packed `[tokens]`; under context parallel this rank's part of them.
             positions: of the same shape; default from 0 in each sequence.
             cu_seqlens: int32 `[sequences + 1]` for packed input; default one sequence.
             labels: the token after each token, -100 where none; of the same shape.
+            targets: the token after each token, to be told its log-probability; of the same shape.
             inputs_embeds: in place of `input_ids`, `[..., hidden]`; for a later pipeline stage what the one before
                 gave.
 
         Returns:
-            Hidden states `[..., hidden]`, or with labels the mean loss.
+            Hidden states `[..., hidden]`; with labels the mean loss; with targets log-probabilities `[...]`, float32.
         """
         x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         if positions is None:
@@ -193,6 +195,9 @@ class Decoder(nn.Module):
         if not self.model.stage.last:
             return x
         hidden = self.model.norm(x)
+        if targets is not None:
+            logits = self.compute_logits(hidden)
+            return ps.token_logprobs(logits, targets, self.parallel_context, vocab_size=self.config.vocab_size)
         if labels is None:
             return hidden
         return ps.vocab_parallel_cross_entropy(

@@ -11,7 +11,7 @@ import polyshard as ps
 from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.exact import CpuOperators, exact_serving
 from polyshard.adapters.vllm.paging import cut_queries
-from polyshard.adapters.vllm.rollout import RolloutJob, rollout
+from polyshard.adapters.vllm.sampling import SamplingJob, sample
 from polyshard.attention.rotary import rotate_heads
 from polyshard.cli.certify import random_prompts
 from polyshard.exact.certificate import TrainerCase, compare
@@ -47,7 +47,7 @@ def directory(tmp_path_factory):
 def job(directory, dtype, **changes):
     settings = {"tokens": 24, "shards": 2, **changes}
     factory = settings.pop("factory", "decoder:build_model")
-    return RolloutJob(directory=directory, factory=factory, dtype=dtype, prompts=random_prompts(VOCAB), **settings)
+    return SamplingJob(directory=directory, factory=factory, dtype=dtype, prompts=random_prompts(VOCAB), **settings)
 
 
 @pytest.mark.vllm
@@ -55,7 +55,7 @@ def job(directory, dtype, **changes):
 def test_every_library_at_any_size_gives_the_bits_of_an_engine(directory, dtype, tensor):
     """Chunked prompts beside decoding requests, single requests, cached prefixes; sizes equal and not equal."""
     asked = job(directory, dtype, tensor=tensor)
-    answers = rollout(asked)
+    answers = sample(asked)
     for case in CASES[dtype, tensor]:
         found = compare(case, answers, directory, "decoder:build_model", dtype, 2)
         assert found.holds, found
@@ -66,7 +66,7 @@ def test_every_library_at_any_size_gives_the_bits_of_an_engine(directory, dtype,
 def test_the_ordinary_mode_differs_and_the_first_operator_that_does_is_named(directory):
     """What the comparison would find if there were anything to find."""
     asked = job(directory, "float32", exact=False, shards=None)
-    answers = rollout(asked)
+    answers = sample(asked)
     torch_alone = TrainerCase(adapter="torch", tensor=1)
     ordinary = compare(torch_alone, answers, directory, asked.factory, "float32", None, False)
     assert not ordinary.holds
@@ -75,12 +75,12 @@ def test_the_ordinary_mode_differs_and_the_first_operator_that_does_is_named(dir
     other = job(directory, "float32", factory="support.exact_models:another_eps", shards=2)
     found = compare(
         torch_alone,
-        rollout(other),
+        sample(other),
         directory,
         "decoder:build_model",
         "float32",
         2,
-        trace=lambda folder: rollout(other, folder),
+        trace=lambda folder: sample(other, folder),
     )
     assert not found.holds
     assert found.first is not None

@@ -83,6 +83,7 @@ TEXT: dict[str, tuple[str, ...]] = {
     "vllm/distributed/weight_transfer/factory.py": ("_registry",),
     "vllm/model_executor/layers/utils.py": ("cpu_linear",),
     "vllm/v1/engine/output_processor.py": ("request_states",),
+    "vllm/v1/engine/core_client.py": ("engine_dead", "def shutdown"),
     "vllm/config/compilation.py": ("class CompilationMode",),
     "vllm/envs.py": ("VLLM_CPU_ATTN_SPLIT_KV", "VLLM_BATCH_INVARIANT"),
     "vllm/v1/attention/backends/cpu_attn.py": ("self.isa", "self.num_heads", "self.window_size", "self.head_dim"),

@@ -42,10 +42,10 @@ def certify(
     if server_size < 1:
         raise ConfigurationError(f"--server-tensor-parallel must be positive, got {server_size}")
     vllm_adapter.requirement.require()
-    from polyshard.adapters.vllm.rollout import RolloutJob, rollout
+    from polyshard.adapters.vllm.sampling import SamplingJob, sample
 
     shards = math.lcm(server_size, *sizes)
-    job = RolloutJob(
+    job = SamplingJob(
         directory=str(model),
         factory=factory,
         dtype=dtype,
@@ -60,12 +60,12 @@ def certify(
     found: list[Comparison] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"vLLM, tensor-parallel {server_size}", total=len(cases) + 1)
-        answers = rollout(job)
+        answers = sample(job)
         progress.advance(task)
         for case in cases:
             progress.update(task, description=f"{case.adapter}, tensor-parallel {case.tensor}")
             found.append(
-                compare(case, answers, str(model), factory, dtype, shards, trace=lambda folder: rollout(job, folder))
+                compare(case, answers, str(model), factory, dtype, shards, trace=lambda folder: sample(job, folder))
             )
             progress.advance(task)
     certificate = Certificate(

@@ -92,8 +92,10 @@ __all__ = [
     "cpu_packed_product",
     "cuda_flash_attention",
     "cuda_flash_version",
+    "end_engine",
     "end_reload",
     "engine_dtype",
+    "engine_is_dead",
     "get_pp_group",
     "get_pp_indices",
     "get_tp_group",
@@ -391,6 +393,20 @@ def runs_pipelines(vllm_config: VllmConfig) -> bool:
     """
     on_cpu = vllm_config.device_config.device_type == "cpu"
     return not (on_cpu and vllm_config.compilation_config.mode == CompilationMode.NONE)
+
+
+def engine_is_dead(llm: Any) -> bool:
+    """Whether the processes of an engine that has its own are gone.
+
+    Source: v1/engine/core_client.py, BackgroundResources, 0.32.
+    """
+    resources = getattr(llm.llm_engine.engine_core, "resources", None)
+    return bool(getattr(resources, "engine_dead", False))
+
+
+def end_engine(llm: Any) -> None:
+    """End an engine's processes; one in this process gives its memory back when nobody holds it any more."""
+    llm.llm_engine.engine_core.shutdown()
 
 
 def engine_dtype(llm: Any) -> torch.dtype:

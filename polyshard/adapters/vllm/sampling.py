@@ -19,11 +19,11 @@ from polyshard.core.errors import PolyshardError
 from polyshard.exact.trace import ENVIRONMENT_VARIABLE
 from polyshard.registry import engine_errors, register_model
 
-NAME = "PolyshardRollout"
+NAME = "PolyshardSampled"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutJob:
+class SamplingJob:
     """What an engine is asked.
 
     Attributes:
@@ -68,7 +68,7 @@ class Sampled:
     logprobs: list[float]
 
 
-def rollout(job: RolloutJob, trace: Path | None = None) -> list[Sampled]:
+def sample(job: SamplingJob, trace: Path | None = None) -> list[Sampled]:
     """Have an engine do the job; with `trace`, the workers record every module's values there.
 
     Raises:
@@ -81,7 +81,7 @@ def rollout(job: RolloutJob, trace: Path | None = None) -> list[Sampled]:
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if trace is not None:
         environment[ENVIRONMENT_VARIABLE] = str(trace)
-    with tempfile.TemporaryDirectory(prefix="polyshard-rollout-") as folder:
+    with tempfile.TemporaryDirectory(prefix="polyshard-sampling-") as folder:
         asked, answered = Path(folder, "job.json"), Path(folder, "answers.json")
         asked.write_text(json.dumps(asdict(job)))
         command = [sys.executable, "-m", __name__, str(asked), str(answered)]
@@ -92,7 +92,7 @@ def rollout(job: RolloutJob, trace: Path | None = None) -> list[Sampled]:
 
 
 def _main() -> None:
-    job = RolloutJob(**json.loads(Path(sys.argv[1]).read_text()))
+    job = SamplingJob(**json.loads(Path(sys.argv[1]).read_text()))
     register_model(NAME, job.factory, adapter=job.adapter, exact=job.exact, exact_shards=job.shards)
     from vllm import LLM, SamplingParams
 

@@ -1,0 +1,220 @@
+"""Policy optimisation by GRPO: answers from a real vLLM, steps on any parallelism library, weights synced live.
+
+    python examples/rl.py runs/rl                                                   # a tiny model, minutes
+    torchrun --nproc-per-node 2 examples/rl.py runs/rl --adapter megatron --tensor-parallel 2
+    python examples/rl.py runs/rl --separate                                        # vLLM in processes of its own
+    python examples/rl.py runs/rl --ordinary                                        # without exact mode
+    python examples/rl.py runs/rl --task addition --dtype bfloat16 --prompts 8 --learning-rate 2e-6   # SmolLM2-135M
+    python examples/rl_curves.py runs/rl* --output curves.png
+
+Started again, it goes on from its last training state. In exact mode trainer and sampler agree bit for bit: their KL is
+0 and the importance ratio of a fresh answer is 1.
+
+Source: Shao et al. 2024, "DeepSeekMath" (GRPO).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+# Before torch and vLLM are imported: threads that wait for each other cost more than such small models have to do, and
+# the sampler's own compilation takes longer than a run.
+for name, value in (("OMP_NUM_THREADS", "1"), ("TORCH_COMPILE_DISABLE", "1"), ("VLLM_LOGGING_LEVEL", "WARNING")):
+    os.environ.setdefault(name, value)
+
+import time
+from contextlib import nullcontext
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from decoder import build_model
+from rich.progress import Progress
+from rl_tasks import Addition, Successor
+from smollm2 import smollm2_directory
+
+import polyshard as ps
+
+NAME = "PolyshardPolicy"
+CLIP = 0.2
+
+
+class Dtype(StrEnum):
+    """Of the engine; the trainer's parameters stay in float32."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Task(StrEnum):
+    """What is to be learned."""
+
+    successor = "successor"  # by a tiny model of random weights
+    addition = "addition"  # by SmolLM2-135M
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="Folder of this run: metrics, training states.")],
+    task: Annotated[Task, typer.Option(help="By a tiny model of random weights, or by SmolLM2.")] = Task.successor,
+    adapter: Annotated[str, typer.Option(help="Parallelism library.")] = "torch",
+    tensor_parallel: Annotated[int, typer.Option(help="Ranks that share each layer; the rest is data parallel.")] = 1,
+    separate: Annotated[bool, typer.Option(help="vLLM in processes of its own, which may die.")] = False,
+    ordinary: Annotated[bool, typer.Option(help="Without exact mode.")] = False,
+    dtype: Dtype = Dtype.float32,
+    steps: int = 400,
+    prompts: Annotated[int, typer.Option(help="Of each step.")] = 16,
+    samples: Annotated[int, typer.Option(help="Answers to each prompt.")] = 16,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    every: Annotated[int, typer.Option(help="Steps between training states.")] = 100,
+) -> None:
+    """Generate, score, step, sync."""
+    wanted: Any = getattr(torch, dtype.value)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    modes: dict[str, Any] = {} if ordinary else {"exact": True, "exact_shards": world}
+    # float32 parameters: at such learning rates a step is lost in bfloat16's rounding.
+    masters = {} if ordinary else {"exact_dtype": wanted}
+    context = ps.initialize(adapter, tensor=tensor_parallel, **modes, **masters)
+    ps.register_model(NAME, build_model, **modes)
+    rank, share = context.get_data_parallel_rank(), context.get_data_parallel_world_size()
+    first = context.axis("tensor").rank == 0 and rank == 0
+
+    chosen = Successor() if task is Task.successor else Addition(smollm2_directory())
+    config = chosen.config
+    policy = build_model(config, context)
+    directory = chosen.model or run / "start"
+    if chosen.model is not None:
+        ps.load_checkpoint(policy, directory, context)
+    else:
+        ps.initialize_weights(policy, context, seed=seed)
+        ps.save_checkpoint(policy, directory, context, config=config)
+    trainer = ps.load_adapter(adapter).engine(
+        policy, ps.AdamW(lr=learning_rate, weight_decay=0.0), context, max_grad_norm=1.0
+    )
+    begin = 0
+    latest = ps.latest_checkpoint(run / "states")
+    if latest is not None:
+        begin = ps.load_training_state(trainer, latest, context).step
+    log = Log(run, begin) if first else None
+
+    engine = ps.RolloutEngine(
+        directory,
+        NAME,
+        trainer,
+        context,
+        colocated=not separate,
+        dtype=dtype.value,
+        max_model_len=min(config.max_position_embeddings, 512),
+        kv_cache_memory_bytes=256 << 20,
+        seed=seed,
+    )
+    engine.sync()
+    with engine, Progress(disable=not first, transient=True) as progress:
+        bar = progress.add_task("training", total=steps, completed=begin)
+        for step in range(begin, steps):
+            clock = Clock()
+            asked = chosen.prompts(prompts, torch.Generator().manual_seed(seed * 1_000_003 + step))
+            groups = engine.generate(
+                asked, samples=samples, max_tokens=chosen.max_tokens, stop_token_ids=list(chosen.stop_token_ids)
+            )
+            clock("generate")
+            rewards = torch.tensor([[chosen.reward(r.prompt, r.tokens) for r in group] for group in groups])
+            advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+            clock("score")
+            answers = [(r, float(a)) for group, row in zip(groups, advantages) for r, a in zip(group, row)]
+            total = sum(len(r.tokens) for r, _ in answers)
+            mixed = torch.autocast("cpu", wanted) if ordinary and wanted != torch.float32 else nullcontext()
+            with mixed:
+                own, told, weights = logprobs(trainer, answers[rank::share])
+            ratio = (own - told).exp()
+            gain = torch.minimum(ratio * weights, ratio.clamp(1 - CLIP, 1 + CLIP) * weights)
+            trainer.backward(-gain.sum() * share / total)
+            norm = trainer.step().grad_norm
+            clock("train")
+            engine.sync()
+            clock("sync")
+            gap = (told - own).detach()
+            seen = sums_over_data(context, [gap.sum(), (gap != 0).sum(), ratio.detach().sum()])
+            metrics = {
+                "step": step + 1,
+                "reward": float(rewards.mean()),
+                "kl": seen[0] / total,
+                "bits_differ": seen[1] / total,
+                "ratio": seen[2] / total,
+                "gradient_norm": norm,
+                "tokens_per_second": total / clock.seconds["generate"],
+                "restarted": engine.restarted,
+                **{f"{phase}_seconds": spent for phase, spent in clock.seconds.items()},
+            }
+            if log is not None:
+                log.write(metrics)
+                line = f"reward {metrics['reward']:.3f}  KL {metrics['kl']:.1e}  ratio {metrics['ratio']:.6f}"
+                progress.update(bar, advance=1, description=line)
+                if step % 25 == 0 or step + 1 == steps:
+                    print(f"step {step + 1:4d}  {line}  {metrics['tokens_per_second']:.0f} tokens/s", flush=True)
+            if (step + 1) % every == 0:
+                place = run / "states" / f"step-{step + 1:08d}"
+                ps.save_training_state(trainer, place, context, step=step + 1, config=config)
+    ps.save_checkpoint(
+        trainer, run / "policy", context, config=config, architecture=NAME, factory="decoder:build_model"
+    )
+    trainer.close()
+    ps.shutdown(context)
+
+
+def logprobs(
+    trainer: ps.TrainingEngine, answers: list[tuple[ps.Rollout, float]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the sampled tokens, laid end to end: the trainer's log-probability, the sampler's, and the advantage."""
+    sequences = [r.prompt + r.tokens for r, _ in answers]
+    ids = torch.tensor([token for sequence in sequences for token in sequence])
+    bounds = torch.tensor([0, *map(len, sequences)]).cumsum(0).to(torch.int32)
+    everything = trainer(ids, cu_seqlens=bounds, targets=ids.roll(-1))  # the last of a sequence predicts nothing
+    sampled = torch.cat([torch.arange(end - len(r.tokens), end) for end, (r, _) in zip(bounds[1:].tolist(), answers)])
+    told = torch.tensor([value for r, _ in answers for value in r.logprobs])
+    weights = torch.tensor([advantage for r, advantage in answers for _ in r.tokens])
+    return everything[sampled - 1], told, weights
+
+
+def sums_over_data(context: ps.ParallelContext, values: list[torch.Tensor]) -> list[float]:
+    """Each value's sum over data-parallel ranks."""
+    axis = context.axis("data")
+    stacked = torch.stack([value.double() for value in values])
+    return (stacked if axis.collectives is None else axis.collectives.all_reduce(stacked)).tolist()
+
+
+class Clock:
+    """Seconds of each phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def __call__(self, phase: str) -> None:
+        """This phase has ended."""
+        now = time.perf_counter()
+        self.seconds[phase], self._last = now - self._last, now
+
+
+class Log:
+    """One line of JSON for each step; what a resumed run does again is written again."""
+
+    def __init__(self, run: Path, begin: int) -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        self._path = run / "metrics.jsonl"
+        kept = self._path.read_text().splitlines()[:begin] if self._path.exists() else []
+        self._path.write_text("".join(f"{line}\n" for line in kept))
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Append a step's."""
+        with self._path.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

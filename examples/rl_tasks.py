@@ -1,0 +1,74 @@
+"""Tasks whose answers a few lines can judge; nothing is downloaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import polyshard as ps
+
+
+class Successor:
+    """Answer four digits with the digit after each: a model of random weights learns it from rewards alone."""
+
+    begin, end = 10, 11  # token ids after the digits'
+    max_tokens, stop_token_ids = 4, ()
+    model = None
+    config = ps.ModelConfig(
+        model_type="llama",
+        architectures=["LlamaForCausalLM"],
+        vocab_size=12,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+    )
+
+    def prompts(self, count: int, generator: torch.Generator) -> list[list[int]]:
+        """Four digits each."""
+        return [
+            [self.begin, *digits, self.end] for digits in torch.randint(10, (count, 4), generator=generator).tolist()
+        ]
+
+    def reward(self, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> float:
+        """The share of digits that are right."""
+        return sum(token == (digit + 1) % 10 for digit, token in zip(prompt[1:-1], tokens)) / 4
+
+
+class Addition:
+    """Add two numbers; for a chat model that can read."""
+
+    max_tokens = 8
+
+    def __init__(self, model: Path) -> None:
+        import transformers
+
+        self.model, self.config = model, ps.read_config(model)
+        tokenizers: Any = transformers.AutoTokenizer
+        self.tokenizer = tokenizers.from_pretrained(model)
+        self.stop_token_ids = (self.tokenizer.eos_token_id,)
+
+    def prompts(self, count: int, generator: torch.Generator) -> list[list[int]]:
+        """Numbers below fifty."""
+        pairs = torch.randint(50, (count, 2), generator=generator).tolist()
+        texts = [f"What is {a} + {b}? Answer with the number alone." for a, b in pairs]
+        return [
+            self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+            )
+            for text in texts
+        ]
+
+    def reward(self, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> float:
+        """1 where the first number of the answer is the sum."""
+        question = re.search(r"What is (\d+) \+ (\d+)\?", self.tokenizer.decode(prompt))
+        answer = re.search(r"\d+", self.tokenizer.decode(tokens))
+        assert question is not None
+        return float(answer is not None and int(answer[0]) == int(question[1]) + int(question[2]))
