@@ -20,7 +20,7 @@ import os
 
 # Before torch and vLLM are imported: threads that wait for each other cost more than such small models have to do, and
 # the sampler's own compilation takes longer than a run.
-for name, value in (("OMP_NUM_THREADS", "1"), ("TORCH_COMPILE_DISABLE", "1"), ("VLLM_LOGGING_LEVEL", "WARNING")):
+for name, value in (("OMP_NUM_THREADS", "1"), ("TORCH_COMPILE_DISABLE", "1"), ("VLLM_LOGGING_LEVEL", "ERROR")):
     os.environ.setdefault(name, value)
 
 import time

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from matplotlib import pyplot
@@ -53,7 +53,7 @@ def main(
         axis.set_yscale("symlog", linthresh=1e-9)  # exact mode stands at 0
         axis.set_ylim(bottom=0)
     time.set(title="milliseconds of a step")
-    once(time)
+    once(time, loc="upper center", ncols=len(PHASES), bbox_to_anchor=(0.5, -0.08))
     figure.savefig(output, dpi=110)
     print(f"wrote {output}")
 
@@ -63,11 +63,11 @@ def kind_of(run: Path) -> str:
     return run.name.rpartition("-")[0] or run.name
 
 
-def once(axis: Axes) -> None:
+def once(axis: Axes, **place: Any) -> None:
     """A legend with each label once."""
     handles, labels = axis.get_legend_handles_labels()
     unique = dict(zip(labels, handles))
-    axis.legend(list(unique.values()), list(unique))
+    axis.legend(list(unique.values()), list(unique), **place)
 
 
 if __name__ == "__main__":

@@ -79,11 +79,22 @@ SIGNATURES: dict[tuple[str, str], tuple[str, ...]] = {
 # What else is read, as it stands in the source.
 TEXT: dict[str, tuple[str, ...]] = {
     "vllm/plugins/__init__.py": ('"vllm.general_plugins"',),
-    "vllm/distributed/parallel_state.py": ("self.ranks", "self.rank_in_group", "self.world_size", "self.device_group"),
+    "vllm/distributed/parallel_state.py": (
+        "global _WORLD, _NODE_COUNT",
+        "self.ranks",
+        "self.rank_in_group",
+        "self.world_size",
+        "self.device_group",
+    ),
     "vllm/distributed/weight_transfer/factory.py": ("_registry",),
     "vllm/model_executor/layers/utils.py": ("cpu_linear",),
     "vllm/v1/engine/output_processor.py": ("request_states",),
-    "vllm/v1/engine/core_client.py": ("engine_dead", "def shutdown"),
+    "vllm/v1/engine/core_client.py": ("engine_dead", "def shutdown", "self._finalizer", "outputs_queue"),
+    "vllm/v1/engine/core.py": (
+        "structured_output_manager.clear_backend",
+        "model_executor.shutdown",
+        "scheduler.shutdown",
+    ),
     "vllm/config/compilation.py": ("class CompilationMode",),
     "vllm/envs.py": ("VLLM_CPU_ATTN_SPLIT_KV", "VLLM_BATCH_INVARIANT"),
     "vllm/v1/attention/backends/cpu_attn.py": ("self.isa", "self.num_heads", "self.window_size", "self.head_dim"),

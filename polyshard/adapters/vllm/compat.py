@@ -6,7 +6,10 @@ wheel.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import gc
+import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -16,7 +19,7 @@ from torch import nn
 from vllm import ModelRegistry, envs
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
-from vllm.distributed import get_pp_group, get_tp_group, get_world_group
+from vllm.distributed import get_pp_group, get_tp_group, get_world_group, parallel_state
 from vllm.distributed.utils import get_pp_indices
 from vllm.distributed.weight_transfer.base import (
     ParamMeta,
@@ -52,6 +55,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionMetadataBuilder
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from polyshard.adapters.vllm.paging import CPU_BLOCK, Blocks, cut_queries
 from polyshard.attention.kernels.protocol import AttentionCall
@@ -94,6 +98,7 @@ __all__ = [
     "cuda_flash_version",
     "end_engine",
     "end_reload",
+    "ends_with_engine",
     "engine_dtype",
     "engine_is_dead",
     "get_pp_group",
@@ -404,9 +409,56 @@ def engine_is_dead(llm: Any) -> bool:
     return bool(getattr(resources, "engine_dead", False))
 
 
-def end_engine(llm: Any) -> None:
-    """End an engine's processes; one in this process gives its memory back when nobody holds it any more."""
-    llm.llm_engine.engine_core.shutdown()
+@contextlib.contextmanager
+def ends_with_engine(llm: Any) -> Iterator[None]:
+    """Around a call that waits for an engine's outputs: an engine that was killed ends it with `EngineDeadError`.
+
+    vLLM notices the death in a thread of its own, but leaves the call waiting for ever (0.32, v1/engine/core_client.py,
+    SyncMPClient.get_output).
+    """
+    waiting = getattr(llm.llm_engine.engine_core, "outputs_queue", None)
+    if waiting is None:  # an engine in this process
+        yield
+        return
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.2):
+            if engine_is_dead(llm):
+                waiting.put_nowait(EngineDeadError())
+                return
+
+    thread = threading.Thread(target=watch, name="polyshard-engine-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def end_engine(llm: Any, keep_world: bool) -> None:
+    """End an engine: its processes, or in this process its worker.
+
+    vLLM's own shutdown ends with torch's default process group, whoever made it (0.32, distributed/parallel_state.py,
+    destroy_distributed_environment). `keep_world`: an engine in this process leaves it; its own groups go.
+    """
+    client = llm.llm_engine.engine_core
+    core = getattr(client, "engine_core", None)
+    if core is None or not keep_world:
+        client.shutdown()
+        return
+    if client._finalizer.detach() is None:
+        return
+    core.structured_output_manager.clear_backend()
+    core.model_executor.shutdown()
+    core.scheduler.shutdown()
+    gc.unfreeze()
+    envs.disable_envs_cache()
+    parallel_state.destroy_model_parallel()
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+    parallel_state._WORLD = parallel_state._NODE_COUNT = None
 
 
 def engine_dtype(llm: Any) -> torch.dtype:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.transfer.remote import BACKEND
@@ -25,6 +28,7 @@ from polyshard.registry import engine_errors
 logger = logging.getLogger(__name__)
 
 _TORCHRUN = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC")
+_NOTICE = 5.0  # seconds
 _MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
 
@@ -91,6 +95,7 @@ class RolloutEngine:
             **options,
         }
         self._ranks = Ranks.of(parallel_context)
+        self._world_was_there = dist.is_available() and dist.is_initialized()
         self._version = "0"
         self.restarted = 0
         self.llm: Any = None
@@ -128,7 +133,7 @@ class RolloutEngine:
         if self._sync is not None:
             self._sync.close()
         if self.llm is not None:
-            compat.end_engine(self.llm)
+            compat.end_engine(self.llm, self._world_was_there)
         self.llm = self._sync = None
 
     def __enter__(self) -> RolloutEngine:
@@ -143,7 +148,8 @@ class RolloutEngine:
         from vllm import SamplingParams
 
         parameters = SamplingParams(n=samples, logprobs=0, detokenize=False, **sampling)
-        outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
+        with compat.ends_with_engine(self.llm):
+            outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
         return [
             [_rollout(prompt, answer, self._version) for answer in output.outputs]
             for prompt, output in zip(prompts, outputs)
@@ -169,7 +175,7 @@ class RolloutEngine:
                 answer = action()
             except Exception as problem:
                 error = problem
-            died = self._ranks.first(self.llm is not None and compat.engine_is_dead(self.llm))
+            died = self._ranks.first(error is not None and self._engine_died())
             if not died:
                 self._ranks.agree(error, "the rollout engine failed", WeightSyncError)
                 return self._ranks.first(answer)
@@ -184,6 +190,17 @@ class RolloutEngine:
             report = self._synced(self._version)
             if after_restart_done:
                 return report
+
+    def _engine_died(self) -> bool:
+        """Whether an error was the engine's death; vLLM's own notice of it may still be on its way."""
+        deadline = time.monotonic() + _NOTICE
+        while self.llm is not None:
+            if compat.engine_is_dead(self.llm):
+                return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        return False
 
     def _start(self) -> None:
         error: Exception | None = None
