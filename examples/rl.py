@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 examples/rl.py runs/rl --adapter megatron --tensor-parallel 2
     python examples/rl.py runs/rl --separate                                        # vLLM in processes of its own
     python examples/rl.py runs/rl --ordinary                                        # without exact mode
-    python examples/rl.py runs/rl --task addition --dtype bfloat16 --prompts 8 --learning-rate 2e-6   # SmolLM2-135M
+    python examples/rl.py runs/rl --task addition --dtype bfloat16 --prompts 8 --samples 8 --learning-rate 5e-6
     python examples/rl_curves.py runs/rl* --output curves.png
 
 Started again, it goes on from its last training state. In exact mode trainer and sampler agree bit for bit: their KL is
@@ -126,9 +126,11 @@ def main(
             clock("score")
             answers = [(r, float(a)) for group, row in zip(groups, advantages) for r, a in zip(group, row)]
             total = sum(len(r.tokens) for r, _ in answers)
-            mixed = torch.autocast("cpu", wanted) if ordinary and wanted != torch.float32 else nullcontext()
+            mixed = (
+                torch.autocast(context.device.type, wanted) if ordinary and wanted != torch.float32 else nullcontext()
+            )
             with mixed:
-                own, told, weights = logprobs(trainer, answers[rank::share])
+                own, told, weights = logprobs(trainer, answers[rank::share], context.device)
             ratio = (own - told).exp()
             gain = torch.minimum(ratio * weights, ratio.clamp(1 - CLIP, 1 + CLIP) * weights)
             trainer.backward(-gain.sum() * share / total)
@@ -166,17 +168,17 @@ def main(
 
 
 def logprobs(
-    trainer: ps.TrainingEngine, answers: list[tuple[ps.Rollout, float]]
+    trainer: ps.TrainingEngine, answers: list[tuple[ps.Rollout, float]], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of the sampled tokens, laid end to end: the trainer's log-probability, the sampler's, and the advantage."""
     sequences = [r.prompt + r.tokens for r, _ in answers]
-    ids = torch.tensor([token for sequence in sequences for token in sequence])
-    bounds = torch.tensor([0, *map(len, sequences)]).cumsum(0).to(torch.int32)
+    ids = torch.tensor([token for sequence in sequences for token in sequence], device=device)
+    bounds = torch.tensor([0, *map(len, sequences)], device=device).cumsum(0).to(torch.int32)
     everything = trainer(ids, cu_seqlens=bounds, targets=ids.roll(-1))  # the last of a sequence predicts nothing
     sampled = torch.cat([torch.arange(end - len(r.tokens), end) for end, (r, _) in zip(bounds[1:].tolist(), answers)])
-    told = torch.tensor([value for r, _ in answers for value in r.logprobs])
-    weights = torch.tensor([advantage for r, advantage in answers for _ in r.tokens])
-    return everything[sampled - 1], told, weights
+    told = torch.tensor([value for r, _ in answers for value in r.logprobs], device=device)
+    weights = torch.tensor([advantage for r, advantage in answers for _ in r.tokens], device=device)
+    return everything[sampled.to(device) - 1], told, weights
 
 
 def sums_over_data(context: ps.ParallelContext, values: list[torch.Tensor]) -> list[float]:

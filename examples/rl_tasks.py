@@ -43,9 +43,9 @@ class Successor:
 
 
 class Addition:
-    """Add two numbers; for a chat model that can read."""
+    """Add two numbers below thirty, after three examples; for a pretrained model."""
 
-    max_tokens = 8
+    max_tokens = 4
 
     def __init__(self, model: Path) -> None:
         import transformers
@@ -53,22 +53,16 @@ class Addition:
         self.model, self.config = model, ps.read_config(model)
         tokenizers: Any = transformers.AutoTokenizer
         self.tokenizer = tokenizers.from_pretrained(model)
-        self.stop_token_ids = (self.tokenizer.eos_token_id,)
+        self.stop_token_ids = tuple(self.tokenizer.encode("\n"))
 
     def prompts(self, count: int, generator: torch.Generator) -> list[list[int]]:
-        """Numbers below fifty."""
-        pairs = torch.randint(50, (count, 2), generator=generator).tolist()
-        texts = [f"What is {a} + {b}? Answer with the number alone." for a, b in pairs]
-        return [
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
-            )
-            for text in texts
-        ]
+        """As text that wants to be continued."""
+        pairs = torch.randint(30, (count, 2), generator=generator).tolist()
+        return [self.tokenizer.encode(f"2 + 3 = 5\n14 + 11 = 25\n7 + 22 = 29\n{a} + {b} =") for a, b in pairs]
 
     def reward(self, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> float:
         """1 where the first number of the answer is the sum."""
-        question = re.search(r"What is (\d+) \+ (\d+)\?", self.tokenizer.decode(prompt))
+        question = re.search(r"(\d+) \+ (\d+) =$", self.tokenizer.decode(prompt))
         answer = re.search(r"\d+", self.tokenizer.decode(tokens))
         assert question is not None
         return float(answer is not None and int(answer[0]) == int(question[1]) + int(question[2]))

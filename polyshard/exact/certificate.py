@@ -199,13 +199,13 @@ def trainer_logprobs(
     if not case.masters:
         model.to(wanted)
     recorder = None if trace is None else Recorder(model, trace, context.get_tensor_parallel_rank())
-    ids = torch.tensor([token for prompt, sampled in sequences for token in prompt + sampled])
+    ids = torch.tensor([token for prompt, sampled in sequences for token in prompt + sampled], device=context.device)
     lengths = [len(prompt) + len(sampled) for prompt, sampled in sequences]
     starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     hidden = _forward(model, ids, starts)
     before = torch.cat(
         [
-            torch.arange(start + len(prompt) - 1, start + length - 1)
+            torch.arange(start + len(prompt) - 1, start + length - 1, device=ids.device)
             for start, length, (prompt, _) in zip(starts, lengths, sequences)
         ]
     )
@@ -225,9 +225,9 @@ def trainer_logprobs(
 def _forward(model: Any, ids: torch.Tensor, starts: list[int]) -> torch.Tensor:
     """Hidden states of sequences laid end to end: packed where the model takes boundaries, else one by one."""
     lengths = [end - start for start, end in pairwise(starts)]
-    positions = torch.cat([torch.arange(length) for length in lengths])
+    positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])
     if "cu_seqlens" in inspect.signature(model.forward).parameters:
-        return model(ids, positions, cu_seqlens=torch.tensor(starts, dtype=torch.int32))
+        return model(ids, positions, cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=ids.device))
     return torch.cat([model(part, at) for part, at in zip(ids.split(lengths), positions.split(lengths))])
 
 
