@@ -63,18 +63,20 @@ def test_every_library_at_any_size_gives_the_bits_of_an_engine(directory, dtype,
 
 
 @pytest.mark.vllm
-def test_the_ordinary_mode_differs_and_the_first_operator_that_does_is_named(directory):
-    """What the comparison would find if there were anything to find."""
-    asked = job(directory, "float32", exact=False, shards=None)
-    answers = sample(asked)
-    torch_alone = TrainerCase(adapter="torch", tensor=1)
-    ordinary = compare(torch_alone, answers, directory, asked.factory, "float32", None, False)
-    assert not ordinary.holds
-    assert 0 < ordinary.largest < 1e-4
+def test_a_model_of_transformers_as_it_is_gives_them_too(directory):
+    """Its norms and its rotary frequencies are transformers' own; the trainer is cast to bfloat16."""
+    factory = "polyshard:transformers_model"
+    answers = sample(job(directory, "bfloat16", factory=factory, chunk=16))
+    found = compare(TrainerCase(adapter="torch", tensor=2), answers, directory, factory, "bfloat16", 2)
+    assert found.holds, found
 
-    other = job(directory, "float32", factory="support.exact_models:another_eps", shards=2)
+
+@pytest.mark.vllm
+def test_the_first_operator_that_differs_is_named(directory):
+    """What the comparison finds where there is something to find."""
+    other = job(directory, "float32", factory="support.exact_models:another_eps")
     found = compare(
-        torch_alone,
+        TrainerCase(adapter="torch", tensor=1),
         sample(other),
         directory,
         "decoder:build_model",
@@ -83,12 +85,11 @@ def test_the_ordinary_mode_differs_and_the_first_operator_that_does_is_named(dir
         trace=lambda folder: sample(other, folder),
     )
     assert not found.holds
+    assert 0 < found.largest < 0.1
     assert found.first is not None
-    assert (found.first.module, found.first.what) == (
-        f"model.layers.{exact_models.CHANGED}.post_attention_layernorm",
-        "output",
-    )
-    assert found.first.after == f"model.layers.{exact_models.CHANGED}.self_attn"
+    layer = f"model.layers.{exact_models.CHANGED}"
+    assert (found.first.module, found.first.what) == (f"{layer}.post_attention_layernorm", "output")
+    assert found.first.after == f"{layer}.self_attn"
     assert found.first.rows > 0
 
 

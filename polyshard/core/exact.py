@@ -71,6 +71,21 @@ def shards_of(context: Any) -> int | None:
     return None if exact is None else exact.shards
 
 
+def exact_kernel(context: Any, asked: str | None) -> str | None:
+    """The attention kernel of a context's exact mode; without it the one that was asked for.
+
+    Raises:
+        ConfigurationError: another one was asked for.
+    """
+    exact = getattr(context, "exact", None)
+    if exact is None:
+        return asked
+    kernel: str = exact.operators.attention_kernel
+    if asked not in (None, kernel):
+        raise ConfigurationError(f"exact mode attends by the kernel {kernel!r}: take away kernel={asked!r}")
+    return kernel
+
+
 def check_same_mode(trainer: int | None, server: int | None, name: str) -> None:
     """Raise `ConfigurationError` where one side alone is in exact mode, or the shards differ.
 

@@ -14,6 +14,7 @@ from polyshard.attention.rotary import apply_rotary
 from polyshard.core.context import ParallelContext
 from polyshard.core.differentiable import sum_gradient
 from polyshard.core.errors import ConfigurationError
+from polyshard.core.exact import exact_kernel
 from polyshard.core.weight_layout import WeightLayout, replicated
 from polyshard.core.weight_table import attach_layouts
 from polyshard.replace.recognise import Found
@@ -95,10 +96,11 @@ class ReplacedAttention(TrainableFlashAttention):
         if position_embeddings is not None and self.uses_rotary:
             parts = 2 if self.rotary_doubled else 1
             cos, sin = (t[..., : t.shape[-1] // parts].unsqueeze(-2) for t in position_embeddings)
-            if self.core is None:
+            if self.core is None and getattr(self.context, "exact", None) is None:
                 q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
             else:
-                q, k = self._rotate(*(t.flatten(0, 1) for t in (q, k, cos, sin)))
+                turned = self._rotate(*(t.flatten(0, 1) for t in (q, k, cos, sin)))
+                q, k = (t.unflatten(0, (batch, length)) for t in turned)
         if self.core is not None:
             q, k, v = (t.reshape(-1, *t.shape[-2:]) for t in (q, k, v))
             return self.o_proj(self.core(q, k, v, None).reshape(batch, length, -1)), None
@@ -120,7 +122,7 @@ class ReplacedAttention(TrainableFlashAttention):
             softcap=spec.softcap,
             dropout=spec.dropout if self.training else 0.0,
             sinks=self.sinks,
-            kernel=self.kernel,
+            kernel=exact_kernel(self.context, self.kernel),
         )
         return self.o_proj(out.flatten(-2)), None
 

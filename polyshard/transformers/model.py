@@ -33,6 +33,21 @@ class TransformersModel(nn.Module):
         setattr(model, self._body, self._given)
         self._whole = (model,)  # in a tuple, so that its modules do not count twice
 
+    def _apply(self, fn: Any, recurse: bool = True) -> TransformersModel:
+        """Move with the rest, but keep what is computed from the config (rotary frequencies) in its own dtype."""
+        kept = [
+            (module, name, buffer)
+            for module in self.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name in module._non_persistent_buffers_set and buffer.is_floating_point()
+        ]
+        super()._apply(fn, recurse)
+        for module, name, buffer in kept:
+            moved = module.get_buffer(name)
+            if moved.dtype != buffer.dtype and not buffer.is_meta:
+                module.register_buffer(name, buffer.to(moved.device), persistent=False)
+        return self
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -113,20 +128,16 @@ def transformers_model(config: Any, parallel_context: ParallelContext) -> Transf
     first.
 
     Args:
-        config: a transformers config.
+        config: a transformers config, or the fields of one (`polyshard.read_config`).
         parallel_context: where this process stands; its tensor axis may have any size.
 
     Raises:
         ConfigurationError: it has no causal language model, or one that cannot be sharded; or the layout asks for
             pipeline, context or sequence parallel.
     """
-    from transformers import AutoModelForCausalLM, PretrainedConfig
+    from transformers import AutoModelForCausalLM
 
-    if not isinstance(config, PretrainedConfig):
-        raise ConfigurationError(
-            f"transformers_model needs a transformers config, got {type(config).__name__}: "
-            "transformers.AutoConfig.from_pretrained(directory) reads one"
-        )
+    config = _transformers_config(config)
     layout = parallel_context.layout
     asked = {"pipeline": layout.pipeline > 1, "context": layout.context > 1, "sequence": layout.sequence_parallel}
     for way, wanted in asked.items():
@@ -142,3 +153,19 @@ def transformers_model(config: Any, parallel_context: ParallelContext) -> Transf
     exchange_layers(model, parallel_context)
     give_memory(model, parallel_context.device)
     return TransformersModel(model, parallel_context)
+
+
+def _transformers_config(config: Any) -> Any:
+    """The config itself, or the one whose fields a checkpoint's config.json has."""
+    from transformers import AutoConfig, PretrainedConfig
+
+    if isinstance(config, PretrainedConfig):
+        return config
+    fields = config.to_dict() if callable(getattr(config, "to_dict", None)) else {}
+    try:
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    except (KeyError, ValueError) as error:
+        raise ConfigurationError(
+            f"transformers_model needs a transformers config, got {type(config).__name__}: "
+            "transformers.AutoConfig.from_pretrained(directory) reads one"
+        ) from error

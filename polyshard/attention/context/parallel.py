@@ -16,7 +16,7 @@ from polyshard.attention.selection import select_kernel
 from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequences
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.exact import ExactMode
+from polyshard.core.exact import exact_kernel
 
 Way = Literal["auto", "ulysses", "ring"]
 
@@ -92,7 +92,7 @@ def context_parallel_attention(
     axis = parallel_context.axis("context")
     exact = getattr(parallel_context, "exact", None)
     if exact is not None:
-        kernel, way = _exact_kernel(exact, kernel), "ulysses"  # a ring adds parts in another order
+        kernel, way = exact_kernel(parallel_context, kernel), "ulysses"  # a ring adds parts in another order
     if axis.size == 1:
         return run_kernel(q, k, v, sequences, spec, training, kernel, sinks=sinks)
     held = int(sequences.host[-1])
@@ -115,13 +115,6 @@ def context_parallel_attention(
         spec = replace(spec, dropout=0.0)
     call = call_of(q, sequences, spec)
     return ring_attention(q, k, v, call, sinks, axis, rows, _ring_kernel(spec, q, training, kernel))
-
-
-def _exact_kernel(exact: ExactMode, asked: str | None) -> str:
-    kernel = exact.operators.attention_kernel
-    if asked not in (None, kernel):
-        raise ConfigurationError(f"exact mode attends by the kernel {kernel!r}: take away kernel={asked!r}")
-    return kernel
 
 
 def _ring_kernel(spec: AttentionSpec, q: torch.Tensor, training: bool, name: str | None) -> BlockKernel:
