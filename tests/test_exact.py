@@ -291,6 +291,9 @@ def test_an_engine_whose_settings_change_the_bits_is_refused(directory):
     started = engines.engine(directory, "Exactly", kv_cache_dtype="fp8")
     with pytest.raises(ps.RegistrationError, match="rounds keys and values"):
         started.__enter__()
+    started = engines.engine(directory, "Exactly", dtype="float16")
+    with pytest.raises(ps.RegistrationError, match=r"takes float32 and bfloat16, not torch\.float16"):
+        started.__enter__()
 
     from vllm.engine.arg_utils import EngineArgs
 

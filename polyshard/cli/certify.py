@@ -14,7 +14,7 @@ from polyshard.checkpoint import read_config
 from polyshard.core.errors import ConfigurationError
 from polyshard.exact.certificate import Certificate, Comparison, TrainerCase, compare
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")  # the last on CUDA alone
 
 
 def certify(

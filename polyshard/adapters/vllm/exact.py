@@ -21,6 +21,12 @@ from polyshard.core.host import RegisteredModel
 from polyshard.exact.context import check_shards, exact_mode
 from polyshard.exact.linear import ExactLinear
 
+CPU_DTYPES = (torch.float32, torch.bfloat16)
+_NO_PRODUCT = (
+    "exact mode on CPU multiplies by oneDNN's packed product, which takes float32 and bfloat16, not {}: "
+    "use one of them on both sides"
+)
+
 
 class CpuOperators:
     """`ExactOperators` on CPU."""
@@ -29,6 +35,8 @@ class CpuOperators:
 
     def pack(self, weight: torch.Tensor) -> Product:
         """oneDNN's product of packed weights. A single row goes as two: for one row it has another kernel."""
+        if weight.dtype not in CPU_DTYPES:
+            raise ConfigurationError(_NO_PRODUCT.format(weight.dtype))
         return partial(_product, compat.cpu_packed_product(weight))
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -104,6 +112,8 @@ def exact_serving(context: GroupContext, registered: RegisteredModel, vllm_confi
         why = "quantized weights and LoRA have kernels of their own"
     elif cached not in ("auto", str(vllm_config.model_config.dtype).removeprefix("torch.")):
         why = f"a KV cache of {cached} rounds keys and values, which training does not"
+    elif device.type == "cpu" and vllm_config.model_config.dtype not in CPU_DTYPES:
+        why = _NO_PRODUCT.format(vllm_config.model_config.dtype)
     elif device.type == "cuda" and not compat.is_batch_invariant():
         why = "on CUDA it needs the environment variable VLLM_BATCH_INVARIANT=1"
     if why is not None:
