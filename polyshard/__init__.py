@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     )
     from polyshard.core.initialization import initialize_weights, normal_initializer
     from polyshard.core.layout import ParallelLayout
-    from polyshard.core.linear import column_parallel, qkv_parallel, row_parallel
+    from polyshard.core.linear import column_parallel, qkv_parallel, replicated_linear, row_parallel
     from polyshard.core.linear_adapter import LinearAdapter
     from polyshard.core.norm import rms_norm
     from polyshard.core.pipeline import PipelineStage, pipeline_stage, stage_layers
@@ -94,7 +94,7 @@ _HOMES = {
     ),
     "polyshard.core.initialization": ("initialize_weights", "normal_initializer"),
     "polyshard.core.layout": ("ParallelLayout",),
-    "polyshard.core.linear": ("column_parallel", "qkv_parallel", "row_parallel"),
+    "polyshard.core.linear": ("column_parallel", "qkv_parallel", "replicated_linear", "row_parallel"),
     "polyshard.core.linear_adapter": ("LinearAdapter",),
     "polyshard.core.norm": ("rms_norm",),
     "polyshard.core.vocabulary": ("gather_logits", "lm_head", "vocab_embedding", "vocab_parallel_cross_entropy"),

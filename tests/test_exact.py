@@ -3,7 +3,7 @@
 import decoder
 import pytest
 import torch
-from support import engines, exact_models
+from support import engines, exact_models, latent
 from support.models import save_tiny, tiny_config, tiny_model
 from support.on_ranks import full_gradients
 
@@ -68,6 +68,20 @@ def test_a_model_of_transformers_as_it_is_gives_them_too(directory):
     factory = "polyshard:transformers_model"
     answers = sample(job(directory, "bfloat16", factory=factory, chunk=16))
     found = compare(TrainerCase(adapter="torch", tensor=2), answers, directory, factory, "bfloat16", 2)
+    assert found.holds, found
+
+
+@pytest.mark.vllm
+def test_latent_attention_gives_them_too(tmp_path):
+    """Its bottlenecks are held whole by every rank."""
+    context, config = ps.initialize("torch"), ps.ModelConfig(**latent.CONFIG)
+    model = latent.build(config, context)
+    ps.initialize_weights(model, context, initializer=latent.initial)
+    saved = str(ps.save_checkpoint(model, tmp_path / "latent", context, config=config))
+    factory = "support.latent:build"
+    prompts = random_prompts(config.vocab_size)
+    asked = SamplingJob(directory=saved, factory=factory, dtype="float32", prompts=prompts, tokens=24, shards=2)
+    found = compare(TrainerCase(adapter="torch", tensor=2), sample(asked), saved, factory, "float32", 2)
     assert found.holds, found
 
 

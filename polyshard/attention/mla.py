@@ -18,7 +18,7 @@ from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequenc
 from polyshard.core.context import ParallelAxis, ParallelContext
 from polyshard.core.discovery import load_adapter
 from polyshard.core.errors import ConfigurationError, LayoutError
-from polyshard.core.linear import column_parallel, row_parallel
+from polyshard.core.linear import column_parallel, replicated_linear, row_parallel
 from polyshard.core.norm import rms_norm
 
 
@@ -94,11 +94,11 @@ class TrainableMLA(nn.Module):
             self.q_proj = column_parallel(hidden_size, query, **shared, linear=linear)
         else:
             self.q_proj = None
-            self.q_a_proj = nn.Linear(hidden_size, q_lora_rank, bias=bias, device=context.device)
+            self.q_a_proj = replicated_linear(hidden_size, q_lora_rank, context, bias=bias)
             self.q_a_layernorm = rms_norm(q_lora_rank, **shared, eps=norm_eps)
             self.q_b_proj = column_parallel(q_lora_rank, query, **shared, linear=linear)
         compressed = kv_lora_rank + qk_rope_head_dim
-        self.kv_a_proj_with_mqa = nn.Linear(hidden_size, compressed, bias=bias, device=context.device)
+        self.kv_a_proj_with_mqa = replicated_linear(hidden_size, compressed, context, bias=bias)
         self.kv_a_layernorm = rms_norm(kv_lora_rank, **shared, eps=norm_eps)
         expanded = num_heads * (qk_nope_head_dim + v_head_dim)
         self.kv_b_proj = column_parallel(kv_lora_rank, expanded, **shared, linear=linear)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from polyshard.core.errors import ConfigurationError
 
@@ -53,6 +54,7 @@ class ExactMode:
             tensor-parallel size that divides it.
         operators: what the forward is made of.
         around: `(linear adapter) -> linear adapter` whose layers compute exactly.
+        whole: `(nn.Linear, context) -> module` that multiplies by a whole linear layer's parameters exactly.
         rotate: the operators' rotary embedding, with a backward.
         compute_dtype: of activations and products where the parameters are wider (float32 masters of a bfloat16
             server); None for the parameters' own.
@@ -61,6 +63,7 @@ class ExactMode:
     shards: int
     operators: ExactOperators
     around: Callable[[Any], Any]
+    whole: Callable[[nn.Linear, Any], nn.Module]
     rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     compute_dtype: torch.dtype | None = None
 

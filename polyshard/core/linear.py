@@ -150,6 +150,21 @@ def qkv_parallel(
     return _finish(layer, adapter, hidden_size, layout.shape[0], segments, bias, rank, size)
 
 
+def replicated_linear(
+    input_size: int, output_size: int, parallel_context: ParallelContext, *, bias: bool = False
+) -> nn.Module:
+    """A linear layer that every rank holds whole (a bottleneck, a router): `nn.Linear`, and exact in exact mode.
+
+    Its input has to be alike on all tensor-parallel ranks, and its output used alike, or gradients summed by the user.
+
+    Returns:
+        A module `[..., input_size] -> [..., output_size]`.
+    """
+    layer = nn.Linear(input_size, output_size, bias=bias, device=parallel_context.device)
+    exact = getattr(parallel_context, "exact", None)
+    return layer if exact is None else exact.whole(layer, parallel_context)
+
+
 def _finish(
     layer: nn.Module,
     adapter: Any,

@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.discovery import adapter_names, load_adapter
 from polyshard.core.errors import AdapterError, ConfigurationError, LayoutError
 from polyshard.core.exact import ExactMode, ExactOperators
-from polyshard.exact.linear import ExactLinearAdapter, OnBuilt
+from polyshard.exact.linear import ExactLinearAdapter, ExactWholeLinear, OnBuilt
 from polyshard.exact.rotary import exact_rotate
 
 
@@ -56,10 +57,16 @@ def exact_mode(
     def around(adapter: Any) -> Any:
         return adapter if isinstance(adapter, ExactLinearAdapter) else ExactLinearAdapter(adapter, mode, on_built)
 
+    def whole(layer: nn.Linear, context: ParallelContext) -> nn.Module:
+        exact = ExactWholeLinear(layer, context, mode)
+        on_built(exact)
+        return exact
+
     mode = ExactMode(
         shards=shards,
         operators=operators,
         around=around,
+        whole=whole,
         rotate=partial(exact_rotate, operators),
         compute_dtype=compute_dtype,
     )

@@ -64,6 +64,15 @@ class ExactLinear(nn.Module):
         return exact_product(x, weight.to(dtype), self.exact.operators, packed)
 
 
+class ExactWholeLinear(ExactLinear):
+    """`y = x Wᵀ + b`, whole on every rank."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in]` to `[..., out]`."""
+        y = self.product(x, self.weight, 0)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
 class ExactColumnParallelLinear(ExactLinear):
     """`y = x Wᵀ + b` with the rows of `W` sharded; shapes are those of `polyshard.column_parallel`.
 
