@@ -11,7 +11,7 @@ from polyshard.core.context import ParallelContext
 from polyshard.core.errors import AdapterError, LayoutError
 from polyshard.core.linear_adapter import choose_adapter, name_of, tensor_rank_and_size, unwrap_tuples
 from polyshard.core.replicas import sum_replicas
-from polyshard.core.weight_layout import Segment, WeightLayout, replicated
+from polyshard.core.weight_layout import Segment, WeightLayout, qkv_segments, replicated
 from polyshard.core.weight_table import attach_layouts
 
 
@@ -129,13 +129,8 @@ def qkv_parallel(
     if num_heads % num_kv_heads:
         raise LayoutError(f"{num_heads} query heads cannot share {num_kv_heads} key-value heads evenly")
     rank, size = tensor_rank_and_size(parallel_context)
-    q_name, k_name, v_name = names
     value_dim = head_dim if value_dim is None else value_dim
-    segments = (
-        Segment(size=num_heads * head_dim, unit=head_dim, name=q_name),
-        Segment(size=num_kv_heads * head_dim, unit=head_dim, name=k_name, replicate=True),
-        Segment(size=num_kv_heads * value_dim, unit=value_dim, name=v_name, replicate=True),
-    )
+    segments = qkv_segments(num_heads, num_kv_heads, head_dim, value_dim, names)
     _check_divides("qkv_parallel", segments, rank, size)
     adapter = choose_adapter(linear, parallel_context)
     create = getattr(adapter, "create_qkv_parallel", None)

@@ -181,3 +181,20 @@ class WeightLayout:
 def replicated(shape: Sequence[int]) -> WeightLayout:
     """The layout of a parameter that every rank holds whole."""
     return WeightLayout(shape=tuple(shape))
+
+
+def qkv_segments(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    names: Sequence[str | None] = (None, None, None),
+) -> tuple[Segment, Segment, Segment]:
+    """Of a fused query, key and value projection: cut by heads, key and value heads shared where they are few."""
+    q_name, k_name, v_name = names
+    value_dim = head_dim if value_dim is None else value_dim
+    return (
+        Segment(size=num_heads * head_dim, unit=head_dim, name=q_name),
+        Segment(size=num_kv_heads * head_dim, unit=head_dim, name=k_name, replicate=True),
+        Segment(size=num_kv_heads * value_dim, unit=value_dim, name=v_name, replicate=True),
+    )

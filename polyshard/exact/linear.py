@@ -22,7 +22,7 @@ from polyshard.core.errors import AdapterError, ConfigurationError, LayoutError
 from polyshard.core.exact import ExactMode, Product
 from polyshard.core.linear_adapter import adapter_with, name_of
 from polyshard.core.replicas import sum_replicas
-from polyshard.core.weight_layout import Segment, WeightLayout
+from polyshard.core.weight_layout import WeightLayout, qkv_segments
 from polyshard.exact.norm import ExactRMSNorm
 from polyshard.exact.product import exact_product
 from polyshard.exact.reduction import sum_in_order
@@ -181,8 +181,7 @@ class ExactLinearAdapter:
         bias: bool = False,
     ) -> nn.Module:
         """Query, key and value; the gradient of KV heads that ranks share is summed in the forward's graph."""
-        kv = Segment(size=num_kv_heads * head_dim, unit=head_dim, replicate=True)
-        segments = (Segment(size=num_heads * head_dim, unit=head_dim), kv, kv)
+        segments = qkv_segments(num_heads, num_kv_heads, head_dim)
         layout = WeightLayout(shape=(sum(s.size for s in segments), hidden_size), dim=0, segments=segments)
         axis = parallel_context.axis("tensor")
         create = getattr(self.inner, "create_qkv_parallel", None)

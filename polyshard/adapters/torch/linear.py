@@ -21,7 +21,7 @@ from polyshard.core.differentiable import (
     transform_gradient,
 )
 from polyshard.core.replicas import sum_replicas
-from polyshard.core.weight_layout import Segment, WeightLayout
+from polyshard.core.weight_layout import Segment, WeightLayout, qkv_segments
 
 
 def new_weight(layout: WeightLayout, parallel_context: ParallelContext, std: float | None) -> nn.Parameter:
@@ -209,8 +209,7 @@ class TorchLinearAdapter:
         bias: bool = False,
     ) -> nn.Module:
         """Query, key and value as one matrix product; KV heads shared where there are fewer than ranks."""
-        kv = Segment(size=num_kv_heads * head_dim, unit=head_dim, replicate=True)
-        segments = (Segment(size=num_heads * head_dim, unit=head_dim), kv, kv)
+        segments = qkv_segments(num_heads, num_kv_heads, head_dim)
         total = sum(segment.size for segment in segments)
         return ColumnParallelLinear(hidden_size, total, segments, parallel_context, bias)
 

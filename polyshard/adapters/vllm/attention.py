@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from polyshard.adapters.vllm.compat import (
-    ROTARY_MULTIPLE,
     Attention,
     PinnedBackend,
     VllmConfig,
     cpu_head_size,
     rotate_in_place,
+    takes_rotary,
 )
 from polyshard.attention.rotary import rotate_heads
 from polyshard.core.attention import AttentionFactory, AttentionSpec, PackedSequences
@@ -118,8 +118,7 @@ class PagedAttention(nn.Module):
         """By vLLM's operator, in place, where it takes these tensors."""
         if torch.compiler.is_compiling():
             return rotate_heads(q, k, cos, sin)  # the compiler fuses it; the table below lives in Python
-        odd = 2 * cos.shape[-1] % ROTARY_MULTIPLE
-        if odd or cos.dtype != q.dtype or cos.shape[:-1] != (*q.shape[:-2], 1):
+        if not takes_rotary(q, cos) or cos.shape[:-1] != (*q.shape[:-2], 1):
             return rotate_heads(q, k, cos, sin)
         table, rows = self._rotary.of(self, cos, sin)
         flat_q, flat_k = (t.flatten(-2).view(len(rows), -1) for t in (q, k))

@@ -64,7 +64,6 @@ from polyshard.core.errors import ConfigurationError
 __all__ = [
     "DEFAULT_VOCAB_PADDING_SIZE",
     "NORM_MULTIPLE",
-    "ROTARY_MULTIPLE",
     "Attention",
     "ColumnParallelLinear",
     "CompilationMode",
@@ -118,6 +117,7 @@ __all__ = [
     "runs_pipelines",
     "source_metadata",
     "support_torch_compile",
+    "takes_rotary",
     "unfinished_requests",
 ]
 
@@ -283,6 +283,11 @@ def is_batch_invariant() -> bool:
 
 
 ROTARY_MULTIPLE = 16  # rotary dims of whole vectors; at others the operator writes past the end on CPU (0.32.0)
+
+
+def takes_rotary(q: torch.Tensor, cos: torch.Tensor) -> bool:
+    """Whether the operator below takes heads and cosines like these: one rule for trainer and engine in exact mode."""
+    return 2 * cos.shape[-1] % ROTARY_MULTIPLE == 0 and cos.dtype == q.dtype
 
 
 def rotate_in_place(rows: torch.Tensor, q: torch.Tensor, k: torch.Tensor, head_dim: int, table: torch.Tensor) -> None:

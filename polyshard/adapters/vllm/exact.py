@@ -49,7 +49,7 @@ class CpuOperators:
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """vLLM's operator, on copies; torch's operations where it does not take the size."""
-        if 2 * cos.shape[-1] % compat.ROTARY_MULTIPLE or cos.dtype != q.dtype:
+        if not compat.takes_rotary(q, cos):
             return rotate_heads(q, k, cos, sin)
         table = torch.cat((cos, sin), dim=-1).expand(*q.shape[:-2], 1, -1).flatten(0, -2)
         rows = torch.arange(len(table))

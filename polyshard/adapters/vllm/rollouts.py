@@ -126,7 +126,7 @@ class RolloutEngine:
             WeightSyncError: the engine lives, and does not hold what was sent.
         """
         name = str(int(self._version) + 1) if version is None and self._version.isdigit() else version
-        return self._mended(lambda: self._synced(name), after_restart_done=True)
+        return self._mended(lambda: self._synced(name))
 
     def close(self) -> None:
         """End the engine, and release what it held."""
@@ -161,11 +161,8 @@ class RolloutEngine:
         self._version = report.version
         return report
 
-    def _mended(self, action: Callable[[], Any], after_restart_done: bool = False) -> Any:
-        """Do it; where the engine died over it start another, give it the weights, and do it again.
-
-        `after_restart_done`: giving the weights was the action.
-        """
+    def _mended(self, action: Callable[[], Any]) -> Any:
+        """Do it; where the engine died over it start another, give it the weights, and do it again."""
         if self._colocated:
             return action()
         while True:
@@ -187,9 +184,7 @@ class RolloutEngine:
                 logger.warning("the rollout engine died (%s): starting another, %d restarts left", error, self._left)
             self.close()
             self._start()
-            report = self._synced(self._version)
-            if after_restart_done:
-                return report
+            self._synced(self._version)
 
     def _engine_died(self) -> bool:
         """Whether an error was the engine's death; vLLM's own notice of it may still be on its way."""

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from polyshard.adapters.vllm.score import engine_environment
 from polyshard.core.errors import PolyshardError
 from polyshard.exact.trace import ENVIRONMENT_VARIABLE
 from polyshard.registry import engine_errors, register_model
@@ -74,11 +75,7 @@ def sample(job: SamplingJob, trace: Path | None = None) -> list[Sampled]:
     Raises:
         PolyshardError: the engine failed; the message holds the end of what it printed.
     """
-    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "TORCH_COMPILE_DISABLE": "1"}
-    environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    environment["OMP_NUM_THREADS"] = str(job.threads)
-    if job.tensor == 1:
-        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    environment = engine_environment(job.tensor) | {"OMP_NUM_THREADS": str(job.threads)}
     if trace is not None:
         environment[ENVIRONMENT_VARIABLE] = str(trace)
     with tempfile.TemporaryDirectory(prefix="polyshard-sampling-") as folder:

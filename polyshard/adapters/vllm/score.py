@@ -17,18 +17,23 @@ NAME = "PolyshardVerified"
 _MARK = "polyshard-scores:"
 
 
+def engine_environment(tensor: int) -> dict[str, str]:
+    """Of a process that runs one engine for a comparison and ends: quiet, nothing compiled, in itself where it can."""
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "TORCH_COMPILE_DISABLE": "1"}
+    environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    if tensor == 1:
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    return environment
+
+
 def scores(directory: str, factory: str, adapter: str, tensor: int, token_ids: list[int]) -> list[float]:
     """Log-probability of each token but the first, given those before it.
 
     Raises:
         PolyshardError: the engine failed; the message holds the end of what it printed.
     """
-    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "TORCH_COMPILE_DISABLE": "1"}
-    environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    if tensor == 1:
-        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     command = [sys.executable, "-m", __name__, directory, factory, adapter, str(tensor), json.dumps(token_ids)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=engine_environment(tensor), capture_output=True, text=True, timeout=600)
     for line in done.stdout.splitlines():
         if line.startswith(_MARK):
             return json.loads(line.removeprefix(_MARK))
