@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from support.written_out import attention
 
 import polyshard as ps
-from polyshard.attention import explain, select_kernel
-from polyshard.attention.kernels import operator
+from polyshard.attention import explain, select_kernel, selection
+from polyshard.attention.kernels import cpu, operator
+from polyshard.attention.kernels.fused import library
+from polyshard.attention.kernels.fused.library import width
 from polyshard.core.attention import AttentionSpec
 from polyshard.core.capabilities import Accepted
 
@@ -30,7 +32,7 @@ FEATURES = {
     "more keys than queries": {"key_lengths": (9, 5, 1, 3, 20, 310)},
     "everything": {"window": 9, "softcap": 2.0, "slopes": SLOPES, "sinks": True, "value_dim": 24},
 }
-KERNELS = ["cpu", "cpu_flash", "chunked", pytest.param("vllm", marks=pytest.mark.vllm)]
+KERNELS = ["cpu", "cpu_fused", "cpu_flash", "chunked", pytest.param("vllm", marks=pytest.mark.vllm)]
 
 
 def cumulative(lengths):
@@ -81,6 +83,9 @@ def bound_of(dtype):
 
 def lacks(kernel, feature, dtype):
     """Whether a kernel says that it has not got this: it must not run it without."""
+    if kernel == "cpu_fused":
+        odd = [d for d in (FEATURES[feature].get("value_dim", 32), 32) if d % width()]
+        return dtype != torch.float32 or feature in ("soft-cap", "alibi", "everything") or bool(odd)
     if kernel == "cpu_flash":
         return "window" in feature or feature.split()[0] in ("soft-cap", "alibi", "values", "everything")
     return kernel == "vllm" and (dtype == torch.float64 or feature == "window, not causal")
@@ -94,12 +99,23 @@ def test_forward_and_gradients_equal_attention_written_out(kernel, feature, dtyp
     shape = {name: features.pop(name, None) for name in ("key_lengths", "value_dim", "sinks")}
     tensors = case(LENGTHS, 4, 2, 32, dtype, **shape)
     if lacks(kernel, feature, dtype):
-        with pytest.raises(ps.ConfigurationError, match=f"{kernel}: (has no|needs)"):
+        with pytest.raises(ps.ConfigurationError, match=f"{kernel}: (has no|needs|computes in)"):
             list(differences(tensors, LENGTHS, kernel, shape["key_lengths"], **features))
         return
     found = differences(tensors, LENGTHS, kernel, shape["key_lengths"], **features)
     for difference, size in found:
         assert difference <= bound_of(dtype) * size
+
+
+@pytest.mark.parametrize("feature", ["alibi", "soft-cap", "window", "sinks", "values wider", "not causal"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_sequences_long_enough_for_torchs_operator_keep_their_features(monkeypatch, feature, fused):
+    monkeypatch.setattr(cpu.fused, "worthwhile", lambda run, call: fused)
+    features = dict(FEATURES[feature])
+    shape = {name: features.pop(name, None) for name in ("value_dim", "sinks")}
+    tensors = case((1100, 7), 4, 2, 16, torch.float32, **shape)
+    for difference, size in differences(tensors, (1100, 7), "cpu", **features):
+        assert difference <= bound_of(torch.float32) * size
 
 
 lengths_of = st.lists(st.one_of(st.sampled_from([0, 1, 2]), st.integers(0, 90)), min_size=1, max_size=6)
@@ -110,8 +126,8 @@ lengths_of = st.lists(st.one_of(st.sampled_from([0, 1, 2]), st.integers(0, 90)),
     lengths=lengths_of,
     extra=st.lists(st.integers(0, 40), min_size=6, max_size=6),
     heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1), (9, 3)]),
-    dim=st.sampled_from([8, 32, 56]),
-    value_dim=st.sampled_from([None, 16, 72]),
+    dim=st.sampled_from([8, 32, 56, 112]),
+    value_dim=st.sampled_from([None, 16, 72, 80]),
     causal=st.booleans(),
     window=st.one_of(st.none(), st.integers(1, 100)),
     softcap=st.one_of(st.none(), st.floats(0.5, 50.0)),
@@ -240,6 +256,63 @@ def test_a_kernel_can_be_forced_but_never_drops_a_feature(monkeypatch):
     assert select_kernel(spec_of(dropout=0.1), CPU, torch.float32, False, "cpu_flash").name == "cpu_flash"
     with pytest.raises(ps.ConfigurationError, match="unknown attention kernel 'fast'; known: flash_attn_4"):
         select_kernel(spec_of(), CPU, torch.float32, True, "fast")
+
+
+@pytest.fixture
+def no_library_yet(monkeypatch, tmp_path):
+    """As on a machine where nothing was compiled yet."""
+    monkeypatch.setenv("POLYSHARD_CACHE", str(tmp_path))
+    caches = (library.library, library._load_or_reason, selection._select)
+    for cached in caches:
+        cached.cache_clear()
+    yield tmp_path
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("no-such-compiler", "no-such-compiler, which is not there: install g.. or set CXX"),
+        ("false", "false could not compile attention.cpp"),
+    ],
+)
+def test_without_a_compiler_the_loops_say_so_and_tiles_do_their_work(monkeypatch, no_library_yet, compiler, reason):
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(ps.ConfigurationError, match=reason):
+        select_kernel(spec_of(), CPU, torch.float32, True, "cpu_fused")
+    tensors = case(LENGTHS, 4, 2, 32, torch.float32)
+    for difference, size in differences(tensors, LENGTHS, "cpu"):
+        assert difference <= bound_of(torch.float32) * size
+    assert not list(no_library_yet.iterdir()), "something half built was left behind"
+
+
+def test_the_loops_are_compiled_once_and_whole(no_library_yet):
+    assert select_kernel(spec_of(), CPU, torch.float32, True, "cpu_fused").name == "cpu_fused"
+    (built,) = no_library_yet.iterdir()
+    when = built.stat().st_mtime_ns
+    library._load_or_reason.cache_clear()
+    assert library.unavailable() is None
+    assert [p.stat().st_mtime_ns for p in no_library_yet.iterdir()] == [when]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_loops_give_the_same_bits_with_any_threads(threads):
+    tensors = case(LENGTHS, 4, 2, 32, torch.float32)
+    before = torch.get_num_threads()
+
+    def gradients():
+        leaves = [t.clone().requires_grad_() for t in tensors[:3]]
+        out = ps.packed_attention(*leaves, cumulative(LENGTHS), kernel="cpu_fused")
+        return out, *torch.autograd.grad(out, leaves, tensors[3])
+
+    try:
+        torch.set_num_threads(1)
+        alone = gradients()
+        torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for a, b in zip(alone, gradients()))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_strided_and_empty_tensors_are_taken():

@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from polyshard.attention.kernels.cpu import Chunked, Cpu, CpuFlash
+from polyshard.attention.kernels.cpu import Chunked, Cpu, CpuFlash, CpuFused
 from polyshard.attention.kernels.flash_attn_2 import FlashAttn2
 from polyshard.attention.kernels.flash_attn_3 import FlashAttn3
 from polyshard.attention.kernels.flash_attn_4 import FlashAttn4
@@ -31,6 +31,7 @@ KERNELS: Sequence[AttentionKernel] = (
     FlashAttn2(),
     TorchVarlen(),
     Cpu(),
+    CpuFused(),
     CpuFlash(),
     Flex(),
     Chunked(),

@@ -1,22 +1,26 @@
-"""The kernels that go through the runs of a packed batch: by tiles, by torch's flash operator, by the faster of both.
+"""Kernels that go through the runs of a packed batch: by tiles, torch's flash operator, compiled loops, the fastest.
 
-Measured (benchmarks/attention.py, one thread): tiles are faster in bfloat16 at any length, and in float32 for
-sequences up to a thousand tokens; torch's operator is faster on longer ones in float32. Padding and block masks lose.
+Measured (benchmarks/attention.py, one thread): in float32 the compiled loops are the fastest; without a compiler, tiles
+are for sequences up to a thousand tokens, and torch's operator for longer ones. In bfloat16 tiles are faster at any
+length. Padding and block masks lose.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 
-from polyshard.attention.kernels import chunked, cpu_flash, operator
+from polyshard.attention.kernels import chunked, cpu_flash, fused, operator
 from polyshard.attention.kernels.protocol import AttentionCall
 from polyshard.attention.kernels.softmax import wide
 from polyshard.attention.kernels.tiles import Run, runs
 from polyshard.core.attention import AttentionSpec
 
-_LONG = 1024  # keys from which torch's operator is faster in float32
+_LONG = 1024  # keys from which torch's operator is faster than tiles in float32
+
+Way = Literal["tiles", "flash", "fused"]
 
 
 class _ByRun:
@@ -25,8 +29,8 @@ class _ByRun:
     name: str
     native_sinks = False
 
-    def by_flash(self, run: Run, call: AttentionCall) -> bool:
-        """Whether torch's operator is to compute this run."""
+    def way(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> Way:
+        """What computes this run."""
         raise NotImplementedError
 
     def attend(
@@ -39,15 +43,22 @@ class _ByRun:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `BlockKernel`."""
-        out = q.new_zeros((*q.shape[:2], v.shape[-1]))
-        logsumexp = torch.full(q.shape[:2], -math.inf, dtype=wide(q.dtype), device=q.device)
+        q, k, v = (_whole_rows(t) for t in (q, k, v))
         work, kept = self._work(q, call)
+        if _filled(work, q, k):
+            out, logsumexp = q.new_empty((*q.shape[:2], v.shape[-1])), q.new_empty(q.shape[:2])
+        else:
+            out = q.new_zeros((*q.shape[:2], v.shape[-1]))
+            logsumexp = torch.full(q.shape[:2], -math.inf, dtype=wide(q.dtype), device=q.device)
         saved = q.new_empty(sum(kept))
-        for (run, flash), part in zip(work, saved.split(kept)):
-            if flash:
-                cpu_flash.forward_run(q, k, v, run, call, out, logsumexp)
-            else:
-                chunked.forward_run(q, k, v, run, call, out, logsumexp, part)
+        for (run, way), part in zip(work, saved.split(kept)):
+            match way:
+                case "fused":
+                    fused.forward_run(q, k, v, run, call, out, logsumexp)
+                case "flash":
+                    cpu_flash.forward_run(q, k, v, run, call, out, logsumexp)
+                case "tiles":
+                    chunked.forward_run(q, k, v, run, call, out, logsumexp, part)
         return out, logsumexp, saved
 
     def backward(
@@ -62,19 +73,35 @@ class _ByRun:
         call: AttentionCall,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `BlockKernel`."""
-        grads = (q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape))
+        grad_out, q, k, v, out = (_whole_rows(t) for t in (grad_out, q, k, v, out))
         work, kept = self._work(q, call)
-        for (run, flash), part in zip(work, saved.split(kept)):
-            if flash:
-                cpu_flash.backward_run(grad_out, q, k, v, out, logsumexp, run, call, grads)
-            else:
-                chunked.backward_run(grad_out, q, k, v, out, logsumexp, part, run, call, grads)
+        new = torch.Tensor.new_empty if _filled(work, q, k) else torch.Tensor.new_zeros
+        grads = (new(q, q.shape), new(k, k.shape), new(v, v.shape))
+        for (run, way), part in zip(work, saved.split(kept)):
+            match way:
+                case "fused":
+                    fused.backward_run(grad_out, q, k, v, out, logsumexp, run, call, grads)
+                case "flash":
+                    cpu_flash.backward_run(grad_out, q, k, v, out, logsumexp, run, call, grads)
+                case "tiles":
+                    chunked.backward_run(grad_out, q, k, v, out, logsumexp, part, run, call, grads)
         return grads
 
-    def _work(self, q: torch.Tensor, call: AttentionCall) -> tuple[list[tuple[Run, bool]], list[int]]:
-        """The runs with keys, each with whether torch's operator computes it, and how many weights it keeps."""
-        work = [(run, self.by_flash(run, call)) for run in runs(call) if run.keys]
-        return work, [0 if flash else chunked.saved_elements(run, call, q) for run, flash in work]
+    def _work(self, q: torch.Tensor, call: AttentionCall) -> tuple[list[tuple[Run, Way]], list[int]]:
+        """The runs with keys, each with what computes it, and how many weights it keeps."""
+        work = [(run, self.way(run, call, q.dtype)) for run in runs(call) if run.keys]
+        return work, [chunked.saved_elements(run, call, q) if way == "tiles" else 0 for run, way in work]
+
+
+def _whole_rows(x: torch.Tensor) -> torch.Tensor:
+    """With the last dimension contiguous, as compiled code wants it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _filled(work: list[tuple[Run, Way]], q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether every row of all results will be written: the loops leave out nothing, and no sequence is left out."""
+    rows, keys = sum(run.count * run.rows for run, _ in work), sum(run.count * run.keys for run, _ in work)
+    return all(way == "fused" for _, way in work) and (rows, keys) == (len(q), len(k))
 
 
 class Chunked(_ByRun):
@@ -86,13 +113,13 @@ class Chunked(_ByRun):
         """See `AttentionKernel`."""
         return None if dtype.is_floating_point else f"needs a float dtype, not {dtype}"
 
-    def by_flash(self, run: Run, call: AttentionCall) -> bool:
-        """Never."""
-        return False
+    def way(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> Way:
+        """Tiles alone."""
+        return "tiles"
 
 
 class Cpu(Chunked):
-    """Tiles, and torch's operator for the long sequences on which it is faster."""
+    """The fastest of all for each run of sequences."""
 
     name = "cpu"
 
@@ -102,9 +129,28 @@ class Cpu(Chunked):
             return f"needs a CPU, not {device.type}"
         return super().rejects(spec, device, dtype, training)
 
-    def by_flash(self, run: Run, call: AttentionCall) -> bool:
-        """Long, and with nothing that the operator lacks."""
-        return run.keys >= _LONG and cpu_flash.fits(run, call) and flash_lacks(call.spec) is None
+    def way(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> Way:
+        """Compiled loops where they can; else torch's operator for long sequences without what it lacks."""
+        if call.alibi_slopes is not None:  # the operator's spec has none: they are a tensor of the call
+            return "tiles"
+        if fused.worthwhile(run, call) and fused.rejects(call.spec, dtype) is None:
+            return "fused"
+        long = run.keys >= _LONG and cpu_flash.fits(run, call) and flash_lacks(call.spec) is None
+        return "flash" if long else "tiles"
+
+
+class CpuFused(_ByRun):
+    """The compiled loops alone."""
+
+    name = "cpu_fused"
+
+    def rejects(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
+        """See `AttentionKernel`."""
+        return fused.rejects(spec, dtype) if device.type == "cpu" else f"needs a CPU, not {device.type}"
+
+    def way(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> Way:
+        """Always."""
+        return "fused"
 
 
 class CpuFlash(_ByRun):
@@ -120,9 +166,9 @@ class CpuFlash(_ByRun):
             return f"has no {dtype}"
         return flash_lacks(spec)
 
-    def by_flash(self, run: Run, call: AttentionCall) -> bool:
-        """Always, but for alignments that the operator cannot express."""
-        return cpu_flash.fits(run, call)
+    def way(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> Way:
+        """torch's operator, but for alignments that it cannot express."""
+        return "flash" if cpu_flash.fits(run, call) else "tiles"
 
 
 def flash_lacks(spec: AttentionSpec) -> str | None:

@@ -1,0 +1,416 @@
+// Attention of packed sequences in float32, forward and backward, in blocks of rows that stay in registers.
+//
+// For short sequences: a processor's library spends more on starting a 64 x 64 matrix product, and torch on writing
+// its result down, than the product takes. Here the scores of a few rows are multiplied, masked, exponentiated and
+// multiplied again before they leave the first cache, and no product is taken that a mask would throw away.
+//
+// The backward computes the weights again from the logsumexp (FlashAttention, arXiv:2205.14135, appendix B).
+// One task is one key-value head of one sequence with all of its query heads, so tasks share no memory.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int WIDTH = 16;  // floats of a register
+constexpr int PANEL = 4;   // registers of a row that a product sums at once; with ROWS it fills the register file
+#else
+constexpr int WIDTH = 8;
+constexpr int PANEL = 2;
+#endif
+constexpr int ROWS = 6;
+constexpr int64_t TILE = 16 * ROWS;  // queries whose weights are kept at once in the backward
+
+typedef float Vec __attribute__((vector_size(4 * WIDTH)));
+typedef float VecAnywhere __attribute__((vector_size(4 * WIDTH), aligned(4)));
+typedef int32_t Int __attribute__((vector_size(4 * WIDTH)));
+
+inline Vec load(const float* p) { return *reinterpret_cast<const VecAnywhere*>(p); }
+inline void store(float* p, Vec x) { *reinterpret_cast<VecAnywhere*>(p) = x; }
+inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// A matrix in memory whose element (row, column) is data[row * rows + column * columns].
+struct Strided {
+  const float* data;
+  int64_t rows, columns;
+};
+
+// out[0..R)[0..V * WIDTH) (+)= a[0..R)[0..depth) b[0..depth)[0..V * WIDTH)
+template <int R, int V>
+inline void multiply(Strided a, const float* b, int64_t b_row, int64_t depth, float* out, int64_t out_row, bool add) {
+  Vec sum[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) sum[r][v] = Vec{};
+  for (int64_t k = 0; k < depth; k++) {
+    Vec row[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) row[v] = load(b + k * b_row + v * WIDTH);
+  #pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+      const float x = a.data[r * a.rows + k * a.columns];
+  #pragma GCC unroll 8
+    for (int v = 0; v < V; v++) sum[r][v] += x * row[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) {
+      float* to = out + r * out_row + v * WIDTH;
+      store(to, add ? load(to) + sum[r][v] : sum[r][v]);
+    }
+}
+
+template <int R>
+void multiply_rows(Strided a, const float* b, int64_t b_row, int64_t depth, float* out, int64_t out_row, bool add,
+                   int64_t columns) {
+  int64_t c = 0;
+  for (; c + PANEL * WIDTH <= columns; c += PANEL * WIDTH)
+    multiply<R, PANEL>(a, b + c, b_row, depth, out + c, out_row, add);
+  switch ((columns - c) / WIDTH) {
+    case 3: return multiply<R, 3>(a, b + c, b_row, depth, out + c, out_row, add);
+    case 2: return multiply<R, 2>(a, b + c, b_row, depth, out + c, out_row, add);
+    case 1: return multiply<R, 1>(a, b + c, b_row, depth, out + c, out_row, add);
+  }
+}
+
+// The same for up to ROWS rows and any number of columns that fills whole registers.
+void product(int64_t rows, Strided a, const float* b, int64_t b_row, int64_t depth, float* out, int64_t out_row,
+             bool add, int64_t columns) {
+  switch (rows) {
+    case 6: return multiply_rows<6>(a, b, b_row, depth, out, out_row, add, columns);
+    case 5: return multiply_rows<5>(a, b, b_row, depth, out, out_row, add, columns);
+    case 4: return multiply_rows<4>(a, b, b_row, depth, out, out_row, add, columns);
+    case 3: return multiply_rows<3>(a, b, b_row, depth, out, out_row, add, columns);
+    case 2: return multiply_rows<2>(a, b, b_row, depth, out, out_row, add, columns);
+    default: return multiply_rows<1>(a, b, b_row, depth, out, out_row, add, columns);
+  }
+}
+
+// exp(x) for x <= 0, to about one unit in the last place (polynomial of Cephes, expf.c); 0 below -87.3.
+inline Vec exponential(Vec x) {
+  const Int least = x < -87.3f;
+  x = x < -87.3f ? Vec{} - 87.3f : x;
+  const Vec shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
+  const Vec whole = shifted - 12582912.0f;
+  const Vec rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Vec y = Vec{} + 1.9875691500e-4f;
+  y = y * rest + 1.3981999507e-3f;
+  y = y * rest + 8.3334519073e-3f;
+  y = y * rest + 4.1665795894e-2f;
+  y = y * rest + 1.6666665459e-1f;
+  y = y * rest + 5.0000001201e-1f;
+  y = y * rest * rest + rest + 1.0f;
+  const Int power = ((Int)shifted) << 23;  // the low bits of the shifted number are the integer
+  const Vec scaled = (Vec)((Int)y + power);
+  return (Vec)((Int)scaled & ~least);
+}
+
+// 0, 1, 2, ... in the lanes of a register.
+inline Int lanes() {
+  Int x{};
+  for (int i = 0; i < WIDTH; i++) x[i] = i;
+  return x;
+}
+
+inline float sum_of(Vec x) {
+#pragma GCC unroll 4
+  for (int half = WIDTH / 2; half > 0; half /= 2) x += __builtin_shuffle(x, lanes() ^ half);
+  return x[0];
+}
+
+inline float largest_of(Vec x) {
+#pragma GCC unroll 4
+  for (int half = WIDTH / 2; half > 0; half /= 2) {
+    const Vec other = __builtin_shuffle(x, lanes() ^ half);
+    x = x > other ? x : other;
+  }
+  return x[0];
+}
+
+// Rows of a square block become its columns, by exchanging ever larger halves.
+inline void transpose_block(Vec (&x)[WIDTH]) {
+#pragma GCC unroll 4
+  for (int half = 1; half < WIDTH; half *= 2) {
+    const Int upper = (lanes() & half) != 0;
+    const Int first = upper ? lanes() + (WIDTH - half) : lanes(), second = upper ? lanes() + WIDTH : lanes() + half;
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; i++)
+      if (!(i & half)) {
+        const Vec a = x[i], b = x[i + half];
+        x[i] = __builtin_shuffle(a, b, first);
+        x[i + half] = __builtin_shuffle(a, b, second);
+      }
+  }
+}
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<float, Free>;
+
+Buffer buffer(int64_t floats) {
+  void* p = std::aligned_alloc(64, up(std::max<int64_t>(floats, 1) * 4, 64));
+  if (!p) std::abort();
+  return Buffer(static_cast<float*>(p));
+}
+
+}  // namespace
+
+extern "C" {
+
+// A packed tensor [tokens, heads, dim] at the first token of a run; its last dimension is contiguous.
+struct Packed {
+  float* data;
+  int64_t token, head;  // strides
+};
+
+// `count` neighbouring sequences of equal lengths. Query i of a sequence sees keys (i + shift - window, i + shift] if
+// causal, (i + shift - window, i + shift + window) if not.
+struct Run {
+  int64_t count, rows, keys, shift, heads, kv_heads, dim, value_dim, causal, window, threads;
+  float scale;
+};
+}
+
+namespace {
+
+struct Seen {
+  int64_t low, high;
+};
+
+static_assert(ROWS <= WIDTH, "a block of keys lies in two registers");
+
+inline Seen seen(const Run& run, int64_t row) {
+  const int64_t at = row + run.shift;
+  int64_t low = 0, high = run.keys;
+  if (run.window > 0) low = std::max(low, at - run.window + 1);
+  if (run.causal)
+    high = std::min(high, at + 1);
+  else if (run.window > 0)
+    high = std::min(high, at + run.window);
+  return low < high ? Seen{low, high} : Seen{0, 0};
+}
+
+// The keys that any of `rows` rows from `first` on sees, out to whole registers.
+inline Seen seen_by(const Run& run, int64_t first, int64_t rows) {
+  int64_t low = run.keys, high = 0;
+  for (int64_t r = first; r < first + rows; r++) {
+    const Seen one = seen(run, r);
+    if (one.high) low = std::min(low, one.low), high = std::max(high, one.high);
+  }
+  return high ? Seen{low / WIDTH * WIDTH, high} : Seen{0, 0};
+}
+
+// `[keys, dim]` to `[dim, columns]`, multiplied by `factor`, filled up with zeros.
+void transpose(const float* from, int64_t row, int64_t keys, int64_t dim, float factor, float* to, int64_t columns) {
+  for (int64_t k = 0; k < keys; k += WIDTH)
+    for (int64_t d = 0; d < dim; d += WIDTH) {
+      Vec block[WIDTH];
+      for (int64_t i = 0; i < WIDTH; i++) block[i] = k + i < keys ? load(from + (k + i) * row + d) * factor : Vec{};
+      transpose_block(block);
+      for (int64_t i = 0; i < WIDTH; i++) store(to + (d + i) * columns + k, block[i]);
+    }
+}
+
+// Which lanes of the register at `column` a row sees.
+inline Int visible(Seen one, int64_t column) {
+  return (lanes() >= (int32_t)(one.low - column)) & (lanes() < (int32_t)(one.high - column));
+}
+
+inline Vec where(Int keep, Vec x) { return (Vec)((Int)x & keep); }
+
+// Scores of one row to weights that are not yet divided by their sum.
+inline void softmax(float* row, Seen all, Seen one, float& largest, float& total) {
+  const Vec none = Vec{} - std::numeric_limits<float>::infinity();
+  Vec top = none, sum{};
+  for (int64_t c = all.low; c < all.high; c += WIDTH) {
+    const Vec x = visible(one, c) ? load(row + c) : none;
+    store(row + c, x);
+    top = x > top ? x : top;
+  }
+  largest = largest_of(top);
+  for (int64_t c = all.low; c < all.high; c += WIDTH) {
+    const Vec x = exponential(load(row + c) - largest);
+    store(row + c, x);
+    sum += x;
+  }
+  total = sum_of(sum);
+}
+
+// Ask for `rows` rows of `dim` floats, so that they are in the cache when they are multiplied.
+inline void prefetch(const float* from, int64_t row, int64_t rows, int64_t dim) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(from + r * row + d);
+}
+
+void forward_task(const Run& run, Packed q, Packed k, Packed v, Packed out, Packed lse, int64_t sequence, int64_t kv,
+                  float* keys, float* weights) {
+  const int64_t columns = up(run.keys, WIDTH), group = run.heads / run.kv_heads;
+  transpose(k.data + sequence * run.keys * k.token + kv * k.head, k.token, run.keys, run.dim, run.scale, keys, columns);
+  const float* values = v.data + sequence * run.keys * v.token + kv * v.head;
+  for (int64_t first = 0; first < run.rows; first += ROWS) {
+    const int64_t rows = std::min<int64_t>(ROWS, run.rows - first), token = sequence * run.rows + first;
+    const Seen all = seen_by(run, first, rows);
+    for (int64_t head = kv * group; head < (kv + 1) * group; head++) {
+      float* to = out.data + token * out.token + head * out.head;
+      float* sums = lse.data + token * lse.token + head * lse.head;
+      if (!all.high) {
+        for (int64_t r = 0; r < rows; r++) {
+          std::memset(to + r * out.token, 0, run.value_dim * 4);
+          sums[r * lse.token] = -std::numeric_limits<float>::infinity();
+        }
+        continue;
+      }
+      product(rows, {q.data + token * q.token + head * q.head, q.token, 1}, keys + all.low, columns, run.dim,
+              weights + all.low, columns, false, up(all.high, WIDTH) - all.low);
+      float factor[ROWS];
+      for (int64_t r = 0; r < rows; r++) {
+        const Seen one = seen(run, first + r);
+        float largest = 0, total = 0;
+        if (one.high) {
+          softmax(weights + r * columns, all, one, largest, total);
+        } else {
+          std::memset(weights + r * columns + all.low, 0, (up(all.high, WIDTH) - all.low) * 4);
+        }
+        factor[r] = one.high ? 1 / total : 0;
+        sums[r * lse.token] = one.high ? largest + std::log(total) : -std::numeric_limits<float>::infinity();
+      }
+      product(rows, {weights + all.low, columns, 1}, values + all.low * v.token, v.token, all.high - all.low, to,
+              out.token, false, run.value_dim);
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t d = 0; d < run.value_dim; d += WIDTH)
+          store(to + r * out.token + d, load(to + r * out.token + d) * factor[r]);
+    }
+  }
+}
+
+struct Scratch {
+  Buffer keys, values, weights, gradients;
+};
+
+void backward_task(const Run& run, Packed grad, Packed q, Packed k, Packed v, Packed out, Packed lse, Packed grad_q,
+                   Packed grad_k, Packed grad_v, int64_t sequence, int64_t kv, Scratch& scratch) {
+  const int64_t columns = up(run.keys, WIDTH), group = run.heads / run.kv_heads, token = sequence * run.keys;
+  const float* keys = k.data + token * k.token + kv * k.head;
+  const float* values = v.data + token * v.token + kv * v.head;
+  float* to_k = grad_k.data + token * grad_k.token + kv * grad_k.head;
+  float* to_v = grad_v.data + token * grad_v.token + kv * grad_v.head;
+  for (int64_t j = 0; j < run.keys; j++) {
+    std::memset(to_k + j * grad_k.token, 0, run.dim * 4);
+    std::memset(to_v + j * grad_v.token, 0, run.value_dim * 4);
+  }
+  transpose(keys, k.token, run.keys, run.dim, run.scale, scratch.keys.get(), columns);
+  transpose(values, v.token, run.keys, run.value_dim, 1, scratch.values.get(), columns);
+  for (int64_t head = kv * group; head < (kv + 1) * group; head++) {
+    for (int64_t tile = 0; tile < run.rows; tile += TILE) {
+      const int64_t end = std::min(run.rows, tile + TILE);
+      int64_t low = run.keys, high = 0;
+      for (int64_t first = tile; first < end; first += ROWS) {
+        const int64_t rows = std::min<int64_t>(ROWS, end - first), at = sequence * run.rows + first;
+        const Seen all = seen_by(run, first, rows);
+        const float* queries = q.data + at * q.token + head * q.head;
+        const float* grads = grad.data + at * grad.token + head * grad.head;
+        const float* outs = out.data + at * out.token + head * out.head;
+        float* to_q = grad_q.data + at * grad_q.token + head * grad_q.head;
+        if (!all.high) {
+          for (int64_t r = 0; r < rows; r++) std::memset(to_q + r * grad_q.token, 0, run.dim * 4);
+          continue;
+        }
+        low = std::min(low, all.low), high = std::max(high, all.high);
+        const int64_t next = std::min<int64_t>(ROWS, end - first - rows);
+        prefetch(queries + rows * q.token, q.token, next, run.dim);
+        prefetch(grads + rows * grad.token, grad.token, next, run.value_dim);
+        prefetch(outs + rows * out.token, out.token, next, run.value_dim);
+        const int64_t width = up(all.high, WIDTH) - all.low;
+        float* weights = scratch.weights.get() + (first - tile) * columns;
+        float* gradients = scratch.gradients.get() + (first - tile) * columns;
+        product(rows, {queries, q.token, 1}, scratch.keys.get() + all.low, columns, run.dim, weights + all.low, columns,
+                false, width);
+        product(rows, {grads, grad.token, 1}, scratch.values.get() + all.low, columns, run.value_dim,
+                gradients + all.low, columns, false, width);
+        for (int64_t r = 0; r < rows; r++) {
+          const Seen one = seen(run, first + r);
+          float *p = weights + r * columns, *g = gradients + r * columns;
+          if (!one.high) {
+            std::memset(p + all.low, 0, width * 4);
+            std::memset(g + all.low, 0, width * 4);
+            continue;
+          }
+          Vec dot{};
+          for (int64_t d = 0; d < run.value_dim; d += WIDTH)
+            dot += load(grads + r * grad.token + d) * load(outs + r * out.token + d);
+          const float delta = sum_of(dot), total = lse.data[(at + r) * lse.token + head * lse.head];
+          for (int64_t c = all.low; c < all.high; c += WIDTH) {
+            const Vec x = where(visible(one, c), exponential(load(p + c) - total));
+            store(p + c, x);
+            store(g + c, (load(g + c) - delta) * x * run.scale);
+          }
+          // A block of keys may begin or end in the register beside, and read there.
+          for (const int64_t c : {all.low - WIDTH, up(all.high, WIDTH)})
+            if (c >= 0 && c < columns) store(p + c, Vec{}), store(g + c, Vec{});
+        }
+        product(rows, {gradients + all.low, columns, 1}, keys + all.low * k.token, k.token, all.high - all.low, to_q,
+                grad_q.token, false, run.dim);
+      }
+      // Of a tile's rows from the first block on that sees a key, both gradients of that key are sums.
+      for (int64_t j = low; j < high; j += ROWS) {
+        const int64_t rows = std::min<int64_t>(ROWS, high - j);
+        int64_t from = tile, to = end;
+        if (run.causal) from = std::max(from, j - run.shift);
+        else if (run.window > 0) from = std::max(from, j - run.shift - run.window + 1);
+        if (run.window > 0) to = std::min(to, j + rows - 1 - run.shift + run.window);
+        if (from >= to) continue;
+        const float* p = scratch.weights.get() + (from - tile) * columns + j;
+        const float* g = scratch.gradients.get() + (from - tile) * columns + j;
+        const int64_t at = sequence * run.rows + from;
+        product(rows, {p, 1, columns}, grad.data + at * grad.token + head * grad.head, grad.token, to - from,
+                to_v + j * grad_v.token, grad_v.token, true, run.value_dim);
+        product(rows, {g, 1, columns}, q.data + at * q.token + head * q.head, q.token, to - from,
+                to_k + j * grad_k.token, grad_k.token, true, run.dim);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Fills `out` and `lse`.
+void polyshard_attention_forward(const Run* run, const Packed* q, const Packed* k, const Packed* v, const Packed* out,
+                                 const Packed* lse) {
+  const int64_t columns = up(run->keys, WIDTH);
+#pragma omp parallel num_threads(run->threads)
+  {
+    const Buffer keys = buffer(run->dim * columns), weights = buffer(ROWS * columns);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < run->count * run->kv_heads; task++)
+      forward_task(*run, *q, *k, *v, *out, *lse, task / run->kv_heads, task % run->kv_heads, keys.get(), weights.get());
+  }
+}
+
+// Fills the three gradients; `out` and `lse` are those of the whole softmax, of which these keys may be a part.
+void polyshard_attention_backward(const Run* run, const Packed* grad, const Packed* q, const Packed* k, const Packed* v,
+                                  const Packed* out, const Packed* lse, const Packed* grad_q, const Packed* grad_k,
+                                  const Packed* grad_v) {
+  const int64_t columns = up(run->keys, WIDTH);
+#pragma omp parallel num_threads(run->threads)
+  {
+    Scratch scratch{buffer(run->dim * columns), buffer(run->value_dim * columns), buffer(TILE * columns),
+                    buffer(TILE * columns)};
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < run->count * run->kv_heads; task++)
+      backward_task(*run, *grad, *q, *k, *v, *out, *lse, *grad_q, *grad_k, *grad_v, task / run->kv_heads,
+                    task % run->kv_heads, scratch);
+  }
+}
+}

@@ -1,0 +1,108 @@
+"""The compiled loops: built once per machine by the user's own C++ compiler, and kept.
+
+No torch header is needed, so that building takes a second; it links to torch's OpenMP and shares its threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from polyshard.core.errors import PolyshardError
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("attention.cpp")
+ENVIRONMENT_VARIABLE = "POLYSHARD_CACHE"
+
+_FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
+_PROCESSORS = {
+    "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"),
+    "AVX2": ("-mavx2", "-mfma"),
+}
+_WIDTHS = {"AVX512": 16, "AVX2": 8}
+_SECONDS = 120  # to compile
+
+
+class Unavailable(PolyshardError):
+    """The compiled loops cannot be had here; the message says why and what to do."""
+
+
+def width() -> int:
+    """Floats of a vector register: head sizes are multiples of it; 0 where the processor has none that is known."""
+    return _WIDTHS.get(torch.backends.cpu.get_cpu_capability(), 0)
+
+
+def unavailable() -> str | None:
+    """Why the library cannot be had; None where it was built and loaded. The first call may compile."""
+    try:
+        library()
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The library of this processor.
+
+    Raises:
+        Unavailable: no processor, compiler or place for it.
+    """
+    found = _load_or_reason()
+    if isinstance(found, str):
+        raise Unavailable(found)
+    return found
+
+
+@functools.cache
+def _load_or_reason() -> ctypes.CDLL | str:
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in _PROCESSORS:
+        return f"needs a processor with {' or '.join(_PROCESSORS)}, and torch calls this one {capability}"
+    named = shlex.split(os.environ.get("CXX", "g++"))
+    compiler = shutil.which(named[0]) if named else None
+    if compiler is None:
+        return f"needs the C++ compiler {' '.join(named) or 'of CXX'}, which is not there: install g++ or set CXX"
+    command = [compiler, *named[1:], *_FLAGS, *_PROCESSORS[capability]]
+    key = hashlib.sha256("\n".join([*command, SOURCE.read_text()]).encode()).hexdigest()[:16]
+    built = _cache() / f"attention-{capability.lower()}-{key}.so"
+    try:
+        if not built.exists():
+            _compile(command, built)
+        return ctypes.CDLL(str(built))
+    except subprocess.TimeoutExpired:
+        return f"{compiler} did not end within {_SECONDS} s"
+    except subprocess.CalledProcessError as error:
+        return f"{compiler} could not compile {SOURCE.name}: {error.stderr.strip()[-400:]}"
+    except OSError as error:
+        return f"cannot be built or loaded ({error}): name another folder in {ENVIRONMENT_VARIABLE}"
+
+
+def _cache() -> Path:
+    """`$POLYSHARD_CACHE`, else the user's own cache folder."""
+    if named := os.environ.get(ENVIRONMENT_VARIABLE):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polyshard"
+
+
+def _compile(command: list[str], built: Path) -> None:
+    """Compile into a file beside `built` and rename it: ranks that start together each do so, and none waits."""
+    built.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+        part = Path(folder) / built.name
+        subprocess.run(
+            [*command, "-o", str(part), str(SOURCE)], check=True, capture_output=True, text=True, timeout=_SECONDS
+        )
+        part.replace(built)
+    logger.info("compiled the attention loops of this processor: %s", built)
