@@ -63,25 +63,84 @@ def test_what_it_has_not_got_is_refused():
         ps.TrainableMLA(32, 4, **{**latent.SIZES, "qk_rope_head_dim": 7})
 
 
+PROMPT = list(range(3, 40))
+
+
+def checkpoint(directory, **changes):
+    """A trainer's context, its model, and the checkpoint in `directory`."""
+    context, config = ps.initialize("torch"), {**latent.CONFIG, **changes}
+    model = latent.build(ps.ModelConfig(**config), context)
+    ps.initialize_weights(model, context, initializer=latent.initial)
+    ps.save_checkpoint(model, directory, context, config=config)
+    return context, model
+
+
+def assert_serves(llm, model, bound=2e-5):
+    """Log-probabilities of a prompt and of its greedy answer are the trainer's."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(max_tokens=6, temperature=0, prompt_logprobs=0, logprobs=0, detokenize=False)
+    out = llm.generate([{"prompt_token_ids": PROMPT}], parameters, use_tqdm=False)[0]
+    answer = list(out.outputs[0].token_ids)
+    whole = torch.tensor(PROMPT + answer)
+    with torch.no_grad():
+        own = model.compute_logits(model(whole)).log_softmax(-1)
+    served = [step[i].logprob for step, i in zip(out.prompt_logprobs[1:], PROMPT[1:])]
+    served += [step[i].logprob for step, i in zip(out.outputs[0].logprobs, answer)]
+    wanted = own[:-1].gather(-1, whole[1:, None]).flatten()
+    torch.testing.assert_close(torch.tensor(served), wanted, rtol=0, atol=bound)
+    assert answer == own[len(PROMPT) - 1 : -1].argmax(-1).tolist()
+
+
 @pytest.mark.vllm
 def test_a_served_model_gives_the_trainers_numbers(tmp_path):
     from support.engines import engine
-    from vllm import SamplingParams
 
-    context = ps.initialize("torch")
-    model = latent.build(ps.ModelConfig(**latent.CONFIG), context)
-    ps.initialize_weights(model, context, initializer=latent.initial)
-    ps.save_checkpoint(model, tmp_path / "mla", context, config=latent.CONFIG)
+    _, model = checkpoint(tmp_path / "mla")
     ps.register_model("Latent", latent.build)
-    prompt = list(range(3, 40))
     with engine(tmp_path / "mla", "Latent") as llm:
-        parameters = SamplingParams(max_tokens=6, temperature=0, prompt_logprobs=0, logprobs=0, detokenize=False)
-        out = llm.generate([{"prompt_token_ids": prompt}], parameters, use_tqdm=False)[0]
-    answer = list(out.outputs[0].token_ids)
-    whole = torch.tensor(prompt + answer)
-    with torch.no_grad():
-        own = model.compute_logits(model(whole)).log_softmax(-1)
-    served = [step[i].logprob for step, i in zip(out.prompt_logprobs[1:], prompt[1:])]
-    served += [step[i].logprob for step, i in zip(out.outputs[0].logprobs, answer)]
-    torch.testing.assert_close(torch.tensor(served), own[:-1].gather(-1, whole[1:, None]).flatten(), rtol=0, atol=2e-5)
-    assert answer == own[len(prompt) - 1 : -1].argmax(-1).tolist()
+        assert_serves(llm, model)
+
+
+@pytest.fixture
+def deepseek_sizes(monkeypatch):
+    """Latents of 512 and rotated keys of 64: those for which vLLM's kernels on CPU are compiled."""
+    sizes = {**latent.SIZES, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    monkeypatch.setattr(latent, "SIZES", sizes)
+    return {"model_type": "deepseek_v3", "q_lora_rank": 20, **sizes}
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("adapter", ["vllm", "torch"])
+def test_vllms_latent_cache_gives_the_trainers_numbers_after_a_sync_too(tmp_path, deepseek_sizes, adapter):
+    from support.engines import engine
+
+    from polyshard.adapters.vllm.compat import MLAAttention, local_worker
+
+    context, model = checkpoint(tmp_path / "mla", **deepseek_sizes)
+    ps.register_model("Latent", latent.build, adapter=adapter)
+    with engine(tmp_path / "mla", "Latent") as llm:
+        kinds = [type(module) for module in local_worker(llm).model.modules()]
+        assert kinds.count(MLAAttention) == latent.CONFIG["num_hidden_layers"]
+        assert_serves(llm, model, bound=2e-4)  # weights absorbed into the query: sums of 512 terms in another order
+        for share in (True, False):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(0.9)
+            with ps.WeightSync(model, context, llm, share=share) as sync:
+                sync()
+                assert_serves(llm, model, bound=2e-4)
+
+
+@pytest.mark.vllm
+def test_a_latent_that_vllms_kernels_lack_is_refused_with_the_way_out(tmp_path, monkeypatch):
+    from support.engines import engine
+
+    _, model = checkpoint(tmp_path / "mla", model_type="deepseek_v3", q_lora_rank=20, **latent.SIZES)
+    ps.register_model("Latent", latent.build)
+    refused = pytest.raises(ps.RegistrationError, match="keys of 36 together CPU_MLA has 576: set VLLM_MLA_DISABLE=1")
+    with refused, engine(tmp_path / "mla", "Latent"):
+        pass
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+    with engine(tmp_path / "mla", "Latent") as llm:
+        assert_serves(llm, model)

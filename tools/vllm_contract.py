@@ -44,6 +44,17 @@ SIGNATURES: dict[tuple[str, str], tuple[str, ...]] = {
         *("num_heads", "head_size", "scale", "num_kv_heads", "cache_config", "quant_config"),
         *("per_layer_sliding_window", "prefix", "attn_backend"),
     ),
+    ("vllm.model_executor.layers.attention.mla_attention", "MLAAttention.__init__"): (
+        *("num_heads", "scale", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank", "kv_lora_rank"),
+        *("kv_b_proj", "cache_config", "prefix"),
+    ),
+    ("vllm.model_executor.layers.attention.mla_attention", "MLAAttention.forward"): (
+        *("q", "kv_c_normed", "k_pe", "output_shape"),
+    ),
+    ("vllm.model_executor.layers.attention.mla_attention", "MLAAttention.process_weights_after_loading"): (),
+    ("vllm.v1.attention.selector", "get_attn_backend"): (
+        *("head_size", "dtype", "kv_cache_dtype", "use_mla", "num_heads"),
+    ),
     ("vllm.model_executor.layers.quantization.base_config", "QuantizeMethodBase.process_weights_after_loading"): (
         "layer",
     ),
@@ -88,6 +99,9 @@ TEXT: dict[str, tuple[str, ...]] = {
     ),
     "vllm/distributed/weight_transfer/factory.py": ("_registry",),
     "vllm/model_executor/layers/utils.py": ("cpu_linear",),
+    "vllm/model_executor/layers/linear.py": ("_cpu_skip_gemm_dispatch",),
+    "vllm/model_executor/layers/attention/mla_attention.py": ("self.kv_b_proj",),
+    "vllm/config/model.py": ("def use_mla",),
     "vllm/v1/engine/output_processor.py": ("request_states",),
     "vllm/v1/engine/core_client.py": ("engine_dead", "def shutdown", "self._finalizer", "outputs_queue"),
     "vllm/v1/engine/core.py": (
@@ -96,7 +110,7 @@ TEXT: dict[str, tuple[str, ...]] = {
         "scheduler.shutdown",
     ),
     "vllm/config/compilation.py": ("class CompilationMode",),
-    "vllm/envs.py": ("VLLM_CPU_ATTN_SPLIT_KV", "VLLM_BATCH_INVARIANT"),
+    "vllm/envs.py": ("VLLM_CPU_ATTN_SPLIT_KV", "VLLM_BATCH_INVARIANT", "VLLM_MLA_DISABLE"),
     "vllm/v1/attention/backends/cpu_attn.py": ("self.isa", "self.num_heads", "self.window_size", "self.head_dim"),
     "vllm/v1/attention/backend.py": ("query_start_loc", "seq_lens", "block_table_tensor", "num_reqs"),
 }

@@ -14,7 +14,7 @@ from polyshard.attention.context.parallel import Way, attend_by
 from polyshard.attention.functional import check_spec
 from polyshard.attention.placement import rotary_at, sequences_at
 from polyshard.attention.rotary import RotaryEmbedding, apply_rotary
-from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequences
+from polyshard.core.attention import AttentionCore, AttentionSpec, LatentCore, LatentSpec, PackedSequences
 from polyshard.core.context import ParallelAxis, ParallelContext
 from polyshard.core.discovery import load_adapter
 from polyshard.core.errors import ConfigurationError, LayoutError
@@ -25,10 +25,9 @@ from polyshard.core.norm import rms_norm
 class TrainableMLA(nn.Module):
     """Queries and keys-and-values through low-rank bottlenecks; a rotary part of the key that all heads share.
 
-    Heads are sharded over the tensor axis of `parallel_context`; the bottlenecks are whole on every rank. Inside a
-    serving engine keys and values are cached written out, head by head, as an ordinary attention's: right everywhere,
-    with prefix caching and chunked prefill, at the memory of full heads. The latent cache of vLLM's MLA layers is not
-    used (on CPU that layer has neither of the two, and one head size).
+    Heads are sharded over the tensor axis of `parallel_context`; the bottlenecks are whole on every rank. A serving
+    engine may cache latents by a layer of its own (docs/attention.md says when); else keys and values are cached
+    written out, head by head, as an ordinary attention's: right everywhere, at the memory of full heads.
 
     Args:
         hidden_size: size of the hidden states.
@@ -117,8 +116,13 @@ class TrainableMLA(nn.Module):
         check_spec(self.spec)
         self.rotary, self.interleaved, self.kernel = rotary, interleaved, kernel
         self.context, self.context_parallel = context, context_parallel
+        latents = getattr(context, "latent_attention", None)
+        sizes = LatentSpec(
+            nope_dim=qk_nope_head_dim, rope_dim=qk_rope_head_dim, kv_rank=kv_lora_rank, q_rank=q_lora_rank
+        )
+        self.latent_core: LatentCore | None = latents and latents(self.spec, sizes, self.kv_b_proj)
         factory = getattr(context, "attention", None)
-        self.core: AttentionCore | None = None if factory is None else factory(self.spec)
+        self.core: AttentionCore | None = factory(self.spec) if factory and self.latent_core is None else None
 
     def forward(
         self,
@@ -132,23 +136,27 @@ class TrainableMLA(nn.Module):
         """Attend within each sequence; arguments and result as `TrainableFlashAttention.forward`."""
         lead = hidden_states.shape[:-1]
         nope, rope, value = self.parts
-        if sequences is None and self.core is None:
+        if sequences is None and self.core is None and self.latent_core is None:
             sequences = sequences_at(lead, cu_seqlens, self.context, hidden_states.device)
         if rotary is None and self.rotary is not None:
             rotary = rotary_at(self.rotary, positions, sequences, lead, self.context, hidden_states)
 
         q = self._queries(hidden_states).unflatten(-1, (-1, nope + rope))
         latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, rope], dim=-1)
-        kv = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (-1, nope + value))
-        k_nope, v = kv.split([nope, value], dim=-1)
+        latent = self.kv_a_layernorm(latent)
         # All heads share it, so that its gradient is a sum over the ranks of the heads.
         k_rope = shared_by_heads(k_rope, self.context.axis("tensor")).unsqueeze(-2)
         q_nope, q_rope = q.split([nope, rope], dim=-1)
         if rotary is not None:
             q_rope, k_rope = (apply_rotary(self._halves(t), *rotary) for t in (q_rope, k_rope))
         q = torch.cat((q_nope, q_rope), dim=-1)
-        k = torch.cat((k_nope, k_rope.expand(*k_nope.shape[:-1], rope)), dim=-1)
+        if self.latent_core is not None:
+            out = self.latent_core(q.flatten(0, -3), latent.flatten(0, -2), k_rope.flatten(0, -3))
+            return self.o_proj(out.flatten(-2).unflatten(0, lead))
 
+        kv = self.kv_b_proj(latent).unflatten(-1, (-1, nope + value))
+        k_nope, v = kv.split([nope, value], dim=-1)
+        k = torch.cat((k_nope, k_rope.expand(*k_nope.shape[:-1], rope)), dim=-1)
         out = attend_by(
             self.core,
             q,

@@ -112,6 +112,57 @@ class RotaryCore(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentSpec:
+    """What multi-head latent attention adds to an `AttentionSpec`, whose `head_dim` is the first and the second sum.
+
+    Attributes:
+        nope_dim: part of a query or key head that is not rotated.
+        rope_dim: part that is; the key's is shared by all heads.
+        kv_rank: size of the latent from which keys and values are expanded.
+        q_rank: of the queries'; None for a direct projection.
+    """
+
+    nope_dim: int
+    rope_dim: int
+    kv_rank: int
+    q_rank: int | None
+
+
+class LatentCore(Protocol):
+    """Latent attention over a cache of latents, by an engine's own layer."""
+
+    def __call__(self, q: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            q: `[tokens, heads, nope_dim + rope_dim]`, its second part rotated.
+            latent: `[tokens, kv_rank]`, after its norm.
+            k_rope: `[tokens, 1, rope_dim]`, rotated.
+
+        Returns:
+            `[tokens, heads, value_dim]`.
+        """
+        ...
+
+
+class LatentFactory(Protocol):
+    """Makes the core of one layer of latent attention in an engine."""
+
+    def __call__(self, spec: AttentionSpec, latent: LatentSpec, expand: torch.nn.Module) -> LatentCore:
+        """The core.
+
+        Args:
+            spec: the layer, as an ordinary attention would have it.
+            latent: its latents.
+            expand: column-parallel `[..., kv_rank]` to `[..., heads * (nope_dim + value_dim)]`; weights come later.
+
+        Raises:
+            RegistrationError: the engine has no kernel for these sizes; the message says how to do without.
+        """
+        ...
+
+
 class AttentionFactory(Protocol):
     """Makes the attention core of one layer of a served model."""
 

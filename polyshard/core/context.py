@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from polyshard.core.layout import AXES, Axis, ParallelLayout
 
 if TYPE_CHECKING:
-    from polyshard.core.attention import AttentionFactory
+    from polyshard.core.attention import AttentionFactory, LatentFactory
     from polyshard.core.exact import ExactMode
 
 
@@ -128,6 +128,7 @@ class GroupContext:
 
     Attributes:
         attention: makes the attention core where an engine brings its own (a paged KV cache); None in training.
+        latent_attention: the same of latent attention over a cache of latents.
         guard: wraps communication that is not a layer's (a training engine's, a checkpoint's).
         on_shutdown: what undoes the initialisation, in order.
         pipeline_layers: `(layers, stage, stages) -> (first, one past the last)` where an engine cuts by itself.
@@ -142,6 +143,7 @@ class GroupContext:
     axes: Mapping[Axis, ParallelAxis] = field(default_factory=dict)
     rank: int = 0
     attention: AttentionFactory | None = None
+    latent_attention: LatentFactory | None = None
     guard: FailureGuard = no_guard
     pipeline_layers: Callable[[int, int, int], tuple[int, int]] | None = None
     initialize_weights: bool = True

@@ -29,7 +29,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -55,6 +55,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionMetadataBuilder
+from vllm.v1.attention.selector import get_attn_backend
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from polyshard.adapters.vllm.paging import CPU_BLOCK, Blocks, cut_queries
@@ -87,6 +88,7 @@ __all__ = [
     "WeightTransferInitInfo",
     "WeightTransferUpdateInfo",
     "WeightsMapper",
+    "absorb_latents",
     "batch_invariant",
     "begin_reload",
     "cpu_attention",
@@ -106,8 +108,10 @@ __all__ = [
     "get_world_group",
     "is_batch_invariant",
     "is_eager",
+    "latents_lack",
     "load_into",
     "local_worker",
+    "model_dtype",
     "pack_weight",
     "process_after_loading",
     "register_class",
@@ -119,6 +123,7 @@ __all__ = [
     "support_torch_compile",
     "takes_rotary",
     "unfinished_requests",
+    "uses_latents",
 ]
 
 
@@ -335,6 +340,22 @@ def cuda_flash_version(head_dim: int) -> int:
     return get_flash_attn_version(head_size=head_dim) or 2
 
 
+def uses_latents(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM lays out its cache for latent attention: it knows the config's `model_type` for one that has it."""
+    return bool(vllm_config.model_config.use_mla)
+
+
+def latents_lack(vllm_config: VllmConfig, size: int, num_heads: int) -> str | None:
+    """Why vLLM has no kernel for latents and rotated keys of `size` together on this platform; None where it has."""
+    cache = vllm_config.cache_config.cache_dtype
+    try:
+        backend = get_attn_backend(size, model_dtype(vllm_config), cache, use_mla=True, num_heads=num_heads)
+    except (ValueError, NotImplementedError) as error:
+        return str(error)
+    sizes = backend.get_supported_head_sizes()
+    return f"{backend.get_name()} has {', '.join(map(str, sizes))}" if sizes and size not in sizes else None
+
+
 # The shard ids that vLLM's fused layers' weight loaders take, by segment.
 QKV_SHARD_IDS = ("q", "k", "v")
 
@@ -344,6 +365,12 @@ def process_after_loading(module: Any) -> None:
     method = getattr(module, "quant_method", None)
     if isinstance(method, QuantizeMethodBase):
         method.process_weights_after_loading(module)
+
+
+def absorb_latents(module: nn.Module) -> None:
+    """An MLA layer keeps its expansion's weights in the form of its decode: make that anew; none for other layers."""
+    if isinstance(module, MLAAttention):
+        module.process_weights_after_loading(module.kv_b_proj.params_dtype)
 
 
 def begin_reload(model: nn.Module, vllm_config: VllmConfig) -> None:
@@ -466,9 +493,14 @@ def end_engine(llm: Any, keep_world: bool) -> None:
     parallel_state._WORLD = parallel_state._NODE_COUNT = None
 
 
+def model_dtype(vllm_config: Any) -> torch.dtype:
+    """Of a model's weights, once vLLM has read its config."""
+    return vllm_config.model_config.dtype
+
+
 def engine_dtype(llm: Any) -> torch.dtype:
     """Of an engine's weights."""
-    return llm.llm_engine.vllm_config.model_config.dtype
+    return model_dtype(llm.llm_engine.vllm_config)
 
 
 def unfinished_requests(llm: Any) -> list[str]:

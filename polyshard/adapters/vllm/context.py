@@ -10,6 +10,7 @@ import torch
 from polyshard.adapters.vllm.attention import paged_attention_factory
 from polyshard.adapters.vllm.compat import VllmConfig, get_pp_group, get_pp_indices, get_tp_group
 from polyshard.adapters.vllm.exact import exact_serving
+from polyshard.adapters.vllm.latent import latent_factory
 from polyshard.adapters.vllm.linear import VllmLinearAdapter
 from polyshard.adapters.vllm.packed import PackedLinearAdapter
 from polyshard.core.context import GroupContext, ParallelAxis
@@ -65,6 +66,7 @@ def serving_context(vllm_config: VllmConfig, registered: RegisteredModel) -> Gro
         axes=axes,
         rank=axes["tensor"].ranks[axes["tensor"].rank],
         attention=paged_attention_factory(vllm_config, pinned=registered.exact),
+        latent_attention=latent_factory(vllm_config, registered.exact),
         pipeline_layers=get_pp_indices,
         initialize_weights=False,
     )

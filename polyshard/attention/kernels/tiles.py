@@ -62,12 +62,24 @@ class Tile:
     high: int
 
 
-def runs(call: AttentionCall) -> list[Run]:
+def runs(call: AttentionCall) -> tuple[Run, ...]:
     """The sequences of a call that have queries, in order."""
-    rows, keys = call.queries.lengths, call.keys.lengths
-    query_starts, key_starts = list(accumulate(rows, initial=0)), list(accumulate(keys, initial=0))
-    shifts = call.shifts or tuple(n - m for m, n in zip(rows, keys))
-    query_ids, key_ids = call.query_ids or query_starts, call.key_ids or key_starts
+    rows = call.queries.lengths
+    keys = rows if call.keys is call.queries else call.keys.lengths
+    return _runs(rows, keys, call.shifts, call.query_ids, call.key_ids)
+
+
+@functools.lru_cache(maxsize=64)  # all layers of a step ask for the same
+def _runs(
+    rows: tuple[int, ...],
+    keys: tuple[int, ...],
+    shifts: tuple[int, ...] | None,
+    query_ids: tuple[int, ...] | None,
+    key_ids: tuple[int, ...] | None,
+) -> tuple[Run, ...]:
+    query_starts, key_starts = tuple(accumulate(rows, initial=0)), tuple(accumulate(keys, initial=0))
+    shifts = shifts or tuple(n - m for m, n in zip(rows, keys))
+    query_ids, key_ids = query_ids or query_starts, key_ids or key_starts
     found: list[Run] = []
     for i, (m, n) in enumerate(zip(rows, keys)):
         if m == 0:
@@ -77,7 +89,7 @@ def runs(call: AttentionCall) -> list[Run]:
             found[-1] = replace(found[-1], count=found[-1].count + 1)
         else:
             found.append(this)
-    return found
+    return tuple(found)
 
 
 def groups(run: Run, elements_of_one: int, budget: int) -> Iterator[Run]:

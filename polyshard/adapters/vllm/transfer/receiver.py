@@ -173,6 +173,8 @@ class ServedReceiver:
                 (self.rank,),
             )
         self._shards.clear()
+        for module in self._model.modules():
+            compat.absorb_latents(module)
         self.guard.accept(self._version)
 
     def _parameter(self, name: str) -> torch.Tensor:

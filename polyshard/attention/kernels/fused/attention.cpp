@@ -200,14 +200,16 @@ inline Seen seen(const Run& run, int64_t row) {
   return low < high ? Seen{low, high} : Seen{0, 0};
 }
 
-// The keys that any of `rows` rows from `first` on sees, out to whole registers.
+// The keys that any of `rows` rows from `first` on sees, from a whole register on.
 inline Seen seen_by(const Run& run, int64_t first, int64_t rows) {
-  int64_t low = run.keys, high = 0;
-  for (int64_t r = first; r < first + rows; r++) {
-    const Seen one = seen(run, r);
-    if (one.high) low = std::min(low, one.low), high = std::max(high, one.high);
-  }
-  return high ? Seen{low / WIDTH * WIDTH, high} : Seen{0, 0};
+  const int64_t from = first + run.shift, last = from + rows - 1;
+  int64_t low = 0, high = run.keys;
+  if (run.window > 0) low = std::max(low, from - run.window + 1);
+  if (run.causal)
+    high = std::min(high, last + 1);
+  else if (run.window > 0)
+    high = std::min(high, last + run.window);
+  return low < high ? Seen{low / WIDTH * WIDTH, high} : Seen{0, 0};
 }
 
 // `[keys, dim]` to `[dim, columns]`, multiplied by `factor`, filled up with zeros.
@@ -272,6 +274,9 @@ void forward_task(const Run& run, Packed q, Packed k, Packed v, Packed out, Pack
       }
       product(rows, {q.data + token * q.token + head * q.head, q.token, 1}, keys + all.low, columns, run.dim,
               weights + all.low, columns, false, up(all.high, WIDTH) - all.low);
+      const int64_t next = std::min<int64_t>(ROWS, run.rows - first - rows);
+      prefetch(q.data + (token + rows) * q.token + head * q.head, q.token, next, run.dim);
+      prefetch(to + rows * out.token, out.token, next, run.value_dim);
       float factor[ROWS];
       for (int64_t r = 0; r < rows; r++) {
         const Seen one = seen(run, first + r);
@@ -304,10 +309,12 @@ void backward_task(const Run& run, Packed grad, Packed q, Packed k, Packed v, Pa
   const float* values = v.data + token * v.token + kv * v.head;
   float* to_k = grad_k.data + token * grad_k.token + kv * grad_k.head;
   float* to_v = grad_v.data + token * grad_v.token + kv * grad_v.head;
-  for (int64_t j = 0; j < run.keys; j++) {
-    std::memset(to_k + j * grad_k.token, 0, run.dim * 4);
-    std::memset(to_v + j * grad_v.token, 0, run.value_dim * 4);
-  }
+  const auto clear = [&](int64_t from, int64_t to) {
+    for (int64_t j = from; j < to; j++) {
+      std::memset(to_k + j * grad_k.token, 0, run.dim * 4);
+      std::memset(to_v + j * grad_v.token, 0, run.value_dim * 4);
+    }
+  };
   transpose(keys, k.token, run.keys, run.dim, run.scale, scratch.keys.get(), columns);
   transpose(values, v.token, run.keys, run.value_dim, 1, scratch.values.get(), columns);
   for (int64_t head = kv * group; head < (kv + 1) * group; head++) {
@@ -327,14 +334,13 @@ void backward_task(const Run& run, Packed grad, Packed q, Packed k, Packed v, Pa
         }
         low = std::min(low, all.low), high = std::max(high, all.high);
         const int64_t next = std::min<int64_t>(ROWS, end - first - rows);
-        prefetch(queries + rows * q.token, q.token, next, run.dim);
-        prefetch(grads + rows * grad.token, grad.token, next, run.value_dim);
-        prefetch(outs + rows * out.token, out.token, next, run.value_dim);
         const int64_t width = up(all.high, WIDTH) - all.low;
         float* weights = scratch.weights.get() + (first - tile) * columns;
         float* gradients = scratch.gradients.get() + (first - tile) * columns;
+        prefetch(queries + rows * q.token, q.token, next, run.dim);
         product(rows, {queries, q.token, 1}, scratch.keys.get() + all.low, columns, run.dim, weights + all.low, columns,
                 false, width);
+        prefetch(grads + rows * grad.token, grad.token, next, run.value_dim);
         product(rows, {grads, grad.token, 1}, scratch.values.get() + all.low, columns, run.value_dim,
                 gradients + all.low, columns, false, width);
         for (int64_t r = 0; r < rows; r++) {
@@ -358,24 +364,30 @@ void backward_task(const Run& run, Packed grad, Packed q, Packed k, Packed v, Pa
           for (const int64_t c : {all.low - WIDTH, up(all.high, WIDTH)})
             if (c >= 0 && c < columns) store(p + c, Vec{}), store(g + c, Vec{});
         }
+        prefetch(outs + rows * out.token, out.token, next, run.value_dim);
         product(rows, {gradients + all.low, columns, 1}, keys + all.low * k.token, k.token, all.high - all.low, to_q,
                 grad_q.token, false, run.dim);
       }
-      // Of a tile's rows from the first block on that sees a key, both gradients of that key are sums.
+      // Both gradients of a key are sums over the rows that see it; the first head's first tile begins them.
+      const bool add = head != kv * group || tile != 0;
+      if (!add) clear(0, std::min(low, run.keys)), clear(std::max(low, high), run.keys);
       for (int64_t j = low; j < high; j += ROWS) {
         const int64_t rows = std::min<int64_t>(ROWS, high - j);
         int64_t from = tile, to = end;
         if (run.causal) from = std::max(from, j - run.shift);
         else if (run.window > 0) from = std::max(from, j - run.shift - run.window + 1);
         if (run.window > 0) to = std::min(to, j + rows - 1 - run.shift + run.window);
-        if (from >= to) continue;
+        if (from >= to) {
+          if (!add) clear(j, j + rows);
+          continue;
+        }
         const float* p = scratch.weights.get() + (from - tile) * columns + j;
         const float* g = scratch.gradients.get() + (from - tile) * columns + j;
         const int64_t at = sequence * run.rows + from;
         product(rows, {p, 1, columns}, grad.data + at * grad.token + head * grad.head, grad.token, to - from,
-                to_v + j * grad_v.token, grad_v.token, true, run.value_dim);
+                to_v + j * grad_v.token, grad_v.token, add, run.value_dim);
         product(rows, {g, 1, columns}, q.data + at * q.token + head * q.head, q.token, to - from,
-                to_k + j * grad_k.token, grad_k.token, true, run.dim);
+                to_k + j * grad_k.token, grad_k.token, add, run.dim);
       }
     }
   }
