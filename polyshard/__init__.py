@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         load_training_state,
         read_config,
         save_checkpoint,
+        save_config,
         save_training_state,
     )
     from polyshard.core.adapter import AdamW, Adapter, StepResult, TrainingEngine
@@ -75,6 +76,7 @@ _HOMES = {
         "load_training_state",
         "read_config",
         "save_checkpoint",
+        "save_config",
         "save_training_state",
     ),
     "polyshard.core.adapter": ("Adapter", "AdamW", "StepResult", "TrainingEngine"),

@@ -115,14 +115,20 @@ class TrainableMLA(nn.Module):
         )
         check_spec(self.spec)
         self.rotary, self.interleaved, self.kernel = rotary, interleaved, kernel
-        self.context, self.context_parallel = context, context_parallel
-        latents = getattr(context, "latent_attention", None)
-        sizes = LatentSpec(
+        self.context_parallel = context_parallel
+        self.latents = LatentSpec(
             nope_dim=qk_nope_head_dim, rope_dim=qk_rope_head_dim, kv_rank=kv_lora_rank, q_rank=q_lora_rank
         )
-        self.latent_core: LatentCore | None = latents and latents(self.spec, sizes, self.kv_b_proj)
-        factory = getattr(context, "attention", None)
-        self.core: AttentionCore | None = factory(self.spec) if factory and self.latent_core is None else None
+        self.core: AttentionCore | None = None
+        self.latent_core: LatentCore | None = None
+        self.serve_in(context)
+
+    def serve_in(self, context: ParallelContext) -> None:
+        """Attend by the core that `context` brings, if it brings one: over a cache of latents where it has that."""
+        self.context = context
+        latents, factory = getattr(context, "latent_attention", None), getattr(context, "attention", None)
+        self.latent_core = latents and latents(self.spec, self.latents, self.kv_b_proj)
+        self.core = factory(self.spec) if factory and self.latent_core is None else None
 
     def forward(
         self,

@@ -136,8 +136,14 @@ class TrainableFlashAttention(nn.Module):
         if context_parallel not in get_args(Way):
             raise ConfigurationError(f"context_parallel must be one of {get_args(Way)}, got {context_parallel!r}")
         self.sequence_parallel = context.layout.sequence_parallel and size > 1
+        self.core: AttentionCore | None = None
+        self.serve_in(context)
+
+    def serve_in(self, context: ParallelContext) -> None:
+        """Attend by the core that `context` brings, if it brings one."""
+        self.context = context
         factory = getattr(context, "attention", None)
-        self.core: AttentionCore | None = None if factory is None else factory(self.spec, self.sinks)
+        self.core = None if factory is None else factory(self.spec, self.sinks)
         exact = getattr(context, "exact", None)
         own = rotate_heads if exact is None else exact.rotate
         self._rotate = self.core.rotate if isinstance(self.core, RotaryCore) else own

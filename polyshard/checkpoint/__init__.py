@@ -4,7 +4,7 @@ from polyshard.checkpoint.config import ModelConfig, read_config
 from polyshard.checkpoint.directory import latest_checkpoint
 from polyshard.checkpoint.load import load_checkpoint
 from polyshard.checkpoint.pending import PendingSave
-from polyshard.checkpoint.save import save_checkpoint
+from polyshard.checkpoint.save import save_checkpoint, save_config
 from polyshard.checkpoint.training import TrainingState, load_training_state, save_training_state
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "load_training_state",
     "read_config",
     "save_checkpoint",
+    "save_config",
     "save_training_state",
 ]

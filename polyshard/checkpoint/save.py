@@ -143,6 +143,40 @@ def model_documents(
     return {"config.json": fields}
 
 
+def save_config(
+    directory: str | Path,
+    config: Mapping[str, Any] | Any,
+    *,
+    architecture: str | None = None,
+    factory: str | RegisteredModel | None = None,
+) -> Path:
+    """Write `config.json` alone: what a serving engine asks of a model that has no checkpoint.
+
+    Args:
+        directory: made where it does not exist; other files in it stay.
+        config: fields of config.json, as of `save_checkpoint`.
+        architecture: the name under which a server has the model registered.
+        factory: as of `save_checkpoint`.
+
+    Returns:
+        The directory.
+
+    Raises:
+        CheckpointError: the config is no mapping of plain JSON.
+    """
+    path = Path(directory)
+    for name, fields in model_documents(config, architecture, factory, {}).items():
+        try:
+            written = json.dumps(fields, indent=2)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"a config has to be plain JSON (numbers, strings, lists, dicts): {error}") from None
+        path.mkdir(parents=True, exist_ok=True)
+        part = path / staging_name(path / name)
+        part.write_text(written)
+        part.replace(path / name)
+    return path
+
+
 @dataclass(frozen=True, kw_only=True)
 class SaveJob:
     """Everything that a save needs, known before it starts.

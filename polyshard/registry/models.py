@@ -11,10 +11,13 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, get_args
 
+from torch import nn
+
 from polyshard.core.config_fields import typed_config
 from polyshard.core.discovery import adapter_names, load_adapter
 from polyshard.core.errors import AdapterError, RegistrationError
 from polyshard.core.host import OPTIONS, Inputs, ModelFactory, Outputs, RegisteredModel, as_entry
+from polyshard.registry.existing import ExistingModel
 from polyshard.registry.names import NameMap, check_names
 from polyshard.registry.opaque import is_kept, keep, kept
 from polyshard.registry.reference import reference_of, resolve
@@ -25,7 +28,7 @@ ENTRY_POINT_GROUP = "polyshard.models"  # name = "module:factory"
 
 def register_model(
     name: str,
-    factory: ModelFactory | str,
+    factory: ModelFactory | nn.Module | str,
     *,
     adapter: str = "vllm",
     inputs: Inputs = "packed",
@@ -47,7 +50,8 @@ def register_model(
             ships takes its place.
         factory: `(config, parallel_context) -> torch.nn.Module`: a function or class at the top level of an importable
             module or of the script, `module:attribute` or `file.py:attribute`, or a `functools.partial` of one with
-            keyword arguments of plain JSON.
+            keyword arguments of plain JSON. Or a module that is there already: engines of this process that are started
+            with `load_format="polyshard"` use its layers and its parameters' own memory, and no checkpoint.
         adapter: whose layers serve it: `"vllm"` for the engine's own, or another adapter's on the engine's groups.
         inputs: `"packed"`: forward takes token ids and positions `[tokens]`; `"batched"`: `[1, tokens]`, for a model
             that knows nothing of packing. Attention is the engine's in both.
@@ -75,6 +79,10 @@ def register_model(
     _check_choices(inputs, outputs)
     _check_exact(exact, exact_shards)
     arguments: dict[str, Any] = {}
+    if isinstance(factory, nn.Module):
+        if adapter != "vllm":
+            raise RegistrationError(f"model {name!r} is a module with layers of its own: leave out adapter={adapter!r}")
+        factory, adapter, this_process = ExistingModel(factory), "torch", True
     if isinstance(factory, str):
         reference = _absolute(factory)
         factory = resolve(reference)

@@ -29,6 +29,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor import model_loader
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
@@ -45,6 +46,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.reload.layerwise import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -66,6 +68,7 @@ __all__ = [
     "DEFAULT_VOCAB_PADDING_SIZE",
     "NORM_MULTIPLE",
     "Attention",
+    "BaseModelLoader",
     "ColumnParallelLinear",
     "CompilationMode",
     "IntermediateTensors",
@@ -115,6 +118,7 @@ __all__ = [
     "pack_weight",
     "process_after_loading",
     "register_class",
+    "register_loader",
     "register_transfer",
     "rms_norm",
     "rotate_in_place",
@@ -517,6 +521,12 @@ def register_class(name: str, model_class: type[nn.Module]) -> None:
     ModelRegistry.register_model(name, model_class)
     for key in [key for key, (_, found) in _MODEL_ARCH_BY_HASH.items() if found == name]:
         del _MODEL_ARCH_BY_HASH[key]
+
+
+def register_loader(load_format: str, loader: type[BaseModelLoader]) -> None:
+    """Make a way of loading known to vLLM in this process; again is as once."""
+    if load_format not in model_loader._LOAD_FORMAT_TO_MODEL_LOADER:
+        model_loader.register_model_loader(load_format)(loader)
 
 
 def register_transfer(name: str, module: str, attribute: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from polyshard.adapters.vllm.compat import register_class
+from polyshard.adapters.vllm.compat import register_class, register_loader
 from polyshard.adapters.vllm.config import register_config
+from polyshard.adapters.vllm.existing import LOAD_FORMAT, SharedWeights
 from polyshard.adapters.vllm.model import make_model_class
 from polyshard.core.host import ModelFactory, RegisteredModel
 
@@ -14,6 +15,7 @@ class VllmHost:
     def register(self, model: RegisteredModel, factory: ModelFactory) -> None:
         """Make this process's vLLM know `model`."""
         register_config()
+        register_loader(LOAD_FORMAT, SharedWeights)
         if model.model_type is not None:
             register_config(model.model_type)
         register_class(model.name, make_model_class(model, factory))

@@ -19,6 +19,7 @@ from polyshard.adapters.vllm.compat import (
     get_world_group,
 )
 from polyshard.adapters.vllm.context import serving_context
+from polyshard.adapters.vllm.existing import check_load_format
 from polyshard.adapters.vllm.loading import attach_loaders, keep_buffers, load_weights, packed_names
 from polyshard.adapters.vllm.quantized import quantize_layers
 from polyshard.adapters.vllm.stages import HIDDEN, check_pipeline, stored_elsewhere
@@ -29,6 +30,7 @@ from polyshard.core.vocabulary import gather_logits
 from polyshard.core.weight_table import collect_layouts
 from polyshard.exact.trace import recorder_of
 from polyshard.registry import renamer, told_to_parent
+from polyshard.registry.existing import ExistingModel, watch_of
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,8 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
 
         def build(self, vllm_config: VllmConfig) -> None:
             _refuse_unsupported(registered, vllm_config)
+            self.shares_memory = isinstance(factory, ExistingModel)
+            check_load_format(registered.name, self.shares_memory, vllm_config)
             self.context = serving_context(vllm_config, registered)
             self.config = config = vllm_config.model_config.hf_config
             self.model = build_model(factory, config, self.context, registered.name)
@@ -80,6 +84,8 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
             keep_buffers(self.model)
             self.body = (make_body(registered, self.model, vllm_config),)
             self.weights = WeightGuard()
+            if isinstance(factory, ExistingModel):
+                self.weights.accept("the trainer's own", watch_of(factory))
             self.recorder = recorder_of(self.model, self.context.get_tensor_parallel_rank())
             self.loaded = False
 

@@ -108,7 +108,9 @@ class LocalEngine:
         if not wanted:
             return result
         target = receiver.targets[wanted[0]][0]
-        if self._fits_as_it_is(target, entry, shard, tensor_rank, tensor_size, set(wanted), lasting):
+        if receiver.is_at(target, shard):
+            self.shared_bytes += shard.nbytes
+        elif self._fits_as_it_is(target, entry, shard, tensor_rank, tensor_size, set(wanted), lasting):
             receiver.place(target, shard)  # nothing was copied, and nothing can differ
             self.shared_bytes += shard.nbytes
         else:

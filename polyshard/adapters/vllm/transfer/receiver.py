@@ -147,6 +147,11 @@ class ServedReceiver:
         packed = tuple(parameter.shape) != entry.layout.local_shape(self.rank, self.size)
         return MemoryKind(parameter.dtype, parameter.device, packed)
 
+    def is_at(self, entry: WeightEntry, values: torch.Tensor) -> bool:
+        """Whether the parameter's memory is that of `values`: the engine serves the trainer's own module."""
+        parameter = self._parameter(entry.parameter)
+        return parameter.shape == values.shape and parameter.data_ptr() == values.data_ptr() != 0
+
     def place(self, entry: WeightEntry, values: torch.Tensor) -> None:
         """Make `values` the parameter's memory, wherever the parameter is used."""
         parameter = nn.Parameter(values, requires_grad=False)
