@@ -13,7 +13,7 @@ from torch import nn
 from polyshard.attention.context.parallel import Way, attend_by
 from polyshard.attention.functional import check_spec
 from polyshard.attention.placement import rotary_at, sequences_at
-from polyshard.attention.rotary import RotaryEmbedding, apply_rotary
+from polyshard.attention.rotary import RotaryEmbedding, apply_rotary, halves
 from polyshard.core.attention import AttentionCore, AttentionSpec, LatentCore, LatentSpec, PackedSequences
 from polyshard.core.context import ParallelAxis, ParallelContext
 from polyshard.core.discovery import load_adapter
@@ -154,7 +154,9 @@ class TrainableMLA(nn.Module):
         k_rope = shared_by_heads(k_rope, self.context.axis("tensor")).unsqueeze(-2)
         q_nope, q_rope = q.split([nope, rope], dim=-1)
         if rotary is not None:
-            q_rope, k_rope = (apply_rotary(self._halves(t), *rotary) for t in (q_rope, k_rope))
+            if self.interleaved:
+                q_rope, k_rope = halves(q_rope, rope), halves(k_rope, rope)
+            q_rope, k_rope = (apply_rotary(t, *rotary) for t in (q_rope, k_rope))
         q = torch.cat((q_nope, q_rope), dim=-1)
         if self.latent_core is not None:
             out = self.latent_core(q.flatten(0, -3), latent.flatten(0, -2), k_rope.flatten(0, -3))
@@ -184,10 +186,6 @@ class TrainableMLA(nn.Module):
         assert self.q_a_layernorm is not None
         assert self.q_b_proj is not None
         return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
-
-    def _halves(self, x: torch.Tensor) -> torch.Tensor:
-        """Neighbouring pairs put apart into halves; alike for queries and keys, so that no score changes."""
-        return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.interleaved else x
 
 
 def shared_by_heads(x: torch.Tensor, axis: ParallelAxis) -> torch.Tensor:

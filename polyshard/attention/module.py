@@ -12,7 +12,7 @@ from polyshard.attention.alibi import slopes_of_heads
 from polyshard.attention.context.parallel import Way, attend_by
 from polyshard.attention.functional import check_spec
 from polyshard.attention.placement import rotary_at, sequences_at
-from polyshard.attention.rotary import RotaryEmbedding, rotate_heads
+from polyshard.attention.rotary import RotaryEmbedding, halves, rotate_heads
 from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequences, RotaryCore
 from polyshard.core.context import ParallelContext
 from polyshard.core.discovery import load_adapter
@@ -20,7 +20,7 @@ from polyshard.core.errors import ConfigurationError
 from polyshard.core.linear import qkv_parallel, row_parallel
 from polyshard.core.norm import rms_norm
 from polyshard.core.weight_layout import Segment, WeightLayout
-from polyshard.core.weight_table import attach_layouts
+from polyshard.core.weight_table import attach_layouts, store_as
 
 
 class TrainableFlashAttention(nn.Module):
@@ -40,9 +40,13 @@ class TrainableFlashAttention(nn.Module):
         causal: mask keys after the query.
         parallel_context: where this process stands; default one process alone.
         qkv_bias: bias of the fused query, key and value projection.
+        qkv_names: of the three in a checkpoint, or the one name under which it holds them as one tensor.
+        output_name: of the output projection in a checkpoint.
         output_bias: bias of the output projection.
         qk_norm_eps: RMS norm of each query and key head before the rotary embedding, with this epsilon.
         rotary: makes cosines and sines from positions; None for no rotary embedding here (or to pass them in).
+        interleaved: whether rotated pairs are neighbours, as in Meta's checkpoints and torchtitan's, and not halves of
+            a head, as in Hugging Face's.
         sliding_window: see this many keys back, the query's own included.
         softcap: bound on scores, `softcap tanh(s / softcap)` (Gemma 2).
         alibi: take `slope |i - j|` from scores: True for the usual slopes, or one for each query head (Press et al.
@@ -77,9 +81,12 @@ class TrainableFlashAttention(nn.Module):
         *,
         value_dim: int | None = None,
         qkv_bias: bool = False,
+        qkv_names: Sequence[str] | str = ("q_proj", "k_proj", "v_proj"),
+        output_name: str = "o_proj",
         output_bias: bool = False,
         qk_norm_eps: float | None = None,
         rotary: RotaryEmbedding | None = None,
+        interleaved: bool = False,
         sliding_window: int | None = None,
         softcap: float | None = None,
         alibi: bool | Sequence[float] = False,
@@ -99,14 +106,17 @@ class TrainableFlashAttention(nn.Module):
 
         value_dim = value_dim or head_dim
         heads = (num_heads, num_kv_heads, head_dim)
-        self.qkv = qkv_parallel(hidden_size, *heads, context, bias=qkv_bias, value_dim=value_dim, linear=linear)
+        apart = None if isinstance(qkv_names, str) else qkv_names
+        self.qkv = qkv_parallel(
+            hidden_size, *heads, context, bias=qkv_bias, value_dim=value_dim, names=apart, linear=linear
+        )
         self.o_proj = row_parallel(num_heads * value_dim, hidden_size, context, bias=output_bias, linear=linear)
         self.q_norm = self.k_norm = None
         if qk_norm_eps is not None:
             # Each rank normalises its own heads: the weight's gradient is a sum over ranks.
             self.q_norm = rms_norm(head_dim, context, eps=qk_norm_eps, partial_gradient=True)
             self.k_norm = rms_norm(head_dim, context, eps=qk_norm_eps, partial_gradient=True)
-        self.rotary = rotary
+        self.rotary, self.interleaved = rotary, interleaved
         local = num_heads // size
         first = context.get_tensor_parallel_rank() * local
         slopes = slopes_of_heads(num_heads, alibi)
@@ -131,6 +141,10 @@ class TrainableFlashAttention(nn.Module):
             self.sinks = nn.Parameter(torch.zeros(local, device=context.device))
             layout = WeightLayout(shape=(num_heads,), dim=0, segments=(Segment(size=num_heads),))
             attach_layouts(self, {"sinks": layout}, context.get_tensor_parallel_rank(), size)
+        if isinstance(qkv_names, str):
+            store_as(self, "qkv", qkv_names)
+        if output_name != "o_proj":
+            store_as(self, "o_proj", output_name)
         self.kernel = kernel
         self.context, self.context_parallel = context, context_parallel
         if context_parallel not in get_args(Way):
@@ -184,6 +198,8 @@ class TrainableFlashAttention(nn.Module):
         if rotary is None and self.rotary is not None:
             rotary = rotary_at(self.rotary, positions, sequences, lead, self.context, q)
         if rotary is not None:
+            if self.interleaved:
+                q, k = (halves(t, 2 * rotary[0].shape[-1]) for t in (q, k))
             q, k = self._rotate(q, k, *rotary)
 
         out = attend_by(

@@ -178,6 +178,16 @@ class RotaryEmbedding(nn.Module):
         return cos.to(dtype).unsqueeze(-2), sin.to(dtype).unsqueeze(-2)
 
 
+def halves(x: torch.Tensor, rotary_dim: int) -> torch.Tensor:
+    """Heads `[..., head_dim]` whose rotated pairs are neighbours, the pairs put apart into two halves.
+
+    Done alike to queries and keys it changes no score; so does Hugging Face to the weights, once and for all.
+    """
+    rotated, rest = x.split([rotary_dim, x.shape[-1] - rotary_dim], dim=-1)
+    apart = rotated.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    return apart if not rest.shape[-1] else torch.cat((apart, rest), dim=-1)
+
+
 def rotate_heads(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -110,14 +110,15 @@ def qkv_parallel(
     *,
     bias: bool = False,
     value_dim: int | None = None,
-    names: Sequence[str] = ("q_proj", "k_proj", "v_proj"),
+    names: Sequence[str] | None = ("q_proj", "k_proj", "v_proj"),
     linear: Any = None,
     **options: Any,
 ) -> nn.Module:
     """The fused query, key and value projection, sharded by heads.
 
     Where the tensor axis has more ranks than there are KV heads, each KV head is held by several ranks, and its
-    gradient is summed over them. Value heads have `value_dim`, by default `head_dim`.
+    gradient is summed over them. Value heads have `value_dim`, by default `head_dim`. In a checkpoint each of the three
+    has its name of `names`; with None they are stored as one tensor, under the layer's own.
 
     Returns:
         A module `[..., hidden_size] -> [..., (q + kv) head_dim + kv value_dim]`, with this rank's
@@ -130,7 +131,7 @@ def qkv_parallel(
         raise LayoutError(f"{num_heads} query heads cannot share {num_kv_heads} key-value heads evenly")
     rank, size = tensor_rank_and_size(parallel_context)
     value_dim = head_dim if value_dim is None else value_dim
-    segments = qkv_segments(num_heads, num_kv_heads, head_dim, value_dim, names)
+    segments = qkv_segments(num_heads, num_kv_heads, head_dim, value_dim, names or (None, None, None))
     _check_divides("qkv_parallel", segments, rank, size)
     adapter = choose_adapter(linear, parallel_context)
     create = getattr(adapter, "create_qkv_parallel", None)

@@ -108,6 +108,19 @@ def attach_layouts(module: nn.Module, layouts: Mapping[str, WeightLayout], tenso
     setattr(module, _ATTRIBUTE, found)
 
 
+def store_as(owner: nn.Module, child: str, name: str) -> None:
+    """Let the parameters of `owner`'s child be stored as if it was called `name`.
+
+    Args:
+        owner: of the layer.
+        child: the layer's attribute; its parameters have layouts.
+        name: in a checkpoint, in place of it.
+    """
+    known: dict[str, tuple[str, WeightLayout]] = vars(getattr(owner, child)).pop(_ATTRIBUTE)
+    moved = {f"{child}.{inner}": (f"{name}.{canonical}", layout) for inner, (canonical, layout) in known.items()}
+    setattr(owner, _ATTRIBUTE, {**getattr(owner, _ATTRIBUTE, {}), **moved})
+
+
 def collect_layouts(model: nn.Module) -> WeightTable:
     """The table of a built model. Parameters without a layout are held whole by every rank."""
     known: dict[str, tuple[str, WeightLayout]] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from polyshard.core.context import ParallelContext
 from polyshard.core.differentiable import sum_gradient
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.exact import exact_kernel
-from polyshard.core.weight_layout import WeightLayout, replicated
+from polyshard.core.weight_layout import replicated
 from polyshard.core.weight_table import attach_layouts
 from polyshard.replace.recognise import Found
 
@@ -39,6 +38,7 @@ class ReplacedAttention(TrainableFlashAttention):
                 scale=found.scale,
                 causal=found.causal,
                 parallel_context=context,
+                qkv_names="qkv_proj" if len(found.projections) == 1 else ("q_proj", "k_proj", "v_proj"),
                 qkv_bias=found.projections[0].bias is not None,
                 output_bias=found.output.bias is not None,
                 sliding_window=found.sliding_window,
@@ -48,25 +48,12 @@ class ReplacedAttention(TrainableFlashAttention):
                 kernel=kernel,
             )
         self.to(device=device, dtype=first.dtype)
-        if len(found.projections) == 1:
-            self._store_fused()
         self.uses_rotary = found.rotary
         self.rotary_doubled = True  # whether cosine and sine come twice over, as in all but gpt-oss
         if found.norms is not None:
             alone = self.context.get_tensor_parallel_world_size() == 1 or self.core is not None
             for name, norm in zip(("q_norm", "k_norm"), found.norms):
                 setattr(self, name, norm if alone else SummedNorm(norm, self.context))
-
-    def _store_fused(self) -> None:
-        """Query, key and value as one tensor in a checkpoint, as the module replaced stored them."""
-        known: dict[str, tuple[str, WeightLayout]] = vars(self.qkv).pop("weight_layouts")
-        self.weight_layouts = {
-            f"qkv.{name}": (
-                f"qkv_proj.{canonical}",
-                replace(layout, segments=tuple(replace(segment, name=None) for segment in layout.segments)),
-            )
-            for name, (canonical, layout) in known.items()
-        }
 
     def forward(  # pyrefly: ignore  # transformers' convention, not the parent's
         self,

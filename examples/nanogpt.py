@@ -1,0 +1,120 @@
+"""nanoGPT's model.py (GPT-2: learned positions, LayerNorm, GELU) as polyshard has it: trained on any library, served.
+
+What changed against the original: the linear layers, the embedding and the head are polyshard's, and so is attention;
+`forward` takes positions and leaves the logits to `compute_logits`. Weights keep their names, so nanoGPT's own (as
+safetensors) load as they are.
+
+    ps.register_model("NanoGPT", "nanogpt:build_model", config_type="nanogpt:GPTConfig")
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import polyshard as ps
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """nanoGPT's own."""
+
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+
+
+class MLP(nn.Module):
+    """`c_proj(gelu(c_fc x))`."""
+
+    def __init__(self, config: GPTConfig, parallel_context: ps.ParallelContext) -> None:
+        super().__init__()
+        self.c_fc = ps.column_parallel(config.n_embd, 4 * config.n_embd, parallel_context, bias=config.bias)
+        self.c_proj = ps.row_parallel(4 * config.n_embd, config.n_embd, parallel_context, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., n_embd]` to the same shape."""
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each after a LayerNorm and around a residual."""
+
+    def __init__(self, config: GPTConfig, parallel_context: ps.ParallelContext, index: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = ps.TrainableFlashAttention(
+            config.n_embd,
+            config.n_head,
+            dropout=config.dropout,
+            parallel_context=parallel_context,
+            qkv_bias=config.bias,
+            qkv_names="c_attn",  # one tensor
+            output_name="c_proj",
+            output_bias=config.bias,
+            layer_index=index,
+        )
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config, parallel_context)
+
+    def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+        """`[..., n_embd]` to the same shape."""
+        x = x + self.attn(self.ln_1(x), cu_seqlens=cu_seqlens)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """The language model, its embedding tied to its head."""
+
+    def __init__(self, config: GPTConfig, parallel_context: ps.ParallelContext) -> None:
+        super().__init__()
+        self.config, self.parallel_context = config, parallel_context
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": ps.vocab_embedding(config.vocab_size, config.n_embd, parallel_context),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList(Block(config, parallel_context, i) for i in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+            }
+        )
+        self.lm_head = ps.lm_head(config.n_embd, config.vocab_size, parallel_context, tied_to=self.transformer["wte"])
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        *,
+        cu_seqlens: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states `[..., n_embd]` of ids `[batch, seq]` or packed `[tokens]`; with labels the mean loss."""
+        if positions is None:
+            positions = ps.sequence_positions(input_ids, cu_seqlens, self.parallel_context)
+        parts = self.transformer
+        x = parts["drop"](parts["wte"](input_ids) + parts["wpe"](positions))
+        for block in parts["h"].children():
+            x = block(x, cu_seqlens)
+        hidden = parts["ln_f"](x)
+        if labels is None:
+            return hidden
+        return ps.vocab_parallel_cross_entropy(
+            self.compute_logits(hidden), labels, self.parallel_context, vocab_size=self.config.vocab_size
+        )
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """This rank's shard of the logits."""
+        return self.lm_head(hidden)
+
+
+def build_model(config: GPTConfig, parallel_context: ps.ParallelContext) -> GPT:
+    """The factory."""
+    return GPT(config, parallel_context)
