@@ -103,6 +103,28 @@ def test_structured_output(smollm2):
     assert got[0].split(", ")[0] in ("red", "green", "blue")
 
 
+def test_an_engine_that_slept_answers_as_before(directory):
+    """On CPU vLLM's worker keeps its memory; the engine around it drops its prefix cache and takes no requests."""
+    from vllm import SamplingParams
+
+    def scenario(llm):
+        parameters = SamplingParams(temperature=0, max_tokens=6, logprobs=0, ignore_eos=True)
+        answers = []
+        for level in (None, 1, 2):
+            if level is not None:
+                llm.sleep(level=level)
+                assert llm.llm_engine.is_sleeping()
+                llm.wake_up()
+            assert not llm.llm_engine.is_sleeping()
+            prompts = [{"prompt_token_ids": ids} for ids in MIXED[:2]]
+            answers.append(generated(llm.generate(prompts, parameters, use_tqdm=False)))
+        return answers
+
+    ours, theirs = on_both(directory, scenario, enable_prefix_caching=True)
+    for mine, native in zip(ours, theirs):
+        assert_same_generation(mine, native, BOUND)
+
+
 def test_speculation_by_n_grams_changes_no_token(directory):
     # In a process of its own: it imports numba, after which no other engine on CPU starts.
     prompts = [[5, 6, 7, 8] * 6, [9, 10, 11] * 5]
