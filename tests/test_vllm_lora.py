@@ -31,7 +31,7 @@ def make_adapter(base, folder, seed, targets):
     weights = load_file(base / "model.safetensors")
     generator = torch.Generator().manual_seed(seed)
     adapter, merged = {}, dict(weights)
-    for name, weight in weights.items():
+    for name, weight in sorted(weights.items()):
         if not any(f".{target}.weight" in name for target in targets):
             continue
         down = torch.randn(RANK, weight.shape[1], generator=generator) * 0.1
@@ -71,6 +71,35 @@ def test_adapters_are_served_in_one_batch_and_the_base_after_them(base, tmp_path
     assert wanted[0] != wanted[1] != wanted[2]
     for i, expected in enumerate(wanted):
         assert_same_generation(found[2 * i : 2 * i + 2], expected, BOUND)
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "copied"])
+def test_a_weight_sync_renews_the_base_under_adapters(base, tmp_path, share):
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    context = ps.initialize("torch")
+    model = decoder.build_model(ps.read_config(base), context)
+    ps.load_checkpoint(model, base, context)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    new = ps.save_checkpoint(model, tmp_path / "new", context, config=ps.read_config(base))
+    own, _ = make_adapter(base, tmp_path / "old", 1, TARGETS)
+    _, merged = make_adapter(new, tmp_path / "merged", 1, TARGETS)  # the same adapter, on the new weights
+    ps.register_model("ServedLora", decoder.build_model)
+    parameters = SamplingParams(temperature=0.0, max_tokens=TOKENS, logprobs=0, ignore_eos=True)
+    prompts = [{"prompt_token_ids": p} for p in PROMPTS]
+    with engine(base, "ServedLora", enable_lora=True, max_loras=2, max_lora_rank=8) as llm:
+        request = LoRARequest("adapter", 1, str(own))
+        llm.generate(prompts, parameters, lora_request=request, use_tqdm=False)
+        with ps.WeightSync(model, context, llm, share=share) as sync:
+            sync()
+            adapted = llm.generate(prompts, parameters, lora_request=request, use_tqdm=False)
+            plain = llm.generate(prompts, parameters, use_tqdm=False)
+    assert_same_generation(generated(adapted), greedy_transformers(merged, PROMPTS, TOKENS), BOUND)
+    assert_same_generation(generated(plain), greedy_transformers(new, PROMPTS, TOKENS), BOUND)
 
 
 def test_lora_on_another_librarys_layers_is_refused(base):

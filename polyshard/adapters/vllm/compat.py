@@ -92,6 +92,7 @@ __all__ = [
     "WeightTransferUpdateInfo",
     "WeightsMapper",
     "absorb_latents",
+    "base_layer",
     "batch_invariant",
     "begin_reload",
     "cpu_attention",
@@ -369,6 +370,13 @@ def process_after_loading(module: Any) -> None:
     method = getattr(module, "quant_method", None)
     if isinstance(method, QuantizeMethodBase):
         method.process_weights_after_loading(module)
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The layer that holds the weights, out of vLLM's wrapper for LoRA."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
 
 
 def absorb_latents(module: nn.Module) -> None:

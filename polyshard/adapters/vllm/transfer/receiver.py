@@ -183,12 +183,13 @@ class ServedReceiver:
         self.guard.accept(self._version)
 
     def _parameter(self, name: str) -> torch.Tensor:
-        module, _, leaf = name.rpartition(".")
-        return getattr(self._model.get_submodule(module), leaf)
+        module, leaf = self._owners[name][0]
+        return getattr(module, leaf)
 
     def _modules_of(self, entry: WeightEntry) -> list[tuple[nn.Module, str]]:
         places = (entry.parameter, *entry.tied_parameters)
-        return [(self._model.get_submodule(p.rpartition(".")[0]), p.rpartition(".")[2]) for p in places]
+        parts = [place.rpartition(".") for place in places]
+        return [(compat.base_layer(self._model.get_submodule(module)), leaf) for module, _, leaf in parts]
 
     def _is_complete(self, module: nn.Module) -> bool:
         return all(name in self._came for p in self._parameters[module] for name in self.table[p].checkpoint_names)
