@@ -28,8 +28,9 @@ $(READY): requirements/cpu.lock requirements/cpu-source.lock pyproject.toml
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
+# Two workers: much of the time a test waits for engines and ranks to start. A file's tests stay in one of them.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,5 +1,7 @@
 """Every attention kernel that runs here against attention written out in float64, and as compiled code sees it."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -262,7 +264,7 @@ def test_a_kernel_can_be_forced_but_never_drops_a_feature(monkeypatch):
 def no_library_yet(monkeypatch, tmp_path):
     """As on a machine where nothing was compiled yet."""
     monkeypatch.setenv("POLYSHARD_CACHE", str(tmp_path))
-    caches = (library.library, library._load_or_reason, selection._select)
+    caches = (library._load_or_reason, selection._select)
     for cached in caches:
         cached.cache_clear()
     yield tmp_path
@@ -294,6 +296,16 @@ def test_the_loops_are_compiled_once_and_whole(no_library_yet):
     library._load_or_reason.cache_clear()
     assert library.unavailable() is None
     assert [p.stat().st_mtime_ns for p in no_library_yet.iterdir()] == [when]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 2e4, -2e4])
+def test_the_loops_hide_no_number_that_is_none(bad):
+    """Scores without bound, and NaN with whatever payload: as the tiles have it."""
+    q, k, v, *_ = case((40, 9), 4, 2, 32, torch.float32)
+    q[7, 1, 3] = bad
+    q[8, 2, 5] = torch.tensor(0x7FC12345, dtype=torch.int32).view(torch.float32) if math.isnan(bad) else 1.0
+    ours, tiles = (ps.packed_attention(q, k, v, cumulative((40, 9)), kernel=name) for name in ("cpu_fused", "chunked"))
+    torch.testing.assert_close(ours, tiles, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

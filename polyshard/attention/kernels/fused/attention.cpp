@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -109,9 +110,8 @@ inline Vec exponential(Vec x) {
   y = y * rest + 1.6666665459e-1f;
   y = y * rest + 5.0000001201e-1f;
   y = y * rest * rest + rest + 1.0f;
-  const Int power = ((Int)shifted) << 23;  // the low bits of the shifted number are the integer
-  const Vec scaled = (Vec)((Int)y + power);
-  return (Vec)((Int)scaled & ~least);
+  const Vec power = (Vec)((((Int)shifted) << 23) + 0x3f800000);  // the low bits of the shifted number are the integer
+  return (Vec)((Int)(y * power) & ~least);  // a product, so that NaN stays NaN
 }
 
 // 0, 1, 2, ... in the lanes of a register.
@@ -159,7 +159,10 @@ using Buffer = std::unique_ptr<float, Free>;
 
 Buffer buffer(int64_t floats) {
   void* p = std::aligned_alloc(64, up(std::max<int64_t>(floats, 1) * 4, 64));
-  if (!p) std::abort();
+  if (!p) {
+    std::fprintf(stderr, "polyshard: no memory for %lld floats of attention's scratch\n", (long long)floats);
+    std::abort();
+  }
   return Buffer(static_cast<float*>(p));
 }
 

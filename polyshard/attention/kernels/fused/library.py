@@ -18,8 +18,6 @@ from pathlib import Path
 
 import torch
 
-from polyshard.core.errors import PolyshardError
-
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("attention.cpp")
@@ -34,34 +32,21 @@ _WIDTHS = {"AVX512": 16, "AVX2": 8}
 _SECONDS = 120  # to compile
 
 
-class Unavailable(PolyshardError):
-    """The compiled loops cannot be had here; the message says why and what to do."""
-
-
 def width() -> int:
     """Floats of a vector register: head sizes are multiples of it; 0 where the processor has none that is known."""
     return _WIDTHS.get(torch.backends.cpu.get_cpu_capability(), 0)
 
 
 def unavailable() -> str | None:
-    """Why the library cannot be had; None where it was built and loaded. The first call may compile."""
-    try:
-        library()
-    except Unavailable as error:
-        return str(error)
-    return None
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The library of this processor.
-
-    Raises:
-        Unavailable: no processor, compiler or place for it.
-    """
+    """Why the library cannot be had, and what to do; None where it is loaded. The first call may compile."""
     found = _load_or_reason()
-    if isinstance(found, str):
-        raise Unavailable(found)
+    return found if isinstance(found, str) else None
+
+
+def library() -> ctypes.CDLL:
+    """The library of this processor, where it is available."""
+    found = _load_or_reason()
+    assert not isinstance(found, str), found
     return found
 
 
@@ -76,8 +61,8 @@ def _load_or_reason() -> ctypes.CDLL | str:
         return f"needs the C++ compiler {' '.join(named) or 'of CXX'}, which is not there: install g++ or set CXX"
     command = [compiler, *named[1:], *_FLAGS, *_PROCESSORS[capability]]
     key = hashlib.sha256("\n".join([*command, SOURCE.read_text()]).encode()).hexdigest()[:16]
-    built = _cache() / f"attention-{capability.lower()}-{key}.so"
     try:
+        built = _cache() / f"attention-{capability.lower()}-{key}.so"
         if not built.exists():
             _compile(command, built)
         return ctypes.CDLL(str(built))
@@ -85,7 +70,7 @@ def _load_or_reason() -> ctypes.CDLL | str:
         return f"{compiler} did not end within {_SECONDS} s"
     except subprocess.CalledProcessError as error:
         return f"{compiler} could not compile {SOURCE.name}: {error.stderr.strip()[-400:]}"
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
         return f"cannot be built or loaded ({error}): name another folder in {ENVIRONMENT_VARIABLE}"
 
 
