@@ -15,6 +15,8 @@ class RMSNorm(nn.Module):
     The result is rounded to the input's dtype before the weight is applied, as in transformers and vLLM.
     """
 
+    plain_norm = True  # that formula and no more: a server may compute it from `weight` and `eps` by its own operator
+
     def __init__(self, hidden_size: int, context: ParallelContext, eps: float, partial_gradient: bool) -> None:
         super().__init__()
         self.eps = eps

@@ -1,4 +1,4 @@
-"""Other libraries' layers in an engine on CPU: their own weights, multiplied by vLLM's packed matrix product.
+"""Other libraries' layers in an engine on CPU: their own weights, multiplied by vLLM's packed matrix product and norm.
 
 Only for adapters that say so (`plain_products`): their column-parallel layers are a product alone, and row-parallel
 ones a product, a sum over the tensor axis, and the bias.
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard.adapters.vllm.compat import QuantizeMethodBase, pack_weight
+from polyshard.adapters.vllm.compat import NORM_MULTIPLE, QuantizeMethodBase, pack_weight, rms_norm
 from polyshard.core.context import ParallelAxis
+from polyshard.core.linear_adapter import adapter_with
 
 _COLUMN = ("create_merged_column_parallel", "create_qkv_parallel", "create_lm_head")
 
@@ -28,6 +29,13 @@ class PackedLinearAdapter:
         """The other's, packed; written out, since isinstance() with a protocol passes over `__getattr__`."""
         return self._create(self._inner.create_column_parallel, None, *args, **kwargs)
 
+    def create_norm(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The other's, or torch's, computed by vLLM's one operator where that takes it."""
+        norm: Any = adapter_with(self._inner, "create_norm").create_norm(*args, **kwargs)
+        if getattr(norm, "plain_norm", False):
+            norm.forward = partial(_normalise, norm)  # an instance's own, on purpose
+        return norm
+
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
         if name in _COLUMN:
@@ -40,6 +48,13 @@ class PackedLinearAdapter:
         if len(owners) == 1:
             owners[0].quant_method = PackMethod(layer, owners[0], summed_over)  # pyrefly: ignore  # vLLM's convention
         return layer
+
+
+def _normalise(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    """`[..., hidden]` to the same shape."""
+    if x.shape[-1] % NORM_MULTIPLE or x.dtype != norm.weight.dtype or torch.compiler.is_compiling():
+        return type(norm).forward(norm, x)  # the compiler fuses it
+    return rms_norm(x, norm.weight, norm.eps)
 
 
 class PackMethod(QuantizeMethodBase):
