@@ -106,7 +106,7 @@ if __name__ == "__main__":
 
 
 def left_behind(before, seconds=20):
-    """Shared memory that came since, and that no living process has: tests beside this one are making some of their own."""
+    """Shared memory that came since, and that no living process has: tests beside this one make some of their own."""
     until = time.monotonic() + seconds
     while True:
         found = {name for name in set(os.listdir("/dev/shm")) - before if not in_use(name)}
