@@ -66,15 +66,6 @@ def test_what_it_has_not_got_is_refused():
 PROMPT = list(range(3, 40))
 
 
-def checkpoint(directory, **changes):
-    """A trainer's context, its model, and the checkpoint in `directory`."""
-    context, config = ps.initialize("torch"), {**latent.CONFIG, **changes}
-    model = latent.build(ps.ModelConfig(**config), context)
-    ps.initialize_weights(model, context, initializer=latent.initial)
-    ps.save_checkpoint(model, directory, context, config=config)
-    return context, model
-
-
 def assert_serves(llm, model, bound=2e-5):
     """Log-probabilities of a prompt and of its greedy answer are the trainer's."""
     from vllm import SamplingParams
@@ -96,28 +87,20 @@ def assert_serves(llm, model, bound=2e-5):
 def test_a_served_model_gives_the_trainers_numbers(tmp_path):
     from support.engines import engine
 
-    _, model = checkpoint(tmp_path / "mla")
+    _, model = latent.checkpoint(tmp_path / "mla")
     ps.register_model("Latent", latent.build)
     with engine(tmp_path / "mla", "Latent") as llm:
         assert_serves(llm, model)
 
 
-@pytest.fixture
-def deepseek_sizes(monkeypatch):
-    """Latents of 512 and rotated keys of 64: those for which vLLM's kernels on CPU are compiled."""
-    sizes = {**latent.SIZES, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
-    monkeypatch.setattr(latent, "SIZES", sizes)
-    return {"model_type": "deepseek_v3", "q_lora_rank": 20, **sizes}
-
-
 @pytest.mark.vllm
 @pytest.mark.parametrize("adapter", ["vllm", "torch"])
-def test_vllms_latent_cache_gives_the_trainers_numbers_after_a_sync_too(tmp_path, deepseek_sizes, adapter):
+def test_vllms_latent_cache_gives_the_trainers_numbers_after_a_sync_too(tmp_path, monkeypatch, adapter):
     from support.engines import engine
 
     from polyshard.adapters.vllm.compat import MLAAttention, local_worker
 
-    context, model = checkpoint(tmp_path / "mla", **deepseek_sizes)
+    context, model = latent.checkpoint(tmp_path / "mla", **latent.take_deepseek_sizes(monkeypatch))
     ps.register_model("Latent", latent.build, adapter=adapter)
     with engine(tmp_path / "mla", "Latent") as llm:
         kinds = [type(module) for module in local_worker(llm).model.modules()]
@@ -136,7 +119,7 @@ def test_vllms_latent_cache_gives_the_trainers_numbers_after_a_sync_too(tmp_path
 def test_a_latent_that_vllms_kernels_lack_is_refused_with_the_way_out(tmp_path, monkeypatch):
     from support.engines import engine
 
-    _, model = checkpoint(tmp_path / "mla", model_type="deepseek_v3", q_lora_rank=20, **latent.SIZES)
+    _, model = latent.checkpoint(tmp_path / "mla", model_type="deepseek_v3", q_lora_rank=20, **latent.SIZES)
     ps.register_model("Latent", latent.build)
     refused = pytest.raises(ps.RegistrationError, match="keys of 36 together CPU_MLA has 576: set VLLM_MLA_DISABLE=1")
     with refused, engine(tmp_path / "mla", "Latent"):

@@ -50,12 +50,7 @@ def test_cuda_graphs_change_no_token(directory):
 
 
 def test_the_latent_cache_gives_what_keys_written_out_give(tmp_path, monkeypatch):
-    monkeypatch.setattr(latent, "SIZES", {**latent.SIZES, "kv_lora_rank": 512, "qk_rope_head_dim": 64})
-    config = {**latent.CONFIG, "model_type": "deepseek_v3", "q_lora_rank": 20, **latent.SIZES}
-    context = ps.initialize("torch")
-    model = latent.build(ps.ModelConfig(**config), context)
-    ps.initialize_weights(model, context, initializer=latent.initial)
-    ps.save_checkpoint(model, tmp_path / "mla", context, config=config)
+    latent.checkpoint(tmp_path / "mla", **latent.take_deepseek_sizes(monkeypatch))
     ps.register_model("Latent", latent.build)
     answers = []
     for disabled in ("0", "1"):

@@ -7,7 +7,6 @@ gradient; so the trainer goes on with its own module, hooks, optimizer and autog
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +32,6 @@ class ExistingModel:
         """The module for an engine; see `served_copy`."""
         del config  # the module was built from its own
         return served_copy(self.module, parallel_context)
-
-    def changes(self) -> int:
-        """Counts in-place changes of the parameters."""
-        return sum(parameter._version for parameter in self.module.parameters())
 
 
 def served_copy(model: nn.Module, context: ParallelContext) -> nn.Module:
@@ -135,10 +130,3 @@ def _check_parameters(model: nn.Module, context: ParallelContext) -> None:
                 f"{str(default).removeprefix('torch.')}: start it with dtype="
                 f"{str(parameter.dtype).removeprefix('torch.')!r}, or {_INSTEAD}"
             )
-
-
-def watch_of(existing: ExistingModel) -> Callable[[], str | None]:
-    """Says why an engine may not go on, once the module's parameters have changed: its cache is of the old ones."""
-    now = existing.changes()
-    told = "it shares the trainer's memory, and the trainer has changed its weights since the engine was started"
-    return lambda: None if existing.changes() == now else told

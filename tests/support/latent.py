@@ -58,6 +58,22 @@ def initial(name, shape, generator):
     return torch.ones(shape) if len(shape) < 2 else torch.randn(shape, generator=generator) * 0.3
 
 
+def checkpoint(directory, **changes):
+    """A trainer's context, its model, and the checkpoint in `directory`."""
+    context, config = ps.initialize("torch"), {**CONFIG, **changes}
+    model = build(ps.ModelConfig(**config), context)
+    ps.initialize_weights(model, context, initializer=initial)
+    ps.save_checkpoint(model, directory, context, config=config)
+    return context, model
+
+
+def take_deepseek_sizes(monkeypatch):
+    """Latents of 512 and rotated keys of 64, for which vLLM has kernels on CPU; gives what the config says of them."""
+    sizes = {**SIZES, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    monkeypatch.setattr(f"{__name__}.SIZES", sizes)
+    return {"model_type": "deepseek_v3", "q_lora_rank": 20, **sizes}
+
+
 def over_two(axis):
     """Output and gradients of one layer over two ranks, beside those of one process."""
     context = ps.initialize("torch", timeout=60, **{axis: 2})

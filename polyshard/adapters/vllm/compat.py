@@ -66,7 +66,6 @@ from polyshard.core.errors import ConfigurationError
 
 __all__ = [
     "DEFAULT_VOCAB_PADDING_SIZE",
-    "NORM_MULTIPLE",
     "Attention",
     "BaseModelLoader",
     "ColumnParallelLinear",
@@ -126,6 +125,7 @@ __all__ = [
     "runs_pipelines",
     "source_metadata",
     "support_torch_compile",
+    "takes_norm",
     "takes_rotary",
     "unfinished_requests",
     "uses_latents",
@@ -315,7 +315,9 @@ def rotate_in_place(rows: torch.Tensor, q: torch.Tensor, k: torch.Tensor, head_d
     operators.rotary_embedding(rows, q, k, head_dim, table, True)
 
 
-NORM_MULTIPLE = 8  # sizes that the operator takes on CPU: whole vectors
+def takes_norm(x: torch.Tensor) -> bool:
+    """Whether the operator below takes this size on CPU: whole vectors."""
+    return x.shape[-1] % 8 == 0
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -41,9 +41,7 @@ class CpuOperators:
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """vLLM's operator; torch's operations where it does not take the size."""
-        if x.shape[-1] % compat.NORM_MULTIPLE:
-            return plain_rms_norm(x, weight, eps)
-        return compat.rms_norm(x, weight, eps)
+        return (compat.rms_norm if compat.takes_norm(x) else plain_rms_norm)(x, weight, eps)
 
     def rotate(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor

@@ -9,7 +9,6 @@ from torch import nn
 
 from polyshard.adapters.vllm.compat import (
     DEFAULT_VOCAB_PADDING_SIZE,
-    NORM_MULTIPLE,
     QKV_SHARD_IDS,
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -19,6 +18,7 @@ from polyshard.adapters.vllm.compat import (
     RowParallelLinear,
     VocabParallelEmbedding,
     rms_norm,
+    takes_norm,
 )
 from polyshard.core.errors import AdapterError
 
@@ -41,7 +41,7 @@ class CpuRMSNorm(RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., hidden]` to the same shape."""
-        if x.shape[-1] % NORM_MULTIPLE or torch.compiler.is_compiling():  # the compiler fuses vLLM's own
+        if not takes_norm(x) or torch.compiler.is_compiling():  # the compiler fuses vLLM's own
             return super().forward(x)
         return rms_norm(x, self.weight, self.variance_epsilon)
 

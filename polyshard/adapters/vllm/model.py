@@ -23,14 +23,14 @@ from polyshard.adapters.vllm.existing import check_load_format
 from polyshard.adapters.vllm.loading import attach_loaders, keep_buffers, load_weights, packed_names
 from polyshard.adapters.vllm.quantized import quantize_layers
 from polyshard.adapters.vllm.stages import HIDDEN, check_pipeline, stored_elsewhere
-from polyshard.adapters.vllm.transfer.guard import WeightGuard
+from polyshard.adapters.vllm.transfer.guard import WeightGuard, parameter_changes, shared_memory_watch
 from polyshard.core.errors import CheckpointError, RegistrationError
 from polyshard.core.host import ModelFactory, RegisteredModel, build_model, check_served_interface
 from polyshard.core.vocabulary import gather_logits
 from polyshard.core.weight_table import collect_layouts
 from polyshard.exact.trace import recorder_of
 from polyshard.registry import renamer, told_to_parent
-from polyshard.registry.existing import ExistingModel, watch_of
+from polyshard.registry.existing import ExistingModel
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,8 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
             self.body = (make_body(registered, self.model, vllm_config),)
             self.weights = WeightGuard()
             if isinstance(factory, ExistingModel):
-                self.weights.accept("the trainer's own", watch_of(factory))
+                changes = parameter_changes(factory.module)
+                self.weights.accept("the trainer's own", shared_memory_watch(changes, "the engine was started"))
             self.recorder = recorder_of(self.model, self.context.get_tensor_parallel_rank())
             self.loaded = False
 

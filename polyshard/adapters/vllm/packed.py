@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard.adapters.vllm.compat import NORM_MULTIPLE, QuantizeMethodBase, pack_weight, rms_norm
+from polyshard.adapters.vllm.compat import QuantizeMethodBase, pack_weight, rms_norm, takes_norm
 from polyshard.core.context import ParallelAxis
 from polyshard.core.linear_adapter import adapter_with
 
@@ -52,7 +52,7 @@ class PackedLinearAdapter:
 
 def _normalise(norm: Any, x: torch.Tensor) -> torch.Tensor:
     """`[..., hidden]` to the same shape."""
-    if x.shape[-1] % NORM_MULTIPLE or x.dtype != norm.weight.dtype or torch.compiler.is_compiling():
+    if not takes_norm(x) or x.dtype != norm.weight.dtype or torch.compiler.is_compiling():
         return type(norm).forward(norm, x)  # the compiler fuses it
     return rms_norm(x, norm.weight, norm.eps)
 

@@ -4,7 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import nn
+
 from polyshard.core.errors import WeightSyncError
+
+
+def parameter_changes(module: nn.Module) -> Callable[[], int]:
+    """Counts in-place changes of a module's parameters."""
+    parameters = list(module.parameters())
+    return lambda: sum(parameter._version for parameter in parameters)
+
+
+def shared_memory_watch(changes: Callable[[], int], since: str) -> Callable[[], str | None]:
+    """Says why an engine that shares a trainer's memory may not go on, once `changes` counts more than it does now.
+
+    Args:
+        changes: counts the trainer's changes of its weights.
+        since: when the engine was last right, for the message.
+    """
+    now = changes()
+    told = f"it shares the trainer's memory, and the trainer has changed its weights since {since}"
+    return lambda: None if changes() == now else told
 
 
 class WeightGuard:

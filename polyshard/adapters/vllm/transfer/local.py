@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.transfer.receiver import ServedReceiver, receiver_for
@@ -192,9 +191,3 @@ def _cut(flat: torch.Tensor, region: Region, held: list[Region]) -> torch.Tensor
     assert source is not None
     view = source.view(flat)
     return rectangle(view, tuple(a - o for a, o in zip(region.offsets, source.offsets)), region.sizes)
-
-
-def module_watch(module: nn.Module) -> Callable[[], int]:
-    """Counts in-place changes of a module's parameters."""
-    parameters = list(module.parameters())
-    return lambda: sum(parameter._version for parameter in parameters)

@@ -19,7 +19,8 @@ from torch import nn
 
 from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.transfer.bucket import Bucket, Chunk, bucket_path, plan_chunks, remove_abandoned
-from polyshard.adapters.vllm.transfer.local import LocalEngine, module_watch
+from polyshard.adapters.vllm.transfer.guard import parameter_changes, shared_memory_watch
+from polyshard.adapters.vllm.transfer.local import LocalEngine
 from polyshard.adapters.vllm.transfer.remote import Client, LlmClient, RemoteEngine
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError, WeightSyncError
@@ -227,13 +228,11 @@ class WeightSync:
     def _watch(self) -> Callable[[], str | None]:
         changes: Callable[[], int]
         if self._engine is None:
-            changes = module_watch(self._module)
+            changes = parameter_changes(self._module)
         else:
             engine = self._engine
             changes = lambda: engine.updates  # noqa: E731
-        now = changes()
-        told = "it shares the trainer's memory, and the trainer has changed its weights since the last sync"
-        return lambda: None if changes() == now else told
+        return shared_memory_watch(changes, "the last sync")
 
     def _send_directly(self) -> None:
         """From the shards in this process; ranks go through the parameters in step, since gathering is a collective."""

@@ -192,19 +192,8 @@ struct Seen {
 
 static_assert(ROWS <= WIDTH, "a block of keys lies in two registers");
 
-inline Seen seen(const Run& run, int64_t row) {
-  const int64_t at = row + run.shift;
-  int64_t low = 0, high = run.keys;
-  if (run.window > 0) low = std::max(low, at - run.window + 1);
-  if (run.causal)
-    high = std::min(high, at + 1);
-  else if (run.window > 0)
-    high = std::min(high, at + run.window);
-  return low < high ? Seen{low, high} : Seen{0, 0};
-}
-
-// The keys that any of `rows` rows from `first` on sees, from a whole register on.
-inline Seen seen_by(const Run& run, int64_t first, int64_t rows) {
+// The keys that any of `rows` rows from `first` on sees.
+inline Seen seen(const Run& run, int64_t first, int64_t rows = 1) {
   const int64_t from = first + run.shift, last = from + rows - 1;
   int64_t low = 0, high = run.keys;
   if (run.window > 0) low = std::max(low, from - run.window + 1);
@@ -212,7 +201,13 @@ inline Seen seen_by(const Run& run, int64_t first, int64_t rows) {
     high = std::min(high, last + 1);
   else if (run.window > 0)
     high = std::min(high, last + run.window);
-  return low < high ? Seen{low / WIDTH * WIDTH, high} : Seen{0, 0};
+  return low < high ? Seen{low, high} : Seen{0, 0};
+}
+
+// The same from a whole register on.
+inline Seen seen_by(const Run& run, int64_t first, int64_t rows) {
+  const Seen all = seen(run, first, rows);
+  return {all.low / WIDTH * WIDTH, all.high};
 }
 
 // `[keys, dim]` to `[dim, columns]`, multiplied by `factor`, filled up with zeros.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 
@@ -32,6 +33,11 @@ class _Run(ctypes.Structure):
 
 def rejects(spec: AttentionSpec, dtype: torch.dtype) -> str | None:
     """Why the loops cannot compute it: what they do not have, then what this machine does not."""
+    return _lacks(spec, dtype) or unavailable()
+
+
+@functools.cache  # asked for every run of every pass
+def _lacks(spec: AttentionSpec, dtype: torch.dtype) -> str | None:
     lanes = width()
     features = {
         f"computes in float32, not {str(dtype).removeprefix('torch.')}": dtype != torch.float32,
@@ -42,7 +48,7 @@ def rejects(spec: AttentionSpec, dtype: torch.dtype) -> str | None:
             lanes and (spec.head_dim % lanes or spec.v_dim % lanes)
         ),
     }
-    return next((reason for reason, asked in features.items() if asked), None) or unavailable()
+    return next((reason for reason, asked in features.items() if asked), None)
 
 
 def worthwhile(run: Run, call: AttentionCall) -> bool:
