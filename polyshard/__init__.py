@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         save_config,
         save_training_state,
     )
+    from polyshard.core.activation import swiglu
     from polyshard.core.adapter import AdamW, Adapter, StepResult, TrainingEngine
     from polyshard.core.capabilities import Capabilities, Rejected
     from polyshard.core.context import GroupContext, ParallelContext
@@ -79,6 +80,7 @@ _HOMES = {
         "save_config",
         "save_training_state",
     ),
+    "polyshard.core.activation": ("swiglu",),
     "polyshard.core.adapter": ("Adapter", "AdamW", "StepResult", "TrainingEngine"),
     "polyshard.core.capabilities": ("Capabilities", "Rejected"),
     "polyshard.core.context": ("GroupContext", "ParallelContext"),

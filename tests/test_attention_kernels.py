@@ -11,8 +11,9 @@ from support.written_out import attention
 import polyshard as ps
 from polyshard.attention import explain, select_kernel, selection
 from polyshard.attention.kernels import cpu, operator
-from polyshard.attention.kernels.fused import library
-from polyshard.attention.kernels.fused.library import width
+from polyshard.attention.kernels.fused.runs import SOURCE
+from polyshard.compiled import build
+from polyshard.compiled.build import width
 from polyshard.core.attention import AttentionSpec
 from polyshard.core.capabilities import Accepted
 
@@ -264,7 +265,7 @@ def test_a_kernel_can_be_forced_but_never_drops_a_feature(monkeypatch):
 def no_library_yet(monkeypatch, tmp_path):
     """As on a machine where nothing was compiled yet."""
     monkeypatch.setenv("POLYSHARD_CACHE", str(tmp_path))
-    caches = (library._load_or_reason, selection._select)
+    caches = (build._load_or_reason, selection._select)
     for cached in caches:
         cached.cache_clear()
     yield tmp_path
@@ -293,8 +294,8 @@ def test_the_loops_are_compiled_once_and_whole(no_library_yet):
     assert select_kernel(spec_of(), CPU, torch.float32, True, "cpu_fused").name == "cpu_fused"
     (built,) = no_library_yet.iterdir()
     when = built.stat().st_mtime_ns
-    library._load_or_reason.cache_clear()
-    assert library.unavailable() is None
+    build._load_or_reason.cache_clear()
+    assert build.unavailable(SOURCE) is None
     assert [p.stat().st_mtime_ns for p in no_library_yet.iterdir()] == [when]
 
 

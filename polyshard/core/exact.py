@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -19,9 +19,15 @@ class ExactOperators(Protocol):
 
     Attributes:
         attention_kernel: name of the attention kernel that gives the server's bits.
+        products: whose matrix product multiplies which dtype in this process; has to be the same on both sides.
     """
 
     attention_kernel: str
+
+    @property
+    def products(self) -> str:
+        """See the class."""
+        ...
 
     def pack(self, weight: torch.Tensor) -> Product:
         """The product `x -> x Wᵀ` for x `[rows, in]` and W `[out, in]`, whose values it may copy."""
@@ -68,10 +74,17 @@ class ExactMode:
     compute_dtype: torch.dtype | None = None
 
 
-def shards_of(context: Any) -> int | None:
+class ExactIdentity(NamedTuple):
+    """What trainer and server have in common where both compute the same bits."""
+
+    shards: int
+    products: str
+
+
+def identity_of(context: Any) -> ExactIdentity | None:
     """Of a context's exact mode; None where it has none."""
     exact = getattr(context, "exact", None)
-    return None if exact is None else exact.shards
+    return None if exact is None else ExactIdentity(exact.shards, exact.operators.products)
 
 
 def exact_kernel(context: Any, asked: str | None) -> str | None:
@@ -89,27 +102,34 @@ def exact_kernel(context: Any, asked: str | None) -> str | None:
     return kernel
 
 
-def check_same_mode(trainer: int | None, server: int | None, name: str) -> None:
-    """Raise `ConfigurationError` where one side alone is in exact mode, or the shards differ.
+def check_same_mode(trainer: ExactIdentity | None, server: ExactIdentity | None, name: str) -> None:
+    """Raise `ConfigurationError` where one side alone is in exact mode, or they do not compute alike.
 
     Args:
-        trainer: shards, or None for the ordinary mode.
+        trainer: None for the ordinary mode.
         server: likewise.
         name: of the server, for the message.
     """
     if trainer == server:
         return
     if trainer is None:
+        assert server is not None
         raise ConfigurationError(
             f"{name} serves in exact mode, the trainer's context is not exact: their log-probabilities would differ. "
-            f"Initialize it with exact=True, exact_shards={server}, or register the model without exact=True"
+            f"Initialize it with exact=True, exact_shards={server.shards}, or register the model without exact=True"
         )
     if server is None:
         raise ConfigurationError(
             f"the trainer's context is in exact mode, {name} does not serve in it: their log-probabilities would "
-            f"differ. Register its model with exact=True, exact_shards={trainer}, or initialize without exact=True"
+            f"differ. Register its model with exact=True, exact_shards={trainer.shards}, or initialize without "
+            "exact=True"
+        )
+    if trainer.shards != server.shards:
+        raise ConfigurationError(
+            f"the trainer sums row-parallel layers from exact_shards={trainer.shards}, {name} from {server.shards}: "
+            "give both the same, a multiple of both tensor-parallel sizes"
         )
     raise ConfigurationError(
-        f"the trainer sums row-parallel layers from exact_shards={trainer}, {name} from {server}: give both the same, "
-        "a multiple of both tensor-parallel sizes"
+        f"the trainer multiplies by {trainer.products}, {name} by {server.products}: give both the same processors, "
+        "C++ compiler and POLYSHARD_PRODUCT (polyshard doctor says which product a machine has)"
     )

@@ -15,9 +15,11 @@ from polyshard.adapters.vllm.compat import (
     PinnedBackend,
     VllmConfig,
     cpu_head_size,
+    model_dtype,
     rotate_in_place,
     takes_rotary,
 )
+from polyshard.adapters.vllm.prompts import backend_for
 from polyshard.attention.rotary import rotate_heads
 from polyshard.core.attention import AttentionFactory, AttentionSpec, PackedSequences
 from polyshard.core.errors import RegistrationError
@@ -70,6 +72,9 @@ class PagedAttention(nn.Module):
         if self.head_dim != needed and spec.layer_index in (None, 0):
             logger.info("heads of %d are held as %d in the cache: vLLM has no kernel between", needed, self.head_dim)
         features = _features(spec, sinks)
+        if backend is None and on_cpu:
+            cache_dtype = vllm_config.cache_config.cache_dtype
+            backend = backend_for(spec, self.head_dim, model_dtype(vllm_config), cache_dtype, sinks is not None)
         try:
             self.attention = Attention(
                 spec.num_heads,

@@ -44,6 +44,7 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     DEFAULT_VOCAB_PADDING_SIZE,
     ParallelLMHead,
+    UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
@@ -54,9 +55,14 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 from vllm.model_executor.model_loader.utils import _MODEL_ARCH_BY_HASH
 from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP
 from vllm.model_executor.models.utils import WeightsMapper
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backends import cpu_attn
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionMetadataBuilder
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
 from vllm.v1.attention.selector import get_attn_backend
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -68,6 +74,9 @@ __all__ = [
     "DEFAULT_VOCAB_PADDING_SIZE",
     "Attention",
     "BaseModelLoader",
+    "CPUAttentionBackend",
+    "CPUAttentionBackendImpl",
+    "CPUAttentionMetadataBuilder",
     "ColumnParallelLinear",
     "CompilationMode",
     "IntermediateTensors",
@@ -82,6 +91,7 @@ __all__ = [
     "RowParallelLinear",
     "SupportsLoRA",
     "SupportsPP",
+    "UnquantizedEmbeddingMethod",
     "UnquantizedLinearMethod",
     "VllmConfig",
     "VocabParallelEmbedding",
@@ -109,13 +119,14 @@ __all__ = [
     "get_pp_indices",
     "get_tp_group",
     "get_world_group",
+    "has_packed_product",
+    "has_product_of_processor",
     "is_batch_invariant",
     "is_eager",
     "latents_lack",
     "load_into",
     "local_worker",
     "model_dtype",
-    "pack_weight",
     "process_after_loading",
     "register_class",
     "register_loader",
@@ -129,6 +140,7 @@ __all__ = [
     "takes_rotary",
     "unfinished_requests",
     "uses_latents",
+    "vllm_product",
 ]
 
 
@@ -280,6 +292,15 @@ def cpu_packed_product(weight: torch.Tensor) -> Any:
     return partial(operators.onednn_mm, handler, bias=None)
 
 
+def has_packed_product(dtype: torch.dtype) -> bool:
+    """Whether `cpu_packed_product` takes a dtype on this processor."""
+    try:
+        cpu_packed_product(torch.zeros(32, 32, dtype=dtype))
+    except RuntimeError:  # oneDNN has no primitive
+        return False
+    return True
+
+
 def batch_invariant() -> Any:
     """vLLM's batch-invariant CUDA operators."""
     from vllm.model_executor.determinism import batch_invariant
@@ -327,10 +348,19 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return out
 
 
-def pack_weight(layer: nn.Module) -> Any:
+def vllm_product(layer: Any, remove_weight: bool) -> Any:
     """Pack `layer.weight` for vLLM's CPU matrix product, and give that product `(x, weight, bias)`."""
-    dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=remove_weight)
     return layer.cpu_linear
+
+
+def has_product_of_processor(dtype: torch.dtype) -> bool:
+    """Whether vLLM's CPU product has instructions for this dtype here, or AMD's own library (zentorch)."""
+    if current_platform.is_zen_cpu() and hasattr(torch.ops.zentorch, "zentorch_linear_unary"):
+        return True
+    able = torch.cpu.get_capabilities()
+    wanted = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+    return any(able.get(name, False) for name in wanted.get(dtype, ()))
 
 
 def cuda_flash_attention() -> Any:

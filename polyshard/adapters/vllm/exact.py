@@ -5,6 +5,7 @@ The measurements behind each choice are in docs/exactness.md.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 from torch import nn
 
 from polyshard.adapters.vllm import compat
+from polyshard.adapters.vllm.product import chosen
 from polyshard.attention.rotary import rotate_heads
+from polyshard.compiled.product import PackedProduct
 from polyshard.core.context import GroupContext
 from polyshard.core.errors import ConfigurationError, LayoutError, RegistrationError
 from polyshard.core.exact import ExactOperators, Product
@@ -21,11 +24,8 @@ from polyshard.core.host import RegisteredModel
 from polyshard.exact.context import check_shards, exact_mode
 from polyshard.exact.linear import ExactLinear
 
-CPU_DTYPES = (torch.float32, torch.bfloat16)
-_NO_PRODUCT = (
-    "exact mode on CPU multiplies by oneDNN's packed product, which takes float32 and bfloat16, not {}: "
-    "use one of them on both sides"
-)
+CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NO_PRODUCT = "exact mode has no product of {} on this CPU, but of {}: use one of them on both sides"
 
 
 class CpuOperators:
@@ -33,11 +33,18 @@ class CpuOperators:
 
     attention_kernel = "vllm_pinned"
 
+    @property
+    def products(self) -> str:
+        """The compiled product, or vLLM's."""
+        return ", ".join(f"{kind} {str(dtype).removeprefix('torch.')}" for dtype, kind in products().items())
+
     def pack(self, weight: torch.Tensor) -> Product:
-        """oneDNN's product of packed weights. A single row goes as two: for one row it has another kernel."""
-        if weight.dtype not in CPU_DTYPES:
-            raise ConfigurationError(_NO_PRODUCT.format(weight.dtype))
-        return partial(_product, compat.cpu_packed_product(weight))
+        """The compiled product; where oneDNN is faster oneDNN's, by which a row goes as two: it has another kernel."""
+        if weight.dtype not in products():
+            raise ConfigurationError(no_product(weight.dtype))
+        if products()[weight.dtype] == "compiled":
+            return PackedProduct(weight)
+        return partial(_two_rows, compat.cpu_packed_product(weight))
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """vLLM's operator; torch's operations where it does not take the size."""
@@ -57,10 +64,23 @@ class CpuOperators:
         return q, k
 
 
+@functools.cache
+def products() -> dict[torch.dtype, str]:
+    """Dtypes that have an exact product on this CPU, and whose it is."""
+    found = {dtype: str(chosen(dtype)) for dtype in CPU_DTYPES}
+    return {dtype: kind for dtype, kind in found.items() if kind == "compiled" or compat.has_packed_product(dtype)}
+
+
+def no_product(dtype: torch.dtype) -> str:
+    """Why a dtype is refused."""
+    return _NO_PRODUCT.format(dtype, ", ".join(map(str, products())))
+
+
 class CudaOperators:
     """`ExactOperators` on CUDA, by vLLM's batch-invariant Triton operators. Unverified: docs/gpu.md."""
 
     attention_kernel = "vllm_pinned"
+    products = "Triton"
 
     def pack(self, weight: torch.Tensor) -> Product:
         """Its persistent matrix product, whose tiles do not depend on the number of rows."""
@@ -110,8 +130,8 @@ def exact_serving(context: GroupContext, registered: RegisteredModel, vllm_confi
         why = "quantized weights and LoRA have kernels of their own"
     elif cached not in ("auto", str(vllm_config.model_config.dtype).removeprefix("torch.")):
         why = f"a KV cache of {cached} rounds keys and values, which training does not"
-    elif device.type == "cpu" and vllm_config.model_config.dtype not in CPU_DTYPES:
-        why = _NO_PRODUCT.format(vllm_config.model_config.dtype)
+    elif device.type == "cpu" and compat.model_dtype(vllm_config) not in products():
+        why = no_product(compat.model_dtype(vllm_config))
     elif device.type == "cuda" and not compat.is_batch_invariant():
         why = "on CUDA it needs the environment variable VLLM_BATCH_INVARIANT=1"
     if why is not None:
@@ -145,7 +165,7 @@ def _pack_after_loading(layer: nn.Module) -> None:
     layer.quant_method = PackExactly()  # pyrefly: ignore  # vLLM's convention
 
 
-def _product(multiply: Any, x: torch.Tensor) -> torch.Tensor:
+def _two_rows(multiply: Any, x: torch.Tensor) -> torch.Tensor:
     if len(x) != 1:
         return multiply(x.contiguous())
     return multiply(x.expand(2, -1).contiguous())[:1]

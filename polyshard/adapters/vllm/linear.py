@@ -20,6 +20,7 @@ from polyshard.adapters.vllm.compat import (
     rms_norm,
     takes_norm,
 )
+from polyshard.adapters.vllm.product import LookupMethod, PackedHeadMethod, PackedLinearMethod, multiply_by_chosen
 from polyshard.core.errors import AdapterError
 
 
@@ -28,7 +29,7 @@ class VllmHead(nn.Module):
 
     def __init__(self, hidden_size: int, vocab_size: int, bias: bool, tied_to: Any) -> None:
         super().__init__()
-        head = ParallelLMHead(vocab_size, hidden_size, bias=bias)
+        head = multiply_by_chosen(ParallelLMHead(vocab_size, hidden_size, bias=bias), PackedHeadMethod)
         self.head: Any = head if tied_to is None else head.tie_weights(tied_to)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -62,7 +63,7 @@ class VllmLinearAdapter:
     def _make(self, kind: Any, *args: Any, **kwargs: Any) -> Any:
         """A layer; for a quantized checkpoint without memory, to be built again under its name (`quantized.py`)."""
         if not self._quantized:
-            return kind(*args, **kwargs)
+            return multiply_by_chosen(kind(*args, **kwargs), PackedLinearMethod)
         with torch.device("meta"):
             layer = kind(*args, **kwargs)
 
@@ -114,7 +115,7 @@ class VllmLinearAdapter:
 
     def create_vocab_embedding(self, num_embeddings: int, embedding_dim: int, parallel_context: Any) -> nn.Module:
         """vLLM's VocabParallelEmbedding."""
-        return VocabParallelEmbedding(num_embeddings, embedding_dim)
+        return multiply_by_chosen(VocabParallelEmbedding(num_embeddings, embedding_dim), LookupMethod)
 
     def create_lm_head(
         self,

@@ -1,4 +1,4 @@
-"""Other libraries' layers in an engine on CPU: their own weights, multiplied by vLLM's packed matrix product and norm.
+"""Other libraries' layers in an engine on CPU: their own weights, by the engine's packed matrix product and norm.
 
 Only for adapters that say so (`plain_products`): their column-parallel layers are a product alone, and row-parallel
 ones a product, a sum over the tensor axis, and the bias.
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard.adapters.vllm.compat import QuantizeMethodBase, pack_weight, rms_norm, takes_norm
+from polyshard.adapters.vllm.compat import QuantizeMethodBase, rms_norm, takes_norm
+from polyshard.adapters.vllm.product import pack_weight
 from polyshard.core.context import ParallelAxis
 from polyshard.core.linear_adapter import adapter_with
 

@@ -11,7 +11,7 @@ import torch
 from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.transfer.receiver import ServedReceiver, receiver_for
 from polyshard.core.errors import WeightSyncError
-from polyshard.core.exact import shards_of
+from polyshard.core.exact import identity_of
 from polyshard.core.fingerprint import fingerprint, total
 from polyshard.core.movement import Moved, rectangle, take_region
 from polyshard.core.regions import Region, regions
@@ -41,7 +41,7 @@ class LocalEngine:
         self._llm = llm
         self.receiver = receiver_for(worker.model, worker.vllm_config)
         self.dtype = compat.engine_dtype(llm)
-        self.exact_shards = shards_of(getattr(worker.model, "context", None))
+        self.exact = identity_of(getattr(worker.model, "context", None))
         self.tensor_size: int = worker.vllm_config.parallel_config.tensor_parallel_size
         # Captured CUDA graphs hold addresses: memory must then stay where it is.
         self._share = share and bool(worker.vllm_config.model_config.enforce_eager)

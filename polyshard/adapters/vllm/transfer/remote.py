@@ -17,6 +17,7 @@ import torch
 from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.transfer.bucket import Bucket, Chunk
 from polyshard.core.errors import ConfigurationError, WeightSyncError
+from polyshard.core.exact import ExactIdentity
 from polyshard.core.movement import Moved
 
 BACKEND = "polyshard"
@@ -93,7 +94,7 @@ class RemoteEngine:
         self._workers: int = first["workers"]
         self.tensor_size: int = first["tensor_size"]
         self.dtype: torch.dtype = getattr(torch, first["dtype"])
-        self.exact_shards: int | None = first["exact_shards"]
+        self.exact = None if first["exact"] is None else ExactIdentity(*first["exact"])
         # Between start and finish; a trainer that died may have left an update open.
         self._open: bool = any(report["open"] for report in self._reports())
         self._half = self._open

@@ -24,7 +24,7 @@ from polyshard.adapters.vllm.transfer.local import LocalEngine
 from polyshard.adapters.vllm.transfer.remote import Client, LlmClient, RemoteEngine
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError, WeightSyncError
-from polyshard.core.exact import check_same_mode, shards_of
+from polyshard.core.exact import check_same_mode, identity_of
 from polyshard.core.fingerprint import fingerprint, text, total
 from polyshard.core.movement import Moved, module_pieces, put_pieces, rectangle, shared_run
 from polyshard.core.ranks import Ranks
@@ -105,7 +105,7 @@ class WeightSync:
             remove_abandoned()
             self._connect(engines, timeout, share)
             for connected in (*self._local, *self._remote):
-                check_same_mode(shards_of(parallel_context), connected.exact_shards, connected.name)
+                check_same_mode(identity_of(parallel_context), connected.exact, connected.name)
         except Exception as problem:
             error = problem
         self._ranks.agree(error, "the engines cannot take weights", WeightSyncError)

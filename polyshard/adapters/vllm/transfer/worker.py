@@ -21,7 +21,7 @@ from polyshard.adapters.vllm.compat import WeightTransferEngine, WeightTransferI
 from polyshard.adapters.vllm.transfer.bucket import Bucket, chunk_from
 from polyshard.adapters.vllm.transfer.receiver import Receiver, receiver_for
 from polyshard.core.errors import WeightSyncError
-from polyshard.core.exact import shards_of
+from polyshard.core.exact import identity_of
 from polyshard.core.movement import Moved
 
 
@@ -57,7 +57,7 @@ class PolyshardTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._receiver: Receiver = receiver_for(model, vllm_config)
         parallel = vllm_config.parallel_config
         self._rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
-        self._exact_shards = shards_of(getattr(model, "context", None))
+        self._exact = identity_of(getattr(model, "context", None))
         self._reports: Path | None = None
         self._version: str | None = None
         self._open = False
@@ -131,7 +131,7 @@ class PolyshardTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
             "tensor_size": self.parallel_config.tensor_parallel_size,
             "workers": self.parallel_config.data_parallel_size * self.parallel_config.world_size,
             "dtype": str(self.model_config.dtype).removeprefix("torch."),
-            "exact_shards": self._exact_shards,
+            "exact": self._exact,
         }
         path = self._reports / f"worker-{self._rank:05d}.json"
         temporary = path.with_suffix(".writing")

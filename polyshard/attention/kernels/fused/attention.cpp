@@ -16,24 +16,14 @@
 #include <limits>
 #include <memory>
 
+#include "registers.h"
+
 namespace {
 
-#ifdef __AVX512F__
-constexpr int WIDTH = 16;  // floats of a register
-constexpr int PANEL = 4;   // registers of a row that a product sums at once; with ROWS it fills the register file
-#else
-constexpr int WIDTH = 8;
-constexpr int PANEL = 2;
-#endif
+constexpr int PANEL = WIDTH == 16 ? 4 : 2;  // registers of a row that a product sums at once; ROWS of them fill all
 constexpr int ROWS = 6;
 constexpr int64_t TILE = 16 * ROWS;  // queries whose weights are kept at once in the backward
 
-typedef float Vec __attribute__((vector_size(4 * WIDTH)));
-typedef float VecAnywhere __attribute__((vector_size(4 * WIDTH), aligned(4)));
-typedef int32_t Int __attribute__((vector_size(4 * WIDTH)));
-
-inline Vec load(const float* p) { return *reinterpret_cast<const VecAnywhere*>(p); }
-inline void store(float* p, Vec x) { *reinterpret_cast<VecAnywhere*>(p) = x; }
 inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // A matrix in memory whose element (row, column) is data[row * rows + column * columns].
@@ -94,24 +84,6 @@ void product(int64_t rows, Strided a, const float* b, int64_t b_row, int64_t dep
     case 2: return multiply_rows<2>(a, b, b_row, depth, out, out_row, add, columns);
     default: return multiply_rows<1>(a, b, b_row, depth, out, out_row, add, columns);
   }
-}
-
-// exp(x) for x <= 0, to about one unit in the last place (polynomial of Cephes, expf.c); 0 below -87.3.
-inline Vec exponential(Vec x) {
-  const Int least = x < -87.3f;
-  x = x < -87.3f ? Vec{} - 87.3f : x;
-  const Vec shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
-  const Vec whole = shifted - 12582912.0f;
-  const Vec rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  Vec y = Vec{} + 1.9875691500e-4f;
-  y = y * rest + 1.3981999507e-3f;
-  y = y * rest + 8.3334519073e-3f;
-  y = y * rest + 4.1665795894e-2f;
-  y = y * rest + 1.6666665459e-1f;
-  y = y * rest + 5.0000001201e-1f;
-  y = y * rest * rest + rest + 1.0f;
-  const Vec power = (Vec)((((Int)shifted) << 23) + 0x3f800000);  // the low bits of the shifted number are the integer
-  return (Vec)((Int)(y * power) & ~least);  // a product, so that NaN stays NaN
 }
 
 // 0, 1, 2, ... in the lanes of a register.

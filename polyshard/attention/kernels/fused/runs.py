@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from pathlib import Path
 
 import torch
 
-from polyshard.attention.kernels.fused.library import library, unavailable, width
 from polyshard.attention.kernels.protocol import AttentionCall
-from polyshard.attention.kernels.tiles import Run
+from polyshard.attention.kernels.tiles import Run, runs
+from polyshard.compiled.build import library, unavailable, width
 from polyshard.core.attention import AttentionSpec
 
+SOURCE = Path(__file__).with_name("attention.cpp")
 _MOST_KEYS = 8192  # from 16384 on torch's operator is faster
 
 
@@ -33,7 +35,7 @@ class _Run(ctypes.Structure):
 
 def rejects(spec: AttentionSpec, dtype: torch.dtype) -> str | None:
     """Why the loops cannot compute it: what they do not have, then what this machine does not."""
-    return _lacks(spec, dtype) or unavailable()
+    return _lacks(spec, dtype) or unavailable(SOURCE)
 
 
 @functools.cache  # asked for every run of every pass
@@ -56,6 +58,18 @@ def worthwhile(run: Run, call: AttentionCall) -> bool:
     return run.keys <= _MOST_KEYS and run.count * call.spec.num_kv_heads >= torch.get_num_threads()
 
 
+def worthwhile_all(call: AttentionCall) -> bool:
+    """Whether the loops are the fastest for each run of a call."""
+    return all(worthwhile(run, call) for run in runs(call))
+
+
+def attend_into(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, out: torch.Tensor) -> None:
+    """Fill `out` `[tokens, heads, value_dim]`; all are float32 with contiguous rows. No autograd."""
+    logsumexp = q.new_empty(q.shape[:2])
+    for run in runs(call):
+        forward_run(q, k, v, run, call, out, logsumexp)
+
+
 def forward_run(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -67,7 +81,7 @@ def forward_run(
 ) -> None:
     """Fill a run's part of `out` and `logsumexp`; all are float32 with contiguous rows."""
     places = ((q, run.query), (k, run.key), (v, run.key), (out, run.query), (logsumexp, run.query))
-    library().polyshard_attention_forward(_run(run, call), *(_packed(x, first) for x, first in places))
+    library(SOURCE).polyshard_attention_forward(_run(run, call), *(_packed(x, first) for x, first in places))
 
 
 def backward_run(
@@ -85,7 +99,7 @@ def backward_run(
     grad_q, grad_k, grad_v = grads
     places = ((grad_out, run.query), (q, run.query), (k, run.key), (v, run.key), (out, run.query))
     results = ((logsumexp, run.query), (grad_q, run.query), (grad_k, run.key), (grad_v, run.key))
-    library().polyshard_attention_backward(_run(run, call), *(_packed(*place) for place in (*places, *results)))
+    library(SOURCE).polyshard_attention_backward(_run(run, call), *(_packed(*place) for place in (*places, *results)))
 
 
 def _run(run: Run, call: AttentionCall) -> object:

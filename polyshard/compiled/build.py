@@ -1,4 +1,4 @@
-"""The compiled loops: built once per machine by the user's own C++ compiler, and kept.
+"""A C++ file of polyshard's, built once per machine by the user's own compiler, and kept.
 
 No torch header is needed, so that building takes a second; it links to torch's OpenMP and shares its threads.
 """
@@ -20,38 +20,39 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("attention.cpp")
 ENVIRONMENT_VARIABLE = "POLYSHARD_CACHE"
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of numbers in memory; computed is in float32
 
+_HEADERS = Path(__file__).parent
 _FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
 _PROCESSORS = {
-    "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"),
-    "AVX2": ("-mavx2", "-mfma"),
+    "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"),
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
 }
 _WIDTHS = {"AVX512": 16, "AVX2": 8}
 _SECONDS = 120  # to compile
 
 
 def width() -> int:
-    """Floats of a vector register: head sizes are multiples of it; 0 where the processor has none that is known."""
+    """Floats of a vector register; 0 where the processor has none that is known."""
     return _WIDTHS.get(torch.backends.cpu.get_cpu_capability(), 0)
 
 
-def unavailable() -> str | None:
-    """Why the library cannot be had, and what to do; None where it is loaded. The first call may compile."""
-    found = _load_or_reason()
+def unavailable(source: Path) -> str | None:
+    """Why the library of a file cannot be had, and what to do; None where it is loaded. The first call may compile."""
+    found = _load_or_reason(source)
     return found if isinstance(found, str) else None
 
 
-def library() -> ctypes.CDLL:
+def library(source: Path) -> ctypes.CDLL:
     """The library of this processor, where it is available."""
-    found = _load_or_reason()
+    found = _load_or_reason(source)
     assert not isinstance(found, str), found
     return found
 
 
 @functools.cache
-def _load_or_reason() -> ctypes.CDLL | str:
+def _load_or_reason(source: Path) -> ctypes.CDLL | str:
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in _PROCESSORS:
         return f"needs a processor with {' or '.join(_PROCESSORS)}, and torch calls this one {capability}"
@@ -60,16 +61,17 @@ def _load_or_reason() -> ctypes.CDLL | str:
     if compiler is None:
         return f"needs the C++ compiler {' '.join(named) or 'of CXX'}, which is not there: install g++ or set CXX"
     command = [compiler, *named[1:], *_FLAGS, *_PROCESSORS[capability]]
-    key = hashlib.sha256("\n".join([*command, SOURCE.read_text()]).encode()).hexdigest()[:16]
+    texts = [file.read_text() for file in (*sorted(_HEADERS.glob("*.h")), source)]
+    key = hashlib.sha256("\n".join([*command, *texts]).encode()).hexdigest()[:16]
     try:
-        built = _cache() / f"attention-{capability.lower()}-{key}.so"
+        built = _cache() / f"{source.stem}-{capability.lower()}-{key}.so"
         if not built.exists():
-            _compile(command, built)
+            _compile([*command, "-I", str(_HEADERS)], source, built)
         return ctypes.CDLL(str(built))
     except subprocess.TimeoutExpired:
         return f"{compiler} did not end within {_SECONDS} s"
     except subprocess.CalledProcessError as error:
-        return f"{compiler} could not compile {SOURCE.name}: {error.stderr.strip()[-400:]}"
+        return f"{compiler} could not compile {source.name}: {error.stderr.strip()[-400:]}"
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
         return f"cannot be built or loaded ({error}): name another folder in {ENVIRONMENT_VARIABLE}"
 
@@ -81,13 +83,13 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polyshard"
 
 
-def _compile(command: list[str], built: Path) -> None:
+def _compile(command: list[str], source: Path, built: Path) -> None:
     """Compile into a file beside `built` and rename it: ranks that start together each do so, and none waits."""
     built.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         part = Path(folder) / built.name
         subprocess.run(
-            [*command, "-o", str(part), str(SOURCE)], check=True, capture_output=True, text=True, timeout=_SECONDS
+            [*command, "-o", str(part), str(source)], check=True, capture_output=True, text=True, timeout=_SECONDS
         )
         part.replace(built)
-    logger.info("compiled the attention loops of this processor: %s", built)
+    logger.info("compiled %s for this processor: %s", source.name, built)

@@ -1,0 +1,98 @@
+"""The matrix product of an engine on CPU: polyshard's compiled one where it is faster than vLLM's, else vLLM's."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from polyshard.adapters.vllm.compat import (
+    QuantizeMethodBase,
+    UnquantizedEmbeddingMethod,
+    UnquantizedLinearMethod,
+    has_product_of_processor,
+    vllm_product,
+)
+from polyshard.compiled.product import PackedProduct, rejects
+from polyshard.core.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT_VARIABLE = "POLYSHARD_PRODUCT"
+Kind = Literal["compiled", "vllm"]
+
+
+@functools.cache
+def chosen(dtype: torch.dtype) -> Kind:
+    """Which product weights of this dtype are multiplied by, in this process and on every machine like this one.
+
+    vLLM's where the processor multiplies this dtype by instructions that the compiled loops do not have; else the
+    compiled one. The environment variable POLYSHARD_PRODUCT forces either.
+
+    Raises:
+        ConfigurationError: the variable names neither, or the compiled product cannot be had.
+    """
+    asked = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    reason = None if asked == "vllm" else rejects(dtype)
+    if asked not in ("", "vllm", "compiled"):
+        raise ConfigurationError(f"{ENVIRONMENT_VARIABLE} must be 'compiled' or 'vllm', got {asked!r}")
+    if asked == "compiled" and reason is not None:
+        raise ConfigurationError(f"{ENVIRONMENT_VARIABLE}=compiled: the compiled product {reason}")
+    if asked:
+        return "compiled" if asked == "compiled" else "vllm"
+    if reason is not None:
+        logger.info("%s is multiplied by vLLM's product: the compiled one %s", dtype, reason)
+    return "vllm" if reason is not None or has_product_of_processor(dtype) else "compiled"
+
+
+def pack_weight(layer: Any, remove_weight: bool = False) -> Any:
+    """Pack `layer.weight` `[out, in]`, and give the product `(x, weight, bias) -> x Wᵀ + b` by what was packed.
+
+    `remove_weight`: free the weight, as vLLM does for its own layers.
+    """
+    weight = layer.weight
+    if weight.is_meta or chosen(weight.dtype) == "vllm":
+        return vllm_product(layer, remove_weight)
+    product = PackedProduct(weight)
+    layer.cpu_linear = lambda x, weight, bias=None: product(x, bias)
+    if remove_weight:
+        layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
+    return layer.cpu_linear
+
+
+class PackedLinearMethod(UnquantizedLinearMethod):
+    """vLLM's, with the chosen product."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Pack."""
+        if getattr(layer, "_cpu_skip_gemm_dispatch", False):  # its weight is read as it is
+            super().process_weights_after_loading(layer)
+        else:
+            pack_weight(layer, remove_weight=True)
+
+
+class PackedHeadMethod(UnquantizedEmbeddingMethod):
+    """vLLM's for an output projection, with the chosen product."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Pack; the weight stays, since an embedding may share it."""
+        pack_weight(layer)
+
+
+class LookupMethod(UnquantizedEmbeddingMethod):
+    """vLLM's for an embedding, of which no product is taken: vLLM's own packs it all the same."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Nothing."""
+
+
+def multiply_by_chosen(layer: Any, method: type[QuantizeMethodBase]) -> Any:
+    """The layer, which packs by `method` where vLLM would pack its whole weight on CPU."""
+    unquantized = type(layer.quant_method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+    if unquantized and layer.weight.device.type == "cpu":
+        layer.quant_method = method()
+    return layer

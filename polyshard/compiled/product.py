@@ -1,0 +1,92 @@
+"""The packed matrix product on CPU: `x Wᵀ + b`, where a row's bits depend on that row and the weight alone."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyshard.compiled.build import KINDS, library, unavailable
+
+SOURCE = Path(__file__).with_name("product.cpp")
+
+
+def rejects(dtype: torch.dtype) -> str | None:
+    """Why a weight of this dtype cannot be packed here; None where it can. The first call may compile."""
+    if dtype not in KINDS:
+        return f"multiplies {', '.join(str(d).removeprefix('torch.') for d in KINDS)}, not {dtype}"
+    return unavailable(SOURCE)
+
+
+class PackedProduct:
+    """`x Wᵀ + b` by a copy of the weight.
+
+    The bits of an output depend on its row of `x` and its row of the weight: not on the other rows, their number, a
+    part of the weight's rows being elsewhere, or threads. Sums are taken in float32.
+
+    Args:
+        weight: `[out, in]`, of a dtype that `rejects` takes, on CPU.
+
+    Attributes:
+        packed: the copy, `[panels, in, columns]`.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        assert rejects(weight.dtype) is None
+        weight = weight.detach()
+        if weight.stride(-1) != 1:
+            weight = weight.contiguous()
+        self.out_features, inputs = weight.shape
+        columns = _panel_columns()
+        self.packed = torch.empty(-(-self.out_features // columns), inputs, columns, dtype=weight.dtype)
+        pack, _, threads = _functions()
+        pointers = weight.data_ptr(), weight.stride(0), self.packed.data_ptr()
+        pack(KINDS[weight.dtype], *pointers, inputs, self.out_features, threads())
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`[..., in]` to `[..., out]`; `bias` `[out]`. Not differentiable."""
+        multiply = _operator if torch.compiler.is_compiling() else _multiply
+        return multiply(x, self.packed, bias, self.out_features)
+
+
+def _multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
+    inputs, dtype = packed.shape[1], packed.dtype
+    assert (x.dtype, x.shape[-1]) == (dtype, inputs), (x.dtype, x.shape, dtype, packed.shape)
+    assert bias is None or (bias.dtype == dtype and bias.is_contiguous())
+    rows = x if x.dim() == 2 else x.reshape(-1, inputs)
+    stride, step = rows.stride()
+    if step != 1:
+        rows, stride = rows.contiguous(), inputs
+    out = torch.empty((*x.shape[:-1], out_features), dtype=dtype)
+    _, product, threads = _functions()
+    pointers = rows.data_ptr(), stride, packed.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()
+    product(KINDS[dtype], *pointers, rows.shape[0], inputs, out_features, threads())
+    return out
+
+
+# A graph's compiler looks at tensors and calls this by name.
+_operator = torch.library.custom_op("polyshard::packed_product", _multiply, mutates_args=())
+
+
+@_operator.register_fake
+def _(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@functools.cache
+def _functions() -> tuple[Any, Any, Any]:
+    """Packing, the product, and the number of threads."""
+    number, pointer, size = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
+    pack, product = library(SOURCE).polyshard_pack, library(SOURCE).polyshard_product
+    pack.argtypes = (number, pointer, size, pointer, size, size, number)
+    product.argtypes = (number, pointer, size, pointer, pointer, pointer, size, size, size, number)
+    pack.restype = product.restype = None
+    return pack, product, torch.get_num_threads
+
+
+@functools.cache
+def _panel_columns() -> int:
+    return library(SOURCE).polyshard_panel_columns()

@@ -1,0 +1,88 @@
+// A vector register of floats, and how numbers of other kinds get into one and out.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+#if defined(__AVX512F__) && !defined(POLYSHARD_WIDTH)
+#define POLYSHARD_WIDTH 16
+#elif !defined(POLYSHARD_WIDTH)
+#define POLYSHARD_WIDTH 8
+#endif
+constexpr int WIDTH = POLYSHARD_WIDTH;  // floats of a register
+
+typedef float Vec __attribute__((vector_size(4 * WIDTH)));
+typedef float VecAnywhere __attribute__((vector_size(4 * WIDTH), aligned(4)));
+typedef int32_t Int __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t Word __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t Half __attribute__((vector_size(2 * WIDTH), aligned(2)));
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline Vec load(const float* p) { return *reinterpret_cast<const VecAnywhere*>(p); }
+inline void store(float* p, Vec x) { *reinterpret_cast<VecAnywhere*>(p) = x; }
+
+inline Vec load(const Bfloat16* p) {
+  return (Vec)(__builtin_convertvector(*reinterpret_cast<const Half*>(p), Word) << 16);
+}
+
+// To the nearest, ties to even; NaN stays NaN.
+inline void store(Bfloat16* p, Vec x) {
+  const Word bits = (Word)x;
+  const Word rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Word nan = (Word)(x != x);
+  *reinterpret_cast<Half*>(p) = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Half);
+}
+
+#ifdef __AVX512F__
+inline Vec load(const Float16* p) {
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void store(Float16* p, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+inline Vec load(const Float16* p) {
+  Vec x;
+  for (int i = 0; i < WIDTH; i += 8) {
+    const __m256 part = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i)));
+    __builtin_memcpy(reinterpret_cast<float*>(&x) + i, &part, 32);
+  }
+  return x;
+}
+inline void store(Float16* p, Vec x) {
+  for (int i = 0; i < WIDTH; i += 8) {
+    __m256 part;
+    __builtin_memcpy(&part, reinterpret_cast<float*>(&x) + i, 32);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + i), _mm256_cvtps_ph(part, _MM_FROUND_TO_NEAREST_INT));
+  }
+}
+#endif
+
+// exp(x) for x <= 0, to about one unit in the last place (polynomial of Cephes, expf.c); 0 below -87.3.
+inline Vec exponential(Vec x) {
+  const Int least = x < -87.3f;
+  x = x < -87.3f ? Vec{} - 87.3f : x;
+  const Vec shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
+  const Vec whole = shifted - 12582912.0f;
+  const Vec rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Vec y = Vec{} + 1.9875691500e-4f;
+  y = y * rest + 1.3981999507e-3f;
+  y = y * rest + 8.3334519073e-3f;
+  y = y * rest + 4.1665795894e-2f;
+  y = y * rest + 1.6666665459e-1f;
+  y = y * rest + 5.0000001201e-1f;
+  y = y * rest * rest + rest + 1.0f;
+  const Vec power = (Vec)((((Int)shifted) << 23) + 0x3f800000);  // the low bits of the shifted number are the integer
+  return (Vec)((Int)(y * power) & ~least);  // a product, so that NaN stays NaN
+}
+
+}  // namespace

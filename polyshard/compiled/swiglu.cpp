@@ -1,0 +1,41 @@
+// out = silu(gate) * up, computed in float32 and rounded once, in one pass over memory.
+
+#include <algorithm>
+
+#include "registers.h"
+
+namespace {
+
+inline Vec silu(Vec x) {
+  const Vec magnitude = x < 0.0f ? x : -x;
+  const Vec e = exponential(magnitude);
+  return x * ((x < 0.0f ? e : Vec{} + 1.0f) / (1.0f + e));
+}
+
+template <typename T>
+void swiglu_as(const void* gate_up, int64_t stride, void* out, int64_t rows, int64_t size, int threads) {
+  const T* from = static_cast<const T*>(gate_up);
+  T* to = static_cast<T*>(out);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < rows; r++) {
+    const T *gate = from + r * stride, *up = gate + size;
+    T* row = to + r * size;
+    int64_t i = 0;
+    for (; i + WIDTH <= size; i += WIDTH) store(row + i, silu(load(gate + i)) * load(up + i));
+    if (i == size) continue;
+    alignas(64) T left[WIDTH] = {}, right[WIDTH] = {}, result[WIDTH];
+    std::copy(gate + i, gate + size, left);
+    std::copy(up + i, up + size, right);
+    store(result, silu(load(left)) * load(right));
+    std::copy(result, result + (size - i), row + i);
+  }
+}
+
+}  // namespace
+
+// gate_up [rows, 2 * size] with `stride` elements between rows; out [rows, size] without gaps. kind: as of product.cpp.
+extern "C" void polyshard_swiglu(int kind, const void* gate_up, int64_t stride, void* out, int64_t rows, int64_t size,
+                                 int threads) {
+  constexpr decltype(&swiglu_as<float>) kinds[] = {swiglu_as<float>, swiglu_as<Bfloat16>, swiglu_as<Float16>};
+  kinds[kind](gate_up, stride, out, rows, size, threads);
+}

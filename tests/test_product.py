@@ -1,0 +1,110 @@
+"""The packed matrix product on CPU, against float64; and that a row's bits are its own."""
+
+import ctypes
+
+import pytest
+import torch
+
+from polyshard.compiled import build
+from polyshard.compiled.product import SOURCE, PackedProduct, rejects
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# rows, inputs, outputs: of one tile, of parts of tiles and panels, of several depths and blocks
+SIZES = ((1, 7, 5), (3, 64, 33), (16, 576, 960), (13, 257, 64), (600, 1536, 100), (150, 4100, 31), (0, 8, 8))
+
+pytestmark = pytest.mark.skipif(rejects(torch.float32) is not None, reason=f"the product {rejects(torch.float32)}")
+
+
+def tensors(
+    rows: int, inputs: int, outputs: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows + inputs + outputs)
+    make = [torch.randn(shape, generator=generator) for shape in ((rows, inputs), (outputs, inputs), (outputs,))]
+    x, weight, bias = (t.to(dtype) for t in make)
+    return x, weight, bias
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_it_is_the_product_in_float64_rounded(sizes, dtype):
+    x, weight, bias = tensors(*sizes, dtype)
+    wide = x.double() @ weight.double().t()
+    # Float32 sums: the bound of a sum of `inputs` products, which are rounded once more on the way out.
+    bound = torch.finfo(torch.float32).eps * sizes[1] ** 0.5 * (x.double().abs() @ weight.double().abs().t())
+    for added in (None, bias):
+        expected = wide if added is None else wide + added.double()
+        got = PackedProduct(weight)(x, added)
+        assert got.dtype == dtype
+        assert got.shape == expected.shape
+        rounding = torch.finfo(dtype).eps / 2 * expected.abs()
+        assert ((got.double() - expected).abs() <= bound + 1.01 * rounding).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_bits_of_a_row_do_not_depend_on_batch_shard_or_threads(dtype):
+    x, weight, bias = tensors(300, 700, 200, dtype)
+    whole = PackedProduct(weight)(x, bias)
+    for first, last in ((0, 1), (7, 9), (3, 20), (44, 300)):
+        assert torch.equal(PackedProduct(weight)(x[first:last], bias), whole[first:last])
+    for first, last in ((0, 100), (100, 200), (17, 18)):
+        assert torch.equal(PackedProduct(weight[first:last])(x, bias[first:last]), whole[:, first:last])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(PackedProduct(weight)(x, bias), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_are_read_where_they_lie(dtype):
+    x, weight, _ = tensors(40, 96, 48, dtype)
+    expected = PackedProduct(weight)(x)
+    beside = torch.cat((x, torch.full_like(x, torch.nan)), dim=1)[:, :96]
+    assert torch.equal(PackedProduct(weight)(beside), expected)
+    assert torch.equal(PackedProduct(weight.t().contiguous().t())(x.t().contiguous().t()), expected)
+    assert torch.equal(PackedProduct(weight)(x.view(2, 4, 5, 96)), expected.view(2, 4, 5, 48))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_a_number_stays_so_and_spoils_no_other_row(dtype):
+    x, weight, _ = tensors(20, 40, 48, dtype)
+    clean = PackedProduct(weight)(x)
+    x[3, 5], x[9, 0] = torch.nan, torch.inf
+    got = PackedProduct(weight)(x)
+    assert got[3].isnan().all()
+    assert got[9].isinf().all()
+    others = [i for i in range(20) if i not in (3, 9)]
+    assert torch.equal(got[others], clean[others])
+
+
+def test_a_compiled_graph_calls_it_by_name():
+    x, weight, bias = tensors(9, 64, 32, torch.float32)
+    product = PackedProduct(weight)
+    compiled = torch.compile(lambda x: torch.relu(product(x, bias)), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), torch.relu(product(x, bias)))
+
+
+def test_registers_of_another_width_give_the_same_bits(tmp_path, monkeypatch):
+    """Sixteen floats wide, as for AVX-512, which the compiler makes of two registers where there is no such."""
+    if build.width() != 8:
+        pytest.skip("this processor's registers are the wide ones")
+    source = tmp_path / "product.cpp"
+    source.write_text("#define POLYSHARD_WIDTH 16\n" + SOURCE.read_text())
+    monkeypatch.setenv("POLYSHARD_CACHE", str(tmp_path))
+    assert build.unavailable(source) is None
+    wide = build.library(source)
+    assert wide.polyshard_panel_columns() == 32
+    for kind, dtype in enumerate(DTYPES):
+        x, weight, bias = tensors(50, 600, 70, dtype)
+        packed, out = torch.empty(3, 600, 32, dtype=dtype), torch.empty(50, 70, dtype=dtype)
+        at = [ctypes.c_void_p(t.data_ptr()) for t in (weight, packed, x, bias, out)]
+        inputs, outputs, rows = (ctypes.c_int64(n) for n in (600, 70, 50))
+        wide.polyshard_pack(kind, at[0], inputs, at[1], inputs, outputs, 1)
+        wide.polyshard_product(kind, at[2], inputs, at[1], at[3], at[4], rows, inputs, outputs, 1)
+        assert torch.equal(out, PackedProduct(weight)(x, bias))
+
+
+def test_a_dtype_that_it_does_not_have_is_named():
+    assert "not torch.float64" in str(rejects(torch.float64))
