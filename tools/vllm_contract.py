@@ -70,6 +70,14 @@ SIGNATURES: dict[tuple[str, str], tuple[str, ...]] = {
     ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionMetadataBuilder.build"): (
         *("common_prefix_len", "common_attn_metadata", "fast_build"),
     ),
+    ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackend.get_impl_cls"): (),
+    ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackendImpl.forward"): (
+        *("layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
+        *("output_scale", "output_block_scale"),
+    ),
+    ("vllm.model_executor.layers.vocab_parallel_embedding", "UnquantizedEmbeddingMethod.apply"): ("layer", "x", "bias"),
+    ("vllm.model_executor.layers.linear", "UnquantizedLinearMethod.process_weights_after_loading"): ("layer",),
+    ("vllm.platforms.interface", "Platform.is_zen_cpu"): (),
     ("vllm._custom_ops", "create_onednn_mm"): ("weight", "primitive_cache_size"),
     ("vllm._custom_ops", "onednn_mm"): ("dnnl_handler", "x", "bias"),
     ("vllm.model_executor.determinism.batch_invariant", "linear_batch_invariant"): ("input", "weight"),

@@ -6,6 +6,7 @@ out is to read them from there block by block. Requests that go on are vLLM's, i
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from polyshard.adapters.vllm.compat import (
 from polyshard.attention.kernels import fused
 from polyshard.attention.kernels.protocol import AttentionCall
 from polyshard.attention.packing import pack
+from polyshard.attention.selection import ENVIRONMENT_VARIABLE
 from polyshard.core.attention import AttentionSpec, PackedSequences
 
 
@@ -136,7 +138,12 @@ def backend_for(spec: AttentionSpec, head_dim: int, dtype: torch.dtype, cache_dt
         dtype: of the model.
         cache_dtype: vLLM's name of the cache's; a narrower one rounds keys and values that the loops would not.
         sinks: whether the layer has them.
+
+    The environment variable POLYSHARD_ATTENTION=vllm, by which a trainer attends by vLLM's kernel, means that kernel
+    here too.
     """
+    if os.environ.get(ENVIRONMENT_VARIABLE) == "vllm":
+        return None
     if sinks or cache_dtype != "auto" or has_product_of_processor(dtype):
         return None
     plain = replace(spec, head_dim=head_dim, value_dim=head_dim)
