@@ -13,6 +13,7 @@ import typer
 
 from polyshard import __version__
 from polyshard.attention.selection import explain
+from polyshard.compiled.product import rejects
 from polyshard.core.attention import AttentionSpec
 from polyshard.core.capabilities import Accepted, Rejected
 from polyshard.core.discovery import adapter_names, load_adapter
@@ -23,7 +24,7 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        kind: `adapter`, `kernel`, `serving` or `platform`.
+        kind: `adapter`, `kernel`, `product`, `serving` or `platform`.
         name: of the adapter, kernel, engine or fact.
         usable: whether it can be used here.
         version: found; None where there is none.
@@ -43,8 +44,8 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Report on every adapter, attention kernel and serving engine. Status 1 where one of NAMES is not usable."""
-    findings = [*platform_facts(), *adapters(), *kernels()]
+    """Report on every adapter, attention kernel, product and engine. Status 1 where one of NAMES is not usable."""
+    findings = [*platform_facts(), *adapters(), *kernels(), packed_product()]
     known = {f.name for f in findings}
     unknown = [name for name in names or [] if name not in known]
     if as_json:
@@ -111,6 +112,13 @@ def kernels() -> list[Finding]:
             case Rejected(name, reason):
                 findings.append(Finding("kernel", name, False, None, reason))
     return findings
+
+
+def packed_product() -> Finding:
+    """The compiled matrix product of engines and of exact mode on CPU."""
+    reason = rejects(torch.float32)
+    detail = reason or "an engine on CPU multiplies by it where it is faster than vLLM's own"
+    return Finding("product", "compiled", reason is None, None, detail)
 
 
 def show(findings: list[Finding]) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from polyshard.core.activation import swiglu
 from polyshard.core.context import ParallelContext
 from polyshard.core.linear import column_parallel, row_parallel
 
@@ -34,10 +36,16 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = layer
         self.down_proj = row_parallel(intermediate, hidden, context, bias=biases[1])
         self.act = act
+        with torch.no_grad():
+            tried = torch.linspace(-8.0, 8.0, 33, device="cpu", dtype=torch.float32)
+            self.is_silu = torch.equal(act(tried), F.silu(tried))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., hidden]` to the same shape."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        both = self.gate_up_proj(x)
+        if self.is_silu:
+            return self.down_proj(swiglu(both))
+        gate, up = both.chunk(2, dim=-1)
         return self.down_proj(self.act(gate) * up)
 
 
