@@ -9,11 +9,13 @@ from support.on_ranks import full_gradients
 
 import polyshard as ps
 from polyshard.adapters.vllm import compat
-from polyshard.adapters.vllm.exact import CpuOperators, exact_serving
+from polyshard.adapters.vllm import exact as engine_side
+from polyshard.adapters.vllm.exact import CpuOperators, exact_serving, products
 from polyshard.adapters.vllm.paging import cut_queries
 from polyshard.adapters.vllm.sampling import SamplingJob, sample
 from polyshard.attention.rotary import rotate_heads
 from polyshard.cli.certify import random_prompts
+from polyshard.core.exact import ExactIdentity, check_same_mode
 from polyshard.exact.certificate import TrainerCase, compare
 from polyshard.exact.linear import ExactLinearAdapter
 from polyshard.testing.ranks import run_ranks
@@ -35,7 +37,9 @@ CASES = {  # sizes equal to the server's and not; float32 parameters, which comp
         TrainerCase(adapter="deepspeed", tensor=2),
         TrainerCase(adapter="fairscale", tensor=1),
     ],
+    ("float16", 1): [TrainerCase(adapter="torch", tensor=2), TrainerCase(adapter="megatron", tensor=1, masters=True)],
 }
+CASES = {case: trainers for case, trainers in CASES.items() if getattr(torch, case[0]) in products()}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +111,7 @@ def test_the_first_operator_that_differs_is_named(directory):
     assert found.first.rows > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", products(), ids=str)
 @pytest.mark.parametrize(("inner", "outer"), [(64, 192), (576, 320), (1536, 576)])
 def test_a_row_of_a_product_has_the_same_bits_in_every_batch(dtype, inner, outer):
     generator = torch.Generator().manual_seed(0)
@@ -126,7 +130,7 @@ def test_a_row_of_a_product_has_the_same_bits_in_every_batch(dtype, inner, outer
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", products(), ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (8, 4, 128), (4, 1, 64), (32, 2, 32)])
 @pytest.mark.parametrize("window", [None, 40])
 def test_attention_of_a_token_depends_on_its_sequence_alone(threads, dtype, heads, kv_heads, dim, window):
@@ -300,13 +304,14 @@ def test_one_side_alone_in_exact_mode_is_refused(directory):
 
 
 @pytest.mark.vllm
-def test_an_engine_whose_settings_change_the_bits_is_refused(directory):
+def test_an_engine_whose_settings_change_the_bits_is_refused(directory, monkeypatch):
     registered = ps.register_model("Exactly", decoder.build_model, exact=True)
     started = engines.engine(directory, "Exactly", kv_cache_dtype="fp8")
     with pytest.raises(ps.RegistrationError, match="rounds keys and values"):
         started.__enter__()
+    monkeypatch.setattr(engine_side, "products", lambda: {torch.float32: "vllm"})
     started = engines.engine(directory, "Exactly", dtype="float16")
-    with pytest.raises(ps.RegistrationError, match=r"takes float32 and bfloat16, not torch\.float16"):
+    with pytest.raises(ps.RegistrationError, match=r"no product of torch\.float16 on this CPU, but of torch\.float32"):
         started.__enter__()
 
     from vllm.engine.arg_utils import EngineArgs
@@ -315,6 +320,15 @@ def test_an_engine_whose_settings_change_the_bits_is_refused(directory):
     config.compilation_config.mode = compat.CompilationMode.VLLM_COMPILE  # TORCH_COMPILE_DISABLE took it back
     with pytest.raises(ps.RegistrationError, match="enforce_eager=True"):
         exact_serving(ps.initialize("torch"), registered, config)
+
+
+def test_two_products_are_refused_and_named():
+    trainer, server = (ExactIdentity(2, f"{kind} bfloat16") for kind in ("compiled", "vllm"))
+    check_same_mode(trainer, ExactIdentity(*trainer), "an engine")
+    with pytest.raises(
+        ps.ConfigurationError, match="by compiled bfloat16, an engine by vllm bfloat16.*POLYSHARD_PRODUCT"
+    ):
+        check_same_mode(trainer, server, "an engine")
 
 
 def test_wrong_settings_are_named():

@@ -16,7 +16,7 @@ from torch import nn
 from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.product import chosen
 from polyshard.attention.rotary import rotate_heads
-from polyshard.compiled.product import PackedProduct
+from polyshard.compiled.product import PackedProduct, rejects
 from polyshard.core.context import GroupContext
 from polyshard.core.errors import ConfigurationError, LayoutError, RegistrationError
 from polyshard.core.exact import ExactOperators, Product
@@ -24,7 +24,7 @@ from polyshard.core.host import RegisteredModel
 from polyshard.exact.context import check_shards, exact_mode
 from polyshard.exact.linear import ExactLinear
 
-CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 _NO_PRODUCT = "exact mode has no product of {} on this CPU, but of {}: use one of them on both sides"
 
 
@@ -66,9 +66,15 @@ class CpuOperators:
 
 @functools.cache
 def products() -> dict[torch.dtype, str]:
-    """Dtypes that have an exact product on this CPU, and whose it is."""
-    found = {dtype: str(chosen(dtype)) for dtype in CPU_DTYPES}
-    return {dtype: kind for dtype, kind in found.items() if kind == "compiled" or compat.has_packed_product(dtype)}
+    """Dtypes that have an exact product on this CPU, and whose it is: compiled, or vLLM's where that was looked at."""
+    found = {}
+    for dtype in (*ONEDNN_DTYPES, torch.float16):
+        if dtype in ONEDNN_DTYPES and chosen(dtype) == "vllm":
+            if compat.has_packed_product(dtype):
+                found[dtype] = "vllm"
+        elif rejects(dtype) is None:
+            found[dtype] = "compiled"
+    return found
 
 
 def no_product(dtype: torch.dtype) -> str:
