@@ -30,15 +30,21 @@ inline float number(Bfloat16 x) {
 }
 inline float number(Float16 x) { return _cvtsh_ss(x.bits); }
 
-// sums[0..R)[0..COLUMNS) (+)= the tile's rows, laid input by input, by a panel. `next` is fetched on the way.
+// Memory to be fetched while a tile is summed: `step` bytes further with each input.
+struct Ahead {
+  const char* bytes;
+  int64_t step;
+};
+
+// sums[0..R)[0..COLUMNS) (+)= the tile's rows, laid input by input, by a panel.
 template <int R, typename T>
-inline void tile(const float* __restrict rows, const T* __restrict panel, const T* next, int64_t depth,
+inline void tile(const float* __restrict rows, const T* __restrict panel, Ahead ahead, int64_t depth,
                  float* __restrict sums, bool add) {
   Vec left[R], right[R];
 #pragma GCC unroll 12
   for (int r = 0; r < R; r++) left[r] = right[r] = Vec{};
   for (int64_t k = 0; k < depth; k++) {
-    __builtin_prefetch(next + k * COLUMNS);
+    __builtin_prefetch(ahead.bytes + k * ahead.step);
     const Vec x = load(panel + k * COLUMNS), y = load(panel + k * COLUMNS + WIDTH);
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
@@ -55,20 +61,24 @@ inline void tile(const float* __restrict rows, const T* __restrict panel, const 
 }
 
 template <int R, typename T>
-void tile_of(int64_t count, const float* rows, const T* panel, const T* next, int64_t depth, float* sums, bool add) {
-  if (count == R) return tile<R>(rows, panel, next, depth, sums, add);
-  if constexpr (R > 1) tile_of<R - 1>(count, rows, panel, next, depth, sums, add);
+void tile_of(int64_t count, const float* rows, const T* panel, Ahead ahead, int64_t depth, float* sums, bool add) {
+  if (count == R) return tile<R>(rows, panel, ahead, depth, sums, add);
+  if constexpr (R > 1) tile_of<R - 1>(count, rows, panel, ahead, depth, sums, add);
 }
 
-// A block's rows by DEPTH inputs of a panel. What follows the panel is fetched while the second tile is summed: the
-// first brings the panel itself.
+// A block's rows by DEPTH inputs of a panel. The first tile brings the panel from memory; the tiles after it, up to
+// eight, fetch in parts the `size` bytes at `next` that follow. A tile alone reads as fast without.
 template <typename T>
-void block_of(int64_t count, const float* rows, int64_t inputs, int64_t first, const T* panel, const T* next,
-              int64_t depth, float* sums) {
-  for (int64_t r = 0; r < count; r += ROWS) {
+void block_of(int64_t count, const float* rows, int64_t inputs, int64_t first, const T* panel, const void* next,
+              int64_t size, int64_t depth, float* sums) {
+  const char* bytes = static_cast<const char*>(next);
+  const int64_t others = (count - 1) / ROWS;
+  const int64_t parts = others >= 8 ? 8 : others >= 4 ? 4 : others >= 2 ? 2 : others;
+  for (int64_t r = 0, i = 0; r < count; r += ROWS, i++) {
     const int64_t height = std::min<int64_t>(ROWS, count - r);
-    const T* fetched = r == ROWS ? next : panel;
-    tile_of<ROWS>(height, rows + r * inputs + first * height, panel, fetched, depth, sums + r * COLUMNS, first > 0);
+    Ahead ahead{bytes, 0};
+    if (i > 0 && i <= parts) ahead = {bytes + (i - 1) * size / parts, size / depth / parts};
+    tile_of<ROWS>(height, rows + r * inputs + first * height, panel, ahead, depth, sums + r * COLUMNS, first > 0);
   }
 }
 
@@ -118,17 +128,12 @@ void multiply(const T* x, int64_t stride, const T* packed, const T* bias, T* out
         for (int64_t k = 0; k < inputs; k += DEPTH) {
           const int64_t depth = std::min(DEPTH, inputs - k);
           const T* panel = packed + (p * inputs + k) * COLUMNS;
-          const T* next = panel + depth * COLUMNS;
-          if constexpr (sizeof(T) == 4) {
-            block_of(count, block_rows, inputs, k, panel, next, depth, sums);
-          } else if (count <= ROWS) {
-            block_of(count, block_rows, inputs, k, panel, next, depth, sums);
+          const int64_t size = depth * COLUMNS * sizeof(T);
+          if (sizeof(T) == 4 || count <= ROWS) {
+            block_of(count, block_rows, inputs, k, panel, panel + depth * COLUMNS, size, depth, sums);
           } else {  // widened once for all tiles
-            for (int64_t i = 0; i < depth * COLUMNS; i += WIDTH) {
-              if (i % COLUMNS == 0) __builtin_prefetch(next + i);
-              store(wide + i, load(panel + i));
-            }
-            block_of<float>(count, block_rows, inputs, k, wide, wide, depth, sums);
+            for (int64_t i = 0; i < depth * COLUMNS; i += WIDTH) store(wide + i, load(panel + i));
+            block_of(count, block_rows, inputs, k, wide, panel + depth * COLUMNS, size, depth, sums);
           }
         }
         const int64_t column = p * COLUMNS;

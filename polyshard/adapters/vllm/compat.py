@@ -127,16 +127,16 @@ __all__ = [
     "load_into",
     "local_worker",
     "model_dtype",
+    "operator_rms_norm",
+    "operator_takes_norm",
     "process_after_loading",
     "register_class",
     "register_loader",
     "register_transfer",
-    "rms_norm",
     "rotate_in_place",
     "runs_pipelines",
     "source_metadata",
     "support_torch_compile",
-    "takes_norm",
     "takes_rotary",
     "unfinished_requests",
     "uses_latents",
@@ -336,12 +336,12 @@ def rotate_in_place(rows: torch.Tensor, q: torch.Tensor, k: torch.Tensor, head_d
     operators.rotary_embedding(rows, q, k, head_dim, table, True)
 
 
-def takes_norm(x: torch.Tensor) -> bool:
+def operator_takes_norm(x: torch.Tensor) -> bool:
     """Whether the operator below takes this size on CPU: whole vectors."""
     return x.shape[-1] % 8 == 0
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def operator_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """vLLM's norm in one operator; its own layer runs one torch operation after another on CPU."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     torch.ops._C.rms_norm(out, x.contiguous(), weight, eps)

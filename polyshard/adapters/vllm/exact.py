@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from polyshard.adapters.vllm import compat
+from polyshard.adapters.vllm.norm import rms_norm, takes_norm
 from polyshard.adapters.vllm.product import chosen
 from polyshard.attention.rotary import rotate_heads
 from polyshard.compiled.product import PackedProduct, rejects
@@ -47,8 +48,8 @@ class CpuOperators:
         return partial(_two_rows, compat.cpu_packed_product(weight))
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """vLLM's operator; torch's operations where it does not take the size."""
-        return (compat.rms_norm if compat.takes_norm(x) else plain_rms_norm)(x, weight, eps)
+        """The engine's operator; torch's operations where it does not take the size."""
+        return (rms_norm if takes_norm(x) else plain_rms_norm)(x, weight, eps)
 
     def rotate(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor

@@ -17,9 +17,8 @@ from polyshard.adapters.vllm.compat import (
     RMSNorm,
     RowParallelLinear,
     VocabParallelEmbedding,
-    rms_norm,
-    takes_norm,
 )
+from polyshard.adapters.vllm.norm import rms_norm, takes_norm
 from polyshard.adapters.vllm.product import LookupMethod, PackedHeadMethod, PackedLinearMethod, multiply_by_chosen
 from polyshard.core.errors import AdapterError
 
@@ -38,11 +37,11 @@ class VllmHead(nn.Module):
 
 
 class CpuRMSNorm(RMSNorm):
-    """vLLM's norm by its C++ operator, which its own layer passes over on CPU."""
+    """vLLM's norm in one operator, where its own layer runs one torch operation after another on CPU."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., hidden]` to the same shape."""
-        if not takes_norm(x) or torch.compiler.is_compiling():  # the compiler fuses vLLM's own
+        if not takes_norm(x) or x.dtype != self.weight.dtype or torch.compiler.is_compiling():  # fuses vLLM's own
             return super().forward(x)
         return rms_norm(x, self.weight, self.variance_epsilon)
 

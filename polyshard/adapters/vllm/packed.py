@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard.adapters.vllm.compat import QuantizeMethodBase, rms_norm, takes_norm
+from polyshard.adapters.vllm.compat import QuantizeMethodBase
+from polyshard.adapters.vllm.norm import rms_norm, takes_norm
 from polyshard.adapters.vllm.product import pack_weight
 from polyshard.core.context import ParallelAxis
 from polyshard.core.linear_adapter import adapter_with
@@ -31,7 +32,7 @@ class PackedLinearAdapter:
         return self._create(self._inner.create_column_parallel, None, *args, **kwargs)
 
     def create_norm(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """The other's, or torch's, computed by vLLM's one operator where that takes it."""
+        """The other's, or torch's, computed by the engine's one operator where that takes it."""
         norm: Any = adapter_with(self._inner, "create_norm").create_norm(*args, **kwargs)
         if getattr(norm, "plain_norm", False):
             norm.forward = partial(_normalise, norm)  # an instance's own, on purpose

@@ -1,0 +1,18 @@
+"""The norm of an engine on CPU: polyshard's compiled one, or vLLM's operator."""
+
+from __future__ import annotations
+
+import torch
+
+from polyshard.adapters.vllm.compat import operator_rms_norm, operator_takes_norm
+from polyshard.compiled import norm as compiled
+
+
+def takes_norm(x: torch.Tensor) -> bool:
+    """Whether `rms_norm` computes a tensor like this one."""
+    return compiled.takes(x) or operator_takes_norm(x)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`[..., hidden]` to the same shape. vLLM's operator rounds twice, and in bfloat16 that is seen in a model."""
+    return (compiled.rms_norm if compiled.takes(x) else operator_rms_norm)(x, weight, eps)

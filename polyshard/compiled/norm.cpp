@@ -1,0 +1,68 @@
+// out = x / sqrt(mean(x²) + eps) * weight, computed in float32 and rounded once.
+//
+// Squares are added up in sixteen sums, whatever the width of the registers, and these by halves: the same bits
+// everywhere.
+
+#include <algorithm>
+#include <cmath>
+
+#include "registers.h"
+
+namespace {
+
+constexpr int LANES = 16;
+constexpr int PARTS = LANES / WIDTH;
+
+template <typename T>
+float sum_of_squares(const T* x, int64_t size) {
+  Vec sums[PARTS] = {};
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES)
+    for (int p = 0; p < PARTS; p++) {
+      const Vec v = load(x + i + p * WIDTH);
+      sums[p] += v * v;
+    }
+  if (i < size) {
+    alignas(64) T rest[LANES] = {};
+    std::copy(x + i, x + size, rest);
+    for (int p = 0; p < PARTS; p++) {
+      const Vec v = load(rest + p * WIDTH);
+      sums[p] += v * v;
+    }
+  }
+  float all[LANES];
+  for (int p = 0; p < PARTS; p++) store(all + p * WIDTH, sums[p]);
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int k = 0; k < half; k++) all[k] += all[k + half];
+  return all[0];
+}
+
+template <typename T>
+void norm_as(const void* x, int64_t stride, const void* weight, void* out, int64_t rows, int64_t size, float eps,
+             int threads) {
+  const T* by = static_cast<const T*>(weight);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < rows; r++) {
+    const T* from = static_cast<const T*>(x) + r * stride;
+    T* to = static_cast<T*>(out) + r * size;
+    const float scale = 1.0f / std::sqrt(sum_of_squares(from, size) / size + eps);
+    int64_t i = 0;
+    for (; i + WIDTH <= size; i += WIDTH) store(to + i, load(from + i) * scale * load(by + i));
+    if (i == size) continue;
+    alignas(64) T left[WIDTH] = {}, right[WIDTH] = {}, result[WIDTH];
+    std::copy(from + i, from + size, left);
+    std::copy(by + i, by + size, right);
+    store(result, load(left) * scale * load(right));
+    std::copy(result, result + (size - i), to + i);
+  }
+}
+
+}  // namespace
+
+// x [rows, size] with `stride` elements between rows; weight [size]; out [rows, size] without gaps. kind: as of
+// product.cpp.
+extern "C" void polyshard_norm(int kind, const void* x, int64_t stride, const void* weight, void* out, int64_t rows,
+                               int64_t size, float eps, int threads) {
+  constexpr decltype(&norm_as<float>) kinds[] = {norm_as<float>, norm_as<Bfloat16>, norm_as<Float16>};
+  kinds[kind](x, stride, weight, out, rows, size, eps, threads);
+}

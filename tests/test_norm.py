@@ -1,0 +1,42 @@
+"""The compiled norm against float64; and that a row's bits are its own."""
+
+import pytest
+import torch
+
+from polyshard.compiled.build import unavailable
+from polyshard.compiled.norm import SOURCE, rms_norm, takes
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+pytestmark = pytest.mark.skipif(unavailable(SOURCE) is not None, reason=f"the norm {unavailable(SOURCE)}")
+
+
+def expected(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = x.double()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 15), (5, 16), (7, 2, 33), (0, 8), (40, 576)], ids=str)
+def test_it_is_the_norm_in_float64_rounded(shape, dtype):
+    generator = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(s, generator=generator).to(dtype) for s in (shape, shape[-1:]))
+    assert takes(x)
+    for scale, eps in ((1.0, 1e-5), (1e-3, 1e-6), (0.0, 1e-6)):
+        got, want = rms_norm(x * scale, weight, eps), expected(x * scale, weight, eps)
+        assert got.dtype == dtype
+        assert ((got.double() - want).abs() <= (torch.finfo(dtype).eps / 2 + 5e-7) * want.abs() + 1e-7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_bits_of_a_row_do_not_depend_on_the_batch(dtype):
+    generator = torch.Generator().manual_seed(2)
+    x, weight = (torch.randn(s, generator=generator).to(dtype) for s in ((60, 70), (70,)))
+    whole = rms_norm(x, weight, 1e-5)
+    assert torch.equal(torch.cat([rms_norm(part, weight, 1e-5) for part in x.split(7)]), whole)
+    assert torch.equal(rms_norm(torch.cat((x, x), dim=1)[:, :70], weight, 1e-5), whole)
+    assert torch.equal(rms_norm(x.view(3, 4, 5, 70), weight, 1e-5), whole.view(3, 4, 5, 70))
+    x[3] = torch.nan
+    got = rms_norm(x, weight, 1e-5)
+    assert got[3].isnan().all()
+    assert torch.equal(got[4:], whole[4:])
