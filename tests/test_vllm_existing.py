@@ -1,10 +1,16 @@
 """A module that exists in this process, served as it is: an engine over the trainer's own memory."""
 
+import json
+import os
+import subprocess
+import sys
+
 import decoder
 import pytest
 import torch
 from support.engines import engine, greedy
 from support.models import save_tiny
+from support.scripts import SUPPORT
 
 import polyshard as ps
 from polyshard.adapters.vllm.compat import local_worker
@@ -76,6 +82,28 @@ def test_an_engine_shares_its_memory_and_follows_its_steps(tmp_path, adapter):
     assert tokens(after) != tokens(before)
     assert tokens(last) == tokens(trained.saved(tmp_path / "last"))
     assert [len(module._forward_hooks) for module in trained.model.modules()] == hooks
+
+
+@pytest.mark.parametrize("adapter", ["torch", "megatron"])
+def test_two_ranks_serve_the_shards_that_they_hold(tmp_path, adapter):
+    """vLLM's external launcher: trainer ranks are engine ranks."""
+    checkpoint = save_tiny(tmp_path / "checkpoint", "qwen3", head_dim=32, tie_word_embeddings=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = [str(SUPPORT / "colocated_existing.py"), str(checkpoint), str(tmp_path), adapter]
+    path = os.pathsep.join([str(SUPPORT.parent), str(SUPPORT.parents[1] / "examples")])
+    done = subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, timeout=280, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert first["shared"] == first["held"] > 0
+    assert "changed its weights since the engine was started" in first["refused"]
+    ps.register_model("Loaded", decoder.build_model)
+    for folder, which in ((checkpoint, "before"), (tmp_path / "trained", "after")):
+        with engine(folder, "Loaded") as llm:
+            assert tokens(first[which]) == [list(answer) for answer in tokens(greedy(llm, PROMPTS, TOKENS))]
+    assert tokens(first["before"]) != tokens(first["after"])
 
 
 def test_in_exact_mode_it_has_the_trainers_bits(tmp_path):

@@ -67,8 +67,8 @@ void tile_of(int64_t count, const float* rows, const T* panel, Ahead ahead, int6
 }
 
 // A block's rows by DEPTH inputs of a panel. The first tile brings the panel from memory; the tiles after it, up to
-// eight, fetch in parts the `size` bytes at `next` that follow. The others name what they are about to read: one address
-// over and over was measured to cost a fifth in a tile alone.
+// eight, fetch in parts the `size` bytes at `next` that follow. The others name what they are about to read: one
+// address over and over was measured to cost a fifth in a tile alone.
 template <typename T>
 void block_of(int64_t count, const float* rows, int64_t inputs, int64_t first, const T* panel, const void* next,
               int64_t size, int64_t depth, float* sums) {

@@ -97,11 +97,13 @@ class PromptImpl(CPUAttentionBackendImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`output` `[tokens, heads, head_size]`, which is filled."""
-        new: NewPrompts | None = getattr(attn_metadata, "new_prompts", None)
         scales = (output_scale, output_block_scale)
-        call = None if new is None else AttentionCall(spec=self._spec, queries=new.sequences, keys=new.sequences)
-        if new is None or call is None or scales != (None, None) or not fused.worthwhile_all(call):
+        new: NewPrompts | None = getattr(attn_metadata, "new_prompts", None)
+        if new is None or scales != (None, None):
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+        call = AttentionCall(spec=self._spec, queries=new.sequences, keys=new.sequences)
+        if not fused.worthwhile_all(call):
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output)
         if new.others is not None:
             super().forward(layer, query, key, value, kv_cache, new.others, output)
         tokens = slice(new.first_token, attn_metadata.num_actual_tokens)
