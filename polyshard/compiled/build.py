@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "POLYSHARD_CACHE"
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of numbers in memory; computed is in float32
+
+NUMBER, POINTER, SIZE = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
 
 _HEADERS = Path(__file__).parent
 _FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
@@ -48,6 +51,13 @@ def library(source: Path) -> ctypes.CDLL:
     """The library of this processor, where it is available."""
     found = _load_or_reason(source)
     assert not isinstance(found, str), found
+    return found
+
+
+def function(source: Path, name: str, *arguments: Any) -> Any:
+    """A function of an available library that gives nothing back, told the C types of its arguments."""
+    found = getattr(library(source), name)
+    found.argtypes, found.restype = arguments, None
     return found
 
 

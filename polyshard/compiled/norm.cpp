@@ -46,14 +46,7 @@ void norm_as(const void* x, int64_t stride, const void* weight, void* out, int64
     const T* from = static_cast<const T*>(x) + r * stride;
     T* to = static_cast<T*>(out) + r * size;
     const float scale = 1.0f / std::sqrt(sum_of_squares(from, size) / size + eps);
-    int64_t i = 0;
-    for (; i + WIDTH <= size; i += WIDTH) store(to + i, load(from + i) * scale * load(by + i));
-    if (i == size) continue;
-    alignas(64) T left[WIDTH] = {}, right[WIDTH] = {}, result[WIDTH];
-    std::copy(from + i, from + size, left);
-    std::copy(by + i, by + size, right);
-    store(result, load(left) * scale * load(right));
-    std::copy(result, result + (size - i), to + i);
+    combine(from, by, to, size, [scale](Vec v, Vec w) { return v * scale * w; });
   }
 }
 

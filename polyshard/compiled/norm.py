@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from polyshard.compiled.build import KINDS, library, unavailable
+from polyshard.compiled.build import KINDS, NUMBER, POINTER, SIZE, function, unavailable
 
 SOURCE = Path(__file__).with_name("norm.cpp")
 
@@ -26,6 +26,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """
     size = x.shape[-1]
     assert (weight.dtype, weight.shape) == (x.dtype, (size,)), (weight.dtype, weight.shape, x.dtype, x.shape)
+    weight = weight.contiguous()
     rows = x if x.dim() == 2 else x.reshape(-1, size)
     stride, step = rows.stride()
     if step != 1:
@@ -38,8 +39,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 @functools.cache
 def _function() -> Any:
-    found = library(SOURCE).polyshard_norm
-    number, pointer, size = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
-    found.argtypes = (number, pointer, size, pointer, pointer, size, size, ctypes.c_float, number)
-    found.restype = None
-    return found
+    return function(
+        SOURCE, "polyshard_norm", NUMBER, POINTER, SIZE, POINTER, POINTER, SIZE, SIZE, ctypes.c_float, NUMBER
+    )

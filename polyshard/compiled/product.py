@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from polyshard.compiled.build import KINDS, library, unavailable
+from polyshard.compiled.build import KINDS, NUMBER, POINTER, SIZE, function, library, unavailable
 
 SOURCE = Path(__file__).with_name("product.cpp")
 
@@ -42,9 +41,9 @@ class PackedProduct:
         self.out_features, inputs = weight.shape
         columns = _panel_columns()
         self.packed = torch.empty(-(-self.out_features // columns), inputs, columns, dtype=weight.dtype)
-        pack, _, threads = _functions()
+        pack = function(SOURCE, "polyshard_pack", NUMBER, POINTER, SIZE, POINTER, SIZE, SIZE, NUMBER)
         pointers = weight.data_ptr(), weight.stride(0), self.packed.data_ptr()
-        pack(KINDS[weight.dtype], *pointers, inputs, self.out_features, threads())
+        pack(KINDS[weight.dtype], *pointers, inputs, self.out_features, torch.get_num_threads())
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`[..., in]` to `[..., out]`; `bias` `[out]`. Not differentiable."""
@@ -60,10 +59,9 @@ def _multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, 
     stride, step = rows.stride()
     if step != 1:
         rows, stride = rows.contiguous(), inputs
-    out = torch.empty((*x.shape[:-1], out_features), dtype=dtype)
-    _, product, threads = _functions()
+    out = x.new_empty((*x.shape[:-1], out_features))
     pointers = rows.data_ptr(), stride, packed.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()
-    product(KINDS[dtype], *pointers, rows.shape[0], inputs, out_features, threads())
+    _product()(KINDS[dtype], *pointers, rows.shape[0], inputs, out_features, torch.get_num_threads())
     return out
 
 
@@ -77,14 +75,9 @@ def _(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_feat
 
 
 @functools.cache
-def _functions() -> tuple[Any, Any, Any]:
-    """Packing, the product, and the number of threads."""
-    number, pointer, size = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
-    pack, product = library(SOURCE).polyshard_pack, library(SOURCE).polyshard_product
-    pack.argtypes = (number, pointer, size, pointer, size, size, number)
-    product.argtypes = (number, pointer, size, pointer, pointer, pointer, size, size, size, number)
-    pack.restype = product.restype = None
-    return pack, product, torch.get_num_threads
+def _product() -> Any:
+    arguments = (NUMBER, POINTER, SIZE, POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, NUMBER)
+    return function(SOURCE, "polyshard_product", *arguments)
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
 
 namespace {
@@ -83,6 +84,19 @@ inline Vec exponential(Vec x) {
   y = y * rest * rest + rest + 1.0f;
   const Vec power = (Vec)((((Int)shifted) << 23) + 0x3f800000);  // the low bits of the shifted number are the integer
   return (Vec)((Int)(y * power) & ~least);  // a product, so that NaN stays NaN
+}
+
+// out[0..size) = of(left[0..size), right[0..size)), a register at a time.
+template <typename T, typename Of>
+inline void combine(const T* left, const T* right, T* out, int64_t size, Of of) {
+  int64_t i = 0;
+  for (; i + WIDTH <= size; i += WIDTH) store(out + i, of(load(left + i), load(right + i)));
+  if (i == size) return;
+  alignas(64) T a[WIDTH] = {}, b[WIDTH] = {};
+  std::copy(left + i, left + size, a);
+  std::copy(right + i, right + size, b);
+  store(a, of(load(a), load(b)));
+  std::copy(a, a + (size - i), out + i);
 }
 
 }  // namespace

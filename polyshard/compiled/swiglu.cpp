@@ -1,7 +1,5 @@
 // out = silu(gate) * up, computed in float32 and rounded once, in one pass over memory.
 
-#include <algorithm>
-
 #include "registers.h"
 
 namespace {
@@ -18,16 +16,8 @@ void swiglu_as(const void* gate_up, int64_t stride, void* out, int64_t rows, int
   T* to = static_cast<T*>(out);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < rows; r++) {
-    const T *gate = from + r * stride, *up = gate + size;
-    T* row = to + r * size;
-    int64_t i = 0;
-    for (; i + WIDTH <= size; i += WIDTH) store(row + i, silu(load(gate + i)) * load(up + i));
-    if (i == size) continue;
-    alignas(64) T left[WIDTH] = {}, right[WIDTH] = {}, result[WIDTH];
-    std::copy(gate + i, gate + size, left);
-    std::copy(up + i, up + size, right);
-    store(result, silu(load(left)) * load(right));
-    std::copy(result, result + (size - i), row + i);
+    const T* gate = from + r * stride;
+    combine(gate, gate + size, to + r * size, size, [](Vec x, Vec up) { return silu(x) * up; });
   }
 }
 

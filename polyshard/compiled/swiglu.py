@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from polyshard.compiled.build import KINDS, library, unavailable
+from polyshard.compiled.build import KINDS, NUMBER, POINTER, SIZE, function, unavailable
 
 SOURCE = Path(__file__).with_name("swiglu.cpp")
 
@@ -34,8 +33,4 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _function() -> Any:
-    found = library(SOURCE).polyshard_swiglu
-    number, pointer, size = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
-    found.argtypes = (number, pointer, size, pointer, size, size, number)
-    found.restype = None
-    return found
+    return function(SOURCE, "polyshard_swiglu", NUMBER, POINTER, SIZE, POINTER, SIZE, SIZE, NUMBER)
