@@ -37,7 +37,7 @@ CASES = {  # sizes equal to the server's and not; float32 parameters, which comp
         TrainerCase(adapter="deepspeed", tensor=2),
         TrainerCase(adapter="fairscale", tensor=1),
     ],
-    ("float16", 1): [TrainerCase(adapter="torch", tensor=2), TrainerCase(adapter="megatron", tensor=1, masters=True)],
+    ("float16", 1): [TrainerCase(adapter="megatron", tensor=2, masters=True)],
 }
 CASES = {case: trainers for case, trainers in CASES.items() if getattr(torch, case[0]) in products()}
 

@@ -84,7 +84,7 @@ def test_an_engine_shares_its_memory_and_follows_its_steps(tmp_path, adapter):
     assert [len(module._forward_hooks) for module in trained.model.modules()] == hooks
 
 
-@pytest.mark.parametrize("adapter", ["torch", "megatron"])
+@pytest.mark.parametrize("adapter", ["megatron"])
 def test_two_ranks_serve_the_shards_that_they_hold(tmp_path, adapter):
     """vLLM's external launcher: trainer ranks are engine ranks."""
     checkpoint = save_tiny(tmp_path / "checkpoint", "qwen3", head_dim=32, tie_word_embeddings=True)

@@ -41,7 +41,7 @@ class CpuRMSNorm(RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., hidden]` to the same shape."""
-        if not takes_norm(x) or x.dtype != self.weight.dtype or torch.compiler.is_compiling():  # fuses vLLM's own
+        if torch.compiler.is_compiling() or not takes_norm(x) or x.dtype != self.weight.dtype:  # it fuses vLLM's own
             return super().forward(x)
         return rms_norm(x, self.weight, self.variance_epsilon)
 

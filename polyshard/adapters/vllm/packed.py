@@ -54,7 +54,7 @@ class PackedLinearAdapter:
 
 def _normalise(norm: Any, x: torch.Tensor) -> torch.Tensor:
     """`[..., hidden]` to the same shape."""
-    if not takes_norm(x) or x.dtype != norm.weight.dtype or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not takes_norm(x) or x.dtype != norm.weight.dtype:
         return type(norm).forward(norm, x)  # the compiler fuses it
     return rms_norm(x, norm.weight, norm.eps)
 
