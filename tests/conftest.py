@@ -36,6 +36,13 @@ def smollm2() -> Path:
     return smollm2_directory()
 
 
+@pytest.fixture
+def compiles():
+    """torch.compile works: tests of engines switch it off for their process when they are collected."""
+    with torch._dynamo.config.patch(disable=False):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_registration_is_left_behind():
     """Each test's registrations end with it: child processes of the next one would look for them."""

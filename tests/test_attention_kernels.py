@@ -180,6 +180,7 @@ def test_the_operator_keeps_torchs_contract(with_sinks, dropout):
     torch.library.opcheck(operator._attention, (*arguments, *settings_))
 
 
+@pytest.mark.usefixtures("compiles")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_without_a_break_and_for_any_lengths(backend):
     torch._dynamo.reset()
@@ -226,6 +227,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     assert float(neighbours.abs().mean()) < 0.1  # 200 draws: 0.056 by chance
 
 
+@pytest.mark.usefixtures("compiles")
 def test_the_flex_kernel_runs_forward_on_cpu_and_refuses_to_train_there():
     tensors = case((5, 20), 4, 2, 16, torch.float32, sinks=True)
     q, k, v, _, sinks = tensors

@@ -79,6 +79,7 @@ def test_what_is_not_a_number_stays_so_and_spoils_no_other_row(dtype):
     assert torch.equal(got[others], clean[others])
 
 
+@pytest.mark.usefixtures("compiles")
 def test_a_compiled_graph_calls_it_by_name():
     x, weight, bias = tensors(9, 64, 32, torch.float32)
     product = PackedProduct(weight)

@@ -48,6 +48,7 @@ def test_far_from_zero_and_not_a_number():
     assert got[7].isnan()
 
 
+@pytest.mark.usefixtures("compiles")
 def test_a_compiled_graph_fuses_torchs_operations():
     x = torch.randn(6, 32, generator=torch.Generator().manual_seed(3), requires_grad=True)
     compiled = torch.compile(ps.swiglu, backend="aot_eager", fullgraph=True)

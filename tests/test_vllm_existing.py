@@ -1,16 +1,13 @@
 """A module that exists in this process, served as it is: an engine over the trainer's own memory."""
 
 import json
-import os
-import subprocess
-import sys
 
 import decoder
 import pytest
 import torch
 from support.engines import engine, greedy
 from support.models import save_tiny
-from support.scripts import SUPPORT
+from support.scripts import torchrun
 
 import polyshard as ps
 from polyshard.adapters.vllm.compat import local_worker
@@ -88,13 +85,7 @@ def test_an_engine_shares_its_memory_and_follows_its_steps(tmp_path, adapter):
 def test_two_ranks_serve_the_shards_that_they_hold(tmp_path, adapter):
     """vLLM's external launcher: trainer ranks are engine ranks."""
     checkpoint = save_tiny(tmp_path / "checkpoint", "qwen3", head_dim=32, tie_word_embeddings=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = [str(SUPPORT / "colocated_existing.py"), str(checkpoint), str(tmp_path), adapter]
-    path = os.pathsep.join([str(SUPPORT.parent), str(SUPPORT.parents[1] / "examples")])
-    done = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=280, env={**os.environ, "PYTHONPATH": path}
-    )
-    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    torchrun(2, "colocated_existing.py", checkpoint, tmp_path, adapter)
     first, second = (json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in range(2))
     assert first == second
     assert first["shared"] == first["held"] > 0

@@ -1,28 +1,14 @@
 """Live weights over several ranks: trainers of every library and size, beside an engine and apart from it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from support.engines import engine, greedy
 from support.models import save_tiny
 from support.remote_sync import PROMPTS
+from support.scripts import torchrun
 
 pytestmark = pytest.mark.vllm
-
-SUPPORT = Path(__file__).parent / "support"
-
-
-def torchrun(ranks, script, *arguments, check=True):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), str(SUPPORT / script)]
-    done = subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=280, env=dict(os.environ)
-    )
-    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,18 @@ def library(source: Path) -> ctypes.CDLL:
     return found
 
 
+def takes(source: Path, x: torch.Tensor) -> bool:
+    """Whether a file's loops compute a tensor like this one here. The first call may compile."""
+    return x.device.type == "cpu" and x.dtype in KINDS and unavailable(source) is None
+
+
+def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """`x` as `[rows, size]` whose last dimension is contiguous, where it lies if it can be, and its row stride."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    stride, step = rows.stride()
+    return (rows, stride) if step == 1 else (rows.contiguous(), x.shape[-1])
+
+
 def function(source: Path, name: str, *arguments: Any) -> Any:
     """A function of an available library that gives nothing back, told the C types of its arguments."""
     found = getattr(library(source), name)

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from polyshard.compiled.build import KINDS, NUMBER, POINTER, SIZE, function, unavailable
+from polyshard.compiled import build
+from polyshard.compiled.build import KINDS, NUMBER, POINTER, SIZE, function, rows_of
 
 SOURCE = Path(__file__).with_name("norm.cpp")
 
 
 def takes(x: torch.Tensor) -> bool:
     """Whether `rms_norm` computes a tensor like this one here. The first call may compile."""
-    return x.device.type == "cpu" and x.dtype in KINDS and unavailable(SOURCE) is None
+    return build.takes(SOURCE, x)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -27,10 +28,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     size = x.shape[-1]
     assert (weight.dtype, weight.shape) == (x.dtype, (size,)), (weight.dtype, weight.shape, x.dtype, x.shape)
     weight = weight.contiguous()
-    rows = x if x.dim() == 2 else x.reshape(-1, size)
-    stride, step = rows.stride()
-    if step != 1:
-        rows, stride = rows.contiguous(), size
+    rows, stride = rows_of(x)
     out = x.new_empty(x.shape)
     pointers = rows.data_ptr(), stride, weight.data_ptr(), out.data_ptr()
     _function()(KINDS[x.dtype], *pointers, rows.shape[0], size, eps, torch.get_num_threads())

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from polyshard.compiled.build import KINDS, NUMBER, POINTER, SIZE, function, library, unavailable
+from polyshard.compiled.build import KINDS, NUMBER, POINTER, SIZE, function, library, rows_of, unavailable
 
 SOURCE = Path(__file__).with_name("product.cpp")
 
@@ -35,14 +35,12 @@ class PackedProduct:
 
     def __init__(self, weight: torch.Tensor) -> None:
         assert rejects(weight.dtype) is None
-        weight = weight.detach()
-        if weight.stride(-1) != 1:
-            weight = weight.contiguous()
+        weight, stride = rows_of(weight.detach())
         self.out_features, inputs = weight.shape
         columns = _panel_columns()
         self.packed = torch.empty(-(-self.out_features // columns), inputs, columns, dtype=weight.dtype)
         pack = function(SOURCE, "polyshard_pack", NUMBER, POINTER, SIZE, POINTER, SIZE, SIZE, NUMBER)
-        pointers = weight.data_ptr(), weight.stride(0), self.packed.data_ptr()
+        pointers = weight.data_ptr(), stride, self.packed.data_ptr()
         pack(KINDS[weight.dtype], *pointers, inputs, self.out_features, torch.get_num_threads())
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -55,10 +53,7 @@ def _multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, 
     inputs, dtype = packed.shape[1], packed.dtype
     assert (x.dtype, x.shape[-1]) == (dtype, inputs), (x.dtype, x.shape, dtype, packed.shape)
     assert bias is None or (bias.dtype == dtype and bias.is_contiguous())
-    rows = x if x.dim() == 2 else x.reshape(-1, inputs)
-    stride, step = rows.stride()
-    if step != 1:
-        rows, stride = rows.contiguous(), inputs
+    rows, stride = rows_of(x)
     out = x.new_empty((*x.shape[:-1], out_features))
     pointers = rows.data_ptr(), stride, packed.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()
     _product()(KINDS[dtype], *pointers, rows.shape[0], inputs, out_features, torch.get_num_threads())

@@ -8,23 +8,21 @@ from typing import Any
 
 import torch
 
-from polyshard.compiled.build import KINDS, NUMBER, POINTER, SIZE, function, unavailable
+from polyshard.compiled import build
+from polyshard.compiled.build import KINDS, NUMBER, POINTER, SIZE, function, rows_of
 
 SOURCE = Path(__file__).with_name("swiglu.cpp")
 
 
 def takes(gate_up: torch.Tensor) -> bool:
     """Whether `swiglu` computes a tensor like this one here. The first call may compile."""
-    return gate_up.device.type == "cpu" and gate_up.dtype in KINDS and unavailable(SOURCE) is None
+    return build.takes(SOURCE, gate_up)
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """`[..., 2 size]`, gates before what they gate, to `[..., size]`. Not differentiable."""
     size = gate_up.shape[-1] // 2
-    rows = gate_up if gate_up.dim() == 2 else gate_up.reshape(-1, 2 * size)
-    stride, step = rows.stride()
-    if step != 1:
-        rows, stride = rows.contiguous(), 2 * size
+    rows, stride = rows_of(gate_up)
     out = gate_up.new_empty((*gate_up.shape[:-1], size))
     kind, pointers = KINDS[gate_up.dtype], (rows.data_ptr(), stride, out.data_ptr())
     _function()(kind, *pointers, rows.shape[0], size, torch.get_num_threads())

@@ -18,7 +18,7 @@ from polyshard.adapters.vllm.compat import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
-from polyshard.adapters.vllm.norm import rms_norm, takes_norm
+from polyshard.adapters.vllm.norm import in_one_operator, rms_norm
 from polyshard.adapters.vllm.product import LookupMethod, PackedHeadMethod, PackedLinearMethod, multiply_by_chosen
 from polyshard.core.errors import AdapterError
 
@@ -41,7 +41,7 @@ class CpuRMSNorm(RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., hidden]` to the same shape."""
-        if torch.compiler.is_compiling() or not takes_norm(x) or x.dtype != self.weight.dtype:  # it fuses vLLM's own
+        if not in_one_operator(x, self.weight):
             return super().forward(x)
         return rms_norm(x, self.weight, self.variance_epsilon)
 

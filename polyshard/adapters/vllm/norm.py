@@ -13,6 +13,11 @@ def takes_norm(x: torch.Tensor) -> bool:
     return compiled.takes(x) or operator_takes_norm(x)
 
 
+def in_one_operator(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a layer's norm goes by `rms_norm` now: torch.compile fuses the layer's own operations by itself."""
+    return not torch.compiler.is_compiling() and takes_norm(x) and x.dtype == weight.dtype
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`[..., hidden]` to the same shape. vLLM's operator rounds twice, and in bfloat16 that is seen in a model."""
     return (compiled.rms_norm if compiled.takes(x) else operator_rms_norm)(x, weight, eps)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from polyshard.adapters.vllm.compat import QuantizeMethodBase
-from polyshard.adapters.vllm.norm import rms_norm, takes_norm
+from polyshard.adapters.vllm.norm import in_one_operator, rms_norm
 from polyshard.adapters.vllm.product import pack_weight
 from polyshard.core.context import ParallelAxis
 from polyshard.core.linear_adapter import adapter_with
@@ -54,8 +54,8 @@ class PackedLinearAdapter:
 
 def _normalise(norm: Any, x: torch.Tensor) -> torch.Tensor:
     """`[..., hidden]` to the same shape."""
-    if torch.compiler.is_compiling() or not takes_norm(x) or x.dtype != norm.weight.dtype:
-        return type(norm).forward(norm, x)  # the compiler fuses it
+    if not in_one_operator(x, norm.weight):
+        return type(norm).forward(norm, x)
     return rms_norm(x, norm.weight, norm.eps)
 
 

@@ -37,16 +37,17 @@ def chosen(dtype: torch.dtype) -> Kind:
         ConfigurationError: the variable names neither, or the compiled product cannot be had.
     """
     asked = os.environ.get(ENVIRONMENT_VARIABLE, "")
-    reason = None if asked == "vllm" else rejects(dtype)
     if asked not in ("", "vllm", "compiled"):
         raise ConfigurationError(f"{ENVIRONMENT_VARIABLE} must be 'compiled' or 'vllm', got {asked!r}")
-    if asked == "compiled" and reason is not None:
-        raise ConfigurationError(f"{ENVIRONMENT_VARIABLE}=compiled: the compiled product {reason}")
+    if asked == "vllm" or (not asked and has_product_of_processor(dtype)):
+        return "vllm"  # before anything is compiled
+    reason = rejects(dtype)
+    if reason is None:
+        return "compiled"
     if asked:
-        return "compiled" if asked == "compiled" else "vllm"
-    if reason is not None:
-        logger.info("%s is multiplied by vLLM's product: the compiled one %s", dtype, reason)
-    return "vllm" if reason is not None or has_product_of_processor(dtype) else "compiled"
+        raise ConfigurationError(f"{ENVIRONMENT_VARIABLE}=compiled: the compiled product {reason}")
+    logger.info("%s is multiplied by vLLM's product: the compiled one %s", dtype, reason)
+    return "vllm"
 
 
 def pack_weight(layer: Any, remove_weight: bool = False) -> Any:
