@@ -30,7 +30,7 @@ from polyshard.compiled.product import PackedProduct, rejects
 
 LAYERS = ((960, 576), (576, 576), (3072, 576), (576, 1536))  # [out, in]: qkv, output, gate and up, down
 DEPTH = 30
-ROWS = (1, 4, 16, 32, 128, 512, 2048)
+ROWS = (1, 2, 4, 8, 16, 24, 32, 128, 512, 2048)
 GOAL = 0.95
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from polyshard.compiled import build
+from polyshard.compiled.build import KINDS
 from polyshard.compiled.product import SOURCE, PackedProduct, rejects
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -87,23 +88,35 @@ def test_a_compiled_graph_calls_it_by_name():
     assert torch.equal(compiled(x), torch.relu(product(x, bias)))
 
 
-def test_registers_of_another_width_give_the_same_bits(tmp_path, monkeypatch):
-    """Sixteen floats wide, as for AVX-512, which the compiler makes of two registers where there is no such."""
-    if build.width() != 8:
-        pytest.skip("this processor's registers are the wide ones")
-    source = tmp_path / "product.cpp"
-    source.write_text("#define POLYSHARD_WIDTH 16\n" + SOURCE.read_text())
-    monkeypatch.setenv("POLYSHARD_CACHE", str(tmp_path))
+def library_of_another_processor(folder, monkeypatch):
+    """With AVX-512 one without it; else the sixteen floats wide one, which the compiler makes of two registers."""
+    source = folder / "product.cpp"
+    if build.width() == 16:
+        source.write_text(SOURCE.read_text())
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    else:
+        source.write_text("#define POLYSHARD_WIDTH 16\n" + SOURCE.read_text())
+    monkeypatch.setenv("POLYSHARD_CACHE", str(folder))
     assert build.unavailable(source) is None
-    wide = build.library(source)
-    assert wide.polyshard_panel_columns() == 32
-    for kind, dtype in enumerate(DTYPES):
-        x, weight, bias = tensors(50, 600, 70, dtype)
-        packed, out = torch.empty(3, 600, 32, dtype=dtype), torch.empty(50, 70, dtype=dtype)
+    return build.library(source)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_another_processor_gives_the_same_bits(dtype, tmp_path, monkeypatch):
+    """One with another width of registers, and without a dot product of bfloat16 pairs."""
+    other = library_of_another_processor(tmp_path, monkeypatch)
+    columns = 48 - PackedProduct(torch.ones(1, 1)).packed.shape[2]
+    assert other.polyshard_panel_columns() == columns
+    kind = KINDS[dtype]
+    assert other.polyshard_term_inputs(kind) == 1
+    for inputs in (600, 37):
+        x, weight, bias = tensors(50, inputs, 70, dtype)
+        packed, out = torch.empty(-(-70 // columns), inputs, columns, dtype=dtype), torch.empty(50, 70, dtype=dtype)
         at = [ctypes.c_void_p(t.data_ptr()) for t in (weight, packed, x, bias, out)]
-        inputs, outputs, rows = (ctypes.c_int64(n) for n in (600, 70, 50))
-        wide.polyshard_pack(kind, at[0], inputs, at[1], inputs, outputs, 1)
-        wide.polyshard_product(kind, at[2], inputs, at[1], at[3], at[4], rows, inputs, outputs, 1)
+        sizes = [ctypes.c_int64(n) for n in (inputs, 70)]
+        rows = ctypes.c_int64(50)
+        other.polyshard_pack(kind, at[0], sizes[0], at[1], *sizes, 1)
+        other.polyshard_product(kind, at[2], sizes[0], at[1], at[3], at[4], rows, *sizes, 1)
         assert torch.equal(out, PackedProduct(weight)(x, bias))
 
 

@@ -33,6 +33,7 @@ _PROCESSORS = {
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
 }
 _WIDTHS = {"AVX512": 16, "AVX2": 8}
+_MORE = {"AVX512": {"avx512_bf16": "-mavx512bf16"}}  # instructions that only some of them have
 _SECONDS = 120  # to compile
 
 
@@ -82,7 +83,7 @@ def _load_or_reason(source: Path) -> ctypes.CDLL | str:
     compiler = shutil.which(named[0]) if named else None
     if compiler is None:
         return f"needs the C++ compiler {' '.join(named) or 'of CXX'}, which is not there: install g++ or set CXX"
-    command = [compiler, *named[1:], *_FLAGS, *_PROCESSORS[capability]]
+    command = [compiler, *named[1:], *_FLAGS, *_flags_of_processor(capability)]
     texts = [file.read_text() for file in (*sorted(_HEADERS.glob("*.h")), source)]
     key = hashlib.sha256("\n".join([*command, *texts]).encode()).hexdigest()[:16]
     try:
@@ -96,6 +97,12 @@ def _load_or_reason(source: Path) -> ctypes.CDLL | str:
         return f"{compiler} could not compile {source.name}: {error.stderr.strip()[-400:]}"
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
         return f"cannot be built or loaded ({error}): name another folder in {ENVIRONMENT_VARIABLE}"
+
+
+def _flags_of_processor(capability: str) -> list[str]:
+    able = torch.cpu.get_capabilities()
+    more = [flag for name, flag in _MORE.get(capability, {}).items() if able.get(name, False)]
+    return [*_PROCESSORS[capability], *more]
 
 
 def _cache() -> Path:

@@ -1,11 +1,11 @@
 // out = x Wᵀ + bias by weights that were packed once. Sums are taken in float32.
 //
 // An output is the sum, in their order, of the sums of DEPTH inputs each, added up one by one: its bits depend on its
-// row and its column alone, and on neither the other rows, nor the threads, nor the width of the registers.
+// row and its column alone, and on neither the other rows, nor the threads, nor the processor.
 //
-// Packed weights lie in panels of COLUMNS output features, input by input, so that a tile of ROWS rows and a panel
-// stays in registers while it is summed (Goto and van de Geijn 2008, "Anatomy of high-performance matrix
-// multiplication").
+// Packed weights lie in panels of COLUMNS output features, input by input (pair by pair where the processor multiplies
+// pairs of bfloat16), so that a tile of ROWS rows and a panel stays in registers while it is summed (Goto and van de
+// Geijn 2008, "Anatomy of high-performance matrix multiplication").
 
 #include <algorithm>
 #include <cstring>
@@ -19,7 +19,24 @@ constexpr int COLUMNS = 2 * WIDTH;
 constexpr int ROWS = WIDTH == 16 ? 12 : 6;      // with COLUMNS and a panel's row it fills the register file
 constexpr int64_t DEPTH = 256;                  // inputs of a panel that stay in the first cache
 constexpr int64_t MOST_ROWS = 24 * ROWS;        // of a block
-constexpr int64_t BLOCK_FLOATS = 100 * 1024;    // of a block of rows, which stays in the second cache
+constexpr int64_t BLOCK_TERMS = 100 * 1024;     // of a block of rows, which stays in the second cache
+
+// What numbers of memory are multiplied as: `INPUTS` of a row in a Row, of a packed weight in a Weight. One such, and
+// its product, is a term.
+template <typename T>
+struct Term {
+  using Row = float;
+  using Weight = T;
+  static constexpr int64_t INPUTS = 1;
+};
+#ifdef __AVX512BF16__
+template <>
+struct Term<Bfloat16> {
+  using Row = Pair;
+  using Weight = Pair;
+  static constexpr int64_t INPUTS = 2;
+};
+#endif
 
 inline float number(float x) { return x; }
 inline float number(Bfloat16 x) {
@@ -30,26 +47,26 @@ inline float number(Bfloat16 x) {
 }
 inline float number(Float16 x) { return _cvtsh_ss(x.bits); }
 
-// Memory to be fetched while a tile is summed: `step` bytes further with each input.
+// Memory to be fetched while a tile is summed: `step` bytes further with each term.
 struct Ahead {
   const char* bytes;
   int64_t step;
 };
 
-// sums[0..R)[0..COLUMNS) (+)= the tile's rows, laid input by input, by a panel.
-template <int R, typename T>
-inline void tile(const float* __restrict rows, const T* __restrict panel, Ahead ahead, int64_t depth,
+// sums[0..R)[0..COLUMNS) (+)= the tile's rows, laid term by term, by a panel.
+template <int R, typename Row, typename Weight>
+inline void tile(const Row* __restrict rows, const Weight* __restrict panel, Ahead ahead, int64_t depth,
                  float* __restrict sums, bool add) {
   Vec left[R], right[R];
 #pragma GCC unroll 12
   for (int r = 0; r < R; r++) left[r] = right[r] = Vec{};
   for (int64_t k = 0; k < depth; k++) {
     __builtin_prefetch(ahead.bytes + k * ahead.step);
-    const Vec x = load(panel + k * COLUMNS), y = load(panel + k * COLUMNS + WIDTH);
+    const auto x = load(panel + k * COLUMNS), y = load(panel + k * COLUMNS + WIDTH);
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
-      left[r] += rows[k * R + r] * x;
-      right[r] += rows[k * R + r] * y;
+      left[r] = multiply_add(rows[k * R + r], x, left[r]);
+      right[r] = multiply_add(rows[k * R + r], y, right[r]);
     }
   }
 #pragma GCC unroll 12
@@ -60,39 +77,56 @@ inline void tile(const float* __restrict rows, const T* __restrict panel, Ahead 
   }
 }
 
-template <int R, typename T>
-void tile_of(int64_t count, const float* rows, const T* panel, Ahead ahead, int64_t depth, float* sums, bool add) {
+template <int R, typename Row, typename Weight>
+void tile_of(int64_t count, const Row* rows, const Weight* panel, Ahead ahead, int64_t depth, float* sums, bool add) {
   if (count == R) return tile<R>(rows, panel, ahead, depth, sums, add);
   if constexpr (R > 1) tile_of<R - 1>(count, rows, panel, ahead, depth, sums, add);
 }
 
-// A block's rows by DEPTH inputs of a panel. The first tile brings the panel from memory; the tiles after it, up to
+// A block's rows by `depth` terms of a panel. The first tile brings the panel from memory; the tiles after it, up to
 // eight, fetch in parts the `size` bytes at `next` that follow. The others name what they are about to read: one
 // address over and over was measured to cost a fifth in a tile alone.
-template <typename T>
-void block_of(int64_t count, const float* rows, int64_t inputs, int64_t first, const T* panel, const void* next,
-              int64_t size, int64_t depth, float* sums) {
+template <typename Row, typename Weight>
+void block_of(int64_t count, int64_t height, const Row* rows, int64_t terms, int64_t first, const Weight* panel,
+              const void* next, int64_t size, int64_t depth, float* sums) {
   const char* bytes = static_cast<const char*>(next);
-  const int64_t others = (count - 1) / ROWS;
+  const int64_t others = (count - 1) / height;
   const int64_t parts = others >= 8 ? 8 : others >= 4 ? 4 : others >= 2 ? 2 : others;
-  for (int64_t r = 0, i = 0; r < count; r += ROWS, i++) {
-    const int64_t height = std::min<int64_t>(ROWS, count - r);
-    Ahead ahead{reinterpret_cast<const char*>(panel), COLUMNS * sizeof(T)};
+  for (int64_t r = 0, i = 0; r < count; r += height, i++) {
+    const int64_t here = std::min(height, count - r);
+    Ahead ahead{reinterpret_cast<const char*>(panel), COLUMNS * sizeof(Weight)};
     if (i > 0 && i <= parts) ahead = {bytes + (i - 1) * size / parts, size / depth / parts};
-    tile_of<ROWS>(height, rows + r * inputs + first * height, panel, ahead, depth, sums + r * COLUMNS, first > 0);
+    tile_of<ROWS>(here, rows + r * terms + first * here, panel, ahead, depth, sums + r * COLUMNS, first > 0);
   }
 }
 
-// Rows of `x` in tiles, each input by input, as float32.
 template <typename T>
-void lay(const T* x, int64_t stride, int64_t rows, int64_t inputs, float* out) {
-#pragma omp for schedule(static)
-  for (int64_t first = 0; first < rows; first += ROWS) {
-    const int64_t height = std::min<int64_t>(ROWS, rows - first);
-    float* to = out + first * inputs;
-    for (int64_t k = 0; k < inputs; k++)
-      for (int64_t r = 0; r < height; r++) *to++ = number(x[(first + r) * stride + k]);
+inline float term(const T* x, int64_t) { return number(*x); }
+template <typename T>
+inline Vec terms_at(const T* x) { return load(x); }
+#ifdef __AVX512BF16__
+inline Pair term(const Bfloat16* x, int64_t inputs) { return {inputs > 1 ? x[1] : Bfloat16{}, x[0]}; }
+inline Vec terms_at(const Bfloat16* x) { return (Vec)_mm512_rol_epi32(_mm512_loadu_si512(x), 16); }
+#endif
+
+// `rows` rows of `x`, at most ROWS, term by term.
+template <typename T, typename Row>
+void lay(const T* x, int64_t stride, int64_t rows, int64_t inputs, Row* out) {
+  constexpr int64_t IN = Term<T>::INPUTS;
+  const int64_t terms = (inputs + IN - 1) / IN;
+  int64_t k = 0;
+  // A register at a time. Its lanes beyond `rows` are written over by the next, the last of which must end here.
+  for (; (k + WIDTH) * IN <= inputs && (terms - k - WIDTH + 1) * rows >= WIDTH; k += WIDTH) {
+    Vec block[WIDTH] = {};
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++)
+      if (r < rows) block[r] = terms_at(x + r * stride + k * IN);
+    transpose_block(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; i++) store(reinterpret_cast<float*>(out + (k + i) * rows), block[i]);
   }
+  for (; k < terms; k++)
+    for (int64_t r = 0; r < rows; r++) out[k * rows + r] = term(x + r * stride + k * IN, inputs - k * IN);
 }
 
 template <typename T>
@@ -110,49 +144,64 @@ void write(const float* sums, int64_t rows, const T* bias, T* out, int64_t outpu
 }
 
 template <typename T>
-void multiply(const T* x, int64_t stride, const T* packed, const T* bias, T* out, int64_t rows,
-              int64_t inputs, int64_t outputs, int threads) {
+void multiply(const T* x, int64_t stride, const T* weights, const T* bias, T* out, int64_t rows, int64_t inputs,
+              int64_t outputs, int threads) {
+  using Row = typename Term<T>::Row;
+  using Weight = typename Term<T>::Weight;
+  constexpr bool WIDEN = sizeof(Weight) < sizeof(Row);
+  constexpr int64_t STEP = DEPTH / Term<T>::INPUTS;
+  const Weight* packed = reinterpret_cast<const Weight*>(weights);
+  const int64_t terms = (inputs + Term<T>::INPUTS - 1) / Term<T>::INPUTS;
   const int64_t panels = (outputs + COLUMNS - 1) / COLUMNS;
-  const int64_t block = std::clamp<int64_t>(BLOCK_FLOATS / inputs / ROWS * ROWS, 4 * ROWS, MOST_ROWS);
-  const int64_t blocks = (rows + block - 1) / block;
-  const std::unique_ptr<float[]> laid(new float[rows * inputs]);
+  const int64_t most = std::clamp<int64_t>(BLOCK_TERMS / terms / ROWS * ROWS, 4 * ROWS, MOST_ROWS);
+  const std::unique_ptr<Row[]> laid(new Row[std::min(rows, most) * terms]);
 #pragma omp parallel num_threads(threads)
   {
-    lay(x, stride, rows, inputs, laid.get());
     alignas(64) float sums[MOST_ROWS * COLUMNS];
-    alignas(64) float wide[sizeof(T) == 4 ? 1 : DEPTH * COLUMNS];
-#pragma omp for collapse(2) schedule(static)
-    for (int64_t b = 0; b < blocks; b++)
+    alignas(64) float wide[WIDEN ? DEPTH * COLUMNS : 1];
+    for (int64_t from = 0; from < rows; from += most) {
+      const int64_t count = std::min(most, rows - from), tiles = (count + ROWS - 1) / ROWS;
+      const int64_t height = (count + tiles - 1) / tiles;  // of tiles alike: the first of them alone waits for memory
+#pragma omp for schedule(static)
+      for (int64_t r = 0; r < count; r += height)
+        lay(x + (from + r) * stride, stride, std::min(height, count - r), inputs, laid.get() + r * terms);
+#pragma omp for schedule(static)
       for (int64_t p = 0; p < panels; p++) {
-        const int64_t count = std::min(block, rows - b * block);
-        const float* block_rows = laid.get() + b * block * inputs;
-        for (int64_t k = 0; k < inputs; k += DEPTH) {
-          const int64_t depth = std::min(DEPTH, inputs - k);
-          const T* panel = packed + (p * inputs + k) * COLUMNS;
-          const int64_t size = depth * COLUMNS * sizeof(T);
-          if (sizeof(T) == 4 || count <= ROWS) {
-            block_of(count, block_rows, inputs, k, panel, panel + depth * COLUMNS, size, depth, sums);
-          } else {  // widened once for all tiles
-            for (int64_t i = 0; i < depth * COLUMNS; i += WIDTH) store(wide + i, load(panel + i));
-            block_of(count, block_rows, inputs, k, wide, panel + depth * COLUMNS, size, depth, sums);
+        for (int64_t k = 0; k < terms; k += STEP) {
+          const int64_t depth = std::min(STEP, terms - k);
+          const Weight* panel = packed + (p * terms + k) * COLUMNS;
+          const Weight* next = panel + depth * COLUMNS;
+          const int64_t size = depth * COLUMNS * sizeof(Weight);
+          if constexpr (WIDEN) {
+            if (count > height) {  // once for all tiles
+              for (int64_t i = 0; i < depth * COLUMNS; i += WIDTH) store(wide + i, load(panel + i));
+              block_of(count, height, laid.get(), terms, k, wide, next, size, depth, sums);
+              continue;
+            }
           }
+          block_of(count, height, laid.get(), terms, k, panel, next, size, depth, sums);
         }
         const int64_t column = p * COLUMNS;
-        write(sums, count, bias ? bias + column : nullptr, out + b * block * outputs + column, outputs,
+        write(sums, count, bias ? bias + column : nullptr, out + from * outputs + column, outputs,
               std::min<int64_t>(COLUMNS, outputs - column));
       }
+    }
   }
 }
 
 template <typename T>
 void pack(const T* weight, int64_t stride, T* packed, int64_t inputs, int64_t outputs, int threads) {
+  constexpr int64_t IN = Term<T>::INPUTS;
+  const int64_t filled = (inputs + IN - 1) / IN * IN;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t first = 0; first < outputs; first += COLUMNS) {
-    T* panel = packed + first * inputs;
-    for (int64_t part = 0; part < inputs; part += 64)  // what is written stays in the first cache
+    T* panel = packed + first * filled;
+    for (int64_t part = 0; part < filled; part += 64)  // what is written stays in the first cache
       for (int64_t column = 0; column < COLUMNS; column++)
-        for (int64_t k = part; k < std::min(inputs, part + 64); k++)
-          panel[k * COLUMNS + column] = first + column < outputs ? weight[(first + column) * stride + k] : T{};
+        for (int64_t k = part; k < std::min(filled, part + 64); k++) {
+          const bool there = first + column < outputs && k < inputs;
+          panel[k / IN * IN * COLUMNS + column * IN + IN - 1 - k % IN] = there ? weight[(first + column) * stride + k] : T{};
+        }
   }
 }
 
@@ -174,8 +223,13 @@ extern "C" {
 
 int polyshard_panel_columns() { return COLUMNS; }
 
-// kind: 0 float32, 1 bfloat16, 2 float16. weight [outputs, inputs] with `stride` elements between rows; packed
-// [panels, inputs, COLUMNS].
+// Inputs of a term, by kind: 0 float32, 1 bfloat16, 2 float16.
+int polyshard_term_inputs(int kind) {
+  constexpr int kinds[] = {Term<float>::INPUTS, Term<Bfloat16>::INPUTS, Term<Float16>::INPUTS};
+  return kinds[kind];
+}
+
+// weight [outputs, inputs] with `stride` elements between rows; packed [panels, terms, COLUMNS, inputs of a term].
 void polyshard_pack(int kind, const void* weight, int64_t stride, void* packed, int64_t inputs, int64_t outputs,
                     int threads) {
   constexpr decltype(&pack_as<float>) kinds[] = {pack_as<float>, pack_as<Bfloat16>, pack_as<Float16>};

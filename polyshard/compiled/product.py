@@ -30,33 +30,35 @@ class PackedProduct:
         weight: `[out, in]`, of a dtype that `rejects` takes, on CPU.
 
     Attributes:
-        packed: the copy, `[panels, in, columns]`.
+        packed: the copy, `[panels, terms, columns, inputs of a term]`.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
         assert rejects(weight.dtype) is None
         weight, stride = rows_of(weight.detach())
-        self.out_features, inputs = weight.shape
-        columns = _panel_columns()
-        self.packed = torch.empty(-(-self.out_features // columns), inputs, columns, dtype=weight.dtype)
+        self.out_features, self.in_features = weight.shape
+        columns, term = _panel_columns(), _inputs_of_a_term(weight.dtype)
+        panels, terms = -(-self.out_features // columns), -(-self.in_features // term)
+        self.packed = torch.empty(panels, terms, columns, term, dtype=weight.dtype)
         pack = function(SOURCE, "polyshard_pack", NUMBER, POINTER, SIZE, POINTER, SIZE, SIZE, NUMBER)
         pointers = weight.data_ptr(), stride, self.packed.data_ptr()
-        pack(KINDS[weight.dtype], *pointers, inputs, self.out_features, torch.get_num_threads())
+        pack(KINDS[weight.dtype], *pointers, self.in_features, self.out_features, torch.get_num_threads())
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`[..., in]` to `[..., out]`; `bias` `[out]`. Not differentiable."""
+        assert x.shape[-1] == self.in_features, (x.shape, self.in_features)
         multiply = _operator if torch.compiler.is_compiling() else _multiply
         return multiply(x, self.packed, bias, self.out_features)
 
 
 def _multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
-    inputs, dtype = packed.shape[1], packed.dtype
-    assert (x.dtype, x.shape[-1]) == (dtype, inputs), (x.dtype, x.shape, dtype, packed.shape)
+    dtype = packed.dtype
+    assert x.dtype == dtype, (x.dtype, dtype)
     assert bias is None or (bias.dtype == dtype and bias.is_contiguous())
     rows, stride = rows_of(x)
     out = x.new_empty((*x.shape[:-1], out_features))
     pointers = rows.data_ptr(), stride, packed.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()
-    _product()(KINDS[dtype], *pointers, rows.shape[0], inputs, out_features, torch.get_num_threads())
+    _product()(KINDS[dtype], *pointers, rows.shape[0], x.shape[-1], out_features, torch.get_num_threads())
     return out
 
 
@@ -78,3 +80,9 @@ def _product() -> Any:
 @functools.cache
 def _panel_columns() -> int:
     return library(SOURCE).polyshard_panel_columns()
+
+
+@functools.cache
+def _inputs_of_a_term(dtype: torch.dtype) -> int:
+    """2 where the processor multiplies pairs of this dtype."""
+    return library(SOURCE).polyshard_term_inputs(KINDS[dtype])

@@ -68,6 +68,25 @@ inline void store(Float16* p, Vec x) {
 }
 #endif
 
+inline Vec multiply_add(float x, Vec y, Vec sum) { return x * y + sum; }
+
+#ifdef __AVX512BF16__
+// Neighbours in memory, exchanged: the processor adds the product of the upper halves to a sum, then that of the lower,
+// each in one rounding (Intel 64 and IA-32 manual, VDPBF16PS). So a sum has the bits of one by one, but for numbers
+// below 2^-126, which count as zeros.
+struct Pair {
+  Bfloat16 second, first;
+};
+typedef __m512i Pairs;
+
+inline Pairs load(const Pair* p) { return _mm512_loadu_si512(p); }
+inline Vec multiply_add(Pair x, Pairs y, Vec sum) {
+  int32_t both;
+  __builtin_memcpy(&both, &x, 4);
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(both), (__m512bh)y);
+}
+#endif
+
 // exp(x) for x <= 0, to about one unit in the last place (polynomial of Cephes, expf.c); 0 below -87.3.
 inline Vec exponential(Vec x) {
   const Int least = x < -87.3f;
@@ -84,6 +103,29 @@ inline Vec exponential(Vec x) {
   y = y * rest * rest + rest + 1.0f;
   const Vec power = (Vec)((((Int)shifted) << 23) + 0x3f800000);  // the low bits of the shifted number are the integer
   return (Vec)((Int)(y * power) & ~least);  // a product, so that NaN stays NaN
+}
+
+// 0, 1, 2, ... in the lanes of a register.
+inline Int lanes() {
+  Int x{};
+  for (int i = 0; i < WIDTH; i++) x[i] = i;
+  return x;
+}
+
+// Rows of a square block become its columns, by exchanging ever larger halves.
+inline void transpose_block(Vec (&x)[WIDTH]) {
+#pragma GCC unroll 4
+  for (int half = 1; half < WIDTH; half *= 2) {
+    const Int upper = (lanes() & half) != 0;
+    const Int first = upper ? lanes() + (WIDTH - half) : lanes(), second = upper ? lanes() + WIDTH : lanes() + half;
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; i++)
+      if (!(i & half)) {
+        const Vec a = x[i], b = x[i + half];
+        x[i] = __builtin_shuffle(a, b, first);
+        x[i + half] = __builtin_shuffle(a, b, second);
+      }
+  }
 }
 
 // out[0..size) = of(left[0..size), right[0..size)), a register at a time.

@@ -355,11 +355,11 @@ def vllm_product(layer: Any, remove_weight: bool) -> Any:
 
 
 def has_product_of_processor(dtype: torch.dtype) -> bool:
-    """Whether vLLM's CPU product has instructions for this dtype here, or AMD's own library (zentorch)."""
+    """Whether vLLM's CPU product has instructions for this dtype that the compiled one has not, or AMD's zentorch."""
     if current_platform.is_zen_cpu() and hasattr(torch.ops.zentorch, "zentorch_linear_unary"):
         return True
     able = torch.cpu.get_capabilities()
-    wanted = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+    wanted = {torch.bfloat16: ("amx_bf16",), torch.float16: ("avx512_fp16", "amx_fp16")}
     return any(able.get(name, False) for name in wanted.get(dtype, ()))
 
 

@@ -86,13 +86,6 @@ void product(int64_t rows, Strided a, const float* b, int64_t b_row, int64_t dep
   }
 }
 
-// 0, 1, 2, ... in the lanes of a register.
-inline Int lanes() {
-  Int x{};
-  for (int i = 0; i < WIDTH; i++) x[i] = i;
-  return x;
-}
-
 inline float sum_of(Vec x) {
 #pragma GCC unroll 4
   for (int half = WIDTH / 2; half > 0; half /= 2) x += __builtin_shuffle(x, lanes() ^ half);
@@ -106,22 +99,6 @@ inline float largest_of(Vec x) {
     x = x > other ? x : other;
   }
   return x[0];
-}
-
-// Rows of a square block become its columns, by exchanging ever larger halves.
-inline void transpose_block(Vec (&x)[WIDTH]) {
-#pragma GCC unroll 4
-  for (int half = 1; half < WIDTH; half *= 2) {
-    const Int upper = (lanes() & half) != 0;
-    const Int first = upper ? lanes() + (WIDTH - half) : lanes(), second = upper ? lanes() + WIDTH : lanes() + half;
-#pragma GCC unroll 16
-    for (int i = 0; i < WIDTH; i++)
-      if (!(i & half)) {
-        const Vec a = x[i], b = x[i + half];
-        x[i] = __builtin_shuffle(a, b, first);
-        x[i + half] = __builtin_shuffle(a, b, second);
-      }
-  }
 }
 
 struct Free {
