@@ -20,6 +20,7 @@ constexpr int ROWS = WIDTH == 16 ? 12 : 6;      // with COLUMNS and a panel's ro
 constexpr int64_t DEPTH = 256;                  // inputs of a panel that stay in the first cache
 constexpr int64_t MOST_ROWS = 24 * ROWS;        // of a block
 constexpr int64_t BLOCK_TERMS = 100 * 1024;     // of a block of rows, which stays in the second cache
+constexpr int64_t LINE = 64, FURTHER = 16 * 1024;  // bytes
 
 // What numbers of memory are multiplied as: `INPUTS` of a row in a Row, of a packed weight in a Weight. One such, and
 // its product, is a term.
@@ -47,10 +48,16 @@ inline float number(Bfloat16 x) {
 }
 inline float number(Float16 x) { return _cvtsh_ss(x.bits); }
 
-// Memory to be fetched while a tile is summed: `step` bytes further with each term.
+// Memory to be fetched into the second cache while a tile is summed: `step` bytes further with each term, at most two
+// lines.
 struct Ahead {
   const char* bytes;
   int64_t step;
+
+  void fetch(int64_t k) const {
+    __builtin_prefetch(bytes + k * step, 0, 2);
+    if (step > LINE) __builtin_prefetch(bytes + k * step + LINE, 0, 2);
+  }
 };
 
 // sums[0..R)[0..COLUMNS) (+)= the tile's rows, laid term by term, by a panel.
@@ -61,7 +68,7 @@ inline void tile(const Row* __restrict rows, const Weight* __restrict panel, Ahe
 #pragma GCC unroll 12
   for (int r = 0; r < R; r++) left[r] = right[r] = Vec{};
   for (int64_t k = 0; k < depth; k++) {
-    __builtin_prefetch(ahead.bytes + k * ahead.step);
+    ahead.fetch(k);
     const auto x = load(panel + k * COLUMNS), y = load(panel + k * COLUMNS + WIDTH);
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
@@ -83,9 +90,10 @@ void tile_of(int64_t count, const Row* rows, const Weight* panel, Ahead ahead, i
   if constexpr (R > 1) tile_of<R - 1>(count, rows, panel, ahead, depth, sums, add);
 }
 
-// A block's rows by `depth` terms of a panel. The first tile brings the panel from memory; the tiles after it, up to
-// eight, fetch in parts the `size` bytes at `next` that follow. The others name what they are about to read: one
-// address over and over was measured to cost a fifth in a tile alone.
+// A block's rows by `depth` terms of a panel. The first tile brings the panel from memory, and where it computes long
+// enough to wait for less asks for what lies FURTHER on; the tiles after it, up to eight, fetch in parts the `size`
+// bytes at `next` that follow. The others name what they are about to read: one address over and over was measured to
+// cost a fifth in a tile alone.
 template <typename Row, typename Weight>
 void block_of(int64_t count, int64_t height, const Row* rows, int64_t terms, int64_t first, const Weight* panel,
               const void* next, int64_t size, int64_t depth, float* sums) {
@@ -94,7 +102,8 @@ void block_of(int64_t count, int64_t height, const Row* rows, int64_t terms, int
   const int64_t parts = others >= 8 ? 8 : others >= 4 ? 4 : others >= 2 ? 2 : others;
   for (int64_t r = 0, i = 0; r < count; r += height, i++) {
     const int64_t here = std::min(height, count - r);
-    Ahead ahead{reinterpret_cast<const char*>(panel), COLUMNS * sizeof(Weight)};
+    const int64_t further = i == 0 && height > 4 ? FURTHER : 0;
+    Ahead ahead{reinterpret_cast<const char*>(panel) + further, COLUMNS * sizeof(Weight)};
     if (i > 0 && i <= parts) ahead = {bytes + (i - 1) * size / parts, size / depth / parts};
     tile_of<ROWS>(here, rows + r * terms + first * here, panel, ahead, depth, sums + r * COLUMNS, first > 0);
   }
