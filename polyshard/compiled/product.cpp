@@ -1,6 +1,6 @@
 // out = x Wᵀ + bias by weights that were packed once. Sums are taken in float32.
 //
-// An output is the sum, in their order, of the sums of DEPTH inputs each, added up one by one: its bits depend on its
+// An output is the sum, in their order, of the sums of parts of its inputs, added up one by one: its bits depend on its
 // row and its column alone, and on neither the other rows, nor the threads, nor the processor.
 //
 // Packed weights lie in panels of COLUMNS output features, input by input (pair by pair where the processor multiplies
@@ -17,7 +17,7 @@ namespace {
 
 constexpr int COLUMNS = 2 * WIDTH;
 constexpr int ROWS = WIDTH == 16 ? 12 : 6;      // with COLUMNS and a panel's row it fills the register file
-constexpr int64_t DEPTH = 256;                  // inputs of a panel that stay in the first cache
+constexpr int64_t DEPTH = 512;                  // inputs of a part at most: of a panel, they stay in a near cache
 constexpr int64_t MOST_ROWS = 24 * ROWS;        // of a block
 constexpr int64_t BLOCK_TERMS = 100 * 1024;     // of a block of rows, which stays in the second cache
 constexpr int64_t LINE = 64, FURTHER = 16 * 1024;  // bytes
@@ -115,7 +115,7 @@ template <typename T>
 inline Vec terms_at(const T* x) { return load(x); }
 #ifdef __AVX512BF16__
 inline Pair term(const Bfloat16* x, int64_t inputs) { return {inputs > 1 ? x[1] : Bfloat16{}, x[0]}; }
-inline Vec terms_at(const Bfloat16* x) { return (Vec)_mm512_rol_epi32(_mm512_loadu_si512(x), 16); }
+inline Vec terms_at(const Bfloat16* x) { return exchanged(x); }
 #endif
 
 // `rows` rows of `x`, at most ROWS, term by term.
@@ -152,13 +152,19 @@ void write(const float* sums, int64_t rows, const T* bias, T* out, int64_t outpu
   }
 }
 
+// Inputs of a part: of parts alike, and whole pairs.
+inline int64_t part_of(int64_t inputs) {
+  const int64_t parts = (inputs + DEPTH - 1) / DEPTH;
+  return ((inputs + parts - 1) / parts + 15) / 16 * 16;
+}
+
 template <typename T>
 void multiply(const T* x, int64_t stride, const T* weights, const T* bias, T* out, int64_t rows, int64_t inputs,
               int64_t outputs, int threads) {
   using Row = typename Term<T>::Row;
   using Weight = typename Term<T>::Weight;
   constexpr bool WIDEN = sizeof(Weight) < sizeof(Row);
-  constexpr int64_t STEP = DEPTH / Term<T>::INPUTS;
+  const int64_t step = part_of(inputs) / Term<T>::INPUTS;
   const Weight* packed = reinterpret_cast<const Weight*>(weights);
   const int64_t terms = (inputs + Term<T>::INPUTS - 1) / Term<T>::INPUTS;
   const int64_t panels = (outputs + COLUMNS - 1) / COLUMNS;
@@ -176,8 +182,8 @@ void multiply(const T* x, int64_t stride, const T* weights, const T* bias, T* ou
         lay(x + (from + r) * stride, stride, std::min(height, count - r), inputs, laid.get() + r * terms);
 #pragma omp for schedule(static)
       for (int64_t p = 0; p < panels; p++) {
-        for (int64_t k = 0; k < terms; k += STEP) {
-          const int64_t depth = std::min(STEP, terms - k);
+        for (int64_t k = 0; k < terms; k += step) {
+          const int64_t depth = std::min(step, terms - k);
           const Weight* panel = packed + (p * terms + k) * COLUMNS;
           const Weight* next = panel + depth * COLUMNS;
           const int64_t size = depth * COLUMNS * sizeof(Weight);

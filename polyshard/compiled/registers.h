@@ -80,6 +80,8 @@ struct Pair {
 typedef __m512i Pairs;
 
 inline Pairs load(const Pair* p) { return _mm512_loadu_si512(p); }
+// A register of pairs.
+inline Vec exchanged(const Bfloat16* p) { return (Vec)_mm512_rol_epi32(_mm512_loadu_si512(p), 16); }
 inline Vec multiply_add(Pair x, Pairs y, Vec sum) {
   int32_t both;
   __builtin_memcpy(&both, &x, 4);

@@ -107,13 +107,7 @@ class PromptImpl(CPUAttentionBackendImpl):
         if new.others is not None:
             super().forward(layer, query, key, value, kv_cache, new.others, output)
         tokens = slice(new.first_token, attn_metadata.num_actual_tokens)
-        q, k, v = (t[tokens].float() for t in (query, key, value))
-        if output.dtype == torch.float32:
-            fused.attend_into(q, k, v, call, output[tokens])
-        else:
-            out = torch.empty_like(q)
-            fused.attend_into(q, k, v, call, out)
-            output[tokens] = out
+        fused.attend_into(query[tokens], key[tokens], value[tokens], call, output[tokens])
         return output
 
 

@@ -1,4 +1,5 @@
-// Attention of packed sequences in float32, forward and backward, in blocks of rows that stay in registers.
+// Attention of packed sequences, forward and backward, in blocks of rows that stay in registers. It is computed in
+// float32; the forward also reads and writes bfloat16 and float16.
 //
 // For short sequences: a processor's library spends more on starting a 64 x 64 matrix product, and torch on writing
 // its result down, than the product takes. Here the scores of a few rows are multiplied, masked, exponentiated and
@@ -15,6 +16,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <type_traits>
 
 #include "registers.h"
 
@@ -27,28 +29,30 @@ constexpr int64_t TILE = 16 * ROWS;  // queries whose weights are kept at once i
 inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // A matrix in memory whose element (row, column) is data[row * rows + column * columns].
-struct Strided {
-  const float* data;
+template <typename T>
+struct StridedOf {
+  const T* data;
   int64_t rows, columns;
 };
+using Strided = StridedOf<float>;
 
-// out[0..R)[0..V * WIDTH) (+)= a[0..R)[0..depth) b[0..depth)[0..V * WIDTH)
-template <int R, int V>
-inline void multiply(Strided a, const float* b, int64_t b_row, int64_t depth, float* out, int64_t out_row, bool add) {
+// out[0..R)[0..V * WIDTH) (+)= a[0..R)[0..depth) b[0..depth)[0..V * WIDTH), of floats or of pairs
+template <int R, int V, typename T>
+inline void multiply(StridedOf<T> a, const T* b, int64_t b_row, int64_t depth, float* out, int64_t out_row, bool add) {
   Vec sum[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) sum[r][v] = Vec{};
   for (int64_t k = 0; k < depth; k++) {
-    Vec row[V];
+    decltype(load(b)) row[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) row[v] = load(b + k * b_row + v * WIDTH);
-  #pragma GCC unroll 8
-  for (int r = 0; r < R; r++) {
-      const float x = a.data[r * a.rows + k * a.columns];
-  #pragma GCC unroll 8
-    for (int v = 0; v < V; v++) sum[r][v] += x * row[v];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const T x = a.data[r * a.rows + k * a.columns];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) sum[r][v] = multiply_add(x, row[v], sum[r][v]);
     }
   }
 #pragma GCC unroll 8
@@ -60,8 +64,8 @@ inline void multiply(Strided a, const float* b, int64_t b_row, int64_t depth, fl
     }
 }
 
-template <int R>
-void multiply_rows(Strided a, const float* b, int64_t b_row, int64_t depth, float* out, int64_t out_row, bool add,
+template <int R, typename T>
+void multiply_rows(StridedOf<T> a, const T* b, int64_t b_row, int64_t depth, float* out, int64_t out_row, bool add,
                    int64_t columns) {
   int64_t c = 0;
   for (; c + PANEL * WIDTH <= columns; c += PANEL * WIDTH)
@@ -74,7 +78,8 @@ void multiply_rows(Strided a, const float* b, int64_t b_row, int64_t depth, floa
 }
 
 // The same for up to ROWS rows and any number of columns that fills whole registers.
-void product(int64_t rows, Strided a, const float* b, int64_t b_row, int64_t depth, float* out, int64_t out_row,
+template <typename T>
+void product(int64_t rows, StridedOf<T> a, const T* b, int64_t b_row, int64_t depth, float* out, int64_t out_row,
              bool add, int64_t columns) {
   switch (rows) {
     case 6: return multiply_rows<6>(a, b, b_row, depth, out, out_row, add, columns);
@@ -117,13 +122,17 @@ Buffer buffer(int64_t floats) {
 
 }  // namespace
 
-extern "C" {
-
 // A packed tensor [tokens, heads, dim] at the first token of a run; its last dimension is contiguous.
-struct Packed {
-  float* data;
+template <typename T>
+struct PackedOf {
+  T* data;
   int64_t token, head;  // strides
+
+  T* at(int64_t tokens, int64_t heads) const { return data + tokens * token + heads * head; }
 };
+using Packed = PackedOf<float>;
+
+extern "C" {
 
 // `count` neighbouring sequences of equal lengths. Query i of a sequence sees keys (i + shift - window, i + shift] if
 // causal, (i + shift - window, i + shift + window) if not.
@@ -160,7 +169,8 @@ inline Seen seen_by(const Run& run, int64_t first, int64_t rows) {
 }
 
 // `[keys, dim]` to `[dim, columns]`, multiplied by `factor`, filled up with zeros.
-void transpose(const float* from, int64_t row, int64_t keys, int64_t dim, float factor, float* to, int64_t columns) {
+template <typename T>
+void transpose(const T* from, int64_t row, int64_t keys, int64_t dim, float factor, float* to, int64_t columns) {
   for (int64_t k = 0; k < keys; k += WIDTH)
     for (int64_t d = 0; d < dim; d += WIDTH) {
       Vec block[WIDTH];
@@ -170,6 +180,19 @@ void transpose(const float* from, int64_t row, int64_t keys, int64_t dim, float 
     }
 }
 
+#ifdef __AVX512BF16__
+// `[keys, dim]` to `[dim / 2, columns]`, filled up with zeros.
+void transpose(const Bfloat16* from, int64_t row, int64_t keys, int64_t dim, Pair* to, int64_t columns) {
+  for (int64_t k = 0; k < keys; k += WIDTH)
+    for (int64_t d = 0; d < dim / 2; d += WIDTH) {
+      Vec block[WIDTH];
+      for (int64_t i = 0; i < WIDTH; i++) block[i] = k + i < keys ? exchanged(from + (k + i) * row + 2 * d) : Vec{};
+      transpose_block(block);
+      for (int64_t i = 0; i < WIDTH; i++) store(reinterpret_cast<float*>(to + (d + i) * columns + k), block[i]);
+    }
+}
+#endif
+
 // Which lanes of the register at `column` a row sees.
 inline Int visible(Seen one, int64_t column) {
   return (lanes() >= (int32_t)(one.low - column)) & (lanes() < (int32_t)(one.high - column));
@@ -177,12 +200,12 @@ inline Int visible(Seen one, int64_t column) {
 
 inline Vec where(Int keep, Vec x) { return (Vec)((Int)x & keep); }
 
-// Scores of one row to weights that are not yet divided by their sum.
-inline void softmax(float* row, Seen all, Seen one, float& largest, float& total) {
+// Scores of one row, times `factor`, to weights that are not yet divided by their sum.
+inline void softmax(float* row, float factor, Seen all, Seen one, float& largest, float& total) {
   const Vec none = Vec{} - std::numeric_limits<float>::infinity();
   Vec top = none, sum{};
   for (int64_t c = all.low; c < all.high; c += WIDTH) {
-    const Vec x = visible(one, c) ? load(row + c) : none;
+    const Vec x = visible(one, c) ? load(row + c) * factor : none;
     store(row + c, x);
     top = x > top ? x : top;
   }
@@ -196,52 +219,145 @@ inline void softmax(float* row, Seen all, Seen one, float& largest, float& total
 }
 
 // Ask for `rows` rows of `dim` floats, so that they are in the cache when they are multiplied.
-inline void prefetch(const float* from, int64_t row, int64_t rows, int64_t dim) {
+template <typename T>
+inline void prefetch(const T* from, int64_t row, int64_t rows, int64_t dim) {
   for (int64_t r = 0; r < rows; r++)
-    for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(from + r * row + d);
+    for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(from + r * row + d);
 }
 
-void forward_task(const Run& run, Packed q, Packed k, Packed v, Packed out, Packed lse, int64_t sequence, int64_t kv,
-                  float* keys, float* weights) {
-  const int64_t columns = up(run.keys, WIDTH), group = run.heads / run.kv_heads;
-  transpose(k.data + sequence * run.keys * k.token + kv * k.head, k.token, run.keys, run.dim, run.scale, keys, columns);
-  const float* values = v.data + sequence * run.keys * v.token + kv * v.head;
+// Rows as float32, without gaps.
+template <typename T>
+inline void widen(const T* from, int64_t row, int64_t rows, int64_t dim, float* to) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t d = 0; d < dim; d += WIDTH) store(to + r * dim + d, load(from + r * row + d));
+}
+
+// Scores of a few queries by the keys of a task, which are laid for it once.
+template <typename T>
+class Scores {
+ public:
+  explicit Scores(const Run& run)
+      : run_(run), columns_(up(run.keys, WIDTH)), keys_(buffer(run.dim * columns_)), queries_(buffer(ROWS * run.dim)) {
+#ifdef __AVX512BF16__
+    if constexpr (std::is_same_v<T, Bfloat16>) pairs_ = run.dim % (2 * WIDTH) == 0;
+#endif
+  }
+
+  // What the scores are still to be multiplied by.
+  float factor() const { return pairs_ ? run_.scale : 1; }
+
+  void lay(const T* keys, int64_t row) {
+#ifdef __AVX512BF16__
+    if constexpr (std::is_same_v<T, Bfloat16>)
+      if (pairs_) return transpose(keys, row, run_.keys, run_.dim, as_pairs(keys_), columns_);
+#endif
+    transpose(keys, row, run_.keys, run_.dim, run_.scale, keys_.get(), columns_);
+  }
+
+  // out[0..rows)[from..to) of rows that are `columns` long
+  void of(const T* queries, int64_t row, int64_t rows, int64_t from, int64_t to, float* out) {
+    const int64_t dim = run_.dim;
+#ifdef __AVX512BF16__
+    if constexpr (std::is_same_v<T, Bfloat16>)
+      if (pairs_) {
+        for (int64_t r = 0; r < rows; r++)
+          for (int64_t d = 0; d < dim; d += 2 * WIDTH)
+            store(queries_.get() + (r * dim + d) / 2, exchanged(queries + r * row + d));
+        const StridedOf<Pair> all{as_pairs(queries_), dim / 2, 1};
+        return product(rows, all, as_pairs(keys_) + from, columns_, dim / 2, out + from, columns_, false, to - from);
+      }
+#endif
+    Strided all{queries_.get(), dim, 1};
+    if constexpr (std::is_same_v<T, float>)
+      all = {queries, row, 1};
+    else
+      widen(queries, row, rows, dim, queries_.get());
+    product<float>(rows, all, keys_.get() + from, columns_, dim, out + from, columns_, false, to - from);
+  }
+
+ private:
+#ifdef __AVX512BF16__
+  static Pair* as_pairs(const Buffer& buffer) { return reinterpret_cast<Pair*>(buffer.get()); }
+#endif
+
+  const Run& run_;
+  int64_t columns_;
+  Buffer keys_, queries_;
+  bool pairs_ = false;
+};
+
+// A thread's memory in the forward.
+template <typename T>
+struct Forward {
+  Scores<T> scores;
+  Buffer weights, values, sums;
+
+  explicit Forward(const Run& run)
+      : scores(run),
+        weights(buffer(ROWS * up(run.keys, WIDTH))),
+        values(buffer(std::is_same_v<T, float> ? 0 : run.keys * run.value_dim)),
+        sums(buffer(ROWS * run.value_dim)) {}
+};
+
+template <typename T>
+void forward_task(const Run& run, PackedOf<T> q, PackedOf<T> k, PackedOf<T> v, PackedOf<T> out, Packed lse,
+                  int64_t sequence, int64_t kv, Forward<T>& scratch) {
+  const int64_t columns = up(run.keys, WIDTH), group = run.heads / run.kv_heads, key = sequence * run.keys;
+  scratch.scores.lay(k.at(key, kv), k.token);
+  const float* values = scratch.values.get();
+  int64_t value_row = run.value_dim;
+  if constexpr (std::is_same_v<T, float>)
+    values = v.at(key, kv), value_row = v.token;
+  else
+    widen(v.at(key, kv), v.token, run.keys, run.value_dim, scratch.values.get());
+  float *weights = scratch.weights.get(), *weighted = scratch.sums.get();
   for (int64_t first = 0; first < run.rows; first += ROWS) {
     const int64_t rows = std::min<int64_t>(ROWS, run.rows - first), token = sequence * run.rows + first;
     const Seen all = seen_by(run, first, rows);
     for (int64_t head = kv * group; head < (kv + 1) * group; head++) {
-      float* to = out.data + token * out.token + head * out.head;
-      float* sums = lse.data + token * lse.token + head * lse.head;
+      T* to = out.at(token, head);
+      float* sums = lse.at(token, head);
       if (!all.high) {
         for (int64_t r = 0; r < rows; r++) {
-          std::memset(to + r * out.token, 0, run.value_dim * 4);
+          std::memset(to + r * out.token, 0, run.value_dim * sizeof(T));
           sums[r * lse.token] = -std::numeric_limits<float>::infinity();
         }
         continue;
       }
-      product(rows, {q.data + token * q.token + head * q.head, q.token, 1}, keys + all.low, columns, run.dim,
-              weights + all.low, columns, false, up(all.high, WIDTH) - all.low);
+      scratch.scores.of(q.at(token, head), q.token, rows, all.low, up(all.high, WIDTH), weights);
       const int64_t next = std::min<int64_t>(ROWS, run.rows - first - rows);
-      prefetch(q.data + (token + rows) * q.token + head * q.head, q.token, next, run.dim);
+      prefetch(q.at(token + rows, head), q.token, next, run.dim);
       prefetch(to + rows * out.token, out.token, next, run.value_dim);
       float factor[ROWS];
       for (int64_t r = 0; r < rows; r++) {
         const Seen one = seen(run, first + r);
         float largest = 0, total = 0;
         if (one.high) {
-          softmax(weights + r * columns, all, one, largest, total);
+          softmax(weights + r * columns, scratch.scores.factor(), all, one, largest, total);
         } else {
           std::memset(weights + r * columns + all.low, 0, (up(all.high, WIDTH) - all.low) * 4);
         }
         factor[r] = one.high ? 1 / total : 0;
         sums[r * lse.token] = one.high ? largest + std::log(total) : -std::numeric_limits<float>::infinity();
       }
-      product(rows, {weights + all.low, columns, 1}, values + all.low * v.token, v.token, all.high - all.low, to,
-              out.token, false, run.value_dim);
+      product<float>(rows, {weights + all.low, columns, 1}, values + all.low * value_row, value_row,
+                     all.high - all.low, weighted, run.value_dim, false, run.value_dim);
       for (int64_t r = 0; r < rows; r++)
         for (int64_t d = 0; d < run.value_dim; d += WIDTH)
-          store(to + r * out.token + d, load(to + r * out.token + d) * factor[r]);
+          store(to + r * out.token + d, load(weighted + r * run.value_dim + d) * factor[r]);
     }
+  }
+}
+
+template <typename T>
+void forward(const Run& run, const void* q, const void* k, const void* v, const void* out, const Packed& lse) {
+  const auto of = [](const void* packed) { return *static_cast<const PackedOf<T>*>(packed); };
+#pragma omp parallel num_threads(run.threads)
+  {
+    Forward<T> scratch(run);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < run.count * run.kv_heads; task++)
+      forward_task<T>(run, of(q), of(k), of(v), of(out), lse, task / run.kv_heads, task % run.kv_heads, scratch);
   }
 }
 
@@ -285,10 +401,10 @@ void backward_task(const Run& run, Packed grad, Packed q, Packed k, Packed v, Pa
         float* weights = scratch.weights.get() + (first - tile) * columns;
         float* gradients = scratch.gradients.get() + (first - tile) * columns;
         prefetch(queries + rows * q.token, q.token, next, run.dim);
-        product(rows, {queries, q.token, 1}, scratch.keys.get() + all.low, columns, run.dim, weights + all.low, columns,
+        product<float>(rows, {queries, q.token, 1}, scratch.keys.get() + all.low, columns, run.dim, weights + all.low, columns,
                 false, width);
         prefetch(grads + rows * grad.token, grad.token, next, run.value_dim);
-        product(rows, {grads, grad.token, 1}, scratch.values.get() + all.low, columns, run.value_dim,
+        product<float>(rows, {grads, grad.token, 1}, scratch.values.get() + all.low, columns, run.value_dim,
                 gradients + all.low, columns, false, width);
         for (int64_t r = 0; r < rows; r++) {
           const Seen one = seen(run, first + r);
@@ -312,7 +428,7 @@ void backward_task(const Run& run, Packed grad, Packed q, Packed k, Packed v, Pa
             if (c >= 0 && c < columns) store(p + c, Vec{}), store(g + c, Vec{});
         }
         prefetch(outs + rows * out.token, out.token, next, run.value_dim);
-        product(rows, {gradients + all.low, columns, 1}, keys + all.low * k.token, k.token, all.high - all.low, to_q,
+        product<float>(rows, {gradients + all.low, columns, 1}, keys + all.low * k.token, k.token, all.high - all.low, to_q,
                 grad_q.token, false, run.dim);
       }
       // Both gradients of a key are sums over the rows that see it; the first head's first tile begins them.
@@ -331,9 +447,9 @@ void backward_task(const Run& run, Packed grad, Packed q, Packed k, Packed v, Pa
         const float* p = scratch.weights.get() + (from - tile) * columns + j;
         const float* g = scratch.gradients.get() + (from - tile) * columns + j;
         const int64_t at = sequence * run.rows + from;
-        product(rows, {p, 1, columns}, grad.data + at * grad.token + head * grad.head, grad.token, to - from,
+        product<float>(rows, {p, 1, columns}, grad.data + at * grad.token + head * grad.head, grad.token, to - from,
                 to_v + j * grad_v.token, grad_v.token, add, run.value_dim);
-        product(rows, {g, 1, columns}, q.data + at * q.token + head * q.head, q.token, to - from,
+        product<float>(rows, {g, 1, columns}, q.data + at * q.token + head * q.head, q.token, to - from,
                 to_k + j * grad_k.token, grad_k.token, add, run.dim);
       }
     }
@@ -344,17 +460,11 @@ void backward_task(const Run& run, Packed grad, Packed q, Packed k, Packed v, Pa
 
 extern "C" {
 
-// Fills `out` and `lse`.
-void polyshard_attention_forward(const Run* run, const Packed* q, const Packed* k, const Packed* v, const Packed* out,
+// Fills `out` and `lse`. kind, of all but `lse`: 0 float32, 1 bfloat16, 2 float16.
+void polyshard_attention_forward(int kind, const Run* run, const void* q, const void* k, const void* v, const void* out,
                                  const Packed* lse) {
-  const int64_t columns = up(run->keys, WIDTH);
-#pragma omp parallel num_threads(run->threads)
-  {
-    const Buffer keys = buffer(run->dim * columns), weights = buffer(ROWS * columns);
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < run->count * run->kv_heads; task++)
-      forward_task(*run, *q, *k, *v, *out, *lse, task / run->kv_heads, task % run->kv_heads, keys.get(), weights.get());
-  }
+  constexpr decltype(&forward<float>) kinds[] = {forward<float>, forward<Bfloat16>, forward<Float16>};
+  kinds[kind](*run, q, k, v, out, *lse);
 }
 
 // Fills the three gradients; `out` and `lse` are those of the whole softmax, of which these keys may be a part.

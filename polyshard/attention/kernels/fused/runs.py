@@ -10,7 +10,7 @@ import torch
 
 from polyshard.attention.kernels.protocol import AttentionCall
 from polyshard.attention.kernels.tiles import Run, runs
-from polyshard.compiled.build import library, unavailable, width
+from polyshard.compiled.build import KINDS, library, unavailable, width
 from polyshard.core.attention import AttentionSpec
 
 SOURCE = Path(__file__).with_name("attention.cpp")
@@ -64,8 +64,8 @@ def worthwhile_all(call: AttentionCall) -> bool:
 
 
 def attend_into(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, out: torch.Tensor) -> None:
-    """Fill `out` `[tokens, heads, value_dim]`; all are float32 with contiguous rows. No autograd."""
-    logsumexp = q.new_empty(q.shape[:2])
+    """Fill `out` `[tokens, heads, value_dim]`; all are of one dtype of `KINDS`, with contiguous rows. No autograd."""
+    logsumexp = q.new_empty(q.shape[:2], dtype=torch.float32)
     for run in runs(call):
         forward_run(q, k, v, run, call, out, logsumexp)
 
@@ -79,9 +79,11 @@ def forward_run(
     out: torch.Tensor,
     logsumexp: torch.Tensor,
 ) -> None:
-    """Fill a run's part of `out` and `logsumexp`; all are float32 with contiguous rows."""
+    """Fill a run's part of `out` and of `logsumexp`, which is float32; the others are as of `attend_into`."""
     places = ((q, run.query), (k, run.key), (v, run.key), (out, run.query), (logsumexp, run.query))
-    library(SOURCE).polyshard_attention_forward(_run(run, call), *(_packed(x, first) for x, first in places))
+    packed = (_packed(x, first) for x, first in places)
+    assert q.dtype == k.dtype == v.dtype == out.dtype and logsumexp.dtype == torch.float32
+    library(SOURCE).polyshard_attention_forward(KINDS[q.dtype], _run(run, call), *packed)
 
 
 def backward_run(
@@ -99,6 +101,7 @@ def backward_run(
     grad_q, grad_k, grad_v = grads
     places = ((grad_out, run.query), (q, run.query), (k, run.key), (v, run.key), (out, run.query))
     results = ((logsumexp, run.query), (grad_q, run.query), (grad_k, run.key), (grad_v, run.key))
+    assert all(x.dtype == torch.float32 for x, _ in (*places, *results))
     library(SOURCE).polyshard_attention_backward(_run(run, call), *(_packed(*place) for place in (*places, *results)))
 
 
@@ -111,7 +114,6 @@ def _run(run: Run, call: AttentionCall) -> object:
 
 def _packed(x: torch.Tensor, first: int) -> object:
     """`x [tokens, heads(, dim)]` from token `first` on, its last dimension contiguous."""
-    assert x.dtype == torch.float32
     assert x.dim() == 2 or x.stride(-1) == 1
     place = x.data_ptr() + first * x.stride(0) * x.element_size()
     return ctypes.byref(_Packed(place, x.stride(0), x.stride(1)))
