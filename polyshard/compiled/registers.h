@@ -37,10 +37,15 @@ inline Vec load(const Bfloat16* p) {
 
 // To the nearest, ties to even; NaN stays NaN.
 inline void store(Bfloat16* p, Vec x) {
+#ifdef __AVX512BF16__
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);  // numbers below 2^-126 to zeros
+  __builtin_memcpy(p, &rounded, 32);
+#else
   const Word bits = (Word)x;
   const Word rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Word nan = (Word)(x != x);
   *reinterpret_cast<Half*>(p) = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Half);
+#endif
 }
 
 #ifdef __AVX512F__
@@ -89,10 +94,8 @@ inline Vec multiply_add(Pair x, Pairs y, Vec sum) {
 }
 #endif
 
-// exp(x) for x <= 0, to about one unit in the last place (polynomial of Cephes, expf.c); 0 below -87.3.
-inline Vec exponential(Vec x) {
-  const Int least = x < -87.3f;
-  x = x < -87.3f ? Vec{} - 87.3f : x;
+// exp(x) for |x| <= 88, to about one unit in the last place (polynomial of Cephes, expf.c).
+inline Vec exponential_of_small(Vec x) {
   const Vec shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
   const Vec whole = shifted - 12582912.0f;
   const Vec rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
@@ -104,7 +107,13 @@ inline Vec exponential(Vec x) {
   y = y * rest + 5.0000001201e-1f;
   y = y * rest * rest + rest + 1.0f;
   const Vec power = (Vec)((((Int)shifted) << 23) + 0x3f800000);  // the low bits of the shifted number are the integer
-  return (Vec)((Int)(y * power) & ~least);  // a product, so that NaN stays NaN
+  return y * power;  // a product, so that NaN stays NaN
+}
+
+// exp(x) for x <= 0; 0 below -87.3.
+inline Vec exponential(Vec x) {
+  const Int least = x < -87.3f;
+  return (Vec)((Int)exponential_of_small(x < -87.3f ? Vec{} - 87.3f : x) & ~least);
 }
 
 // 0, 1, 2, ... in the lanes of a register.

@@ -4,10 +4,10 @@
 
 namespace {
 
+// Below -88 it stays that of -88, which is -5e-37.
 inline Vec silu(Vec x) {
-  const Vec magnitude = x < 0.0f ? x : -x;
-  const Vec e = exponential(magnitude);
-  return x * ((x < 0.0f ? e : Vec{} + 1.0f) / (1.0f + e));
+  x = x < -88.0f ? Vec{} - 88.0f : x;
+  return x / (1.0f + exponential_of_small(x > 88.0f ? Vec{} - 88.0f : -x));
 }
 
 template <typename T>
