@@ -17,7 +17,7 @@ namespace {
 
 constexpr int COLUMNS = 2 * WIDTH;
 constexpr int ROWS = WIDTH == 16 ? 12 : 6;      // with COLUMNS and a panel's row it fills the register file
-constexpr int64_t DEPTH = 512;                  // inputs of a part at most: of a panel, they stay in a near cache
+constexpr int64_t DEPTH = 1024;                 // inputs of a part at most
 constexpr int64_t MOST_ROWS = 24 * ROWS;        // of a block
 constexpr int64_t BLOCK_TERMS = 100 * 1024;     // of a block of rows, which stays in the second cache
 constexpr int64_t LINE = 64, FURTHER = 16 * 1024;  // bytes

@@ -94,10 +94,20 @@ inline Vec multiply_add(Pair x, Pairs y, Vec sum) {
 }
 #endif
 
-// exp(x) for |x| <= 88, to about one unit in the last place (polynomial of Cephes, expf.c).
-inline Vec exponential_of_small(Vec x) {
+inline Vec at_most(Vec x, float bound) { return x > bound ? Vec{} + bound : x; }  // NaN stays NaN
+inline Vec at_least(Vec x, float bound) { return x < bound ? Vec{} + bound : x; }
+
+// exp(x) for x <= 88, to about one unit in the last place (polynomial of Cephes, expf.c); what is below 2^-126 may be 0.
+inline Vec exponential(Vec x) {
+#ifdef __AVX512F__
+  x = at_least(x, -105.0f);
+  const Vec whole = (Vec)_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT);
+#else
+  const Int least = x < -87.3f;
+  x = at_least(x, -87.3f);
   const Vec shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
   const Vec whole = shifted - 12582912.0f;
+#endif
   const Vec rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
   Vec y = Vec{} + 1.9875691500e-4f;
   y = y * rest + 1.3981999507e-3f;
@@ -105,15 +115,13 @@ inline Vec exponential_of_small(Vec x) {
   y = y * rest + 4.1665795894e-2f;
   y = y * rest + 1.6666665459e-1f;
   y = y * rest + 5.0000001201e-1f;
-  y = y * rest * rest + rest + 1.0f;
+  y = y * (rest * rest) + (rest + 1.0f);
+#ifdef __AVX512F__
+  return (Vec)_mm512_scalef_ps((__m512)y, (__m512)whole);
+#else
   const Vec power = (Vec)((((Int)shifted) << 23) + 0x3f800000);  // the low bits of the shifted number are the integer
-  return y * power;  // a product, so that NaN stays NaN
-}
-
-// exp(x) for x <= 0; 0 below -87.3.
-inline Vec exponential(Vec x) {
-  const Int least = x < -87.3f;
-  return (Vec)((Int)exponential_of_small(x < -87.3f ? Vec{} - 87.3f : x) & ~least);
+  return (Vec)((Int)(y * power) & ~least);  // a product, so that NaN stays NaN
+#endif
 }
 
 // 0, 1, 2, ... in the lanes of a register.

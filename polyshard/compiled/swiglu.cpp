@@ -6,8 +6,8 @@ namespace {
 
 // Below -88 it stays that of -88, which is -5e-37.
 inline Vec silu(Vec x) {
-  x = x < -88.0f ? Vec{} - 88.0f : x;
-  return x / (1.0f + exponential_of_small(x > 88.0f ? Vec{} - 88.0f : -x));
+  x = at_least(x, -88.0f);
+  return x / (1.0f + exponential(-x));
 }
 
 template <typename T>

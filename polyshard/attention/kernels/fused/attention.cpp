@@ -202,19 +202,26 @@ inline Vec where(Int keep, Vec x) { return (Vec)((Int)x & keep); }
 
 // Scores of one row, times `factor`, to weights that are not yet divided by their sum.
 inline void softmax(float* row, float factor, Seen all, Seen one, float& largest, float& total) {
+  // Registers before and after these are seen in part.
+  const int64_t begin = std::min(up(one.low, WIDTH), all.high), end = std::max(one.high / WIDTH * WIDTH, begin);
   const Vec none = Vec{} - std::numeric_limits<float>::infinity();
   Vec top = none, sum{};
-  for (int64_t c = all.low; c < all.high; c += WIDTH) {
-    const Vec x = visible(one, c) ? load(row + c) * factor : none;
-    store(row + c, x);
-    top = x > top ? x : top;
-  }
+  const auto larger = [&](Vec x) { top = x > top ? x : top; };
+  const auto in_part = [&](int64_t c) { larger(visible(one, c) ? load(row + c) * factor : none); };
+  for (int64_t c = all.low; c < begin; c += WIDTH) in_part(c);
+  for (int64_t c = begin; c < end; c += WIDTH) larger(load(row + c) * factor);
+  for (int64_t c = end; c < all.high; c += WIDTH) in_part(c);
   largest = largest_of(top);
-  for (int64_t c = all.low; c < all.high; c += WIDTH) {
-    const Vec x = exponential(load(row + c) - largest);
+  const auto weigh = [&](int64_t c, auto seen) {
+    const Vec x = seen(exponential(load(row + c) * factor - largest));
     store(row + c, x);
     sum += x;
-  }
+  };
+  const auto whole = [](Vec x) { return x; };
+  const auto some = [&](int64_t c) { weigh(c, [&](Vec x) { return where(visible(one, c), x); }); };
+  for (int64_t c = all.low; c < begin; c += WIDTH) some(c);
+  for (int64_t c = begin; c < end; c += WIDTH) weigh(c, whole);
+  for (int64_t c = end; c < all.high; c += WIDTH) some(c);
   total = sum_of(sum);
 }
 
