@@ -133,9 +133,9 @@ def in_use(segment):
             "support.broken_factories:raises",
             1,
             "RegistrationError",
-            "rank 0 of the engine: model 'Broken': its",
+            "rank 0 of the engine: model 'Broken': its factory support.broken_factories:raises raised "
+            "ZeroDivisionError: the user's bug",
         ),
-        ("support.broken_factories:raises", 2, "RegistrationError", "raised ZeroDivisionError: the user's bug"),
         ("support.broken_factories:three_heads", 2, "LayoutError", "3"),
     ],
 )

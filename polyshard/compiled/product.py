@@ -27,7 +27,7 @@ class PackedProduct:
     part of the weight's rows being elsewhere, or threads. Sums are taken in float32.
 
     Args:
-        weight: `[out, in]`, of a dtype that `rejects` takes, on CPU.
+        weight: `[out, in]`, neither of them 0, of a dtype that `rejects` takes, on CPU.
 
     Attributes:
         packed: the copy, `[panels, terms, columns, inputs of a term]`.
@@ -37,6 +37,7 @@ class PackedProduct:
         assert rejects(weight.dtype) is None
         weight, stride = rows_of(weight.detach())
         self.out_features, self.in_features = weight.shape
+        assert weight.numel(), weight.shape
         columns, term = _panel_columns(), _inputs_of_a_term(weight.dtype)
         panels, terms = -(-self.out_features // columns), -(-self.in_features // term)
         self.packed = torch.empty(panels, terms, columns, term, dtype=weight.dtype)

@@ -1,4 +1,4 @@
-"""Attention in float32 on a CPU, compiled on first use by the C++ compiler of the machine."""
+"""Attention on a CPU, computed in float32, compiled on first use by the C++ compiler of the machine."""
 
 from polyshard.attention.kernels.fused.runs import (
     attend_into,

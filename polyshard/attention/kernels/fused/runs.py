@@ -82,7 +82,8 @@ def forward_run(
     """Fill a run's part of `out` and of `logsumexp`, which is float32; the others are as of `attend_into`."""
     places = ((q, run.query), (k, run.key), (v, run.key), (out, run.query), (logsumexp, run.query))
     packed = (_packed(x, first) for x, first in places)
-    assert q.dtype == k.dtype == v.dtype == out.dtype and logsumexp.dtype == torch.float32
+    assert q.dtype == k.dtype == v.dtype == out.dtype
+    assert logsumexp.dtype == torch.float32
     library(SOURCE).polyshard_attention_forward(KINDS[q.dtype], _run(run, call), *packed)
 
 
