@@ -100,7 +100,7 @@ def _load_or_reason(source: Path) -> ctypes.CDLL | str:
 
 
 def _flags_of_processor(capability: str) -> list[str]:
-    able = torch.cpu.get_capabilities()
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # younger than the oldest torch that polyshard takes
     more = [flag for name, flag in _MORE.get(capability, {}).items() if able.get(name, False)]
     return [*_PROCESSORS[capability], *more]
 
