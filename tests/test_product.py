@@ -43,7 +43,7 @@ def test_it_is_the_product_in_float64_rounded(sizes, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_bits_of_a_row_do_not_depend_on_batch_shard_or_threads(dtype):
-    x, weight, bias = tensors(300, 700, 200, dtype)
+    x, weight, bias = tensors(300, 1100, 200, dtype)
     whole = PackedProduct(weight)(x, bias)
     for first, last in ((0, 1), (7, 9), (3, 20), (44, 300)):
         assert torch.equal(PackedProduct(weight)(x[first:last], bias), whole[first:last])
@@ -109,7 +109,7 @@ def test_another_processor_gives_the_same_bits(dtype, tmp_path, monkeypatch):
     assert other.polyshard_panel_columns() == columns
     kind = KINDS[dtype]
     assert other.polyshard_term_inputs(kind) == 1
-    for inputs in (600, 37):
+    for inputs in (600, 37, 1100):  # of one part, of half a pair more, of two parts
         x, weight, bias = tensors(50, inputs, 70, dtype)
         packed, out = torch.empty(-(-70 // columns), inputs, columns, dtype=dtype), torch.empty(50, 70, dtype=dtype)
         at = [ctypes.c_void_p(t.data_ptr()) for t in (weight, packed, x, bias, out)]

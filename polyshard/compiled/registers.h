@@ -94,8 +94,7 @@ inline Vec multiply_add(Pair x, Pairs y, Vec sum) {
 }
 #endif
 
-inline Vec at_most(Vec x, float bound) { return x > bound ? Vec{} + bound : x; }  // NaN stays NaN
-inline Vec at_least(Vec x, float bound) { return x < bound ? Vec{} + bound : x; }
+inline Vec at_least(Vec x, float bound) { return x < bound ? Vec{} + bound : x; }  // NaN stays NaN
 
 // exp(x) for x <= 88, to about one unit in the last place (polynomial of Cephes, expf.c); what is below 2^-126 may be 0.
 inline Vec exponential(Vec x) {

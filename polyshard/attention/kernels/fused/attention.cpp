@@ -168,30 +168,23 @@ inline Seen seen_by(const Run& run, int64_t first, int64_t rows) {
   return {all.low / WIDTH * WIDTH, all.high};
 }
 
-// `[keys, dim]` to `[dim, columns]`, multiplied by `factor`, filled up with zeros.
-template <typename T>
-void transpose(const T* from, int64_t row, int64_t keys, int64_t dim, float factor, float* to, int64_t columns) {
+// `[keys, terms]` to `[terms, columns]`, filled up with zeros; `at(key, term)` gives a register of a key's terms.
+template <typename At>
+inline void transpose_by(int64_t keys, int64_t terms, float* to, int64_t columns, At at) {
   for (int64_t k = 0; k < keys; k += WIDTH)
-    for (int64_t d = 0; d < dim; d += WIDTH) {
+    for (int64_t d = 0; d < terms; d += WIDTH) {
       Vec block[WIDTH];
-      for (int64_t i = 0; i < WIDTH; i++) block[i] = k + i < keys ? load(from + (k + i) * row + d) * factor : Vec{};
+      for (int64_t i = 0; i < WIDTH; i++) block[i] = k + i < keys ? at(k + i, d) : Vec{};
       transpose_block(block);
       for (int64_t i = 0; i < WIDTH; i++) store(to + (d + i) * columns + k, block[i]);
     }
 }
 
-#ifdef __AVX512BF16__
-// `[keys, dim]` to `[dim / 2, columns]`, filled up with zeros.
-void transpose(const Bfloat16* from, int64_t row, int64_t keys, int64_t dim, Pair* to, int64_t columns) {
-  for (int64_t k = 0; k < keys; k += WIDTH)
-    for (int64_t d = 0; d < dim / 2; d += WIDTH) {
-      Vec block[WIDTH];
-      for (int64_t i = 0; i < WIDTH; i++) block[i] = k + i < keys ? exchanged(from + (k + i) * row + 2 * d) : Vec{};
-      transpose_block(block);
-      for (int64_t i = 0; i < WIDTH; i++) store(reinterpret_cast<float*>(to + (d + i) * columns + k), block[i]);
-    }
+// `[keys, dim]`, multiplied by `factor`.
+template <typename T>
+void transpose(const T* from, int64_t row, int64_t keys, int64_t dim, float factor, float* to, int64_t columns) {
+  transpose_by(keys, dim, to, columns, [=](int64_t key, int64_t d) { return load(from + key * row + d) * factor; });
 }
-#endif
 
 // Which lanes of the register at `column` a row sees.
 inline Int visible(Seen one, int64_t column) {
@@ -206,26 +199,22 @@ inline void softmax(float* row, float factor, Seen all, Seen one, float& largest
   const int64_t begin = std::min(up(one.low, WIDTH), all.high), end = std::max(one.high / WIDTH * WIDTH, begin);
   const Vec none = Vec{} - std::numeric_limits<float>::infinity();
   Vec top = none, sum{};
-  const auto larger = [&](Vec x) { top = x > top ? x : top; };
-  const auto in_part = [&](int64_t c) { larger(visible(one, c) ? load(row + c) * factor : none); };
-  for (int64_t c = all.low; c < begin; c += WIDTH) in_part(c);
-  for (int64_t c = begin; c < end; c += WIDTH) larger(load(row + c) * factor);
-  for (int64_t c = end; c < all.high; c += WIDTH) in_part(c);
-  largest = largest_of(top);
-  const auto weigh = [&](int64_t c, auto seen) {
-    const Vec x = seen(exponential(load(row + c) * factor - largest));
-    store(row + c, x);
-    sum += x;
+  const auto each = [&](auto in_part, auto whole) {
+    for (int64_t c = all.low; c < begin; c += WIDTH) in_part(c);
+    for (int64_t c = begin; c < end; c += WIDTH) whole(c);
+    for (int64_t c = end; c < all.high; c += WIDTH) in_part(c);
   };
-  const auto whole = [](Vec x) { return x; };
-  const auto some = [&](int64_t c) { weigh(c, [&](Vec x) { return where(visible(one, c), x); }); };
-  for (int64_t c = all.low; c < begin; c += WIDTH) some(c);
-  for (int64_t c = begin; c < end; c += WIDTH) weigh(c, whole);
-  for (int64_t c = end; c < all.high; c += WIDTH) some(c);
+  const auto larger = [&](Vec x) { top = x > top ? x : top; };
+  each([&](int64_t c) { larger(visible(one, c) ? load(row + c) * factor : none); },
+       [&](int64_t c) { larger(load(row + c) * factor); });
+  largest = largest_of(top);
+  const auto weight = [&](int64_t c) { return exponential(load(row + c) * factor - largest); };
+  const auto keep = [&](int64_t c, Vec x) { store(row + c, x), sum += x; };
+  each([&](int64_t c) { keep(c, where(visible(one, c), weight(c))); }, [&](int64_t c) { keep(c, weight(c)); });
   total = sum_of(sum);
 }
 
-// Ask for `rows` rows of `dim` floats, so that they are in the cache when they are multiplied.
+// Ask for `rows` rows of `dim` numbers, so that they are in the cache when they are multiplied.
 template <typename T>
 inline void prefetch(const T* from, int64_t row, int64_t rows, int64_t dim) {
   for (int64_t r = 0; r < rows; r++)
@@ -256,7 +245,10 @@ class Scores {
   void lay(const T* keys, int64_t row) {
 #ifdef __AVX512BF16__
     if constexpr (std::is_same_v<T, Bfloat16>)
-      if (pairs_) return transpose(keys, row, run_.keys, run_.dim, as_pairs(keys_), columns_);
+      if (pairs_) {
+        const auto at = [=](int64_t key, int64_t pair) { return exchanged(keys + key * row + 2 * pair); };
+        return transpose_by(run_.keys, run_.dim / 2, keys_.get(), columns_, at);
+      }
 #endif
     transpose(keys, row, run_.keys, run_.dim, run_.scale, keys_.get(), columns_);
   }
