@@ -60,6 +60,19 @@ struct Ahead {
   }
 };
 
+// Where a panel's outputs will be written: asked for while they are summed, since a row's line seldom follows another's.
+struct Written {
+  char* bytes;     // of the first row; null where more is to be summed first
+  int64_t stride;  // between rows
+  int64_t size;    // of a row
+
+  void fetch(int64_t row, int64_t rows) const {
+    if (!bytes) return;
+    for (int64_t r = row; r < row + rows; r++)
+      for (int64_t i = 0; i < size; i += LINE) __builtin_prefetch(bytes + r * stride + i, 1, 2);
+  }
+};
+
 // sums[0..R)[0..COLUMNS) (+)= the tile's rows, laid term by term, by a panel.
 template <int R, typename Row, typename Weight>
 inline void tile(const Row* __restrict rows, const Weight* __restrict panel, Ahead ahead, int64_t depth,
@@ -96,7 +109,7 @@ void tile_of(int64_t count, const Row* rows, const Weight* panel, Ahead ahead, i
 // cost a fifth in a tile alone.
 template <typename Row, typename Weight>
 void block_of(int64_t count, int64_t height, const Row* rows, int64_t terms, int64_t first, const Weight* panel,
-              const void* next, int64_t size, int64_t depth, float* sums) {
+              const void* next, int64_t size, int64_t depth, float* sums, Written written) {
   const char* bytes = static_cast<const char*>(next);
   const int64_t others = (count - 1) / height;
   const int64_t parts = others >= 8 ? 8 : others >= 4 ? 4 : others >= 2 ? 2 : others;
@@ -105,6 +118,7 @@ void block_of(int64_t count, int64_t height, const Row* rows, int64_t terms, int
     const int64_t further = i == 0 && height > 4 ? FURTHER : 0;
     Ahead ahead{reinterpret_cast<const char*>(panel) + further, COLUMNS * sizeof(Weight)};
     if (i > 0 && i <= parts) ahead = {bytes + (i - 1) * size / parts, size / depth / parts};
+    written.fetch(r, here);
     tile_of<ROWS>(here, rows + r * terms + first * here, panel, ahead, depth, sums + r * COLUMNS, first > 0);
   }
 }
@@ -120,7 +134,7 @@ inline Vec terms_at(const Bfloat16* x) { return exchanged(x); }
 
 // `rows` rows of `x`, at most ROWS, term by term.
 template <typename T, typename Row>
-void lay(const T* x, int64_t stride, int64_t rows, int64_t inputs, Row* out) {
+inline void lay(const T* x, int64_t stride, int64_t rows, int64_t inputs, Row* out) {
   constexpr int64_t IN = Term<T>::INPUTS;
   const int64_t terms = (inputs + IN - 1) / IN;
   int64_t k = 0;
@@ -179,26 +193,32 @@ void multiply(const T* x, int64_t stride, const T* weights, const T* bias, T* ou
       const int64_t height = (count + tiles - 1) / tiles;  // of tiles alike: the first of them alone waits for memory
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < count; r += height)
-        lay(x + (from + r) * stride, stride, std::min(height, count - r), inputs, laid.get() + r * terms);
+        if (count - r >= ROWS && height == ROWS)  // a number that the compiler knows: in registers
+          lay(x + (from + r) * stride, stride, ROWS, inputs, laid.get() + r * terms);
+        else
+          lay(x + (from + r) * stride, stride, std::min(height, count - r), inputs, laid.get() + r * terms);
 #pragma omp for schedule(static)
       for (int64_t p = 0; p < panels; p++) {
+        const int64_t column = p * COLUMNS, columns = std::min<int64_t>(COLUMNS, outputs - column);
+        T* to = out + from * outputs + column;
         for (int64_t k = 0; k < terms; k += step) {
           const int64_t depth = std::min(step, terms - k);
           const Weight* panel = packed + (p * terms + k) * COLUMNS;
           const Weight* next = panel + depth * COLUMNS;
           const int64_t size = depth * COLUMNS * sizeof(Weight);
+          const bool last = k + depth == terms;
+          const Written written{last ? reinterpret_cast<char*>(to) : nullptr, int64_t(outputs * sizeof(T)),
+                                int64_t(columns * sizeof(T))};
           if constexpr (WIDEN) {
             if (count > height) {  // once for all tiles
               for (int64_t i = 0; i < depth * COLUMNS; i += WIDTH) store(wide + i, load(panel + i));
-              block_of(count, height, laid.get(), terms, k, wide, next, size, depth, sums);
+              block_of(count, height, laid.get(), terms, k, wide, next, size, depth, sums, written);
               continue;
             }
           }
-          block_of(count, height, laid.get(), terms, k, panel, next, size, depth, sums);
+          block_of(count, height, laid.get(), terms, k, panel, next, size, depth, sums, written);
         }
-        const int64_t column = p * COLUMNS;
-        write(sums, count, bias ? bias + column : nullptr, out + from * outputs + column, outputs,
-              std::min<int64_t>(COLUMNS, outputs - column));
+        write(sums, count, bias ? bias + column : nullptr, to, outputs, columns);
       }
     }
   }
