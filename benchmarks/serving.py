@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -218,8 +219,8 @@ class Running:
             self.process.kill()
 
 
-def serve(engine: Engine, directory: str, dtype: str, tensor: int, compiled: bool) -> None:
-    """Answer on stdout how long each load, named on stdin, takes."""
+def start(engine: Engine, directory: str, dtype: str, tensor: int = 1, compiled: bool = False) -> Any:
+    """A function that starts the engine in this process, everything imported."""
     sys.path.insert(0, str(EXAMPLES))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
     options: dict[str, Any] = dict(engine.options)
@@ -228,12 +229,12 @@ def serve(engine: Engine, directory: str, dtype: str, tensor: int, compiled: boo
 
         ps.register_model("PolyshardDecoder", engine.factory, adapter=engine.adapter, exact=engine.exact)
         options["hf_overrides"] = {"architectures": ["PolyshardDecoder"]}
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     if not list(Path(directory).glob("*.safetensors")):
         options["load_format"] = "dummy"
-    before = time.perf_counter()
-    llm = LLM(
+    return partial(
+        LLM,
         directory,
         dtype=dtype,
         tensor_parallel_size=tensor,
@@ -246,6 +247,15 @@ def serve(engine: Engine, directory: str, dtype: str, tensor: int, compiled: boo
         disable_log_stats=True,
         **options,
     )
+
+
+def serve(engine: Engine, directory: str, dtype: str, tensor: int, compiled: bool) -> None:
+    """Answer on stdout how long the start, and then each load named on stdin, takes."""
+    from vllm import SamplingParams
+
+    starting = start(engine, directory, dtype, tensor, compiled)
+    before = time.perf_counter()
+    llm = starting()
     print(f"{MARK}{time.perf_counter() - before}", flush=True)
     for line in sys.stdin:
         load = LOADS[int(line)]

@@ -22,23 +22,6 @@ constexpr int64_t MOST_ROWS = 24 * ROWS;        // of a block
 constexpr int64_t BLOCK_TERMS = 100 * 1024;     // of a block of rows, which stays in the second cache
 constexpr int64_t LINE = 64, FURTHER = 16 * 1024;  // bytes
 
-// What numbers of memory are multiplied as: `INPUTS` of a row in a Row, of a packed weight in a Weight. One such, and
-// its product, is a term.
-template <typename T>
-struct Term {
-  using Row = float;
-  using Weight = T;
-  static constexpr int64_t INPUTS = 1;
-};
-#ifdef __AVX512BF16__
-template <>
-struct Term<Bfloat16> {
-  using Row = Pair;
-  using Weight = Pair;
-  static constexpr int64_t INPUTS = 2;
-};
-#endif
-
 inline float number(float x) { return x; }
 inline float number(Bfloat16 x) {
   const uint32_t bits = uint32_t(x.bits) << 16;

@@ -94,6 +94,23 @@ inline Vec multiply_add(Pair x, Pairs y, Vec sum) {
 }
 #endif
 
+// What numbers of memory are multiplied as: `INPUTS` of a row in a Row, of what it is multiplied by in a Weight. One such, and
+// its product, is a term.
+template <typename T>
+struct Term {
+  using Row = float;
+  using Weight = T;
+  static constexpr int64_t INPUTS = 1;
+};
+#ifdef __AVX512BF16__
+template <>
+struct Term<Bfloat16> {
+  using Row = Pair;
+  using Weight = Pair;
+  static constexpr int64_t INPUTS = 2;
+};
+#endif
+
 inline Vec at_least(Vec x, float bound) { return x < bound ? Vec{} + bound : x; }  // NaN stays NaN
 
 // exp(x) for x <= 88, to about one unit in the last place (polynomial of Cephes, expf.c); what is below 2^-126 may be 0.

@@ -234,38 +234,32 @@ class Scores {
  public:
   explicit Scores(const Run& run)
       : run_(run), columns_(up(run.keys, WIDTH)), keys_(buffer(run.dim * columns_)), queries_(buffer(ROWS * run.dim)) {
-#ifdef __AVX512BF16__
-    if constexpr (std::is_same_v<T, Bfloat16>) pairs_ = run.dim % (2 * WIDTH) == 0;
-#endif
+    pairs_ = PAIRS && run.dim % (2 * WIDTH) == 0;
   }
 
   // What the scores are still to be multiplied by.
   float factor() const { return pairs_ ? run_.scale : 1; }
 
   void lay(const T* keys, int64_t row) {
-#ifdef __AVX512BF16__
-    if constexpr (std::is_same_v<T, Bfloat16>)
+    if constexpr (PAIRS)
       if (pairs_) {
         const auto at = [=](int64_t key, int64_t pair) { return exchanged(keys + key * row + 2 * pair); };
         return transpose_by(run_.keys, run_.dim / 2, keys_.get(), columns_, at);
       }
-#endif
     transpose(keys, row, run_.keys, run_.dim, run_.scale, keys_.get(), columns_);
   }
 
   // out[0..rows)[from..to) of rows that are `columns` long
   void of(const T* queries, int64_t row, int64_t rows, int64_t from, int64_t to, float* out) {
     const int64_t dim = run_.dim;
-#ifdef __AVX512BF16__
-    if constexpr (std::is_same_v<T, Bfloat16>)
+    if constexpr (PAIRS)
       if (pairs_) {
         for (int64_t r = 0; r < rows; r++)
           for (int64_t d = 0; d < dim; d += 2 * WIDTH)
             store(queries_.get() + (r * dim + d) / 2, exchanged(queries + r * row + d));
-        const StridedOf<Pair> all{as_pairs(queries_), dim / 2, 1};
-        return product(rows, all, as_pairs(keys_) + from, columns_, dim / 2, out + from, columns_, false, to - from);
+        const StridedOf<Row> all{as_rows(queries_), dim / 2, 1};
+        return product(rows, all, as_rows(keys_) + from, columns_, dim / 2, out + from, columns_, false, to - from);
       }
-#endif
     Strided all{queries_.get(), dim, 1};
     if constexpr (std::is_same_v<T, float>)
       all = {queries, row, 1};
@@ -275,9 +269,9 @@ class Scores {
   }
 
  private:
-#ifdef __AVX512BF16__
-  static Pair* as_pairs(const Buffer& buffer) { return reinterpret_cast<Pair*>(buffer.get()); }
-#endif
+  using Row = typename Term<T>::Row;
+  static constexpr bool PAIRS = Term<T>::INPUTS == 2;
+  static Row* as_rows(const Buffer& buffer) { return reinterpret_cast<Row*>(buffer.get()); }
 
   const Run& run_;
   int64_t columns_;
