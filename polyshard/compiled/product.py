@@ -63,11 +63,15 @@ def _multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, 
     return out
 
 
-# A graph's compiler looks at tensors and calls this by name.
-_operator = torch.library.custom_op("polyshard::packed_product", _multiply, mutates_args=())
+# A graph's compiler looks at tensors and calls this by name. Bare, since `torch.library.custom_op` takes as long for each
+# call as a small product.
+_LIBRARY = torch.library.Library("polyshard", "FRAGMENT")
+_LIBRARY.define("packed_product(Tensor x, Tensor packed, Tensor? bias, SymInt out_features) -> Tensor")
+_LIBRARY.impl("packed_product", _multiply, "CPU")
+_operator = torch.ops.polyshard.packed_product.default
 
 
-@_operator.register_fake
+@torch.library.register_fake("polyshard::packed_product", lib=_LIBRARY)
 def _(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
