@@ -28,9 +28,10 @@ $(READY): requirements/cpu.lock requirements/cpu-source.lock pyproject.toml
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
-# Two workers: much of the time a test waits for engines and ranks to start. A file's tests stay in one of them.
+# Two workers: much of the time a test waits for engines and ranks to start. A file's tests stay in one of them, and the
+# longest files come first (tests/conftest.py).
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

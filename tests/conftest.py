@@ -29,6 +29,19 @@ multiprocessing.set_forkserver_preload([*ranks.PRELOAD, *(f"polyshard.adapters.{
 forkserver.ensure_running()
 
 
+# The files that take minutes, longest first: a worker that came to one of them last would leave the other idle.
+LONG = (
+    *("exact", "server", "rl", "weight_sync_ranks", "vllm_serving", "vllm_failures", "weight_sync", "verify"),
+    *("weight_sync_kills", "transformers_models", "vllm_compiled", "vllm_existing", "attention_kernels"),
+    *("torch_adapter", "conformance", "vllm_features", "examples", "readme", "generic_models", "convert"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": index for index, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     from smollm2 import smollm2_directory

@@ -1,5 +1,6 @@
 """The loop of reinforcement learning as a user runs it: generate, score, step, sync."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import decoder
 import pytest
 import torch
 from support.models import save_tiny
-from support.scripts import SUPPORT
+from support.scripts import SUPPORT, one_engine_of_torchruns
 
 import polyshard as ps
 
@@ -29,9 +30,10 @@ def run(folder: Path, *options: str, ranks: int = 1, **changes) -> list[dict]:
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += [EXAMPLE, str(folder), *SMALL, *options]
-    done = subprocess.run(
-        command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=280, **changes
-    )
+    with one_engine_of_torchruns() if ranks > 1 else contextlib.nullcontext():
+        done = subprocess.run(
+            command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=280, **changes
+        )
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     return metrics_of(folder)
 

@@ -12,7 +12,7 @@ import pytest
 from support.engines import engine, greedy
 from support.models import save_tiny
 from support.oracle import assert_same_generation, greedy_transformers
-from support.scripts import SUPPORT, run
+from support.scripts import SUPPORT, one_engine_of_torchruns, run
 
 import polyshard as ps
 
@@ -93,7 +93,8 @@ def test_tensor_parallel_2_on_the_layers_of_every_library(models):
         "2",
     ]
     script = [str(SUPPORT / "colocated.py"), ",".join(ps.adapter_names()), json.dumps(PROMPTS), str(TOKENS)]
-    results = run([*torchrun, *script, *directories])
+    with one_engine_of_torchruns():
+        results = run([*torchrun, *script, *directories])
     for adapter in ps.adapter_names():
         for name in chosen:
             directory, expected = models[name]

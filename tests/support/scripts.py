@@ -4,7 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+from filelock import FileLock
 
 SUPPORT = Path(__file__).parent
 
@@ -20,11 +23,18 @@ def run(command, **environment):
     return json.loads(lines[0].removeprefix("RESULT"))
 
 
+def one_engine_of_torchruns():
+    """vLLM on CPU names the shared memory of an engine whose ranks torchrun started alike in every run (0.32,
+    v1/worker/cpu_worker.py, VLLM_DIST_IDENT), so that two at a time end in "create shm in SHMManager failed"."""
+    return FileLock(Path(tempfile.gettempdir()) / "polyshard-tests-torchrun.lock")
+
+
 def torchrun(ranks, script, *arguments, check=True):
     """Run a script of this folder on several ranks; what it did."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), str(SUPPORT / script)]
-    done = subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=280, env=dict(os.environ)
-    )
+    with one_engine_of_torchruns():
+        done = subprocess.run(
+            [*command, *map(str, arguments)], capture_output=True, text=True, timeout=280, env=dict(os.environ)
+        )
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
