@@ -63,8 +63,8 @@ def _multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, 
     return out
 
 
-# A graph's compiler looks at tensors and calls this by name. Bare, since `torch.library.custom_op` takes as long for each
-# call as a small product.
+# A graph's compiler looks at tensors and calls this by name. Bare, since `torch.library.custom_op` takes as long for
+# each call as a small product.
 _LIBRARY = torch.library.Library("polyshard", "FRAGMENT")
 _LIBRARY.define("packed_product(Tensor x, Tensor packed, Tensor? bias, SymInt out_features) -> Tensor")
 _LIBRARY.impl("packed_product", _multiply, "CPU")
