@@ -10,6 +10,7 @@ import sys
 import decoder
 import pytest
 from support import broken_factories
+from support.command_line import polyshard
 
 import polyshard as ps
 from polyshard.checkpoint.save import model_documents
@@ -108,28 +109,20 @@ def test_a_function_knows_its_reference():
     assert reference_of(broken_factories.raises) == "support.broken_factories:raises"
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-c", "from polyshard.cli import main; main()", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-    )
-
-
-def test_serving_a_checkpoint_without_a_registered_model_says_so(tmp_path):
+def test_serving_a_checkpoint_without_a_registered_model_says_so(tmp_path, capfd):
     from support.models import save_tiny
 
     directory = save_tiny(tmp_path / "model", "llama")
-    done = command("serve", directory)
+    done = polyshard(capfd, "serve", directory)
     assert done.returncode == 2
     assert "no model is registered for" in done.stderr
     assert "Pass --factory" in done.stderr
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"polyshard": {"factory": "decoder:build_model"}}))
-    assert "pass --trust-checkpoint to run it" in command("serve", directory).stderr
-    assert "has no 'nothing'" in command("serve", directory, "--factory", "decoder:nothing").stderr
-    assert "config.json does not exist" in command("serve", tmp_path / "nowhere").stderr
-    assert "--outputs: these belong to a model" in command("serve", directory, "--outputs", "logits").stderr
+    assert "pass --trust-checkpoint to run it" in polyshard(capfd, "serve", directory).stderr
+    assert "has no 'nothing'" in polyshard(capfd, "serve", directory, "--factory", "decoder:nothing").stderr
+    assert "config.json does not exist" in polyshard(capfd, "serve", tmp_path / "nowhere").stderr
+    assert "--outputs: these belong to a model" in polyshard(capfd, "serve", directory, "--outputs", "logits").stderr
 
 
 @pytest.mark.vllm

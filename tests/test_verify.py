@@ -1,10 +1,12 @@
 """`polyshard verify`: green for a right model, red for one that is not, and a status that says which."""
 
+import functools
 import json
 import subprocess
 import sys
 
 import pytest
+from support.command_line import polyshard
 from support.models import save_tiny
 
 FACTORY = "decoder:build_model"
@@ -17,14 +19,12 @@ def directory(tmp_path_factory):
     )
 
 
-def verify(*arguments):
-    code = "from polyshard.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, "verify", *map(str, arguments)], capture_output=True, text=True, timeout=280
-    )
+@pytest.fixture
+def verify(capfd):
+    return functools.partial(polyshard, capfd, "verify")
 
 
-def test_every_library_is_equal_to_transformers(directory):
+def test_every_library_is_equal_to_transformers(directory, verify):
     done = verify("--model", directory, "--factory", FACTORY, "--tensor-parallel", "1,2", "--json")
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     rows = json.loads(done.stdout)["rows"]
@@ -38,30 +38,30 @@ def test_every_library_is_equal_to_transformers(directory):
 @pytest.mark.vllm
 def test_vllm_gives_the_same_log_probabilities(directory):
     options = ("--adapters", "torch", "--tensor-parallel", "1", "--vllm", "--json")
-    done = verify("--model", directory, "--factory", FACTORY, *options)
+    command = [sys.executable, "-c", "from polyshard.cli import main; main()", "verify", "--model", str(directory)]
+    done = subprocess.run([*command, "--factory", FACTORY, *options], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     served = [row for row in json.loads(done.stdout)["rows"] if row["what"] == "serve"]
     assert {row["adapter"] for row in served} == {"vllm", "torch"}
     assert all(row["logprobs"] < 2e-5 for row in served)
 
 
-def test_without_a_model_the_built_in_one_is_judged_in_float64():
+def test_without_a_model_the_built_in_one_is_judged_in_float64(verify):
     done = verify("--adapters", "torch,fairscale", "--tensor-parallel", "1,2", "--json")
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     rows = json.loads(done.stdout)["rows"]
     assert len(rows) == 4
     assert all(row["gradients"] < 1e-5 for row in rows)
-    assert "--model and --factory go together" in verify("--factory", FACTORY).stderr
 
 
-def test_a_model_that_differs_is_red(directory):
+def test_a_model_that_differs_is_red(directory, verify):
     options = ("--adapters", "torch", "--tensor-parallel", "1")
     done = verify("--model", directory, "--factory", "support.different_factory:build_model", *options)
     assert done.returncode == 1
     assert "equal" not in done.stdout
 
 
-def test_a_size_that_does_not_divide_is_told_in_its_row(directory):
+def test_a_size_that_does_not_divide_is_told_in_its_row(directory, verify):
     options = ("--adapters", "torch", "--tensor-parallel", "3", "--json")
     done = verify("--model", directory, "--factory", FACTORY, *options)
     assert done.returncode == 1
@@ -69,9 +69,9 @@ def test_a_size_that_does_not_divide_is_told_in_its_row(directory):
     assert "cannot be divided by tensor-parallel size 3" in row["error"]
 
 
-def test_bad_arguments(directory):
-    assert (
-        "takes numbers separated by commas, got 'two'"
-        in verify("--model", directory, "--factory", FACTORY, "--tensor-parallel", "two").stderr
-    )
-    assert "config.json does not exist" in verify("--model", directory / "nowhere", "--factory", FACTORY).stderr
+def test_bad_arguments(directory, verify):
+    factory = ("--factory", FACTORY)
+    done = verify("--model", directory, *factory, "--tensor-parallel", "two")
+    assert "takes numbers separated by commas, got 'two'" in done.stderr
+    assert "config.json does not exist" in verify("--model", directory / "nowhere", *factory).stderr
+    assert "--model and --factory go together" in verify(*factory).stderr

@@ -88,27 +88,27 @@ def sample(job: SamplingJob, trace: Path | None = None) -> list[Sampled]:
         return [Sampled(**answer) for answer in json.loads(answered.read_text())]
 
 
-def _main() -> None:
-    job = SamplingJob(**json.loads(Path(sys.argv[1]).read_text()))
+def register_for(job: SamplingJob) -> dict[str, Any]:
+    """Register the job's model in this process; the options of its engine."""
     register_model(NAME, job.factory, adapter=job.adapter, exact=job.exact, exact_shards=job.shards)
-    from vllm import LLM, SamplingParams
+    return {
+        "hf_overrides": {"architectures": [NAME]},
+        "tensor_parallel_size": job.tensor,
+        "dtype": job.dtype,
+        "max_model_len": max(map(len, job.prompts)) + job.tokens + 16,
+        "max_num_batched_tokens": job.chunk,
+        "max_num_seqs": min(16, job.chunk),
+        "enforce_eager": True,
+        "enable_prefix_caching": True,
+        "skip_tokenizer_init": True,
+        "kv_cache_memory_bytes": 256 << 20,
+    }
 
-    longest = max(map(len, job.prompts)) + job.tokens
-    dtype: Any = job.dtype
-    with engine_errors():
-        llm = LLM(
-            job.directory,
-            hf_overrides={"architectures": [NAME]},
-            tensor_parallel_size=job.tensor,
-            dtype=dtype,
-            max_model_len=longest + 16,
-            max_num_batched_tokens=job.chunk,
-            max_num_seqs=min(16, job.chunk),
-            enforce_eager=True,
-            enable_prefix_caching=True,
-            skip_tokenizer_init=True,
-            kv_cache_memory_bytes=256 << 20,
-        )
+
+def answers_of(llm: Any, job: SamplingJob) -> list[Sampled]:
+    """What an engine with those options answers."""
+    from vllm import SamplingParams
+
     parameters = SamplingParams(temperature=1.0, max_tokens=job.tokens, logprobs=0, ignore_eos=True, detokenize=False)
     answers = []
     for batch in (job.prompts, job.prompts[:1], job.prompts[-2:]):
@@ -116,7 +116,18 @@ def _main() -> None:
             ids = list(output.outputs[0].token_ids)
             steps: Any = output.outputs[0].logprobs
             logprobs = [step[i].logprob for step, i in zip(steps, ids)]
-            answers.append(asdict(Sampled(prompt=list(output.prompt_token_ids or []), tokens=ids, logprobs=logprobs)))
+            answers.append(Sampled(prompt=list(output.prompt_token_ids or []), tokens=ids, logprobs=logprobs))
+    return answers
+
+
+def _main() -> None:
+    job = SamplingJob(**json.loads(Path(sys.argv[1]).read_text()))
+    options = register_for(job)
+    from vllm import LLM
+
+    with engine_errors():
+        llm = LLM(job.directory, **options)
+    answers = [asdict(answer) for answer in answers_of(llm, job)]
     # Whole or not at all: a worker's error after this is no answer.
     temporary = Path(sys.argv[2]).with_suffix(".writing")
     temporary.write_text(json.dumps(answers))
