@@ -207,6 +207,15 @@ void multiply(const T* x, int64_t stride, const T* weights, const T* bias, T* ou
   }
 }
 
+// A register of terms of WIDTH columns, which are numbers of T exactly.
+template <typename T>
+inline void keep(T* to, Vec terms) {
+  if constexpr (Term<T>::INPUTS == 1)
+    store(to, terms);
+  else
+    store(reinterpret_cast<float*>(to), terms);
+}
+
 template <typename T>
 void pack(const T* weight, int64_t stride, T* packed, int64_t inputs, int64_t outputs, int threads) {
   constexpr int64_t IN = Term<T>::INPUTS;
@@ -214,7 +223,15 @@ void pack(const T* weight, int64_t stride, T* packed, int64_t inputs, int64_t ou
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t first = 0; first < outputs; first += COLUMNS) {
     T* panel = packed + first * filled;
-    for (int64_t part = 0; part < filled; part += 64)  // what is written stays in the first cache
+    int64_t done = 0;  // inputs, by registers
+    for (; first + COLUMNS <= outputs && done + WIDTH * IN <= inputs; done += WIDTH * IN)
+      for (int64_t column = 0; column < COLUMNS; column += WIDTH) {
+        Vec block[WIDTH];
+        for (int64_t i = 0; i < WIDTH; i++) block[i] = terms_at(weight + (first + column + i) * stride + done);
+        transpose_block(block);
+        for (int64_t i = 0; i < WIDTH; i++) keep(panel + (done + i * IN) * COLUMNS + column * IN, block[i]);
+      }
+    for (int64_t part = done; part < filled; part += 64)  // what is written stays in the first cache
       for (int64_t column = 0; column < COLUMNS; column++)
         for (int64_t k = part; k < std::min(filled, part + 64); k++) {
           const bool there = first + column < outputs && k < inputs;
