@@ -165,28 +165,33 @@ def prepare(model: str, scratch: Path) -> Path:
     return Path(printed.strip().splitlines()[-1])
 
 
+def environment_of(tensor: int = 1, compiled: bool = False, threads: int = 1) -> dict[str, str]:
+    """Of an engine's process."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    if tensor == 1:
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if not compiled:
+        environment["TORCH_COMPILE_DISABLE"] = "1"
+    return environment
+
+
 class Running:
     """An engine's process."""
 
     def __init__(self, name: str, directory: Path, dtype: str, tensor: int, compiled: bool, threads: int) -> None:
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": str(threads),
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
-        if tensor == 1:
-            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        if not compiled:
-            environment["TORCH_COMPILE_DISABLE"] = "1"
         options = ["--dtype", dtype, "--tensor-parallel", str(tensor), *(["--compiled"] if compiled else [])]
         self.name = name
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the process
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve()), str(directory), *options, "--worker", name],
-            env=environment,
+            env=environment_of(tensor, compiled, threads),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

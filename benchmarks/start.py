@@ -3,7 +3,7 @@
     python benchmarks/start.py [MODEL] [--dtype bfloat16] [--rounds 7] [--profile] [--json FILE] [--check]
 
 Each start is a process of its own, alone on the machine, by turns with vLLM's native model; medians. MODEL as in
-`serving.py`. `--profile` then starts the registered model once more under cProfile and prints where polyshard's own
+`serving.py`. `--profile` starts the registered model once more under cProfile and prints where polyshard's own
 functions took longest. `--check` ends with status 1 where polyshard adds more than 5 %.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import cProfile
 import json
-import os
 import pstats
 import statistics
 import subprocess
@@ -25,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from serving import ENGINES, LOADS, Running, prepare, start
+from serving import ENGINES, LOADS, Running, environment_of, prepare, start
 
 NAMES = ("native", "polyshard")
 FIRST = next(place for place, load in enumerate(LOADS) if load.name.startswith("first token"))
@@ -55,17 +54,16 @@ def main(
                 for part, seconds in zip(PARTS, once(name, directory, dtype, threads), strict=True):
                     if index:
                         times[name][part].append(seconds)
-        report(times, dtype, json_file, check and not profile)
         if profile:
             command = [sys.executable, __file__, str(directory), "--dtype", dtype, "--worker"]
-            environment = {"OMP_NUM_THREADS": str(threads), "TORCH_COMPILE_DISABLE": "1"}
-            subprocess.run(command, check=True, env={**os.environ, **environment})
+            subprocess.run(command, check=True, env=environment_of(threads=threads))
+    report(times, dtype, json_file, check)
 
 
 def once(name: str, directory: Path, dtype: str, threads: int) -> tuple[float, ...]:
     """Seconds of one start's parts."""
     before = time.perf_counter()
-    running = Running(name, directory, dtype, 1, False, threads)
+    running = Running(name, directory, dtype, tensor=1, compiled=False, threads=threads)
     whole = time.perf_counter() - before
     requests = running.run(FIRST), running.run(FIRST)
     running.close()
@@ -94,7 +92,6 @@ def report(times: dict[str, dict[str, list[float]]], dtype: str, json_file: Path
 
 def profiled(directory: str, dtype: str) -> None:
     """Start in this process, and print polyshard's functions by the time in and under them."""
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
     starting = start(ENGINES["polyshard"], directory, dtype)
     profile = cProfile.Profile()
     profile.enable()

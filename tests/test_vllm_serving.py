@@ -12,7 +12,7 @@ import pytest
 from support.engines import engine, greedy
 from support.models import save_tiny
 from support.oracle import assert_same_generation, greedy_transformers
-from support.scripts import SUPPORT, one_engine_of_torchruns, run
+from support.scripts import SUPPORT, result_of, run, torchrun
 
 import polyshard as ps
 
@@ -84,17 +84,8 @@ def test_smollm2_is_refused_at_tensor_parallel_2(smollm2):
 def test_tensor_parallel_2_on_the_layers_of_every_library(models):
     chosen = ["llama-tied", "qwen2-one-kv-head", "qwen3"]
     directories = [str(models[name][0]) for name in chosen]
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    script = [str(SUPPORT / "colocated.py"), ",".join(ps.adapter_names()), json.dumps(PROMPTS), str(TOKENS)]
-    with one_engine_of_torchruns():
-        results = run([*torchrun, *script, *directories])
+    arguments = (",".join(ps.adapter_names()), json.dumps(PROMPTS), TOKENS)
+    results = result_of(torchrun(2, "colocated.py", *arguments, *directories))
     for adapter in ps.adapter_names():
         for name in chosen:
             directory, expected = models[name]

@@ -175,11 +175,14 @@ void multiply(const T* x, int64_t stride, const T* weights, const T* bias, T* ou
       const int64_t count = std::min(most, rows - from), tiles = (count + ROWS - 1) / ROWS;
       const int64_t height = (count + tiles - 1) / tiles;  // of tiles alike: the first of them alone waits for memory
 #pragma omp for schedule(static)
-      for (int64_t r = 0; r < count; r += height)
-        if (count - r >= ROWS && height == ROWS)  // a number that the compiler knows: in registers
-          lay(x + (from + r) * stride, stride, ROWS, inputs, laid.get() + r * terms);
+      for (int64_t r = 0; r < count; r += height) {
+        const int64_t here = std::min(height, count - r);
+        const T* first = x + (from + r) * stride;
+        if (here == ROWS)  // a number that the compiler knows: in registers
+          lay(first, stride, ROWS, inputs, laid.get() + r * terms);
         else
-          lay(x + (from + r) * stride, stride, std::min(height, count - r), inputs, laid.get() + r * terms);
+          lay(first, stride, here, inputs, laid.get() + r * terms);
+      }
 #pragma omp for schedule(static)
       for (int64_t p = 0; p < panels; p++) {
         const int64_t column = p * COLUMNS, columns = std::min<int64_t>(COLUMNS, outputs - column);

@@ -94,8 +94,8 @@ inline Vec multiply_add(Pair x, Pairs y, Vec sum) {
 }
 #endif
 
-// What numbers of memory are multiplied as: `INPUTS` of a row in a Row, of what it is multiplied by in a Weight. One such, and
-// its product, is a term.
+// What numbers of memory are multiplied as: `INPUTS` of a row in a Row, of what it is multiplied by in a Weight. One
+// such, and its product, is a term.
 template <typename T>
 struct Term {
   using Row = float;

@@ -17,7 +17,11 @@ def run(command, **environment):
     root = SUPPORT.parents[1]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     env["PYTHONPATH"] = os.pathsep.join([str(root / "tests"), str(root / "examples")])
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
+    return result_of(subprocess.run(command, capture_output=True, text=True, timeout=240, env=env))
+
+
+def result_of(done):
+    """What a script that was run printed after RESULT."""
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     assert lines, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return json.loads(lines[0].removeprefix("RESULT"))
@@ -31,7 +35,8 @@ def one_engine_of_torchruns():
 
 def torchrun(ranks, script, *arguments, check=True):
     """Run a script of this folder on several ranks; what it did."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), str(SUPPORT / script)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [*launcher, str(SUPPORT / script)]
     with one_engine_of_torchruns():
         done = subprocess.run(
             [*command, *map(str, arguments)], capture_output=True, text=True, timeout=280, env=dict(os.environ)

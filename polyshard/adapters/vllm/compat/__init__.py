@@ -45,11 +45,9 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from polyshard.adapters.vllm.compat.attention import (
     PinnedBackend,
-    PinnedMetadataBuilder,
     cpu_attention,
     cpu_head_size,
     cpu_head_sizes,
-    cpu_isa,
     cuda_flash_attention,
     cuda_flash_version,
     latents_lack,
@@ -79,7 +77,6 @@ from polyshard.adapters.vllm.compat.loading import (
     source_metadata,
 )
 from polyshard.adapters.vllm.compat.operators import (
-    ROTARY_MULTIPLE,
     batch_invariant,
     cpu_packed_product,
     has_packed_product,
@@ -96,7 +93,6 @@ from polyshard.adapters.vllm.compat.registration import register_class, register
 __all__ = [
     "DEFAULT_VOCAB_PADDING_SIZE",
     "QKV_SHARD_IDS",
-    "ROTARY_MULTIPLE",
     "Attention",
     "BaseModelLoader",
     "CPUAttentionBackend",
@@ -111,7 +107,6 @@ __all__ = [
     "ParallelLMHead",
     "ParamMeta",
     "PinnedBackend",
-    "PinnedMetadataBuilder",
     "QKVParallelLinear",
     "QuantizeMethodBase",
     "RMSNorm",
@@ -134,7 +129,6 @@ __all__ = [
     "cpu_attention",
     "cpu_head_size",
     "cpu_head_sizes",
-    "cpu_isa",
     "cpu_packed_product",
     "cuda_flash_attention",
     "cuda_flash_version",

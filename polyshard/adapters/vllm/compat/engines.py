@@ -38,7 +38,7 @@ def runs_pipelines(vllm_config: VllmConfig) -> bool:
     Source: v1/worker/cpu_worker.py and gpu_model_runner.py, `intermediate_tensors`, 0.32.
     """
     on_cpu = vllm_config.device_config.device_type == "cpu"
-    return not (on_cpu and vllm_config.compilation_config.mode == CompilationMode.NONE)
+    return not (on_cpu and is_eager(vllm_config))
 
 
 def unfinished_requests(llm: Any) -> list[str]:
