@@ -44,7 +44,7 @@ def test_a_rank_that_dies_is_named():
 
 
 def test_the_death_of_the_stores_keeper_is_told():
-    results = run_ranks(wait_for_each_other, 2, "dies", 0, silent=(0,), timeout=60)
+    results = run_ranks(wait_for_each_other, 2, "dies", 0, silent=(0,), timeout=60, agent=False)
     seconds, message, _ = results[1]
     assert seconds < TIMEOUT
     assert "the process that keeps the store" in message

@@ -46,7 +46,8 @@ def server(command, log, **environment):
             time.sleep(0.5)
         yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
     finally:
-        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(15)
         with contextlib.suppress(ProcessLookupError):
@@ -92,13 +93,16 @@ def test_polyshard_serve(checkpoint, tmp_path):
         assert "".join(pieces) == answer
 
 
-def test_data_parallel_engines_behind_one_server(tmp_path):
+def test_data_parallel_engines_of_plain_vllm_by_the_environment_variable(tmp_path):
     directory = save_tiny(tmp_path / "model", "llama", hidden_size=96, head_dim=32)
     prompts = [[1, 2, 3 + i] for i in range(8)]
-    polyshard = str(Path(sys.executable).with_name("polyshard"))
-    command = [polyshard, "serve", str(directory), "--factory", f"{EXAMPLES / 'decoder.py'}:build_model"]
+    config = json.loads((directory / "config.json").read_text()) | {"architectures": ["OnlyPolyshardKnows"]}
+    (directory / "config.json").write_text(json.dumps(config))
+    models = {"OnlyPolyshardKnows": {"factory": f"{EXAMPLES / 'decoder.py'}:build_model", "adapter": "torch"}}
+    environment = {"POLYSHARD_MODELS": json.dumps(models), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
     command += ["--data-parallel-size", "2", "--skip-tokenizer-init"]
-    with server(command, tmp_path / "log", VLLM_CPU_OMP_THREADS_BIND="nobind") as client:
+    with server(command, tmp_path / "log", **environment) as client:
 
         def generated(prompt):
             more = {"return_token_ids": True}
@@ -113,10 +117,3 @@ def test_data_parallel_engines_behind_one_server(tmp_path):
     finished = re.findall(r'vllm:request_success_total\{engine="(\d)",finished_reason="length".*\} (\d+)', metrics)
     assert {engine for engine, count in finished if int(count)} == {"0", "1"}
     assert sum(int(count) for _, count in finished) == len(prompts)
-
-
-def test_plain_vllm_with_the_environment_variable(checkpoint, tmp_path):
-    models = {"OnlyPolyshardKnows": {"factory": f"{EXAMPLES / 'decoder.py'}:build_model", "adapter": "torch"}}
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)]
-    with server(command, tmp_path / "log", POLYSHARD_MODELS=json.dumps(models)) as client:
-        assert "Paris" in ask(client)

@@ -84,6 +84,7 @@ def test_weights_that_are_not_finite(directory, bad):
 
 WORKERS = """
 import json, sys
+from multiprocessing import resource_tracker
 import polyshard as ps
 
 if __name__ == "__main__":
@@ -99,9 +100,10 @@ if __name__ == "__main__":
                 tensor_parallel_size=size)
     except Exception as error:
         found = [type(error).__name__, str(error), "".join(error.__notes__)]
-    gone, alive = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=20)
-    alive = [p.cmdline() for p in alive if "resource_tracker" not in " ".join(p.cmdline())]
-    print("RESULT" + json.dumps([*found, alive]))
+    children = psutil.Process().children(recursive=True)
+    tracker = resource_tracker._resource_tracker._pid  # Python's own; it ends with this process
+    gone, alive = psutil.wait_procs([child for child in children if child.pid != tracker], timeout=20)
+    print("RESULT" + json.dumps([*found, [child.cmdline() for child in alive]]))
 """
 
 

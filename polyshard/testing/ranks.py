@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 # What every rank would import; torch._dynamo comes with the first optimizer.
 PRELOAD = [
@@ -34,12 +35,30 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def agent_store() -> dist.TCPStore:
+    """The store that ranks meet in, kept by this process as torchrun's agent keeps it, at a port that nobody else has."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def environment_of_ranks(world_size: int, store: dist.TCPStore | None) -> list[dict[str, str]]:
+    """What torchrun tells each rank of one machine; without a store, what a launcher says that leaves it to rank 0."""
+    shared = {
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port if store else free_port()),
+        "TORCHELASTIC_USE_AGENT_STORE": str(store is not None),
+    }
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+
+
 def run_ranks(
     function: Callable[..., Any],
     world_size: int,
     *args: Any,
     timeout: float = 120.0,
     silent: tuple[int, ...] = (),
+    agent: bool = True,
 ) -> list[Any]:
     """Call `function(*args)` on each rank, in processes with torchrun's environment variables.
 
@@ -49,6 +68,7 @@ def run_ranks(
         args: the same for all; picklable.
         timeout: seconds after which all ranks are killed.
         silent: ranks that are meant to die or freeze; they are not waited for.
+        agent: this process keeps the store that they meet in, as torchrun's agent does; else rank 0 does.
 
     Returns:
         What each rank returned, in rank order (picklable; tensors as CPU tensors); None for those that gave no answer.
@@ -59,13 +79,14 @@ def run_ranks(
     # A fork server that has imported torch starts a rank in milliseconds, and holds no threads yet.
     spawn = multiprocessing.get_context("forkserver")
     spawn.set_forkserver_preload(PRELOAD)
-    port = free_port()
+    store = agent_store() if agent else None
+    environment = environment_of_ranks(world_size, store)
     started, pipes = [], []
     for rank in range(world_size):
         receiving, sending = spawn.Pipe(duplex=False)
         process = spawn.Process(
             target=_run,
-            args=(function, args, rank, world_size, port, sending),
+            args=(function, args, environment[rank], sending),
             name=f"rank {rank}",
             daemon=True,
         )
@@ -85,19 +106,10 @@ def run_ranks(
 def _run(
     function: Callable[..., Any],
     args: tuple[Any, ...],
-    rank: int,
-    world_size: int,
-    port: int,
+    environment: dict[str, str],
     pipe: Connection,
 ) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    os.environ.update(environment)
     torch.set_num_threads(1)
     try:
         answer = ("returned", function(*args))

@@ -21,6 +21,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 @contextlib.contextmanager
 def engine(directory: Path, architecture: str | None = None, **options: Any) -> Iterator[Any]:
     """An engine in this process; `architecture` overrides the checkpoint's."""
+    import torch.distributed as dist
     from vllm import LLM
     from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 
@@ -39,6 +40,8 @@ def engine(directory: Path, architecture: str | None = None, **options: Any) -> 
     try:
         llm = LLM(model=str(directory), **settings)
         yield llm
+        if dist.get_world_size() > 1:
+            dist.barrier()  # a rank whose world is gone while another still talks to it aborts (facts/libraries.md, F)
         llm.llm_engine.engine_core.shutdown()
         del llm
     finally:

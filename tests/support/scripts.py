@@ -38,6 +38,10 @@ def torchrun(ranks, script, *arguments, check=True):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [*launcher, str(SUPPORT / script)]
     with one_engine_of_torchruns():
+        for left in Path("/dev/shm").glob(
+            "-*-cpushm_*"
+        ):  # by a run that was killed: the next would end like two at a time
+            left.unlink()
         done = subprocess.run(
             [*command, *map(str, arguments)], capture_output=True, text=True, timeout=280, env=dict(os.environ)
         )
