@@ -24,8 +24,9 @@ import pytest  # noqa: E402
 from polyshard.testing import ranks  # noqa: E402
 
 # The ranks of all tests are forked from one server; a library that it has imported costs them no seconds.
-LIBRARIES = ("megatron", "deepspeed", "fairscale")
-multiprocessing.set_forkserver_preload([*ranks.PRELOAD, *(f"polyshard.adapters.{name}.engine" for name in LIBRARIES)])
+LIBRARIES = ("megatron.engine", "deepspeed.engine", "fairscale.engine", "vllm.exact")
+imported = [*ranks.PRELOAD, *(f"polyshard.adapters.{name}" for name in LIBRARIES), "support.engine_imports"]
+multiprocessing.set_forkserver_preload(imported)
 forkserver.ensure_running()
 
 

@@ -1,16 +1,21 @@
 """`polyshard doctor` reports what can be used, and its exit status answers for what was asked."""
 
+import functools
 import json
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+from support.command_line import polyshard
 
 
-def doctor(*arguments):
-    code = "from polyshard.cli import main; main()"
-    return subprocess.run([sys.executable, "-c", code, "doctor", *arguments], capture_output=True, text=True)
+@pytest.fixture
+def doctor(capfd):
+    return functools.partial(polyshard, capfd, "doctor")
 
 
-def test_the_report_covers_every_adapter_and_kernel():
+def test_the_report_covers_every_adapter_and_kernel(doctor):
     done = doctor("--json")
     assert done.returncode == 0
     listed = json.loads(done.stdout)
@@ -23,7 +28,7 @@ def test_the_report_covers_every_adapter_and_kernel():
     assert all(f["detail"] for f in findings.values())
 
 
-def test_the_exit_status_answers_for_what_was_asked():
+def test_the_exit_status_answers_for_what_was_asked(doctor):
     assert doctor("torch", "cpu_flash").returncode == 0
     unknown = doctor("jax")
     assert unknown.returncode == 1
@@ -31,7 +36,9 @@ def test_the_exit_status_answers_for_what_was_asked():
 
 
 def test_the_table_is_readable():
-    printed = doctor().stdout
+    """As a user runs it."""
+    command = [Path(sys.executable).with_name("polyshard"), "doctor"]
+    printed = subprocess.run(command, capture_output=True, text=True).stdout
     assert "a version that polyshard is tested with" in printed
     assert all(len(line) <= 120 for line in printed.splitlines())
 

@@ -1,13 +1,12 @@
 """A module that exists in this process, served as it is: an engine over the trainer's own memory."""
 
-import json
-
 import decoder
 import pytest
 import torch
+from support.colocated_existing import serve_own
 from support.engines import engine, greedy
 from support.models import save_tiny
-from support.scripts import torchrun
+from support.scripts import on_engine_ranks
 
 import polyshard as ps
 from polyshard.adapters.vllm.compat import local_worker
@@ -85,8 +84,7 @@ def test_an_engine_shares_its_memory_and_follows_its_steps(tmp_path, adapter):
 def test_two_ranks_serve_the_shards_that_they_hold(tmp_path, adapter):
     """vLLM's external launcher: trainer ranks are engine ranks."""
     checkpoint = save_tiny(tmp_path / "checkpoint", "qwen3", head_dim=32, tie_word_embeddings=True)
-    torchrun(2, "colocated_existing.py", checkpoint, tmp_path, adapter)
-    first, second = (json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in range(2))
+    first, second = on_engine_ranks(serve_own, 2, checkpoint, tmp_path, adapter)
     assert first == second
     assert first["shared"] == first["held"] > 0
     assert "changed its weights since the engine was started" in first["refused"]

@@ -9,10 +9,11 @@ import sys
 
 import decoder
 import pytest
+from support.colocated import serve_all
 from support.engines import engine, greedy
 from support.models import save_tiny
 from support.oracle import assert_same_generation, greedy_transformers
-from support.scripts import SUPPORT, result_of, run, torchrun
+from support.scripts import SUPPORT, on_engine_ranks, run
 
 import polyshard as ps
 
@@ -82,14 +83,13 @@ def test_smollm2_is_refused_at_tensor_parallel_2(smollm2):
 
 
 def test_tensor_parallel_2_on_the_layers_of_every_library(models):
-    chosen = ["llama-tied", "qwen2-one-kv-head", "qwen3"]
-    directories = [str(models[name][0]) for name in chosen]
-    arguments = (",".join(ps.adapter_names()), json.dumps(PROMPTS), TOKENS)
-    results = result_of(torchrun(2, "colocated.py", *arguments, *directories))
-    for adapter in ps.adapter_names():
-        for name in chosen:
-            directory, expected = models[name]
-            assert_same_generation(results[f"{adapter} {directory}"], expected, TINY_BOUND)
+    chosen = {adapter: ["qwen2-one-kv-head"] for adapter in LIBRARIES}
+    chosen |= {adapter: ["llama-tied", "qwen2-one-kv-head", "qwen3"] for adapter in ("vllm", "torch")}
+    served = [(adapter, name) for adapter, names in chosen.items() for name in names]
+    asked = [(adapter, models[name][0]) for adapter, name in served]
+    results = on_engine_ranks(serve_all, 2, asked, PROMPTS, TOKENS)[0]
+    for (_, name), result in zip(served, results, strict=True):
+        assert_same_generation(result, models[name][1], TINY_BOUND)
 
 
 def test_a_factory_of_a_script_reaches_spawned_workers_at_tensor_parallel_2(models):

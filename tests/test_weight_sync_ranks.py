@@ -1,12 +1,11 @@
 """Live weights over several ranks: trainers of every library and size, beside an engine and apart from it."""
 
-import json
-
 import pytest
+from support.colocated_sync import train_beside
 from support.engines import engine, greedy
 from support.models import save_tiny
-from support.remote_sync import PROMPTS
-from support.scripts import torchrun
+from support.remote_sync import PROMPTS, train_apart
+from support.scripts import on_engine_ranks
 
 pytestmark = pytest.mark.vllm
 
@@ -28,9 +27,7 @@ TRAINERS = [
 @pytest.mark.parametrize("served", ["vllm", "torch"])
 def test_trainers_beside_an_engine_of_two_ranks(directory, tmp_path, served):
     """Each sync gives exactly what the same weights give when they are loaded from disk."""
-    torchrun(2, "colocated_sync.py", directory, tmp_path, served, json.dumps(TRAINERS))
-    for rank in range(2):
-        results = json.loads((tmp_path / f"result-{rank}.json").read_text())
+    for results in on_engine_ranks(train_beside, 2, directory, tmp_path, served, TRAINERS):
         assert len(results) == len(TRAINERS)
         for name, result in results.items():
             assert result["new"], name
@@ -46,9 +43,8 @@ def test_trainers_beside_an_engine_of_two_ranks(directory, tmp_path, served):
     ],
 )
 def test_a_trainer_apart_from_the_engine(directory, tmp_path, ranks, adapter, tensor, options, engine_tensor, dtype):
-    arguments = (directory, tmp_path, adapter, tensor, json.dumps(options), engine_tensor, dtype)
-    torchrun(ranks, "remote_sync.py", *arguments)
-    result = json.loads((tmp_path / "result.json").read_text())
+    arguments = (directory, tmp_path, adapter, tensor, options, engine_tensor, dtype)
+    result = on_engine_ranks(train_apart, ranks, *arguments)[0]
     assert result["first"] == result["second"] != result["before"]
     assert (result["first version"], result["second version"]) == ("first", "second")
     if engine_tensor == 1:
@@ -58,4 +54,4 @@ def test_a_trainer_apart_from_the_engine(directory, tmp_path, ranks, adapter, te
 
         ps.register_model("Alone", decoder.build_model)
         with engine(tmp_path / "trained", "Alone", dtype=dtype) as llm:
-            assert [[list(x) for x in pair] for pair in greedy(llm, PROMPTS, 8)] == result["first"]
+            assert greedy(llm, PROMPTS, 8) == result["first"]

@@ -36,7 +36,7 @@ def free_port() -> int:
 
 
 def agent_store() -> dist.TCPStore:
-    """The store that ranks meet in, kept by this process as torchrun's agent keeps it, at a port that nobody else has."""
+    """The store that ranks meet in, kept by this process as torchrun's agent does, at a port that nobody else has."""
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 

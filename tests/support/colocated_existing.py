@@ -1,26 +1,18 @@
-"""Run under torchrun: one engine over the ranks, which serves the module that the ranks hold already.
+"""On each rank: one engine over the ranks, which serves the module that the ranks hold already."""
 
-torchrun --nproc-per-node 2 colocated_existing.py DIRECTORY OUT ADAPTER
-"""
-
-import json
 import os
-import sys
 from pathlib import Path
 
+import decoder
 import torch
 
+import polyshard as ps
 from support.engines import engine, greedy
 
 PROMPTS = [[1, 2, 3, 4, 5], [7, 9, 11], list(range(40)), list(range(40))]
 
 
-def main():
-    directory, out, adapter = sys.argv[1:]
-    import decoder
-
-    import polyshard as ps
-
+def serve_own(directory, out, adapter):
     size = int(os.environ["WORLD_SIZE"])
     context = ps.initialize(adapter, tensor=size, timeout=120)
     config = ps.read_config(directory)
@@ -45,8 +37,4 @@ def main():
             result["held"] = sum(parameter.nbytes for parameter in model.parameters())
             result["after"] = greedy(llm, PROMPTS, 8)
         ps.save_checkpoint(model, Path(out) / "trained", context, config=config)
-    Path(out, f"result-{context.rank}.json").write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()
+    return result

@@ -1,34 +1,26 @@
-"""Run under torchrun: trainers of several libraries and sizes beside one engine over the same ranks.
+"""On each rank: trainers of several libraries and sizes beside one engine over the same ranks."""
 
-torchrun --nproc-per-node 2 colocated_sync.py DIRECTORY OUT SERVED_ADAPTER TRAINERS_JSON
-"""
-
-import json
 import os
-import sys
 from pathlib import Path
 
+import decoder
 import torch
 
+import polyshard as ps
 from support.engines import engine, greedy
 
 PROMPTS = [[1, 2, 3, 4, 5], [7, 9, 11], list(range(40)), list(range(40))]
 
 
-def main():
-    directory, out, served, trainers = sys.argv[1:]
-    import decoder
-
-    import polyshard as ps
-
-    world = ps.initialize("torch", timeout=120)
+def train_beside(directory, out, served, trainers):
+    ps.initialize("torch", timeout=120)
     ps.register_model("Beside", decoder.build_model, adapter=served)
     size = int(os.environ["WORLD_SIZE"])
     options = {"tensor_parallel_size": size, "distributed_executor_backend": "external_launcher"}
     results = {}
     with engine(directory, "Beside", enable_prefix_caching=True, **options) as llm:
         old = greedy(llm, PROMPTS, 8)
-        for number, (adapter, tensor, settings) in enumerate(json.loads(trainers)):
+        for number, (adapter, tensor, settings) in enumerate(trainers):
             context = ps.initialize(adapter, tensor=tensor, timeout=120)
             config = ps.read_config(directory)
             model = decoder.build_model(config, context)
@@ -54,8 +46,4 @@ def main():
             trainer.close()
             for undo in context.on_shutdown:
                 undo()
-    Path(out, f"result-{world.rank}.json").write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()
+    return results

@@ -1,11 +1,6 @@
-"""Run under torchrun: a trainer whose first rank owns a vLLM engine in processes of its own.
+"""On each rank: a trainer whose first rank owns a vLLM engine in processes of its own."""
 
-torchrun --nproc-per-node M remote_sync.py DIRECTORY OUT ADAPTER TRAINER_TENSOR OPTIONS_JSON ENGINE_TENSOR DTYPE
-"""
-
-import json
 import os
-import sys
 from pathlib import Path
 
 from support.engines import greedy
@@ -61,12 +56,11 @@ def trainer(directory, adapter, tensor, options, timeout=60):
     return context, engine, config
 
 
-def main():
-    directory, out, adapter, tensor, options, engine_tensor, dtype = sys.argv[1:]
+def train_apart(directory, out, adapter, tensor, options, engine_tensor, dtype):
     import polyshard as ps
 
-    context, engine, config = trainer(directory, adapter, int(tensor), json.loads(options))
-    llm = own_engine(directory, int(engine_tensor), dtype) if context.rank == 0 else None
+    context, engine, config = trainer(directory, adapter, tensor, options)
+    llm = own_engine(directory, engine_tensor, dtype) if context.rank == 0 else None
     before = greedy(llm, PROMPTS, 8) if llm else None
     result = {}
     with ps.WeightSync(engine, context, llm, bucket_bytes=20_000, timeout=60) as sync:
@@ -76,12 +70,5 @@ def main():
                 result[name] = greedy(llm, PROMPTS, 8)
                 result[f"{name} version"] = llm.llm_engine.get_weight_version()
     ps.save_checkpoint(engine, Path(out) / "trained", context, config=config)
-    if llm:
-        result |= {"before": before, "tensors": report.tensors}
-        (Path(out) / "result.json").write_text(json.dumps(result))
     ps.shutdown(context)
-    del llm
-
-
-if __name__ == "__main__":
-    main()
+    return {"before": before, "tensors": report.tensors, **result}

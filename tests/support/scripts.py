@@ -1,13 +1,17 @@
 """Scripts for tests, each in processes of its own."""
 
+import contextlib
 import json
+import multiprocessing
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from filelock import FileLock
+
+from polyshard.testing.ranks import run_ranks
 
 SUPPORT = Path(__file__).parent
 
@@ -27,23 +31,27 @@ def result_of(done):
     return json.loads(lines[0].removeprefix("RESULT"))
 
 
+@contextlib.contextmanager
 def one_engine_of_torchruns():
     """vLLM on CPU names the shared memory of an engine whose ranks torchrun started alike in every run (0.32,
-    v1/worker/cpu_worker.py, VLLM_DIST_IDENT), so that two at a time end in "create shm in SHMManager failed"."""
-    return FileLock(Path(tempfile.gettempdir()) / "polyshard-tests-torchrun.lock")
-
-
-def torchrun(ranks, script, *arguments, check=True):
-    """Run a script of this folder on several ranks; what it did."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [*launcher, str(SUPPORT / script)]
-    with one_engine_of_torchruns():
-        for left in Path("/dev/shm").glob(
-            "-*-cpushm_*"
-        ):  # by a run that was killed: the next would end like two at a time
+    v1/worker/cpu_worker.py, VLLM_DIST_IDENT), so that two at a time end in "create shm in SHMManager failed"; so does
+    one after a run that was killed."""
+    with FileLock(Path(tempfile.gettempdir()) / "polyshard-tests-torchrun.lock"):
+        for left in Path("/dev/shm").glob("-*-cpushm_*"):
             left.unlink()
-        done = subprocess.run(
-            [*command, *map(str, arguments)], capture_output=True, text=True, timeout=280, env=dict(os.environ)
-        )
-    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done
+        yield
+
+
+def on_engine_ranks(function, ranks, *arguments):
+    """Call it on ranks that are engine ranks too, as torchrun would: what each returned.
+
+    The server that forks them has imported vLLM (conftest.py), which takes longer than what they do.
+    """
+    with one_engine_of_torchruns():
+        return run_ranks(_with_engines, ranks, function, *arguments, timeout=280)
+
+
+def _with_engines(function, *arguments):
+    multiprocessing.current_process()._config["daemon"] = False  # an engine may have processes of its own
+    torch._dynamo.config.disable = True
+    return function(*arguments)
