@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from pathlib import Path
@@ -48,6 +49,14 @@ def smollm2() -> Path:
     from smollm2 import smollm2_directory
 
     return smollm2_directory()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_of_a_file_is_kept():
+    """Engines of tests keep what came before them from the garbage collector."""
+    yield
+    gc.unfreeze()
+    gc.collect()
 
 
 @pytest.fixture

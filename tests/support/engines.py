@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 # Before vLLM is imported. Without torch.compile the first log-probability costs no 15 s.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -16,6 +17,16 @@ os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+@contextlib.contextmanager
+def _few_collections() -> Iterator[None]:
+    """vLLM collects garbage at each step of an engine's end, half a second each time for what was imported: here once,
+    and among what came since alone."""
+    gc.freeze()
+    with mock.patch.object(gc, "unfreeze"), mock.patch.object(gc, "collect"):
+        yield
+    gc.collect()
 
 
 @contextlib.contextmanager
@@ -36,19 +47,17 @@ def engine(directory: Path, architecture: str | None = None, **options: Any) -> 
         "disable_log_stats": True,
         **options,
     }
-    gc.freeze()  # vLLM collects garbage several times; a million objects of imports need not be looked at
-    try:
-        llm = LLM(model=str(directory), **settings)
-        yield llm
-        if dist.get_world_size() > 1:
-            dist.barrier()  # a rank whose world is gone while another still talks to it aborts (facts/libraries.md, F)
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-    finally:
-        destroy_model_parallel()
-        destroy_distributed_environment()
-        gc.unfreeze()
-        gc.collect()
+    with _few_collections():
+        try:
+            llm = LLM(model=str(directory), **settings)
+            yield llm
+            if dist.get_world_size() > 1:
+                dist.barrier()  # a rank that leaves while another still talks to it makes that one abort
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+        finally:
+            destroy_model_parallel()
+            destroy_distributed_environment()
 
 
 def greedy(llm: Any, prompts: list[list[int]], tokens: int) -> list[tuple[list[int], list[float]]]:
