@@ -2,16 +2,15 @@
 
 import contextlib
 import dataclasses
-import json
-import sys
 
 import pytest
 import torch
 import transformers
+from support.colocated import serve_all
 from support.engines import engine, greedy
 from support.on_ranks import transformers_outcome
 from support.oracle import assert_same_generation, greedy_transformers
-from support.scripts import SUPPORT, run
+from support.scripts import on_engine_ranks
 
 import polyshard as ps
 from polyshard.core.context import ParallelAxis
@@ -143,11 +142,10 @@ def test_served_on_another_librarys_layers(saved):
 
 
 @pytest.mark.vllm
-def test_served_at_tensor_parallel_2_in_processes_of_its_own(saved):
+def test_served_at_tensor_parallel_2(saved):
     directory = saved("gemma3")
-    options = json.dumps({"factory": "polyshard:transformers_model"})
-    arguments = [str(directory), "2", "vllm", json.dumps(PROMPTS), str(TOKENS), options]
-    result = run([sys.executable, str(SUPPORT / "serving_script.py"), *arguments], VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    asked = [("vllm", directory, "polyshard:transformers_model")]
+    (result,) = on_engine_ranks(serve_all, 2, asked, PROMPTS, TOKENS)[0]
     assert_same_generation(result, greedy_transformers(directory, PROMPTS, TOKENS), BOUND)
 
 

@@ -1,8 +1,7 @@
-"""On each rank: one engine over the ranks (vLLM's external launcher), for each adapter's layers in turn."""
+"""On each rank: one engine over the ranks (vLLM's external launcher) after the other."""
 
 import os
 
-import decoder
 import torch.distributed as dist
 
 import polyshard as ps
@@ -12,8 +11,8 @@ from support.engines import engine, greedy
 def serve_all(asked, prompts, tokens):
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     results = []
-    for adapter, directory in asked:
-        ps.register_model("Colocated", decoder.build_model, adapter=adapter)
+    for adapter, directory, factory in asked:
+        ps.register_model("Colocated", factory, adapter=adapter)
         # vLLM destroys the process group with its engine: each engine gets a world of its own.
         rendezvous = f"file://{directory}/rendezvous-{adapter}"
         dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size)

@@ -51,7 +51,7 @@ def engine(directory: Path, architecture: str | None = None, **options: Any) -> 
         try:
             llm = LLM(model=str(directory), **settings)
             yield llm
-            if dist.get_world_size() > 1:
+            if dist.is_initialized() and dist.get_world_size() > 1:
                 dist.barrier()  # a rank that leaves while another still talks to it makes that one abort
             llm.llm_engine.engine_core.shutdown()
             del llm
