@@ -96,7 +96,7 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., hidden]` to the same shape."""
-        return self.down_proj(ps.swiglu(self.gate_up(x)))
+        return self.down_proj(ps.swiglu(x, self.gate_up))
 
 
 class Block(nn.Module):

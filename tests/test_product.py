@@ -5,6 +5,7 @@ import ctypes
 import pytest
 import torch
 
+import polyshard as ps
 from polyshard.compiled import build
 from polyshard.compiled.build import KINDS
 from polyshard.compiled.product import SOURCE, PackedProduct, rejects
@@ -69,6 +70,17 @@ def test_tensors_are_read_where_they_lie(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 7, 6), (40, 64, 66), (300, 576, 192), (13, 1100, 70), (0, 8, 8)], ids=str)
+def test_a_gated_product_has_the_bits_of_the_activation_of_the_whole(sizes, dtype):
+    x, weight, bias = tensors(*sizes, dtype)
+    gated = PackedProduct(weight, gated=True)
+    for added in (None, bias):
+        whole = PackedProduct(weight)(x, added)
+        assert torch.equal(gated(x, added), whole)
+        assert torch.equal(gated.swiglu(x, added), ps.swiglu(whole))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_not_a_number_stays_so_and_spoils_no_other_row(dtype):
     x, weight, _ = tensors(20, 40, 48, dtype)
     clean = PackedProduct(weight)(x)
@@ -86,6 +98,8 @@ def test_a_compiled_graph_calls_it_by_name():
     product = PackedProduct(weight)
     compiled = torch.compile(lambda x: torch.relu(product(x, bias)), backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x), torch.relu(product(x, bias)))
+    gated = PackedProduct(weight, gated=True)
+    assert torch.equal(torch.compile(gated.swiglu, backend="aot_eager", fullgraph=True)(x), gated.swiglu(x))
 
 
 def library_of_another_processor(folder, monkeypatch):
@@ -111,13 +125,16 @@ def test_another_processor_gives_the_same_bits(dtype, tmp_path, monkeypatch):
     assert other.polyshard_term_inputs(kind) == 1
     for inputs in (600, 37, 1100):  # of one part, of half a pair more, of two parts
         x, weight, bias = tensors(50, inputs, 70, dtype)
-        packed, out = torch.empty(-(-70 // columns), inputs, columns, dtype=dtype), torch.empty(50, 70, dtype=dtype)
+        packed, out = torch.empty(2 * -(-70 // columns), inputs, columns, dtype=dtype), torch.empty(50, 70, dtype=dtype)
         at = [ctypes.c_void_p(t.data_ptr()) for t in (weight, packed, x, bias, out)]
-        sizes = [ctypes.c_int64(n) for n in (inputs, 70)]
-        rows = ctypes.c_int64(50)
-        other.polyshard_pack(kind, at[0], sizes[0], at[1], *sizes, 1)
-        other.polyshard_product(kind, at[2], sizes[0], at[1], at[3], at[4], rows, *sizes, 1)
-        assert torch.equal(out, PackedProduct(weight)(x, bias))
+        stride, rows = ctypes.c_int64(inputs), ctypes.c_int64(50)
+        for half in (0, 35):
+            sizes = [ctypes.c_int64(n) for n in (inputs, 70, half)]
+            other.polyshard_pack(kind, at[0], stride, at[1], *sizes, 1)
+            other.polyshard_product(kind, at[2], stride, at[1], at[3], at[4], rows, *sizes, 0, 1)
+            assert torch.equal(out, PackedProduct(weight)(x, bias))
+        other.polyshard_product(kind, at[2], stride, at[1], at[3], at[4], rows, *sizes, 1, 1)
+        assert torch.equal(out.flatten()[: 50 * 35].view(50, 35), PackedProduct(weight, gated=True).swiglu(x, bias))
 
 
 def test_a_dtype_that_it_does_not_have_is_named():

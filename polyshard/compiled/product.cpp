@@ -1,10 +1,11 @@
-// out = x Wᵀ + bias by weights that were packed once. Sums are taken in float32.
+// out = x Wᵀ + bias by weights that were packed once. Sums are taken in float32. Of a gate and what it gates, packed
+// together, out may be silu(gate) * up: taken while both are in registers, of the numbers that would have been written.
 //
 // An output is the sum, in their order, of the sums of parts of its inputs, added up one by one: its bits depend on its
 // row and its column alone, and on neither the other rows, nor the threads, nor the processor.
 //
-// Packed weights lie in panels of COLUMNS output features, input by input (pair by pair where the processor multiplies
-// pairs of bfloat16), so that a tile of ROWS rows and a panel stays in registers while it is summed (Goto and van de
+// Packed weights lie in panels of COLUMNS output features, neighbours or of two halves WIDTH each, input by input (pair by
+// pair where the processor multiplies pairs of bfloat16), so that a tile of ROWS rows and a panel stays in registers while it is summed (Goto and van de
 // Geijn 2008, "Anatomy of high-performance matrix multiplication").
 
 #include <algorithm>
@@ -135,17 +136,54 @@ inline void lay(const T* x, int64_t stride, int64_t rows, int64_t inputs, Row* o
     for (int64_t r = 0; r < rows; r++) out[k * rows + r] = term(x + r * stride + k * IN, inputs - k * IN);
 }
 
+// A panel's output features: of each of its registers the first, and how many.
+struct Features {
+  int64_t left, right, lefts, rights;
+
+  // `half` of the outputs are gates, or 0.
+  static Features of(int64_t panel, int64_t outputs, int64_t half) {
+    const int64_t left = panel * (half ? WIDTH : COLUMNS), right = left + (half ? half : WIDTH);
+    const auto within = [](int64_t first, int64_t end) { return std::clamp<int64_t>(end - first, 0, WIDTH); };
+    return {left, right, within(left, half ? half : outputs), within(right, outputs)};
+  }
+  static int64_t panels(int64_t outputs, int64_t half) {
+    return half ? (half + WIDTH - 1) / WIDTH : (outputs + COLUMNS - 1) / COLUMNS;
+  }
+};
+
 template <typename T>
-void write(const float* sums, int64_t rows, const T* bias, T* out, int64_t outputs, int64_t columns) {
-  alignas(64) T row[COLUMNS] = {};
-  if (bias) memcpy(row, bias, columns * sizeof(T));
-  const Vec left = load(row), right = load(row + WIDTH);
-  for (int64_t r = 0; r < rows; r++, sums += COLUMNS, out += outputs) {
+inline Vec some(const T* from, int64_t count) {
+  alignas(64) T row[WIDTH] = {};
+  memcpy(row, from, count * sizeof(T));
+  return load(row);
+}
+
+template <typename T>
+inline void put(T* to, Vec x, int64_t count) {
+  if (count == WIDTH) return store(to, x);
+  alignas(64) T row[WIDTH];
+  store(row, x);
+  memcpy(to, row, count * sizeof(T));
+}
+
+template <typename T>
+inline Vec rounded(Vec x) {
+  alignas(64) T row[WIDTH];
+  store(row, x);
+  return load(row);
+}
+
+template <typename T>
+void write(const float* sums, int64_t rows, Features at, const T* bias, bool gated, T* out, int64_t stride) {
+  const Vec left = bias ? some(bias + at.left, at.lefts) : Vec{}, right = bias ? some(bias + at.right, at.rights) : Vec{};
+  for (int64_t r = 0; r < rows; r++, sums += COLUMNS, out += stride) {
     const Vec x = bias ? load(sums) + left : load(sums), y = bias ? load(sums + WIDTH) + right : load(sums + WIDTH);
-    T* to = columns == COLUMNS ? out : row;
-    store(to, x);
-    store(to + WIDTH, y);
-    if (to == row) memcpy(out, row, columns * sizeof(T));
+    if (gated) {
+      put(out + at.left, silu(rounded<T>(x)) * rounded<T>(y), at.lefts);
+    } else {
+      put(out + at.left, x, at.lefts);
+      put(out + at.right, y, at.rights);
+    }
   }
 }
 
@@ -157,14 +195,14 @@ inline int64_t part_of(int64_t inputs) {
 
 template <typename T>
 void multiply(const T* x, int64_t stride, const T* weights, const T* bias, T* out, int64_t rows, int64_t inputs,
-              int64_t outputs, int threads) {
+              int64_t outputs, int64_t half, bool gated, int threads) {
   using Row = typename Term<T>::Row;
   using Weight = typename Term<T>::Weight;
   constexpr bool WIDEN = sizeof(Weight) < sizeof(Row);
   const int64_t step = part_of(inputs) / Term<T>::INPUTS;
   const Weight* packed = reinterpret_cast<const Weight*>(weights);
   const int64_t terms = (inputs + Term<T>::INPUTS - 1) / Term<T>::INPUTS;
-  const int64_t panels = (outputs + COLUMNS - 1) / COLUMNS;
+  const int64_t panels = Features::panels(outputs, half), row_size = gated ? half : outputs;
   const int64_t most = std::clamp<int64_t>(BLOCK_TERMS / terms / ROWS * ROWS, 4 * ROWS, MOST_ROWS);
   const std::unique_ptr<Row[]> laid(new Row[std::min(rows, most) * terms]);
 #pragma omp parallel num_threads(threads)
@@ -185,16 +223,16 @@ void multiply(const T* x, int64_t stride, const T* weights, const T* bias, T* ou
       }
 #pragma omp for schedule(static)
       for (int64_t p = 0; p < panels; p++) {
-        const int64_t column = p * COLUMNS, columns = std::min<int64_t>(COLUMNS, outputs - column);
-        T* to = out + from * outputs + column;
+        const Features at = Features::of(p, outputs, half);
+        T* to = out + from * row_size;
         for (int64_t k = 0; k < terms; k += step) {
           const int64_t depth = std::min(step, terms - k);
           const Weight* panel = packed + (p * terms + k) * COLUMNS;
           const Weight* next = panel + depth * COLUMNS;
           const int64_t size = depth * COLUMNS * sizeof(Weight);
           const bool last = k + depth == terms;
-          const Written written{last ? reinterpret_cast<char*>(to) : nullptr, int64_t(outputs * sizeof(T)),
-                                int64_t(columns * sizeof(T))};
+          const Written written{last ? reinterpret_cast<char*>(to + at.left) : nullptr, int64_t(row_size * sizeof(T)),
+                                int64_t((half ? at.lefts : at.lefts + at.rights) * sizeof(T))};
           if constexpr (WIDEN) {
             if (count > height) {  // once for all tiles
               for (int64_t i = 0; i < depth * COLUMNS; i += WIDTH) store(wide + i, load(panel + i));
@@ -204,7 +242,7 @@ void multiply(const T* x, int64_t stride, const T* weights, const T* bias, T* ou
           }
           block_of(count, height, laid.get(), terms, k, panel, next, size, depth, sums, written);
         }
-        write(sums, count, bias ? bias + column : nullptr, to, outputs, columns);
+        write(sums, count, at, bias, gated, to, row_size);
       }
     }
   }
@@ -220,39 +258,43 @@ inline void keep(T* to, Vec terms) {
 }
 
 template <typename T>
-void pack(const T* weight, int64_t stride, T* packed, int64_t inputs, int64_t outputs, int threads) {
+void pack(const T* weight, int64_t stride, T* packed, int64_t inputs, int64_t outputs, int64_t half, int threads) {
   constexpr int64_t IN = Term<T>::INPUTS;
   const int64_t filled = (inputs + IN - 1) / IN * IN;
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t first = 0; first < outputs; first += COLUMNS) {
-    T* panel = packed + first * filled;
-    int64_t done = 0;  // inputs, by registers
-    for (; first + COLUMNS <= outputs && done + WIDTH * IN <= inputs; done += WIDTH * IN)
-      for (int64_t column = 0; column < COLUMNS; column += WIDTH) {
+  for (int64_t p = 0; p < Features::panels(outputs, half); p++) {
+    const Features at = Features::of(p, outputs, half);
+    for (const bool right : {false, true}) {
+      const T* from = weight + (right ? at.right : at.left) * stride;
+      const int64_t count = right ? at.rights : at.lefts;
+      T* to = packed + p * COLUMNS * filled + (right ? WIDTH * IN : 0);
+      int64_t done = 0;  // inputs, by registers
+      for (; count == WIDTH && done + WIDTH * IN <= inputs; done += WIDTH * IN) {
         Vec block[WIDTH];
-        for (int64_t i = 0; i < WIDTH; i++) block[i] = terms_at(weight + (first + column + i) * stride + done);
+        for (int64_t i = 0; i < WIDTH; i++) block[i] = terms_at(from + i * stride + done);
         transpose_block(block);
-        for (int64_t i = 0; i < WIDTH; i++) keep(panel + (done + i * IN) * COLUMNS + column * IN, block[i]);
+        for (int64_t i = 0; i < WIDTH; i++) keep(to + (done + i * IN) * COLUMNS, block[i]);
       }
-    for (int64_t part = done; part < filled; part += 64)  // what is written stays in the first cache
-      for (int64_t column = 0; column < COLUMNS; column++)
-        for (int64_t k = part; k < std::min(filled, part + 64); k++) {
-          const bool there = first + column < outputs && k < inputs;
-          panel[k / IN * IN * COLUMNS + column * IN + IN - 1 - k % IN] = there ? weight[(first + column) * stride + k] : T{};
-        }
+      for (int64_t part = done; part < filled; part += 64)  // what is written stays in the first cache
+        for (int64_t column = 0; column < WIDTH; column++)
+          for (int64_t k = part; k < std::min(filled, part + 64); k++)
+            to[k / IN * IN * COLUMNS + column * IN + IN - 1 - k % IN] =
+                column < count && k < inputs ? from[column * stride + k] : T{};
+    }
   }
 }
 
 template <typename T>
-void pack_as(const void* weight, int64_t stride, void* packed, int64_t inputs, int64_t outputs, int threads) {
-  pack(static_cast<const T*>(weight), stride, static_cast<T*>(packed), inputs, outputs, threads);
+void pack_as(const void* weight, int64_t stride, void* packed, int64_t inputs, int64_t outputs, int64_t half,
+             int threads) {
+  pack(static_cast<const T*>(weight), stride, static_cast<T*>(packed), inputs, outputs, half, threads);
 }
 
 template <typename T>
 void multiply_as(const void* x, int64_t stride, const void* packed, const void* bias, void* out,
-                 int64_t rows, int64_t inputs, int64_t outputs, int threads) {
+                 int64_t rows, int64_t inputs, int64_t outputs, int64_t half, int gated, int threads) {
   multiply(static_cast<const T*>(x), stride, static_cast<const T*>(packed), static_cast<const T*>(bias),
-           static_cast<T*>(out), rows, inputs, outputs, threads);
+           static_cast<T*>(out), rows, inputs, outputs, half, gated, threads);
 }
 
 }  // namespace
@@ -267,18 +309,20 @@ int polyshard_term_inputs(int kind) {
   return kinds[kind];
 }
 
-// weight [outputs, inputs] with `stride` elements between rows; packed [panels, terms, COLUMNS, inputs of a term].
+// weight [outputs, inputs] with `stride` elements between rows, of which the first `half` are gates of the others (0: none
+// are); packed [panels, terms, COLUMNS, inputs of a term].
 void polyshard_pack(int kind, const void* weight, int64_t stride, void* packed, int64_t inputs, int64_t outputs,
-                    int threads) {
+                    int64_t half, int threads) {
   constexpr decltype(&pack_as<float>) kinds[] = {pack_as<float>, pack_as<Bfloat16>, pack_as<Float16>};
-  kinds[kind](weight, stride, packed, inputs, outputs, threads);
+  kinds[kind](weight, stride, packed, inputs, outputs, half, threads);
 }
 
-// x [rows, inputs] with `stride` elements between rows; out [rows, outputs] without gaps; bias [outputs], or null.
-void polyshard_product(int kind, const void* x, int64_t stride, const void* packed, const void* bias,
-                       void* out, int64_t rows, int64_t inputs, int64_t outputs, int threads) {
+// x [rows, inputs] with `stride` elements between rows; out [rows, outputs] without gaps, or if gated [rows, half];
+// bias [outputs], or null.
+void polyshard_product(int kind, const void* x, int64_t stride, const void* packed, const void* bias, void* out,
+                       int64_t rows, int64_t inputs, int64_t outputs, int64_t half, int gated, int threads) {
   constexpr decltype(&multiply_as<float>) kinds[] = {multiply_as<float>, multiply_as<Bfloat16>, multiply_as<Float16>};
-  kinds[kind](x, stride, packed, bias, out, rows, inputs, outputs, threads);
+  kinds[kind](x, stride, packed, bias, out, rows, inputs, outputs, half, gated, threads);
 }
 
 }  // extern "C"

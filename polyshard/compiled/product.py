@@ -28,57 +28,77 @@ class PackedProduct:
 
     Args:
         weight: `[out, in]`, neither of them 0, of a dtype that `rejects` takes, on CPU.
+        gated: its first half are the gates of its second, as `swiglu` wants them.
 
     Attributes:
         packed: the copy, `[panels, terms, columns, inputs of a term]`.
     """
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, gated: bool = False) -> None:
         assert rejects(weight.dtype) is None
         weight, stride = rows_of(weight.detach())
         self.out_features, self.in_features = weight.shape
         assert weight.numel(), weight.shape
+        assert not (gated and self.out_features % 2), weight.shape
+        self._half = self.out_features // 2 if gated else 0
         columns, term = _panel_columns(), _inputs_of_a_term(weight.dtype)
-        panels, terms = -(-self.out_features // columns), -(-self.in_features // term)
+        panels = -(-2 * self._half // columns) if gated else -(-self.out_features // columns)
+        terms = -(-self.in_features // term)
         self.packed = torch.empty(panels, terms, columns, term, dtype=weight.dtype)
-        pack = function(SOURCE, "polyshard_pack", NUMBER, POINTER, SIZE, POINTER, SIZE, SIZE, NUMBER)
+        pack = function(SOURCE, "polyshard_pack", NUMBER, POINTER, SIZE, POINTER, SIZE, SIZE, SIZE, NUMBER)
+        sizes = self.in_features, self.out_features, self._half
         pointers = weight.data_ptr(), stride, self.packed.data_ptr()
-        pack(KINDS[weight.dtype], *pointers, self.in_features, self.out_features, torch.get_num_threads())
+        pack(KINDS[weight.dtype], *pointers, *sizes, torch.get_num_threads())
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`[..., in]` to `[..., out]`; `bias` `[out]`. Not differentiable."""
+        return self._multiply(x, bias, False)
+
+    def swiglu(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`[..., in]` to `[..., out / 2]`: the bits of `polyshard.compiled.swiglu` of the product."""
+        assert self._half, "packed without gates"
+        return self._multiply(x, bias, True)
+
+    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, gated: bool) -> torch.Tensor:
         assert x.shape[-1] == self.in_features, (x.shape, self.in_features)
         multiply = _operator if torch.compiler.is_compiling() else _multiply
-        return multiply(x, self.packed, bias, self.out_features)
+        return multiply(x, self.packed, bias, self.out_features, self._half, gated)
 
 
-def _multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
+def _multiply(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int, half: int, gated: bool
+) -> torch.Tensor:
     dtype = packed.dtype
     assert x.dtype == dtype, (x.dtype, dtype)
     assert bias is None or (bias.dtype == dtype and bias.is_contiguous())
     rows, stride = rows_of(x)
-    out = x.new_empty((*x.shape[:-1], out_features))
+    out = x.new_empty((*x.shape[:-1], half if gated else out_features))
     pointers = rows.data_ptr(), stride, packed.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()
-    _product()(KINDS[dtype], *pointers, rows.shape[0], x.shape[-1], out_features, torch.get_num_threads())
+    sizes = rows.shape[0], x.shape[-1], out_features, half
+    _product()(KINDS[dtype], *pointers, *sizes, gated, torch.get_num_threads())
     return out
 
 
 # A graph's compiler looks at tensors and calls this by name. Bare, since `torch.library.custom_op` takes as long for
 # each call as a small product.
 _LIBRARY = torch.library.Library("polyshard", "FRAGMENT")
-_LIBRARY.define("packed_product(Tensor x, Tensor packed, Tensor? bias, SymInt out_features) -> Tensor")
+_LIBRARY.define(
+    "packed_product(Tensor x, Tensor packed, Tensor? bias, int out_features, int half, bool gated) -> Tensor"
+)
 _LIBRARY.impl("packed_product", _multiply, "CPU")
 _operator = torch.ops.polyshard.packed_product.default
 
 
 @torch.library.register_fake("polyshard::packed_product", lib=_LIBRARY)
-def _(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
+def _(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int, half: int, gated: bool
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], half if gated else out_features))
 
 
 @functools.cache
 def _product() -> Any:
-    arguments = (NUMBER, POINTER, SIZE, POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, NUMBER)
+    arguments = (NUMBER, POINTER, SIZE, POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, SIZE, NUMBER, NUMBER)
     return function(SOURCE, "polyshard_product", *arguments)
 
 

@@ -140,6 +140,12 @@ inline Vec exponential(Vec x) {
 #endif
 }
 
+// x * sigmoid(x). Below -88 it stays that of -88, which is -5e-37.
+inline Vec silu(Vec x) {
+  x = at_least(x, -88.0f);
+  return x / (1.0f + exponential(-x));
+}
+
 // 0, 1, 2, ... in the lanes of a register.
 inline Int lanes() {
   Int x{};

@@ -4,12 +4,6 @@
 
 namespace {
 
-// Below -88 it stays that of -88, which is -5e-37.
-inline Vec silu(Vec x) {
-  x = at_least(x, -88.0f);
-  return x / (1.0f + exponential(-x));
-}
-
 template <typename T>
 void swiglu_as(const void* gate_up, int64_t stride, void* out, int64_t rows, int64_t size, int threads) {
   const T* from = static_cast<const T*>(gate_up);

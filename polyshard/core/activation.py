@@ -5,27 +5,41 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from polyshard.compiled import swiglu as loops
 from polyshard.core.errors import ConfigurationError
 
 
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+def swiglu(x: torch.Tensor, layer: nn.Module | None = None) -> torch.Tensor:
     """`silu(gate) * up` (Shazeer 2020, "GLU Variants Improve Transformer"), differentiable.
 
     On CPU one pass over memory in float32, the same for trainer and server; elsewhere, and in what torch.compile
     fuses by itself, torch's operations.
 
     Args:
-        gate_up: `[..., 2 size]`, the gates before what they gate, as `column_parallel(h, [f, f], ...)` gives them.
+        x: `[..., 2 size]`, the gates before what they gate, as `column_parallel(h, [f, f], ...)` gives them. With a
+            layer, what that is given, `[..., h]`.
+        layer: makes gates and what they gate: `swiglu(x, layer)` is `swiglu(layer(x))`, bit for bit. In an engine on
+            CPU the activation is then taken inside the matrix product, before it is written.
 
     Returns:
         `[..., size]`.
 
     Raises:
-        ConfigurationError: the last dimension is odd.
+        ConfigurationError: the last dimension of gates and what they gate is odd.
     """
+    if layer is None:
+        return _of(x)
+    # Set by an engine that has packed the layer. What hooks the layer has want its output.
+    product = getattr(layer, "gated_product", None)
+    if product is None or layer._forward_hooks or layer._forward_pre_hooks:
+        return _of(layer(x))
+    return product(x)
+
+
+def _of(gate_up: torch.Tensor) -> torch.Tensor:
     if gate_up.shape[-1] % 2:
         raise ConfigurationError(f"swiglu halves the last dimension, which is {gate_up.shape[-1]}")
     if torch.compiler.is_compiling() or not loops.takes(gate_up):

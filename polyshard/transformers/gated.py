@@ -42,10 +42,9 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., hidden]` to the same shape."""
-        both = self.gate_up_proj(x)
         if self.is_silu:
-            return self.down_proj(swiglu(both))
-        gate, up = both.chunk(2, dim=-1)
+            return self.down_proj(swiglu(x, self.gate_up_proj))
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(self.act(gate) * up)
 
 

@@ -19,7 +19,14 @@ from polyshard.adapters.vllm.compat import (
     VocabParallelEmbedding,
 )
 from polyshard.adapters.vllm.norm import in_one_operator, rms_norm
-from polyshard.adapters.vllm.product import LookupMethod, PackedHeadMethod, PackedLinearMethod, multiply_by_chosen
+from polyshard.adapters.vllm.product import (
+    LookupMethod,
+    PackedGateMethod,
+    PackedHeadMethod,
+    PackedLinearMethod,
+    are_gates,
+    multiply_by_chosen,
+)
 from polyshard.core.errors import AdapterError
 
 
@@ -59,10 +66,10 @@ class VllmLinearAdapter:
     def __init__(self, quantized: bool = False) -> None:
         self._quantized = quantized
 
-    def _make(self, kind: Any, *args: Any, **kwargs: Any) -> Any:
+    def _make(self, kind: Any, *args: Any, method: Any = PackedLinearMethod, **kwargs: Any) -> Any:
         """A layer; for a quantized checkpoint without memory, to be built again under its name (`quantized.py`)."""
         if not self._quantized:
-            return multiply_by_chosen(kind(*args, **kwargs), PackedLinearMethod)
+            return multiply_by_chosen(kind(*args, **kwargs), method)
         with torch.device("meta"):
             layer = kind(*args, **kwargs)
 
@@ -84,7 +91,10 @@ class VllmLinearAdapter:
         self, input_size: int, output_sizes: list[int], parallel_context: Any, bias: bool = False
     ) -> nn.Module:
         """vLLM's MergedColumnParallelLinear."""
-        layer = self._make(MergedColumnParallelLinear, input_size, output_sizes, bias=bias, return_bias=False)
+        method = PackedGateMethod if are_gates(output_sizes) else PackedLinearMethod
+        layer = self._make(
+            MergedColumnParallelLinear, input_size, output_sizes, method=method, bias=bias, return_bias=False
+        )
         layer.shard_ids = tuple(range(len(output_sizes)))
         return layer
 

@@ -14,11 +14,11 @@ from torch import nn
 
 from polyshard.adapters.vllm.compat import QuantizeMethodBase
 from polyshard.adapters.vllm.norm import in_one_operator, rms_norm
-from polyshard.adapters.vllm.product import pack_weight
+from polyshard.adapters.vllm.product import are_gates, pack_weight
 from polyshard.core.context import ParallelAxis
 from polyshard.core.linear_adapter import adapter_with
 
-_COLUMN = ("create_merged_column_parallel", "create_qkv_parallel", "create_lm_head")
+_COLUMN = ("create_qkv_parallel", "create_lm_head")
 
 
 class PackedLinearAdapter:
@@ -30,6 +30,13 @@ class PackedLinearAdapter:
     def create_column_parallel(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The other's, packed; written out, since isinstance() with a protocol passes over `__getattr__`."""
         return self._create(self._inner.create_column_parallel, None, *args, **kwargs)
+
+    def create_merged_column_parallel(
+        self, input_size: int, output_sizes: list[int], *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        """The other's, packed."""
+        create = self._inner.create_merged_column_parallel
+        return self._create(create, None, input_size, output_sizes, *args, gates=are_gates(output_sizes), **kwargs)
 
     def create_norm(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The other's, or torch's, computed by the engine's one operator where that takes it."""
@@ -44,11 +51,13 @@ class PackedLinearAdapter:
             return partial(self._create, found, None)
         return partial(self._create, found, self._axis) if name == "create_row_parallel" else found
 
-    def _create(self, create: Any, summed_over: ParallelAxis | None, *args: Any, **kwargs: Any) -> nn.Module:
+    def _create(
+        self, create: Any, summed_over: ParallelAxis | None, *args: Any, gates: bool = False, **kwargs: Any
+    ) -> nn.Module:
         layer = create(*args, **kwargs)
         owners = [module for module in layer.modules() if isinstance(module._parameters.get("weight"), nn.Parameter)]
         if len(owners) == 1:
-            owners[0].quant_method = PackMethod(layer, owners[0], summed_over)  # pyrefly: ignore  # vLLM's convention
+            owners[0].quant_method = PackMethod(layer, owners[0], summed_over, gates)  # pyrefly: ignore  # vLLM's convention
         return layer
 
 
@@ -65,8 +74,8 @@ class PackMethod(QuantizeMethodBase):
     It stands on the module that owns the weight: vLLM reloads no other, and a wrapper's would keep the old weights.
     """
 
-    def __init__(self, layer: nn.Module, owner: nn.Module, summed_over: ParallelAxis | None) -> None:
-        self._layer, self._owner, self._axis = layer, owner, summed_over
+    def __init__(self, layer: nn.Module, owner: nn.Module, summed_over: ParallelAxis | None, gates: bool) -> None:
+        self._layer, self._owner, self._axis, self._gates = layer, owner, summed_over, gates
 
     def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Never asked: the library made them."""
@@ -78,7 +87,7 @@ class PackMethod(QuantizeMethodBase):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Pack, and multiply by what was packed from now on."""
-        product = pack_weight(self._owner)
+        product = pack_weight(self._owner, user=self._layer if self._gates else None)
         self._layer.forward = partial(self._forward, product)  # pyrefly: ignore  # an instance's own, on purpose
 
     def _forward(self, product: Any, x: torch.Tensor) -> torch.Tensor:

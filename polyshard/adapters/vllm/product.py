@@ -50,19 +50,32 @@ def chosen(dtype: torch.dtype) -> Kind:
     return "vllm"
 
 
-def pack_weight(layer: Any, remove_weight: bool = False) -> Any:
+def pack_weight(layer: Any, remove_weight: bool = False, user: Any = None) -> Any:
     """Pack `layer.weight` `[out, in]`, and give the product `(x, weight, bias) -> x Wᵀ + b` by what was packed.
 
-    `remove_weight`: free the weight, as vLLM does for its own layers.
+    Args:
+        layer: whose bias, if any, is added.
+        remove_weight: free the weight, as vLLM does for its own layers.
+        user: the module that a model calls, where the first half of its outputs are gates of the second: it is told
+            how to multiply and gate at once (`polyshard.swiglu`).
     """
     weight = layer.weight
     if weight.is_meta or chosen(weight.dtype) == "vllm":
+        if user is not None:
+            user.gated_product = None
         return vllm_product(layer, remove_weight)
-    product = PackedProduct(weight)
+    product = PackedProduct(weight, gated=user is not None)
+    if user is not None:
+        user.gated_product = lambda x: product.swiglu(x, getattr(layer, "bias", None))
     layer.cpu_linear = lambda x, weight, bias=None: product(x, bias)
     if remove_weight:
         layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
     return layer.cpu_linear
+
+
+def are_gates(output_sizes: list[int]) -> bool:
+    """Whether the outputs of a merged layer may be gates and what they gate."""
+    return len(output_sizes) == 2 and output_sizes[0] == output_sizes[1]
 
 
 class PackedLinearMethod(UnquantizedLinearMethod):
@@ -74,6 +87,14 @@ class PackedLinearMethod(UnquantizedLinearMethod):
             super().process_weights_after_loading(layer)
         else:
             pack_weight(layer, remove_weight=True)
+
+
+class PackedGateMethod(UnquantizedLinearMethod):
+    """The same for gates and what they gate."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Pack."""
+        pack_weight(layer, remove_weight=True, user=layer)
 
 
 class PackedHeadMethod(UnquantizedEmbeddingMethod):
