@@ -55,6 +55,19 @@ def test_a_compiled_graph_fuses_torchs_operations():
     torch.testing.assert_close(compiled(x), ps.swiglu(x))
 
 
+def test_of_a_layer_it_is_the_activation_of_its_output_which_hooks_see():
+    layer = torch.nn.Linear(6, 8)
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(ps.swiglu(x, layer), ps.swiglu(layer(x)))
+    layer.gated_product = lambda x: x  # as an engine sets it
+    assert ps.swiglu(x, layer) is x
+    seen = []
+    handle = layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    assert torch.equal(ps.swiglu(x, layer), ps.swiglu(seen[0]))
+    handle.remove()
+    assert ps.swiglu(x, layer) is x
+
+
 def test_an_odd_size_is_refused():
     with pytest.raises(ps.ConfigurationError, match="which is 5"):
         ps.swiglu(torch.ones(2, 5))

@@ -9,6 +9,7 @@ import sys
 
 import decoder
 import pytest
+import torch
 from support.colocated import serve_all
 from support.engines import engine, greedy
 from support.models import save_tiny
@@ -16,6 +17,8 @@ from support.oracle import assert_same_generation, greedy_transformers
 from support.scripts import SUPPORT, on_engine_ranks, run
 
 import polyshard as ps
+from polyshard.adapters.vllm.product import chosen
+from polyshard.compiled.product import PackedProduct
 
 pytestmark = pytest.mark.vllm
 
@@ -61,6 +64,20 @@ def test_the_layers_of_every_library_serve(models, adapter):
     ps.register_model(f"Served{adapter}", decoder.build_model, adapter=adapter)
     with engine(directory, f"Served{adapter}") as llm:
         assert_same_generation(greedy(llm, PROMPTS, TOKENS), expected, TINY_BOUND)
+
+
+@pytest.mark.skipif(chosen(torch.float32) != "compiled", reason="vLLM's product is taken here")
+@pytest.mark.parametrize("adapter", ps.adapter_names())
+def test_the_activation_is_taken_inside_the_product_with_the_same_bits(models, adapter, monkeypatch):
+    directory, _ = models["llama-biased"]
+    ps.register_model("Gated", decoder.build_model, adapter=adapter)
+    calls, gated = [], PackedProduct.swiglu
+    monkeypatch.setattr(PackedProduct, "swiglu", lambda self, *x: (calls.append(1), gated(self, *x))[1])
+    with engine(directory, "Gated") as llm:
+        inside = greedy(llm, PROMPTS, TOKENS)
+        assert calls
+        monkeypatch.setattr(PackedProduct, "swiglu", lambda self, *x: ps.swiglu(self(*x)))
+        assert greedy(llm, PROMPTS, TOKENS) == inside
 
 
 def test_smollm2_equals_transformers(smollm2):

@@ -34,9 +34,12 @@ class PackedLinearAdapter:
     def create_merged_column_parallel(
         self, input_size: int, output_sizes: list[int], *args: Any, **kwargs: Any
     ) -> nn.Module:
-        """The other's, packed."""
-        create = self._inner.create_merged_column_parallel
-        return self._create(create, None, input_size, output_sizes, *args, gates=are_gates(output_sizes), **kwargs)
+        """The other's, or of one that has none its column-parallel layer (`polyshard.column_parallel`), packed."""
+        gates, merged = are_gates(output_sizes), getattr(self._inner, "create_merged_column_parallel", None)
+        if merged is not None:
+            return self._create(merged, None, input_size, output_sizes, *args, gates=gates, **kwargs)
+        create = self._inner.create_column_parallel
+        return self._create(create, None, input_size, sum(output_sizes), *args, gates=gates, **kwargs)
 
     def create_norm(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The other's, or torch's, computed by the engine's one operator where that takes it."""
