@@ -33,9 +33,9 @@ forkserver.ensure_running()
 
 # The files that take minutes, longest first: a worker that came to one of them last would leave the other idle.
 LONG = (
-    *("exact", "server", "rl", "weight_sync_ranks", "vllm_serving", "vllm_failures", "weight_sync", "verify"),
-    *("weight_sync_kills", "transformers_models", "vllm_compiled", "vllm_existing", "attention_kernels"),
-    *("torch_adapter", "conformance", "vllm_features", "examples", "readme", "generic_models", "convert"),
+    *("conformance", "rl", "vllm_serving", "weight_sync_kills", "server", "examples", "vllm_failures"),
+    *("torch_adapter", "exact", "weight_sync_ranks", "readme", "transformers_models", "checkpoint_kills"),
+    *("vllm_compiled", "generic_models", "verify", "rank_failures", "attention_kernels", "vllm_features"),
 )
 
 
