@@ -32,8 +32,9 @@ def swiglu(x: torch.Tensor, layer: nn.Module | None = None) -> torch.Tensor:
     """
     if layer is None:
         return _of(x)
-    # Set by an engine that has packed the layer. What hooks the layer has want its output.
-    product = getattr(layer, "gated_product", None)
+    # Set by an engine that has packed the layer: the layer's own, since wrappers (LoRA's) hand on what they wrap. What
+    # hooks the layer has want its output.
+    product = layer.__dict__.get("gated_product")
     if product is None or layer._forward_hooks or layer._forward_pre_hooks:
         return _of(layer(x))
     return product(x)
