@@ -100,9 +100,9 @@ def test_smollm2_is_refused_at_tensor_parallel_2(smollm2):
 
 
 def test_tensor_parallel_2_on_the_layers_of_every_library(models):
-    chosen = {adapter: ["qwen2-one-kv-head"] for adapter in LIBRARIES}
-    chosen |= {adapter: ["llama-tied", "qwen2-one-kv-head", "qwen3"] for adapter in ("vllm", "torch")}
-    served = [(adapter, name) for adapter, names in chosen.items() for name in names]
+    names_of = {adapter: ["qwen2-one-kv-head"] for adapter in LIBRARIES}
+    names_of |= {adapter: ["llama-tied", "qwen2-one-kv-head", "qwen3"] for adapter in ("vllm", "torch")}
+    served = [(adapter, name) for adapter, names in names_of.items() for name in names]
     asked = [(adapter, models[name][0], "decoder:build_model") for adapter, name in served]
     results = on_engine_ranks(serve_all, 2, asked, PROMPTS, TOKENS)[0]
     for (_, name), result in zip(served, results, strict=True):

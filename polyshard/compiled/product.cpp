@@ -5,8 +5,8 @@
 // row and its column alone, and on neither the other rows, nor the threads, nor the processor.
 //
 // Packed weights lie in panels of COLUMNS output features, neighbours or of two halves WIDTH each, input by input (pair by
-// pair where the processor multiplies pairs of bfloat16), so that a tile of ROWS rows and a panel stays in registers while it is summed (Goto and van de
-// Geijn 2008, "Anatomy of high-performance matrix multiplication").
+// pair where the processor multiplies pairs of bfloat16), so that a tile of ROWS rows and a panel stays in registers while
+// it is summed (Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication").
 
 #include <algorithm>
 #include <cstring>

@@ -35,12 +35,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def agent_store() -> dist.TCPStore:
+def _agent_store() -> dist.TCPStore:
     """The store that ranks meet in, kept by this process as torchrun's agent does, at a port that nobody else has."""
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-def environment_of_ranks(world_size: int, store: dist.TCPStore | None) -> list[dict[str, str]]:
+def _environment_of_ranks(world_size: int, store: dist.TCPStore | None) -> list[dict[str, str]]:
     """What torchrun tells each rank of one machine; without a store, what a launcher says that leaves it to rank 0."""
     shared = {
         "WORLD_SIZE": str(world_size),
@@ -79,8 +79,8 @@ def run_ranks(
     # A fork server that has imported torch starts a rank in milliseconds, and holds no threads yet.
     spawn = multiprocessing.get_context("forkserver")
     spawn.set_forkserver_preload(PRELOAD)
-    store = agent_store() if agent else None
-    environment = environment_of_ranks(world_size, store)
+    store = _agent_store() if agent else None
+    environment = _environment_of_ranks(world_size, store)
     started, pipes = [], []
     for rank in range(world_size):
         receiving, sending = spawn.Pipe(duplex=False)

@@ -81,20 +81,20 @@ def are_gates(output_sizes: list[int]) -> bool:
 class PackedLinearMethod(UnquantizedLinearMethod):
     """vLLM's, with the chosen product."""
 
+    gates = False
+
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Pack."""
         if getattr(layer, "_cpu_skip_gemm_dispatch", False):  # its weight is read as it is
             super().process_weights_after_loading(layer)
         else:
-            pack_weight(layer, remove_weight=True)
+            pack_weight(layer, remove_weight=True, user=layer if self.gates else None)
 
 
-class PackedGateMethod(UnquantizedLinearMethod):
+class PackedGateMethod(PackedLinearMethod):
     """The same for gates and what they gate."""
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Pack."""
-        pack_weight(layer, remove_weight=True, user=layer)
+    gates = True
 
 
 class PackedHeadMethod(UnquantizedEmbeddingMethod):
