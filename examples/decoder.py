@@ -122,7 +122,14 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, **attention: Any) -> torch.Tensor:
         """`[..., hidden]` to the same shape."""
-        x = x + self.self_attn(self.input_layernorm(x), **attention)
+        return self.feed(self.attend(x, **attention))
+
+    def attend(self, x: torch.Tensor, **attention: Any) -> torch.Tensor:
+        """Each token from those before it."""
+        return x + self.self_attn(self.input_layernorm(x), **attention)
+
+    def feed(self, x: torch.Tensor) -> torch.Tensor:
+        """Each token from itself."""
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -143,6 +150,13 @@ class Transformer(nn.Module):
             scaling=config.rope_scaling,
             max_position=config.max_position,
         )
+
+    @property
+    def last(self) -> Block:
+        """The last block."""
+        *_, block = self.layers
+        assert isinstance(block, Block)
+        return block
 
 
 class Decoder(nn.Module):
@@ -169,6 +183,7 @@ class Decoder(nn.Module):
         labels: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        finish: bool = True,
     ) -> torch.Tensor:
         """Hidden states, the loss, or log-probabilities.
 
@@ -180,6 +195,7 @@ class Decoder(nn.Module):
             targets: the token after each token, to be told its log-probability; of the same shape.
             inputs_embeds: in place of `input_ids`, `[..., hidden]`; for a later pipeline stage what the one before
                 gave.
+            finish: False for what `finish` takes, which an engine asks of the tokens that it samples alone.
 
         Returns:
             Hidden states `[..., hidden]`; with labels the mean loss; with targets log-probabilities `[...]`, float32.
@@ -188,8 +204,12 @@ class Decoder(nn.Module):
         if positions is None:
             positions = ps.sequence_positions(input_ids, cu_seqlens, self.parallel_context)
         rotary = self.model.rotary(positions, x.dtype)
-        for layer in self.model.layers:
+        *before, last = self.model.layers
+        for layer in before:
             x = layer(x, rotary=rotary, cu_seqlens=cu_seqlens)
+        if not finish:
+            return self.model.last.attend(x, rotary=rotary, cu_seqlens=cu_seqlens)
+        x = last(x, rotary=rotary, cu_seqlens=cu_seqlens)
         if not self.model.stage.last:
             return x
         hidden = self.model.norm(x)
@@ -205,6 +225,10 @@ class Decoder(nn.Module):
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Token ids to embeddings."""
         return self.model.embed_tokens(input_ids)
+
+    def finish(self, x: torch.Tensor) -> torch.Tensor:
+        """What follows the last attention: hidden states of some tokens `[..., hidden]`."""
+        return self.model.norm(self.model.last.feed(x))
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """This rank's shard of the logits; `polyshard.gather_logits` makes them whole."""

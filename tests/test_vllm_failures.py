@@ -49,6 +49,15 @@ def test_a_factory_that_will_not_do(directory, factory, message):
         pass
 
 
+def test_pooling_is_refused(directory):
+    ps.register_model("Pooled", decoder.build_model)
+    with (
+        pytest.raises(ps.RegistrationError, match=r"'Pooled' cannot be served for embeddings.*runner='pooling'"),
+        engine(directory, "Pooled", runner="pooling", convert="embed"),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("adapter", ["vllm", "torch"])
 def test_a_checkpoint_that_does_not_fit(directory, adapter):
     path = directory / "model.safetensors"

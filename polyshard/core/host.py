@@ -38,7 +38,10 @@ INTERFACE = """a served model needs
                 return self.lm_head(hidden_states)
         (none where it is registered with outputs="logits": then forward gives them)
 and, for prompts given as embeddings, embed_input_ids(input_ids) -> [tokens, hidden size]
-and a forward that takes inputs_embeds"""
+and a forward that takes inputs_embeds;
+and, to leave what follows the last attention out for tokens that are not sampled,
+    forward(..., finish: bool = True), which with finish=False ends after the last attention
+    finish(x) -> hidden states, from what that gives for some of the tokens"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +122,15 @@ def check_served_interface(model: nn.Module, name: str, outputs: Outputs = "hidd
         inspect.signature(model.forward).bind(None, None)
     except TypeError as error:
         missing.append(f"a forward that takes (input_ids, positions): {error}")
+    if takes_finish(model) and not callable(getattr(model, "finish", None)):
+        missing.append("a method finish(x), which a forward with the argument finish has to have")
     if missing:
         raise RegistrationError(f"model {name!r} ({type(model).__name__}) lacks {' and '.join(missing)}; {INTERFACE}")
+
+
+def takes_finish(model: nn.Module) -> bool:
+    """Whether its forward can be asked to end after the last attention."""
+    return "finish" in inspect.signature(model.forward).parameters
 
 
 def describe(factory: Any) -> str:

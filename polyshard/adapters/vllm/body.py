@@ -23,13 +23,16 @@ logger = logging.getLogger(__name__)
 COMPILED = ("vllm", "torch")  # adapters whose layers torch.compile is known to take whole
 
 
-def make_body(registered: RegisteredModel, model: nn.Module, vllm_config: VllmConfig) -> Any:
+def make_body(registered: RegisteredModel, model: nn.Module, vllm_config: VllmConfig, finished_later: bool) -> Any:
     """A callable `(input_ids, positions, inputs_embeds)` around the user's model, compiled where the engine compiles.
+
+    Where it is finished later, forward is asked to end after the last attention.
 
     vLLM keeps compiled models on disk under its config and the name of the forward, and torch in the process under the
     code object. All three are made this registration's own, so that no model ever runs another's compiled code.
     """
-    identity = json.dumps(as_entry(registered), sort_keys=True)
+    asked = {"finish": False} if finished_later else {}
+    identity = json.dumps([as_entry(registered), asked], sort_keys=True)
     if is_kept(registered.reference):
         identity += uuid.uuid4().hex  # a closure has no name that would tell it from another
     if isinstance(vllm_config.additional_config, dict):  # part of vLLM's hash of a config
@@ -51,9 +54,9 @@ def make_body(registered: RegisteredModel, model: nn.Module, vllm_config: VllmCo
                 input_ids = None if input_ids is None else input_ids.unsqueeze(0)
                 inputs_embeds = None if inputs_embeds is None else inputs_embeds.unsqueeze(0)
             if inputs_embeds is None:
-                out = self.held[0](input_ids, positions)
+                out = self.held[0](input_ids, positions, **asked)
             elif takes_embeddings:
-                out = self.held[0](input_ids, positions, inputs_embeds=inputs_embeds)
+                out = self.held[0](input_ids, positions, inputs_embeds=inputs_embeds, **asked)
             else:
                 raise RegistrationError(
                     f"model {registered.name!r}: its forward takes no inputs_embeds, which this request needs"

@@ -20,6 +20,7 @@ from polyshard.adapters.vllm.compat import (
 )
 from polyshard.adapters.vllm.context import serving_context
 from polyshard.adapters.vllm.existing import check_load_format
+from polyshard.adapters.vllm.finish import finished_later
 from polyshard.adapters.vllm.loading import attach_loaders, keep_buffers, load_weights, packed_names
 from polyshard.adapters.vllm.quantized import quantize_layers
 from polyshard.adapters.vllm.stages import HIDDEN, check_pipeline, stored_elsewhere
@@ -82,12 +83,13 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
             self.hidden_size = vllm_config.model_config.get_hidden_size()
             attach_loaders(self.model, self.table, self.context)
             keep_buffers(self.model)
-            self.body = (make_body(registered, self.model, vllm_config),)
             self.weights = WeightGuard()
             if isinstance(factory, ExistingModel):
                 changes = parameter_changes(factory.module)
                 self.weights.accept("the trainer's own", shared_memory_watch(changes, "the engine was started"))
             self.recorder = recorder_of(self.model, self.context.get_tensor_parallel_rank())
+            self.finished_later = self.last_stage and self.recorder is None and finished_later(self.model, vllm_config)
+            self.body = (make_body(registered, self.model, vllm_config, self.finished_later),)
             self.loaded = False
 
         def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -123,6 +125,8 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
         def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
             if registered.outputs == "logits":
                 return hidden_states
+            if self.finished_later:
+                hidden_states = self.model.finish(hidden_states)  # pyrefly: ignore  # checked when built
             return self.whole_logits(self.model.compute_logits(hidden_states))  # pyrefly: ignore  # checked when built
 
         def whole_logits(self, logits: torch.Tensor) -> torch.Tensor:
@@ -150,6 +154,11 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
 def _refuse_unsupported(registered: RegisteredModel, vllm_config: VllmConfig) -> None:
     """What vLLM would pass over in silence on a model that does not take part in it."""
     name = registered.name
+    if vllm_config.model_config.runner_type == "pooling":
+        raise RegistrationError(
+            f"model {name!r} cannot be served for embeddings, scores or rewards: registered models generate text. "
+            "Leave out runner='pooling'"
+        )
     asked = {
         "a quantized checkpoint": vllm_config.quant_config is not None,
         "LoRA": vllm_config.lora_config is not None,

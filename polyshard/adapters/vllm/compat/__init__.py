@@ -56,6 +56,7 @@ from polyshard.adapters.vllm.compat.attention import (
 )
 from polyshard.adapters.vllm.compat.engines import (
     LocalWorker,
+    captures_graphs,
     end_engine,
     ends_with_engine,
     engine_dtype,
@@ -126,6 +127,7 @@ __all__ = [
     "base_layer",
     "batch_invariant",
     "begin_reload",
+    "captures_graphs",
     "cpu_attention",
     "cpu_head_size",
     "cpu_head_sizes",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm import envs
-from vllm.config import CompilationMode, VllmConfig
+from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 from vllm.distributed import parallel_state
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -30,6 +30,12 @@ def engine_dtype(llm: Any) -> torch.dtype:
 def is_eager(vllm_config: VllmConfig) -> bool:
     """Whether the model's operators run one by one, as they are written."""
     return vllm_config.compilation_config.mode == CompilationMode.NONE
+
+
+def captures_graphs(vllm_config: VllmConfig) -> bool:
+    """Whether forwards are captured as CUDA graphs; on CPU vLLM leaves the mode as it is, and captures nothing."""
+    on_cpu = vllm_config.device_config.device_type == "cpu"
+    return not on_cpu and vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
 
 
 def runs_pipelines(vllm_config: VllmConfig) -> bool:
