@@ -86,7 +86,7 @@ def _sliding_windows(config: Any, kind: str, layers: int) -> tuple[int | None, .
 
 
 class MLP(nn.Module):
-    """`down(silu(gate x) * up x)`, gate and up as one matrix product."""
+    """`residual + down(silu(gate x) * up x)`, gate and up as one matrix product."""
 
     def __init__(self, config: DecoderConfig, parallel_context: ps.ParallelContext) -> None:
         super().__init__()
@@ -94,9 +94,9 @@ class MLP(nn.Module):
         self.gate_up = ps.column_parallel(h, [f, f], parallel_context, bias=bias, names=["gate_proj", "up_proj"])
         self.down_proj = ps.row_parallel(f, h, parallel_context, bias=bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., hidden]` to the same shape."""
-        return self.down_proj(ps.swiglu(x, self.gate_up))
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """`[..., hidden]` both, to the same shape."""
+        return ps.add_residual(residual, ps.swiglu(x, self.gate_up), self.down_proj)
 
 
 class Block(nn.Module):
@@ -126,11 +126,11 @@ class Block(nn.Module):
 
     def attend(self, x: torch.Tensor, **attention: Any) -> torch.Tensor:
         """Each token from those before it."""
-        return x + self.self_attn(self.input_layernorm(x), **attention)
+        return self.self_attn(self.input_layernorm(x), residual=x, **attention)
 
     def feed(self, x: torch.Tensor) -> torch.Tensor:
         """Each token from itself."""
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return self.mlp(self.post_attention_layernorm(x), residual=x)
 
 
 class Transformer(nn.Module):

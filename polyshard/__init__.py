@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from polyshard.core.linear_adapter import LinearAdapter
     from polyshard.core.norm import rms_norm
     from polyshard.core.pipeline import PipelineStage, pipeline_stage, stage_layers
+    from polyshard.core.residual import add_residual
     from polyshard.core.vocabulary import gather_logits, lm_head, vocab_embedding, vocab_parallel_cross_entropy
     from polyshard.core.weight_layout import Segment, WeightLayout
     from polyshard.core.weight_table import collect_layouts
@@ -81,6 +82,7 @@ _HOMES = {
         "save_training_state",
     ),
     "polyshard.core.activation": ("swiglu",),
+    "polyshard.core.residual": ("add_residual",),
     "polyshard.core.adapter": ("Adapter", "AdamW", "StepResult", "TrainingEngine"),
     "polyshard.core.capabilities": ("Capabilities", "Rejected"),
     "polyshard.core.context": ("GroupContext", "ParallelContext"),

@@ -14,7 +14,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # rows, inputs, outputs: of one tile, of parts of tiles and panels, of several depths and blocks
 SIZES = ((1, 7, 5), (3, 64, 33), (16, 576, 960), (13, 257, 64), (600, 1536, 100), (150, 4100, 31), (0, 8, 8))
 
-pytestmark = pytest.mark.skipif(rejects(torch.float32) is not None, reason=f"the product {rejects(torch.float32)}")
+LACKS = rejects(torch.float32) or ""  # what does not compile is no reason to skip
+pytestmark = pytest.mark.skipif(LACKS.startswith("needs"), reason=f"the product {LACKS}")
 
 
 def tensors(
@@ -81,6 +82,17 @@ def test_a_gated_product_has_the_bits_of_the_activation_of_the_whole(sizes, dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 7, 5), (40, 64, 66), (300, 576, 192), (13, 1100, 70), (0, 8, 8)], ids=str)
+def test_what_is_added_to_has_the_bits_of_torchs_sum(sizes, dtype):
+    x, weight, bias = tensors(*sizes, dtype)
+    residual, *_ = tensors(sizes[0], 2 * sizes[2], 1, dtype)
+    residual = residual[:, 1::2] if sizes[2] == 5 else residual[:, : sizes[2]]  # where it lies, if its rows are whole
+    for packed in (PackedProduct(weight), *([PackedProduct(weight, gated=True)] if sizes[2] % 2 == 0 else [])):
+        for added in (None, bias):
+            assert torch.equal(packed.added_to(residual, x, added), residual + packed(x, added))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_not_a_number_stays_so_and_spoils_no_other_row(dtype):
     x, weight, _ = tensors(20, 40, 48, dtype)
     clean = PackedProduct(weight)(x)
@@ -100,6 +112,9 @@ def test_a_compiled_graph_calls_it_by_name():
     assert torch.equal(compiled(x), torch.relu(product(x, bias)))
     gated = PackedProduct(weight, gated=True)
     assert torch.equal(torch.compile(gated.swiglu, backend="aot_eager", fullgraph=True)(x), gated.swiglu(x))
+    residual = torch.ones(9, 32)
+    added = torch.compile(product.added_to, backend="aot_eager", fullgraph=True)(residual, x)
+    assert torch.equal(added, residual + product(x))
 
 
 def library_of_another_processor(folder, monkeypatch):
@@ -126,14 +141,17 @@ def test_another_processor_gives_the_same_bits(dtype, tmp_path, monkeypatch):
     for inputs in (600, 37, 1100):  # of one part, of half a pair more, of two parts
         x, weight, bias = tensors(50, inputs, 70, dtype)
         packed, out = torch.empty(2 * -(-70 // columns), inputs, columns, dtype=dtype), torch.empty(50, 70, dtype=dtype)
-        at = [ctypes.c_void_p(t.data_ptr()) for t in (weight, packed, x, bias, out)]
-        stride, rows = ctypes.c_int64(inputs), ctypes.c_int64(50)
+        residual, *_ = tensors(50, 70, 1, dtype)
+        at = [ctypes.c_void_p(t.data_ptr()) for t in (weight, packed, x, bias, out, residual)]
+        stride, rows, wide = (ctypes.c_int64(n) for n in (inputs, 50, 70))
         for half in (0, 35):
             sizes = [ctypes.c_int64(n) for n in (inputs, 70, half)]
             other.polyshard_pack(kind, at[0], stride, at[1], *sizes, 1)
-            other.polyshard_product(kind, at[2], stride, at[1], at[3], at[4], rows, *sizes, 0, 1)
-            assert torch.equal(out, PackedProduct(weight)(x, bias))
-        other.polyshard_product(kind, at[2], stride, at[1], at[3], at[4], rows, *sizes, 1, 1)
+            for added in (None, at[5]):
+                other.polyshard_product(kind, at[2], stride, at[1], at[3], added, wide, at[4], rows, *sizes, 0, 1)
+                expected = PackedProduct(weight)(x, bias)
+                assert torch.equal(out, residual + expected if added else expected)
+        other.polyshard_product(kind, at[2], stride, at[1], at[3], None, wide, at[4], rows, *sizes, 1, 1)
         assert torch.equal(out.flatten()[: 50 * 35].view(50, 35), PackedProduct(weight, gated=True).swiglu(x, bias))
 
 

@@ -6,6 +6,7 @@ a few 1e-6, for SmolLM2 with its 30 layers up to 4e-5 (transformers itself is th
 
 import json
 import sys
+from collections import Counter
 
 import decoder
 import pytest
@@ -68,15 +69,18 @@ def test_the_layers_of_every_library_serve(models, adapter):
 
 @pytest.mark.skipif(chosen(torch.float32) != "compiled", reason="vLLM's product is taken here")
 @pytest.mark.parametrize("adapter", ps.adapter_names())
-def test_the_activation_is_taken_inside_the_product_with_the_same_bits(models, adapter, monkeypatch):
+def test_activation_and_residuals_are_taken_inside_the_product_with_the_same_bits(models, adapter, monkeypatch):
     directory, _ = models["llama-biased"]
-    ps.register_model("Gated", decoder.build_model, adapter=adapter)
-    calls, gated = [], PackedProduct.swiglu
-    monkeypatch.setattr(PackedProduct, "swiglu", lambda self, *x: (calls.append(1), gated(self, *x))[1])
-    with engine(directory, "Gated") as llm:
+    ps.register_model("Fused", decoder.build_model, adapter=adapter)
+    calls, gated, added = Counter(), PackedProduct.swiglu, PackedProduct.added_to
+    monkeypatch.setattr(PackedProduct, "swiglu", lambda self, *x: (calls.update(["gated"]), gated(self, *x))[1])
+    monkeypatch.setattr(PackedProduct, "added_to", lambda self, *x: (calls.update(["added"]), added(self, *x))[1])
+    with engine(directory, "Fused") as llm:
+        calls.clear()
         inside = greedy(llm, PROMPTS, TOKENS)
-        assert calls
+        assert calls["added"] == 2 * calls["gated"] > 0  # of attention, and of the MLP
         monkeypatch.setattr(PackedProduct, "swiglu", lambda self, *x: ps.swiglu(self(*x)))
+        monkeypatch.setattr(PackedProduct, "added_to", lambda self, residual, *x: residual + self(*x))
         assert greedy(llm, PROMPTS, TOKENS) == inside
 
 

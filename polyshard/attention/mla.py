@@ -20,6 +20,7 @@ from polyshard.core.discovery import load_adapter
 from polyshard.core.errors import ConfigurationError, LayoutError
 from polyshard.core.linear import column_parallel, replicated_linear, row_parallel
 from polyshard.core.norm import rms_norm
+from polyshard.core.residual import add_residual
 
 
 class TrainableMLA(nn.Module):
@@ -138,6 +139,7 @@ class TrainableMLA(nn.Module):
         *,
         sequences: PackedSequences | None = None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend within each sequence; arguments and result as `TrainableFlashAttention.forward`."""
         lead = hidden_states.shape[:-1]
@@ -160,7 +162,7 @@ class TrainableMLA(nn.Module):
         q = torch.cat((q_nope, q_rope), dim=-1)
         if self.latent_core is not None:
             out = self.latent_core(q.flatten(0, -3), latent.flatten(0, -2), k_rope.flatten(0, -3))
-            return self.o_proj(out.flatten(-2).unflatten(0, lead))
+            return self._project(out.flatten(-2).unflatten(0, lead), residual)
 
         kv = self.kv_b_proj(latent).unflatten(-1, (-1, nope + value))
         k_nope, v = kv.split([nope, value], dim=-1)
@@ -177,7 +179,10 @@ class TrainableMLA(nn.Module):
             training=self.training,
             kernel=self.kernel,
         )
-        return self.o_proj(out)
+        return self._project(out, residual)
+
+    def _project(self, out: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        return self.o_proj(out) if residual is None else add_residual(residual, out, self.o_proj)
 
     def _queries(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.q_proj is not None:

@@ -19,6 +19,7 @@ from polyshard.core.discovery import load_adapter
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.linear import qkv_parallel, row_parallel
 from polyshard.core.norm import rms_norm
+from polyshard.core.residual import add_residual
 from polyshard.core.weight_layout import Segment, WeightLayout
 from polyshard.core.weight_table import attach_layouts, store_as
 
@@ -170,6 +171,7 @@ class TrainableFlashAttention(nn.Module):
         *,
         sequences: PackedSequences | None = None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend within each sequence.
 
@@ -182,6 +184,7 @@ class TrainableFlashAttention(nn.Module):
                 sequence.
             sequences: the same, already checked; spares each layer the reading of `cu_seqlens`.
             rotary: cosine and sine for all layers, in place of the module's own rotary embedding.
+            residual: to be added to the output, of its shape (`add_residual`).
 
         Returns:
             The shape of `hidden_states`.
@@ -215,7 +218,7 @@ class TrainableFlashAttention(nn.Module):
             sinks=self.sinks,
             kernel=self.kernel,
         )
-        return self.o_proj(out)
+        return self.o_proj(out) if residual is None else add_residual(residual, out, self.o_proj)
 
     def heads(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """This rank's query, key and value heads, each `[..., heads, dim]`, normed, not yet rotated."""

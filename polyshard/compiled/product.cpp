@@ -1,5 +1,6 @@
 // out = x Wᵀ + bias by weights that were packed once. Sums are taken in float32. Of a gate and what it gates, packed
-// together, out may be silu(gate) * up: taken while both are in registers, of the numbers that would have been written.
+// together, out may be silu(gate) * up; and a residual may be added. Both are taken while the product is in registers, of
+// the numbers that would have been written.
 //
 // An output is the sum, in their order, of the sums of parts of its inputs, added up one by one: its bits depend on its
 // row and its column alone, and on neither the other rows, nor the threads, nor the processor.
@@ -11,6 +12,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 
 #include "registers.h"
 
@@ -44,16 +46,18 @@ struct Ahead {
   }
 };
 
-// Where a panel's outputs will be written: asked for while they are summed, since a row's line seldom follows another's.
-struct Written {
-  char* bytes;     // of the first row; null where more is to be summed first
-  int64_t stride;  // between rows
-  int64_t size;    // of a row
+// A panel's part of each row of what is written, or read to be added: asked for while the panel is summed, since a row's
+// line seldom follows another's.
+template <int WRITTEN>
+struct Touched {
+  const char* bytes;  // of the first row; null where nothing is, or more is to be summed first
+  int64_t stride;     // between rows
+  int64_t size;       // of a row
 
   void fetch(int64_t row, int64_t rows) const {
     if (!bytes) return;
     for (int64_t r = row; r < row + rows; r++)
-      for (int64_t i = 0; i < size; i += LINE) __builtin_prefetch(bytes + r * stride + i, 1, 2);
+      for (int64_t i = 0; i < size; i += LINE) __builtin_prefetch(bytes + r * stride + i, WRITTEN, 2);
   }
 };
 
@@ -93,7 +97,7 @@ void tile_of(int64_t count, const Row* rows, const Weight* panel, Ahead ahead, i
 // cost a fifth in a tile alone.
 template <typename Row, typename Weight>
 void block_of(int64_t count, int64_t height, const Row* rows, int64_t terms, int64_t first, const Weight* panel,
-              const void* next, int64_t size, int64_t depth, float* sums, Written written) {
+              const void* next, int64_t size, int64_t depth, float* sums, Touched<1> written, Touched<0> read) {
   const char* bytes = static_cast<const char*>(next);
   const int64_t others = (count - 1) / height;
   const int64_t parts = others >= 8 ? 8 : others >= 4 ? 4 : others >= 2 ? 2 : others;
@@ -103,6 +107,7 @@ void block_of(int64_t count, int64_t height, const Row* rows, int64_t terms, int
     Ahead ahead{reinterpret_cast<const char*>(panel) + further, COLUMNS * sizeof(Weight)};
     if (i > 0 && i <= parts) ahead = {bytes + (i - 1) * size / parts, size / depth / parts};
     written.fetch(r, here);
+    read.fetch(r, here);
     tile_of<ROWS>(here, rows + r * terms + first * here, panel, ahead, depth, sums + r * COLUMNS, first > 0);
   }
 }
@@ -153,6 +158,7 @@ struct Features {
 
 template <typename T>
 inline Vec some(const T* from, int64_t count) {
+  if (count == WIDTH) return load(from);
   alignas(64) T row[WIDTH] = {};
   memcpy(row, from, count * sizeof(T));
   return load(row);
@@ -168,17 +174,37 @@ inline void put(T* to, Vec x, int64_t count) {
 
 template <typename T>
 inline Vec rounded(Vec x) {
-  alignas(64) T row[WIDTH];
-  store(row, x);
-  return load(row);
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else if constexpr (std::is_same_v<T, Bfloat16>) {
+    return widened(T{}, nearest(T{}, x));
+  } else {
+    alignas(64) T row[WIDTH];
+    store(row, x);
+    return load(row);
+  }
 }
 
+// Rows of numbers, `stride` of them apart.
 template <typename T>
-void write(const float* sums, int64_t rows, Features at, const T* bias, bool gated, T* out, int64_t stride) {
+struct Matrix {
+  T* first;  // null: there is none
+  int64_t stride;
+
+  Matrix from(int64_t row) const { return {first ? first + row * stride : nullptr, stride}; }
+};
+
+template <typename T>
+void write(const float* sums, int64_t rows, Features at, const T* bias, Matrix<const T> residual, bool gated, T* out,
+           int64_t stride) {
   const Vec left = bias ? some(bias + at.left, at.lefts) : Vec{}, right = bias ? some(bias + at.right, at.rights) : Vec{};
   for (int64_t r = 0; r < rows; r++, sums += COLUMNS, out += stride) {
     const Vec x = bias ? load(sums) + left : load(sums), y = bias ? load(sums + WIDTH) + right : load(sums + WIDTH);
-    if (gated) {
+    if (residual.first) {
+      const T* add = residual.from(r).first;
+      put(out + at.left, some(add + at.left, at.lefts) + rounded<T>(x), at.lefts);
+      put(out + at.right, some(add + at.right, at.rights) + rounded<T>(y), at.rights);
+    } else if (gated) {
       put(out + at.left, silu(rounded<T>(x)) * rounded<T>(y), at.lefts);
     } else {
       put(out + at.left, x, at.lefts);
@@ -194,8 +220,8 @@ inline int64_t part_of(int64_t inputs) {
 }
 
 template <typename T>
-void multiply(const T* x, int64_t stride, const T* weights, const T* bias, T* out, int64_t rows, int64_t inputs,
-              int64_t outputs, int64_t half, bool gated, int threads) {
+void multiply(const T* x, int64_t stride, const T* weights, const T* bias, Matrix<const T> residual, T* out, int64_t rows,
+              int64_t inputs, int64_t outputs, int64_t half, bool gated, int threads) {
   using Row = typename Term<T>::Row;
   using Weight = typename Term<T>::Weight;
   constexpr bool WIDEN = sizeof(Weight) < sizeof(Row);
@@ -231,18 +257,21 @@ void multiply(const T* x, int64_t stride, const T* weights, const T* bias, T* ou
           const Weight* next = panel + depth * COLUMNS;
           const int64_t size = depth * COLUMNS * sizeof(Weight);
           const bool last = k + depth == terms;
-          const Written written{last ? reinterpret_cast<char*>(to + at.left) : nullptr, int64_t(row_size * sizeof(T)),
-                                int64_t((half ? at.lefts : at.lefts + at.rights) * sizeof(T))};
+          const T* add = last && residual.first ? residual.from(from).first + at.left : nullptr;
+          const int64_t width = (half ? at.lefts : at.lefts + at.rights) * sizeof(T);
+          const Touched<1> written{last ? reinterpret_cast<char*>(to + at.left) : nullptr,
+                                   int64_t(row_size * sizeof(T)), width};
+          const Touched<0> read{reinterpret_cast<const char*>(add), int64_t(residual.stride * sizeof(T)), width};
           if constexpr (WIDEN) {
             if (count > height) {  // once for all tiles
               for (int64_t i = 0; i < depth * COLUMNS; i += WIDTH) store(wide + i, load(panel + i));
-              block_of(count, height, laid.get(), terms, k, wide, next, size, depth, sums, written);
+              block_of(count, height, laid.get(), terms, k, wide, next, size, depth, sums, written, read);
               continue;
             }
           }
-          block_of(count, height, laid.get(), terms, k, panel, next, size, depth, sums, written);
+          block_of(count, height, laid.get(), terms, k, panel, next, size, depth, sums, written, read);
         }
-        write(sums, count, at, bias, gated, to, row_size);
+        write(sums, count, at, bias, residual.from(from), gated, to, row_size);
       }
     }
   }
@@ -291,10 +320,12 @@ void pack_as(const void* weight, int64_t stride, void* packed, int64_t inputs, i
 }
 
 template <typename T>
-void multiply_as(const void* x, int64_t stride, const void* packed, const void* bias, void* out,
-                 int64_t rows, int64_t inputs, int64_t outputs, int64_t half, int gated, int threads) {
+void multiply_as(const void* x, int64_t stride, const void* packed, const void* bias, const void* residual,
+                 int64_t residual_stride, void* out, int64_t rows, int64_t inputs, int64_t outputs, int64_t half, int gated,
+                 int threads) {
   multiply(static_cast<const T*>(x), stride, static_cast<const T*>(packed), static_cast<const T*>(bias),
-           static_cast<T*>(out), rows, inputs, outputs, half, gated, threads);
+           {static_cast<const T*>(residual), residual_stride}, static_cast<T*>(out), rows, inputs, outputs, half, gated,
+           threads);
 }
 
 }  // namespace
@@ -318,11 +349,12 @@ void polyshard_pack(int kind, const void* weight, int64_t stride, void* packed, 
 }
 
 // x [rows, inputs] with `stride` elements between rows; out [rows, outputs] without gaps, or if gated [rows, half];
-// bias [outputs], or null.
-void polyshard_product(int kind, const void* x, int64_t stride, const void* packed, const void* bias, void* out,
-                       int64_t rows, int64_t inputs, int64_t outputs, int64_t half, int gated, int threads) {
+// bias [outputs], or null; residual [rows, outputs] with `residual_stride` elements between rows, or null; not if gated.
+void polyshard_product(int kind, const void* x, int64_t stride, const void* packed, const void* bias,
+                       const void* residual, int64_t residual_stride, void* out, int64_t rows, int64_t inputs,
+                       int64_t outputs, int64_t half, int gated, int threads) {
   constexpr decltype(&multiply_as<float>) kinds[] = {multiply_as<float>, multiply_as<Bfloat16>, multiply_as<Float16>};
-  kinds[kind](x, stride, packed, bias, out, rows, inputs, outputs, half, gated, threads);
+  kinds[kind](x, stride, packed, bias, residual, residual_stride, out, rows, inputs, outputs, half, gated, threads);
 }
 
 }  // extern "C"

@@ -52,30 +52,45 @@ class PackedProduct:
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`[..., in]` to `[..., out]`; `bias` `[out]`. Not differentiable."""
-        return self._multiply(x, bias, False)
+        return self._multiply(x, bias, None, False)
 
     def swiglu(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`[..., in]` to `[..., out / 2]`: the bits of `polyshard.compiled.swiglu` of the product."""
         assert self._half, "packed without gates"
-        return self._multiply(x, bias, True)
+        return self._multiply(x, bias, None, True)
 
-    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, gated: bool) -> torch.Tensor:
+    def added_to(self, residual: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`residual` `[..., out]` and the product of `x` `[..., in]`: the bits of torch's sum of both."""
+        assert residual.shape == (*x.shape[:-1], self.out_features), (residual.shape, x.shape, self.out_features)
+        return self._multiply(x, bias, residual, False)
+
+    def _multiply(
+        self, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, gated: bool
+    ) -> torch.Tensor:
         assert x.shape[-1] == self.in_features, (x.shape, self.in_features)
         multiply = _operator if torch.compiler.is_compiling() else _multiply
-        return multiply(x, self.packed, bias, self.out_features, self._half, gated)
+        return multiply(x, self.packed, bias, residual, self.out_features, self._half, gated)
 
 
 def _multiply(
-    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int, half: int, gated: bool
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out_features: int,
+    half: int,
+    gated: bool,
 ) -> torch.Tensor:
     dtype = packed.dtype
     assert x.dtype == dtype, (x.dtype, dtype)
     assert bias is None or (bias.dtype == dtype and bias.is_contiguous())
     rows, stride = rows_of(x)
     out = x.new_empty((*x.shape[:-1], half if gated else out_features))
-    pointers = rows.data_ptr(), stride, packed.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()
+    added, added_stride = (None, 0) if residual is None else rows_of(residual)
+    pointers = rows.data_ptr(), stride, packed.data_ptr(), None if bias is None else bias.data_ptr()
+    sums = None if added is None else added.data_ptr(), added_stride, out.data_ptr()
     sizes = rows.shape[0], x.shape[-1], out_features, half
-    _product()(KINDS[dtype], *pointers, *sizes, gated, torch.get_num_threads())
+    _product()(KINDS[dtype], *pointers, *sums, *sizes, gated, torch.get_num_threads())
     return out
 
 
@@ -83,7 +98,8 @@ def _multiply(
 # each call as a small product.
 _LIBRARY = torch.library.Library("polyshard", "FRAGMENT")
 _LIBRARY.define(
-    "packed_product(Tensor x, Tensor packed, Tensor? bias, int out_features, int half, bool gated) -> Tensor"
+    "packed_product(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, int out_features, int half, bool gated)"
+    " -> Tensor"
 )
 _LIBRARY.impl("packed_product", _multiply, "CPU")
 _operator = torch.ops.polyshard.packed_product.default
@@ -91,14 +107,21 @@ _operator = torch.ops.polyshard.packed_product.default
 
 @torch.library.register_fake("polyshard::packed_product", lib=_LIBRARY)
 def _(
-    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int, half: int, gated: bool
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out_features: int,
+    half: int,
+    gated: bool,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], half if gated else out_features))
 
 
 @functools.cache
 def _product() -> Any:
-    arguments = (NUMBER, POINTER, SIZE, POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, SIZE, NUMBER, NUMBER)
+    pointers = (POINTER, SIZE, POINTER, POINTER, POINTER, SIZE, POINTER)
+    arguments = (NUMBER, *pointers, SIZE, SIZE, SIZE, SIZE, NUMBER, NUMBER)
     return function(SOURCE, "polyshard_product", *arguments)
 
 

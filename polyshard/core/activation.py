@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from polyshard.compiled import swiglu as loops
 from polyshard.core.errors import ConfigurationError
+from polyshard.core.fused import fused_products
 
 
 def swiglu(x: torch.Tensor, layer: nn.Module | None = None) -> torch.Tensor:
@@ -32,12 +33,8 @@ def swiglu(x: torch.Tensor, layer: nn.Module | None = None) -> torch.Tensor:
     """
     if layer is None:
         return _of(x)
-    # Set by an engine that has packed the layer: the layer's own, since wrappers (LoRA's) hand on what they wrap. What
-    # hooks the layer has want its output.
-    product = layer.__dict__.get("gated_product")
-    if product is None or layer._forward_hooks or layer._forward_pre_hooks:
-        return _of(layer(x))
-    return product(x)
+    fused = fused_products(layer)
+    return _of(layer(x)) if fused is None or fused.swiglu is None else fused.swiglu(x)
 
 
 def _of(gate_up: torch.Tensor) -> torch.Tensor:

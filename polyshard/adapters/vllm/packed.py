@@ -79,6 +79,7 @@ class PackMethod(QuantizeMethodBase):
 
     def __init__(self, layer: nn.Module, owner: nn.Module, summed_over: ParallelAxis | None, gates: bool) -> None:
         self._layer, self._owner, self._axis, self._gates = layer, owner, summed_over, gates
+        self._alone = summed_over is None or summed_over.size == 1  # nothing is to be done after the product
 
     def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Never asked: the library made them."""
@@ -90,14 +91,15 @@ class PackMethod(QuantizeMethodBase):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Pack, and multiply by what was packed from now on."""
-        product = pack_weight(self._owner, user=self._layer if self._gates else None)
+        product = pack_weight(self._owner, user=self._layer if self._alone else None, gates=self._gates)
         self._layer.forward = partial(self._forward, product)  # pyrefly: ignore  # an instance's own, on purpose
 
     def _forward(self, product: Any, x: torch.Tensor) -> torch.Tensor:
         """`x` is `[..., local input]`."""
         weight, bias = self._owner.weight, getattr(self._owner, "bias", None)
-        if self._axis is None or self._axis.size == 1:
+        if self._alone:
             return product(x, weight, bias)
+        assert self._axis is not None
         assert self._axis.collectives is not None
         y = self._axis.collectives.all_reduce(product(x, weight, None))
         return y if bias is None else y + bias

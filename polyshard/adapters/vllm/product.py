@@ -12,6 +12,7 @@ from torch import nn
 
 from polyshard.adapters.vllm.compat import (
     QuantizeMethodBase,
+    RowParallelLinear,
     UnquantizedEmbeddingMethod,
     UnquantizedLinearMethod,
     has_product_of_processor,
@@ -19,6 +20,7 @@ from polyshard.adapters.vllm.compat import (
 )
 from polyshard.compiled.product import PackedProduct, rejects
 from polyshard.core.errors import ConfigurationError
+from polyshard.core.fused import FusedProducts
 
 logger = logging.getLogger(__name__)
 
@@ -50,23 +52,28 @@ def chosen(dtype: torch.dtype) -> Kind:
     return "vllm"
 
 
-def pack_weight(layer: Any, remove_weight: bool = False, user: Any = None) -> Any:
+def pack_weight(layer: Any, remove_weight: bool = False, user: Any = None, gates: bool = False) -> Any:
     """Pack `layer.weight` `[out, in]`, and give the product `(x, weight, bias) -> x Wᵀ + b` by what was packed.
 
     Args:
         layer: whose bias, if any, is added.
         remove_weight: free the weight, as vLLM does for its own layers.
-        user: the module that a model calls, where the first half of its outputs are gates of the second: it is told
-            how to multiply and gate at once (`polyshard.swiglu`).
+        user: the module that a model calls, where its forward is this product: it is told what can be computed inside
+            (`polyshard.add_residual`, `polyshard.swiglu`).
+        gates: whether the first half of the outputs may be gates of the second.
     """
     weight = layer.weight
     if weight.is_meta or chosen(weight.dtype) == "vllm":
         if user is not None:
-            user.gated_product = None
+            user.fused_products = None
         return vllm_product(layer, remove_weight)
-    product = PackedProduct(weight, gated=user is not None)
+    product = PackedProduct(weight, gated=gates)
     if user is not None:
-        user.gated_product = lambda x: product.swiglu(x, getattr(layer, "bias", None))
+        user.fused_products = FusedProducts(
+            out_features=product.out_features,
+            added_to=lambda residual, x: product.added_to(residual, x, getattr(layer, "bias", None)),
+            swiglu=(lambda x: product.swiglu(x, getattr(layer, "bias", None))) if gates else None,
+        )
     layer.cpu_linear = lambda x, weight, bias=None: product(x, bias)
     if remove_weight:
         layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
@@ -88,7 +95,8 @@ class PackedLinearMethod(UnquantizedLinearMethod):
         if getattr(layer, "_cpu_skip_gemm_dispatch", False):  # its weight is read as it is
             super().process_weights_after_loading(layer)
         else:
-            pack_weight(layer, remove_weight=True, user=layer if self.gates else None)
+            summed = isinstance(layer, RowParallelLinear) and layer.tp_size > 1
+            pack_weight(layer, remove_weight=True, user=None if summed else layer, gates=self.gates)
 
 
 class PackedGateMethod(PackedLinearMethod):

@@ -1,0 +1,95 @@
+"""What functions of a layer's output leave to the layer's engine, and what they do themselves."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import polyshard as ps
+from polyshard.core.fused import FusedProducts
+
+X = torch.randn(3, 6, generator=torch.Generator().manual_seed(4))
+RESIDUAL = torch.ones(3, 8)
+CALLS = {
+    "swiglu": (lambda layer: ps.swiglu(X, layer), lambda layer: ps.swiglu(layer(X)), X),
+    "add_residual": (
+        lambda layer: ps.add_residual(RESIDUAL, X, layer),
+        lambda layer: RESIDUAL + layer(X),
+        RESIDUAL,
+    ),
+}
+
+
+@pytest.fixture(params=CALLS)
+def call(request):
+    """Of a layer; what it is in torch's operations; what `packed` gives for it."""
+    return CALLS[request.param]
+
+
+@pytest.fixture
+def packed():
+    """A layer as an engine leaves it; its products give back what they are given."""
+    layer = torch.nn.Linear(6, 8)
+    layer.fused_products = FusedProducts(out_features=8, added_to=lambda residual, x: residual, swiglu=lambda x: x)
+    return layer
+
+
+def test_a_layer_that_no_engine_packed(call):
+    of, plain, _ = call
+    layer = torch.nn.Linear(6, 8)
+    assert torch.equal(of(layer), plain(layer))
+
+
+def test_hooks_see_the_output(call, packed):
+    of, plain, given = call
+    assert of(packed) is given
+    seen = []
+    handle = packed.register_forward_hook(lambda module, args, output: seen.append(output))
+    assert torch.equal(of(packed), plain(packed))
+    assert len(seen) == 2
+    handle.remove()
+    assert of(packed) is given
+
+
+def test_a_wrapper_that_hands_on_what_a_layer_has_is_called_itself(call, packed):
+    class Wrapper(torch.nn.Module):
+        """As vLLM's around a layer with LoRA adapters."""
+
+        def __init__(self, layer):
+            super().__init__()
+            self.inner = layer
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.inner, name)
+
+        def forward(self, x):
+            return 2 * self.inner(x)
+
+    of, plain, _ = call
+    wrapper = Wrapper(packed)
+    assert wrapper.fused_products is packed.fused_products
+    assert torch.equal(of(wrapper), plain(wrapper))
+
+
+def test_outputs_that_are_no_gates(packed):
+    packed.fused_products = dataclasses.replace(packed.fused_products, swiglu=None)
+    assert torch.equal(ps.swiglu(X, packed), ps.swiglu(packed(X)))
+
+
+@pytest.mark.parametrize(
+    "residual",
+    [torch.ones(3, 8, dtype=torch.float64), torch.ones(8), torch.ones(3, 1)],
+    ids=["dtype", "one-row", "one-column"],
+)
+def test_a_residual_unlike_the_output_is_added_by_torch(packed, residual):
+    assert torch.equal(ps.add_residual(residual, X, packed), residual + packed(X))
+
+
+def test_gradients_of_a_sum():
+    layer, residual = torch.nn.Linear(6, 8), RESIDUAL.clone().requires_grad_()
+    ps.add_residual(residual, X, layer).sum().backward()
+    assert torch.equal(residual.grad, torch.ones(3, 8))
+    assert torch.equal(layer.bias.grad, torch.full((8,), 3.0))
