@@ -21,6 +21,17 @@ class Unfinishable(decoder.Decoder):
     finish = None
 
 
+class Whole(decoder.Decoder):
+    """Gives logits, of all tokens."""
+
+    def forward(self, input_ids, positions, finish=True):
+        return self.compute_logits(super().forward(input_ids, positions, finish=finish))
+
+
+def build_whole(config, parallel_context):
+    return Whole(decoder.DecoderConfig.of(config), parallel_context)
+
+
 def build_unfinishable(config, parallel_context):
     return Unfinishable(decoder.DecoderConfig.of(config), parallel_context)
 
@@ -85,6 +96,12 @@ def test_recorded_and_adapted_models_are_finished_at_once(directory, tmp_path, m
         rows = rows_of_mlps(llm)
         assert_same_generation(greedy(llm, PROMPTS, 1), expected, BOUND)
         assert [layer[0] for layer in rows] == [tokens] * len(rows)
+
+
+def test_logits_are_of_finished_states(directory):
+    ps.register_model("ServedWhole", build_whole, outputs="logits")
+    with engine(directory, "ServedWhole") as llm:
+        assert_same_generation(greedy(llm, PROMPTS, 4), greedy_transformers(directory, PROMPTS, 4), BOUND)
 
 
 def test_a_forward_that_nothing_finishes_is_refused(directory):

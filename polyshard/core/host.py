@@ -122,7 +122,7 @@ def check_served_interface(model: nn.Module, name: str, outputs: Outputs = "hidd
         inspect.signature(model.forward).bind(None, None)
     except TypeError as error:
         missing.append(f"a forward that takes (input_ids, positions): {error}")
-    if takes_finish(model) and not callable(getattr(model, "finish", None)):
+    if outputs == "hidden" and takes_finish(model) and not callable(getattr(model, "finish", None)):
         missing.append("a method finish(x), which a forward with the argument finish has to have")
     if missing:
         raise RegistrationError(f"model {name!r} ({type(model).__name__}) lacks {' and '.join(missing)}; {INTERFACE}")

@@ -88,7 +88,8 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
                 changes = parameter_changes(factory.module)
                 self.weights.accept("the trainer's own", shared_memory_watch(changes, "the engine was started"))
             self.recorder = recorder_of(self.model, self.context.get_tensor_parallel_rank())
-            self.finished_later = self.last_stage and self.recorder is None and finished_later(self.model, vllm_config)
+            can_wait = registered.outputs == "hidden" and self.last_stage and self.recorder is None
+            self.finished_later = can_wait and finished_later(self.model, vllm_config)
             self.body = (make_body(registered, self.model, vllm_config, self.finished_later),)
             self.loaded = False
 
