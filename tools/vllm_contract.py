@@ -107,9 +107,16 @@ TEXT: dict[str, tuple[str, ...]] = {
     ),
     "vllm/distributed/weight_transfer/factory.py": ("_registry",),
     "vllm/model_executor/layers/utils.py": ("cpu_linear",),
-    "vllm/model_executor/layers/linear.py": ("_cpu_skip_gemm_dispatch",),
+    "vllm/model_executor/layers/linear.py": ("_cpu_skip_gemm_dispatch", "self.tp_size"),
     "vllm/model_executor/layers/attention/mla_attention.py": ("self.kv_b_proj",),
-    "vllm/config/model.py": ("def use_mla",),
+    "vllm/config/model.py": ("def use_mla", "self.runner_type"),
+    "vllm/config/speculative.py": ("method: ", '"ngram"', '"suffix"'),
+    # Rows of hidden states are chosen for compute_logits, and nothing else is done with them.
+    "vllm/v1/worker/gpu_model_runner.py": (
+        "sample_hidden_states = hidden_states[logits_indices]",
+        "self.model.compute_logits(sample_hidden_states)",
+        "self.model.compute_logits(prompt_hidden_states)",
+    ),
     "vllm/v1/engine/output_processor.py": ("request_states",),
     "vllm/v1/engine/core_client.py": ("engine_dead", "def shutdown", "self._finalizer", "outputs_queue"),
     "vllm/v1/engine/core.py": (
@@ -117,7 +124,7 @@ TEXT: dict[str, tuple[str, ...]] = {
         "model_executor.shutdown",
         "scheduler.shutdown",
     ),
-    "vllm/config/compilation.py": ("class CompilationMode",),
+    "vllm/config/compilation.py": ("class CompilationMode", "cudagraph_mode: "),
     "vllm/envs.py": ("VLLM_CPU_ATTN_SPLIT_KV", "VLLM_BATCH_INVARIANT", "VLLM_MLA_DISABLE"),
     "vllm/v1/attention/backends/cpu_attn.py": ("self.isa", "self.num_heads", "self.window_size", "self.head_dim"),
     "vllm/v1/attention/backend.py": ("query_start_loc", "seq_lens", "block_table_tensor", "num_reqs"),
