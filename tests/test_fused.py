@@ -88,6 +88,10 @@ def test_a_residual_unlike_the_output_is_added_by_torch(packed, residual):
     assert torch.equal(ps.add_residual(residual, X, packed), residual + packed(X))
 
 
+def test_without_a_residual_it_is_the_layer(packed):
+    assert torch.equal(ps.add_residual(None, X, packed), packed(X))
+
+
 def test_gradients_of_a_sum():
     layer, residual = torch.nn.Linear(6, 8), RESIDUAL.clone().requires_grad_()
     ps.add_residual(residual, X, layer).sum().backward()

@@ -162,7 +162,7 @@ class TrainableMLA(nn.Module):
         q = torch.cat((q_nope, q_rope), dim=-1)
         if self.latent_core is not None:
             out = self.latent_core(q.flatten(0, -3), latent.flatten(0, -2), k_rope.flatten(0, -3))
-            return self._project(out.flatten(-2).unflatten(0, lead), residual)
+            return add_residual(residual, out.flatten(-2).unflatten(0, lead), self.o_proj)
 
         kv = self.kv_b_proj(latent).unflatten(-1, (-1, nope + value))
         k_nope, v = kv.split([nope, value], dim=-1)
@@ -179,10 +179,7 @@ class TrainableMLA(nn.Module):
             training=self.training,
             kernel=self.kernel,
         )
-        return self._project(out, residual)
-
-    def _project(self, out: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        return self.o_proj(out) if residual is None else add_residual(residual, out, self.o_proj)
+        return add_residual(residual, out, self.o_proj)
 
     def _queries(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.q_proj is not None:

@@ -218,7 +218,7 @@ class TrainableFlashAttention(nn.Module):
             sinks=self.sinks,
             kernel=self.kernel,
         )
-        return self.o_proj(out) if residual is None else add_residual(residual, out, self.o_proj)
+        return add_residual(residual, out, self.o_proj)
 
     def heads(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """This rank's query, key and value heads, each `[..., heads, dim]`, normed, not yet rotated."""

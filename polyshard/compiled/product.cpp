@@ -12,7 +12,6 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <type_traits>
 
 #include "registers.h"
 
@@ -174,15 +173,9 @@ inline void put(T* to, Vec x, int64_t count) {
 
 template <typename T>
 inline Vec rounded(Vec x) {
-  if constexpr (std::is_same_v<T, float>) {
-    return x;
-  } else if constexpr (std::is_same_v<T, Bfloat16>) {
-    return widened(T{}, nearest(T{}, x));
-  } else {
-    alignas(64) T row[WIDTH];
-    store(row, x);
-    return load(row);
-  }
+  alignas(64) T row[WIDTH];
+  store(row, x);
+  return load(row);
 }
 
 // Rows of numbers, `stride` of them apart.

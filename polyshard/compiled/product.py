@@ -85,13 +85,17 @@ def _multiply(
     assert x.dtype == dtype, (x.dtype, dtype)
     assert bias is None or (bias.dtype == dtype and bias.is_contiguous())
     rows, stride = rows_of(x)
-    out = x.new_empty((*x.shape[:-1], half if gated else out_features))
+    out = _outputs(x, out_features, half, gated)
     added, added_stride = (None, 0) if residual is None else rows_of(residual)
     pointers = rows.data_ptr(), stride, packed.data_ptr(), None if bias is None else bias.data_ptr()
     sums = None if added is None else added.data_ptr(), added_stride, out.data_ptr()
     sizes = rows.shape[0], x.shape[-1], out_features, half
     _product()(KINDS[dtype], *pointers, *sums, *sizes, gated, torch.get_num_threads())
     return out
+
+
+def _outputs(x: torch.Tensor, out_features: int, half: int, gated: bool) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], half if gated else out_features))
 
 
 # A graph's compiler looks at tensors and calls this by name. Bare, since `torch.library.custom_op` takes as long for
@@ -105,17 +109,11 @@ _LIBRARY.impl("packed_product", _multiply, "CPU")
 _operator = torch.ops.polyshard.packed_product.default
 
 
-@torch.library.register_fake("polyshard::packed_product", lib=_LIBRARY)
-def _(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    out_features: int,
-    half: int,
-    gated: bool,
-) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], half if gated else out_features))
+torch.library.register_fake(
+    "polyshard::packed_product",
+    lambda x, packed, bias, residual, *sizes: _outputs(x, *sizes),
+    lib=_LIBRARY,
+)
 
 
 @functools.cache

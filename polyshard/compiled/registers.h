@@ -31,21 +31,22 @@ struct Float16 {
 inline Vec load(const float* p) { return *reinterpret_cast<const VecAnywhere*>(p); }
 inline void store(float* p, Vec x) { *reinterpret_cast<VecAnywhere*>(p) = x; }
 
-inline Vec widened(Bfloat16, Half x) { return (Vec)(__builtin_convertvector(x, Word) << 16); }
-inline Vec load(const Bfloat16* p) { return widened(Bfloat16{}, *reinterpret_cast<const Half*>(p)); }
+inline Vec load(const Bfloat16* p) {
+  return (Vec)(__builtin_convertvector(*reinterpret_cast<const Half*>(p), Word) << 16);
+}
 
 // To the nearest, ties to even; NaN stays NaN.
-inline Half nearest(Bfloat16, Vec x) {
+inline void store(Bfloat16* p, Vec x) {
 #ifdef __AVX512BF16__
-  return (Half)_mm512_cvtneps_pbh((__m512)x);  // numbers below 2^-126 to zeros
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);  // numbers below 2^-126 to zeros
+  __builtin_memcpy(p, &rounded, 32);
 #else
   const Word bits = (Word)x;
   const Word rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Word nan = (Word)(x != x);
-  return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Half);
+  *reinterpret_cast<Half*>(p) = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Half);
 #endif
 }
-inline void store(Bfloat16* p, Vec x) { *reinterpret_cast<Half*>(p) = nearest(Bfloat16{}, x); }
 
 #ifdef __AVX512F__
 inline Vec load(const Float16* p) {

@@ -122,15 +122,15 @@ def check_served_interface(model: nn.Module, name: str, outputs: Outputs = "hidd
         inspect.signature(model.forward).bind(None, None)
     except TypeError as error:
         missing.append(f"a forward that takes (input_ids, positions): {error}")
-    if outputs == "hidden" and takes_finish(model) and not callable(getattr(model, "finish", None)):
+    if outputs == "hidden" and forward_takes(model, "finish") and not callable(getattr(model, "finish", None)):
         missing.append("a method finish(x), which a forward with the argument finish has to have")
     if missing:
         raise RegistrationError(f"model {name!r} ({type(model).__name__}) lacks {' and '.join(missing)}; {INTERFACE}")
 
 
-def takes_finish(model: nn.Module) -> bool:
-    """Whether its forward can be asked to end after the last attention."""
-    return "finish" in inspect.signature(model.forward).parameters
+def forward_takes(model: nn.Module, argument: str) -> bool:
+    """Whether its forward has an argument of this name."""
+    return argument in inspect.signature(model.forward).parameters
 
 
 def describe(factory: Any) -> str:

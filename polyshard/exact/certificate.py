@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import platform
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from polyshard.checkpoint import load_checkpoint, read_config
-from polyshard.core.host import build_model, check_served_interface
+from polyshard.core.host import build_model, check_served_interface, forward_takes
 from polyshard.exact.logprobs import token_logprobs
 from polyshard.exact.trace import FirstDifference, Recorder, first_difference
 from polyshard.launch import initialize, shutdown
@@ -226,7 +225,7 @@ def _forward(model: Any, ids: torch.Tensor, starts: list[int]) -> torch.Tensor:
     """Hidden states of sequences laid end to end: packed where the model takes boundaries, else one by one."""
     lengths = [end - start for start, end in pairwise(starts)]
     positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])
-    if "cu_seqlens" in inspect.signature(model.forward).parameters:
+    if forward_takes(model, "cu_seqlens"):
         return model(ids, positions, cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=ids.device))
     return torch.cat([model(part, at) for part, at in zip(ids.split(lengths), positions.split(lengths))])
 

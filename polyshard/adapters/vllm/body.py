@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
 import uuid
@@ -15,7 +14,7 @@ from torch import nn
 
 from polyshard.adapters.vllm.compat import CompilationMode, VllmConfig, support_torch_compile
 from polyshard.core.errors import RegistrationError
-from polyshard.core.host import RegisteredModel, as_entry
+from polyshard.core.host import RegisteredModel, as_entry, forward_takes
 from polyshard.registry.opaque import is_kept
 
 logger = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ def make_body(registered: RegisteredModel, model: nn.Module, vllm_config: VllmCo
     if isinstance(vllm_config.additional_config, dict):  # part of vLLM's hash of a config
         vllm_config.additional_config["polyshard"] = identity
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    takes_embeddings = "inputs_embeds" in inspect.signature(model.forward).parameters
+    takes_embeddings = forward_takes(model, "inputs_embeds")
     batched = registered.inputs == "batched"
 
     class Body(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from polyshard.adapters.vllm.compat import VllmConfig, captures_graphs
-from polyshard.core.host import takes_finish
+from polyshard.core.host import forward_takes
 
 _DRAFT_FROM_TOKENS = ("ngram", "suffix")  # the others are given the target's hidden states
 
@@ -19,7 +19,7 @@ def finished_later(model: nn.Module, vllm_config: VllmConfig) -> bool:
     """
     speculative = vllm_config.speculative_config
     return (
-        takes_finish(model)
+        forward_takes(model, "finish")
         and (speculative is None or speculative.method in _DRAFT_FROM_TOKENS)
         and vllm_config.lora_config is None
         and not captures_graphs(vllm_config)
