@@ -43,7 +43,8 @@ def main(
 ) -> None:
     """Compare."""
     names = ["polyshard", "exact"]
-    times, started = serving.measure(names, model, dtype, tensor_parallel, False, threads, rounds, restarts)
+    options = serving.Options(dtype, tensor_parallel, threads=threads)
+    times, started = serving.measure(names, model, options, rounds, restarts)
     seconds: dict[str, dict[str, list[float]]] = {
         f"serving, {load.name}": {name: times[name][load.name] for name in names} for load in serving.LOADS
     }

@@ -3,8 +3,10 @@
     python benchmarks/serving.py [MODEL] [--dtype bfloat16] [--tensor-parallel 1] [--compiled] [--json FILE] [--check]
 
 MODEL is a Hugging Face directory of a Llama-class model (default: SmolLM2-135M, which `examples/smollm2.py` writes), or
-`qwen3` for a Qwen3 of half a billion random weights. Each engine stands in a process of its own and all stay alive;
-they run the loads by turns, and each ratio is that of the medians. `--check` ends with status 1 where a goal is missed.
+`qwen3` for a Qwen3 of half a billion random weights, or `llama-8b` for the shape of Llama 3.1 8B. On a GPU ask for more
+requests at once (`--times 8`), and mind that all engines hold their weights there. Each engine stands in a process of
+its own and all stay alive; they run the loads by turns, and each ratio is that of the medians. `--check` ends with
+status 1 where a goal is missed.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -52,6 +55,36 @@ LOADS = (
 )
 GOALS = {("bfloat16", False): 1.15, ("float32", False): 1.05, ("bfloat16", True): 1.10, ("float32", True): 1.10}
 ADOPTED_GOAL, TRANSFORMERS_GOAL = 0.95, 1.05
+
+
+# Of random weights: (model type, architecture, sizes).
+SHAPES: dict[str, tuple[str, str, dict[str, int]]] = {
+    "qwen3": (
+        "qwen3",
+        "Qwen3ForCausalLM",
+        {
+            "vocab_size": 32768,
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+        },
+    ),
+    "llama-8b": (
+        "llama",
+        "LlamaForCausalLM",
+        {
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -90,31 +123,37 @@ def main(
     rounds: Annotated[int, typer.Option(help="After one to warm up, with each set of processes.")] = 3,
     restarts: Annotated[int, typer.Option(help="Sets of processes: memory lies better in some than in others.")] = 3,
     threads: Annotated[int, typer.Option(help="OpenMP threads of each rank.")] = 1,
+    times: Annotated[int, typer.Option(help="How often each load's requests are asked for at once.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     check: Annotated[bool, typer.Option(help="Exit status 1 where a goal is missed.")] = False,
     worker: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Compare."""
     if worker is not None:
-        serve(ENGINES[worker], model, dtype, tensor_parallel, compiled)
+        serve(ENGINES[worker], model, dtype, tensor_parallel, compiled, times)
         return
     names = engines.split(",")
     unknown = [name for name in names if name not in ENGINES]
     if unknown or "native" not in names:
         raise typer.BadParameter(f"engines are {', '.join(ENGINES)}, native among them; got {engines}")
-    times, started = measure(names, model, dtype, tensor_parallel, compiled, threads, rounds, restarts)
-    report(names, times, started, dtype, compiled, json_file, check)
+    options = Options(dtype, tensor_parallel, compiled, threads, times)
+    seconds, started = measure(names, model, options, rounds, restarts)
+    report(names, seconds, started, dtype, compiled, json_file, check)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all engines of a comparison share; see `main`."""
+
+    dtype: str
+    tensor: int = 1
+    compiled: bool = False
+    threads: int = 1
+    times: int = 1
 
 
 def measure(
-    names: list[str],
-    model: str,
-    dtype: str,
-    tensor_parallel: int,
-    compiled: bool,
-    threads: int,
-    rounds: int,
-    restarts: int,
+    names: list[str], model: str, options: Options, rounds: int, restarts: int
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[float]]]:
     """Seconds of each engine for each load, run by turns; and of each start."""
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as open_engines:
@@ -125,7 +164,7 @@ def measure(
             running = {}
             order = names[again % len(names) :] + names[: again % len(names)]
             for name in track(order, f"starting engines, {again + 1} of {restarts}"):
-                running[name] = Running(name, directory, dtype, tensor_parallel, compiled, threads)
+                running[name] = Running(name, directory, options)
                 open_engines.callback(running[name].close)
                 started[name].append(running[name].seconds)
             for index in track(range(rounds + 1), "rounds"):
@@ -140,20 +179,11 @@ def measure(
 
 def prepare(model: str, scratch: Path) -> Path:
     """A directory with weights."""
-    if model == "qwen3":
-        from transformers import Qwen3Config
+    if model in SHAPES:
+        from transformers import AutoConfig
 
-        config = Qwen3Config(
-            vocab_size=32768,
-            hidden_size=1024,
-            intermediate_size=3072,
-            num_hidden_layers=28,
-            num_attention_heads=16,
-            num_key_value_heads=8,
-            head_dim=64,
-            max_position_embeddings=2048,
-            architectures=["Qwen3ForCausalLM"],
-        )
+        kind, architecture, shape = SHAPES[model]
+        config = AutoConfig.for_model(kind, max_position_embeddings=2048, architectures=[architecture], **shape)
         config.save_pretrained(scratch)
         return scratch
     if model:
@@ -185,13 +215,14 @@ def environment_of(tensor: int = 1, compiled: bool = False, threads: int = 1) ->
 class Running:
     """An engine's process."""
 
-    def __init__(self, name: str, directory: Path, dtype: str, tensor: int, compiled: bool, threads: int) -> None:
-        options = ["--dtype", dtype, "--tensor-parallel", str(tensor), *(["--compiled"] if compiled else [])]
+    def __init__(self, name: str, directory: Path, asked: Options) -> None:
+        options = ["--dtype", asked.dtype, "--tensor-parallel", str(asked.tensor), "--times", str(asked.times)]
+        options += ["--compiled"] if asked.compiled else []
         self.name = name
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the process
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve()), str(directory), *options, "--worker", name],
-            env=environment_of(tensor, compiled, threads),
+            env=environment_of(asked.tensor, asked.compiled, asked.threads),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -238,6 +269,9 @@ def start(engine: Engine, directory: str, dtype: str, tensor: int = 1, compiled:
 
     if not list(Path(directory).glob("*.safetensors")):
         options["load_format"] = "dummy"
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:  # so much has to be free when an engine starts: not the nine tenths that it would want for itself
+        options["gpu_memory_utilization"] = 0.25
     return partial(
         LLM,
         directory,
@@ -246,7 +280,7 @@ def start(engine: Engine, directory: str, dtype: str, tensor: int = 1, compiled:
         max_model_len=512,
         max_num_batched_tokens=2048,
         enforce_eager=not compiled,
-        kv_cache_memory_bytes=512 << 20,
+        kv_cache_memory_bytes=(4096 if on_gpu else 512) << 20,
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
         disable_log_stats=True,
@@ -254,7 +288,7 @@ def start(engine: Engine, directory: str, dtype: str, tensor: int = 1, compiled:
     )
 
 
-def serve(engine: Engine, directory: str, dtype: str, tensor: int, compiled: bool) -> None:
+def serve(engine: Engine, directory: str, dtype: str, tensor: int, compiled: bool, times: int) -> None:
     """Answer on stdout how long the start, and then each load named on stdin, takes."""
     from vllm import SamplingParams
 
@@ -263,12 +297,12 @@ def serve(engine: Engine, directory: str, dtype: str, tensor: int, compiled: boo
     llm = starting()
     print(f"{MARK}{time.perf_counter() - before}", flush=True)
     for line in sys.stdin:
-        load = LOADS[int(line)]
+        requests = LOADS[int(line)].requests * times
         prompts = [
-            {"prompt_token_ids": [(7 * i + j) % 5000 + 10 for j in range(n)]} for i, (n, _) in enumerate(load.requests)
+            {"prompt_token_ids": [(7 * i + j) % 5000 + 10 for j in range(n)]} for i, (n, _) in enumerate(requests)
         ]
         parameters = [
-            SamplingParams(temperature=0, max_tokens=out, ignore_eos=True, detokenize=False) for _, out in load.requests
+            SamplingParams(temperature=0, max_tokens=out, ignore_eos=True, detokenize=False) for _, out in requests
         ]
         before = time.perf_counter()
         llm.generate(prompts, parameters, use_tqdm=False)

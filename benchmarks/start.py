@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from serving import ENGINES, LOADS, Running, environment_of, prepare, start
+from serving import ENGINES, LOADS, Options, Running, environment_of, prepare, start
 
 NAMES = ("native", "polyshard")
 FIRST = next(place for place, load in enumerate(LOADS) if load.name.startswith("first token"))
@@ -63,7 +63,7 @@ def main(
 def once(name: str, directory: Path, dtype: str, threads: int) -> tuple[float, ...]:
     """Seconds of one start's parts."""
     before = time.perf_counter()
-    running = Running(name, directory, dtype, tensor=1, compiled=False, threads=threads)
+    running = Running(name, directory, Options(dtype, threads=threads))
     whole = time.perf_counter() - before
     requests = running.run(FIRST), running.run(FIRST)
     running.close()

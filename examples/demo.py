@@ -154,8 +154,9 @@ def prove(
         ids, from_server = served[title]
         sequence = torch.tensor([prompt + ids])
         from_oracle = chosen(oracle(sequence).logits, sequence, len(prompt))
-        logits = ps.gather_logits(trainer.compute_logits(trainer(sequence)), context, trainer.config.vocab_size)
-        from_trainer = chosen(logits, sequence, len(prompt))
+        hidden = trainer(sequence.to(context.device))
+        logits = ps.gather_logits(trainer.compute_logits(hidden), context, trainer.config.vocab_size)
+        from_trainer = chosen(logits.cpu(), sequence, len(prompt))
         rows = list(zip(ids, from_oracle, from_trainer, from_server, strict=True))
         for i, (token, *three) in enumerate(rows):
             gap = max(three) - min(three)

@@ -125,6 +125,7 @@ def train(checkpoint: str, steps: int = 60) -> float:
     loss = torch.zeros(())
     for _ in range(steps):
         tokens = (torch.randint(VOCAB, (16, 1), generator=generator) + 3 * torch.arange(17)) % VOCAB
+        tokens = tokens.to(context.device)
         logits = model.compute_logits(trainer(tokens[:, :-1]))
         loss = ps.vocab_parallel_cross_entropy(logits, tokens[:, 1:], context, vocab_size=VOCAB)
         trainer.backward(loss)

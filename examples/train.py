@@ -160,6 +160,7 @@ def validation_loss(trainer: ps.TrainingEngine, rows: torch.Tensor, context: ps.
 
 def loss_of(trainer: ps.TrainingEngine, rows: torch.Tensor, context: ps.ParallelContext) -> torch.Tensor:
     """Mean loss of predicting each row's next tokens; a rank takes its part of each row."""
+    rows = rows.to(context.device)
     inputs, labels = (ps.context_shard(part, context, dim=1) for part in (rows[:, :-1], rows[:, 1:]))
     return trainer(inputs, labels=labels)
 

@@ -14,6 +14,7 @@ pytestmark = [
 KERNELS = ["flash_attn_4", "flash_attn_3", "flash_attn_2", "torch_varlen", "flex", "chunked", "vllm"]
 
 
+@pytest.mark.usefixtures("compiles")  # flex
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -172,6 +172,8 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine, each `[*positions.shape, 1, rotary_dim / 2]`, rounded to `dtype`."""
+        if self.inverse_frequencies.device != positions.device:  # made before its layers were given a device
+            self.inverse_frequencies = self._exactly.to(positions.device)
         # float32 even in a model of lower precision: positions above 256 are not exact in bfloat16.
         angles = positions.unsqueeze(-1).float() * self.inverse_frequencies.float()
         cos, sin = angles.cos() * self.factor, angles.sin() * self.factor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -45,6 +46,11 @@ def batches(config: SuiteConfig, steps: int) -> list[tuple[torch.Tensor, torch.T
     return result
 
 
+def placed(context: ParallelContext, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """On the device that this rank computes on."""
+    return [tensor.to(context.device) for tensor in tensors]
+
+
 def build(config: SuiteConfig, context: ParallelContext) -> SuiteModel:
     """The suite's model with the reference's weights."""
     model = SuiteModel(config, context)
@@ -75,7 +81,7 @@ def layers(adapter: str, tensor: int, sequence_parallel: bool, context_size: int
     results: dict[str, Named] = {}
     for tied in (False, True):
         config = SuiteConfig(tied=tied)
-        input_ids, labels = (context_shard(x, context, dim=1) for x in tokens(config))
+        input_ids, labels = (context_shard(x, context, dim=1) for x in placed(context, tokens(config)))
         model = build(config, context)
         loss = model(input_ids, labels)
         loss.backward()
@@ -107,9 +113,9 @@ def training(
     share, rank = context.get_data_parallel_world_size(), context.get_data_parallel_rank()
     losses, norms = [], []
     for step, (input_ids, labels) in enumerate(batches(config, steps)):
-        mine, targets = (context_shard(x[rank::share], context, dim=1) for x in (input_ids, labels))
+        mine, targets = (context_shard(x[rank::share], context, dim=1) for x in placed(context, (input_ids, labels)))
         parts = list(zip(mine.chunk(2), targets.chunk(2))) if step % 2 else [(mine, targets)]
-        total = torch.zeros(())
+        total = torch.zeros((), device=context.device)
         for ids, wanted in parts[:-1]:
             with trainer.accumulate():
                 loss = trainer(ids, wanted) / len(parts)
@@ -143,14 +149,15 @@ def pieces(adapter: str) -> dict[str, Any]:
     foreign = load_adapter("torch").initialize(_layout(2), timeout=60)
     adopted = library.adopt(foreign)
     assert isinstance(adopted, GroupContext)
-    results["adopted"] = build(SuiteConfig(), adopted)(*tokens(SuiteConfig())).detach()
+    results["adopted"] = build(SuiteConfig(), adopted)(*placed(adopted, tokens(SuiteConfig()))).detach()
     shutdown(adopted)
 
     context = initialize(adapter, timeout=60)  # the same world, another size
-    results["again"] = build(SuiteConfig(), context)(*tokens(SuiteConfig())).detach()
+    ids = placed(context, tokens(SuiteConfig()))
+    results["again"] = build(SuiteConfig(), context)(*ids).detach()
     results["dropout alone"] = _dropout(context)
     torch.manual_seed(100 + context.get_data_parallel_rank())
-    results["dropout of a replica"] = build(SuiteConfig(dropout=0.3), context)(*tokens(SuiteConfig())).detach()
+    results["dropout of a replica"] = build(SuiteConfig(dropout=0.3), context)(*ids).detach()
     shutdown(context)
     return results
 
@@ -159,7 +166,7 @@ def dies(adapter: str, timeout: float) -> tuple[float, str, tuple[int, ...]] | N
     """The last rank dies; what the first is told, and after how many seconds."""
     context = initialize(adapter, tensor=2, timeout=timeout)
     model = build(SuiteConfig(), context)
-    input_ids, labels = tokens(SuiteConfig())
+    input_ids, labels = placed(context, tokens(SuiteConfig()))
     model(input_ids, labels).backward()
     if context.get_tensor_parallel_rank() == 1:
         os._exit(7)
@@ -187,10 +194,15 @@ def _loss_contract(context: ParallelContext) -> dict[str, Any]:
     found: dict[str, Any] = {"logits": logits, "targets": targets}
     for reduction in ("mean", "sum", "none"):
         for smoothing in (0.0, 0.1):
-            local = padded.chunk(2, dim=1)[rank].clone().requires_grad_()
+            local = padded.chunk(2, dim=1)[rank].to(context.device, copy=True).requires_grad_()
             before = local.detach().clone()
             loss = vocab_parallel_cross_entropy(
-                local, targets, context, vocab_size=11, reduction=reduction, label_smoothing=smoothing
+                local,
+                targets.to(context.device),
+                context,
+                vocab_size=11,
+                reduction=reduction,
+                label_smoothing=smoothing,
             )
             loss.sum().backward()
             untouched = torch.equal(local.detach(), before)
@@ -200,7 +212,7 @@ def _loss_contract(context: ParallelContext) -> dict[str, Any]:
 
 def _dropout(context: ParallelContext) -> torch.Tensor:
     model = build(SuiteConfig(dropout=0.3), context)
-    input_ids, labels = tokens(SuiteConfig())
+    input_ids, labels = placed(context, tokens(SuiteConfig()))
     torch.manual_seed(9)
     first = model(input_ids, labels).detach()
     torch.manual_seed(9)

@@ -10,10 +10,14 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map_only
+
+# Before the fork server asks whether there is a GPU: CUDA's own answer would keep its children from using one.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 # What every rank would import; torch._dynamo comes with the first optimizer.
 PRELOAD = [
@@ -40,7 +44,7 @@ def _agent_store() -> dist.TCPStore:
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-def _environment_of_ranks(world_size: int, store: dist.TCPStore | None) -> list[dict[str, str]]:
+def _environment_of_ranks(world_size: int, store: dist.TCPStore | None, device: str) -> list[dict[str, str]]:
     """What torchrun tells each rank of one machine; without a store, what a launcher says that leaves it to rank 0."""
     shared = {
         "WORLD_SIZE": str(world_size),
@@ -48,6 +52,7 @@ def _environment_of_ranks(world_size: int, store: dist.TCPStore | None) -> list[
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port if store else free_port()),
         "TORCHELASTIC_USE_AGENT_STORE": str(store is not None),
+        **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}),
     }
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
 
@@ -59,6 +64,7 @@ def run_ranks(
     timeout: float = 120.0,
     silent: tuple[int, ...] = (),
     agent: bool = True,
+    device: Literal["cpu", "cuda"] = "cpu",
 ) -> list[Any]:
     """Call `function(*args)` on each rank, in processes with torchrun's environment variables.
 
@@ -69,6 +75,7 @@ def run_ranks(
         timeout: seconds after which all ranks are killed.
         silent: ranks that are meant to die or freeze; they are not waited for.
         agent: this process keeps the store that they meet in, as torchrun's agent does; else rank 0 does.
+        device: what the ranks see: on a machine with GPUs `cpu` hides them; `cuda` gives each rank one of its own.
 
     Returns:
         What each rank returned, in rank order (picklable; tensors as CPU tensors); None for those that gave no answer.
@@ -80,7 +87,7 @@ def run_ranks(
     spawn = multiprocessing.get_context("forkserver")
     spawn.set_forkserver_preload(PRELOAD)
     store = _agent_store() if agent else None
-    environment = _environment_of_ranks(world_size, store)
+    environment = _environment_of_ranks(world_size, store, device)
     started, pipes = [], []
     for rank in range(world_size):
         receiving, sending = spawn.Pipe(duplex=False)
@@ -112,7 +119,7 @@ def _run(
     os.environ.update(environment)
     torch.set_num_threads(1)
     try:
-        answer = ("returned", function(*args))
+        answer = ("returned", tree_map_only(torch.Tensor, torch.Tensor.cpu, function(*args)))
     except BaseException:
         answer = ("raised", traceback.format_exc())
     # Plain pickle: multiprocessing's own would share tensors with a process that is about to end.

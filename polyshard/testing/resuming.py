@@ -51,7 +51,7 @@ def steps(engine: Any, context: ParallelContext, first: int, last: int) -> list[
     for ids, labels in batches[first:last]:
         rows = len(ids) // axis.size
         mine = slice(axis.rank * rows, (axis.rank + 1) * rows)
-        loss = engine(*(context_shard(x[mine], context, dim=1) for x in (ids, labels)))
+        loss = engine(*(context_shard(x[mine], context, dim=1) for x in checks.placed(context, (ids, labels))))
         engine.backward(loss)
         engine.step()
         value = loss.detach().clone()

@@ -32,12 +32,15 @@ def _few_collections() -> Iterator[None]:
 @contextlib.contextmanager
 def engine(directory: Path, architecture: str | None = None, **options: Any) -> Iterator[Any]:
     """An engine in this process; `architecture` overrides the checkpoint's."""
+    import torch
     import torch.distributed as dist
     from vllm import LLM
     from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 
     if architecture:
         options.setdefault("hf_overrides", {})["architectures"] = [architecture]
+    if torch.cuda.is_available():  # else each would want nine tenths of the GPU to be free
+        options.setdefault("gpu_memory_utilization", 0.1)
     settings = {
         "dtype": "float32",
         "max_model_len": 256,

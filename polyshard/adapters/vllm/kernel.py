@@ -137,7 +137,7 @@ def _cuda_forward(
         softcap=spec.softcap or 0.0,
         alibi_slopes=call.alibi_slopes,
         return_softmax_lse=True,
-        fa_version=compat.cuda_flash_version(spec.head_dim),
+        fa_version=compat.cuda_flash_version(spec, call.sinks is not None),
         s_aux=call.sinks,
     )
     return out, logsumexp.transpose(0, 1).contiguous()

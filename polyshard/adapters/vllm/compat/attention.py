@@ -15,6 +15,7 @@ from vllm.v1.attention.selector import get_attn_backend
 from polyshard.adapters.vllm.compat.engines import model_dtype
 from polyshard.adapters.vllm.paging import CPU_BLOCK, Blocks, cut_queries
 from polyshard.attention.kernels.protocol import AttentionCall
+from polyshard.core.attention import AttentionSpec
 from polyshard.core.errors import ConfigurationError
 
 
@@ -156,11 +157,17 @@ def cuda_flash_attention() -> Any:
     return flash_attn_varlen_func
 
 
-def cuda_flash_version(head_dim: int) -> int:
-    """Which of its versions an engine takes on this device."""
+def cuda_flash_version(spec: AttentionSpec, sinks: bool) -> int:
+    """Which of its versions an engine takes on this device, as v1/attention/backends/flash_attn.py asks for it."""
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
-    return get_flash_attn_version(head_size=head_dim) or 2
+    version = get_flash_attn_version(
+        requires_alibi=spec.alibi_slopes is not None,
+        head_size=spec.head_dim,
+        has_sinks=sinks,
+        requires_softcap=spec.softcap is not None,
+    )
+    return version or 2
 
 
 def uses_latents(vllm_config: VllmConfig) -> bool:
