@@ -117,4 +117,5 @@ class GPT(nn.Module):
 
 def build_model(config: GPTConfig, parallel_context: ps.ParallelContext) -> GPT:
     """The factory."""
-    return GPT(config, parallel_context)
+    with parallel_context.device:  # where plain modules, such as torch's norms, stand too
+        return GPT(config, parallel_context)

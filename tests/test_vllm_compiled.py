@@ -29,6 +29,7 @@ def test_each_registration_is_compiled_for_itself(outcome, name):
     results, before, _ = outcome
     assert_same_generation(results[name]["first"], before, BOUND)
     assert (results[name]["graphs"] > 0) == (name != "megatron")  # whose layers are not taken
+    assert results[name]["seen"] == (name != "megatron")
 
 
 @pytest.mark.parametrize("name", ["vllm", "transformers", "torch", "megatron"])

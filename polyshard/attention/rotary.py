@@ -90,7 +90,8 @@ def _longrope(
     """
     original = float(_need(scaling, "original_max_position_embeddings", "longrope"))
     long = max_position > original
-    factors = torch.tensor(_need(scaling, "long_factor" if long else "short_factor", "longrope"), dtype=torch.float32)
+    given = _need(scaling, "long_factor" if long else "short_factor", "longrope")
+    factors = torch.tensor(given, dtype=torch.float32, device="cpu")
     if len(factors) != len(exponents):
         raise ConfigurationError(f"rotary scaling 'longrope' needs {len(exponents)} factors, it has {len(factors)}")
     factor = float(scaling.get("factor") or max_position / original)

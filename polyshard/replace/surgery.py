@@ -147,7 +147,7 @@ def _compare(old: nn.Module, new: ReplacedAttention, found: Found) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(like)
+        return torch.randn(shape, generator=generator, device="cpu").to(like)
 
     hidden = draw(2, _TOKENS, found.hidden_size)
     turned = int(found.head_dim * (getattr(config, "partial_rotary_factor", None) or 1.0))

@@ -50,12 +50,14 @@ WORLDS = {  # ranks, tensor size, context size
 
 @cache
 def _layers(adapter: str, device: Device, tensor: int, sequence_parallel: bool, context: int = 1) -> list[Any]:
-    return run_ranks(checks.layers, tensor * context, adapter, tensor, sequence_parallel, context, device=device)
+    return run_ranks(
+        checks.layers, tensor * context, adapter, tensor, sequence_parallel, context, gpus=device == "cuda"
+    )
 
 
 @cache
 def _pieces(adapter: str, device: Device) -> list[Any]:
-    return run_ranks(checks.pieces, 2, adapter, device=device)
+    return run_ranks(checks.pieces, 2, adapter, gpus=device == "cuda")
 
 
 @cache
@@ -149,7 +151,7 @@ class AdapterSuite:
         losses, norms = (torch.tensor(x) for x in _oracle_training())
         assert losses[-1] < 0.8 * losses[0], "the oracle does not learn"
         arguments = (self.adapter, tensor, context, engine, STEPS, SETTINGS)
-        results = run_ranks(checks.training, ranks, *arguments, device=self.device)
+        results = run_ranks(checks.training, ranks, *arguments, gpus=self.device == "cuda")
         for result in results:
             got = torch.tensor(result["losses"], dtype=losses.dtype)
             # AdamW magnifies rounding where the second moment is tiny: close at first, less so later.
@@ -169,7 +171,7 @@ class AdapterSuite:
         self.need("training", "data", *(["context"] if context > 1 else []), ranks=ranks)
         half, steps = STEPS // 2, STEPS
         arguments = (self.adapter, tensor, engine, half, steps, tmp_path / "state", 0.1, context)
-        results = run_ranks(resuming.all_in_one, ranks, *arguments, device=self.device)
+        results = run_ranks(resuming.all_in_one, ranks, *arguments, gpus=self.device == "cuda")
         for rank, (whole, begun, (losses, weights, step, data, carried)) in enumerate(results):
             assert begun + losses == whole[0]
             assert all(torch.equal(weights[name], value) for name, value in whole[1].items())
@@ -229,7 +231,7 @@ class AdapterSuite:
         """Within the timeout."""
         self.need("training", "tensor", ranks=2)
         timeout = 20.0
-        result = run_ranks(checks.dies, 2, self.adapter, timeout, silent=(1,), device=self.device)[0]
+        result = run_ranks(checks.dies, 2, self.adapter, timeout, silent=(1,), gpus=self.device == "cuda")[0]
         assert result is not None, "no RankFailureError was raised"
         seconds, message, ranks = result
         assert seconds < timeout

@@ -8,8 +8,10 @@ import sys
 
 import decoder
 from torch._dynamo.utils import counters
+from vllm.v1.worker.gpu.cudagraph_utils import has_compiled_submodule
 
 import polyshard as ps
+from polyshard.adapters.vllm.compat import local_worker
 from support.engines import engine, greedy
 
 REGISTRATIONS = {
@@ -43,8 +45,9 @@ def main():
         with engine(directory, "Compiled", enforce_eager=False) as llm:
             first = greedy(llm, prompts, tokens)
             graphs = counters["stats"]["unique_graphs"] - before
+            seen = has_compiled_submodule(local_worker(llm).model)  # else vLLM on CUDA captures and warms up nothing
             ps.WeightSync(model, context, llm)()
-            results[name] = {"first": first, "graphs": graphs, "synced": greedy(llm, prompts, tokens)}
+            results[name] = {"first": first, "graphs": graphs, "seen": seen, "synced": greedy(llm, prompts, tokens)}
     ps.register_model("Compiled", breaks)
     try:
         with engine(directory, "Compiled", enforce_eager=False):

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from polyshard.adapters.fairscale.compat import OSS, sharded_data_parallel
 from polyshard.adapters.shared import optimizer_state
+from polyshard.adapters.shared.devices import check_devices
 from polyshard.adapters.shared.grad_norm import check_max_grad_norm, clip_factor, counted_square
 from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import OptimizerFactory, StepResult
@@ -52,6 +53,7 @@ class FairscaleEngine:
         check_max_grad_norm(max_grad_norm)
         self.context = context
         self.updates = 0
+        check_devices(model, context)
         self.table = collect_layouts(model)
         self._guard = getattr(context, "guard", no_guard)
         self._max_grad_norm = max_grad_norm

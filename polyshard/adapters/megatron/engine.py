@@ -16,6 +16,7 @@ from torch import nn
 
 from polyshard.adapters.megatron import compat
 from polyshard.adapters.shared import optimizer_state
+from polyshard.adapters.shared.devices import check_devices
 from polyshard.adapters.shared.grad_norm import check_max_grad_norm
 from polyshard.adapters.shared.library_norm import prepare_for_library_norm
 from polyshard.adapters.shared.weights import load_shards
@@ -60,6 +61,7 @@ class MegatronEngine:
             )
         self.context = context
         self.updates = 0
+        check_devices(model, context)
         self.table = collect_layouts(model)
         self._guard = getattr(context, "guard", no_guard)
         self._module = model

@@ -34,12 +34,23 @@ def world_size_from_environment() -> int:
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
-    """The given device, or this rank's GPU, or the CPU."""
-    if device is not None:
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+    """The given device, or this rank's GPU, or the CPU; `cuda` without a number is this rank's GPU.
+
+    Raises:
+        ConfigurationError: there is no GPU of this rank's number.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.device(device)
+    if where.type != "cuda":
+        return where
+    number = int(os.environ.get("LOCAL_RANK", "0")) if where.index is None else where.index
+    if number >= torch.cuda.device_count():
+        raise ConfigurationError(
+            f"rank {os.environ.get('RANK', '0')} needs GPU {number}, but this machine shows "
+            f"{torch.cuda.device_count()}: start as many ranks as there are GPUs, or initialize(..., device='cpu')"
+        )
+    return torch.device("cuda", number)
 
 
 def initialize(

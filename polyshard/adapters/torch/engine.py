@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from polyshard.adapters.shared import optimizer_state
+from polyshard.adapters.shared.devices import check_devices
 from polyshard.adapters.shared.grad_norm import check_max_grad_norm
 from polyshard.adapters.shared.weights import check_shard
 from polyshard.adapters.torch.clip import clip_gradients, global_grad_norm
@@ -61,6 +62,7 @@ class TorchEngine:
         check_max_grad_norm(max_grad_norm)
         self.context = context
         self.updates = 0
+        check_devices(model, context)
         self.table = collect_layouts(model)  # before wrapping
         self._guard = getattr(context, "guard", no_guard)
         self._max_grad_norm = max_grad_norm

@@ -40,7 +40,8 @@ class RotaryTable:
         if self._cos is not cos or self._maker is maker:
             self._cos, self._maker = cos, maker
             self._table = torch.cat((cos, sin), dim=-1).flatten(0, -2)
-            if len(self._rows) != len(self._table):
+            # On a GPU made anew: a captured graph would go on reading rows that the next size has replaced.
+            if cos.device.type != "cpu" or len(self._rows) != len(self._table):
                 self._rows = torch.arange(len(self._table), device=cos.device)
         return self._table, self._rows
 

@@ -6,8 +6,9 @@ import hashlib
 import json
 import logging
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FunctionType
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,8 +23,10 @@ logger = logging.getLogger(__name__)
 COMPILED = ("vllm", "torch")  # adapters whose layers torch.compile is known to take whole
 
 
-def make_body(registered: RegisteredModel, model: nn.Module, vllm_config: VllmConfig, finished_later: bool) -> Any:
-    """A callable `(input_ids, positions, inputs_embeds)` around the user's model, compiled where the engine compiles.
+def make_body(
+    registered: RegisteredModel, model: nn.Module, vllm_config: VllmConfig, finished_later: bool
+) -> nn.Module:
+    """A module `(input_ids, positions, inputs_embeds)` around the user's model, compiled where the engine compiles.
 
     Where it is finished later, forward is asked to end after the last attention.
 
@@ -77,7 +80,7 @@ def make_body(registered: RegisteredModel, model: nn.Module, vllm_config: VllmCo
         return Body(vllm_config=vllm_config)
     dims = {"input_ids": 0, "positions": 0, "inputs_embeds": 0}
     compiled = support_torch_compile(dynamic_arg_dims=dims)(Body)  # pyrefly: ignore  # its overloads lack its arguments
-    return _told(registered.name, compiled(vllm_config=vllm_config))
+    return compiled(vllm_config=vllm_config)
 
 
 def _compiles(registered: RegisteredModel, vllm_config: VllmConfig) -> bool:
@@ -91,16 +94,13 @@ def _compiles(registered: RegisteredModel, vllm_config: VllmConfig) -> bool:
     return False
 
 
-def _told(name: str, body: Any) -> Any:
-    """The body, with the way out in the error where torch.compile cannot trace it."""
-
-    def call(*args: Any) -> torch.Tensor:
-        try:
-            return body(*args)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            raise RegistrationError(
-                f"model {name!r}: torch.compile cannot trace its forward as one graph: {error}. Change what it names, "
-                "or start the engine with enforce_eager=True"
-            ) from error
-
-    return call
+@contextmanager
+def traced_whole(name: str) -> Iterator[None]:
+    """Around a body's call: the way out in the error where torch.compile cannot trace it."""
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise RegistrationError(
+            f"model {name!r}: torch.compile cannot trace its forward as one graph: {error}. Change what it names, "
+            "or start the engine with enforce_eager=True"
+        ) from error

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard.adapters.vllm.body import make_body
+from polyshard.adapters.vllm.body import make_body, traced_whole
 from polyshard.adapters.vllm.compat import (
     IntermediateTensors,
     SupportsLoRA,
@@ -90,7 +90,8 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
             self.recorder = recorder_of(self.model, self.context.get_tensor_parallel_rank())
             can_wait = registered.outputs == "hidden" and self.last_stage and self.recorder is None
             self.finished_later = can_wait and finished_later(self.model, vllm_config)
-            self.body = (make_body(registered, self.model, vllm_config, self.finished_later),)
+            # A submodule: vLLM warms up, and captures piecewise, what it finds compiled among a model's modules.
+            self.body = make_body(registered, self.model, vllm_config, self.finished_later)
             self.loaded = False
 
         def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -112,7 +113,8 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
             self.weights.check()
             if not self.first_stage:
                 inputs_embeds = intermediate_tensors[HIDDEN]
-            hidden = self.body[0](None if inputs_embeds is not None else input_ids, positions, inputs_embeds)
+            with traced_whole(registered.name):
+                hidden = self.body(None if inputs_embeds is not None else input_ids, positions, inputs_embeds)
             if not self.last_stage:
                 return IntermediateTensors({HIDDEN: hidden})
             return self.whole_logits(hidden) if registered.outputs == "logits" else hidden
@@ -124,6 +126,7 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
             return IntermediateTensors({HIDDEN: hidden})
 
         def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            self.weights.check()  # here too: a captured graph stands for the forward
             if registered.outputs == "logits":
                 return hidden_states
             if self.finished_later:
