@@ -117,7 +117,9 @@ def _cuda_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from polyshard.adapters.vllm import compat
 
-    spec = call.spec
+    spec, value_dim = call.spec, v.shape[2]
+    size = max(q.shape[2], value_dim)  # as the engine's cache holds them: `PagedAttention`
+    q, k, v = (F.pad(t, (0, size - t.shape[2])) for t in (q, k, v))
     keys: dict[str, Any] = {"cu_seqlens_k": call.keys.cu_seqlens}
     if pinned:
         # As the engine runs it: its tiles depend on whether keys are paged, its splits on the batch.
@@ -137,7 +139,7 @@ def _cuda_forward(
         softcap=spec.softcap or 0.0,
         alibi_slopes=call.alibi_slopes,
         return_softmax_lse=True,
-        fa_version=compat.cuda_flash_version(spec, call.sinks is not None),
+        fa_version=compat.cuda_flash_version(size, spec, call.sinks is not None),
         s_aux=call.sinks,
     )
-    return out, logsumexp.transpose(0, 1).contiguous()
+    return out[..., :value_dim].contiguous(), logsumexp.transpose(0, 1).contiguous()

@@ -157,13 +157,13 @@ def cuda_flash_attention() -> Any:
     return flash_attn_varlen_func
 
 
-def cuda_flash_version(spec: AttentionSpec, sinks: bool) -> int:
+def cuda_flash_version(head_dim: int, spec: AttentionSpec, sinks: bool) -> int:
     """Which of its versions an engine takes on this device, as v1/attention/backends/flash_attn.py asks for it."""
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
     version = get_flash_attn_version(
         requires_alibi=spec.alibi_slopes is not None,
-        head_size=spec.head_dim,
+        head_size=head_dim,
         has_sinks=sinks,
         requires_softcap=spec.softcap is not None,
     )
