@@ -83,6 +83,15 @@ def test_a_parameter_on_another_device_is_named(adapter):
     ps.shutdown(context)
 
 
+@pytest.mark.skipif("deepspeed" not in TRAINERS, reason="DeepSpeed is not installed")
+def test_deepspeed_moves_no_model_off_its_ranks_device():
+    context = ps.initialize("deepspeed", device="meta")
+    layer = ps.column_parallel(4, 4, context)
+    with pytest.raises(ps.ConfigurationError, match=r"computes on cpu .* this rank on meta: .* DS_ACCELERATOR=meta"):
+        ps.load_adapter("deepspeed").engine(layer, ps.AdamW(), context)
+    ps.shutdown(context)
+
+
 @pytest.mark.parametrize("context", ["torch"], indirect=True)
 def test_plain_modules_of_a_factory_stand_there_too(context):
     model = nanogpt.build_model(

@@ -121,7 +121,7 @@ def without_shims():
     ps.shutdown(context)
 
     context = ps.initialize("megatron", tensor=2, timeout=30)
-    compat.cuda_as_cpu = contextlib.nullcontext
+    compat.cuda_as_cpu = lambda device: contextlib.nullcontext()
     try:
         ps.load_adapter("megatron").engine(ps.column_parallel(8, 8, context), ps.AdamW(), context)
     except (AssertionError, RuntimeError) as error:

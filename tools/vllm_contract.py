@@ -90,7 +90,9 @@ SIGNATURES: dict[tuple[str, str], tuple[str, ...]] = {
     ("vllm._custom_ops", "cpu_attn_reshape_and_cache"): (),
     ("vllm._custom_ops", "cpu_attention_with_kv_cache"): ("scale", "causal", "block_table", "softcap", "s_aux"),
     ("vllm._custom_ops", "rotary_embedding"): ("positions", "query", "key", "head_size", "cos_sin_cache", "is_neox"),
-    ("vllm.v1.attention.backends.fa_utils", "get_flash_attn_version"): ("head_size",),
+    ("vllm.v1.attention.backends.fa_utils", "get_flash_attn_version"): (
+        *("requires_alibi", "head_size", "has_sinks", "requires_softcap"),
+    ),
     ("vllm.model_executor.models.registry", "_ModelRegistry.register_model"): ("model_arch", "model_cls"),
     ("vllm.model_executor.models.utils", "WeightsMapper"): ("orig_to_new_prefix",),
 }
@@ -117,6 +119,13 @@ TEXT: dict[str, tuple[str, ...]] = {
         "self.model.compute_logits(sample_hidden_states)",
         "self.model.compute_logits(prompt_hidden_states)",
     ),
+    # The same of the runner that GPUs have; and where it looks for what is compiled.
+    "vllm/v1/worker/gpu/model_runner.py": (
+        "sample_hidden_states = hidden_states[input_batch.logits_indices]",
+        "self.model.compute_logits(sample_hidden_states)",
+        "has_compiled_submodule(self.model)",
+    ),
+    "vllm/v1/worker/gpu/cudagraph_utils.py": ("def has_compiled_submodule", "for m in model.modules()"),
     "vllm/v1/engine/output_processor.py": ("request_states",),
     "vllm/v1/engine/core_client.py": ("engine_dead", "def shutdown", "self._finalizer", "outputs_queue"),
     "vllm/v1/engine/core.py": (

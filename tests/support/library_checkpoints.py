@@ -57,7 +57,7 @@ def megatron_on_cpu():
         from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
         initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
-        with cuda_as_cpu(), mock.patch.object(torch.cuda, "synchronize"):
+        with cuda_as_cpu(torch.device("cpu")), mock.patch.object(torch.cuda, "synchronize"):
             yield parallel_state
 
 

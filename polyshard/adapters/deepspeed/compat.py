@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 with printing_as_log(logger, "DeepSpeed"):
     import deepspeed
     import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.module_inject import layers as _layers
     from deepspeed.module_inject.layers import (
         LinearAllreduce,
@@ -47,6 +48,7 @@ __all__ = [
     "LinearLayer",
     "VocabParallelEmbedding",
     "VocabParallelLinear",
+    "accelerator",
     "base_optimizer",
     "deepspeed",
     "enter_training_mode",
@@ -92,6 +94,11 @@ def forget_mpu() -> None:
 def gathered(parameters: Any, modifier_rank: int | None = None) -> Any:
     """Around access to whole parameters that ZeRO-3 has partitioned; does nothing to others."""
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
+
+
+def accelerator() -> str:
+    """The type of device that DeepSpeed chose for this process."""
+    return get_accelerator().device_name()
 
 
 def base_optimizer(optimizer: Any) -> Any:

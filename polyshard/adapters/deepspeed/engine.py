@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from polyshard.adapters.deepspeed.compat import (
+    accelerator,
     base_optimizer,
     deepspeed,
     forget_mpu,
@@ -63,6 +64,7 @@ class DeepspeedEngine:
         if zero_stage not in (0, 1, 2, 3):
             raise ConfigurationError(f"zero_stage must be 0, 1, 2 or 3, got {zero_stage!r}")
         check_max_grad_norm(max_grad_norm)
+        _check_accelerator(context.device)
         self.context = context
         self.updates = 0
         self.table = collect_layouts(model)  # before ZeRO-3 empties the parameters
@@ -216,3 +218,13 @@ class DeepspeedEngine:
             yield
         finally:
             self._engine.set_gradient_accumulation_boundary(True)
+
+
+def _check_accelerator(device: torch.device) -> None:
+    """Raise `ConfigurationError` where DeepSpeed would move the model off the rank's device."""
+    found = accelerator()
+    if found != device.type:
+        raise ConfigurationError(
+            f"DeepSpeed computes on {found} in this process, but this rank on {device}: it chooses once, when it is "
+            f"imported. Start with DS_ACCELERATOR={device.type}, or initialize(..., device={found!r})"
+        )

@@ -147,14 +147,14 @@ def optimizer_part(optimizer: Any, base: Any, parameter: torch.nn.Parameter) -> 
 
 
 @contextlib.contextmanager
-def current_device_as_cpu() -> Iterator[None]:
-    """`torch.cuda.current_device()` names the CPU, on a machine without CUDA; elsewhere nothing is changed.
+def current_device_as_cpu(device: torch.device) -> Iterator[None]:
+    """`torch.cuda.current_device()` names the CPU, where a rank computes there; on CUDA nothing is changed.
 
     Sequence parallel and DDP allocate with `device=torch.cuda.current_device()`: tensor_parallel/mappings.py:91,181,
     tensor_parallel/layers.py:552, distributed/param_and_grad_buffer.py:806 (0.16.1). `tests/test_megatron.py` fails
     when Megatron no longer needs this.
     """
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         yield
         return
     original = torch.cuda.current_device
@@ -166,14 +166,14 @@ def current_device_as_cpu() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def sequence_parallel_state() -> Iterator[None]:
+def sequence_parallel_state(device: torch.device) -> Iterator[None]:
     """What Megatron's layers read under sequence parallel: the global memory buffer that they gather into."""
     state: Any = parallel_state
     made = state._GLOBAL_MEMORY_BUFFER is None
     if made:
         state._set_global_memory_buffer()
     try:
-        with current_device_as_cpu():
+        with current_device_as_cpu(device):
             yield
     finally:
         if made:
@@ -195,15 +195,15 @@ class _CudaLiterals(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def cuda_as_cpu() -> Iterator[None]:
-    """Around the construction and the step of Megatron's optimizers, on a machine without CUDA.
+def cuda_as_cpu(device: torch.device) -> Iterator[None]:
+    """Around the construction and the step of Megatron's optimizers, where a rank computes on the CPU.
 
     They hold literal `device='cuda'` and compare `tensor.type()` with 'torch.cuda.FloatTensor':
     optimizer/optimizer.py:473,481,690,907, optimizer/clip_grads.py:90,103,115,167, optimizer/distrib_optimizer.py:420
     (0.16.1). `tests/test_megatron.py` fails when Megatron no longer needs this.
     """
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         yield
         return
-    with current_device_as_cpu(), _CudaLiterals():
+    with current_device_as_cpu(device), _CudaLiterals():
         yield

@@ -17,5 +17,6 @@ def adopt(context: ParallelContext, linear: Any) -> GroupContext:
     adopted = with_groups(group_context(context), ("tensor", "data", "pipeline"))
     held = contextlib.ExitStack()
     if adopted.layout.sequence_parallel:
-        held.enter_context(compat.sequence_parallel_state())  # the backward runs outside of any call of ours
+        # The backward runs outside of any call of ours.
+        held.enter_context(compat.sequence_parallel_state(adopted.device))
     return dataclasses.replace(adopted, linear=linear, on_shutdown=(held.close, *adopted.on_shutdown))

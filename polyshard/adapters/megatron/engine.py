@@ -90,7 +90,7 @@ class MegatronEngine:
         config = compat.layer_config(
             context.get_tensor_parallel_world_size(), context.layout.sequence_parallel, initialize=False
         )
-        with self._guard("data parallel setup"), compat.cuda_as_cpu():
+        with self._guard("data parallel setup"), compat.cuda_as_cpu(self.context.device):
             wrap: Any = compat.DistributedDataParallel  # typed for a TransformerConfig; reads what layer_config has
             self._ddp: Any = wrap(config=config, ddp_config=ddp_config, module=model, pg_collection=groups)
             self.optimizer: Any = compat.get_megatron_optimizer(
@@ -119,7 +119,7 @@ class MegatronEngine:
     def step(self) -> StepResult:
         """Average over the replicas, clip, update, clear."""
         self.updates += 1
-        with self._guard("data step"), compat.cuda_as_cpu():
+        with self._guard("data step"), compat.cuda_as_cpu(self.context.device):
             self._ddp.finish_grad_sync()
             updated, norm, _ = self.optimizer.step()
         self.zero_grad()
@@ -150,7 +150,7 @@ class MegatronEngine:
         """Set parameters, and the optimizer's own copies of them, from tensor-parallel shards."""
         self.updates += 1
         load_shards(dict(self._module.named_parameters()), weights)
-        with compat.cuda_as_cpu():
+        with compat.cuda_as_cpu(self.context.device):
             self.optimizer.reload_model_params()
 
     def weight_pieces(self) -> Iterator[Piece]:
@@ -162,7 +162,7 @@ class MegatronEngine:
     def weights_written(self) -> None:
         """Refresh the optimizer's copies."""
         self.updates += 1
-        with compat.cuda_as_cpu():
+        with compat.cuda_as_cpu(self.context.device):
             self.optimizer.reload_model_params()
 
     def optimizer_state(self) -> OptimizerState:
