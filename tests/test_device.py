@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import latent
 from support.models import tiny_config
-from test_attention_kernels import FEATURES, LENGTHS, case, cumulative
+from test_attention_kernels import FEATURES, LENGTHS, case
 from test_rotary import SCALINGS
 from torch import nn
 
@@ -20,6 +20,7 @@ from polyshard.adapters.torch.context import pick_device
 from polyshard.attention.functional import call_of
 from polyshard.attention.kernels.cpu import Chunked
 from polyshard.attention.kernels.softmax import sinks_gradient, with_sinks
+from polyshard.attention.kernels.torch_varlen import TorchVarlen
 from polyshard.attention.packing import of_lengths
 from polyshard.core.attention import AttentionSpec
 
@@ -134,12 +135,12 @@ def test_what_a_captured_graph_reads_is_made_within_it():
     assert len({id(tensor) for tensor in seen}) == 4
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-def test_tiles_of_attention_are_made_on_the_device_of_their_tensors(feature):
+def on_meta(feature):
+    """A feature's q, k, v, gradient of the output and sinks, and its call."""
     features = dict(FEATURES[feature])
     shape = {name: features.pop(name, None) for name in ("key_lengths", "value_dim", "sinks")}
-    q, k, v, grad_out, sinks = case(LENGTHS, 4, 2, 32, torch.bfloat16, **shape)
-    q, k, v, grad_out = (t.to(META) for t in (q, k, v, grad_out))
+    *tensors, sinks = case(LENGTHS, 4, 2, 32, torch.bfloat16, **shape)
+    q, k, v, grad_out = (t.to(META) for t in tensors)
     spec = AttentionSpec(
         num_heads=4,
         num_kv_heads=2,
@@ -153,10 +154,27 @@ def test_tiles_of_attention_are_made_on_the_device_of_their_tensors(feature):
     )
     keys = of_lengths(shape["key_lengths"], META) if shape["key_lengths"] else None
     call = call_of(q, of_lengths(LENGTHS, META), spec, keys)
+    return q, k, v, grad_out, None if sinks is None else sinks.to(META), call
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_tiles_of_attention_are_made_on_the_device_of_their_tensors(feature):
+    q, k, v, grad_out, sinks, call = on_meta(feature)
     out, logsumexp, saved = Chunked().forward(q, k, v, call)
     if sinks is not None:
-        out, logsumexp = with_sinks(out, logsumexp, sinks.to(META))
-        assert sinks_gradient(grad_out, out, logsumexp, sinks.to(META)).device == META
+        out, logsumexp = with_sinks(out, logsumexp, sinks)
+        assert sinks_gradient(grad_out, out, logsumexp, sinks).device == META
     grads = Chunked().backward(grad_out, q, k, v, out, logsumexp, saved, call)
     assert {t.device for t in (out, logsumexp, *grads)} == {META}
-    assert cumulative(LENGTHS)[-1] == len(out)
+    assert out.shape == (sum(LENGTHS), 4, v.shape[-1])
+
+
+@pytest.mark.parametrize("feature", ["causal", "not causal", "window", "window, not causal", "more keys than queries"])
+def test_torchs_flash_operators_take_what_the_varlen_kernel_hands_over(feature):
+    """Their meta kernels bind the arguments and tell the shapes; the numbers are a GPU's affair."""
+    q, k, v, grad_out, _, call = on_meta(feature)
+    out, logsumexp, saved = TorchVarlen().forward(q, k, v, call)
+    assert out.shape == q.shape
+    assert (logsumexp.shape, logsumexp.dtype) == (q.shape[:2], torch.float32)
+    grads = TorchVarlen().backward(grad_out, q, k, v, out, logsumexp, saved, call)
+    assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
