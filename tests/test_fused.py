@@ -97,3 +97,39 @@ def test_gradients_of_a_sum():
     ps.add_residual(residual, X, layer).sum().backward()
     assert torch.equal(residual.grad, torch.ones(3, 8))
     assert torch.equal(layer.bias.grad, torch.full((8,), 3.0))
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_vllms_operator_is_the_activation_of_an_engine_on_a_gpu(dtype):
+    """The operator is there on CPU too; oracle: float64."""
+    from polyshard.adapters.vllm.activation import activate_by_operator
+
+    layer = torch.nn.Linear(6, 32, dtype=dtype)
+    x = X.to(dtype)
+    with torch.no_grad():
+        gate, up = layer(x).double().chunk(2, dim=-1)
+        want = torch.nn.functional.silu(gate) * up
+        activate_by_operator(layer, 32)
+        torch.testing.assert_close(ps.swiglu(x, layer).double(), want, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+        assert torch.equal(ps.add_residual(torch.ones(3, 32, dtype=dtype), x, layer), 1 + layer(x))
+
+
+@pytest.mark.vllm
+@pytest.mark.usefixtures("compiles")
+def test_what_is_compiled_fuses_the_activation_itself():
+    from polyshard.adapters.vllm.activation import activate_by_operator
+
+    layer = torch.nn.Linear(6, 32)
+    activate_by_operator(layer, 32)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    with torch.no_grad():
+        got = torch.compile(lambda x: ps.swiglu(x, layer), fullgraph=True, backend=backend)(X)
+        torch.testing.assert_close(got, ps.swiglu(layer(X)), rtol=1e-6, atol=1e-6)
+    assert "silu" in graphs[0]
+    assert "silu_and_mul" not in graphs[0]

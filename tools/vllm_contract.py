@@ -133,6 +133,7 @@ TEXT: dict[str, tuple[str, ...]] = {
         "model_executor.shutdown",
         "scheduler.shutdown",
     ),
+    "vllm/model_executor/layers/activation.py": ("self.op = torch.ops._C.silu_and_mul\n",),
     "vllm/config/compilation.py": ("class CompilationMode", "cudagraph_mode: "),
     "vllm/envs.py": ("VLLM_CPU_ATTN_SPLIT_KV", "VLLM_BATCH_INVARIANT", "VLLM_MLA_DISABLE"),
     "vllm/v1/attention/backends/cpu_attn.py": ("self.isa", "self.num_heads", "self.window_size", "self.head_dim"),

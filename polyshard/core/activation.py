@@ -22,8 +22,9 @@ def swiglu(x: torch.Tensor, layer: nn.Module | None = None) -> torch.Tensor:
     Args:
         x: `[..., 2 size]`, the gates before what they gate, as `column_parallel(h, [f, f], ...)` gives them. With a
             layer, what that is given, `[..., h]`.
-        layer: makes gates and what they gate: `swiglu(x, layer)` is `swiglu(layer(x))`, bit for bit. In an engine on
-            CPU the activation is then taken inside the matrix product, before it is written.
+        layer: makes gates and what they gate: `swiglu(x, layer)` is `swiglu(layer(x))`. In an engine on CPU the
+            activation is then taken inside the matrix product, before it is written, bit for bit; on a GPU, where
+            nothing is compiled, by vLLM's operator.
 
     Returns:
         `[..., size]`.

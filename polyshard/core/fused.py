@@ -1,4 +1,4 @@
-"""What an engine can compute inside a layer's matrix product, for the functions of models that ask for it."""
+"""What an engine can compute together with a layer's matrix product, for the functions of models that ask for it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True)
 class FusedProducts:
-    """Set on a layer as `fused_products`, by an engine that has packed its weight, where its forward is that product.
+    """Set on a layer as `fused_products`, by an engine whose product the layer's forward is.
 
     Attributes:
         out_features: size of the layer's output.
-        added_to: `(residual, x) -> residual + layer(x)`, of tensors like the layer's weight in dtype.
+        added_to: `(residual, x) -> residual + layer(x)`, of tensors like the layer's weight in dtype; None where the
+            engine has no such product.
         swiglu: `x -> swiglu(layer(x))`; None where its outputs are not gates and what they gate.
     """
 
     out_features: int
-    added_to: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    added_to: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None
     swiglu: Callable[[torch.Tensor], torch.Tensor] | None
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from polyshard.adapters.vllm.activation import activate_by_operator
 from polyshard.adapters.vllm.compat import (
     DEFAULT_VOCAB_PADDING_SIZE,
     QKV_SHARD_IDS,
@@ -96,6 +97,8 @@ class VllmLinearAdapter:
             MergedColumnParallelLinear, input_size, output_sizes, method=method, bias=bias, return_bias=False
         )
         layer.shard_ids = tuple(range(len(output_sizes)))
+        if method is PackedGateMethod and not self._quantized and layer.weight.device.type == "cuda":
+            activate_by_operator(layer, sum(output_sizes) // parallel_context.get_tensor_parallel_world_size())
         return layer
 
     def create_qkv_parallel(

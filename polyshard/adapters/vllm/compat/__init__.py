@@ -86,6 +86,7 @@ from polyshard.adapters.vllm.compat.operators import (
     operator_rms_norm,
     operator_takes_norm,
     rotate_in_place,
+    silu_and_mul,
     takes_rotary,
     vllm_product,
 )
@@ -160,6 +161,7 @@ __all__ = [
     "register_transfer",
     "rotate_in_place",
     "runs_pipelines",
+    "silu_and_mul",
     "source_metadata",
     "support_torch_compile",
     "takes_rotary",

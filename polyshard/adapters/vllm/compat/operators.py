@@ -78,6 +78,13 @@ def operator_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torc
     return out
 
 
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up` in one operator, `[..., 2 size]` to `[..., size]`."""
+    out = torch.empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2), dtype=gate_up.dtype, device=gate_up.device)
+    torch.ops._C.silu_and_mul(out, gate_up.contiguous())
+    return out
+
+
 def batch_invariant() -> Any:
     """vLLM's batch-invariant CUDA operators."""
     from vllm.model_executor.determinism import batch_invariant
