@@ -44,9 +44,9 @@ _LORA_ON_CPU = (
 def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type[nn.Module]:
     """A class with the interface that vLLM inspects, around the module that `factory` builds in each worker."""
     rename = renamer(registered.names)
-    interfaces = (SupportsPP, SupportsLoRA) if registered.adapter == "vllm" else (SupportsPP,)
 
-    class ServedModel(nn.Module, *interfaces):  # pyrefly: ignore  # a class of vLLM's, or none
+    # LoRA with every adapter: vLLM 0.33 refuses a class that lacks it, before ours can name the way out.
+    class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
         """What vLLM calls; the user's model is `self.model`."""
 
         packed_modules_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # vLLM looks for it on class and instance
