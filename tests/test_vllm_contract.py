@@ -2,13 +2,15 @@
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.vllm
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "vllm_contract.py"
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
+TOOL = TOOLS / "vllm_contract.py"
 
 
 def test_the_installed_vllm_has_all_that_we_rely_on():
@@ -48,3 +50,25 @@ def test_registry_and_model_protocol():
     assert is_vllm_model(cls)
     assert is_text_generation_model(cls)
     assert callable(ModelRegistry.register_model)
+
+
+def test_a_releases_python_is_laid_over_the_installed_operators(tmp_path):
+    wheel = tmp_path / "vllm-9.0.0-py3-none-any.whl"
+    metadata = "Metadata-Version: 2.1\nName: vllm\nVersion: 9.0.0\nRequires-Dist: torch==99.0\n"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("vllm/__init__.py", "new = True\n")
+        archive.writestr("vllm/_C.abi3.so", "for CUDA")
+        archive.writestr("vllm-9.0.0.dist-info/METADATA", metadata)
+    command = [sys.executable, TOOLS / "vllm_overlay.py", wheel, tmp_path / "overlay"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "torch==99.0, here" in done.stdout
+    operators = list((tmp_path / "overlay" / "vllm").glob("_C*.so"))
+    assert operators
+    assert all(path.read_bytes() != b"for CUDA" for path in operators)
+    (information,) = (tmp_path / "overlay").glob("*.dist-info")
+    assert information.name == "vllm-9.0.0+cpu.dist-info"
+    assert "Version: 9.0.0+cpu" in (information / "METADATA").read_text()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1
+    assert "is not empty" in again.stderr
