@@ -16,6 +16,7 @@ from test_rotary import SCALINGS
 from torch import nn
 
 import polyshard as ps
+from polyshard.adapters.shared.devices import check_devices
 from polyshard.adapters.torch.context import pick_device
 from polyshard.attention.functional import call_of
 from polyshard.attention.kernels.cpu import Chunked
@@ -23,6 +24,7 @@ from polyshard.attention.kernels.softmax import sinks_gradient, with_sinks
 from polyshard.attention.kernels.torch_varlen import TorchVarlen
 from polyshard.attention.packing import of_lengths
 from polyshard.core.attention import AttentionSpec
+from polyshard.core.context import GroupContext
 
 META = torch.device("meta")
 TRAINERS = [
@@ -82,6 +84,11 @@ def test_a_parameter_on_another_device_is_named(adapter):
     with pytest.raises(ps.ConfigurationError, match=r"parameter norm.weight is on cpu, .* computes on meta"):
         ps.load_adapter(adapter).engine(Mixed(), ps.AdamW(), context)
     ps.shutdown(context)
+
+
+def test_a_device_without_a_number_stands_for_any_of_its_type():
+    context = GroupContext(layout=ps.ParallelLayout(), device=torch.device("cpu", 0), linear=None)
+    check_devices(nn.Linear(2, 2, device="cpu"), context)
 
 
 @pytest.mark.skipif("deepspeed" not in TRAINERS, reason="DeepSpeed is not installed")
