@@ -44,7 +44,7 @@ REQUIREMENT = Requirement(
     title="Megatron-Core",
     module="megatron.core",
     distributions=("megatron-core",),
-    tested=("0.16.1",),
+    tested=("0.16.1", "0.19.2"),
     install="pip install 'polyshard[megatron]'",
 )
 
