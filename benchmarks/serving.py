@@ -129,14 +129,14 @@ def main(
     worker: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Compare."""
+    options = Options(dtype, tensor_parallel, compiled, threads, times)
     if worker is not None:
-        serve(ENGINES[worker], model, dtype, tensor_parallel, compiled, times)
+        serve(ENGINES[worker], model, options)
         return
     names = engines.split(",")
     unknown = [name for name in names if name not in ENGINES]
     if unknown or "native" not in names:
         raise typer.BadParameter(f"engines are {', '.join(ENGINES)}, native among them; got {engines}")
-    options = Options(dtype, tensor_parallel, compiled, threads, times)
     seconds, started = measure(names, model, options, rounds, restarts)
     report(names, seconds, started, dtype, compiled, json_file, check)
 
@@ -195,19 +195,19 @@ def prepare(model: str, scratch: Path) -> Path:
     return Path(printed.strip().splitlines()[-1])
 
 
-def environment_of(tensor: int = 1, compiled: bool = False, threads: int = 1) -> dict[str, str]:
+def environment_of(asked: Options) -> dict[str, str]:
     """Of an engine's process."""
     environment = {
         **os.environ,
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(asked.threads),
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    if tensor == 1:
+    if asked.tensor == 1:
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if not compiled:
+    if not asked.compiled:
         environment["TORCH_COMPILE_DISABLE"] = "1"
     return environment
 
@@ -222,7 +222,7 @@ class Running:
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the process
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve()), str(directory), *options, "--worker", name],
-            env=environment_of(asked.tensor, asked.compiled, asked.threads),
+            env=environment_of(asked),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -255,7 +255,7 @@ class Running:
             self.process.kill()
 
 
-def start(engine: Engine, directory: str, dtype: str, tensor: int = 1, compiled: bool = False) -> Any:
+def start(engine: Engine, directory: str, asked: Options) -> Any:
     """A function that starts the engine in this process, everything imported."""
     sys.path.insert(0, str(EXAMPLES))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
@@ -275,11 +275,11 @@ def start(engine: Engine, directory: str, dtype: str, tensor: int = 1, compiled:
     return partial(
         LLM,
         directory,
-        dtype=dtype,
-        tensor_parallel_size=tensor,
+        dtype=asked.dtype,
+        tensor_parallel_size=asked.tensor,
         max_model_len=512,
         max_num_batched_tokens=2048,
-        enforce_eager=not compiled,
+        enforce_eager=not asked.compiled,
         kv_cache_memory_bytes=(4096 if on_gpu else 512) << 20,
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
@@ -288,16 +288,16 @@ def start(engine: Engine, directory: str, dtype: str, tensor: int = 1, compiled:
     )
 
 
-def serve(engine: Engine, directory: str, dtype: str, tensor: int, compiled: bool, times: int) -> None:
+def serve(engine: Engine, directory: str, asked: Options) -> None:
     """Answer on stdout how long the start, and then each load named on stdin, takes."""
     from vllm import SamplingParams
 
-    starting = start(engine, directory, dtype, tensor, compiled)
+    starting = start(engine, directory, asked)
     before = time.perf_counter()
     llm = starting()
     print(f"{MARK}{time.perf_counter() - before}", flush=True)
     for line in sys.stdin:
-        requests = LOADS[int(line)].requests * times
+        requests = LOADS[int(line)].requests * asked.times
         prompts = [
             {"prompt_token_ids": [(7 * i + j) % 5000 + 10 for j in range(n)]} for i, (n, _) in enumerate(requests)
         ]

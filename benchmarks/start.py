@@ -56,7 +56,7 @@ def main(
                         times[name][part].append(seconds)
         if profile:
             command = [sys.executable, __file__, str(directory), "--dtype", dtype, "--worker"]
-            subprocess.run(command, check=True, env=environment_of(threads=threads))
+            subprocess.run(command, check=True, env=environment_of(Options(dtype, threads=threads)))
     report(times, dtype, json_file, check)
 
 
@@ -92,7 +92,7 @@ def report(times: dict[str, dict[str, list[float]]], dtype: str, json_file: Path
 
 def profiled(directory: str, dtype: str) -> None:
     """Start in this process, and print polyshard's functions by the time in and under them."""
-    starting = start(ENGINES["polyshard"], directory, dtype)
+    starting = start(ENGINES["polyshard"], directory, Options(dtype))
     profile = cProfile.Profile()
     profile.enable()
     starting()

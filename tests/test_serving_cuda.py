@@ -6,6 +6,7 @@ import torch
 from support import latent
 from support.engines import engine, greedy
 from support.models import save_tiny
+from support.oracle import assert_same_generation
 
 import polyshard as ps
 
@@ -42,7 +43,7 @@ def test_an_engine_that_slept_answers_as_before(directory, adapter, level):
 
 @pytest.mark.usefixtures("compiles")
 @pytest.mark.parametrize("runner", ["1", "0"], ids=["V2 runner", "V1 runner"])
-@pytest.mark.parametrize("adapter", ["vllm", "torch", "megatron", "deepspeed", "fairscale"])
+@pytest.mark.parametrize("adapter", ps.adapter_names())
 def test_cuda_graphs_change_no_token(directory, adapter, runner, monkeypatch):
     """Layers that torch.compile does not take are captured whole, when decoding."""
     from vllm.compilation.counter import compilation_counter
@@ -55,21 +56,17 @@ def test_cuda_graphs_change_no_token(directory, adapter, runner, monkeypatch):
         with engine(directory, "ServedCuda", dtype="bfloat16", enforce_eager=eager, max_num_seqs=8) as llm:
             answers.append(greedy(llm, PROMPTS, TOKENS))
         assert (compilation_counter.num_cudagraph_captured > before) is not eager
-    for (tokens, logprobs), (same, wanted) in zip(*answers, strict=True):
-        assert tokens == same
-        assert max(abs(a - b) for a, b in zip(logprobs, wanted)) < 0.05
+    assert_same_generation(*answers, 0.05)
 
 
-@pytest.mark.parametrize("adapter", ["vllm", "torch", "megatron", "deepspeed", "fairscale"])
+@pytest.mark.parametrize("adapter", ps.adapter_names())
 def test_the_layers_of_every_library_answer_as_vllms_own_model(directory, adapter):
     ps.register_model("ServedCuda", decoder.build_model, adapter=adapter)
     answers = []
     for architecture in ("ServedCuda", None):
         with engine(directory, architecture) as llm:  # float32
             answers.append(greedy(llm, PROMPTS, TOKENS))
-    for (tokens, logprobs), (same, wanted) in zip(*answers, strict=True):
-        assert tokens == same
-        assert max(abs(a - b) for a, b in zip(logprobs, wanted)) < 1e-3
+    assert_same_generation(*answers, 1e-3)
 
 
 def test_weights_quantized_to_float8_while_they_are_loaded(directory):
@@ -79,9 +76,7 @@ def test_weights_quantized_to_float8_while_they_are_loaded(directory):
     for architecture in ("ServedCuda", None):
         with engine(directory, architecture, dtype="bfloat16", quantization="fp8") as llm:
             answers.append(greedy(llm, PROMPTS, TOKENS))
-    for (tokens, logprobs), (same, wanted) in zip(*answers, strict=True):
-        assert tokens == same
-        assert max(abs(a - b) for a, b in zip(logprobs, wanted)) < 0.05
+    assert_same_generation(*answers, 0.05)
 
 
 def test_an_engine_on_the_trainers_own_memory_follows_its_steps(directory, tmp_path):

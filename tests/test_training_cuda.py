@@ -2,12 +2,12 @@
 
 import decoder
 import pytest
+import test_conformance
 import torch
 from support.models import VOCAB, save_tiny
 from torch.nn import functional as F
 
 import polyshard as ps
-from polyshard.testing import AdapterSuite
 
 pytestmark = [
     pytest.mark.gpu,
@@ -15,28 +15,20 @@ pytestmark = [
 ]
 
 
-class TestTorch(AdapterSuite):
-    adapter = "torch"
-    engines = ({"data_parallel": "ddp"}, {"data_parallel": "fsdp"})
-    device = "cuda"
+class TestTorch(test_conformance.TestTorch):
+    gpus = True
 
 
-class TestMegatron(AdapterSuite):
-    adapter = "megatron"
-    engines = ({"zero_stage": 0}, {"zero_stage": 1})
-    device = "cuda"
+class TestMegatron(test_conformance.TestMegatron):
+    gpus = True
 
 
-class TestDeepspeed(AdapterSuite):
-    adapter = "deepspeed"
-    engines = ({"zero_stage": 0}, {"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3})
-    device = "cuda"
+class TestDeepspeed(test_conformance.TestDeepspeed):
+    gpus = True
 
 
-class TestFairscale(AdapterSuite):
-    adapter = "fairscale"
-    engines = ({"zero_stage": 1}, {"zero_stage": 2})
-    device = "cuda"
+class TestFairscale(test_conformance.TestFairscale):
+    gpus = True
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

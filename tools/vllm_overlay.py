@@ -19,7 +19,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-LEFT_OUT = (".so", "vllm/vllm-rs", "vllm/third_party/deep_gemm/", "vllm/third_party/fmha_sm100/")
+LEFT_OUT = ("vllm/vllm-rs", "vllm/third_party/deep_gemm/", "vllm/third_party/fmha_sm100/")
 
 
 def main(wheel: Path, directory: Path) -> None:
@@ -35,7 +35,7 @@ def main(wheel: Path, directory: Path) -> None:
         raise SystemExit(f"{installed} has no compiled operators: is it the CPU build?")
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
-            if not any(name.endswith(part) if part == ".so" else name.startswith(part) for part in LEFT_OUT):
+            if not name.endswith(".so") and not name.startswith(LEFT_OUT):
                 archive.extract(name, directory)
     for path in operators:
         target = directory / "vllm" / path.relative_to(installed)

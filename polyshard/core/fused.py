@@ -14,15 +14,15 @@ class FusedProducts:
     """Set on a layer as `fused_products`, by an engine whose product the layer's forward is.
 
     Attributes:
-        out_features: size of the layer's output.
         added_to: `(residual, x) -> residual + layer(x)`, of tensors like the layer's weight in dtype; None where the
             engine has no such product.
+        out_features: size of the layer's output, for `added_to`.
         swiglu: `x -> swiglu(layer(x))`; None where its outputs are not gates and what they gate.
     """
 
-    out_features: int
-    added_to: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None
-    swiglu: Callable[[torch.Tensor], torch.Tensor] | None
+    added_to: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    out_features: int | None = None
+    swiglu: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 def fused_products(layer: nn.Module) -> FusedProducts | None:

@@ -24,8 +24,11 @@ def add_residual(residual: torch.Tensor | None, x: torch.Tensor, layer: nn.Modul
     if residual is None:
         return layer(x)
     fused = fused_products(layer)
-    if fused is None or fused.added_to is None:
-        return residual + layer(x)
-    if residual.dtype != x.dtype or residual.shape != (*x.shape[:-1], fused.out_features):
+    if (
+        fused is None
+        or fused.added_to is None
+        or residual.dtype != x.dtype
+        or residual.shape != (*x.shape[:-1], fused.out_features)
+    ):
         return residual + layer(x)
     return fused.added_to(residual, x)

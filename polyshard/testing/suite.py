@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -30,8 +30,6 @@ from polyshard.testing import checks, resuming
 from polyshard.testing.model import SuiteConfig
 from polyshard.testing.ranks import run_ranks
 from polyshard.testing.reference import reference_run, reference_training
-
-Device = Literal["cpu", "cuda"]
 
 MARGIN = 4.0
 FLOOR = 1e-6  # relative; some eight roundings of float32
@@ -49,15 +47,13 @@ WORLDS = {  # ranks, tensor size, context size
 
 
 @cache
-def _layers(adapter: str, device: Device, tensor: int, sequence_parallel: bool, context: int = 1) -> list[Any]:
-    return run_ranks(
-        checks.layers, tensor * context, adapter, tensor, sequence_parallel, context, gpus=device == "cuda"
-    )
+def _layers(adapter: str, gpus: bool, tensor: int, sequence_parallel: bool, context: int = 1) -> list[Any]:
+    return run_ranks(checks.layers, tensor * context, adapter, tensor, sequence_parallel, context, gpus=gpus)
 
 
 @cache
-def _pieces(adapter: str, device: Device) -> list[Any]:
-    return run_ranks(checks.pieces, 2, adapter, gpus=device == "cuda")
+def _pieces(adapter: str, gpus: bool) -> list[Any]:
+    return run_ranks(checks.pieces, 2, adapter, gpus=gpus)
 
 
 @cache
@@ -78,12 +74,12 @@ class AdapterSuite:
     Attributes:
         adapter: its name.
         engines: options of its training engine, each tested.
-        device: what its ranks compute on: `cuda` gives each a GPU, and skips tests of more ranks than there are GPUs.
+        gpus: whether each rank computes on a GPU of its own; tests of more ranks than there are GPUs are skipped.
     """
 
     adapter: ClassVar[str]
     engines: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
-    device: ClassVar[Device] = "cpu"
+    gpus: ClassVar[bool] = False
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Each subclass's engines parametrise its training tests."""
@@ -92,10 +88,10 @@ class AdapterSuite:
 
     def need(self, *features: str, ranks: int = 1) -> Capabilities:
         """Skip, with the recorded reason, where the adapter lacks a feature, or this machine a GPU for each rank."""
-        if self.device == "cuda" and torch.cuda.device_count() < ranks:
+        if self.gpus and torch.cuda.device_count() < ranks:
             pytest.skip(f"needs {ranks} GPUs, one for each rank; this machine has {torch.cuda.device_count()}")
         capabilities = load_adapter(self.adapter).capabilities
-        for feature in (self.device, *features):
+        for feature in ("cuda" if self.gpus else "cpu", *features):
             answer = capabilities[feature]
             if not answer.available:
                 pytest.skip(f"{FEATURES[feature]}: {answer.reason} ({answer.whose})")
@@ -111,34 +107,34 @@ class AdapterSuite:
     def test_logits_loss_and_gradients(self, tensor: int, tied: str) -> None:
         """Biases, fused segments, shared KV heads, a padded vocabulary, tied embeddings, ignored targets."""
         self.need("training", "tensor", ranks=tensor)
-        self._judge(_layers(self.adapter, self.device, tensor, False), tied)
+        self._judge(_layers(self.adapter, self.gpus, tensor, False), tied)
 
     @pytest.mark.parametrize("tied", ["untied", "tied"])
     @pytest.mark.parametrize("tensor", [2, 4])
     def test_sequence_parallel(self, tensor: int, tied: str) -> None:
         """The same, with activations sharded along the sequence."""
         self.need("training", "sequence", ranks=tensor)
-        self._judge(_layers(self.adapter, self.device, tensor, True), tied)
+        self._judge(_layers(self.adapter, self.gpus, tensor, True), tied)
 
     @pytest.mark.parametrize("tied", ["untied", "tied"])
     @pytest.mark.parametrize("tensor", [1, 2])
     def test_context_parallel(self, tensor: int, tied: str) -> None:
         """Each sequence over two ranks: one loss for all, though they hold unequally many targets."""
         self.need("training", "tensor", "context", ranks=2 * tensor)
-        self._judge(_layers(self.adapter, self.device, tensor, False, 2), tied)
+        self._judge(_layers(self.adapter, self.gpus, tensor, False, 2), tied)
 
     @pytest.mark.parametrize("tensor", SIZES)
     def test_autocast(self, tensor: int) -> None:
         """In bfloat16 the loss is within one percent."""
         self.need("training", "tensor", ranks=tensor)
         exact = _oracle(False, torch.float64)["loss"]
-        for result in _layers(self.adapter, self.device, tensor, False):
+        for result in _layers(self.adapter, self.gpus, tensor, False):
             assert abs(result["untied"]["autocast"].double() - exact) < 0.01 * exact
 
     def test_initial_weights_are_the_same_at_every_size(self) -> None:
         """Bit for bit."""
         self.need("training", "tensor", ranks=max(SIZES))
-        first, *others = [_layers(self.adapter, self.device, tensor, False)[0]["initial"] for tensor in SIZES]
+        first, *others = [_layers(self.adapter, self.gpus, tensor, False)[0]["initial"] for tensor in SIZES]
         for other in others:
             assert set(other) == set(first)
             assert all(torch.equal(other[name], first[name]) for name in first)
@@ -151,7 +147,7 @@ class AdapterSuite:
         losses, norms = (torch.tensor(x) for x in _oracle_training())
         assert losses[-1] < 0.8 * losses[0], "the oracle does not learn"
         arguments = (self.adapter, tensor, context, engine, STEPS, SETTINGS)
-        results = run_ranks(checks.training, ranks, *arguments, gpus=self.device == "cuda")
+        results = run_ranks(checks.training, ranks, *arguments, gpus=self.gpus)
         for result in results:
             got = torch.tensor(result["losses"], dtype=losses.dtype)
             # AdamW magnifies rounding where the second moment is tiny: close at first, less so later.
@@ -171,7 +167,7 @@ class AdapterSuite:
         self.need("training", "data", *(["context"] if context > 1 else []), ranks=ranks)
         half, steps = STEPS // 2, STEPS
         arguments = (self.adapter, tensor, engine, half, steps, tmp_path / "state", 0.1, context)
-        results = run_ranks(resuming.all_in_one, ranks, *arguments, gpus=self.device == "cuda")
+        results = run_ranks(resuming.all_in_one, ranks, *arguments, gpus=self.gpus)
         for rank, (whole, begun, (losses, weights, step, data, carried)) in enumerate(results):
             assert begun + losses == whole[0]
             assert all(torch.equal(weights[name], value) for name, value in whole[1].items())
@@ -183,7 +179,7 @@ class AdapterSuite:
     def test_cross_entropy(self, reduction: str, smoothing: float) -> None:
         """torch's contract over a sharded and padded vocabulary; the logits are left untouched."""
         self.need("training", "tensor", ranks=2)
-        for rank, result in enumerate(_pieces(self.adapter, self.device)):
+        for rank, result in enumerate(_pieces(self.adapter, self.gpus)):
             found = result["loss"]
             loss, gradient, untouched = found[f"{reduction} {smoothing}"]
             logits = found["logits"].double().requires_grad_()
@@ -198,7 +194,7 @@ class AdapterSuite:
     def test_dropout(self) -> None:
         """The same seed gives the same loss, at tensor-parallel 1 and 2; the next draw gives another."""
         self.need("training", "tensor", ranks=2)
-        results = _pieces(self.adapter, self.device)
+        results = _pieces(self.adapter, self.gpus)
         for result in results:
             first, second, third = result["dropout"]
             assert first == second != third
@@ -210,18 +206,18 @@ class AdapterSuite:
         """Adopted on foreign groups, the loss is the same."""
         self.need("training", "tensor", ranks=2)
         exact = _oracle(False, torch.float64)["loss"].float()
-        assert all(torch.allclose(result["adopted"], exact, rtol=1e-5) for result in _pieces(self.adapter, self.device))
+        assert all(torch.allclose(result["adopted"], exact, rtol=1e-5) for result in _pieces(self.adapter, self.gpus))
 
     def test_initialise_again_with_another_size(self) -> None:
         """Shut down and started again in the same processes, the loss is the same."""
         self.need("training", "tensor", ranks=2)
         exact = _oracle(False, torch.float64)["loss"].float()
-        assert all(torch.allclose(result["again"], exact, rtol=1e-5) for result in _pieces(self.adapter, self.device))
+        assert all(torch.allclose(result["again"], exact, rtol=1e-5) for result in _pieces(self.adapter, self.gpus))
 
     def test_wrong_sizes_are_refused_by_name(self) -> None:
         """Before the library sees them."""
         self.need("training", "tensor", ranks=2)
-        for result in _pieces(self.adapter, self.device):
+        for result in _pieces(self.adapter, self.gpus):
             column, row, qkv = result["refused"]
             assert "column_parallel: 7 cannot be divided by tensor-parallel size 2" in column
             assert "row_parallel: 9 cannot be divided" in row
@@ -231,7 +227,7 @@ class AdapterSuite:
         """Within the timeout."""
         self.need("training", "tensor", ranks=2)
         timeout = 20.0
-        result = run_ranks(checks.dies, 2, self.adapter, timeout, silent=(1,), gpus=self.device == "cuda")[0]
+        result = run_ranks(checks.dies, 2, self.adapter, timeout, silent=(1,), gpus=self.gpus)[0]
         assert result is not None, "no RankFailureError was raised"
         seconds, message, ranks = result
         assert seconds < timeout

@@ -11,16 +11,15 @@ from polyshard.core.activation import swiglu
 from polyshard.core.fused import FusedProducts
 
 
-def activate_by_operator(layer: Any, out_features: int) -> None:
+def activate_by_operator(layer: Any) -> None:
     """Have `polyshard.swiglu(x, layer)` taken by vLLM's operator; torch.compile fuses torch's operations by itself.
 
     Args:
         layer: of gates and what they gate.
-        out_features: of this rank.
     """
 
     def activated(x: torch.Tensor) -> torch.Tensor:
         gate_up = layer(x)
         return swiglu(gate_up) if torch.compiler.is_compiling() else silu_and_mul(gate_up)
 
-    layer.fused_products = FusedProducts(out_features=out_features, added_to=None, swiglu=activated)
+    layer.fused_products = FusedProducts(swiglu=activated)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from polyshard.adapters.vllm.compat import (
     Attention,
@@ -19,6 +18,7 @@ from polyshard.adapters.vllm.compat import (
     rotate_in_place,
     takes_rotary,
 )
+from polyshard.adapters.vllm.paging import filled
 from polyshard.adapters.vllm.prompts import backend_for
 from polyshard.attention.rotary import rotate_heads
 from polyshard.core.attention import AttentionFactory, AttentionSpec, PackedSequences
@@ -114,7 +114,7 @@ class PagedAttention(nn.Module):
     ) -> torch.Tensor:
         """`[tokens, heads, value_dim]`; `sequences` is vLLM's affair."""
         size = self.head_dim
-        q, k, v = (t if t.shape[-1] == size else F.pad(t, (0, size - t.shape[-1])) for t in (q, k, v))
+        q, k, v = (filled(t, size) for t in (q, k, v))
         out = self.attention(q.flatten(-2), k.flatten(-2), v.flatten(-2)).view(q.shape)
         return out if self.spec.v_dim == size else out[..., : self.spec.v_dim]
 

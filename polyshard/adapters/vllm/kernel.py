@@ -11,9 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
-from polyshard.adapters.vllm.paging import CUDA_BLOCK, paged
+from polyshard.adapters.vllm.paging import CUDA_BLOCK, filled, paged
 from polyshard.attention.kernels import operator
 from polyshard.attention.kernels.chunked import add_logsumexp
 from polyshard.attention.kernels.cpu import Chunked
@@ -101,7 +100,7 @@ def _cpu_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attent
     if size is None:
         largest = max(compat.cpu_head_sizes())
         raise ConfigurationError(f"vLLM's CPU kernel needs head dimensions up to {largest}, not {needed}")
-    q, k, v = (F.pad(t, (0, size - t.shape[2])) for t in (q, k, v))
+    q, k, v = (filled(t, size) for t in (q, k, v))
     seen = call.queries.lengths, call.keys.lengths
     if not q.shape[0] or not k.shape[0]:
         return q.new_zeros((*q.shape[:2], value_dim))
@@ -119,7 +118,7 @@ def _cuda_forward(
 
     spec, value_dim = call.spec, v.shape[2]
     size = max(q.shape[2], value_dim)  # as the engine's cache holds them: `PagedAttention`
-    q, k, v = (F.pad(t, (0, size - t.shape[2])) for t in (q, k, v))
+    q, k, v = (filled(t, size) for t in (q, k, v))
     keys: dict[str, Any] = {"cu_seqlens_k": call.keys.cu_seqlens}
     if pinned:
         # As the engine runs it: its tiles depend on whether keys are paged, its splits on the batch.

@@ -98,7 +98,7 @@ class VllmLinearAdapter:
         )
         layer.shard_ids = tuple(range(len(output_sizes)))
         if method is PackedGateMethod and not self._quantized and layer.weight.device.type == "cuda":
-            activate_by_operator(layer, sum(output_sizes) // parallel_context.get_tensor_parallel_world_size())
+            activate_by_operator(layer)
         return layer
 
     def create_qkv_parallel(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 CPU_BLOCK = 32  # tokens of a cache block; vLLM's CPU kernel takes multiples of it
 CUDA_BLOCK = 16  # vLLM's default on CUDA
@@ -34,6 +35,11 @@ class Blocks:
         token = torch.arange(int(bounds[-1]), device=bounds.device) - bounds[:-1].repeat_interleave(lengths)
         slots = first.repeat_interleave(lengths) * size + token
         return cls(int(blocks.sum()), table, slots.to(torch.int64))
+
+
+def filled(t: torch.Tensor, size: int) -> torch.Tensor:
+    """The last dimension filled up with zeros to `size`; nothing is copied where it has that size."""
+    return t if t.shape[-1] == size else F.pad(t, (0, size - t.shape[-1]))
 
 
 def paged(

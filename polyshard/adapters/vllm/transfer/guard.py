@@ -28,7 +28,7 @@ def shared_memory_watch(changes: Callable[[], int], since: str) -> Callable[[], 
 
 
 class WeightGuard:
-    """Asked by every forward.
+    """Asked by every forward, and before logits, since a captured graph asks nothing.
 
     Attributes:
         version: of the weights, once an update has finished.
