@@ -84,7 +84,8 @@ def _load_or_reason(source: Path) -> ctypes.CDLL | str:
     if compiler is None:
         return f"needs the C++ compiler {' '.join(named) or 'of CXX'}, which is not there: install g++ or set CXX"
     command = [compiler, *named[1:], *_FLAGS, *_flags_of_processor(capability)]
-    texts = [file.read_text() for file in (*sorted(_HEADERS.glob("*.h")), source)]
+    headers = sorted({*_HEADERS.glob("*.h"), *source.parent.glob("*.h")})
+    texts = [file.read_text() for file in (*headers, source)]
     key = hashlib.sha256("\n".join([*command, *texts]).encode()).hexdigest()[:16]
     try:
         built = _cache() / f"{source.stem}-{capability.lower()}-{key}.so"

@@ -87,6 +87,11 @@ typedef __m512i Pairs;
 inline Pairs load(const Pair* p) { return _mm512_loadu_si512(p); }
 // A register of pairs.
 inline Vec exchanged(const Bfloat16* p) { return (Vec)_mm512_rol_epi32(_mm512_loadu_si512(p), 16); }
+// The same of numbers that lie apart.
+inline Vec paired(const Bfloat16* first, const Bfloat16* second) {
+  const auto word = [](const Bfloat16* p) { return __builtin_convertvector(*reinterpret_cast<const Half*>(p), Word); };
+  return (Vec)(word(first) << 16 | word(second));
+}
 inline Vec multiply_add(Pair x, Pairs y, Vec sum) {
   int32_t both;
   __builtin_memcpy(&both, &x, 4);

@@ -18,8 +18,8 @@ from polyshard.adapters.vllm.compat import (
     rotate_in_place,
     takes_rotary,
 )
+from polyshard.adapters.vllm.compiled_attention import backend_for
 from polyshard.adapters.vllm.paging import filled
-from polyshard.adapters.vllm.prompts import backend_for
 from polyshard.attention.rotary import rotate_heads
 from polyshard.core.attention import AttentionFactory, AttentionSpec, PackedSequences
 from polyshard.core.errors import RegistrationError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -81,6 +82,33 @@ def cpu_attention(
 def cpu_isa(dtype: torch.dtype, head_dim: int) -> str:
     """The instruction set of vLLM's CPU attention on this machine."""
     return cpu_attn._get_attn_isa(dtype, CPU_BLOCK, head_dim, "auto")
+
+
+@functools.cache
+def keeps_keys_transposed(isa: str, dtype: torch.dtype, tokens: int, head_dim: int) -> bool:
+    """Whether vLLM keeps a page's keys as `[dim, tokens]` and its values as `[tokens, dim]`, for this instruction set.
+
+    Nothing in vLLM's Python says how they lie, so that a page is written, and looked at.
+
+    Args:
+        isa: see `cpu_isa`.
+        dtype: of the cache, and of what is written.
+        tokens: of a page.
+        head_dim: size of a head.
+    """
+    from vllm import _custom_ops as operators
+
+    places = torch.arange(2 * tokens * head_dim).view(tokens, 2, head_dim)  # of two heads
+    for digit in range(4):  # each exact in bfloat16; four tell 2^28 places apart
+        written = (places >> 7 * digit & 127).to(dtype)
+        cache = torch.full((2, 2, 2 * tokens, head_dim), -1, dtype=dtype)
+        keys, values = cache.chunk(2, dim=2)
+        slots = torch.arange(tokens, 2 * tokens)  # the second page
+        operators.cpu_attn_reshape_and_cache(written, written, keys, values, slots, isa)
+        found = keys[1].reshape(2, head_dim, tokens).permute(2, 0, 1), values[1].permute(1, 0, 2)
+        if not all(torch.equal(t, written) for t in found) or not bool((cache[0] == -1).all()):
+            return False
+    return True
 
 
 # Query heads that the kernel holds in registers at a time (0.32, csrc/cpu/cpu_attn_*.hpp, MaxQHeadNumPerIteration).

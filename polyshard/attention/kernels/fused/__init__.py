@@ -1,12 +1,8 @@
-"""Attention on a CPU, computed in float32, compiled on first use by the C++ compiler of the machine."""
+"""Attention on a CPU, computed in float32, compiled on first use by the C++ compiler of the machine.
 
-from polyshard.attention.kernels.fused.runs import (
-    attend_into,
-    backward_run,
-    forward_run,
-    rejects,
-    worthwhile,
-    worthwhile_all,
-)
+`runs` is attention of packed sequences with a backward, `paged` that of requests over a paged cache.
+"""
 
-__all__ = ["attend_into", "backward_run", "forward_run", "rejects", "worthwhile", "worthwhile_all"]
+from polyshard.attention.kernels.fused.runs import backward_run, forward_run, rejects, worthwhile
+
+__all__ = ["backward_run", "forward_run", "rejects", "worthwhile"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from polyshard.attention.kernels.protocol import AttentionCall
-from polyshard.attention.kernels.tiles import Run, runs
+from polyshard.attention.kernels.tiles import Run
 from polyshard.compiled.build import KINDS, library, unavailable, width
 from polyshard.core.attention import AttentionSpec
 
@@ -35,11 +35,12 @@ class _Run(ctypes.Structure):
 
 def rejects(spec: AttentionSpec, dtype: torch.dtype) -> str | None:
     """Why the loops cannot compute it: what they do not have, then what this machine does not."""
-    return _lacks(spec, dtype) or unavailable(SOURCE)
+    return lacks(spec, dtype) or unavailable(SOURCE)
 
 
 @functools.cache  # asked for every run of every pass
-def _lacks(spec: AttentionSpec, dtype: torch.dtype) -> str | None:
+def lacks(spec: AttentionSpec, dtype: torch.dtype) -> str | None:
+    """What of a request the loops do not have."""
     lanes = width()
     features = {
         f"computes in float32, not {str(dtype).removeprefix('torch.')}": dtype != torch.float32,
@@ -58,18 +59,6 @@ def worthwhile(run: Run, call: AttentionCall) -> bool:
     return run.keys <= _MOST_KEYS and run.count * call.spec.num_kv_heads >= torch.get_num_threads()
 
 
-def worthwhile_all(call: AttentionCall) -> bool:
-    """Whether the loops are the fastest for each run of a call."""
-    return all(worthwhile(run, call) for run in runs(call))
-
-
-def attend_into(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, out: torch.Tensor) -> None:
-    """Fill `out` `[tokens, heads, value_dim]`; all are of one dtype of `KINDS`, with contiguous rows. No autograd."""
-    logsumexp = q.new_empty(q.shape[:2], dtype=torch.float32)
-    for run in runs(call):
-        forward_run(q, k, v, run, call, out, logsumexp)
-
-
 def forward_run(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -79,12 +68,15 @@ def forward_run(
     out: torch.Tensor,
     logsumexp: torch.Tensor,
 ) -> None:
-    """Fill a run's part of `out` and of `logsumexp`, which is float32; the others are as of `attend_into`."""
+    """Fill a run's part of `out` `[tokens, heads, value_dim]` and of `logsumexp`, which is float32.
+
+    The others are of one dtype of `KINDS`, with contiguous rows.
+    """
     places = ((q, run.query), (k, run.key), (v, run.key), (out, run.query), (logsumexp, run.query))
-    packed = (_packed(x, first) for x, first in places)
+    pointers = (packed(x, first) for x, first in places)
     assert q.dtype == k.dtype == v.dtype == out.dtype
     assert logsumexp.dtype == torch.float32
-    library(SOURCE).polyshard_attention_forward(KINDS[q.dtype], _run(run, call), *packed)
+    library(SOURCE).polyshard_attention_forward(KINDS[q.dtype], _run(run, call), *pointers)
 
 
 def backward_run(
@@ -103,7 +95,7 @@ def backward_run(
     places = ((grad_out, run.query), (q, run.query), (k, run.key), (v, run.key), (out, run.query))
     results = ((logsumexp, run.query), (grad_q, run.query), (grad_k, run.key), (grad_v, run.key))
     assert all(x.dtype == torch.float32 for x, _ in (*places, *results))
-    library(SOURCE).polyshard_attention_backward(_run(run, call), *(_packed(*place) for place in (*places, *results)))
+    library(SOURCE).polyshard_attention_backward(_run(run, call), *(packed(*place) for place in (*places, *results)))
 
 
 def _run(run: Run, call: AttentionCall) -> object:
@@ -113,7 +105,7 @@ def _run(run: Run, call: AttentionCall) -> object:
     return ctypes.byref(_Run(*sizes, *rest))
 
 
-def _packed(x: torch.Tensor, first: int) -> object:
+def packed(x: torch.Tensor, first: int) -> object:
     """`x [tokens, heads(, dim)]` from token `first` on, its last dimension contiguous."""
     assert x.dim() == 2 or x.stride(-1) == 1
     place = x.data_ptr() + first * x.stride(0) * x.element_size()

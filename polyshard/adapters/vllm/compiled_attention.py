@@ -1,0 +1,110 @@
+"""Attention of an engine on CPU by polyshard's compiled loops, over the pages of vLLM's own cache.
+
+vLLM writes keys and values there as ever, and owns prefixes, chunks and what is evicted. The kernel that reads them is
+what is exchanged.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from polyshard.adapters.vllm.compat import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+    has_product_of_processor,
+    keeps_keys_transposed,
+)
+from polyshard.attention.kernels.fused import paged
+from polyshard.attention.selection import ENVIRONMENT_VARIABLE
+from polyshard.core.attention import AttentionSpec
+
+
+class CompiledMetadataBuilder(CPUAttentionMetadataBuilder):
+    """vLLM's, which also hands on what the loops ask of a step."""
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        """See the class."""
+        found: Any = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        tensors = (found.query_start_loc, found.seq_lens, found.block_table)
+        found.requests = paged.Requests(*(t.to(torch.int32) for t in tensors))
+        return found
+
+
+class CompiledImpl(CPUAttentionBackendImpl):
+    """vLLM's, whose kernel attends where the loops would leave threads idle."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._spec = AttentionSpec(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_size,
+            scale=self.scale,
+            sliding_window=None if self.sliding_window < 0 else self.sliding_window,
+        )
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`output` `[tokens, heads, head_size]`, which is filled; `kv_cache` as the class above has it."""
+        scales = (output_scale, output_block_scale)
+        if attn_metadata is not None and scales == (None, None) and attn_metadata.causal is True:
+            requests: paged.Requests = attn_metadata.requests
+            pages, kv_heads, size, twice = kv_cache.shape
+            dim, tokens = twice // 2, slice(attn_metadata.num_actual_tokens)
+            enough = paged.worthwhile(requests, attn_metadata.num_actual_tokens, self._spec)
+            if enough and keeps_keys_transposed(layer.isa, kv_cache.dtype, size, dim):
+                keys, values = kv_cache.view(pages, kv_heads, 2, size * dim).unbind(2)
+                keys, values = keys.unflatten(-1, (dim, size)), values.unflatten(-1, (size, dim))
+                paged.attend(query[tokens], keys, values, requests, self._spec, output[tokens])
+                return output
+        return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+
+
+class CompiledBackend(CPUAttentionBackend):
+    """vLLM's CPU attention backend with both, for `Attention(attn_backend=...)`."""
+
+    @staticmethod
+    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
+        """See the class."""
+        return CompiledImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
+        """See the class."""
+        return CompiledMetadataBuilder
+
+
+def backend_for(spec: AttentionSpec, head_dim: int, dtype: torch.dtype, cache_dtype: str, sinks: bool) -> Any:
+    """`CompiledBackend` where the loops have all that a layer asks for and are faster; else None, for vLLM's own.
+
+    Args:
+        spec: of the layer.
+        head_dim: of a head in the cache.
+        dtype: of the model.
+        cache_dtype: vLLM's name of the cache's; a narrower one rounds keys and values that the loops would not.
+        sinks: whether the layer has them.
+
+    The environment variable POLYSHARD_ATTENTION=vllm, by which a trainer attends by vLLM's kernel, means that kernel
+    here too.
+    """
+    if os.environ.get(ENVIRONMENT_VARIABLE) == "vllm":
+        return None
+    if sinks or cache_dtype != "auto" or has_product_of_processor(dtype):
+        return None
+    plain = replace(spec, head_dim=head_dim, value_dim=head_dim)
+    return CompiledBackend if paged.rejects(plain) is None else None

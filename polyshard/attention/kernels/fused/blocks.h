@@ -1,0 +1,198 @@
+// Attention of a few rows that stay in registers: their products, the keys that they see, and their softmax.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+
+#include "registers.h"
+
+namespace {
+
+constexpr int ROWS = 6;
+
+// Registers of a row that a product sums at once: as many as there are for so many rows, or the processor would wait
+// for each sum before the next.
+constexpr int panel(int rows) {
+  if (rows <= 2) return WIDTH == 16 || rows == 1 ? 8 : 4;
+  if (WIDTH == 16) return rows == 3 ? 6 : 4;
+  return rows <= 4 ? 3 : 2;
+}
+
+inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// A matrix in memory whose element (row, column) is data[row * rows + column * columns].
+template <typename T>
+struct StridedOf {
+  const T* data;
+  int64_t rows, columns;
+};
+using Strided = StridedOf<float>;
+
+// out[0..R)[0..V * WIDTH) (+)= a[0..R)[0..depth) b[0..depth)[0..V * WIDTH): floats by numbers of any kind, or pairs
+template <int R, int V, typename T, typename B>
+inline void multiply(StridedOf<T> a, const B* b, int64_t b_row, int64_t depth, float* out, int64_t out_row, bool add) {
+  Vec sum[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) sum[r][v] = Vec{};
+  for (int64_t k = 0; k < depth; k++) {
+    decltype(load(b)) row[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) row[v] = load(b + k * b_row + v * WIDTH);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const T x = a.data[r * a.rows + k * a.columns];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) sum[r][v] = multiply_add(x, row[v], sum[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) {
+      float* to = out + r * out_row + v * WIDTH;
+      store(to, add ? load(to) + sum[r][v] : sum[r][v]);
+    }
+}
+
+template <int R, int V, typename T, typename B>
+void multiply_rows(StridedOf<T> a, const B* b, int64_t b_row, int64_t depth, float* out, int64_t out_row, bool add,
+                   int64_t columns) {
+  int64_t c = 0;
+  for (; c + V * WIDTH <= columns; c += V * WIDTH) multiply<R, V>(a, b + c, b_row, depth, out + c, out_row, add);
+  if constexpr (V > 1)
+    if (c < columns) multiply_rows<R, V / 2>(a, b + c, b_row, depth, out + c, out_row, add, columns - c);
+}
+
+// The same for up to ROWS rows and any number of columns that fills whole registers.
+template <typename T, typename B>
+void product(int64_t rows, StridedOf<T> a, const B* b, int64_t b_row, int64_t depth, float* out, int64_t out_row,
+             bool add, int64_t columns) {
+  switch (rows) {
+    case 6: return multiply_rows<6, panel(6)>(a, b, b_row, depth, out, out_row, add, columns);
+    case 5: return multiply_rows<5, panel(5)>(a, b, b_row, depth, out, out_row, add, columns);
+    case 4: return multiply_rows<4, panel(4)>(a, b, b_row, depth, out, out_row, add, columns);
+    case 3: return multiply_rows<3, panel(3)>(a, b, b_row, depth, out, out_row, add, columns);
+    case 2: return multiply_rows<2, panel(2)>(a, b, b_row, depth, out, out_row, add, columns);
+    default: return multiply_rows<1, panel(1)>(a, b, b_row, depth, out, out_row, add, columns);
+  }
+}
+
+inline float sum_of(Vec x) {
+#pragma GCC unroll 4
+  for (int half = WIDTH / 2; half > 0; half /= 2) x += __builtin_shuffle(x, lanes() ^ half);
+  return x[0];
+}
+
+inline float largest_of(Vec x) {
+#pragma GCC unroll 4
+  for (int half = WIDTH / 2; half > 0; half /= 2) {
+    const Vec other = __builtin_shuffle(x, lanes() ^ half);
+    x = x > other ? x : other;
+  }
+  return x[0];
+}
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<float, Free>;
+
+Buffer buffer(int64_t floats) {
+  void* p = std::aligned_alloc(64, up(std::max<int64_t>(floats, 1) * 4, 64));
+  if (!p) {
+    std::fprintf(stderr, "polyshard: no memory for %lld floats of attention's scratch\n", (long long)floats);
+    std::abort();
+  }
+  return Buffer(static_cast<float*>(p));
+}
+
+}  // namespace
+
+// A packed tensor [tokens, heads, dim] at the first token of a run; its last dimension is contiguous.
+template <typename T>
+struct PackedOf {
+  T* data;
+  int64_t token, head;  // strides
+
+  T* at(int64_t tokens, int64_t heads) const { return data + tokens * token + heads * head; }
+};
+using Packed = PackedOf<float>;
+
+namespace {
+
+struct Seen {
+  int64_t low, high;
+};
+
+static_assert(ROWS <= WIDTH, "a block of keys lies in two registers");
+
+// The keys that any of `rows` rows from `first` on sees: row i those of (i + shift - window, i + shift] if causal, of
+// (i + shift - window, i + shift + window) if not, where a window of 0 is none.
+template <typename Run>
+inline Seen seen(const Run& run, int64_t first, int64_t rows = 1) {
+  const int64_t from = first + run.shift, last = from + rows - 1;
+  int64_t low = 0, high = run.keys;
+  if (run.window > 0) low = std::max(low, from - run.window + 1);
+  if (run.causal)
+    high = std::min(high, last + 1);
+  else if (run.window > 0)
+    high = std::min(high, last + run.window);
+  return low < high ? Seen{low, high} : Seen{0, 0};
+}
+
+// The same from a whole register on.
+template <typename Run>
+inline Seen seen_by(const Run& run, int64_t first, int64_t rows) {
+  const Seen all = seen(run, first, rows);
+  return {all.low / WIDTH * WIDTH, all.high};
+}
+
+// Which lanes of the register at `column` a row sees.
+inline Int visible(Seen one, int64_t column) {
+  return (lanes() >= (int32_t)(one.low - column)) & (lanes() < (int32_t)(one.high - column));
+}
+
+inline Vec where(Int keep, Vec x) { return (Vec)((Int)x & keep); }
+
+// Scores of one row, times `factor`, to weights that are not yet divided by their sum; `largest` only grows.
+inline void softmax(float* row, float factor, Seen all, Seen one, float& largest, float& total) {
+  // Registers before and after these are seen in part.
+  const int64_t begin = std::min(up(one.low, WIDTH), all.high), end = std::max(one.high / WIDTH * WIDTH, begin);
+  const Vec none = Vec{} - std::numeric_limits<float>::infinity();
+  Vec top = Vec{} + largest, sum{};
+  const auto each = [&](auto in_part, auto whole) {
+    for (int64_t c = all.low; c < begin; c += WIDTH) in_part(c);
+    for (int64_t c = begin; c < end; c += WIDTH) whole(c);
+    for (int64_t c = end; c < all.high; c += WIDTH) in_part(c);
+  };
+  const auto larger = [&](Vec x) { top = x > top ? x : top; };
+  each([&](int64_t c) { larger(visible(one, c) ? load(row + c) * factor : none); },
+       [&](int64_t c) { larger(load(row + c) * factor); });
+  largest = largest_of(top);
+  const auto weight = [&](int64_t c) { return exponential(load(row + c) * factor - largest); };
+  const auto keep = [&](int64_t c, Vec x) { store(row + c, x), sum += x; };
+  each([&](int64_t c) { keep(c, where(visible(one, c), weight(c))); }, [&](int64_t c) { keep(c, weight(c)); });
+  total = sum_of(sum);
+}
+
+// Ask for `rows` rows of `dim` numbers, so that they are in the cache when they are multiplied.
+template <typename T>
+inline void prefetch(const T* from, int64_t row, int64_t rows, int64_t dim) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(from + r * row + d);
+}
+
+// Rows as float32, without gaps.
+template <typename T>
+inline void widen(const T* from, int64_t row, int64_t rows, int64_t dim, float* to) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t d = 0; d < dim; d += WIDTH) store(to + r * dim + d, load(from + r * row + d));
+}
+
+}  // namespace

@@ -1,0 +1,117 @@
+"""Attention of a batch of requests over a paged cache, by compiled loops; forward alone."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from polyshard.attention.kernels.fused.runs import lacks, packed
+from polyshard.compiled.build import KINDS, library, unavailable
+from polyshard.core.attention import AttentionSpec
+
+SOURCE = Path(__file__).with_name("paged.cpp")
+PAGE = 32  # a page's tokens are a multiple of it
+_ROWS = 384  # THIN of paged.cpp
+
+
+class _Requests(ctypes.Structure):
+    """`Requests` of paged.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("bounds", "seen", "table")),
+        *((name, ctypes.c_int64) for name in ("count", "row")),
+    )
+
+
+class _Heads(ctypes.Structure):
+    """`Heads` of paged.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "dim", "window")),
+        ("scale", ctypes.c_float),
+    )
+
+
+class _Cache(ctypes.Structure):
+    """`Cache` of paged.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+        *((name, ctypes.c_int64) for name in ("page", "head", "tokens")),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """A step's requests, for all its layers.
+
+    Attributes:
+        bounds: int32 `[requests + 1]`, cumulative numbers of queries.
+        seen: int32 `[requests]`, keys of each, of which its queries are the last.
+        table: int32 `[requests, pages of the longest]`; entries past a request's end are not read.
+    """
+
+    bounds: torch.Tensor
+    seen: torch.Tensor
+    table: torch.Tensor
+    _pointers: _Requests = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        assert all(t.dtype == torch.int32 and t.stride(-1) == 1 for t in (self.bounds, self.seen, self.table))
+        assert len(self.bounds) == len(self.seen) + 1 == len(self.table) + 1
+        pointers = (self.bounds.data_ptr(), self.seen.data_ptr(), self.table.data_ptr())
+        object.__setattr__(self, "_pointers", _Requests(*pointers, len(self.seen), self.table.stride(0)))
+
+
+def rejects(spec: AttentionSpec) -> str | None:
+    """Why the loops cannot compute it: what they do not have, then what this machine does not."""
+    if not spec.causal:
+        return "is causal"
+    if spec.v_dim != spec.head_dim:
+        return f"needs keys and values of one size, not {spec.head_dim} and {spec.v_dim}"
+    return lacks(spec, torch.float32) or unavailable(SOURCE)
+
+
+def worthwhile(requests: Requests, queries: int, spec: AttentionSpec) -> bool:
+    """Whether there is a task for every thread: a key-value head of a request, or of so many rows of one."""
+    group = spec.num_heads // spec.num_kv_heads
+    tasks = max(len(requests.seen), queries * group // _ROWS) * spec.num_kv_heads
+    return tasks >= torch.get_num_threads()
+
+
+def attend(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    requests: Requests,
+    spec: AttentionSpec,
+    out: torch.Tensor,
+) -> None:
+    """Fill `out` `[queries, heads, dim]`; computed in float32, and no autograd. All are of one dtype of `KINDS`.
+
+    Args:
+        q: `[queries, heads, dim]`, a head contiguous.
+        keys: `[pages, kv_heads, dim, tokens]`, of which a head of a page is contiguous.
+        values: `[pages, kv_heads, tokens, dim]`, with the same strides.
+        requests: see the class.
+        spec: of heads that `rejects` takes.
+        out: may be part of a larger tensor.
+    """
+    pages, kv_heads, dim, tokens = keys.shape
+    assert values.shape == (pages, kv_heads, tokens, dim), (keys.shape, values.shape)
+    assert keys.stride() == (*values.stride()[:2], tokens, 1), (keys.stride(), values.stride())
+    assert values.stride()[2:] == (dim, 1), values.stride()
+    assert tokens % PAGE == 0, tokens
+    assert q.shape[1:] == out.shape[1:] == (spec.num_heads, dim), (q.shape, out.shape)
+    assert kv_heads == spec.num_kv_heads, kv_heads
+    assert q.dtype == keys.dtype == values.dtype == out.dtype, (q.dtype, keys.dtype, values.dtype, out.dtype)
+    heads = _Heads(spec.num_heads, kv_heads, dim, spec.sliding_window or 0, spec.scale)
+    cache = _Cache(keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.stride(1), tokens)
+    threads = ctypes.c_int64(torch.get_num_threads())
+    pointers = (requests._pointers, heads, cache)
+    library(SOURCE).polyshard_attention_paged(
+        KINDS[q.dtype], *map(ctypes.byref, pointers), packed(q, 0), packed(out, 0), threads
+    )

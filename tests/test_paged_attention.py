@@ -1,0 +1,140 @@
+"""Attention over a paged cache by the compiled loops; float64 is the oracle."""
+
+import random
+
+import pytest
+import torch
+
+from polyshard.attention.kernels.fused import paged
+from polyshard.compiled import build
+from polyshard.core.attention import AttentionSpec
+
+pytestmark = pytest.mark.skipif(not build.width(), reason="no compiled loops for this processor")
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+SPARE = 9  # pages that belong to nobody
+
+
+def spec_of(kv_heads, group, dim, window=None):
+    return AttentionSpec(
+        num_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=dim, scale=dim**-0.5, sliding_window=window
+    )
+
+
+def cached(rows, keys, spec, dtype, tokens):
+    """Queries, keys and values of each request; the cache that holds them, NaN where it holds nothing; its requests."""
+    heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+    q = [torch.randn(m, heads, dim).to(dtype) for m in rows]
+    k, v = ([torch.randn(n, kv_heads, dim).to(dtype) for n in keys] for _ in "kv")
+    needed = [-(-n // tokens) for n in keys]
+    places = torch.randperm(sum(needed) + SPARE).tolist()
+    both = torch.full((len(places), kv_heads, 2, tokens * dim), torch.nan, dtype=dtype)
+    at_keys, at_values = both.unbind(2)
+    at_keys, at_values = at_keys.unflatten(-1, (dim, tokens)), at_values.unflatten(-1, (tokens, dim))
+    table = torch.full((len(keys), max(needed)), 2**31 - 1, dtype=torch.int32)
+    for i, pages in enumerate(needed):
+        for page in range(pages):
+            table[i, page] = place = places.pop()
+            part = slice(page * tokens, min((page + 1) * tokens, keys[i]))
+            count = part.stop - part.start
+            at_keys[place, :, :, :count] = k[i][part].permute(1, 2, 0)
+            at_values[place, :, :count] = v[i][part].transpose(0, 1)
+    bounds = torch.tensor([0, *rows]).cumsum(0).to(torch.int32)
+    requests = paged.Requests(bounds, torch.tensor(keys, dtype=torch.int32), table)
+    return q, k, v, at_keys, at_values, requests
+
+
+def expected(q, k, v, spec):
+    """Of one request, in float64."""
+    q, k, v = (t.double().transpose(0, 1) for t in (q, k, v))
+    k, v = (t.repeat_interleave(spec.num_heads // spec.num_kv_heads, 0) for t in (k, v))
+    apart = torch.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None] - torch.arange(k.shape[1])
+    hidden = (apart < 0) | (apart >= (spec.sliding_window or k.shape[1] + 1))
+    scores = (q @ k.transpose(1, 2) * spec.scale).masked_fill(hidden, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(0, 1)
+
+
+def check(rows, keys, spec, dtype, tokens):
+    q, k, v, at_keys, at_values, requests = cached(rows, keys, spec, dtype, tokens)
+    wide = torch.full((sum(rows) + 2, spec.num_heads, spec.head_dim + 16), 7, dtype=dtype)
+    out = wide[1:-1, :, : spec.head_dim]  # between what must not be written
+    paged.attend(torch.cat(q), at_keys, at_values, requests, spec, out)
+    exact = torch.cat([expected(*one, spec) for one in zip(q, k, v)])
+    torch.testing.assert_close(out.double(), exact, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert (wide[0] == 7).all()
+    assert (wide[-1] == 7).all()
+    assert (wide[..., spec.head_dim :] == 7).all()
+
+
+CASES = {
+    "decoding": ([1] * 5, [1, 31, 32, 33, 400]),
+    "new prompts": ([70, 1, 200], [70, 1, 200]),
+    "later chunks": ([50, 3, 130], [300, 64, 131]),
+    "all of them, and one without queries": ([1, 40, 90, 0, 7, 2], [77, 333, 90, 20, 7, 500]),
+    "many blocks of keys": ([1, 30], [1500, 2100]),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("window", [None, 1, 20, 150])
+@pytest.mark.parametrize("case", CASES)
+def test_requests(case, window, dtype):
+    torch.manual_seed(1)
+    for kv_heads, group, dim, tokens in ((2, 3, 64, 32), (1, 8, 80, 64), (3, 1, 128, 128)):
+        check(*CASES[case], spec_of(kv_heads, group, dim, window), dtype, tokens)
+
+
+def test_a_prompt_of_several_tasks():
+    torch.manual_seed(1)
+    check([900], [900], spec_of(1, 2, 32), torch.float32, 32)
+    check([1700], [2000], spec_of(2, 1, 32), torch.float32, 32)
+
+
+def test_a_wider_processor(tmp_path, monkeypatch):
+    """Registers of sixteen floats, which the compiler makes of two where the processor has none."""
+    other = tmp_path / "paged.cpp"
+    other.write_text(f'#define POLYSHARD_WIDTH 16\n#include "{paged.SOURCE}"\n')
+    monkeypatch.setattr(paged, "SOURCE", other)
+    monkeypatch.setenv("POLYSHARD_CACHE", str(tmp_path))
+    assert build.unavailable(other) is None
+    random.seed(2)
+    torch.manual_seed(2)
+    for dtype in TOLERANCE:
+        for rows, keys in CASES.values():
+            check(rows, keys, spec_of(2, random.choice((1, 3)), 64, random.choice((None, 40))), dtype, 32)
+
+
+def test_large_scores_of_a_later_block_take_over():
+    """What was summed before them is scaled to nothing, and nothing overflows."""
+    spec = spec_of(1, 1, 32)
+    torch.manual_seed(1)
+    q, _, v, at_keys, at_values, requests = cached([20], [1100], spec, torch.float32, 32)
+    last = int(requests.table[0, 1070 // 32])
+    at_keys[last, 0, :, 1070 % 32] = 300 * q[0][-1, 0]
+    out = torch.empty_like(q[0])
+    paged.attend(q[0], at_keys, at_values, requests, spec, out)
+    torch.testing.assert_close(out[-1], v[0][1070])
+
+
+def test_a_request_is_enough_for_as_many_threads_as_it_has_tasks(monkeypatch):
+    bounds, seen = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([900], dtype=torch.int32)
+    one = paged.Requests(bounds, seen, torch.zeros(1, 30, dtype=torch.int32))
+    for kv_heads, queries, threads in ((1, 1, 1), (2, 1, 2), (1, 1000, 5), (2, 1000, 10)):
+        for more in (0, 1):
+            monkeypatch.setattr(torch, "get_num_threads", lambda n=threads + more: n)
+            assert paged.worthwhile(one, queries, spec_of(kv_heads, 2, 64)) is not bool(more)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"softcap": 30.0}, "soft-cap"),
+        ({"alibi_slopes": (0.5,) * 4}, "ALiBi"),
+        ({"head_dim": 36}, "multiples"),
+        ({"value_dim": 32}, "one size"),
+        ({"causal": False}, "causal"),
+    ],
+)
+def test_what_it_does_not_have_is_said(changes, reason):
+    asked = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "scale": 0.1, **changes}
+    assert reason in paged.rejects(AttentionSpec(**asked))
