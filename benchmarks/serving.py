@@ -51,6 +51,7 @@ LOADS = (
     Load("prefill: 8 x 384 in, 2 out", ((384, 2),) * 8),
     Load("decode: 16 x 16 in, 48 out", ((16, 48),) * 16),
     Load("mixed: 12 x 16..256 in, 8..32 out", tuple((16 + 240 * i // 11, 32 - 24 * i // 11) for i in range(12))),
+    Load("long: 1 x 3072 in, 32 out", ((3072, 32),)),
     Load("first token: 1 x 128 in, 1 out", ((128, 1),)),
 )
 GOALS = {("bfloat16", False): 1.15, ("float32", False): 1.05, ("bfloat16", True): 1.10, ("float32", True): 1.10}
@@ -183,7 +184,7 @@ def prepare(model: str, scratch: Path) -> Path:
         from transformers import AutoConfig
 
         kind, architecture, shape = SHAPES[model]
-        config = AutoConfig.for_model(kind, max_position_embeddings=2048, architectures=[architecture], **shape)
+        config = AutoConfig.for_model(kind, max_position_embeddings=4096, architectures=[architecture], **shape)
         config.save_pretrained(scratch)
         return scratch
     if model:
@@ -277,7 +278,7 @@ def start(engine: Engine, directory: str, asked: Options) -> Any:
         directory,
         dtype=asked.dtype,
         tensor_parallel_size=asked.tensor,
-        max_model_len=512,
+        max_model_len=4096,
         max_num_batched_tokens=2048,
         enforce_eager=not asked.compiled,
         kv_cache_memory_bytes=(4096 if on_gpu else 512) << 20,

@@ -136,7 +136,11 @@ TEXT: dict[str, tuple[str, ...]] = {
     "vllm/model_executor/layers/activation.py": ("self.op = torch.ops._C.silu_and_mul\n",),
     "vllm/config/compilation.py": ("class CompilationMode", "cudagraph_mode: "),
     "vllm/envs.py": ("VLLM_CPU_ATTN_SPLIT_KV", "VLLM_BATCH_INVARIANT", "VLLM_MLA_DISABLE"),
-    "vllm/v1/attention/backends/cpu_attn.py": ("self.isa", "self.num_heads", "self.window_size", "self.head_dim"),
+    "vllm/v1/attention/backends/cpu_attn.py": (
+        *("self.isa", "self.num_heads", "self.window_size", "self.head_dim", "layer.isa"),
+        *("num_actual_tokens: int", "query_start_loc: torch.Tensor", "seq_lens: torch.Tensor"),
+        *("block_table: torch.Tensor", "num_blocks, num_kv_heads, block_size, _ = kv_cache.size()"),
+    ),
     "vllm/v1/attention/backend.py": ("query_start_loc", "seq_lens", "block_table_tensor", "num_reqs"),
 }
 
