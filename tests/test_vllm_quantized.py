@@ -1,5 +1,6 @@
 """A quantized checkpoint on a registered model; the oracles: vLLM's own model, and transformers on its values."""
 
+import contextlib
 import json
 
 import decoder
@@ -11,6 +12,7 @@ from support.models import save_tiny
 from support.oracle import assert_same_generation, greedy_transformers
 
 import polyshard as ps
+from polyshard.adapters.vllm import compat
 
 pytestmark = pytest.mark.vllm
 
@@ -64,6 +66,27 @@ def test_int8_gives_what_vllms_own_model_gives(directories):
     exact = greedy_transformers(values, PROMPTS, TOKENS)
     errors = [abs(a[1][0] - b[1][0]) for a, b in zip(found[0], exact)]
     assert 0 < max(errors) < 0.1  # activations are rounded to eight bits
+
+
+def test_a_reload_is_refused(directories):
+    """vLLM's own model takes the same codes again, and answers something else."""
+    codes, _ = directories
+    ps.register_model("ServedInt8", decoder.build_model)
+    for architecture in ("ServedInt8", None):
+        with engine(codes, architecture) as llm:
+            before = greedy(llm, PROMPTS, TOKENS)
+            refused = contextlib.nullcontext()
+            if architecture is not None:
+                refused = pytest.raises(ps.CheckpointError, match="a quantized checkpoint.*start the engine anew")
+            with refused:
+                llm.collective_rpc("reload_weights", kwargs={"weights_path": str(codes)})
+            llm.reset_prefix_cache()
+            if architecture is None:
+                assert greedy(llm, PROMPTS, TOKENS) != before, "vLLM has mended it: registered models may reload too"
+            else:
+                model = compat.local_worker(llm).model
+                with pytest.raises(ps.WeightSyncError, match="a reload of its weights has begun"):
+                    model(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
 
 
 def test_a_scale_that_lacks_and_a_tensor_too_many_are_named(directories, tmp_path):

@@ -13,6 +13,7 @@ from torch import nn
 
 import polyshard as ps
 from polyshard.adapters.vllm import compat
+from polyshard.adapters.vllm.transfer.receiver import receiver_for
 
 pytestmark = pytest.mark.vllm
 
@@ -125,5 +126,14 @@ def test_a_reload_that_does_not_fit_is_an_error(directories, tmp_path):
     _, old, _ = directories
     ps.register_model("Fitting", decoder.build_model)
     other = save_tiny(tmp_path / "other", "qwen3", head_dim=32, num_hidden_layers=1)
-    with engine(old, "Fitting") as llm, pytest.raises(Exception, match=r"does not fit model 'Fitting'.*missing"):
-        reload(llm, other)
+    with engine(old, "Fitting") as llm:
+        want = greedy(llm, PROMPTS, TOKENS)
+        with pytest.raises(Exception, match=r"does not fit model 'Fitting'.*missing"):
+            reload(llm, other)
+        worker = compat.local_worker(llm)
+        with pytest.raises(ps.WeightSyncError, match="a reload of its weights has begun and is not finished"):
+            worker.model(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+        with pytest.raises(ps.WeightSyncError, match="parameters without memory since a reload failed"):
+            receiver_for(worker.model, worker.vllm_config).begin("v1")
+        reload(llm, old)
+        assert greedy(llm, PROMPTS, TOKENS) == want

@@ -22,7 +22,7 @@ from polyshard.adapters.vllm.context import serving_context
 from polyshard.adapters.vllm.existing import check_load_format
 from polyshard.adapters.vllm.finish import finished_later
 from polyshard.adapters.vllm.loading import attach_loaders, keep_buffers, load_weights, packed_names
-from polyshard.adapters.vllm.quantized import quantize_layers
+from polyshard.adapters.vllm.quantized import quantize_layers, refuse_quantized_reload
 from polyshard.adapters.vllm.stages import HIDDEN, check_pipeline, stored_elsewhere
 from polyshard.adapters.vllm.transfer.guard import WeightGuard, parameter_changes, shared_memory_watch
 from polyshard.core.errors import CheckpointError, RegistrationError
@@ -139,15 +139,21 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
             return gather_logits(logits, self.context, self.vocab_size)
 
         def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-            if self.loaded and not any(parameter.is_meta for parameter in self.model.parameters()):
+            reloading = any(parameter.is_meta for parameter in self.model.parameters())  # vLLM has made them so
+            if self.loaded and not reloading:
                 raise CheckpointError(
                     f"model {registered.name!r} is running: load_weights alone would leave packed copies of the old "
                     "weights. Use polyshard.WeightSync, or vLLM's reload_weights"
                 )
+            if reloading:
+                self.weights.refuse("a reload of its weights has begun and is not finished")
+                refuse_quantized_reload(registered.name, self.quantized)
             with told_to_parent(self.context.rank):
                 names = load_weights(
                     self.model, self.table, weights, registered.name, rename, self.elsewhere, self.quantized
                 )
+            if reloading:
+                self.weights.accept(None)
             self.loaded = True
             return {f"model.{name}" for name in names}
 

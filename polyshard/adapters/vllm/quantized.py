@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from polyshard.adapters.vllm.compat import UnquantizedLinearMethod
+from polyshard.core.errors import CheckpointError
 from polyshard.core.weight_table import WeightTable
 
 
@@ -75,6 +76,19 @@ class QuantizedLoading:
             if parameter is not None  # what a scheme does not use
         ]
         return [name for name in wanted if name not in self._loaded and not name.endswith(".bias")]
+
+
+def refuse_quantized_reload(name: str, quantized: QuantizedLayers | None) -> None:
+    """Raise `CheckpointError` where a running model is quantized.
+
+    vLLM's layers keep codes and scales in the form of their kernels alone, and do not take new ones: vLLM's own int8
+    model answers garbage after `reload_weights`, without a word (0.32.0, CPU; `tests/test_vllm_quantized.py`).
+    """
+    if quantized is not None:
+        raise CheckpointError(
+            f"model {name!r} serves a quantized checkpoint, which vLLM cannot load into a running engine: start the "
+            "engine anew"
+        )
 
 
 def quantize_layers(model: nn.Module, table: WeightTable, quant_config: Any) -> QuantizedLayers:

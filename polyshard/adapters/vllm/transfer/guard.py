@@ -50,11 +50,11 @@ class WeightGuard:
         """From now on forward raises."""
         self._problem = problem
 
-    def accept(self, version: str, watch: Callable[[], str | None] | None = None) -> None:
+    def accept(self, version: str | None, watch: Callable[[], str | None] | None = None) -> None:
         """The weights are whole again.
 
         Args:
-            version: of the weights.
+            version: of the weights; None for those of a checkpoint.
             watch: asked before each forward, where the trainer's own memory is served: why it may not be used now.
         """
         self.version, self._problem, self._watch = version, None, watch

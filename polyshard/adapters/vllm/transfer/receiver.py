@@ -87,7 +87,16 @@ class ServedReceiver:
         self._shards: dict[str, torch.Tensor] = {}
 
     def begin(self, version: str) -> None:
-        """From here on the model refuses to compute."""
+        """From here on the model refuses to compute.
+
+        Raises:
+            WeightSyncError: a reload from a checkpoint has failed, and left parameters without memory.
+        """
+        if any(parameter.is_meta for parameter in self._model.parameters()):
+            raise WeightSyncError(
+                f"model {self._name!r} has parameters without memory since a reload failed: call reload_weights with a "
+                "checkpoint that fits, or start the engine anew"
+            )
         self.guard.refuse(f"the update to weights {version!r} has begun and is not finished")
         self._version, self._came = version, set()
         self._shards.clear()
