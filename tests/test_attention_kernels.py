@@ -10,9 +10,8 @@ from support.written_out import attention
 
 import polyshard as ps
 from polyshard.attention import explain, select_kernel, selection
-from polyshard.attention.kernels import cpu, fused, operator
+from polyshard.attention.kernels import cpu, operator
 from polyshard.attention.kernels.fused.runs import SOURCE
-from polyshard.attention.kernels.protocol import AttentionCall
 from polyshard.compiled import build
 from polyshard.compiled.build import width
 from polyshard.core.attention import AttentionSpec
@@ -329,25 +328,6 @@ def test_the_loops_give_the_same_bits_with_any_threads(threads):
         assert all(torch.equal(a, b) for a, b in zip(alone, gradients()))
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.skipif(build.unavailable(SOURCE) is not None, reason="no compiled loops here")
-@pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("dim", [64, 48])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_loops_read_half_precision_and_round_once(dtype, dim, window):
-    """Heads of 64 are whole registers of bfloat16 pairs, where the processor multiplies pairs; heads of 48 are not."""
-    lengths = (5, 300, 17)
-    generator = torch.Generator().manual_seed(dim)
-    projected = torch.randn(sum(lengths), 8, dim, generator=generator).to(dtype)
-    q, k, v = projected.split((4, 2, 2), dim=1)
-    sequences = ps.pack(cumulative(lengths), sum(lengths))
-    call = AttentionCall(spec=spec_of(dim=dim, sliding_window=window), queries=sequences, keys=sequences)
-    out = torch.full((sum(lengths), 4, dim), torch.nan, dtype=dtype)
-    fused.attend_into(q, k, v, call, out)
-    expected = attention(q.double(), k.double(), v.double(), lengths, window=window)
-    rounding = torch.finfo(dtype).eps / 2 * expected.abs()
-    assert ((out.double() - expected).abs() <= 1.01 * rounding + 2e-6).all()
 
 
 def test_strided_and_empty_tensors_are_taken():

@@ -84,6 +84,19 @@ def test_requests(case, window, dtype):
         check(*CASES[case], spec_of(kv_heads, group, dim, window), dtype, tokens)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dim", [64, 48])
+def test_outputs_are_rounded_once(dim, dtype):
+    """Heads of 64 are whole registers of bfloat16 pairs, where the processor multiplies pairs; heads of 48 are not."""
+    torch.manual_seed(dim)
+    spec, lengths = spec_of(2, 2, dim), [5, 300, 17]
+    q, k, v, at_keys, at_values, requests = cached(lengths, lengths, spec, dtype, 32)
+    out = torch.empty_like(torch.cat(q))
+    paged.attend(torch.cat(q), at_keys, at_values, requests, spec, out)
+    exact = torch.cat([expected(*one, spec) for one in zip(q, k, v)])
+    assert ((out.double() - exact).abs() <= 1.01 * torch.finfo(dtype).eps / 2 * exact.abs() + 2e-6).all()
+
+
 def test_a_prompt_of_several_tasks():
     torch.manual_seed(1)
     check([900], [900], spec_of(1, 2, 32), torch.float32, 32)

@@ -1,5 +1,4 @@
-// Attention of packed sequences, forward and backward, in blocks of rows that stay in registers. It is computed in
-// float32; the forward also reads and writes bfloat16 and float16.
+// Attention of packed sequences in float32, forward and backward, in blocks of rows that stay in registers.
 //
 // For short sequences: a processor's library spends more on starting a 64 x 64 matrix product, and torch on writing
 // its result down, than the product takes. Here the scores of a few rows are multiplied, masked, exponentiated and
@@ -13,7 +12,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <type_traits>
 
 #include "blocks.h"
 
@@ -34,114 +32,48 @@ struct Run {
 
 namespace {
 
-// `[keys, terms]` to `[terms, columns]`, filled up with zeros; `at(key, term)` gives a register of a key's terms.
-template <typename At>
-inline void transpose_by(int64_t keys, int64_t terms, float* to, int64_t columns, At at) {
+// `[keys, dim]` to `[dim, columns]`, multiplied by `factor` and filled up with zeros.
+void transpose(const float* from, int64_t row, int64_t keys, int64_t dim, float factor, float* to, int64_t columns) {
   for (int64_t k = 0; k < keys; k += WIDTH)
-    for (int64_t d = 0; d < terms; d += WIDTH) {
+    for (int64_t d = 0; d < dim; d += WIDTH) {
       Vec block[WIDTH];
-      for (int64_t i = 0; i < WIDTH; i++) block[i] = k + i < keys ? at(k + i, d) : Vec{};
+      for (int64_t i = 0; i < WIDTH; i++) block[i] = k + i < keys ? load(from + (k + i) * row + d) * factor : Vec{};
       transpose_block(block);
       for (int64_t i = 0; i < WIDTH; i++) store(to + (d + i) * columns + k, block[i]);
     }
 }
 
-// `[keys, dim]`, multiplied by `factor`.
-template <typename T>
-void transpose(const T* from, int64_t row, int64_t keys, int64_t dim, float factor, float* to, int64_t columns) {
-  transpose_by(keys, dim, to, columns, [=](int64_t key, int64_t d) { return load(from + key * row + d) * factor; });
-}
-
-// Scores of a few queries by the keys of a task, which are laid for it once.
-template <typename T>
-class Scores {
- public:
-  explicit Scores(const Run& run)
-      : run_(run), columns_(up(run.keys, WIDTH)), keys_(buffer(run.dim * columns_)), queries_(buffer(ROWS * run.dim)) {
-    pairs_ = PAIRS && run.dim % (2 * WIDTH) == 0;
-  }
-
-  // What the scores are still to be multiplied by.
-  float factor() const { return pairs_ ? run_.scale : 1; }
-
-  void lay(const T* keys, int64_t row) {
-    if constexpr (PAIRS)
-      if (pairs_) {
-        const auto at = [=](int64_t key, int64_t pair) { return exchanged(keys + key * row + 2 * pair); };
-        return transpose_by(run_.keys, run_.dim / 2, keys_.get(), columns_, at);
-      }
-    transpose(keys, row, run_.keys, run_.dim, run_.scale, keys_.get(), columns_);
-  }
-
-  // out[0..rows)[from..to) of rows that are `columns` long
-  void of(const T* queries, int64_t row, int64_t rows, int64_t from, int64_t to, float* out) {
-    const int64_t dim = run_.dim;
-    if constexpr (PAIRS)
-      if (pairs_) {
-        for (int64_t r = 0; r < rows; r++)
-          for (int64_t d = 0; d < dim; d += 2 * WIDTH)
-            store(queries_.get() + (r * dim + d) / 2, exchanged(queries + r * row + d));
-        const StridedOf<Row> all{as_rows(queries_), dim / 2, 1};
-        return product(rows, all, as_rows(keys_) + from, columns_, dim / 2, out + from, columns_, false, to - from);
-      }
-    Strided all{queries_.get(), dim, 1};
-    if constexpr (std::is_same_v<T, float>)
-      all = {queries, row, 1};
-    else
-      widen(queries, row, rows, dim, queries_.get());
-    product<float>(rows, all, keys_.get() + from, columns_, dim, out + from, columns_, false, to - from);
-  }
-
- private:
-  using Row = typename Term<T>::Row;
-  static constexpr bool PAIRS = Term<T>::INPUTS == 2;
-  static Row* as_rows(const Buffer& buffer) { return reinterpret_cast<Row*>(buffer.get()); }
-
-  const Run& run_;
-  int64_t columns_;
-  Buffer keys_, queries_;
-  bool pairs_ = false;
-};
-
 // A thread's memory in the forward.
-template <typename T>
 struct Forward {
-  Scores<T> scores;
-  Buffer weights, values, sums;
+  Buffer keys, weights, sums;
 
   explicit Forward(const Run& run)
-      : scores(run),
+      : keys(buffer(run.dim * up(run.keys, WIDTH))),
         weights(buffer(ROWS * up(run.keys, WIDTH))),
-        values(buffer(std::is_same_v<T, float> ? 0 : run.keys * run.value_dim)),
         sums(buffer(ROWS * run.value_dim)) {}
 };
 
-template <typename T>
-void forward_task(const Run& run, PackedOf<T> q, PackedOf<T> k, PackedOf<T> v, PackedOf<T> out, Packed lse,
-                  int64_t sequence, int64_t kv, Forward<T>& scratch) {
+void forward_task(const Run& run, Packed q, Packed k, Packed v, Packed out, Packed lse, int64_t sequence, int64_t kv,
+                  Forward& scratch) {
   const int64_t columns = up(run.keys, WIDTH), group = run.heads / run.kv_heads, key = sequence * run.keys;
-  scratch.scores.lay(k.at(key, kv), k.token);
-  const float* values = scratch.values.get();
-  int64_t value_row = run.value_dim;
-  if constexpr (std::is_same_v<T, float>)
-    values = v.at(key, kv), value_row = v.token;
-  else
-    widen(v.at(key, kv), v.token, run.keys, run.value_dim, scratch.values.get());
+  transpose(k.at(key, kv), k.token, run.keys, run.dim, run.scale, scratch.keys.get(), columns);
+  const float* values = v.at(key, kv);
   float *weights = scratch.weights.get(), *weighted = scratch.sums.get();
   for (int64_t first = 0; first < run.rows; first += ROWS) {
     const int64_t rows = std::min<int64_t>(ROWS, run.rows - first), token = sequence * run.rows + first;
     const Seen all = seen_by(run, first, rows);
     for (int64_t head = kv * group; head < (kv + 1) * group; head++) {
-      T* to = out.at(token, head);
-      float* sums = lse.at(token, head);
+      float *to = out.at(token, head), *sums = lse.at(token, head);
       if (!all.high) {
         for (int64_t r = 0; r < rows; r++) {
-          std::memset(to + r * out.token, 0, run.value_dim * sizeof(T));
+          std::memset(to + r * out.token, 0, run.value_dim * 4);
           sums[r * lse.token] = -std::numeric_limits<float>::infinity();
         }
         continue;
       }
-      scratch.scores.of(q.at(token, head), q.token, rows, all.low, up(all.high, WIDTH), weights);
+      const int64_t width = up(all.high, WIDTH) - all.low;
+      product<float>(rows, {q.at(token, head), q.token, 1}, scratch.keys.get() + all.low, columns, run.dim,
+                     weights + all.low, columns, false, width);
       const int64_t next = std::min<int64_t>(ROWS, run.rows - first - rows);
       prefetch(q.at(token + rows, head), q.token, next, run.dim);
       prefetch(to + rows * out.token, out.token, next, run.value_dim);
@@ -149,32 +81,19 @@ void forward_task(const Run& run, PackedOf<T> q, PackedOf<T> k, PackedOf<T> v, P
       for (int64_t r = 0; r < rows; r++) {
         const Seen one = seen(run, first + r);
         float largest = -std::numeric_limits<float>::infinity(), total = 0;
-        if (one.high) {
-          softmax(weights + r * columns, scratch.scores.factor(), all, one, largest, total);
-        } else {
-          std::memset(weights + r * columns + all.low, 0, (up(all.high, WIDTH) - all.low) * 4);
-        }
+        if (one.high)
+          softmax(weights + r * columns, 1, all, one, largest, total);
+        else
+          std::memset(weights + r * columns + all.low, 0, width * 4);
         factor[r] = one.high ? 1 / total : 0;
         sums[r * lse.token] = one.high ? largest + std::log(total) : -std::numeric_limits<float>::infinity();
       }
-      product<float>(rows, {weights + all.low, columns, 1}, values + all.low * value_row, value_row,
-                     all.high - all.low, weighted, run.value_dim, false, run.value_dim);
+      product<float>(rows, {weights + all.low, columns, 1}, values + all.low * v.token, v.token, all.high - all.low,
+                     weighted, run.value_dim, false, run.value_dim);
       for (int64_t r = 0; r < rows; r++)
         for (int64_t d = 0; d < run.value_dim; d += WIDTH)
           store(to + r * out.token + d, load(weighted + r * run.value_dim + d) * factor[r]);
     }
-  }
-}
-
-template <typename T>
-void forward(const Run& run, const void* q, const void* k, const void* v, const void* out, const Packed& lse) {
-  const auto of = [](const void* packed) { return *static_cast<const PackedOf<T>*>(packed); };
-#pragma omp parallel num_threads(run.threads)
-  {
-    Forward<T> scratch(run);
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < run.count * run.kv_heads; task++)
-      forward_task<T>(run, of(q), of(k), of(v), of(out), lse, task / run.kv_heads, task % run.kv_heads, scratch);
   }
 }
 
@@ -218,8 +137,8 @@ void backward_task(const Run& run, Packed grad, Packed q, Packed k, Packed v, Pa
         float* weights = scratch.weights.get() + (first - tile) * columns;
         float* gradients = scratch.gradients.get() + (first - tile) * columns;
         prefetch(queries + rows * q.token, q.token, next, run.dim);
-        product<float>(rows, {queries, q.token, 1}, scratch.keys.get() + all.low, columns, run.dim, weights + all.low, columns,
-                false, width);
+        product<float>(rows, {queries, q.token, 1}, scratch.keys.get() + all.low, columns, run.dim,
+                       weights + all.low, columns, false, width);
         prefetch(grads + rows * grad.token, grad.token, next, run.value_dim);
         product<float>(rows, {grads, grad.token, 1}, scratch.values.get() + all.low, columns, run.value_dim,
                 gradients + all.low, columns, false, width);
@@ -245,8 +164,8 @@ void backward_task(const Run& run, Packed grad, Packed q, Packed k, Packed v, Pa
             if (c >= 0 && c < columns) store(p + c, Vec{}), store(g + c, Vec{});
         }
         prefetch(outs + rows * out.token, out.token, next, run.value_dim);
-        product<float>(rows, {gradients + all.low, columns, 1}, keys + all.low * k.token, k.token, all.high - all.low, to_q,
-                grad_q.token, false, run.dim);
+        product<float>(rows, {gradients + all.low, columns, 1}, keys + all.low * k.token, k.token,
+                       all.high - all.low, to_q, grad_q.token, false, run.dim);
       }
       // Both gradients of a key are sums over the rows that see it; the first head's first tile begins them.
       const bool add = head != kv * group || tile != 0;
@@ -277,11 +196,16 @@ void backward_task(const Run& run, Packed grad, Packed q, Packed k, Packed v, Pa
 
 extern "C" {
 
-// Fills `out` and `lse`. kind, of all but `lse`: 0 float32, 1 bfloat16, 2 float16.
-void polyshard_attention_forward(int kind, const Run* run, const void* q, const void* k, const void* v, const void* out,
+// Fills `out` and `lse`.
+void polyshard_attention_forward(const Run* run, const Packed* q, const Packed* k, const Packed* v, const Packed* out,
                                  const Packed* lse) {
-  constexpr decltype(&forward<float>) kinds[] = {forward<float>, forward<Bfloat16>, forward<Float16>};
-  kinds[kind](*run, q, k, v, out, *lse);
+#pragma omp parallel num_threads(run->threads)
+  {
+    Forward scratch(*run);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < run->count * run->kv_heads; task++)
+      forward_task(*run, *q, *k, *v, *out, *lse, task / run->kv_heads, task % run->kv_heads, scratch);
+  }
 }
 
 // Fills the three gradients; `out` and `lse` are those of the whole softmax, of which these keys may be a part.

@@ -10,7 +10,7 @@ import torch
 
 from polyshard.attention.kernels.protocol import AttentionCall
 from polyshard.attention.kernels.tiles import Run
-from polyshard.compiled.build import KINDS, library, unavailable, width
+from polyshard.compiled.build import library, unavailable, width
 from polyshard.core.attention import AttentionSpec
 
 SOURCE = Path(__file__).with_name("attention.cpp")
@@ -68,15 +68,10 @@ def forward_run(
     out: torch.Tensor,
     logsumexp: torch.Tensor,
 ) -> None:
-    """Fill a run's part of `out` `[tokens, heads, value_dim]` and of `logsumexp`, which is float32.
-
-    The others are of one dtype of `KINDS`, with contiguous rows.
-    """
+    """Fill a run's part of `out` `[tokens, heads, value_dim]` and `logsumexp`; all float32 with contiguous rows."""
     places = ((q, run.query), (k, run.key), (v, run.key), (out, run.query), (logsumexp, run.query))
-    pointers = (packed(x, first) for x, first in places)
-    assert q.dtype == k.dtype == v.dtype == out.dtype
-    assert logsumexp.dtype == torch.float32
-    library(SOURCE).polyshard_attention_forward(KINDS[q.dtype], _run(run, call), *pointers)
+    assert all(x.dtype == torch.float32 for x, _ in places)
+    library(SOURCE).polyshard_attention_forward(_run(run, call), *(packed(*place) for place in places))
 
 
 def backward_run(
