@@ -109,7 +109,7 @@ def make(heads: int, kv_heads: int, dim: int, count: int, queries: int, seen: in
         count, heads, kv_heads, dim, lengths, dtype, bounds, True, -1, isa, True
     )
     halves = cache.view(blocks.count, kv_heads, 2, PAGE * dim).unbind(2)
-    pages = halves[0].unflatten(-1, (dim, PAGE)), halves[1].unflatten(-1, (PAGE, dim))
+    pages = paged.Pages(halves[0].unflatten(-1, (dim, PAGE)), halves[1].unflatten(-1, (PAGE, dim)), spec)
     asked = paged.Requests(bounds, lengths, rows)
 
     def theirs(out: torch.Tensor) -> None:
@@ -118,7 +118,7 @@ def make(heads: int, kv_heads: int, dim: int, count: int, queries: int, seen: in
         )
 
     pairs = count * (queries * (seen - queries) + queries * (queries + 1) // 2)
-    return Case(4 * pairs * heads * dim, lambda out: paged.attend(q, *pages, asked, spec, out), theirs, q.clone())
+    return Case(4 * pairs * heads * dim, lambda out: paged.attend(q, pages, asked, out), theirs, q.clone())
 
 
 def measure(case: Case, rounds: int) -> list[float]:

@@ -58,7 +58,7 @@ def check(rows, keys, spec, dtype, tokens):
     q, k, v, at_keys, at_values, requests = cached(rows, keys, spec, dtype, tokens)
     wide = torch.full((sum(rows) + 2, spec.num_heads, spec.head_dim + 16), 7, dtype=dtype)
     out = wide[1:-1, :, : spec.head_dim]  # between what must not be written
-    paged.attend(torch.cat(q), at_keys, at_values, requests, spec, out)
+    paged.attend(torch.cat(q), paged.Pages(at_keys, at_values, spec), requests, out)
     exact = torch.cat([expected(*one, spec) for one in zip(q, k, v)])
     torch.testing.assert_close(out.double(), exact, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     assert (wide[0] == 7).all()
@@ -92,7 +92,7 @@ def test_outputs_are_rounded_once(dim, dtype):
     spec, lengths = spec_of(2, 2, dim), [5, 300, 17]
     q, k, v, at_keys, at_values, requests = cached(lengths, lengths, spec, dtype, 32)
     out = torch.empty_like(torch.cat(q))
-    paged.attend(torch.cat(q), at_keys, at_values, requests, spec, out)
+    paged.attend(torch.cat(q), paged.Pages(at_keys, at_values, spec), requests, out)
     exact = torch.cat([expected(*one, spec) for one in zip(q, k, v)])
     assert ((out.double() - exact).abs() <= 1.01 * torch.finfo(dtype).eps / 2 * exact.abs() + 2e-6).all()
 
@@ -125,7 +125,7 @@ def test_large_scores_of_a_later_block_take_over():
     last = int(requests.table[0, 1070 // 32])
     at_keys[last, 0, :, 1070 % 32] = 300 * q[0][-1, 0]
     out = torch.empty_like(q[0])
-    paged.attend(q[0], at_keys, at_values, requests, spec, out)
+    paged.attend(q[0], paged.Pages(at_keys, at_values, spec), requests, out)
     torch.testing.assert_close(out[-1], v[0][1070])
 
 

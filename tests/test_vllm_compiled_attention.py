@@ -35,9 +35,9 @@ def seen(monkeypatch):
     """What the loops were given: for each call queries and keys of its requests."""
     calls, attend = [], paged.attend
 
-    def watched(q, keys, values, requests, *rest):
+    def watched(q, pages, requests, out):
         calls.append((requests.bounds.diff().tolist(), requests.seen.tolist()))
-        attend(q, keys, values, requests, *rest)
+        attend(q, pages, requests, out)
 
     monkeypatch.setattr(paged, "attend", watched)
     return calls
@@ -121,7 +121,7 @@ def test_outputs_are_no_further_from_float64_than_those_of_vllms_kernel(dtype):
     at_keys, at_values, table = paging.paged(k, v, sequences.host, 32)
     at_keys, at_values = at_keys.permute(0, 2, 3, 1).contiguous(), at_values.transpose(1, 2).contiguous()
     ours, requests = torch.empty_like(q), paged.Requests(sequences.host, sequences.host[1:], table)
-    paged.attend(q, at_keys, at_values, requests, spec, ours)
+    paged.attend(q, paged.Pages(at_keys, at_values, spec), requests, ours)
 
     q, k, v = (t.double().transpose(0, 1)[None] for t in (q, k, v))
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.125, enable_gqa=True)

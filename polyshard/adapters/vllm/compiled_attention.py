@@ -7,6 +7,8 @@ what is exchanged.
 from __future__ import annotations
 
 import os
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +49,7 @@ class CompiledImpl(CPUAttentionBackendImpl):
             scale=self.scale,
             sliding_window=None if self.sliding_window < 0 else self.sliding_window,
         )
+        self._known: tuple[Callable[[], torch.Tensor | None], paged.Pages | None] = (lambda: None), None
 
     def forward(
         self,
@@ -64,15 +67,24 @@ class CompiledImpl(CPUAttentionBackendImpl):
         scales = (output_scale, output_block_scale)
         if attn_metadata is not None and scales == (None, None) and attn_metadata.causal is True:
             requests: paged.Requests = attn_metadata.requests
-            pages, kv_heads, size, twice = kv_cache.shape
-            dim, tokens = twice // 2, slice(attn_metadata.num_actual_tokens)
-            enough = paged.worthwhile(requests, attn_metadata.num_actual_tokens, self._spec)
-            if enough and keeps_keys_transposed(layer.isa, kv_cache.dtype, size, dim):
-                keys, values = kv_cache.view(pages, kv_heads, 2, size * dim).unbind(2)
-                keys, values = keys.unflatten(-1, (dim, size)), values.unflatten(-1, (size, dim))
-                paged.attend(query[tokens], keys, values, requests, self._spec, output[tokens])
+            pages, tokens = self._pages_of(layer.isa, kv_cache), attn_metadata.num_actual_tokens
+            if pages is not None and paged.worthwhile(requests, tokens, self._spec):
+                paged.attend(query[:tokens], pages, requests, output[:tokens])
                 return output
         return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+
+    def _pages_of(self, isa: str, kv_cache: torch.Tensor) -> paged.Pages | None:
+        """The cache as the loops read it, known since the last call; None where it has another form."""
+        known, pages = self._known
+        if known() is not kv_cache:
+            count, kv_heads, size, twice = kv_cache.shape
+            pages = None
+            if keeps_keys_transposed(isa, kv_cache.dtype, size, twice // 2):
+                keys, values = kv_cache.view(count, kv_heads, 2, -1).unbind(2)
+                keys, values = keys.unflatten(-1, (-1, size)), values.unflatten(-1, (size, -1))
+                pages = paged.Pages(keys, values, self._spec)
+            self._known = weakref.ref(kv_cache), pages
+        return pages
 
 
 class CompiledBackend(CPUAttentionBackend):

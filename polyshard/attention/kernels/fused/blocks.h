@@ -32,15 +32,34 @@ struct StridedOf {
 };
 using Strided = StridedOf<float>;
 
+// What is asked for while a product is summed: nothing.
+struct Nothing {
+  void fetch(int64_t) const {}
+  Nothing after(int64_t) const { return {}; }
+};
+
+// Memory that is wanted next: `step` bytes further with each input.
+struct Ahead {
+  const char* bytes;
+  int64_t step;
+
+  void fetch(int64_t k) const {
+    for (int64_t i = 0; i < step; i += 64) __builtin_prefetch(bytes + k * step + i, 0, 2);
+  }
+  Ahead after(int64_t inputs) const { return {bytes + inputs * step, step}; }
+};
+
 // out[0..R)[0..V * WIDTH) (+)= a[0..R)[0..depth) b[0..depth)[0..V * WIDTH): floats by numbers of any kind, or pairs
-template <int R, int V, typename T, typename B>
-inline void multiply(StridedOf<T> a, const B* b, int64_t b_row, int64_t depth, float* out, int64_t out_row, bool add) {
+template <int R, int V, typename T, typename B, typename Wanted>
+inline void multiply(StridedOf<T> a, const B* b, int64_t b_row, int64_t depth, float* out, int64_t out_row, bool add,
+                     Wanted wanted) {
   Vec sum[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) sum[r][v] = Vec{};
   for (int64_t k = 0; k < depth; k++) {
+    wanted.fetch(k);
     decltype(load(b)) row[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) row[v] = load(b + k * b_row + v * WIDTH);
@@ -60,26 +79,27 @@ inline void multiply(StridedOf<T> a, const B* b, int64_t b_row, int64_t depth, f
     }
 }
 
-template <int R, int V, typename T, typename B>
+template <int R, int V, typename T, typename B, typename Wanted>
 void multiply_rows(StridedOf<T> a, const B* b, int64_t b_row, int64_t depth, float* out, int64_t out_row, bool add,
-                   int64_t columns) {
+                   int64_t columns, Wanted wanted) {
   int64_t c = 0;
-  for (; c + V * WIDTH <= columns; c += V * WIDTH) multiply<R, V>(a, b + c, b_row, depth, out + c, out_row, add);
+  for (; c + V * WIDTH <= columns; c += V * WIDTH, wanted = wanted.after(depth))
+    multiply<R, V>(a, b + c, b_row, depth, out + c, out_row, add, wanted);
   if constexpr (V > 1)
-    if (c < columns) multiply_rows<R, V / 2>(a, b + c, b_row, depth, out + c, out_row, add, columns - c);
+    if (c < columns) multiply_rows<R, V / 2>(a, b + c, b_row, depth, out + c, out_row, add, columns - c, wanted);
 }
 
 // The same for up to ROWS rows and any number of columns that fills whole registers.
-template <typename T, typename B>
+template <typename T, typename B, typename Wanted = Nothing>
 void product(int64_t rows, StridedOf<T> a, const B* b, int64_t b_row, int64_t depth, float* out, int64_t out_row,
-             bool add, int64_t columns) {
+             bool add, int64_t columns, Wanted wanted = {}) {
   switch (rows) {
-    case 6: return multiply_rows<6, panel(6)>(a, b, b_row, depth, out, out_row, add, columns);
-    case 5: return multiply_rows<5, panel(5)>(a, b, b_row, depth, out, out_row, add, columns);
-    case 4: return multiply_rows<4, panel(4)>(a, b, b_row, depth, out, out_row, add, columns);
-    case 3: return multiply_rows<3, panel(3)>(a, b, b_row, depth, out, out_row, add, columns);
-    case 2: return multiply_rows<2, panel(2)>(a, b, b_row, depth, out, out_row, add, columns);
-    default: return multiply_rows<1, panel(1)>(a, b, b_row, depth, out, out_row, add, columns);
+    case 6: return multiply_rows<6, panel(6)>(a, b, b_row, depth, out, out_row, add, columns, wanted);
+    case 5: return multiply_rows<5, panel(5)>(a, b, b_row, depth, out, out_row, add, columns, wanted);
+    case 4: return multiply_rows<4, panel(4)>(a, b, b_row, depth, out, out_row, add, columns, wanted);
+    case 3: return multiply_rows<3, panel(3)>(a, b, b_row, depth, out, out_row, add, columns, wanted);
+    case 2: return multiply_rows<2, panel(2)>(a, b, b_row, depth, out, out_row, add, columns, wanted);
+    default: return multiply_rows<1, panel(1)>(a, b, b_row, depth, out, out_row, add, columns, wanted);
   }
 }
 

@@ -113,6 +113,7 @@ class Task {
     for (int64_t from = all.low / step * step; from < all.high; from += step) {
       if (few) {
         const Seen block{from, std::min(from + step, all.high)};
+        next_ = all.high - block.high > step / 2 ? block.high : 0;
         pass<float>(block, page(cache_.keys, from), cache_.tokens, page(cache_.values, from));
         continue;
       }
@@ -190,8 +191,12 @@ class Task {
       prefetch(q_.at(token, tile.head), q_.token, next, dim);
       if (ends) prefetch(out_.at(token, tile.head), out_.token, next, dim);
     }
-    product(tile.rows, rows_of<A>(tile), keys + all.low, columns, dim / (std::is_same_v<A, float> ? 1 : 2),
-            weights + all.low, columns_, false, width);
+    const int64_t terms = std::is_same_v<A, float> ? dim : dim / 2, next = next_;
+    next_ = 0;
+    with_next<A>(tile.rows, cache_.keys, next, [&](auto ahead) {
+      product(tile.rows, rows_of<A>(tile), keys + all.low, columns, terms, weights + all.low, columns_, false, width,
+              ahead);
+    });
     float kept[ROWS];
     for (int64_t r = 0; r < tile.rows; r++) {
       const Seen one = seen_in(block, tile.query + (tile.across ? 0 : r), 1);
@@ -208,8 +213,10 @@ class Task {
       kept[r] = begins ? 0 : exponential(Vec{} + (before - largest))[0];
       total = total * kept[r] + sum;
     }
-    product<float>(tile.rows, {weights + all.low, columns_, 1}, values + all.low * dim, dim,
-                   all.high - all.low, sums, dim, false, dim);
+    with_next<A>(tile.rows, cache_.values, next, [&](auto ahead) {
+      product<float>(tile.rows, {weights + all.low, columns_, 1}, values + all.low * dim, dim, all.high - all.low,
+                     sums, dim, false, dim, ahead);
+    });
     for (int64_t r = 0; r < tile.rows; r++) {
       const int64_t at = tile.row(r, group_);
       float* outs = scratch_.outs.get() + at * dim;
@@ -226,6 +233,17 @@ class Task {
         for (int64_t d = 0; d < dim; d += WIDTH) store(outs + d, sum(d));
       }
     }
+  }
+
+  // A product, which asks for the page of token `next` while it is summed; 0 for none.
+  template <typename A, typename Product>
+  void with_next(int64_t rows, const void* cache, int64_t next, Product product) const {
+    if constexpr (std::is_same_v<A, float>)
+      if (next) {
+        const char* bytes = reinterpret_cast<const char*>(page(cache, next));
+        return product(Ahead{bytes, panel(rows) * WIDTH * (int64_t)sizeof(T)});
+      }
+    product(Nothing{});
   }
 
   // A tile's queries as a product takes them.
@@ -246,6 +264,7 @@ class Task {
     }
   }
 
+  int64_t next_ = 0;  // a token of the page after this one, until a tile has asked for it
   const Heads& heads_;
   const Cache& cache_;
   Slab slab_;

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -44,26 +43,44 @@ class _Cache(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True, slots=True)
 class Requests:
     """A step's requests, for all its layers.
 
-    Attributes:
+    Args:
         bounds: int32 `[requests + 1]`, cumulative numbers of queries.
         seen: int32 `[requests]`, keys of each, of which its queries are the last.
         table: int32 `[requests, pages of the longest]`; entries past a request's end are not read.
     """
 
-    bounds: torch.Tensor
-    seen: torch.Tensor
-    table: torch.Tensor
-    _pointers: _Requests = field(init=False, repr=False, compare=False)
+    def __init__(self, bounds: torch.Tensor, seen: torch.Tensor, table: torch.Tensor) -> None:
+        assert all(t.dtype == torch.int32 and t.stride(-1) == 1 for t in (bounds, seen, table))
+        assert len(bounds) == len(seen) + 1 == len(table) + 1
+        self.bounds, self.seen, self.table = bounds, seen, table
+        pointers = (bounds.data_ptr(), seen.data_ptr(), table.data_ptr())
+        self.pointers = ctypes.byref(_Requests(*pointers, len(seen), table.stride(0)))
 
-    def __post_init__(self) -> None:
-        assert all(t.dtype == torch.int32 and t.stride(-1) == 1 for t in (self.bounds, self.seen, self.table))
-        assert len(self.bounds) == len(self.seen) + 1 == len(self.table) + 1
-        pointers = (self.bounds.data_ptr(), self.seen.data_ptr(), self.table.data_ptr())
-        object.__setattr__(self, "_pointers", _Requests(*pointers, len(self.seen), self.table.stride(0)))
+
+class Pages:
+    """Where a layer's cache lies, which it does not keep alive; made once: a layer decodes in some microseconds.
+
+    Args:
+        keys: `[pages, kv_heads, dim, tokens]`, of which a head of a page is contiguous.
+        values: `[pages, kv_heads, tokens, dim]`, with the same strides, of the same dtype of `KINDS`.
+        spec: of heads that `rejects` takes.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec) -> None:
+        pages, kv_heads, dim, tokens = keys.shape
+        assert values.shape == (pages, kv_heads, tokens, dim), (keys.shape, values.shape)
+        assert keys.stride() == (*values.stride()[:2], tokens, 1), (keys.stride(), values.stride())
+        assert values.stride()[2:] == (dim, 1), values.stride()
+        assert tokens % PAGE == 0, tokens
+        assert (kv_heads, dim) == (spec.num_kv_heads, spec.head_dim), (kv_heads, dim)
+        assert keys.dtype == values.dtype, (keys.dtype, values.dtype)
+        self.dtype, self.shape = keys.dtype, (spec.num_heads, dim)
+        heads = _Heads(spec.num_heads, kv_heads, dim, spec.sliding_window or 0, spec.scale)
+        cache = _Cache(keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.stride(1), tokens)
+        self.pointers = ctypes.byref(heads), ctypes.byref(cache)
 
 
 def rejects(spec: AttentionSpec) -> str | None:
@@ -82,36 +99,18 @@ def worthwhile(requests: Requests, queries: int, spec: AttentionSpec) -> bool:
     return tasks >= torch.get_num_threads()
 
 
-def attend(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    requests: Requests,
-    spec: AttentionSpec,
-    out: torch.Tensor,
-) -> None:
-    """Fill `out` `[queries, heads, dim]`; computed in float32, and no autograd. All are of one dtype of `KINDS`.
+def attend(q: torch.Tensor, pages: Pages, requests: Requests, out: torch.Tensor) -> None:
+    """Attend in float32, without autograd.
 
     Args:
-        q: `[queries, heads, dim]`, a head contiguous.
-        keys: `[pages, kv_heads, dim, tokens]`, of which a head of a page is contiguous.
-        values: `[pages, kv_heads, tokens, dim]`, with the same strides.
+        q: `[queries, heads, dim]` of the pages' dtype, a head contiguous.
+        pages: see the class.
         requests: see the class.
-        spec: of heads that `rejects` takes.
-        out: may be part of a larger tensor.
+        out: filled; of the shape and dtype of `q`, maybe part of a larger tensor.
     """
-    pages, kv_heads, dim, tokens = keys.shape
-    assert values.shape == (pages, kv_heads, tokens, dim), (keys.shape, values.shape)
-    assert keys.stride() == (*values.stride()[:2], tokens, 1), (keys.stride(), values.stride())
-    assert values.stride()[2:] == (dim, 1), values.stride()
-    assert tokens % PAGE == 0, tokens
-    assert q.shape[1:] == out.shape[1:] == (spec.num_heads, dim), (q.shape, out.shape)
-    assert kv_heads == spec.num_kv_heads, kv_heads
-    assert q.dtype == keys.dtype == values.dtype == out.dtype, (q.dtype, keys.dtype, values.dtype, out.dtype)
-    heads = _Heads(spec.num_heads, kv_heads, dim, spec.sliding_window or 0, spec.scale)
-    cache = _Cache(keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.stride(1), tokens)
+    assert q.shape[1:] == out.shape[1:] == pages.shape, (q.shape, out.shape, pages.shape)
+    assert q.dtype == pages.dtype == out.dtype, (q.dtype, pages.dtype, out.dtype)
     threads = ctypes.c_int64(torch.get_num_threads())
-    pointers = (requests._pointers, heads, cache)
     library(SOURCE).polyshard_attention_paged(
-        KINDS[q.dtype], *map(ctypes.byref, pointers), packed(q, 0), packed(out, 0), threads
+        KINDS[q.dtype], requests.pointers, *pages.pointers, packed(q, 0), packed(out, 0), threads
     )
