@@ -67,3 +67,21 @@ def test_unknown_and_incomplete_scalings_are_refused():
         rotary_frequencies(32, 1e4, {"type": "linear"}, 64)
     with pytest.raises(ps.ConfigurationError, match="even dimension, got 7"):
         rotary_frequencies(7, 1e4, None, 64)
+
+
+def test_a_compiled_graph_computes_cosines_once():
+    """And not for every layer again, which took as long as the rotation."""
+    from torch._inductor.utils import run_and_get_code
+
+    rotary, weight = ps.RotaryEmbedding(32), torch.randn(32, 32)
+
+    def layers(x, positions):
+        cos, sin = rotary(positions, x.dtype)
+        for _ in range(3):
+            x = apply_rotary(x @ weight, cos, sin)
+        return x
+
+    x, positions = torch.randn(9, 2, 32), torch.arange(9)
+    found, (code,) = run_and_get_code(torch.compile(layers, fullgraph=True), x, positions)
+    torch.testing.assert_close(found, layers(x, positions), atol=1e-4, rtol=1e-3)
+    assert code.count(".cos()") == code.count(".sin()") == 1

@@ -16,6 +16,14 @@ from polyshard.core.errors import ConfigurationError
 
 SCALINGS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
+# On CPU Inductor would compute cosines and sines again for every layer that reads them: it keeps what is read more than
+# once only where that takes an exponential (torch/_inductor/ir.py, should_realize_on_reuse). It looks into no operator.
+_LIBRARY = torch.library.Library("polyshard", "FRAGMENT")
+_LIBRARY.define("computed_once(Tensor x) -> Tensor")
+_LIBRARY.impl("computed_once", torch.clone, "CompositeExplicitAutograd")
+torch.library.register_fake("polyshard::computed_once", torch.empty_like, lib=_LIBRARY)
+_computed_once = torch.ops.polyshard.computed_once.default
+
 
 def rotary_frequencies(
     dim: int, theta: float, scaling: Mapping[str, Any] | None, max_position: int
@@ -177,8 +185,10 @@ class RotaryEmbedding(nn.Module):
             self.inverse_frequencies = self._exactly.to(positions.device)
         # float32 even in a model of lower precision: positions above 256 are not exact in bfloat16.
         angles = positions.unsqueeze(-1).float() * self.inverse_frequencies.float()
-        cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
-        return cos.to(dtype).unsqueeze(-2), sin.to(dtype).unsqueeze(-2)
+        cos, sin = ((f(angles) * self.factor).to(dtype).unsqueeze(-2) for f in (torch.cos, torch.sin))
+        if torch.compiler.is_compiling() and cos.device.type == "cpu":
+            return _computed_once(cos), _computed_once(sin)
+        return cos, sin
 
 
 def halves(x: torch.Tensor, rotary_dim: int) -> torch.Tensor:
