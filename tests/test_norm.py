@@ -40,3 +40,13 @@ def test_the_bits_of_a_row_do_not_depend_on_the_batch(dtype):
     got = rms_norm(x, weight, 1e-5)
     assert got[3].isnan().all()
     assert torch.equal(got[4:], whole[4:])
+
+
+def test_a_compiled_graph_calls_it_by_name():
+    from torch._inductor.utils import run_and_get_code
+
+    x, weight = torch.randn(9, 64), torch.rand(64)
+    graph = torch.compile(lambda x: torch.relu(rms_norm(x, weight, 1e-5)) if takes(x) else x, fullgraph=True)
+    found, (code,) = run_and_get_code(graph, x)
+    assert torch.equal(found, torch.relu(rms_norm(x, weight, 1e-5)))
+    assert "polyshard.rms_norm" in code
