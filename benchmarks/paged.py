@@ -23,6 +23,7 @@ from rich.table import Table
 from vllm import _custom_ops as operators
 
 from polyshard.adapters.vllm import compat
+from polyshard.adapters.vllm.compiled_attention import pages_of
 from polyshard.adapters.vllm.paging import Blocks
 from polyshard.attention.kernels.fused import paged
 from polyshard.compiled.build import KINDS
@@ -100,16 +101,15 @@ def make(heads: int, kv_heads: int, dim: int, count: int, queries: int, seen: in
     keys, values = cache.chunk(2, dim=2)
     isa = compat.cpu_isa(dtype, dim)
     operators.cpu_attn_reshape_and_cache(k, v, keys, values, slots, isa)
-    if not compat.keeps_keys_transposed(isa, dtype, PAGE, dim):
-        raise typer.BadParameter(f"vLLM's cache for {isa!r} has another form here: an engine attends by vLLM's kernel")
     spec = AttentionSpec(num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, scale=dim**-0.5)
+    pages = pages_of(cache.view(blocks.count, kv_heads, PAGE, 2 * dim), isa, spec)
+    if pages is None:
+        raise typer.BadParameter(f"vLLM's cache for {isa!r} has another form here: an engine attends by vLLM's kernel")
     bounds = (torch.arange(count + 1) * queries).to(torch.int32)
     lengths = torch.full((count,), seen, dtype=torch.int32)
     plan = operators.cpu_attn_get_scheduler_metadata(
         count, heads, kv_heads, dim, lengths, dtype, bounds, True, -1, isa, True
     )
-    halves = cache.view(blocks.count, kv_heads, 2, PAGE * dim).unbind(2)
-    pages = paged.Pages(halves[0].unflatten(-1, (dim, PAGE)), halves[1].unflatten(-1, (PAGE, dim)), spec)
     asked = paged.Requests(bounds, lengths, rows)
 
     def theirs(out: torch.Tensor) -> None:

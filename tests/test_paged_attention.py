@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from support.written_out import attention
 
 from polyshard.attention.kernels.fused import paged
 from polyshard.compiled import build
@@ -45,13 +46,10 @@ def cached(rows, keys, spec, dtype, tokens):
 
 
 def expected(q, k, v, spec):
-    """Of one request, in float64."""
-    q, k, v = (t.double().transpose(0, 1) for t in (q, k, v))
-    k, v = (t.repeat_interleave(spec.num_heads // spec.num_kv_heads, 0) for t in (k, v))
-    apart = torch.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None] - torch.arange(k.shape[1])
-    hidden = (apart < 0) | (apart >= (spec.sliding_window or k.shape[1] + 1))
-    scores = (q @ k.transpose(1, 2) * spec.scale).masked_fill(hidden, -torch.inf)
-    return (scores.softmax(-1) @ v).transpose(0, 1)
+    """Of all requests, in float64."""
+    lengths, seen = [len(t) for t in q], [len(t) for t in k]
+    q, k, v = (torch.cat(t).double() for t in (q, k, v))
+    return attention(q, k, v, lengths, seen, scale=spec.scale, window=spec.sliding_window)
 
 
 def check(rows, keys, spec, dtype, tokens):
@@ -59,7 +57,7 @@ def check(rows, keys, spec, dtype, tokens):
     wide = torch.full((sum(rows) + 2, spec.num_heads, spec.head_dim + 16), 7, dtype=dtype)
     out = wide[1:-1, :, : spec.head_dim]  # between what must not be written
     paged.attend(torch.cat(q), paged.Pages(at_keys, at_values, spec), requests, out)
-    exact = torch.cat([expected(*one, spec) for one in zip(q, k, v)])
+    exact = expected(q, k, v, spec)
     torch.testing.assert_close(out.double(), exact, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     assert (wide[0] == 7).all()
     assert (wide[-1] == 7).all()
@@ -93,7 +91,7 @@ def test_outputs_are_rounded_once(dim, dtype):
     q, k, v, at_keys, at_values, requests = cached(lengths, lengths, spec, dtype, 32)
     out = torch.empty_like(torch.cat(q))
     paged.attend(torch.cat(q), paged.Pages(at_keys, at_values, spec), requests, out)
-    exact = torch.cat([expected(*one, spec) for one in zip(q, k, v)])
+    exact = expected(q, k, v, spec)
     assert ((out.double() - exact).abs() <= 1.01 * torch.finfo(dtype).eps / 2 * exact.abs() + 2e-6).all()
 
 

@@ -12,17 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from polyshard.compiled.operator import bare_operator
 from polyshard.core.errors import ConfigurationError
 
 SCALINGS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 # On CPU Inductor would compute cosines and sines again for every layer that reads them: it keeps what is read more than
-# once only where that takes an exponential (torch/_inductor/ir.py, should_realize_on_reuse). It looks into no operator.
-_LIBRARY = torch.library.Library("polyshard", "FRAGMENT")
-_LIBRARY.define("computed_once(Tensor x) -> Tensor")
-_LIBRARY.impl("computed_once", torch.clone, "CompositeExplicitAutograd")
-torch.library.register_fake("polyshard::computed_once", torch.empty_like, lib=_LIBRARY)
-_computed_once = torch.ops.polyshard.computed_once.default
+# once only where that takes an exponential (torch/_inductor/ir.py, should_realize_on_reuse).
+_computed_once = bare_operator(
+    "computed_once(Tensor x) -> Tensor", torch.clone, torch.empty_like, "CompositeExplicitAutograd"
+)
 
 
 def rotary_frequencies(

@@ -57,7 +57,12 @@ def library(source: Path) -> ctypes.CDLL:
 
 def takes(source: Path, x: torch.Tensor) -> bool:
     """Whether a file's loops compute a tensor like this one here. The first call may compile."""
-    return x.device.type == "cpu" and x.dtype in KINDS and unavailable(source) is None
+    return x.device.type == "cpu" and x.dtype in KINDS and _available(source)
+
+
+@torch.compiler.assume_constant_result  # a graph's compiler does not look into it
+def _available(source: Path) -> bool:
+    return unavailable(source) is None
 
 
 def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int]:

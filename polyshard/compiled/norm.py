@@ -11,18 +11,14 @@ import torch
 
 from polyshard.compiled import build
 from polyshard.compiled.build import KINDS, NUMBER, POINTER, SIZE, function, rows_of
+from polyshard.compiled.operator import bare_operator
 
 SOURCE = Path(__file__).with_name("norm.cpp")
 
 
 def takes(x: torch.Tensor) -> bool:
     """Whether `rms_norm` computes a tensor like this one here. The first call may compile."""
-    return x.device.type == "cpu" and x.dtype in KINDS and _available()
-
-
-@torch.compiler.assume_constant_result
-def _available() -> bool:
-    return build.unavailable(SOURCE) is None
+    return build.takes(SOURCE, x)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -44,12 +40,10 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
     return out
 
 
-# A graph's compiler calls this by name: its own loops take longer. Bare, as in product.py.
-_LIBRARY = torch.library.Library("polyshard", "FRAGMENT")
-_LIBRARY.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
-_LIBRARY.impl("rms_norm", _rms_norm, "CPU")
-torch.library.register_fake("polyshard::rms_norm", lambda x, weight, eps: x.new_empty(x.shape), lib=_LIBRARY)
-_operator = torch.ops.polyshard.rms_norm.default
+# In a graph too: its compiler's own loops take longer.
+_operator = bare_operator(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm, lambda x, weight, eps: x.new_empty(x.shape)
+)
 
 
 @functools.cache

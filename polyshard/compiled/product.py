@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from polyshard.compiled.build import KINDS, NUMBER, POINTER, SIZE, function, library, rows_of, unavailable
+from polyshard.compiled.operator import bare_operator
 
 SOURCE = Path(__file__).with_name("product.cpp")
 
@@ -98,21 +99,11 @@ def _outputs(x: torch.Tensor, out_features: int, half: int, gated: bool) -> torc
     return x.new_empty((*x.shape[:-1], half if gated else out_features))
 
 
-# A graph's compiler looks at tensors and calls this by name. Bare, since `torch.library.custom_op` takes as long for
-# each call as a small product.
-_LIBRARY = torch.library.Library("polyshard", "FRAGMENT")
-_LIBRARY.define(
+_operator = bare_operator(
     "packed_product(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, int out_features, int half, bool gated)"
-    " -> Tensor"
-)
-_LIBRARY.impl("packed_product", _multiply, "CPU")
-_operator = torch.ops.polyshard.packed_product.default
-
-
-torch.library.register_fake(
-    "polyshard::packed_product",
+    " -> Tensor",
+    _multiply,
     lambda x, packed, bias, residual, *sizes: _outputs(x, *sizes),
-    lib=_LIBRARY,
 )
 
 

@@ -26,6 +26,15 @@ from polyshard.attention.selection import ENVIRONMENT_VARIABLE
 from polyshard.core.attention import AttentionSpec
 
 
+def pages_of(kv_cache: torch.Tensor, isa: str, spec: AttentionSpec) -> paged.Pages | None:
+    """A layer's cache `[pages, kv_heads, tokens, 2 dim]` as the loops read it; None where it has another form."""
+    count, kv_heads, size, twice = kv_cache.shape
+    if not keeps_keys_transposed(isa, kv_cache.dtype, size, twice // 2):
+        return None
+    keys, values = kv_cache.view(count, kv_heads, 2, -1).unbind(2)
+    return paged.Pages(keys.unflatten(-1, (-1, size)), values.unflatten(-1, (size, -1)), spec)
+
+
 class CompiledMetadataBuilder(CPUAttentionMetadataBuilder):
     """vLLM's, which also hands on what the loops ask of a step."""
 
@@ -74,15 +83,10 @@ class CompiledImpl(CPUAttentionBackendImpl):
         return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
 
     def _pages_of(self, isa: str, kv_cache: torch.Tensor) -> paged.Pages | None:
-        """The cache as the loops read it, known since the last call; None where it has another form."""
+        """`pages_of` it, known since the last call."""
         known, pages = self._known
         if known() is not kv_cache:
-            count, kv_heads, size, twice = kv_cache.shape
-            pages = None
-            if keeps_keys_transposed(isa, kv_cache.dtype, size, twice // 2):
-                keys, values = kv_cache.view(count, kv_heads, 2, -1).unbind(2)
-                keys, values = keys.unflatten(-1, (-1, size)), values.unflatten(-1, (size, -1))
-                pages = paged.Pages(keys, values, self._spec)
+            pages = pages_of(kv_cache, isa, self._spec)
             self._known = weakref.ref(kv_cache), pages
         return pages
 

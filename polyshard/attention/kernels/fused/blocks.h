@@ -30,7 +30,6 @@ struct StridedOf {
   const T* data;
   int64_t rows, columns;
 };
-using Strided = StridedOf<float>;
 
 // What is asked for while a product is summed: nothing.
 struct Nothing {
