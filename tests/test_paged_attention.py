@@ -1,7 +1,5 @@
 """Attention over a paged cache by the compiled loops; float64 is the oracle."""
 
-import random
-
 import pytest
 import torch
 from support.written_out import attention
@@ -22,27 +20,36 @@ def spec_of(kv_heads, group, dim, window=None):
     )
 
 
-def cached(rows, keys, spec, dtype, tokens):
-    """Queries, keys and values of each request; the cache that holds them, NaN where it holds nothing; its requests."""
-    heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-    q = [torch.randn(m, heads, dim).to(dtype) for m in rows]
-    k, v = ([torch.randn(n, kv_heads, dim).to(dtype) for n in keys] for _ in "kv")
-    needed = [-(-n // tokens) for n in keys]
+def in_pages(k, v, tokens):
+    """A cache that holds the keys and values of each sequence, NaN where it holds nothing; keys, values, table."""
+    kv_heads, dim = k[0].shape[1:]
+    needed = [-(-len(t) // tokens) for t in k]
     places = torch.randperm(sum(needed) + SPARE).tolist()
-    both = torch.full((len(places), kv_heads, 2, tokens * dim), torch.nan, dtype=dtype)
+    both = torch.full((len(places), kv_heads, 2, tokens * dim), torch.nan, dtype=k[0].dtype)
     at_keys, at_values = both.unbind(2)
     at_keys, at_values = at_keys.unflatten(-1, (dim, tokens)), at_values.unflatten(-1, (tokens, dim))
-    table = torch.full((len(keys), max(needed)), 2**31 - 1, dtype=torch.int32)
+    table = torch.full((len(k), max(needed)), 2**31 - 1, dtype=torch.int32)
     for i, pages in enumerate(needed):
         for page in range(pages):
             table[i, page] = place = places.pop()
-            part = slice(page * tokens, min((page + 1) * tokens, keys[i]))
-            count = part.stop - part.start
-            at_keys[place, :, :, :count] = k[i][part].permute(1, 2, 0)
-            at_values[place, :, :count] = v[i][part].transpose(0, 1)
+            keys, values = (t[i][page * tokens : (page + 1) * tokens] for t in (k, v))
+            at_keys[place, :, :, : len(keys)] = keys.permute(1, 2, 0)
+            at_values[place, :, : len(keys)] = values.transpose(0, 1)
+    return at_keys, at_values, table
+
+
+def cached(rows, keys, spec, dtype, tokens):
+    """Queries, keys and values of each request; the cache that holds them; its requests."""
+    heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+    q = [torch.randn(m, heads, dim).to(dtype) for m in rows]
+    k, v = ([torch.randn(n, kv_heads, dim).to(dtype) for n in keys] for _ in "kv")
+    at_keys, at_values, table = in_pages(k, v, tokens)
+    return q, k, v, at_keys, at_values, requests_of(rows, keys, table)
+
+
+def requests_of(rows, keys, table):
     bounds = torch.tensor([0, *rows]).cumsum(0).to(torch.int32)
-    requests = paged.Requests(bounds, torch.tensor(keys, dtype=torch.int32), table)
-    return q, k, v, at_keys, at_values, requests
+    return paged.Requests(bounds, torch.tensor(keys, dtype=torch.int32), table)
 
 
 def expected(q, k, v, spec):
@@ -62,6 +69,7 @@ def check(rows, keys, spec, dtype, tokens):
     assert (wide[0] == 7).all()
     assert (wide[-1] == 7).all()
     assert (wide[..., spec.head_dim :] == 7).all()
+    return out
 
 
 CASES = {
@@ -102,17 +110,61 @@ def test_a_prompt_of_several_tasks():
 
 
 def test_a_wider_processor(tmp_path, monkeypatch):
-    """Registers of sixteen floats, which the compiler makes of two where the processor has none."""
+    """Registers of sixteen floats, which the compiler makes of two where the processor has none, give the same bits."""
     other = tmp_path / "paged.cpp"
     other.write_text(f'#define POLYSHARD_WIDTH 16\n#include "{paged.SOURCE}"\n')
-    monkeypatch.setattr(paged, "SOURCE", other)
     monkeypatch.setenv("POLYSHARD_CACHE", str(tmp_path))
     assert build.unavailable(other) is None
-    random.seed(2)
-    torch.manual_seed(2)
     for dtype in TOLERANCE:
-        for rows, keys in CASES.values():
-            check(rows, keys, spec_of(2, random.choice((1, 3)), 64, random.choice((None, 40))), dtype, 32)
+        for index, (rows, keys) in enumerate(CASES.values()):
+            outs, spec = [], spec_of(2, 1 + 2 * (index % 2), 64, (None, 40, None)[index % 3])
+            for source in (paged.SOURCE, other):
+                monkeypatch.setattr(paged, "SOURCE", source)
+                torch.manual_seed(index)
+                outs.append(check(rows, keys, spec, dtype, 32))
+            assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("window", [None, 1, 150])
+@pytest.mark.parametrize(("kv_heads", "group", "dim"), [(3, 3, 64), (1, 8, 80), (2, 1, 128), (1, 16, 32)])
+def test_what_a_query_gives_depends_on_its_sequence_alone(threads, dtype, window, kv_heads, group, dim, monkeypatch):
+    """Bit for bit: whatever stands beside it, whatever chunk it comes in, however large pages are."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.manual_seed(3)
+    spec, lengths = spec_of(kv_heads, group, dim, window), [700, 1300]
+
+    def attended(q, k, v, tokens):
+        at_keys, at_values, table = in_pages(k, v, tokens)
+        out = torch.empty_like(torch.cat(q))
+        requests = requests_of([len(t) for t in q], [len(t) for t in k], table)
+        paged.attend(torch.cat(q), paged.Pages(at_keys, at_values, spec), requests, out)
+        return out.split([len(t) for t in q])
+
+    q, k, v = ([torch.randn(n, heads, dim).to(dtype) for n in lengths] for heads in (kv_heads * group, kv_heads, kv_heads))
+    whole = attended(q, k, v, 32)
+    for tokens, step in ((32, 1), (128, 4), (64, 50), (128, 333)):
+        for last in (1, 7, 65, 450, 511, 512, 513, 700):
+            seen = [last, last + 600]
+            parts = [t[max(n - step, 0) : n] for t, n in zip(q, seen)]
+            found = attended(parts, *([t[:n] for t, n in zip(of, seen)] for of in (k, v)), tokens)
+            for mine, all_of_it, n in zip(found, whole, seen):
+                assert torch.equal(mine, all_of_it[n - len(mine) : n]), (tokens, step, n)
+
+
+@pytest.mark.parametrize("window", [None, 150])
+def test_the_logsumexp_of_each_query(window):
+    torch.manual_seed(4)
+    spec, rows, keys = spec_of(2, 3, 64, window), [1, 300, 5], [800, 300, 40]
+    q, k, _, at_keys, at_values, requests = cached(rows, keys, spec, torch.float32, 32)
+    found = torch.full((sum(rows), 6), torch.nan)
+    paged.attend(torch.cat(q), paged.Pages(at_keys, at_values, spec), requests, torch.empty_like(torch.cat(q)), found)
+    for mine, one, its in zip(found.split(rows), q, k):
+        scores = torch.einsum("qhd,khd->hqk", one.double(), its.double().repeat_interleave(3, 1)) * spec.scale
+        apart = torch.arange(len(its) - len(one), len(its))[:, None] - torch.arange(len(its))
+        scores.masked_fill_((apart < 0) | (apart >= (window or len(its))), -torch.inf)
+        torch.testing.assert_close(mine.double(), scores.logsumexp(-1).T, atol=1e-5, rtol=1e-6)
 
 
 def test_large_scores_of_a_later_block_take_over():

@@ -118,17 +118,12 @@ struct Term<Bfloat16> {
 
 inline Vec at_least(Vec x, float bound) { return x < bound ? Vec{} + bound : x; }  // NaN stays NaN
 
-// exp(x) for x <= 88, to about one unit in the last place (polynomial of Cephes, expf.c); what is below 2^-126 may be 0.
+// exp(x) for x <= 88, to about one unit in the last place (polynomial of Cephes, expf.c); 0 for what is below 2^-126.
 inline Vec exponential(Vec x) {
-#ifdef __AVX512F__
-  x = at_least(x, -105.0f);
-  const Vec whole = (Vec)_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT);
-#else
   const Int least = x < -87.3f;
   x = at_least(x, -87.3f);
   const Vec shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
   const Vec whole = shifted - 12582912.0f;
-#endif
   const Vec rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
   Vec y = Vec{} + 1.9875691500e-4f;
   y = y * rest + 1.3981999507e-3f;
@@ -137,12 +132,8 @@ inline Vec exponential(Vec x) {
   y = y * rest + 1.6666665459e-1f;
   y = y * rest + 5.0000001201e-1f;
   y = y * (rest * rest) + (rest + 1.0f);
-#ifdef __AVX512F__
-  return (Vec)_mm512_scalef_ps((__m512)y, (__m512)whole);
-#else
   const Vec power = (Vec)((((Int)shifted) << 23) + 0x3f800000);  // the low bits of the shifted number are the integer
   return (Vec)((Int)(y * power) & ~least);  // a product, so that NaN stays NaN
-#endif
 }
 
 // x * sigmoid(x). Below -88 it stays that of -88, which is -5e-37.

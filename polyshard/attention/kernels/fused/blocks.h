@@ -48,7 +48,8 @@ struct Ahead {
   Ahead after(int64_t inputs) const { return {bytes + inputs * step, step}; }
 };
 
-// out[0..R)[0..V * WIDTH) (+)= a[0..R)[0..depth) b[0..depth)[0..V * WIDTH): floats by numbers of any kind, or pairs
+// out[0..R)[0..V * WIDTH) (+)= a[0..R)[0..depth) b[0..depth)[0..V * WIDTH): floats by numbers of any kind, or pairs.
+// Terms are added one by one: a sum that goes on from `out` has the bits of one product over all.
 template <int R, int V, typename T, typename B, typename Wanted>
 inline void multiply(StridedOf<T> a, const B* b, int64_t b_row, int64_t depth, float* out, int64_t out_row, bool add,
                      Wanted wanted) {
@@ -56,7 +57,7 @@ inline void multiply(StridedOf<T> a, const B* b, int64_t b_row, int64_t depth, f
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; v++) sum[r][v] = Vec{};
+    for (int v = 0; v < V; v++) sum[r][v] = add ? load(out + r * out_row + v * WIDTH) : Vec{};
   for (int64_t k = 0; k < depth; k++) {
     wanted.fetch(k);
     decltype(load(b)) row[V];
@@ -72,10 +73,7 @@ inline void multiply(StridedOf<T> a, const B* b, int64_t b_row, int64_t depth, f
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; v++) {
-      float* to = out + r * out_row + v * WIDTH;
-      store(to, add ? load(to) + sum[r][v] : sum[r][v]);
-    }
+    for (int v = 0; v < V; v++) store(out + r * out_row + v * WIDTH, sum[r][v]);
 }
 
 template <int R, int V, typename T, typename B, typename Wanted>
@@ -107,6 +105,30 @@ inline float sum_of(Vec x) {
   for (int half = WIDTH / 2; half > 0; half /= 2) x += __builtin_shuffle(x, lanes() ^ half);
   return x[0];
 }
+
+// Sixteen sums, whatever the width of the registers: the same bits everywhere.
+struct Sums {
+  static constexpr int PARTS = 16 / WIDTH;
+  Vec parts[PARTS] = {};
+
+  // of(c) for each register of the columns [from, to) is added to the sums of these columns.
+  template <typename Of>
+  void add(int64_t from, int64_t to, Of of) {
+    int64_t c = from;
+    if (PARTS == 2 && c < to && c / WIDTH % 2) parts[PARTS - 1] += of(c), c += WIDTH;
+    for (; c + (PARTS - 1) * WIDTH < to; c += 16)
+      for (int p = 0; p < PARTS; p++) parts[p] += of(c + p * WIDTH);
+    if (c < to) parts[0] += of(c);
+  }
+
+  float total() const {
+    float all[16];
+    for (int p = 0; p < PARTS; p++) store(all + p * WIDTH, parts[p]);
+    for (int half = 8; half > 0; half /= 2)
+      for (int k = 0; k < half; k++) all[k] += all[k + half];
+    return all[0];
+  }
+};
 
 inline float largest_of(Vec x) {
 #pragma GCC unroll 4
@@ -184,20 +206,21 @@ inline void softmax(float* row, float factor, Seen all, Seen one, float& largest
   // Registers before and after these are seen in part.
   const int64_t begin = std::min(up(one.low, WIDTH), all.high), end = std::max(one.high / WIDTH * WIDTH, begin);
   const Vec none = Vec{} - std::numeric_limits<float>::infinity();
-  Vec top = Vec{} + largest, sum{};
-  const auto each = [&](auto in_part, auto whole) {
-    for (int64_t c = all.low; c < begin; c += WIDTH) in_part(c);
-    for (int64_t c = begin; c < end; c += WIDTH) whole(c);
-    for (int64_t c = end; c < all.high; c += WIDTH) in_part(c);
-  };
+  Vec top = Vec{} + largest;
   const auto larger = [&](Vec x) { top = x > top ? x : top; };
-  each([&](int64_t c) { larger(visible(one, c) ? load(row + c) * factor : none); },
-       [&](int64_t c) { larger(load(row + c) * factor); });
+  const auto larger_in_part = [&](int64_t c) { larger(visible(one, c) ? load(row + c) * factor : none); };
+  for (int64_t c = all.low; c < begin; c += WIDTH) larger_in_part(c);
+  for (int64_t c = begin; c < end; c += WIDTH) larger(load(row + c) * factor);
+  for (int64_t c = end; c < all.high; c += WIDTH) larger_in_part(c);
   largest = largest_of(top);
+  Sums sums;
   const auto weight = [&](int64_t c) { return exponential(load(row + c) * factor - largest); };
-  const auto keep = [&](int64_t c, Vec x) { store(row + c, x), sum += x; };
-  each([&](int64_t c) { keep(c, where(visible(one, c), weight(c))); }, [&](int64_t c) { keep(c, weight(c)); });
-  total = sum_of(sum);
+  const auto kept = [&](int64_t c, Vec x) { return store(row + c, x), x; };
+  const auto in_part = [&](int64_t c) { return kept(c, where(visible(one, c), weight(c))); };
+  sums.add(all.low, begin, in_part);
+  sums.add(begin, end, [&](int64_t c) { return kept(c, weight(c)); });
+  sums.add(end, all.high, in_part);
+  total = sums.total();
 }
 
 // Ask for `rows` rows of `dim` numbers, so that they are in the cache when they are multiplied.

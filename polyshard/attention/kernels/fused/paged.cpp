@@ -5,9 +5,14 @@
 // summed before is scaled to the largest score so far (Milakov and Gimelshein 2018, "Online normalizer calculation for
 // softmax"; FlashAttention-2, arXiv:2307.08691). For few queries, as decoding has them, pages are read where they lie.
 //
+// What a query gives follows from its sequence alone, bit for bit, whatever the width of the registers: blocks are cut by
+// the positions of keys, sums are added key by key, and what a query does not see counts as zero. So exact mode attends
+// by these loops.
+//
 // One task is a key-value head of a slab of a request's queries, with all of its query heads.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -42,7 +47,7 @@ namespace {
 
 constexpr int64_t SLAB = 1536;         // rows of a task at most: queries times heads
 constexpr int64_t THIN = 384;          // the same where threads would be idle
-constexpr int64_t BLOCK = 32 * 1024;   // numbers of a block's keys
+constexpr int64_t BLOCK = 32 * 1024;   // numbers of a block's keys, about
 constexpr int64_t FEW = 2 * ROWS;      // rows for which nothing is laid
 constexpr int64_t WHOLE = 32;          // tokens of whole registers in a page
 
@@ -88,16 +93,18 @@ template <typename T>
 class Task {
  public:
   Task(const Requests& requests, const Heads& heads, const Cache& cache, PackedOf<const T> q, PackedOf<T> out,
-       Slab slab, int64_t kv, int64_t columns, Scratch& scratch)
+       const Packed* logsumexp, Slab slab, int64_t kv, int64_t columns, Scratch& scratch)
       : heads_(heads),
         cache_(cache),
         slab_(slab),
         scratch_(scratch),
+        logsumexp_(logsumexp),
         kv_(kv),
         columns_(columns),
         group_(heads.heads / heads.kv_heads),
+        begin_(requests.bounds[slab.request]),
         table_(requests.table + slab.request * requests.row) {
-    const int64_t begin = requests.bounds[slab.request], keys = requests.seen[slab.request];
+    const int64_t begin = begin_, keys = requests.seen[slab.request];
     mask_ = {keys - (requests.bounds[slab.request + 1] - begin), keys, heads.window, 1};
     q_ = {q.at(begin, kv * group_), q.token, q.head};
     out_ = {out.at(begin, kv * group_), out.token, out.head};
@@ -108,43 +115,61 @@ class Task {
     const int64_t rows = slab_.rows * group_;
     std::fill_n(scratch_.largest.get(), rows, -std::numeric_limits<float>::infinity());
     std::fill_n(scratch_.totals.get(), rows, 0.0f);
-    const bool few = rows <= FEW;
-    const int64_t step = few ? cache_.tokens : columns_;
-    for (int64_t from = all.low / step * step; from < all.high; from += step) {
-      if (few) {
-        const Seen block{from, std::min(from + step, all.high)};
-        next_ = all.high - block.high > step / 2 ? block.high : 0;
-        pass<float>(block, page(cache_.keys, from), cache_.tokens, page(cache_.values, from));
+    last_ = all.high;
+    for (int64_t from = all.low / columns_ * columns_; from < all.high; from += columns_) {
+      const Seen block{std::max(from, all.low / WHOLE * WHOLE), std::min(from + columns_, all.high)};
+      if (rows <= FEW) {
+        fetches_ = true;
+        pass<float>(block, InPages{});
         continue;
       }
-      const Seen block{std::max(from, all.low / WHOLE * WHOLE), std::min(from + step, all.high)};
       lay(block);
       if constexpr (PAIRS<T>)
         if (laid_in_pairs()) {
-          pass<Row>(block, reinterpret_cast<const Row*>(scratch_.keys.get()), columns_, scratch_.values.get());
+          pass<Row>(block, Laid<Row>{reinterpret_cast<const Row*>(scratch_.keys.get()), scratch_.values.get()});
           continue;
         }
-      pass<float>(block, scratch_.keys.get(), columns_, scratch_.values.get());
+      pass<float>(block, Laid<float>{scratch_.keys.get(), scratch_.values.get()});
     }
   }
 
  private:
   using Row = typename Term<T>::Row;
 
+  // How a block is multiplied: its keys `[terms, columns]` and values `[keys, dim]` laid together, or in their pages.
+  template <typename B>
+  struct Laid {
+    const B* keys;
+    const float* values;
+  };
+  struct InPages {};
+
   bool laid_in_pairs() const { return PAIRS<T> && heads_.dim % (2 * WIDTH) == 0; }
 
   const T* page(const void* cache, int64_t token) const {
     return static_cast<const T*>(cache) + table_[token / cache_.tokens] * cache_.page + kv_ * cache_.head;
   }
+  const T* keys_at(int64_t token) const { return page(cache_.keys, token) + token % cache_.tokens; }
+  const T* values_at(int64_t token) const {
+    return page(cache_.values, token) + token % cache_.tokens * heads_.dim;
+  }
+
+  // What of some tokens stands in each page.
+  template <typename Each>
+  void by_page(Seen tokens, Each each) const {
+    for (int64_t token = tokens.low; token < tokens.high;) {
+      const int64_t count = std::min(cache_.tokens - token % cache_.tokens, tokens.high - token);
+      each(token, count);
+      token += count;
+    }
+  }
 
   // A block's keys and values, page by page, as they are multiplied; keys up to a whole register.
   void lay(Seen block) {
     const int64_t dim = heads_.dim, size = cache_.tokens;
-    for (int64_t token = block.low; token < block.high;) {
-      const int64_t in_page = token % size, to = token - block.low;
-      const int64_t count = std::min(size - in_page, block.high - token);
-      const T* keys = page(cache_.keys, token) + in_page;
-      float* laid = scratch_.keys.get() + to;
+    by_page(block, [&](int64_t token, int64_t count) {
+      const T* keys = keys_at(token);
+      float* laid = scratch_.keys.get() + token - block.low;
       if constexpr (PAIRS<T>)
         for (int64_t d = 0; laid_in_pairs() && d < dim; d += 2)
           for (int64_t i = 0; i < count; i += WIDTH)
@@ -152,21 +177,19 @@ class Task {
       if (!laid_in_pairs())
         for (int64_t d = 0; d < dim; d++)
           for (int64_t i = 0; i < count; i += WIDTH) store(laid + d * columns_ + i, load(keys + d * size + i));
-      widen(page(cache_.values, token) + in_page * dim, dim, count, dim, scratch_.values.get() + to * dim);
-      token += count;
-    }
+      widen(values_at(token), dim, count, dim, scratch_.values.get() + (token - block.low) * dim);
+    });
   }
 
-  // All rows over a block of keys `[terms, columns]` and values `[keys, dim]`.
-  template <typename A, typename B, typename V>
-  void pass(Seen block, const B* keys, int64_t columns, const V* values) {
+  // All rows over a block.
+  template <typename A, typename Source>
+  void pass(Seen block, Source source) {
     const bool across = slab_.rows < ROWS && group_ > slab_.rows;
     const int64_t rows = across ? group_ : slab_.rows;
     for (int64_t first = 0; first < rows; first += ROWS)
       for (int64_t other = 0; other < (across ? slab_.rows : group_); other++) {
         const int64_t count = std::min<int64_t>(ROWS, rows - first);
-        const Tile tile = across ? Tile{other, first, count, true} : Tile{first, other, count, false};
-        attend<A>(tile, block, keys, columns, values);
+        attend<A>(across ? Tile{other, first, count, true} : Tile{first, other, count, false}, block, source);
       }
   }
 
@@ -175,8 +198,8 @@ class Task {
     return {std::max(all.low, block.low) - block.low, std::min(all.high, block.high) - block.low};
   }
 
-  template <typename A, typename B, typename V>
-  void attend(Tile tile, Seen block, const B* keys, int64_t columns, const V* values) {
+  template <typename A, typename Source>
+  void attend(Tile tile, Seen block, Source source) {
     const int64_t dim = heads_.dim, queries = tile.across ? 1 : tile.rows;
     Seen all = seen_in(block, tile.query, queries);
     if (all.low >= all.high) return;
@@ -191,12 +214,7 @@ class Task {
       prefetch(q_.at(token, tile.head), q_.token, next, dim);
       if (ends) prefetch(out_.at(token, tile.head), out_.token, next, dim);
     }
-    const int64_t terms = std::is_same_v<A, float> ? dim : dim / 2, next = next_;
-    next_ = 0;
-    with_next<A>(tile.rows, cache_.keys, next, [&](auto ahead) {
-      product(tile.rows, rows_of<A>(tile), keys + all.low, columns, terms, weights + all.low, columns_, false, width,
-              ahead);
-    });
+    score(tile.rows, rows_of<A>(tile), source, block, all);
     float kept[ROWS];
     for (int64_t r = 0; r < tile.rows; r++) {
       const Seen one = seen_in(block, tile.query + (tile.across ? 0 : r), 1);
@@ -213,37 +231,67 @@ class Task {
       kept[r] = begins ? 0 : exponential(Vec{} + (before - largest))[0];
       total = total * kept[r] + sum;
     }
-    with_next<A>(tile.rows, cache_.values, next, [&](auto ahead) {
-      product<float>(tile.rows, {weights + all.low, columns_, 1}, values + all.low * dim, dim, all.high - all.low,
-                     sums, dim, false, dim, ahead);
-    });
+    sum(tile.rows, source, block, all);
+    fetches_ = false;
     for (int64_t r = 0; r < tile.rows; r++) {
       const int64_t at = tile.row(r, group_);
       float* outs = scratch_.outs.get() + at * dim;
-      const auto sum = [&](int64_t d) {
+      const auto summed = [&](int64_t d) {
         const Vec more = load(sums + r * dim + d);
         return begins ? more : load(outs + d) * kept[r] + more;
       };
       if (ends) {
         T* to = tile.across ? out_.at(slab_.first + tile.query, tile.head + r)
                             : out_.at(slab_.first + tile.query + r, tile.head);
-        const float factor = 1 / scratch_.totals.get()[at];
-        for (int64_t d = 0; d < dim; d += WIDTH) store(to + d, sum(d) * factor);
+        const float total = scratch_.totals.get()[at], factor = 1 / total;
+        for (int64_t d = 0; d < dim; d += WIDTH) store(to + d, summed(d) * factor);
+        if (logsumexp_)
+          *logsumexp_->at(begin_ + at / group_ + slab_.first, kv_ * group_ + at % group_) =
+              scratch_.largest.get()[at] + std::log(total);
       } else {
-        for (int64_t d = 0; d < dim; d += WIDTH) store(outs + d, sum(d));
+        for (int64_t d = 0; d < dim; d += WIDTH) store(outs + d, summed(d));
       }
     }
   }
 
-  // A product, which asks for the page of token `next` while it is summed; 0 for none.
-  template <typename A, typename Product>
-  void with_next(int64_t rows, const void* cache, int64_t next, Product product) const {
-    if constexpr (std::is_same_v<A, float>)
-      if (next) {
-        const char* bytes = reinterpret_cast<const char*>(page(cache, next));
-        return product(Ahead{bytes, panel(rows) * WIDTH * (int64_t)sizeof(T)});
-      }
-    product(Nothing{});
+  // Weights of columns `all` of a block: products of queries and keys.
+  template <typename B>
+  void score(int64_t rows, StridedOf<B> queries, Laid<B> laid, Seen, Seen all) {
+    const int64_t terms = std::is_same_v<B, float> ? heads_.dim : heads_.dim / 2;
+    product(rows, queries, laid.keys + all.low, columns_, terms, scratch_.weights.get() + all.low, columns_, false,
+            up(all.high, WIDTH) - all.low);
+  }
+  void score(int64_t rows, StridedOf<float> queries, InPages, Seen block, Seen all) {
+    const Seen tokens{block.low + all.low, block.low + all.high};
+    by_page(tokens, [&](int64_t token, int64_t count) {
+      fetching(rows, token + count, [&](int64_t next) { return keys_at(next); }, [&](auto ahead) {
+        product(rows, queries, keys_at(token), cache_.tokens, heads_.dim,
+                scratch_.weights.get() + token - block.low, columns_, false, up(count, WIDTH), ahead);
+      });
+    });
+  }
+
+  // Sums of a block's values by those weights.
+  template <typename B>
+  void sum(int64_t rows, Laid<B> laid, Seen, Seen all) {
+    product<float>(rows, {scratch_.weights.get() + all.low, columns_, 1}, laid.values + all.low * heads_.dim,
+                   heads_.dim, all.high - all.low, scratch_.sums.get(), heads_.dim, false, heads_.dim);
+  }
+  void sum(int64_t rows, InPages, Seen block, Seen all) {
+    const Seen tokens{block.low + all.low, block.low + all.high};
+    by_page(tokens, [&](int64_t token, int64_t count) {
+      fetching(rows, token + count, [&](int64_t next) { return values_at(next); }, [&](auto ahead) {
+        product<float>(rows, {scratch_.weights.get() + token - block.low, columns_, 1}, values_at(token), heads_.dim,
+                       count, scratch_.sums.get(), heads_.dim, token != tokens.low, heads_.dim, ahead);
+      });
+    });
+  }
+
+  // A product, which asks for the page of token `next` while it is summed if it is a block's first.
+  template <typename At, typename Product>
+  void fetching(int64_t rows, int64_t next, At at, Product product) const {
+    if (!fetches_ || last_ - next <= cache_.tokens / 2) return product(Nothing{});
+    product(Ahead{reinterpret_cast<const char*>(at(next)), panel(rows) * WIDTH * (int64_t)sizeof(T)});
   }
 
   // A tile's queries as a product takes them.
@@ -264,12 +312,14 @@ class Task {
     }
   }
 
-  int64_t next_ = 0;  // a token of the page after this one, until a tile has asked for it
+  bool fetches_ = false;  // until a tile has asked for a block's pages
+  int64_t last_ = 0;      // key that any query sees, and one
   const Heads& heads_;
   const Cache& cache_;
   Slab slab_;
   Scratch& scratch_;
-  int64_t kv_, columns_, group_;
+  const Packed* logsumexp_;
+  int64_t kv_, columns_, group_, begin_;
   const int32_t* table_;
   Mask mask_;
   PackedOf<const T> q_;
@@ -278,10 +328,10 @@ class Task {
 
 template <typename T>
 void forward(const Requests& requests, const Heads& heads, const Cache& cache, const void* q, const void* out,
-             int64_t threads) {
+             const Packed* logsumexp, int64_t threads) {
   const int64_t group = heads.heads / heads.kv_heads, tasks = requests.count * heads.kv_heads;
   const int64_t most = std::max<int64_t>((tasks < 4 * threads ? THIN : SLAB) / group / ROWS, 1) * ROWS;
-  const int64_t columns = up(BLOCK / heads.dim, cache.tokens);
+  const int64_t columns = up(BLOCK / heads.dim, WHOLE);
   std::vector<Slab> slabs;
   int64_t rows = 0;
   for (int64_t i = 0; i < requests.count; i++)
@@ -297,7 +347,7 @@ void forward(const Requests& requests, const Heads& heads, const Cache& cache, c
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < (int64_t)slabs.size() * heads.kv_heads; task++) {
       const Slab slab = slabs[task / heads.kv_heads];
-      Task<T>(requests, heads, cache, q_of, out_of, slab, task % heads.kv_heads, columns, scratch).run();
+      Task<T>(requests, heads, cache, q_of, out_of, logsumexp, slab, task % heads.kv_heads, columns, scratch).run();
     }
   }
 }
@@ -306,10 +356,11 @@ void forward(const Requests& requests, const Heads& heads, const Cache& cache, c
 
 extern "C" {
 
-// Fills `out` `[queries, heads, dim]`, Packed as q is. kind, of all: 0 float32, 1 bfloat16, 2 float16.
+// Fills `out` `[queries, heads, dim]`, Packed as q is, and `logsumexp` `[queries, heads]` where it is asked for. kind, of
+// all but that: 0 float32, 1 bfloat16, 2 float16.
 void polyshard_attention_paged(int kind, const Requests* requests, const Heads* heads, const Cache* cache,
-                               const void* q, const void* out, int64_t threads) {
+                               const void* q, const void* out, const Packed* logsumexp, int64_t threads) {
   constexpr decltype(&forward<float>) kinds[] = {forward<float>, forward<Bfloat16>, forward<Float16>};
-  kinds[kind](*requests, *heads, *cache, q, out, threads);
+  kinds[kind](*requests, *heads, *cache, q, out, logsumexp, threads);
 }
 }

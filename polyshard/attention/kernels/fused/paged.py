@@ -99,18 +99,22 @@ def worthwhile(requests: Requests, queries: int, spec: AttentionSpec) -> bool:
     return tasks >= torch.get_num_threads()
 
 
-def attend(q: torch.Tensor, pages: Pages, requests: Requests, out: torch.Tensor) -> None:
-    """Attend in float32, without autograd.
+def attend(
+    q: torch.Tensor, pages: Pages, requests: Requests, out: torch.Tensor, logsumexp: torch.Tensor | None = None
+) -> None:
+    """Attend in float32, without autograd. What a query gives depends on its sequence alone, bit for bit.
 
     Args:
         q: `[queries, heads, dim]` of the pages' dtype, a head contiguous.
         pages: see the class.
         requests: see the class.
         out: filled; of the shape and dtype of `q`, maybe part of a larger tensor.
+        logsumexp: float32 `[queries, heads]`, filled with that of the scaled scores; None where it is not wanted.
     """
     assert q.shape[1:] == out.shape[1:] == pages.shape, (q.shape, out.shape, pages.shape)
     assert q.dtype == pages.dtype == out.dtype, (q.dtype, pages.dtype, out.dtype)
+    sums = None if logsumexp is None else packed(logsumexp, 0)
     threads = ctypes.c_int64(torch.get_num_threads())
     library(SOURCE).polyshard_attention_paged(
-        KINDS[q.dtype], requests.pointers, *pages.pointers, packed(q, 0), packed(out, 0), threads
+        KINDS[q.dtype], requests.pointers, *pages.pointers, packed(q, 0), packed(out, 0), sums, threads
     )
