@@ -142,7 +142,7 @@ def test_what_a_query_gives_depends_on_its_sequence_alone(threads, dtype, window
         paged.attend(torch.cat(q), paged.Pages(at_keys, at_values, spec), requests, out)
         return out.split([len(t) for t in q])
 
-    q, k, v = ([torch.randn(n, heads, dim).to(dtype) for n in lengths] for heads in (kv_heads * group, kv_heads, kv_heads))
+    q, k, v = ([torch.randn(n, m, dim).to(dtype) for n in lengths] for m in (kv_heads * group, kv_heads, kv_heads))
     whole = attended(q, k, v, 32)
     for tokens, step in ((32, 1), (128, 4), (64, 50), (128, 333)):
         for last in (1, 7, 65, 450, 511, 512, 513, 700):

@@ -11,7 +11,6 @@ from torch import nn
 
 from polyshard.adapters.vllm.compat import (
     Attention,
-    PinnedBackend,
     VllmConfig,
     cpu_head_size,
     model_dtype,
@@ -20,6 +19,7 @@ from polyshard.adapters.vllm.compat import (
 )
 from polyshard.adapters.vllm.compiled_attention import backend_for
 from polyshard.adapters.vllm.paging import filled
+from polyshard.adapters.vllm.pinned import pinned_backend_for
 from polyshard.attention.rotary import rotate_heads
 from polyshard.core.attention import AttentionFactory, AttentionSpec, PackedSequences
 from polyshard.core.errors import RegistrationError
@@ -60,7 +60,7 @@ class PagedAttention(nn.Module):
         layer_name: str,
         sinks: torch.Tensor | None,
         rotary: RotaryTable,
-        backend: Any = None,
+        pinned: bool,
     ) -> None:
         super().__init__()
         self._rotary = rotary
@@ -73,9 +73,11 @@ class PagedAttention(nn.Module):
         if self.head_dim != needed and spec.layer_index in (None, 0):
             logger.info("heads of %d are held as %d in the cache: vLLM has no kernel between", needed, self.head_dim)
         features = _features(spec, sinks)
-        if backend is None and on_cpu:
-            cache_dtype = vllm_config.cache_config.cache_dtype
-            backend = backend_for(spec, self.head_dim, model_dtype(vllm_config), cache_dtype, sinks is not None)
+        backend, layer = None, (spec, self.head_dim, model_dtype(vllm_config), sinks is not None)
+        if on_cpu and pinned:
+            backend = pinned_backend_for(*layer)
+        elif on_cpu:
+            backend = backend_for(*layer, vllm_config.cache_config.cache_dtype)
         try:
             self.attention = Attention(
                 spec.num_heads,
@@ -151,10 +153,9 @@ def paged_attention_factory(vllm_config: VllmConfig, pinned: bool = False) -> At
     """
     next_index = count()
     rotary = RotaryTable()
-    backend = PinnedBackend if pinned and vllm_config.device_config.device_type == "cpu" else None
 
     def create(spec: AttentionSpec, sinks: torch.Tensor | None = None) -> PagedAttention:
         index = next(next_index) if spec.layer_index is None else spec.layer_index
-        return PagedAttention(spec, vllm_config, f"model.layers.{index}.self_attn.attn", sinks, rotary, backend)
+        return PagedAttention(spec, vllm_config, f"model.layers.{index}.self_attn.attn", sinks, rotary, pinned)
 
     return create

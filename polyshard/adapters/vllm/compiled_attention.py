@@ -47,7 +47,13 @@ class CompiledMetadataBuilder(CPUAttentionMetadataBuilder):
 
 
 class CompiledImpl(CPUAttentionBackendImpl):
-    """vLLM's, whose kernel attends where the loops would leave threads idle."""
+    """vLLM's, whose kernel attends where the loops would leave threads idle, unless a batch must not change the kernel.
+
+    Attributes:
+        always: whether the loops take every batch.
+    """
+
+    always = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -77,9 +83,10 @@ class CompiledImpl(CPUAttentionBackendImpl):
         if attn_metadata is not None and scales == (None, None) and attn_metadata.causal is True:
             requests: paged.Requests = attn_metadata.requests
             pages, tokens = self._pages_of(layer.isa, kv_cache), attn_metadata.num_actual_tokens
-            if pages is not None and paged.worthwhile(requests, tokens, self._spec):
+            if pages is not None and (self.always or paged.worthwhile(requests, tokens, self._spec)):
                 paged.attend(query[:tokens], pages, requests, output[:tokens])
                 return output
+        assert attn_metadata is None or not self.always, "a batch that the loops do not take"
         return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
 
     def _pages_of(self, isa: str, kv_cache: torch.Tensor) -> paged.Pages | None:
@@ -105,22 +112,32 @@ class CompiledBackend(CPUAttentionBackend):
         return CompiledMetadataBuilder
 
 
-def backend_for(spec: AttentionSpec, head_dim: int, dtype: torch.dtype, cache_dtype: str, sinks: bool) -> Any:
-    """`CompiledBackend` where the loops have all that a layer asks for and are faster; else None, for vLLM's own.
+def takes(spec: AttentionSpec, head_dim: int, dtype: torch.dtype, sinks: bool) -> bool:
+    """Whether the loops have all that a layer asks for and are the fastest on this processor.
 
     Args:
         spec: of the layer.
-        head_dim: of a head in the cache.
-        dtype: of the model.
-        cache_dtype: vLLM's name of the cache's; a narrower one rounds keys and values that the loops would not.
+        head_dim: of a head in the cache, of keys and of values.
+        dtype: of the model and of the cache.
         sinks: whether the layer has them.
+    """
+    plain = replace(spec, head_dim=head_dim, value_dim=head_dim)
+    return not sinks and not has_product_of_processor(dtype) and paged.rejects(plain) is None
+
+
+def backend_for(spec: AttentionSpec, head_dim: int, dtype: torch.dtype, sinks: bool, cache_dtype: str) -> Any:
+    """`CompiledBackend` for a layer that the loops take; None for vLLM's own.
+
+    Args:
+        spec: see `takes`.
+        head_dim: likewise.
+        dtype: of the model.
+        sinks: see `takes`.
+        cache_dtype: vLLM's name of the cache's; a narrower one rounds keys and values that the loops would not.
 
     The environment variable POLYSHARD_ATTENTION=vllm, by which a trainer attends by vLLM's kernel, means that kernel
     here too.
     """
-    if os.environ.get(ENVIRONMENT_VARIABLE) == "vllm":
+    if os.environ.get(ENVIRONMENT_VARIABLE) == "vllm" or cache_dtype != "auto":
         return None
-    if sinks or cache_dtype != "auto" or has_product_of_processor(dtype):
-        return None
-    plain = replace(spec, head_dim=head_dim, value_dim=head_dim)
-    return CompiledBackend if paged.rejects(plain) is None else None
+    return CompiledBackend if takes(spec, head_dim, dtype, sinks) else None

@@ -28,7 +28,7 @@ class VllmKernel:
     """CPU: vLLM's paged CPU attention over a cache made for the call. CUDA: its bundled flash-attention.
 
     Args:
-        pinned: by pieces that are cut alike in every batch, as an engine in exact mode attends: `vllm_pinned`.
+        pinned: as an engine in exact mode attends, whatever batch a token stands in: `vllm_pinned`.
     """
 
     native_sinks = True
@@ -63,7 +63,9 @@ class VllmKernel:
         """See `BlockKernel`."""
         if q.device.type == "cuda":
             return *_cuda_forward(q, k, v, call, self._pinned), q.new_empty(0)
-        out = _cpu_forward(q, k, v, call, self._pinned)
+        out, logsumexp = _cpu_forward(q, k, v, call, self._pinned)
+        if logsumexp is not None:
+            return out, logsumexp, q.new_empty(0)
         logsumexp = torch.full(q.shape[:2], -math.inf, dtype=torch.float32, device=q.device)
         if call.logsumexp:
             for run in runs(call):
@@ -92,8 +94,12 @@ class VllmKernel:
         return kernel.backward(grad_out, q, k, v, out, logsumexp, saved, call)
 
 
-def _cpu_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, pinned: bool) -> torch.Tensor:
+def _cpu_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, pinned: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Output, and the logsumexp where it comes with it."""
     from polyshard.adapters.vllm import compat
+    from polyshard.adapters.vllm.pinned import pinned_attention
 
     needed, value_dim = max(q.shape[2], v.shape[2]), v.shape[2]
     size = compat.cpu_head_size(needed)
@@ -103,12 +109,13 @@ def _cpu_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Attent
     q, k, v = (filled(t, size) for t in (q, k, v))
     seen = call.queries.lengths, call.keys.lengths
     if not q.shape[0] or not k.shape[0]:
-        return q.new_zeros((*q.shape[:2], value_dim))
+        return q.new_zeros((*q.shape[:2], value_dim)), None
     if any(rows > keys for rows, keys in zip(*seen)):
         raise ConfigurationError(
             "vLLM's CPU kernel has no queries before the first key: give each sequence as many keys"
         )
-    return compat.cpu_attention(q, k, v, call, pinned)[..., :value_dim].contiguous()
+    out, logsumexp = pinned_attention(q, k, v, call) if pinned else (compat.cpu_attention(q, k, v, call), None)
+    return out[..., :value_dim].contiguous(), logsumexp
 
 
 def _cuda_forward(

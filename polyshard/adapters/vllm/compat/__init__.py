@@ -46,6 +46,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from polyshard.adapters.vllm.compat.attention import (
     PinnedBackend,
     cpu_attention,
+    cpu_cache,
     cpu_head_size,
     cpu_head_sizes,
     cpu_isa,
@@ -132,6 +133,7 @@ __all__ = [
     "begin_reload",
     "captures_graphs",
     "cpu_attention",
+    "cpu_cache",
     "cpu_head_size",
     "cpu_head_sizes",
     "cpu_isa",

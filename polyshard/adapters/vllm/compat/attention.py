@@ -43,11 +43,8 @@ def cpu_attention(
     from vllm import _custom_ops as operators
 
     spec, heads, size = call.spec, k.shape[1], k.shape[2]
-    blocks = Blocks.of(call.keys.host, CPU_BLOCK)
-    cache = k.new_zeros(blocks.count, heads, 2 * CPU_BLOCK, size)
+    cache, blocks, kind = cpu_cache(k, v, call.keys.host)
     keys, values = cache.chunk(2, dim=2)
-    kind = cpu_isa(q.dtype, size)
-    operators.cpu_attn_reshape_and_cache(k.contiguous(), v.contiguous(), keys, values, blocks.slots, kind)
     window = -1 if spec.sliding_window is None else spec.sliding_window
     bounds, seen, table = call.queries.host, call.keys.host.diff(), blocks.table
     if pinned:
@@ -77,6 +74,27 @@ def cpu_attention(
         sinks,
     )
     return out
+
+
+def cpu_cache(k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor) -> tuple[torch.Tensor, Blocks, str]:
+    """A cache of packed keys and values as an engine on CPU would hold them.
+
+    Args:
+        k: `[tokens, kv_heads, head_dim]`.
+        v: the same shape.
+        bounds: int `[sequences + 1]`, cumulative lengths.
+
+    Returns:
+        `[blocks, kv_heads, 2 CPU_BLOCK, head_dim]`, of each block the keys before the values; where each token lies; and
+        for which instruction set.
+    """
+    from vllm import _custom_ops as operators
+
+    blocks, kind = Blocks.of(bounds, CPU_BLOCK), cpu_isa(k.dtype, k.shape[2])
+    cache = k.new_zeros(blocks.count, k.shape[1], 2 * CPU_BLOCK, k.shape[2])
+    keys, values = cache.chunk(2, dim=2)
+    operators.cpu_attn_reshape_and_cache(k.contiguous(), v.contiguous(), keys, values, blocks.slots, kind)
+    return cache, blocks, kind
 
 
 def cpu_isa(dtype: torch.dtype, head_dim: int) -> str:
