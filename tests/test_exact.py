@@ -12,11 +12,12 @@ from polyshard.adapters.vllm import compat, sampling
 from polyshard.adapters.vllm import exact as engine_side
 from polyshard.adapters.vllm.exact import CpuOperators, exact_serving, products
 from polyshard.adapters.vllm.paging import cut_queries
+from polyshard.adapters.vllm.pinned import whose_kernel
 from polyshard.adapters.vllm.sampling import SamplingJob
 from polyshard.attention.rotary import rotate_heads
 from polyshard.cli.certify import random_prompts
 from polyshard.core.exact import ExactIdentity, check_same_mode
-from polyshard.exact.certificate import TrainerCase, compare
+from polyshard.exact.certificate import TrainerCase, compare, trainer_logprobs
 from polyshard.exact.linear import ExactLinearAdapter
 from polyshard.exact.trace import ENVIRONMENT_VARIABLE as TRACE
 from polyshard.testing.ranks import run_ranks
@@ -65,6 +66,14 @@ def sample_here(asked, trace=None):
             return sampling.answers_of(llm, asked)
 
 
+def force(kernel, monkeypatch):
+    """Attend by vLLM's kernel in this process, or by the compiled loops where they are."""
+    if kernel == "vllm":
+        monkeypatch.setenv("POLYSHARD_ATTENTION", kernel)
+    else:
+        monkeypatch.delenv("POLYSHARD_ATTENTION", raising=False)
+
+
 @pytest.mark.vllm
 @pytest.mark.parametrize(("dtype", "tensor"), CASES)
 def test_every_library_at_any_size_gives_the_bits_of_an_engine(directory, dtype, tensor):
@@ -75,6 +84,20 @@ def test_every_library_at_any_size_gives_the_bits_of_an_engine(directory, dtype,
         found = compare(case, answers, directory, "decoder:build_model", dtype, 2)
         assert found.holds, found
         assert found.tokens == 24 * len(answers)
+
+
+@pytest.mark.vllm
+def test_vllms_kernel_in_pieces_gives_them_too(directory, monkeypatch):
+    """By which exact mode attends where the compiled loops are not, or not the fastest."""
+    force("vllm", monkeypatch)
+    answers = sample_here(job(directory, "float32"))
+    told = torch.tensor([value for answer in answers for value in answer.logprobs])
+    sequences = [(answer.prompt, answer.tokens) for answer in answers]
+    trainer = TrainerCase(adapter="torch", tensor=1), sequences, directory, "decoder:build_model", "float32", 2, True
+    assert torch.equal(trainer_logprobs(*trainer), told)
+    force("compiled", monkeypatch)
+    if whose_kernel(torch.float32) == "compiled":
+        assert not torch.equal(trainer_logprobs(*trainer), told), "another kernel has other bits"
 
 
 @pytest.mark.vllm
@@ -144,8 +167,14 @@ def test_a_row_of_a_product_has_the_same_bits_in_every_batch(dtype, inner, outer
 @pytest.mark.parametrize("dtype", products(), ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (8, 4, 128), (4, 1, 64), (32, 2, 32)])
 @pytest.mark.parametrize("window", [None, 40])
-def test_attention_of_a_token_depends_on_its_sequence_alone(threads, dtype, heads, kv_heads, dim, window):
+@pytest.mark.parametrize("kernel", ["compiled", "vllm"])
+def test_attention_of_a_token_depends_on_its_sequence_alone(
+    threads, dtype, heads, kv_heads, dim, window, kernel, monkeypatch
+):
     """Whatever stands beside it, whatever chunk it comes in; vLLM's own scheduling does not give this."""
+    force(kernel, monkeypatch)
+    if whose_kernel(dtype) != kernel:
+        pytest.skip("no compiled loops for this processor, or vLLM's kernel is faster")
     generator = torch.Generator().manual_seed(0)
     lengths = [1, 2, 17, 64, 130, 700]
     total = sum(lengths)
@@ -333,13 +362,16 @@ def test_an_engine_whose_settings_change_the_bits_is_refused(directory, monkeypa
         exact_serving(ps.initialize("torch"), registered, config)
 
 
-def test_two_products_are_refused_and_named():
-    trainer, server = (ExactIdentity(2, f"{kind} bfloat16") for kind in ("compiled", "vllm"))
+def test_two_products_or_kernels_are_refused_and_named():
+    one, other = (f"{kind} bfloat16" for kind in ("compiled", "vllm"))
+    trainer = ExactIdentity(2, one, one)
     check_same_mode(trainer, ExactIdentity(*trainer), "an engine")
-    with pytest.raises(
-        ps.ConfigurationError, match="by compiled bfloat16, an engine by vllm bfloat16.*POLYSHARD_PRODUCT"
+    for changes, words in (
+        ({"products": other}, "multiplies by compiled bfloat16, an engine by vllm bfloat16.*POLYSHARD_PRODUCT"),
+        ({"attention": other}, "attends by compiled bfloat16, an engine by vllm bfloat16.*POLYSHARD_ATTENTION"),
     ):
-        check_same_mode(trainer, server, "an engine")
+        with pytest.raises(ps.ConfigurationError, match=words):
+            check_same_mode(trainer, trainer._replace(**changes), "an engine")
 
 
 def test_wrong_settings_are_named():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.written_out import attention
 
+from polyshard.attention.alibi import usual_slopes
 from polyshard.attention.kernels.fused import paged
 from polyshard.compiled import build
 from polyshard.core.attention import AttentionSpec
@@ -14,10 +15,9 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SPARE = 9  # pages that belong to nobody
 
 
-def spec_of(kv_heads, group, dim, window=None):
-    return AttentionSpec(
-        num_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=dim, scale=dim**-0.5, sliding_window=window
-    )
+def spec_of(kv_heads, group, dim, window=None, **changes):
+    sizes = {"num_heads": kv_heads * group, "num_kv_heads": kv_heads, "head_dim": dim, "scale": dim**-0.5}
+    return AttentionSpec(**sizes, sliding_window=window, **changes)
 
 
 def in_pages(k, v, tokens):
@@ -52,19 +52,20 @@ def requests_of(rows, keys, table):
     return paged.Requests(bounds, torch.tensor(keys, dtype=torch.int32), table)
 
 
-def expected(q, k, v, spec):
+def expected(q, k, v, spec, sinks=None):
     """Of all requests, in float64."""
     lengths, seen = [len(t) for t in q], [len(t) for t in k]
     q, k, v = (torch.cat(t).double() for t in (q, k, v))
-    return attention(q, k, v, lengths, seen, scale=spec.scale, window=spec.sliding_window)
+    settings = {"window": spec.sliding_window, "softcap": spec.softcap, "slopes": spec.alibi_slopes, "sinks": sinks}
+    return attention(q, k, v, lengths, seen, scale=spec.scale, **settings)
 
 
-def check(rows, keys, spec, dtype, tokens):
+def check(rows, keys, spec, dtype, tokens, sinks=None):
     q, k, v, at_keys, at_values, requests = cached(rows, keys, spec, dtype, tokens)
     wide = torch.full((sum(rows) + 2, spec.num_heads, spec.head_dim + 16), 7, dtype=dtype)
     out = wide[1:-1, :, : spec.head_dim]  # between what must not be written
-    paged.attend(torch.cat(q), paged.Pages(at_keys, at_values, spec), requests, out)
-    exact = expected(q, k, v, spec)
+    paged.attend(torch.cat(q), paged.Pages(at_keys, at_values, spec), requests, out, sinks)
+    exact = expected(q, k, v, spec, sinks)
     torch.testing.assert_close(out.double(), exact, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     assert (wide[0] == 7).all()
     assert (wide[-1] == 7).all()
@@ -72,6 +73,13 @@ def check(rows, keys, spec, dtype, tokens):
     return out
 
 
+FEATURES = {
+    "soft-cap": {"softcap": 2.0},
+    "a soft-cap that saturates": {"softcap": 0.01},
+    "ALiBi": {"alibi_slopes": (0.5, 0.25, 0.1, 0.01, 1.0, 0.0)},
+    "sinks": {"sinks": torch.tensor([0.0, 1.0, -3.0, 8.0, 200.0, -200.0])},
+    "all": {"softcap": 2.0, "alibi_slopes": (0.5, 0.1, 0.0, 0.2, 0.3, 0.4), "sinks": torch.arange(-1.0, 5.0)},
+}
 CASES = {
     "decoding": ([1] * 5, [1, 31, 32, 33, 400]),
     "new prompts": ([70, 1, 200], [70, 1, 200]),
@@ -88,6 +96,18 @@ def test_requests(case, window, dtype):
     torch.manual_seed(1)
     for kv_heads, group, dim, tokens in ((2, 3, 64, 32), (1, 8, 80, 64), (3, 1, 128, 128)):
         check(*CASES[case], spec_of(kv_heads, group, dim, window), dtype, tokens)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features(feature, window, case, dtype):
+    torch.manual_seed(1)
+    changes = dict(FEATURES[feature])
+    sinks = changes.pop("sinks", None)
+    for kv_heads, group, dim, tokens in ((2, 3, 64, 32), (1, 6, 80, 64)):
+        check(*CASES[case], spec_of(kv_heads, group, dim, window, **changes), dtype, tokens, sinks)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -117,11 +137,13 @@ def test_a_wider_processor(tmp_path, monkeypatch):
     assert build.unavailable(other) is None
     for dtype in TOLERANCE:
         for index, (rows, keys) in enumerate(CASES.values()):
-            outs, spec = [], spec_of(2, 1 + 2 * (index % 2), 64, (None, 40, None)[index % 3])
+            changes = dict(FEATURES["all"]) if index % 2 else {}
+            sinks = changes.pop("sinks", None)
+            outs, spec = [], spec_of(2, 3 if index % 2 else 1, 64, (None, 40, None)[index % 3], **changes)
             for source in (paged.SOURCE, other):
                 monkeypatch.setattr(paged, "SOURCE", source)
                 torch.manual_seed(index)
-                outs.append(check(rows, keys, spec, dtype, 32))
+                outs.append(check(rows, keys, spec, dtype, 32, sinks))
             assert torch.equal(*outs)
 
 
@@ -133,13 +155,15 @@ def test_what_a_query_gives_depends_on_its_sequence_alone(threads, dtype, window
     """Bit for bit: whatever stands beside it, whatever chunk it comes in, however large pages are."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     torch.manual_seed(3)
-    spec, lengths = spec_of(kv_heads, group, dim, window), [700, 1300]
+    changes = {} if window is None else {"softcap": 1.5, "alibi_slopes": tuple(usual_slopes(kv_heads * group))}
+    spec, lengths = spec_of(kv_heads, group, dim, window, **changes), [700, 1300]
+    sinks = torch.randn(kv_heads * group)
 
     def attended(q, k, v, tokens):
         at_keys, at_values, table = in_pages(k, v, tokens)
         out = torch.empty_like(torch.cat(q))
         requests = requests_of([len(t) for t in q], [len(t) for t in k], table)
-        paged.attend(torch.cat(q), paged.Pages(at_keys, at_values, spec), requests, out)
+        paged.attend(torch.cat(q), paged.Pages(at_keys, at_values, spec), requests, out, sinks)
         return out.split([len(t) for t in q])
 
     q, k, v = ([torch.randn(n, m, dim).to(dtype) for n in lengths] for m in (kv_heads * group, kv_heads, kv_heads))
@@ -154,17 +178,21 @@ def test_what_a_query_gives_depends_on_its_sequence_alone(threads, dtype, window
 
 
 @pytest.mark.parametrize("window", [None, 150])
-def test_the_logsumexp_of_each_query(window):
+@pytest.mark.parametrize("sinks", [None, torch.tensor([1.0, 90.0, -4.0, 7.0, 0.0, -100.0])])
+def test_the_logsumexp_of_each_query(window, sinks):
     torch.manual_seed(4)
     spec, rows, keys = spec_of(2, 3, 64, window), [1, 300, 5], [800, 300, 40]
     q, k, _, at_keys, at_values, requests = cached(rows, keys, spec, torch.float32, 32)
-    found = torch.full((sum(rows), 6), torch.nan)
-    paged.attend(torch.cat(q), paged.Pages(at_keys, at_values, spec), requests, torch.empty_like(torch.cat(q)), found)
+    out, found = torch.empty_like(torch.cat(q)), torch.full((sum(rows), 6), torch.nan)
+    paged.attend(torch.cat(q), paged.Pages(at_keys, at_values, spec), requests, out, sinks, found)
     for mine, one, its in zip(found.split(rows), q, k):
         scores = torch.einsum("qhd,khd->hqk", one.double(), its.double().repeat_interleave(3, 1)) * spec.scale
         apart = torch.arange(len(its) - len(one), len(its))[:, None] - torch.arange(len(its))
         scores.masked_fill_((apart < 0) | (apart >= (window or len(its))), -torch.inf)
-        torch.testing.assert_close(mine.double(), scores.logsumexp(-1).T, atol=1e-5, rtol=1e-6)
+        total = scores.logsumexp(-1).T
+        if sinks is not None:
+            total = torch.logaddexp(total, sinks.double())
+        torch.testing.assert_close(mine.double(), total, atol=1e-5, rtol=1e-6)
 
 
 def test_large_scores_of_a_later_block_take_over():
@@ -191,8 +219,7 @@ def test_a_request_is_enough_for_as_many_threads_as_it_has_tasks(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"softcap": 30.0}, "soft-cap"),
-        ({"alibi_slopes": (0.5,) * 4}, "ALiBi"),
+        ({"dropout": 0.1}, "dropout"),
         ({"head_dim": 36}, "multiples"),
         ({"value_dim": 32}, "one size"),
         ({"causal": False}, "causal"),

@@ -35,9 +35,9 @@ def seen(monkeypatch):
     """What the loops were given: for each call queries and keys of its requests."""
     calls, attend = [], paged.attend
 
-    def watched(q, pages, requests, out):
+    def watched(q, pages, requests, *rest):
         calls.append((requests.bounds.diff().tolist(), requests.seen.tolist()))
-        attend(q, pages, requests, out)
+        attend(q, pages, requests, *rest)
 
     monkeypatch.setattr(paged, "attend", watched)
     return calls

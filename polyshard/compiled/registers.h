@@ -136,6 +136,19 @@ inline Vec exponential(Vec x) {
   return (Vec)((Int)(y * power) & ~least);  // a product, so that NaN stays NaN
 }
 
+// tanh(x), to about one unit in the last place (Cephes, tanhf.c).
+inline Vec tangent(Vec x) {
+  const Vec square = x * x, bound = Vec{} + 44.0f;
+  const Vec far = 1.0f - 2.0f / (exponential(2.0f * (x > bound ? bound : x)) + 1.0f);
+  Vec near = Vec{} - 5.70498872745e-3f;
+  near = near * square + 2.06390887954e-2f;
+  near = near * square - 5.37397155531e-2f;
+  near = near * square + 1.33314422036e-1f;
+  near = near * square - 3.33332819422e-1f;
+  near = near * square * x + x;
+  return square < 0.390625f ? near : far;
+}
+
 // x * sigmoid(x). Below -88 it stays that of -88, which is -5e-37.
 inline Vec silu(Vec x) {
   x = at_least(x, -88.0f);

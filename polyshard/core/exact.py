@@ -20,12 +20,18 @@ class ExactOperators(Protocol):
     Attributes:
         attention_kernel: name of the attention kernel that gives the server's bits.
         products: whose matrix product multiplies which dtype in this process; has to be the same on both sides.
+        attention: whose kernel attends in which dtype in this process; likewise.
     """
 
     attention_kernel: str
 
     @property
     def products(self) -> str:
+        """See the class."""
+        ...
+
+    @property
+    def attention(self) -> str:
         """See the class."""
         ...
 
@@ -79,12 +85,16 @@ class ExactIdentity(NamedTuple):
 
     shards: int
     products: str
+    attention: str
 
 
 def identity_of(context: Any) -> ExactIdentity | None:
     """Of a context's exact mode; None where it has none."""
     exact = getattr(context, "exact", None)
-    return None if exact is None else ExactIdentity(exact.shards, exact.operators.products)
+    if exact is None:
+        return None
+    operators: ExactOperators = exact.operators
+    return ExactIdentity(exact.shards, operators.products, operators.attention)
 
 
 def exact_kernel(context: Any, asked: str | None) -> str | None:
@@ -129,7 +139,12 @@ def check_same_mode(trainer: ExactIdentity | None, server: ExactIdentity | None,
             f"the trainer sums row-parallel layers from exact_shards={trainer.shards}, {name} from {server.shards}: "
             "give both the same, a multiple of both tensor-parallel sizes"
         )
+    if trainer.products != server.products:
+        raise ConfigurationError(
+            f"the trainer multiplies by {trainer.products}, {name} by {server.products}: give both the same "
+            "processors, C++ compiler and POLYSHARD_PRODUCT (polyshard doctor says which product a machine has)"
+        )
     raise ConfigurationError(
-        f"the trainer multiplies by {trainer.products}, {name} by {server.products}: give both the same processors, "
-        "C++ compiler and POLYSHARD_PRODUCT (polyshard doctor says which product a machine has)"
+        f"the trainer attends by {trainer.attention}, {name} by {server.attention}: give both the same processors, C++ "
+        "compiler and POLYSHARD_ATTENTION"
     )

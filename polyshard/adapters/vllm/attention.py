@@ -73,7 +73,7 @@ class PagedAttention(nn.Module):
         if self.head_dim != needed and spec.layer_index in (None, 0):
             logger.info("heads of %d are held as %d in the cache: vLLM has no kernel between", needed, self.head_dim)
         features = _features(spec, sinks)
-        backend, layer = None, (spec, self.head_dim, model_dtype(vllm_config), sinks is not None)
+        backend, layer = None, (spec, self.head_dim, model_dtype(vllm_config))
         if on_cpu and pinned:
             backend = pinned_backend_for(*layer)
         elif on_cpu:

@@ -63,6 +63,8 @@ class CompiledImpl(CPUAttentionBackendImpl):
             head_dim=self.head_size,
             scale=self.scale,
             sliding_window=None if self.sliding_window < 0 else self.sliding_window,
+            softcap=self.logits_soft_cap or None,
+            alibi_slopes=None if self.alibi_slopes is None else tuple(map(float, self.alibi_slopes)),
         )
         self._known: tuple[Callable[[], torch.Tensor | None], paged.Pages | None] = (lambda: None), None
 
@@ -84,7 +86,7 @@ class CompiledImpl(CPUAttentionBackendImpl):
             requests: paged.Requests = attn_metadata.requests
             pages, tokens = self._pages_of(layer.isa, kv_cache), attn_metadata.num_actual_tokens
             if pages is not None and (self.always or paged.worthwhile(requests, tokens, self._spec)):
-                paged.attend(query[:tokens], pages, requests, output[:tokens])
+                paged.attend(query[:tokens], pages, requests, output[:tokens], self.sinks)
                 return output
         assert attn_metadata is None or not self.always, "a batch that the loops do not take"
         return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
@@ -112,27 +114,25 @@ class CompiledBackend(CPUAttentionBackend):
         return CompiledMetadataBuilder
 
 
-def takes(spec: AttentionSpec, head_dim: int, dtype: torch.dtype, sinks: bool) -> bool:
+def takes(spec: AttentionSpec, head_dim: int, dtype: torch.dtype) -> bool:
     """Whether the loops have all that a layer asks for and are the fastest on this processor.
 
     Args:
         spec: of the layer.
         head_dim: of a head in the cache, of keys and of values.
         dtype: of the model and of the cache.
-        sinks: whether the layer has them.
     """
     plain = replace(spec, head_dim=head_dim, value_dim=head_dim)
-    return not sinks and not has_product_of_processor(dtype) and paged.rejects(plain) is None
+    return not has_product_of_processor(dtype) and paged.rejects(plain) is None
 
 
-def backend_for(spec: AttentionSpec, head_dim: int, dtype: torch.dtype, sinks: bool, cache_dtype: str) -> Any:
+def backend_for(spec: AttentionSpec, head_dim: int, dtype: torch.dtype, cache_dtype: str) -> Any:
     """`CompiledBackend` for a layer that the loops take; None for vLLM's own.
 
     Args:
         spec: see `takes`.
         head_dim: likewise.
         dtype: of the model.
-        sinks: see `takes`.
         cache_dtype: vLLM's name of the cache's; a narrower one rounds keys and values that the loops would not.
 
     The environment variable POLYSHARD_ATTENTION=vllm, by which a trainer attends by vLLM's kernel, means that kernel
@@ -140,4 +140,4 @@ def backend_for(spec: AttentionSpec, head_dim: int, dtype: torch.dtype, sinks: b
     """
     if os.environ.get(ENVIRONMENT_VARIABLE) == "vllm" or cache_dtype != "auto":
         return None
-    return CompiledBackend if takes(spec, head_dim, dtype, sinks) else None
+    return CompiledBackend if takes(spec, head_dim, dtype) else None

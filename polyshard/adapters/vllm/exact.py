@@ -15,6 +15,7 @@ from torch import nn
 
 from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.norm import rms_norm, takes_norm
+from polyshard.adapters.vllm.pinned import whose_kernel
 from polyshard.adapters.vllm.product import chosen
 from polyshard.attention.rotary import rotate_heads
 from polyshard.compiled.product import PackedProduct, rejects
@@ -37,7 +38,12 @@ class CpuOperators:
     @property
     def products(self) -> str:
         """The compiled product, or vLLM's."""
-        return ", ".join(f"{kind} {str(dtype).removeprefix('torch.')}" for dtype, kind in products().items())
+        return _by_dtype(products())
+
+    @property
+    def attention(self) -> str:
+        """The compiled loops, or vLLM's kernel."""
+        return _by_dtype({dtype: whose_kernel(dtype) for dtype in products()})
 
     def pack(self, weight: torch.Tensor) -> Product:
         """The compiled product; where oneDNN is faster oneDNN's, by which a row goes as two: it has another kernel."""
@@ -78,6 +84,10 @@ def products() -> dict[torch.dtype, str]:
     return found
 
 
+def _by_dtype(kinds: dict[torch.dtype, str]) -> str:
+    return ", ".join(f"{kind} {str(dtype).removeprefix('torch.')}" for dtype, kind in kinds.items())
+
+
 def no_product(dtype: torch.dtype) -> str:
     """Why a dtype is refused."""
     return _NO_PRODUCT.format(dtype, ", ".join(map(str, products())))
@@ -88,6 +98,7 @@ class CudaOperators:
 
     attention_kernel = "vllm_pinned"
     products = "Triton"
+    attention = "flash-attention"
 
     def pack(self, weight: torch.Tensor) -> Product:
         """Its persistent matrix product, whose tiles do not depend on the number of rows."""

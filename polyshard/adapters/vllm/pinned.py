@@ -1,11 +1,12 @@
 """Attention of exact mode on CPU: a token's bits are the same in an engine and a trainer, whatever stands beside it.
 
 By polyshard's compiled loops, over vLLM's pages. What they do not take is attended by vLLM's kernel, in pieces of
-queries that are cut alike in every batch.
+queries that are cut alike in every batch; all is where POLYSHARD_ATTENTION=vllm.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from polyshard.adapters.vllm.compiled_attention import CompiledBackend, Compiled
 from polyshard.adapters.vllm.paging import CPU_BLOCK
 from polyshard.attention.kernels.fused import paged
 from polyshard.attention.kernels.protocol import AttentionCall
+from polyshard.attention.selection import ENVIRONMENT_VARIABLE
 from polyshard.core.attention import AttentionSpec
 
 
@@ -34,9 +36,9 @@ class AlwaysCompiledBackend(CompiledBackend):
         return AlwaysCompiledImpl
 
 
-def pinned_backend_for(spec: AttentionSpec, head_dim: int, dtype: torch.dtype, sinks: bool) -> Any:
+def pinned_backend_for(spec: AttentionSpec, head_dim: int, dtype: torch.dtype) -> Any:
     """What an engine attends by; arguments as of `takes`."""
-    return AlwaysCompiledBackend if _by_loops(spec, head_dim, dtype, sinks) else compat.PinnedBackend
+    return AlwaysCompiledBackend if _by_loops(spec, head_dim, dtype) else compat.PinnedBackend
 
 
 def pinned_attention(
@@ -54,19 +56,27 @@ def pinned_attention(
         `[tokens, heads, dim]`, and the logsumexp `[tokens, heads]` where it is wanted and comes with it.
     """
     size = q.shape[2]
-    if not _by_loops(call.spec, size, q.dtype, call.sinks is not None):
+    if not _by_loops(call.spec, size, q.dtype):
         return compat.cpu_attention(q, k, v, call, pinned=True), None
     cache, blocks, isa = compat.cpu_cache(k, v, call.keys.host)
-    spec = replace(call.spec, head_dim=size, value_dim=size)
+    slopes = None if call.alibi_slopes is None else tuple(call.alibi_slopes.tolist())
+    spec = replace(call.spec, head_dim=size, value_dim=size, alibi_slopes=slopes)
     pages = pages_of(cache.view(blocks.count, k.shape[1], CPU_BLOCK, 2 * size), isa, spec)
     assert pages is not None
     requests = paged.Requests(*(t.to(torch.int32) for t in (call.queries.host, call.keys.host.diff(), blocks.table)))
     out = torch.empty(q.shape, dtype=q.dtype)
     logsumexp = torch.empty(q.shape[:2]) if call.logsumexp else None
-    paged.attend(q if q.stride(-1) == 1 else q.contiguous(), pages, requests, out, logsumexp)
+    paged.attend(q if q.stride(-1) == 1 else q.contiguous(), pages, requests, out, call.sinks, logsumexp)
     return out, logsumexp
 
 
-def _by_loops(spec: AttentionSpec, head_dim: int, dtype: torch.dtype, sinks: bool) -> bool:
-    isa = compat.cpu_isa(dtype, head_dim)
-    return takes(spec, head_dim, dtype, sinks) and compat.keeps_keys_transposed(isa, dtype, CPU_BLOCK, head_dim)
+def whose_kernel(dtype: torch.dtype) -> str:
+    """What attends heads of a usual size here: "compiled" or "vllm"."""
+    usual = AttentionSpec(num_heads=1, num_kv_heads=1, head_dim=64, scale=1.0)
+    return "compiled" if _by_loops(usual, usual.head_dim, dtype) else "vllm"
+
+
+def _by_loops(spec: AttentionSpec, head_dim: int, dtype: torch.dtype) -> bool:
+    if os.environ.get(ENVIRONMENT_VARIABLE) == "vllm" or not takes(spec, head_dim, dtype):
+        return False
+    return compat.keeps_keys_transposed(compat.cpu_isa(dtype, head_dim), dtype, CPU_BLOCK, head_dim)

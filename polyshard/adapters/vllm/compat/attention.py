@@ -85,8 +85,8 @@ def cpu_cache(k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor) -> tuple[t
         bounds: int `[sequences + 1]`, cumulative lengths.
 
     Returns:
-        `[blocks, kv_heads, 2 CPU_BLOCK, head_dim]`, of each block the keys before the values; where each token lies; and
-        for which instruction set.
+        `[blocks, kv_heads, 2 CPU_BLOCK, head_dim]`, of each block the keys before the values; where each token lies;
+        and for which instruction set.
     """
     from vllm import _custom_ops as operators
 

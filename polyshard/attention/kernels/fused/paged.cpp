@@ -36,14 +36,23 @@ struct Requests {
   int64_t count, row;
 };
 
-// A query sees the last `window` keys up to itself; 0 for all.
+// A query sees the last `window` keys up to itself; 0 for all. A score is `scale` q·k; then bounded by `softcap`, 0 for
+// not; then less its head's slope times the distance, where there are slopes.
 struct Heads {
   int64_t heads, kv_heads, dim, window;
-  float scale;
+  float scale, softcap;
+  const float* slopes;
 };
 }
 
 namespace {
+
+// What else a call may ask for, or null: a term of each head's sum that no key has, `[heads]`; the logsumexp, to
+// `[queries, heads]`.
+struct Extras {
+  const float* sinks;
+  const Packed* logsumexp;
+};
 
 constexpr int64_t SLAB = 1536;         // rows of a task at most: queries times heads
 constexpr int64_t THIN = 384;          // the same where threads would be idle
@@ -84,21 +93,22 @@ struct Tile {
   int64_t query, head, rows;
   bool across;  // heads
 
-  int64_t row(int64_t r, int64_t group) const {
-    return across ? query * group + head + r : (query + r) * group + head;
-  }
+  int64_t query_of(int64_t r) const { return across ? query : query + r; }
+  int64_t head_of(int64_t r) const { return across ? head + r : head; }
+  int64_t row(int64_t r, int64_t group) const { return query_of(r) * group + head_of(r); }
 };
 
 template <typename T>
 class Task {
  public:
   Task(const Requests& requests, const Heads& heads, const Cache& cache, PackedOf<const T> q, PackedOf<T> out,
-       const Packed* logsumexp, Slab slab, int64_t kv, int64_t columns, Scratch& scratch)
+       Extras extras, Slab slab, int64_t kv, int64_t columns, Scratch& scratch)
       : heads_(heads),
         cache_(cache),
         slab_(slab),
         scratch_(scratch),
-        logsumexp_(logsumexp),
+        extras_(extras),
+        plain_(heads.softcap == 0 && !heads.slopes),
         kv_(kv),
         columns_(columns),
         group_(heads.heads / heads.kv_heads),
@@ -217,7 +227,7 @@ class Task {
     score(tile.rows, rows_of<A>(tile), source, block, all);
     float kept[ROWS];
     for (int64_t r = 0; r < tile.rows; r++) {
-      const Seen one = seen_in(block, tile.query + (tile.across ? 0 : r), 1);
+      const Seen one = seen_in(block, tile.query_of(r), 1);
       float* row = weights + r * columns_;
       if (one.low >= one.high) {
         std::memset(row + all.low, 0, width * 4);
@@ -226,8 +236,10 @@ class Task {
       }
       float &largest = scratch_.largest.get()[tile.row(r, group_)], &total = scratch_.totals.get()[tile.row(r, group_)];
       const float before = largest;
+      if (!plain_)
+        finish(row, all, tile.head_of(r), slab_.first + tile.query_of(r) + mask_.shift - block.low);
       float sum;
-      softmax(row, heads_.scale, all, one, largest, sum);
+      softmax(row, plain_ ? heads_.scale : 1, all, one, largest, sum);
       kept[r] = begins ? 0 : exponential(Vec{} + (before - largest))[0];
       total = total * kept[r] + sum;
     }
@@ -241,16 +253,30 @@ class Task {
         return begins ? more : load(outs + d) * kept[r] + more;
       };
       if (ends) {
-        T* to = tile.across ? out_.at(slab_.first + tile.query, tile.head + r)
-                            : out_.at(slab_.first + tile.query + r, tile.head);
-        const float total = scratch_.totals.get()[at], factor = 1 / total;
+        const int64_t head = kv_ * group_ + tile.head_of(r);
+        float largest = scratch_.largest.get()[at], total = scratch_.totals.get()[at], factor = 1 / total;
+        if (extras_.sinks) {
+          const float sink = extras_.sinks[head], top = std::max(largest, sink);
+          const Vec ours = exponential(Vec{} + (largest - top)), its = exponential(Vec{} + (sink - top));
+          largest = top, total = total * ours[0] + its[0], factor = ours[0] / total;
+        }
+        T* to = out_.at(slab_.first + tile.query_of(r), tile.head_of(r));
         for (int64_t d = 0; d < dim; d += WIDTH) store(to + d, summed(d) * factor);
-        if (logsumexp_)
-          *logsumexp_->at(begin_ + at / group_ + slab_.first, kv_ * group_ + at % group_) =
-              scratch_.largest.get()[at] + std::log(total);
+        if (extras_.logsumexp)
+          *extras_.logsumexp->at(begin_ + slab_.first + tile.query_of(r), head) = largest + std::log(total);
       } else {
         for (int64_t d = 0; d < dim; d += WIDTH) store(outs + d, summed(d));
       }
+    }
+  }
+
+  // Scores of a row that are more than scaled products; `distance` of its query from column 0.
+  void finish(float* row, Seen all, int64_t head, int64_t distance) const {
+    const float slope = heads_.slopes ? heads_.slopes[kv_ * group_ + head] : 0;
+    for (int64_t c = all.low; c < all.high; c += WIDTH) {
+      Vec x = load(row + c) * heads_.scale;
+      if (heads_.softcap != 0) x = tangent(x / heads_.softcap) * heads_.softcap;
+      store(row + c, x - slope * __builtin_convertvector((int32_t)(distance - c) - lanes(), Vec));
     }
   }
 
@@ -318,7 +344,8 @@ class Task {
   const Cache& cache_;
   Slab slab_;
   Scratch& scratch_;
-  const Packed* logsumexp_;
+  Extras extras_;
+  bool plain_;
   int64_t kv_, columns_, group_, begin_;
   const int32_t* table_;
   Mask mask_;
@@ -328,7 +355,7 @@ class Task {
 
 template <typename T>
 void forward(const Requests& requests, const Heads& heads, const Cache& cache, const void* q, const void* out,
-             const Packed* logsumexp, int64_t threads) {
+             Extras extras, int64_t threads) {
   const int64_t group = heads.heads / heads.kv_heads, tasks = requests.count * heads.kv_heads;
   const int64_t most = std::max<int64_t>((tasks < 4 * threads ? THIN : SLAB) / group / ROWS, 1) * ROWS;
   const int64_t columns = up(BLOCK / heads.dim, WHOLE);
@@ -347,7 +374,7 @@ void forward(const Requests& requests, const Heads& heads, const Cache& cache, c
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < (int64_t)slabs.size() * heads.kv_heads; task++) {
       const Slab slab = slabs[task / heads.kv_heads];
-      Task<T>(requests, heads, cache, q_of, out_of, logsumexp, slab, task % heads.kv_heads, columns, scratch).run();
+      Task<T>(requests, heads, cache, q_of, out_of, extras, slab, task % heads.kv_heads, columns, scratch).run();
     }
   }
 }
@@ -356,11 +383,12 @@ void forward(const Requests& requests, const Heads& heads, const Cache& cache, c
 
 extern "C" {
 
-// Fills `out` `[queries, heads, dim]`, Packed as q is, and `logsumexp` `[queries, heads]` where it is asked for. kind, of
-// all but that: 0 float32, 1 bfloat16, 2 float16.
+// Fills `out` `[queries, heads, dim]`, Packed as q is. kind, of both and of the cache: 0 float32, 1 bfloat16, 2 float16.
+// The last but one: see Extras.
 void polyshard_attention_paged(int kind, const Requests* requests, const Heads* heads, const Cache* cache,
-                               const void* q, const void* out, const Packed* logsumexp, int64_t threads) {
+                               const void* q, const void* out, const float* sinks, const Packed* logsumexp,
+                               int64_t threads) {
   constexpr decltype(&forward<float>) kinds[] = {forward<float>, forward<Bfloat16>, forward<Float16>};
-  kinds[kind](*requests, *heads, *cache, q, out, logsumexp, threads);
+  kinds[kind](*requests, *heads, *cache, q, out, {sinks, logsumexp}, threads);
 }
 }

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from polyshard.attention.kernels.fused.runs import lacks, packed
-from polyshard.compiled.build import KINDS, library, unavailable
+from polyshard.attention.kernels.fused.runs import packed
+from polyshard.compiled.build import KINDS, library, unavailable, width
 from polyshard.core.attention import AttentionSpec
 
 SOURCE = Path(__file__).with_name("paged.cpp")
@@ -30,7 +30,8 @@ class _Heads(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "dim", "window")),
-        ("scale", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+        ("slopes", ctypes.c_void_p),
     )
 
 
@@ -78,18 +79,24 @@ class Pages:
         assert (kv_heads, dim) == (spec.num_kv_heads, spec.head_dim), (kv_heads, dim)
         assert keys.dtype == values.dtype, (keys.dtype, values.dtype)
         self.dtype, self.shape = keys.dtype, (spec.num_heads, dim)
-        heads = _Heads(spec.num_heads, kv_heads, dim, spec.sliding_window or 0, spec.scale)
+        self._slopes = None if spec.alibi_slopes is None else torch.tensor(spec.alibi_slopes, dtype=torch.float32)
+        slopes = None if self._slopes is None else self._slopes.data_ptr()
+        sizes = (spec.num_heads, kv_heads, dim, spec.sliding_window or 0)
+        heads = _Heads(*sizes, spec.scale, spec.softcap or 0.0, slopes)
         cache = _Cache(keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.stride(1), tokens)
         self.pointers = ctypes.byref(heads), ctypes.byref(cache)
 
 
 def rejects(spec: AttentionSpec) -> str | None:
     """Why the loops cannot compute it: what they do not have, then what this machine does not."""
-    if not spec.causal:
-        return "is causal"
-    if spec.v_dim != spec.head_dim:
-        return f"needs keys and values of one size, not {spec.head_dim} and {spec.v_dim}"
-    return lacks(spec, torch.float32) or unavailable(SOURCE)
+    lanes = width()
+    features = {
+        "is causal": not spec.causal,
+        "has no dropout": bool(spec.dropout),
+        f"needs keys and values of one size, not {spec.head_dim} and {spec.v_dim}": spec.v_dim != spec.head_dim,
+        f"needs head sizes that are multiples of {lanes}, not {spec.head_dim}": bool(lanes and spec.head_dim % lanes),
+    }
+    return next((reason for reason, asked in features.items() if asked), None) or unavailable(SOURCE)
 
 
 def worthwhile(requests: Requests, queries: int, spec: AttentionSpec) -> bool:
@@ -100,7 +107,12 @@ def worthwhile(requests: Requests, queries: int, spec: AttentionSpec) -> bool:
 
 
 def attend(
-    q: torch.Tensor, pages: Pages, requests: Requests, out: torch.Tensor, logsumexp: torch.Tensor | None = None
+    q: torch.Tensor,
+    pages: Pages,
+    requests: Requests,
+    out: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    logsumexp: torch.Tensor | None = None,
 ) -> None:
     """Attend in float32, without autograd. What a query gives depends on its sequence alone, bit for bit.
 
@@ -109,12 +121,21 @@ def attend(
         pages: see the class.
         requests: see the class.
         out: filled; of the shape and dtype of `q`, maybe part of a larger tensor.
-        logsumexp: float32 `[queries, heads]`, filled with that of the scaled scores; None where it is not wanted.
+        sinks: `[heads]`, a term of each head's sum that no key has; None for none.
+        logsumexp: float32 `[queries, heads]`, filled with that of the scores and the sink; None where it is not wanted.
     """
     assert q.shape[1:] == out.shape[1:] == pages.shape, (q.shape, out.shape, pages.shape)
     assert q.dtype == pages.dtype == out.dtype, (q.dtype, pages.dtype, out.dtype)
+    wide = None if sinks is None else sinks.detach().float().contiguous()
     sums = None if logsumexp is None else packed(logsumexp, 0)
     threads = ctypes.c_int64(torch.get_num_threads())
     library(SOURCE).polyshard_attention_paged(
-        KINDS[q.dtype], requests.pointers, *pages.pointers, packed(q, 0), packed(out, 0), sums, threads
+        KINDS[q.dtype],
+        requests.pointers,
+        *pages.pointers,
+        packed(q, 0),
+        packed(out, 0),
+        ctypes.c_void_p(None if wide is None else wide.data_ptr()),
+        sums,
+        threads,
     )
