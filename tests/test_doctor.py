@@ -23,6 +23,7 @@ def test_the_report_covers_every_adapter_and_kernel(doctor):
     # vLLM is there twice: as an engine, and as its attention kernel.
     findings = {f["name"]: f for f in reversed(listed)}
     assert {"torch", "megatron", "deepspeed", "fairscale", "vllm", "cpu_flash", "chunked", "gloo"} <= set(findings)
+    assert {"compiled product", "compiled attention"} <= set(findings)
     assert findings["vllm"]["kind"] == "serving"
     assert findings["megatron"]["version"] == version("megatron-core")
     assert findings["torch_varlen"]["usable"] or findings["torch_varlen"]["detail"]

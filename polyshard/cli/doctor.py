@@ -12,6 +12,7 @@ import torch
 import typer
 
 from polyshard import __version__
+from polyshard.attention.kernels.fused import paged
 from polyshard.attention.selection import explain
 from polyshard.compiled.product import rejects
 from polyshard.core.attention import AttentionSpec
@@ -24,7 +25,7 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        kind: `adapter`, `kernel`, `product`, `serving` or `platform`.
+        kind: `adapter`, `kernel`, `engine on CPU`, `serving` or `platform`.
         name: of the adapter, kernel, engine or fact.
         usable: whether it can be used here.
         version: found; None where there is none.
@@ -45,7 +46,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Report on every adapter, attention kernel, product and engine. Status 1 where one of NAMES is not usable."""
-    findings = [*platform_facts(), *adapters(), *kernels(), packed_product()]
+    findings = [*platform_facts(), *adapters(), *kernels(), *compiled_parts()]
     known = {f.name for f in findings}
     unknown = [name for name in names or [] if name not in known]
     if as_json:
@@ -114,11 +115,17 @@ def kernels() -> list[Finding]:
     return findings
 
 
-def packed_product() -> Finding:
-    """The compiled matrix product of engines and of exact mode on CPU."""
-    reason = rejects(torch.float32)
-    detail = reason or "an engine on CPU multiplies by it where it is faster than vLLM's own"
-    return Finding("product", "compiled", reason is None, None, detail)
+def compiled_parts() -> list[Finding]:
+    """The compiled matrix product and attention of engines and of exact mode on CPU."""
+    heads = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=64, scale=0.125)
+    parts = {
+        "compiled product": (rejects(torch.float32), "multiplies"),
+        "compiled attention": (paged.rejects(heads), "attends"),
+    }
+    return [
+        Finding("engine on CPU", name, reason is None, None, reason or f"{does} where it is faster than vLLM's own")
+        for name, (reason, does) in parts.items()
+    ]
 
 
 def show(findings: list[Finding]) -> None:
