@@ -12,18 +12,6 @@ import polyshard as ps
 
 pytestmark = pytest.mark.vllm
 
-CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": len(featured.LAYERS),
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 256,
-}
 PROMPTS = [list(range(1, 41)), [5, 9, 9, 3, 1], [100, 7, 30, 31, 32, 33, 8, 8]]
 
 
@@ -32,10 +20,10 @@ def trained(tmp_path_factory):
     """The model as training holds it, and its checkpoint."""
     directory = tmp_path_factory.mktemp("featured") / "model"
     context = ps.initialize("torch")
-    config = ps.ModelConfig(**CONFIG)
+    config = ps.ModelConfig(**featured.CONFIG)
     model = featured.build(config, context)
     ps.initialize_weights(model, context, initializer=featured.initial)
-    ps.save_checkpoint(model, directory, context, config=CONFIG)
+    ps.save_checkpoint(model, directory, context, config=featured.CONFIG)
     assert json.loads((directory / "config.json").read_text())["head_dim"] == 32
     return model, directory
 
@@ -96,7 +84,7 @@ def test_gradients_through_the_engines_kernel_are_those_of_the_others(trained, m
 def test_a_window_that_only_the_config_names_is_refused(trained, tmp_path):
     """vLLM would put the config's window on every layer that names none."""
     model, _ = trained
-    config = {**CONFIG, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 8}
+    config = {**featured.CONFIG, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 8}
     ps.save_checkpoint(model, tmp_path / "windowed", ps.initialize("torch"), config=config)
     ps.register_model("FeaturedWindowed", featured.build, adapter="torch")
     refused = pytest.raises(ps.RegistrationError, match="asks for sliding_window=None, but vLLM reads 8")

@@ -16,6 +16,19 @@ LAYERS = (
     {"qk_norm_eps": 1e-6, "sinks": True, "softcap": 3.0, "sliding_window": 9},
 )
 
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": len(LAYERS),
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+}
+
 
 class Model(nn.Module):
     def __init__(self, config, parallel_context):

@@ -63,7 +63,8 @@ class RolloutEngine:
             by the first rank.
         restarts: how many deaths of an engine in processes of its own are mended.
         sync_timeout: seconds after which an engine that does not answer is an error.
-        options: of `vllm.LLM`. Without others it runs eagerly, and without a tokenizer.
+        options: of `vllm.LLM`. Without others it runs eagerly, and without a tokenizer. Beside a trainer on a GPU give
+            `gpu_memory_utilization`: vLLM's default wants nine tenths of the device to be free.
 
     Attributes:
         restarted: how often another engine had to be started.
