@@ -122,7 +122,7 @@ def takes(spec: AttentionSpec, head_dim: int, dtype: torch.dtype) -> bool:
         head_dim: of a head in the cache, of keys and of values.
         dtype: of the model and of the cache.
     """
-    plain = replace(spec, head_dim=head_dim, value_dim=head_dim)
+    plain = replace(spec, head_dim=head_dim, value_dim=head_dim, dropout=0.0)  # which an engine never applies
     return not has_product_of_processor(dtype) and paged.rejects(plain) is None
 
 

@@ -114,10 +114,10 @@ class Task {
         group_(heads.heads / heads.kv_heads),
         begin_(requests.bounds[slab.request]),
         table_(requests.table + slab.request * requests.row) {
-    const int64_t begin = begin_, keys = requests.seen[slab.request];
-    mask_ = {keys - (requests.bounds[slab.request + 1] - begin), keys, heads.window, 1};
-    q_ = {q.at(begin, kv * group_), q.token, q.head};
-    out_ = {out.at(begin, kv * group_), out.token, out.head};
+    const int64_t keys = requests.seen[slab.request];
+    mask_ = {keys - (requests.bounds[slab.request + 1] - begin_), keys, heads.window, 1};
+    q_ = {q.at(begin_, kv * group_), q.token, q.head};
+    out_ = {out.at(begin_, kv * group_), out.token, out.head};
   }
 
   void run() {
@@ -125,7 +125,7 @@ class Task {
     const int64_t rows = slab_.rows * group_;
     std::fill_n(scratch_.largest.get(), rows, -std::numeric_limits<float>::infinity());
     std::fill_n(scratch_.totals.get(), rows, 0.0f);
-    last_ = all.high;
+    end_ = all.high;
     for (int64_t from = all.low / columns_ * columns_; from < all.high; from += columns_) {
       const Seen block{std::max(from, all.low / WHOLE * WHOLE), std::min(from + columns_, all.high)};
       if (rows <= FEW) {
@@ -243,7 +243,7 @@ class Task {
       kept[r] = begins ? 0 : exponential(Vec{} + (before - largest))[0];
       total = total * kept[r] + sum;
     }
-    sum(tile.rows, source, block, all);
+    add_up(tile.rows, source, block, all);
     fetches_ = false;
     for (int64_t r = 0; r < tile.rows; r++) {
       const int64_t at = tile.row(r, group_);
@@ -270,7 +270,7 @@ class Task {
     }
   }
 
-  // Scores of a row that are more than scaled products; `distance` of its query from column 0.
+  // The scores of a row where they are more than scaled products; `distance` is its query's from column 0.
   void finish(float* row, Seen all, int64_t head, int64_t distance) const {
     const float slope = heads_.slopes ? heads_.slopes[kv_ * group_ + head] : 0;
     for (int64_t c = all.low; c < all.high; c += WIDTH) {
@@ -299,11 +299,11 @@ class Task {
 
   // Sums of a block's values by those weights.
   template <typename B>
-  void sum(int64_t rows, Laid<B> laid, Seen, Seen all) {
+  void add_up(int64_t rows, Laid<B> laid, Seen, Seen all) {
     product<float>(rows, {scratch_.weights.get() + all.low, columns_, 1}, laid.values + all.low * heads_.dim,
                    heads_.dim, all.high - all.low, scratch_.sums.get(), heads_.dim, false, heads_.dim);
   }
-  void sum(int64_t rows, InPages, Seen block, Seen all) {
+  void add_up(int64_t rows, InPages, Seen block, Seen all) {
     const Seen tokens{block.low + all.low, block.low + all.high};
     by_page(tokens, [&](int64_t token, int64_t count) {
       fetching(rows, token + count, [&](int64_t next) { return values_at(next); }, [&](auto ahead) {
@@ -313,10 +313,10 @@ class Task {
     });
   }
 
-  // A product, which asks for the page of token `next` while it is summed if it is a block's first.
+  // A product; while it is summed it asks for the page of token `next`, if no tile has asked for those of this block.
   template <typename At, typename Product>
   void fetching(int64_t rows, int64_t next, At at, Product product) const {
-    if (!fetches_ || last_ - next <= cache_.tokens / 2) return product(Nothing{});
+    if (!fetches_ || end_ - next <= cache_.tokens / 2) return product(Nothing{});
     product(Ahead{reinterpret_cast<const char*>(at(next)), panel(rows) * WIDTH * (int64_t)sizeof(T)});
   }
 
@@ -339,7 +339,7 @@ class Task {
   }
 
   bool fetches_ = false;  // until a tile has asked for a block's pages
-  int64_t last_ = 0;      // key that any query sees, and one
+  int64_t end_ = 0;       // of the keys that any query sees
   const Heads& heads_;
   const Cache& cache_;
   Slab slab_;
