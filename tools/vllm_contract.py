@@ -140,6 +140,8 @@ TEXT: dict[str, tuple[str, ...]] = {
         *("self.isa", "self.num_heads", "self.window_size", "self.head_dim", "layer.isa"),
         *("num_actual_tokens: int", "query_start_loc: torch.Tensor", "seq_lens: torch.Tensor"),
         *("block_table: torch.Tensor", "num_blocks, num_kv_heads, block_size, _ = kv_cache.size()"),
+        *("self.scale = float(scale)", "self.sliding_window = -1", "self.logits_soft_cap = logits_soft_cap"),
+        *("self.alibi_slopes = alibi_slopes", "self.sinks = sinks"),
     ),
     "vllm/v1/attention/backend.py": ("query_start_loc", "seq_lens", "block_table_tensor", "num_reqs"),
 }
