@@ -5,9 +5,9 @@
 // summed before is scaled to the largest score so far (Milakov and Gimelshein 2018, "Online normalizer calculation for
 // softmax"; FlashAttention-2, arXiv:2307.08691). For few queries, as decoding has them, pages are read where they lie.
 //
-// What a query gives follows from its sequence alone, bit for bit, whatever the width of the registers: blocks are cut by
-// the positions of keys, sums are added key by key, and what a query does not see counts as zero. So exact mode attends
-// by these loops.
+// What a query gives follows from its sequence alone, bit for bit, whatever the width of the registers: blocks are cut
+// by the positions of keys, sums are added key by key, and what a query does not see counts as zero. So exact mode
+// attends by these loops.
 //
 // One task is a key-value head of a slab of a request's queries, with all of its query heads.
 
@@ -19,25 +19,12 @@
 #include <type_traits>
 #include <vector>
 
-#include "blocks.h"
+#include "pages.h"
 
 extern "C" {
 
-// Pages `[pages, kv_heads, ...]` of keys and of values, both with these strides, in numbers.
-struct Cache {
-  const void *keys, *values;
-  int64_t page, head, tokens;  // `tokens` of a page: a multiple of 32
-};
-
-// Request i has the queries `bounds[i]..bounds[i + 1]`, the last of its `seen[i]` keys. These lie in the pages of row i
-// of `table`.
-struct Requests {
-  const int32_t *bounds, *seen, *table;
-  int64_t count, row;
-};
-
-// A query sees the last `window` keys up to itself; 0 for all. A score is `scale` q·k; then bounded by `softcap`, 0 for
-// not; then less its head's slope times the distance, where there are slopes.
+// A query sees the last `window` keys up to itself; 0 for all. A score is `scale` q·k; then bounded by `softcap`, 0
+// for not; then less its head's slope times the distance, where there are slopes.
 struct Heads {
   int64_t heads, kv_heads, dim, window;
   float scale, softcap;
@@ -58,7 +45,6 @@ constexpr int64_t SLAB = 1536;         // rows of a task at most: queries times 
 constexpr int64_t THIN = 384;          // the same where threads would be idle
 constexpr int64_t BLOCK = 32 * 1024;   // numbers of a block's keys, about
 constexpr int64_t FEW = 2 * ROWS;      // rows for which nothing is laid
-constexpr int64_t WHOLE = 32;          // tokens of whole registers in a page
 
 // Queries of a request.
 struct Slab {
@@ -104,7 +90,6 @@ class Task {
   Task(const Requests& requests, const Heads& heads, const Cache& cache, PackedOf<const T> q, PackedOf<T> out,
        Extras extras, Slab slab, int64_t kv, int64_t columns, Scratch& scratch)
       : heads_(heads),
-        cache_(cache),
         slab_(slab),
         scratch_(scratch),
         extras_(extras),
@@ -113,7 +98,7 @@ class Task {
         columns_(columns),
         group_(heads.heads / heads.kv_heads),
         begin_(requests.bounds[slab.request]),
-        table_(requests.table + slab.request * requests.row) {
+        pages_{cache, requests.table + slab.request * requests.row, kv, heads.dim} {
     const int64_t keys = requests.seen[slab.request];
     mask_ = {keys - (requests.bounds[slab.request + 1] - begin_), keys, heads.window, 1};
     q_ = {q.at(begin_, kv * group_), q.token, q.head};
@@ -156,29 +141,11 @@ class Task {
 
   bool laid_in_pairs() const { return PAIRS<T> && heads_.dim % (2 * WIDTH) == 0; }
 
-  const T* page(const void* cache, int64_t token) const {
-    return static_cast<const T*>(cache) + table_[token / cache_.tokens] * cache_.page + kv_ * cache_.head;
-  }
-  const T* keys_at(int64_t token) const { return page(cache_.keys, token) + token % cache_.tokens; }
-  const T* values_at(int64_t token) const {
-    return page(cache_.values, token) + token % cache_.tokens * heads_.dim;
-  }
-
-  // What of some tokens stands in each page.
-  template <typename Each>
-  void by_page(Seen tokens, Each each) const {
-    for (int64_t token = tokens.low; token < tokens.high;) {
-      const int64_t count = std::min(cache_.tokens - token % cache_.tokens, tokens.high - token);
-      each(token, count);
-      token += count;
-    }
-  }
-
   // A block's keys and values, page by page, as they are multiplied; keys up to a whole register.
   void lay(Seen block) {
-    const int64_t dim = heads_.dim, size = cache_.tokens;
-    by_page(block, [&](int64_t token, int64_t count) {
-      const T* keys = keys_at(token);
+    const int64_t dim = heads_.dim, size = pages_.cache.tokens;
+    pages_.by_page(block, [&](int64_t token, int64_t count) {
+      const T* keys = pages_.keys_at(token);
       float* laid = scratch_.keys.get() + token - block.low;
       if constexpr (PAIRS<T>)
         for (int64_t d = 0; laid_in_pairs() && d < dim; d += 2)
@@ -187,7 +154,7 @@ class Task {
       if (!laid_in_pairs())
         for (int64_t d = 0; d < dim; d++)
           for (int64_t i = 0; i < count; i += WIDTH) store(laid + d * columns_ + i, load(keys + d * size + i));
-      widen(values_at(token), dim, count, dim, scratch_.values.get() + (token - block.low) * dim);
+      widen(pages_.values_at(token), dim, count, dim, scratch_.values.get() + (token - block.low) * dim);
     });
   }
 
@@ -289,9 +256,9 @@ class Task {
   }
   void score(int64_t rows, StridedOf<float> queries, InPages, Seen block, Seen all) {
     const Seen tokens{block.low + all.low, block.low + all.high};
-    by_page(tokens, [&](int64_t token, int64_t count) {
-      fetching(rows, token + count, [&](int64_t next) { return keys_at(next); }, [&](auto ahead) {
-        product(rows, queries, keys_at(token), cache_.tokens, heads_.dim,
+    pages_.by_page(tokens, [&](int64_t token, int64_t count) {
+      fetching(rows, token + count, [&](int64_t next) { return pages_.keys_at(next); }, [&](auto ahead) {
+        product(rows, queries, pages_.keys_at(token), pages_.cache.tokens, heads_.dim,
                 scratch_.weights.get() + token - block.low, columns_, false, up(count, WIDTH), ahead);
       });
     });
@@ -305,10 +272,10 @@ class Task {
   }
   void add_up(int64_t rows, InPages, Seen block, Seen all) {
     const Seen tokens{block.low + all.low, block.low + all.high};
-    by_page(tokens, [&](int64_t token, int64_t count) {
-      fetching(rows, token + count, [&](int64_t next) { return values_at(next); }, [&](auto ahead) {
-        product<float>(rows, {scratch_.weights.get() + token - block.low, columns_, 1}, values_at(token), heads_.dim,
-                       count, scratch_.sums.get(), heads_.dim, token != tokens.low, heads_.dim, ahead);
+    pages_.by_page(tokens, [&](int64_t token, int64_t count) {
+      fetching(rows, token + count, [&](int64_t next) { return pages_.values_at(next); }, [&](auto ahead) {
+        product<float>(rows, {scratch_.weights.get() + token - block.low, columns_, 1}, pages_.values_at(token),
+                       heads_.dim, count, scratch_.sums.get(), heads_.dim, token != tokens.low, heads_.dim, ahead);
       });
     });
   }
@@ -316,7 +283,7 @@ class Task {
   // A product; while it is summed it asks for the page of token `next`, if no tile has asked for those of this block.
   template <typename At, typename Product>
   void fetching(int64_t rows, int64_t next, At at, Product product) const {
-    if (!fetches_ || end_ - next <= cache_.tokens / 2) return product(Nothing{});
+    if (!fetches_ || end_ - next <= pages_.cache.tokens / 2) return product(Nothing{});
     product(Ahead{reinterpret_cast<const char*>(at(next)), panel(rows) * WIDTH * (int64_t)sizeof(T)});
   }
 
@@ -341,13 +308,12 @@ class Task {
   bool fetches_ = false;  // until a tile has asked for a block's pages
   int64_t end_ = 0;       // of the keys that any query sees
   const Heads& heads_;
-  const Cache& cache_;
   Slab slab_;
   Scratch& scratch_;
   Extras extras_;
   bool plain_;
   int64_t kv_, columns_, group_, begin_;
-  const int32_t* table_;
+  PagesOf<T> pages_;
   Mask mask_;
   PackedOf<const T> q_;
   PackedOf<T> out_;
@@ -384,7 +350,7 @@ void forward(const Requests& requests, const Heads& heads, const Cache& cache, c
 extern "C" {
 
 // Fills `out` `[queries, heads, dim]`, Packed as q is. kind, of both and of the cache: 0 float32, 1 bfloat16, 2 float16.
-// The last but one: see Extras.
+// `sinks` and `logsumexp`: see Extras.
 void polyshard_attention_paged(int kind, const Requests* requests, const Heads* heads, const Cache* cache,
                                const void* q, const void* out, const float* sinks, const Packed* logsumexp,
                                int64_t threads) {
