@@ -4,7 +4,7 @@ import decoder
 import pytest
 import torch
 from support import engines, exact_models, featured, latent
-from support.models import save_tiny, tiny_config, tiny_model
+from support.models import save_built, save_tiny, tiny_config, tiny_model
 from support.on_ranks import full_gradients
 
 import polyshard as ps
@@ -109,19 +109,12 @@ def test_a_model_of_transformers_as_it_is_gives_them_too(directory):
     assert found.holds, found
 
 
-def saved(module, directory):
-    """The checkpoint of a model of `support`, initialized."""
-    context, config = ps.initialize("torch"), ps.ModelConfig(**module.CONFIG)
-    model = module.build(config, context)
-    ps.initialize_weights(model, context, initializer=module.initial)
-    return str(ps.save_checkpoint(model, directory, context, config=config))
-
-
 @pytest.mark.vllm
 @pytest.mark.parametrize(("module", "tensor"), [(latent, 2), (featured, 1), (featured, 2)])
 def test_every_kind_of_attention_gives_them_too(tmp_path, module, tensor):
     """Latent, whose bottlenecks every rank holds whole; windows, soft-caps, ALiBi, sinks, values of other sizes."""
-    directory, factory = saved(module, tmp_path / "model"), f"{module.__name__}:build"
+    directory, factory = str(tmp_path / "model"), f"{module.__name__}:build"
+    save_built(directory, module)
     prompts = random_prompts(module.CONFIG["vocab_size"])
     asked = SamplingJob(directory=directory, factory=factory, dtype="float32", prompts=prompts, tokens=24, shards=2)
     found = compare(TrainerCase(adapter="torch", tensor=tensor), sample_here(asked), directory, factory, "float32", 2)

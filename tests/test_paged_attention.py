@@ -73,12 +73,12 @@ def check(rows, keys, spec, dtype, tokens, sinks=None):
     return out
 
 
-FEATURES = {
-    "soft-cap": {"softcap": 2.0},
-    "a soft-cap that saturates": {"softcap": 0.01},
-    "ALiBi": {"alibi_slopes": (0.5, 0.25, 0.1, 0.01, 1.0, 0.0)},
-    "sinks": {"sinks": torch.tensor([0.0, 1.0, -3.0, 8.0, 200.0, -200.0])},
-    "all": {"softcap": 2.0, "alibi_slopes": (0.5, 0.1, 0.0, 0.2, 0.3, 0.4), "sinks": torch.arange(-1.0, 5.0)},
+FEATURES = {  # of the spec, and sinks
+    "soft-cap": ({"softcap": 2.0}, None),
+    "a soft-cap that saturates": ({"softcap": 0.01}, None),
+    "ALiBi": ({"alibi_slopes": (0.5, 0.25, 0.1, 0.01, 1.0, 0.0)}, None),
+    "sinks": ({}, torch.tensor([0.0, 1.0, -3.0, 8.0, 200.0, -200.0])),
+    "all": ({"softcap": 2.0, "alibi_slopes": (0.5, 0.1, 0.0, 0.2, 0.3, 0.4)}, torch.arange(-1.0, 5.0)),
 }
 CASES = {
     "decoding": ([1] * 5, [1, 31, 32, 33, 400]),
@@ -104,8 +104,7 @@ def test_requests(case, window, dtype):
 @pytest.mark.parametrize("feature", FEATURES)
 def test_features(feature, window, case, dtype):
     torch.manual_seed(1)
-    changes = dict(FEATURES[feature])
-    sinks = changes.pop("sinks", None)
+    changes, sinks = FEATURES[feature]
     for kv_heads, group, dim, tokens in ((2, 3, 64, 32), (1, 6, 80, 64)):
         check(*CASES[case], spec_of(kv_heads, group, dim, window, **changes), dtype, tokens, sinks)
 
@@ -137,8 +136,7 @@ def test_a_wider_processor(tmp_path, monkeypatch):
     assert build.unavailable(other) is None
     for dtype in TOLERANCE:
         for index, (rows, keys) in enumerate(CASES.values()):
-            changes = dict(FEATURES["all"]) if index % 2 else {}
-            sinks = changes.pop("sinks", None)
+            changes, sinks = FEATURES["all"] if index % 2 else ({}, None)
             outs, spec = [], spec_of(2, 3 if index % 2 else 1, 64, (None, 40, None)[index % 3], **changes)
             for source in (paged.SOURCE, other):
                 monkeypatch.setattr(paged, "SOURCE", source)

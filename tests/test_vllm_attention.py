@@ -7,6 +7,7 @@ import pytest
 import torch
 from support import featured
 from support.engines import engine
+from support.models import save_built
 
 import polyshard as ps
 
@@ -19,11 +20,7 @@ PROMPTS = [list(range(1, 41)), [5, 9, 9, 3, 1], [100, 7, 30, 31, 32, 33, 8, 8]]
 def trained(tmp_path_factory):
     """The model as training holds it, and its checkpoint."""
     directory = tmp_path_factory.mktemp("featured") / "model"
-    context = ps.initialize("torch")
-    config = ps.ModelConfig(**featured.CONFIG)
-    model = featured.build(config, context)
-    ps.initialize_weights(model, context, initializer=featured.initial)
-    ps.save_checkpoint(model, directory, context, config=featured.CONFIG)
+    model = save_built(directory, featured)
     assert json.loads((directory / "config.json").read_text())["head_dim"] == 32
     return model, directory
 

@@ -1,7 +1,6 @@
 // out = x / sqrt(mean(x²) + eps) * weight, computed in float32 and rounded once.
 //
-// Squares are added up in sixteen sums, whatever the width of the registers, and these by halves: the same bits
-// everywhere.
+// Squares are added up in sixteen sums: the same bits everywhere.
 
 #include <algorithm>
 #include <cmath>
@@ -10,31 +9,26 @@
 
 namespace {
 
-constexpr int LANES = 16;
-constexpr int PARTS = LANES / WIDTH;
+constexpr int LANES = Sums::LANES, PARTS = Sums::PARTS;
 
 template <typename T>
 float sum_of_squares(const T* x, int64_t size) {
-  Vec sums[PARTS] = {};
+  Sums sums;
   int64_t i = 0;
   for (; i + LANES <= size; i += LANES)
     for (int p = 0; p < PARTS; p++) {
       const Vec v = load(x + i + p * WIDTH);
-      sums[p] += v * v;
+      sums.parts[p] += v * v;
     }
   if (i < size) {
     alignas(64) T rest[LANES] = {};
     std::copy(x + i, x + size, rest);
     for (int p = 0; p < PARTS; p++) {
       const Vec v = load(rest + p * WIDTH);
-      sums[p] += v * v;
+      sums.parts[p] += v * v;
     }
   }
-  float all[LANES];
-  for (int p = 0; p < PARTS; p++) store(all + p * WIDTH, sums[p]);
-  for (int half = LANES / 2; half > 0; half /= 2)
-    for (int k = 0; k < half; k++) all[k] += all[k + half];
-  return all[0];
+  return sums.total();
 }
 
 template <typename T>

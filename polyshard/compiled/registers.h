@@ -162,6 +162,20 @@ inline Int lanes() {
   return x;
 }
 
+// Sixteen sums, whatever the width of the registers, and these added by halves: the same bits everywhere.
+struct Sums {
+  static constexpr int LANES = 16, PARTS = LANES / WIDTH;
+  Vec parts[PARTS] = {};
+
+  float total() const {
+    float all[LANES];
+    for (int p = 0; p < PARTS; p++) store(all + p * WIDTH, parts[p]);
+    for (int half = LANES / 2; half > 0; half /= 2)
+      for (int k = 0; k < half; k++) all[k] += all[k + half];
+    return all[0];
+  }
+};
+
 // Rows of a square block become its columns, by exchanging ever larger halves.
 inline void transpose_block(Vec (&x)[WIDTH]) {
 #pragma GCC unroll 4

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+
+import polyshard as ps
 
 VOCAB = 131  # odd on purpose: it divides by no tensor-parallel size
 
@@ -53,3 +56,12 @@ def tiny_model(config: transformers.PretrainedConfig, seed: int = 0) -> transfor
 def save_tiny(directory: Path, kind: str, **changes) -> Path:
     tiny_model(tiny_config(kind, **changes)).save_pretrained(directory)
     return directory
+
+
+def save_built(directory: Path, module: Any) -> Any:
+    """The model of a module of `support` that has `build`, `CONFIG` and `initial`, initialized and saved."""
+    context, config = ps.initialize("torch"), ps.ModelConfig(**module.CONFIG)
+    model = module.build(config, context)
+    ps.initialize_weights(model, context, initializer=module.initial)
+    ps.save_checkpoint(model, directory, context, config=config)
+    return model

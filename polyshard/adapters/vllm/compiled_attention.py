@@ -117,13 +117,18 @@ class CompiledBackend(CPUAttentionBackend):
 def takes(spec: AttentionSpec, head_dim: int, dtype: torch.dtype) -> bool:
     """Whether the loops have all that a layer asks for and are the fastest on this processor.
 
+    The environment variable POLYSHARD_ATTENTION=vllm, by which a trainer attends by vLLM's kernel, means that kernel
+    here too.
+
     Args:
         spec: of the layer.
         head_dim: of a head in the cache, of keys and of values.
         dtype: of the model and of the cache.
     """
+    if os.environ.get(ENVIRONMENT_VARIABLE) == "vllm" or has_product_of_processor(dtype):
+        return False
     plain = replace(spec, head_dim=head_dim, value_dim=head_dim, dropout=0.0)  # which an engine never applies
-    return not has_product_of_processor(dtype) and paged.rejects(plain) is None
+    return paged.rejects(plain) is None
 
 
 def backend_for(spec: AttentionSpec, head_dim: int, dtype: torch.dtype, cache_dtype: str) -> Any:
@@ -134,10 +139,5 @@ def backend_for(spec: AttentionSpec, head_dim: int, dtype: torch.dtype, cache_dt
         head_dim: likewise.
         dtype: of the model.
         cache_dtype: vLLM's name of the cache's; a narrower one rounds keys and values that the loops would not.
-
-    The environment variable POLYSHARD_ATTENTION=vllm, by which a trainer attends by vLLM's kernel, means that kernel
-    here too.
     """
-    if os.environ.get(ENVIRONMENT_VARIABLE) == "vllm" or cache_dtype != "auto":
-        return None
-    return CompiledBackend if takes(spec, head_dim, dtype) else None
+    return CompiledBackend if cache_dtype == "auto" and takes(spec, head_dim, dtype) else None

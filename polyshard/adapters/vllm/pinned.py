@@ -6,7 +6,6 @@ queries that are cut alike in every batch; all is where POLYSHARD_ATTENTION=vllm
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +16,6 @@ from polyshard.adapters.vllm.compiled_attention import CompiledBackend, Compiled
 from polyshard.adapters.vllm.paging import CPU_BLOCK
 from polyshard.attention.kernels.fused import paged
 from polyshard.attention.kernels.protocol import AttentionCall
-from polyshard.attention.selection import ENVIRONMENT_VARIABLE
 from polyshard.core.attention import AttentionSpec
 
 
@@ -77,6 +75,5 @@ def whose_kernel(dtype: torch.dtype) -> str:
 
 
 def _by_loops(spec: AttentionSpec, head_dim: int, dtype: torch.dtype) -> bool:
-    if os.environ.get(ENVIRONMENT_VARIABLE) == "vllm" or not takes(spec, head_dim, dtype):
-        return False
-    return compat.keeps_keys_transposed(compat.cpu_isa(dtype, head_dim), dtype, CPU_BLOCK, head_dim)
+    isa = compat.cpu_isa(dtype, head_dim)
+    return takes(spec, head_dim, dtype) and compat.keeps_keys_transposed(isa, dtype, CPU_BLOCK, head_dim)

@@ -106,29 +106,16 @@ inline float sum_of(Vec x) {
   return x[0];
 }
 
-// Sixteen sums, whatever the width of the registers: the same bits everywhere.
-struct Sums {
-  static constexpr int PARTS = 16 / WIDTH;
-  Vec parts[PARTS] = {};
-
-  // of(c) for each register of the columns [from, to) is added to the sums of these columns.
-  template <typename Of>
-  void add(int64_t from, int64_t to, Of of) {
-    int64_t c = from;
-    if (PARTS == 2 && c < to && c / WIDTH % 2) parts[PARTS - 1] += of(c), c += WIDTH;
-    for (; c + (PARTS - 1) * WIDTH < to; c += 16)
-      for (int p = 0; p < PARTS; p++) parts[p] += of(c + p * WIDTH);
-    if (c < to) parts[0] += of(c);
-  }
-
-  float total() const {
-    float all[16];
-    for (int p = 0; p < PARTS; p++) store(all + p * WIDTH, parts[p]);
-    for (int half = 8; half > 0; half /= 2)
-      for (int k = 0; k < half; k++) all[k] += all[k + half];
-    return all[0];
-  }
-};
+// of(c) for each register of the columns [from, to) is added to the sums of these columns.
+template <typename Of>
+inline void add_columns(Sums& sums, int64_t from, int64_t to, Of of) {
+  constexpr int PARTS = Sums::PARTS;
+  int64_t c = from;
+  if (PARTS == 2 && c < to && c / WIDTH % 2) sums.parts[PARTS - 1] += of(c), c += WIDTH;
+  for (; c + (PARTS - 1) * WIDTH < to; c += Sums::LANES)
+    for (int p = 0; p < PARTS; p++) sums.parts[p] += of(c + p * WIDTH);
+  if (c < to) sums.parts[0] += of(c);
+}
 
 inline float largest_of(Vec x) {
 #pragma GCC unroll 4
@@ -217,9 +204,9 @@ inline void softmax(float* row, float factor, Seen all, Seen one, float& largest
   const auto weight = [&](int64_t c) { return exponential(load(row + c) * factor - largest); };
   const auto kept = [&](int64_t c, Vec x) { return store(row + c, x), x; };
   const auto in_part = [&](int64_t c) { return kept(c, where(visible(one, c), weight(c))); };
-  sums.add(all.low, begin, in_part);
-  sums.add(begin, end, [&](int64_t c) { return kept(c, weight(c)); });
-  sums.add(end, all.high, in_part);
+  add_columns(sums, all.low, begin, in_part);
+  add_columns(sums, begin, end, [&](int64_t c) { return kept(c, weight(c)); });
+  add_columns(sums, end, all.high, in_part);
   total = sums.total();
 }
 
