@@ -16,8 +16,7 @@ from test_rotary import SCALINGS
 from torch import nn
 
 import polyshard as ps
-from polyshard.adapters.shared.devices import check_devices
-from polyshard.adapters.torch.context import pick_device
+from polyshard.adapters.shared.devices import check_devices, default_backend, pick_backend, pick_device
 from polyshard.attention.functional import call_of
 from polyshard.attention.kernels.cpu import Chunked
 from polyshard.attention.kernels.softmax import sinks_gradient, with_sinks
@@ -67,8 +66,25 @@ def test_a_ranks_gpu_is_that_of_its_number(monkeypatch, asked):
     assert pick_device("cuda:0") == torch.device("cuda", 0)
     assert pick_device("cpu") == torch.device("cpu")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ps.ConfigurationError, match="needs GPU 2, but this machine shows 2"):
+    with pytest.raises(ps.ConfigurationError, match="needs GPU 2, but this machine has 2"):
         pick_device(asked)
+    assert pick_device(asked, backend="gloo") == torch.device("cuda", 0), "with gloo, ranks share GPUs in turn"
+    with pytest.raises(ps.ConfigurationError, match="needs GPU 3"):
+        pick_device("cuda:3", backend="gloo")
+
+
+def test_the_backend_is_the_argument_then_the_environment_then_the_devices_own(monkeypatch):
+    assert (default_backend(torch.device("cuda")), default_backend(torch.device("cpu"))) == ("nccl", "gloo")
+    monkeypatch.setenv("POLYSHARD_BACKEND", "gloo")
+    assert default_backend(torch.device("cuda")) == pick_backend() == "gloo"
+    assert pick_backend("nccl") == "nccl"
+    with pytest.raises(ps.ConfigurationError, match="backend nccl needs GPUs: got device cpu"):
+        pick_device("cpu", backend="nccl")
+    monkeypatch.setenv("POLYSHARD_BACKEND", "mpi")
+    with pytest.raises(
+        ps.ConfigurationError, match="POLYSHARD_BACKEND is unsupported: got 'mpi', expected one of nccl"
+    ):
+        ps.initialize("torch")
 
 
 @pytest.mark.parametrize("adapter", [name for name in TRAINERS if name != "deepspeed"])  # it moves them by itself

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -44,7 +44,9 @@ def _agent_store() -> dist.TCPStore:
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-def _environment_of_ranks(world_size: int, store: dist.TCPStore | None, gpus: bool) -> list[dict[str, str]]:
+def _environment_of_ranks(
+    world_size: int, store: dist.TCPStore | None, gpus: bool | Literal["shared"]
+) -> list[dict[str, str]]:
     """What torchrun tells each rank of one machine; without a store, what a launcher says that leaves it to rank 0."""
     shared = {
         "WORLD_SIZE": str(world_size),
@@ -53,6 +55,7 @@ def _environment_of_ranks(world_size: int, store: dist.TCPStore | None, gpus: bo
         "MASTER_PORT": str(store.port if store else free_port()),
         "TORCHELASTIC_USE_AGENT_STORE": str(store is not None),
         **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),
+        **({"POLYSHARD_BACKEND": "gloo"} if gpus == "shared" else {}),
     }
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
 
@@ -64,7 +67,7 @@ def run_ranks(
     timeout: float = 120.0,
     silent: tuple[int, ...] = (),
     agent: bool = True,
-    gpus: bool = True,
+    gpus: bool | Literal["shared"] = True,
 ) -> list[Any]:
     """Call `function(*args)` on each rank, in processes with torchrun's environment variables.
 
@@ -75,7 +78,8 @@ def run_ranks(
         timeout: seconds after which all ranks are killed.
         silent: ranks that are meant to die or freeze; they are not waited for.
         agent: this process keeps the store that they meet in, as torchrun's agent does; else rank 0 does.
-        gpus: whether the ranks see this machine's GPUs.
+        gpus: whether the ranks see this machine's GPUs; with `"shared"` they also use gloo, so that several ranks can
+            share one GPU.
 
     Returns:
         What each rank returned, in rank order (picklable; tensors as CPU tensors); None for those that gave no answer.

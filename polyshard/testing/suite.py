@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -45,14 +45,16 @@ WORLDS = {  # ranks, tensor size, context size
     "data 2, context 2": (4, 1, 2),
 }
 
+Gpus = bool | Literal["shared"]
+
 
 @cache
-def _layers(adapter: str, gpus: bool, tensor: int, sequence_parallel: bool, context: int = 1) -> list[Any]:
+def _layers(adapter: str, gpus: Gpus, tensor: int, sequence_parallel: bool, context: int = 1) -> list[Any]:
     return run_ranks(checks.layers, tensor * context, adapter, tensor, sequence_parallel, context, gpus=gpus)
 
 
 @cache
-def _pieces(adapter: str, gpus: bool) -> list[Any]:
+def _pieces(adapter: str, gpus: Gpus) -> list[Any]:
     return run_ranks(checks.pieces, 2, adapter, gpus=gpus)
 
 
@@ -74,12 +76,13 @@ class AdapterSuite:
     Attributes:
         adapter: its name.
         engines: options of its training engine, each tested.
-        gpus: whether each rank computes on a GPU of its own; tests of more ranks than there are GPUs are skipped.
+        gpus: whether ranks compute on GPUs. True: each rank has its own GPU and tests that need more GPUs than this
+            machine has are skipped. `"shared"`: ranks share the GPUs and communicate through gloo.
     """
 
     adapter: ClassVar[str]
     engines: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
-    gpus: ClassVar[bool] = False
+    gpus: ClassVar[Gpus] = False
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Each subclass's engines parametrise its training tests."""
@@ -88,7 +91,7 @@ class AdapterSuite:
 
     def need(self, *features: str, ranks: int = 1) -> Capabilities:
         """Skip, with the recorded reason, where the adapter lacks a feature, or this machine a GPU for each rank."""
-        if self.gpus and torch.cuda.device_count() < ranks:
+        if self.gpus is True and torch.cuda.device_count() < ranks:
             pytest.skip(f"needs {ranks} GPUs, one for each rank; this machine has {torch.cuda.device_count()}")
         capabilities = load_adapter(self.adapter).capabilities
         for feature in ("cuda" if self.gpus else "cpu", *features):

@@ -1,12 +1,62 @@
-"""Where a model's parameters have to stand."""
+"""The device a rank computes on, the backend of its process groups, and where its parameters must be."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 from torch import nn
 
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
+
+BACKEND_VARIABLE = "POLYSHARD_BACKEND"
+_BACKENDS = ("nccl", "gloo")
+
+
+def pick_backend(backend: str | None = None) -> str | None:
+    """Return the process-group backend that was asked for, by argument or environment; None if neither names one.
+
+    Raises:
+        ConfigurationError: the backend is unknown.
+    """
+    chosen = backend or os.environ.get(BACKEND_VARIABLE) or None
+    if chosen is not None and chosen not in _BACKENDS:
+        source = "backend" if backend else f"environment variable {BACKEND_VARIABLE}"
+        raise ConfigurationError(f"{source} is unsupported: got {chosen!r}, expected one of {', '.join(_BACKENDS)}")
+    return chosen
+
+
+def default_backend(device: torch.device) -> str:
+    """Return the backend for ranks that compute on `device`: `nccl` on GPUs, `gloo` elsewhere."""
+    return pick_backend() or ("nccl" if device.type == "cuda" else "gloo")
+
+
+def pick_device(device: str | torch.device | None, backend: str | None = None) -> torch.device:
+    """Return the given device, else this rank's GPU, else the CPU. `cuda` without an index means this rank's GPU.
+
+    With the `gloo` backend, ranks beyond the number of GPUs share them in turn.
+
+    Raises:
+        ConfigurationError: this rank's GPU does not exist, or NCCL was asked for on another device.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.device(device)
+    if where.type != "cuda":
+        if backend == "nccl":
+            raise ConfigurationError(f"backend nccl needs GPUs: got device {where}. Use backend='gloo'.")
+        return where
+    available = torch.cuda.device_count()
+    number = int(os.environ.get("LOCAL_RANK", "0")) if where.index is None else where.index
+    if backend == "gloo" and where.index is None and available:
+        number %= available
+    if number >= available:
+        raise ConfigurationError(
+            f"rank {os.environ.get('RANK', '0')} needs GPU {number}, but this machine has {available}: start at most "
+            "one rank per GPU, let ranks share GPUs with initialize(..., backend='gloo'), or use device='cpu'"
+        )
+    return torch.device("cuda", number)
 
 
 def check_devices(model: nn.Module, context: ParallelContext) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from polyshard.adapters.shared.devices import default_backend
 from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.errors import AdapterError
 from polyshard.core.layout import Axis
@@ -35,8 +36,7 @@ def with_groups(context: GroupContext, names: Sequence[Axis]) -> GroupContext:
     undo: list[Callable[[], None]] = []
     alone = not dist.is_initialized()
     if alone:
-        backend = "nccl" if context.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(default_backend(context.device), store=dist.HashStore(), rank=0, world_size=1)
         undo.append(dist.destroy_process_group)
     axes = dict(context.axes)
     for name in names:

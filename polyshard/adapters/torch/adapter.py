@@ -63,6 +63,7 @@ class TorchAdapter:
         layout: ParallelLayout | None = None,
         *,
         device: str | torch.device | None = None,
+        backend: str | None = None,
         timeout: float = DEFAULT_TIMEOUT,
     ) -> GroupContext:
         """Groups from torchrun's environment, or one process alone; see `context.initialize`.
@@ -70,13 +71,14 @@ class TorchAdapter:
         Args:
             layout: default: data parallel over the whole world.
             device: default this rank's GPU, else the CPU.
+            backend: `nccl` or `gloo`; see `context.initialize`.
             timeout: seconds after which a wait for another rank ends in an error that names it.
         """
         layout = layout or ParallelLayout.for_world(world_size_from_environment())
         for axis in ("pipeline", "expert"):
             if getattr(layout, axis) > 1:
                 self.capabilities.require(axis)
-        context = initialize(layout, self.linear, device=device, timeout=timeout)
+        context = initialize(layout, self.linear, device=device, backend=backend, timeout=timeout)
         if layout.sequence_parallel and layout.tensor == 1 and context.rank == 0:
             logger.warning("sequence_parallel does nothing at tensor-parallel size 1: there is nothing to shard over")
         return context

@@ -57,6 +57,8 @@ class TorchCollectives:
     def rotate(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, of the same shape, of the rank before; this one goes to the rank after."""
         source = tensor.contiguous()
+        if tensor.is_cuda and dist.get_backend(self.group) == "gloo":
+            source = source.cpu()  # gloo sends and receives from host memory only
         result = torch.empty_like(source)
         rank = dist.get_rank(self.group)
         after, before = (dist.get_global_rank(self.group, (rank + by) % self.size) for by in (1, -1))
@@ -67,4 +69,4 @@ class TorchCollectives:
         with self.guard(f"{self.name} rotate"):
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
-        return result
+        return result.to(tensor.device)

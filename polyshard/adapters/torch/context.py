@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from polyshard.adapters.shared.devices import default_backend, pick_backend, pick_device
 from polyshard.adapters.shared.groups import with_groups
 from polyshard.adapters.torch.collectives import TorchCollectives
 from polyshard.adapters.torch.compat import rendezvous_store
@@ -33,31 +34,12 @@ def world_size_from_environment() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def pick_device(device: str | torch.device | None) -> torch.device:
-    """The given device, or this rank's GPU, or the CPU; `cuda` without a number is this rank's GPU.
-
-    Raises:
-        ConfigurationError: there is no GPU of this rank's number.
-    """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = torch.device(device)
-    if where.type != "cuda":
-        return where
-    number = int(os.environ.get("LOCAL_RANK", "0")) if where.index is None else where.index
-    if number >= torch.cuda.device_count():
-        raise ConfigurationError(
-            f"rank {os.environ.get('RANK', '0')} needs GPU {number}, but this machine shows "
-            f"{torch.cuda.device_count()}: start as many ranks as there are GPUs, or initialize(..., device='cpu')"
-        )
-    return torch.device("cuda", number)
-
-
 def initialize(
     layout: ParallelLayout,
     linear: Any,
     *,
     device: str | torch.device | None = None,
+    backend: str | None = None,
     timeout: float = DEFAULT_TIMEOUT,
 ) -> GroupContext:
     """Make the groups of `layout`.
@@ -65,7 +47,9 @@ def initialize(
     Args:
         layout: fills the world.
         linear: whose layers the context builds.
-        device: default this rank's GPU, else the CPU (then gloo is used).
+        device: default this rank's GPU, else the CPU.
+        backend: `nccl` or `gloo`; default the environment variable POLYSHARD_BACKEND, else `nccl` on GPUs and `gloo` on
+            the CPU. With `gloo`, several ranks may share one GPU, which NCCL refuses.
         timeout: seconds after which any wait for another rank ends in an error that names it.
 
     Raises:
@@ -76,7 +60,8 @@ def initialize(
         raise ConfigurationError(f"timeout must be positive seconds, got {timeout}")
     world_size = world_size_from_environment()
     layout.validate(world_size)
-    where = pick_device(device)
+    backend = pick_backend(backend)
+    where = pick_device(device, backend)
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if world_size == 1 and not dist.is_initialized() and "RANK" not in os.environ:
@@ -93,7 +78,9 @@ def initialize(
         # Each rank counts its own initialisations: keys of an earlier one are never met again.
         generation = store.add(f"polyshard/generation/{rank}", 1)
         if not adopted_world:
-            _start_world(where, timeout, dist.PrefixStore(f"polyshard/world/{generation}", store), rank, world_size)
+            _start_world(
+                where, backend, timeout, dist.PrefixStore(f"polyshard/world/{generation}", store), rank, world_size
+            )
             undo.append(dist.destroy_process_group)
         heartbeats = dist.PrefixStore(f"polyshard/heartbeat/{generation}", _second_connection(timeout))
         monitor = RankMonitor(heartbeats, rank, world_size)
@@ -138,14 +125,17 @@ def _require_environment() -> None:
         )
 
 
-def _start_world(device: torch.device, timeout: float, store: dist.Store, rank: int, world_size: int) -> None:
+def _start_world(
+    device: torch.device, backend: str | None, timeout: float, store: dist.Store, rank: int, world_size: int
+) -> None:
+    backend = backend or default_backend(device)
     dist.init_process_group(
-        backend="nccl" if device.type == "cuda" else "gloo",
+        backend=backend,
         store=store,
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=backend_timeout(timeout)),
-        device_id=device if device.type == "cuda" else None,
+        device_id=device if backend == "nccl" else None,
     )
 
 
