@@ -200,6 +200,21 @@ def test_compiled_without_a_break_and_for_any_lengths(backend):
     assert not counters["graph_break"]
 
 
+@pytest.mark.usefixtures("compiles")
+def test_equal_layers_share_one_compiled_graph():
+    """Dynamo guards on a layer's request; a graph for each layer would reach its recompile limit at eight."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    layers = [ps.TrainableFlashAttention(32, 2, 1, layer_index=index) for index in range(10)]
+    for layer in layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    x = torch.randn(12, 32, requires_grad=True)
+    for layer in layers:
+        layer(x).square().sum().backward()
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def test_dropout_depends_on_seed_head_and_token_alone():
     """Other tiles, other neighbours' lengths, other ranks' heads: the same weights are dropped."""
     q, k, v, *_ = case((40, 30), 4, 2, 16, torch.float32)

@@ -14,7 +14,14 @@ from polyshard.attention.context.parallel import Way, attend_by
 from polyshard.attention.functional import check_spec
 from polyshard.attention.placement import rotary_at, sequences_at
 from polyshard.attention.rotary import RotaryEmbedding, apply_rotary, halves
-from polyshard.core.attention import AttentionCore, AttentionSpec, LatentCore, LatentSpec, PackedSequences
+from polyshard.core.attention import (
+    AttentionCore,
+    AttentionSpec,
+    LatentCore,
+    LatentSpec,
+    PackedSequences,
+    without_layer,
+)
 from polyshard.core.context import ParallelAxis, ParallelContext
 from polyshard.core.discovery import load_adapter
 from polyshard.core.errors import ConfigurationError, LayoutError
@@ -115,6 +122,7 @@ class TrainableMLA(nn.Module):
             head_offset=context.get_tensor_parallel_rank() * (num_heads // size),
         )
         check_spec(self.spec)
+        self._call_spec = without_layer(self.spec)
         self.rotary, self.interleaved, self.kernel = rotary, interleaved, kernel
         self.context_parallel = context_parallel
         self.latents = LatentSpec(
@@ -173,7 +181,7 @@ class TrainableMLA(nn.Module):
             k,
             v,
             sequences,
-            self.spec,
+            self._call_spec,
             self.context,
             self.context_parallel,
             training=self.training,

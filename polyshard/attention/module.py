@@ -13,7 +13,7 @@ from polyshard.attention.context.parallel import Way, attend_by
 from polyshard.attention.functional import check_spec
 from polyshard.attention.placement import rotary_at, sequences_at
 from polyshard.attention.rotary import RotaryEmbedding, halves, rotate_heads
-from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequences, RotaryCore
+from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequences, RotaryCore, without_layer
 from polyshard.core.context import ParallelContext
 from polyshard.core.discovery import load_adapter
 from polyshard.core.errors import ConfigurationError
@@ -137,6 +137,7 @@ class TrainableFlashAttention(nn.Module):
             head_offset=first,
         )
         check_spec(self.spec)
+        self._call_spec = without_layer(self.spec)
         self.sinks: nn.Parameter | None = None
         if sinks:
             self.sinks = nn.Parameter(torch.zeros(local, device=context.device))
@@ -211,7 +212,7 @@ class TrainableFlashAttention(nn.Module):
             k,
             v,
             sequences,
-            self.spec,
+            self._call_spec,
             self.context,
             self.context_parallel,
             training=self.training,
@@ -222,7 +223,7 @@ class TrainableFlashAttention(nn.Module):
 
     def heads(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """This rank's query, key and value heads, each `[..., heads, dim]`, normed, not yet rotated."""
-        spec = self.spec
+        spec = self._call_spec
         sizes = [spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.num_kv_heads * spec.v_dim]
         q, k, v = self.qkv(hidden_states).split(sizes, dim=-1)
         q, k = q.unflatten(-1, (-1, spec.head_dim)), k.unflatten(-1, (-1, spec.head_dim))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -49,6 +50,19 @@ class AttentionSpec:
     def v_dim(self) -> int:
         """Size of one value head."""
         return self.head_dim if self.value_dim is None else self.value_dim
+
+
+def without_layer(spec: AttentionSpec) -> AttentionSpec:
+    """Return the request of a layer without its index: one object for all layers that ask for the same.
+
+    torch.compile guards on the identity of the object, so that equal layers share one compiled graph.
+    """
+    return _interned(replace(spec, layer_index=None))
+
+
+@cache
+def _interned(spec: AttentionSpec) -> AttentionSpec:
+    return spec
 
 
 @dataclass(frozen=True, slots=True)

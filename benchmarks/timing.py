@@ -1,0 +1,47 @@
+"""Timing that is right on CPU and on CUDA: alternating rounds, medians, a measured matmul peak."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(action: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
+    """Seconds of one call of `action`, averaged over `repeats` calls that follow each other without a wait."""
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        action()
+    synchronize(device)
+    return (time.perf_counter() - started) / repeats
+
+
+def alternating(
+    actions: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int, repeats: int = 1
+) -> dict[str, float]:
+    """Median seconds of each action over `rounds` rounds in which they take turns; one round before warms up."""
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(rounds + 1):
+        for name, action in actions.items():
+            times[name].append(seconds(action, device, repeats))
+    return {name: statistics.median(spent[1:]) for name, spent in times.items()}
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of a large square matmul on random data: the ceiling that utilisation is measured against."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    spent = statistics.median(seconds(lambda: a @ b, device) for _ in range(10))
+    return 2 * size**3 / spent
