@@ -123,7 +123,12 @@ def __getattr__(name: str) -> Any:
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module 'polyshard' has no attribute {name!r}")
-    value = getattr(import_module(home), name)
+    try:
+        value = getattr(import_module(home), name)
+    except ModuleNotFoundError:
+        if home.startswith("polyshard.adapters."):
+            import_module("polyshard.core.discovery").load_adapter(home.split(".")[2]).requirement.require()
+        raise
     globals()[name] = value
     return value
 

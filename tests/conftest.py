@@ -1,4 +1,5 @@
 import gc
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -41,6 +42,10 @@ LONG = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {f"test_{name}": index for index, name in enumerate(LONG)}
+    if importlib.util.find_spec("vllm") is None:
+        for item in items:
+            if item.get_closest_marker("vllm"):
+                item.add_marker(pytest.mark.skip(reason="needs vLLM"))
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 

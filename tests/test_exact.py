@@ -2,6 +2,7 @@
 
 import decoder
 import pytest
+import support.vllm_required  # noqa: F401
 import torch
 from support import engines, exact_models, featured, latent
 from support.models import save_built, save_tiny, tiny_config, tiny_model

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import support.vllm_required  # noqa: F401
 import torch
 from support.models import save_tiny
 

@@ -78,6 +78,7 @@ def test_model_training(checkpoint):
 
 
 def test_wrapper_has_what_vllm_inspects():
+    pytest.importorskip("vllm", reason="needs vLLM")
     from vllm.model_executor.models.interfaces_base import is_text_generation_model
 
     from polyshard.adapters.vllm.model import make_model_class

@@ -1,5 +1,6 @@
 """What importing polyshard costs, and whom it lets in."""
 
+import importlib.util
 import subprocess
 import sys
 
@@ -47,8 +48,14 @@ def test_importing_polyshard_costs_under_50_ms_beyond_torch():
 
 
 def test_every_public_name_exists():
+    """Those that need vLLM say how to install it where it is missing."""
+    missing = importlib.util.find_spec("vllm") is None
     for name in ps.__all__:
-        assert getattr(ps, name) is not None
+        if missing and name in ("Rollout", "RolloutEngine", "SyncReport", "WeightSync"):
+            with pytest.raises(ps.MissingDependencyError, match=r"pip install 'polyshard\[vllm\]'"):
+                getattr(ps, name)
+        else:
+            assert getattr(ps, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = ps.nonsense
 

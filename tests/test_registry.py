@@ -110,6 +110,7 @@ def test_a_function_knows_its_reference():
 
 
 def test_serving_a_checkpoint_without_a_registered_model_says_so(tmp_path, capfd):
+    pytest.importorskip("vllm", reason="needs vLLM")
     from support.models import save_tiny
 
     directory = save_tiny(tmp_path / "model", "llama")

@@ -13,8 +13,8 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import openai
 import pytest
+import support.vllm_required  # noqa: F401
 from support.models import save_tiny
 from support.oracle import greedy_transformers
 
@@ -44,7 +44,9 @@ def server(command, log, **environment):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
                 break
             time.sleep(0.5)
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        from openai import OpenAI
+
+        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGINT)

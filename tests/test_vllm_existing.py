@@ -2,6 +2,7 @@
 
 import decoder
 import pytest
+import support.vllm_required  # noqa: F401
 import torch
 from support.colocated_existing import serve_own
 from support.engines import engine, greedy

@@ -5,6 +5,7 @@ import json
 
 import decoder
 import pytest
+import support.vllm_required  # noqa: F401
 import torch
 from safetensors.torch import load_file, save_file
 from support.engines import engine, greedy

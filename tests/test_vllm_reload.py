@@ -6,6 +6,7 @@ What vLLM does is in model_executor/model_loader/reload/layerwise.py: parameters
 
 import decoder
 import pytest
+import support.vllm_required  # noqa: F401
 import torch
 from support.engines import engine, greedy
 from support.models import save_tiny, tiny_config, tiny_model

@@ -10,6 +10,7 @@ from collections import Counter
 
 import decoder
 import pytest
+import support.vllm_required  # noqa: F401
 import torch
 from support.colocated import serve_all
 from support.engines import engine, greedy

@@ -2,6 +2,7 @@
 
 import decoder
 import pytest
+import support.vllm_required  # noqa: F401
 import torch
 from support.engines import engine, greedy
 from support.models import save_tiny

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import support.vllm_required  # noqa: F401
 from support.killed_sync import TIMEOUT
 from support.models import save_tiny
 

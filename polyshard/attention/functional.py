@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 
@@ -112,8 +113,12 @@ def run_kernel(
     if not training and spec.dropout:
         spec = replace(spec, dropout=0.0)
     call = call_of(q, sequences, spec, keys)
-    chosen = _chosen(spec, q.device, q.dtype, differentiable, name)
-    return kernel_named(chosen).attend(q, k, v, call, sinks)
+    if torch.compiler.is_compiling():
+        request = tuple(getattr(spec, field) for field in _FIELDS)
+        chosen = kernel_named(_name_of_kernel(request, q.device, q.dtype, differentiable, name))
+    else:
+        chosen = select_kernel(spec, q.device, q.dtype, differentiable, name)
+    return chosen.attend(q, k, v, call, sinks)
 
 
 def call_of(
@@ -128,8 +133,14 @@ def call_of(
     return AttentionCall(spec=spec, queries=sequences, keys=keys or sequences, alibi_slopes=slopes, seed=seed)
 
 
-@torch.compiler.assume_constant_result
-def _chosen(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool, name: str | None) -> str:
+_FIELDS = tuple(field.name for field in fields(AttentionSpec))
+
+
+@torch.compiler.assume_constant_result  # before torch 2.12 it takes plain values only, not a frozen dataclass
+def _name_of_kernel(
+    request: tuple[Any, ...], device: torch.device, dtype: torch.dtype, training: bool, name: str | None
+) -> str:
+    spec = AttentionSpec(**dict(zip(_FIELDS, request)))
     return select_kernel(spec, device, dtype, training, name).name
 
 

@@ -55,14 +55,9 @@ def library(source: Path) -> ctypes.CDLL:
     return found
 
 
-def takes(source: Path, x: torch.Tensor) -> bool:
-    """Whether a file's loops compute a tensor like this one here. The first call may compile."""
-    return x.device.type == "cpu" and x.dtype in KINDS and _available(source)
-
-
-@torch.compiler.assume_constant_result  # a graph's compiler does not look into it
-def _available(source: Path) -> bool:
-    return unavailable(source) is None
+def reads(x: torch.Tensor) -> bool:
+    """Whether the loops of these files read a tensor of this device and dtype."""
+    return x.device.type == "cpu" and x.dtype in KINDS
 
 
 def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from polyshard.compiled import build
-from polyshard.compiled.build import KINDS, NUMBER, POINTER, SIZE, function, rows_of
+from polyshard.compiled.build import KINDS, NUMBER, POINTER, SIZE, function, reads, rows_of, unavailable
 from polyshard.compiled.operator import bare_operator
 
 SOURCE = Path(__file__).with_name("norm.cpp")
@@ -18,7 +17,12 @@ SOURCE = Path(__file__).with_name("norm.cpp")
 
 def takes(x: torch.Tensor) -> bool:
     """Whether `rms_norm` computes a tensor like this one here. The first call may compile."""
-    return build.takes(SOURCE, x)
+    return reads(x) and _available()
+
+
+@torch.compiler.assume_constant_result  # Dynamo must not trace into the build, and before 2.12 takes no Path either
+def _available() -> bool:
+    return unavailable(SOURCE) is None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 
-from polyshard.compiled import build
-from polyshard.compiled.build import KINDS, NUMBER, POINTER, SIZE, function, rows_of
+from polyshard.compiled.build import KINDS, NUMBER, POINTER, SIZE, function, reads, rows_of, unavailable
 
 SOURCE = Path(__file__).with_name("swiglu.cpp")
 
 
 def takes(gate_up: torch.Tensor) -> bool:
     """Whether `swiglu` computes a tensor like this one here. The first call may compile."""
-    return build.takes(SOURCE, gate_up)
+    return reads(gate_up) and unavailable(SOURCE) is None
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:

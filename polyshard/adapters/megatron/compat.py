@@ -148,21 +148,24 @@ def optimizer_part(optimizer: Any, base: Any, parameter: torch.nn.Parameter) -> 
 
 @contextlib.contextmanager
 def current_device_as_cpu(device: torch.device) -> Iterator[None]:
-    """`torch.cuda.current_device()` names the CPU, where a rank computes there; on CUDA nothing is changed.
+    """Make `torch.cuda.current_device()` and `current_stream()` name the CPU's if a rank computes on the CPU.
 
     Sequence parallel and DDP allocate with `device=torch.cuda.current_device()`: tensor_parallel/mappings.py:91,181,
     tensor_parallel/layers.py:552, distributed/param_and_grad_buffer.py:806 (0.16.1). `tests/test_megatron.py` fails
-    when Megatron no longer needs this.
+    when Megatron no longer needs this. Gradient synchronisation asks for the current stream, which torch's CUDA builds
+    refuse without a GPU: distributed/param_and_grad_buffer.py:632 (0.19.2).
     """
     if device.type == "cuda":
         yield
         return
-    original = torch.cuda.current_device
-    torch.cuda.current_device = lambda: torch.device("cpu")  # pyrefly: ignore  # a device does for an index
+    cuda: Any = torch.cuda
+    original = cuda.current_device, cuda.current_stream
+    cuda.current_device = lambda: torch.device("cpu")  # a device does for an index
+    cuda.current_stream = lambda device=None: torch.cpu.current_stream()
     try:
         yield
     finally:
-        torch.cuda.current_device = original
+        cuda.current_device, cuda.current_stream = original
 
 
 @contextlib.contextmanager
