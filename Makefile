@@ -7,13 +7,14 @@ READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test lint format lock bench clean
+.PHONY: help setup demo test lint format lock bench gpu-check clean
 
 help:
 	@echo "make demo    train a real model, serve it in vLLM, prove that both are the same (about six minutes, set-up included)"
 	@echo "make test    the test suite"
 	@echo "make lint    ruff, pyrefly, import-linter"
 	@echo "make bench   the benchmarks"
+	@echo "make gpu-check   collect what a GPU machine without network lacks, and print the command to run there"
 	@echo "make lock    regenerate requirements/*.lock"
 
 setup: $(READY)
@@ -47,6 +48,9 @@ bench: $(READY)
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/layers.py
 	$(BIN)/python benchmarks/weights.py
+
+gpu-check: $(READY)
+	$(BIN)/python -m tools.gpu_check collect
 
 lock: $(READY)
 	$(BIN)/python tools/lock.py

@@ -1,4 +1,7 @@
-"""Training on CUDA: the conformance suite over NCCL, each rank on a GPU of its own, and a model as users write it."""
+"""Training on CUDA: the conformance suite and a model as users write it.
+
+Over NCCL each rank has its own GPU; one GPU runs the tests of one rank. Over gloo two ranks share a GPU.
+"""
 
 import decoder
 import pytest
@@ -29,6 +32,22 @@ class TestDeepspeed(test_conformance.TestDeepspeed):
 
 class TestFairscale(test_conformance.TestFairscale):
     gpus = True
+
+
+class TestTorchShared(test_conformance.TestTorch):
+    gpus, max_ranks = "shared", 2
+
+
+class TestMegatronShared(test_conformance.TestMegatron):
+    gpus, max_ranks = "shared", 2
+
+
+class TestDeepspeedShared(test_conformance.TestDeepspeed):
+    gpus, max_ranks = "shared", 2
+
+
+class TestFairscaleShared(test_conformance.TestFairscale):
+    gpus, max_ranks = "shared", 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

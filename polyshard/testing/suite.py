@@ -78,11 +78,13 @@ class AdapterSuite:
         engines: options of its training engine, each tested.
         gpus: whether ranks compute on GPUs. True: each rank has its own GPU and tests that need more GPUs than this
             machine has are skipped. `"shared"`: ranks share the GPUs and communicate through gloo.
+        max_ranks: tests that need more ranks are skipped; None runs all.
     """
 
     adapter: ClassVar[str]
     engines: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
     gpus: ClassVar[Gpus] = False
+    max_ranks: ClassVar[int | None] = None
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Each subclass's engines parametrise its training tests."""
@@ -90,7 +92,9 @@ class AdapterSuite:
             metafunc.parametrize("engine", [pytest.param(dict(e), id=_label(e)) for e in self.engines])
 
     def need(self, *features: str, ranks: int = 1) -> Capabilities:
-        """Skip, with the recorded reason, where the adapter lacks a feature, or this machine a GPU for each rank."""
+        """Skip, with the recorded reason, if the adapter lacks a feature or there are too few GPUs or ranks."""
+        if self.max_ranks is not None and ranks > self.max_ranks:
+            pytest.skip(f"needs {ranks} ranks; this suite runs at most {self.max_ranks}")
         if self.gpus is True and torch.cuda.device_count() < ranks:
             pytest.skip(f"needs {ranks} GPUs, one for each rank; this machine has {torch.cuda.device_count()}")
         capabilities = load_adapter(self.adapter).capabilities
