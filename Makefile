@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test lint format lock bench gpu-check clean
+.PHONY: help setup demo test lint format lock bench gpu-check gpu-check-vllm clean
 
 help:
 	@echo "make demo    train a real model, serve it in vLLM, prove that both are the same (about six minutes, set-up included)"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint    ruff, pyrefly, import-linter"
 	@echo "make bench   the benchmarks"
 	@echo "make gpu-check   collect what a GPU machine without network lacks, and print the command to run there"
+	@echo "make gpu-check-vllm   the tests and benchmarks that need a GPU with vLLM, run on that machine"
 	@echo "make lock    regenerate requirements/*.lock"
 
 setup: $(READY)
@@ -51,6 +52,12 @@ bench: $(READY)
 
 gpu-check: $(READY)
 	$(BIN)/python -m tools.gpu_check collect
+
+# On a machine with a GPU and vLLM for CUDA, in whatever environment `python3` is.
+gpu-check-vllm:
+	python3 -m pytest -m gpu tests/test_serving_cuda.py tests/test_exact_cuda.py tests/test_attention_cuda.py
+	python3 benchmarks/serving.py qwen3 --compiled --times 8 --restarts 1 --engines "native,polyshard,adopted torch"
+	python3 benchmarks/serving.py llama-8b --compiled --times 4 --restarts 1 --engines native,polyshard
 
 lock: $(READY)
 	$(BIN)/python tools/lock.py

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from support.command_line import polyshard
 
+from polyshard.cli.doctor import Finding, show
+
 
 @pytest.fixture
 def doctor(capfd):
@@ -43,6 +45,11 @@ def test_the_table_is_readable():
     printed = subprocess.run(command, capture_output=True, text=True).stdout
     assert "a version that polyshard is tested with" in printed
     assert all(len(line) <= 120 for line in printed.splitlines())
+
+
+def test_brackets_in_a_detail_are_shown_and_not_taken_as_markup(capsys):
+    show([Finding("serving", "vllm", False, None, "not installed: pip install 'polyshard[vllm]'")])
+    assert "pip install 'polyshard[vllm]'" in capsys.readouterr().out
 
 
 def test_a_missing_library_is_reported_with_its_command(monkeypatch):

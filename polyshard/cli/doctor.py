@@ -131,6 +131,7 @@ def compiled_parts() -> list[Finding]:
 def show(findings: list[Finding]) -> None:
     """The findings as a table."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("", "", "version", "usable", "")
@@ -139,5 +140,5 @@ def show(findings: list[Finding]) -> None:
         mark = "[green]yes[/green]" if finding.usable else "[red]no[/red]"
         kind = finding.kind if finding.kind != previous else ""
         previous = finding.kind
-        table.add_row(kind, finding.name, finding.version or "", mark, finding.detail)
+        table.add_row(kind, finding.name, finding.version or "", mark, escape(finding.detail))
     Console(width=None if sys.stdout.isatty() else 120).print(table)

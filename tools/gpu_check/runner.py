@@ -92,7 +92,7 @@ def _run(step: Step, device: str, out: Path, seconds: float, vllm_files: Path) -
     with (out / "log.txt").open("a") as log:
         log.write(f"\n=== {step.name}: {' '.join(command)}\n")
         log.flush()
-        environment = _environment(step, vllm_files)
+        environment = _environment(step, vllm_files if step.needs_vllm_files and device == "cuda" else None)
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -112,9 +112,9 @@ def _run(step: Step, device: str, out: Path, seconds: float, vllm_files: Path) -
     return Outcome(step.name, status, time.monotonic() - started, rows)
 
 
-def _environment(step: Step, vllm_files: Path) -> dict[str, str]:
+def _environment(step: Step, vllm_files: Path | None) -> dict[str, str]:
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    if step.needs_vllm_files:
+    if vllm_files is not None:
         paths.append(str(vllm_files))  # last: an installed vLLM comes first
     return {
         **os.environ,

@@ -20,7 +20,7 @@ class Step:
         seconds: it is killed after this time.
         cuda: the command on a GPU.
         cpu: the command of the rehearsal, which takes seconds.
-        needs_vllm_files: whether vLLM's Python files have to be importable.
+        needs_vllm_files: whether the command on a GPU imports vLLM's Python files, which need no compiled part.
         tests: whether the rows are pytest's, so that failed ones can be run again alone.
         environment: variables for the command.
     """

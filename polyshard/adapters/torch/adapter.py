@@ -44,7 +44,7 @@ CAPABILITIES = Capabilities(
 
 
 REQUIREMENT = Requirement(
-    title="torch", module="torch", distributions=("torch",), tested=("2.13.0",), install="pip install torch"
+    title="torch", module="torch", distributions=("torch",), tested=("2.11.0", "2.13.0"), install="pip install torch"
 )
 
 
