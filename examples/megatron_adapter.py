@@ -9,6 +9,7 @@ the context's own; one set of process groups carries both.
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -122,19 +123,17 @@ def train(checkpoint: str, steps: int = 60) -> float:
     ps.initialize_weights(model, context, seed=0)
     trainer = ps.load_adapter("torch").engine(model, ps.AdamW(lr=1e-2), context)
     generator = torch.Generator().manual_seed(0)
-    loss = torch.zeros(())
+    loss = math.inf
     for _ in range(steps):
         tokens = (torch.randint(VOCAB, (16, 1), generator=generator) + 3 * torch.arange(17)) % VOCAB
         tokens = tokens.to(context.device)
-        logits = model.compute_logits(trainer(tokens[:, :-1]))
-        loss = ps.vocab_parallel_cross_entropy(logits, tokens[:, 1:], context, vocab_size=VOCAB)
-        trainer.backward(loss)
+        loss = float(trainer.train_batch([{"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]}]).loss)
         trainer.step()
     ps.save_checkpoint(trainer, checkpoint, context, config=config, architecture="MegatronMixed")
     if context.get_tensor_parallel_rank() == 0:
-        print(f"loss {loss.item():.3f}")
+        print(f"loss {loss:.3f}")
     ps.shutdown(context)
-    return loss.item()
+    return loss
 
 
 def generate(checkpoint: str) -> list[int]:

@@ -94,10 +94,10 @@ def main(
             started = time.perf_counter()
             trainer.set_learning_rate(learning_rate * schedule(step, steps))
             chosen = rows[[(step * batch + i) % len(rows) for i in range(batch)]][rank::share]
-            loss = loss_of(trainer, chosen, context)
-            trainer.backward(loss)
+            inputs, labels = shards(chosen, context)
+            loss = trainer.train_batch([{"input_ids": inputs, "labels": labels}]).loss
             norm = trainer.step().grad_norm
-            losses.append(mean_over_data(loss, context))
+            losses.append(float(loss))
             norms.append(norm)
             speeds.append(batch * length / (time.perf_counter() - started))
             line = f"loss {losses[-1]:.3f}  {speeds[-1]:.0f} tokens/s  gradient norm {norm or math.nan:.2f}"
@@ -152,17 +152,20 @@ def schedule(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def validation_loss(trainer: ps.TrainingEngine, rows: torch.Tensor, context: ps.ParallelContext) -> float:
-    """Mean loss over held-out rows, each data-parallel rank taking its share."""
+    """Mean loss over held-out rows, each data-parallel rank taking as many; all rows have as many labels."""
     mine = rows[context.get_data_parallel_rank() :: context.get_data_parallel_world_size()]
-    losses = [loss_of(trainer, part, context) for part in mine.split(4)]
-    return mean_over_data(torch.stack(losses).mean(), context)
+    total = torch.zeros((), device=context.device)
+    for part in mine.split(4):
+        inputs, labels = shards(part, context)
+        total += trainer(inputs, labels=labels) * len(part)
+    return mean_over_data(total / len(mine), context)
 
 
-def loss_of(trainer: ps.TrainingEngine, rows: torch.Tensor, context: ps.ParallelContext) -> torch.Tensor:
-    """Mean loss of predicting each row's next tokens; a rank takes its part of each row."""
+def shards(rows: torch.Tensor, context: ps.ParallelContext) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input ids and labels of rows `[rows, length + 1]`: this rank's part of each."""
     rows = rows.to(context.device)
     inputs, labels = (ps.context_shard(part, context, dim=1) for part in (rows[:, :-1], rows[:, 1:]))
-    return trainer(inputs, labels=labels)
+    return inputs, labels
 
 
 def mean_over_data(value: torch.Tensor, context: ps.ParallelContext) -> float:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from polyshard.core.activation import swiglu
     from polyshard.core.adapter import AdamW, Adapter, StepResult, TrainingEngine
+    from polyshard.core.batch import BatchResult, train_batch
     from polyshard.core.capabilities import Capabilities, Rejected
     from polyshard.core.context import GroupContext, ParallelContext
     from polyshard.core.discovery import adapter_names, load_adapter
@@ -84,6 +85,7 @@ _HOMES = {
     "polyshard.core.activation": ("swiglu",),
     "polyshard.core.residual": ("add_residual",),
     "polyshard.core.adapter": ("Adapter", "AdamW", "StepResult", "TrainingEngine"),
+    "polyshard.core.batch": ("BatchResult", "train_batch"),
     "polyshard.core.capabilities": ("Capabilities", "Rejected"),
     "polyshard.core.context": ("GroupContext", "ParallelContext"),
     "polyshard.core.discovery": ("adapter_names", "load_adapter"),

@@ -64,6 +64,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights(directory, caplog):
         result = engine.step()
     assert result.skipped
     assert "this step is skipped" in caplog.text
+    assert engine.updates == 0, "a skipped step is no update"
     assert all(torch.equal(a, b) for a, b in zip(before, engine.module.parameters()))
     assert all(p.grad is None for p in engine.module.parameters())
 
@@ -136,3 +137,75 @@ def test_settings_that_are_wrong_or_passed_over(directory, caplog):
         ps.initialize("torch", sequence_parallel=True)
     assert "fsdp does nothing at data-parallel size 1" in caplog.text
     assert "sequence_parallel does nothing at tensor-parallel size 1" in caplog.text
+
+
+def unequal_numbers_of_micro_batches(directory):
+    context = ps.initialize("torch", timeout=60)
+    engine = ps.load_adapter("torch").engine(build(directory, context), ps.AdamW(), context)
+    ids = rows(1 + context.get_data_parallel_rank())
+    try:
+        engine.train_batch([{"input_ids": row[:, :-1], "labels": row[:, 1:]} for row in ids.split(1)])
+    except ps.ConfigurationError as error:
+        return str(error)
+    finally:
+        ps.shutdown(context)
+
+
+def test_unequal_numbers_of_micro_batches_are_refused_on_every_rank(directory):
+    for rank, message in enumerate(run_ranks(unequal_numbers_of_micro_batches, 2, directory)):
+        assert f"unequal numbers of micro-batches: got {1 + rank} on this rank, 3 on all 2" in message
+
+
+def test_train_batch_takes_packed_rows_and_names_what_is_missing(directory):
+    """By default the loss is the cross-entropy of `compute_logits`, whatever the forward returns with labels."""
+    context = ps.initialize("torch")
+    model = build(directory, context)
+    engine = ps.load_adapter("torch").engine(model, ps.AdamW(), context)
+    ids = rows(2)
+    bounds = torch.tensor([0, 8, 16], dtype=torch.int32)
+    packed = {"input_ids": ids[:, :-1].flatten(), "cu_seqlens": bounds, "labels": ids[:, 1:].flatten()}
+    found = engine.train_batch([packed])
+    assert float(found.tokens) == 16
+    assert float(found.loss) == pytest.approx(model(ids[:, :-1], labels=ids[:, 1:]).item(), rel=1e-6)
+    with pytest.raises(ps.ConfigurationError, match="at least one micro-batch: got none"):
+        engine.train_batch([])
+    with pytest.raises(ps.ConfigurationError, match="has no labels: got input_ids"):
+        engine.train_batch([{"input_ids": ids}])
+    with pytest.raises(ps.ConfigurationError, match=r"must be a scalar sum over tokens: got shape \(2, 8"):
+        engine.train_batch([{"input_ids": ids[:, :-1], "labels": ids[:, 1:]}], lambda out, batch: out)
+    bare = ps.load_adapter("torch").engine(torch.nn.Linear(2, 2), ps.AdamW(), context)
+    with pytest.raises(ps.ConfigurationError, match="Linear has no compute_logits: pass loss="):
+        bare.train_batch([{"labels": ids}])
+
+
+def good_and_bad_step(directory, adapter):
+    context = ps.initialize(adapter)
+    engine = ps.load_adapter(adapter).engine(build(directory, context), ps.AdamW(), context)
+    ids = rows(2)
+    batch = [{"input_ids": ids[:, :-1], "labels": ids[:, 1:]}]
+    engine.train_batch(batch)
+    good, first = engine.step().skipped, engine.updates
+    weights = [p.clone() for p in engine.module.parameters()]
+    engine.train_batch(batch, lambda out, batch: out.sum() * float("nan"))
+    bad, second = engine.step().skipped, engine.updates
+    unchanged = all(torch.equal(a, b) for a, b in zip(weights, engine.module.parameters()))
+    engine.close()
+    ps.shutdown(context)
+    return good, bad, first, second, unchanged
+
+
+@pytest.mark.parametrize("adapter", ["megatron", "fairscale", "deepspeed"])
+def test_updates_count_steps_that_changed_the_weights(directory, adapter):
+    """A library that updates with a gradient that is not finite has changed the weights."""
+    ((good, bad, first, second, unchanged),) = run_ranks(good_and_bad_step, 1, directory, adapter)
+    assert (good, first) == (False, 1)
+    assert second == (1 if bad else 2)
+    assert unchanged is bad
+
+
+def test_deepspeeds_own_accumulation_is_refused(directory):
+    context = ps.initialize("deepspeed")
+    model = build(directory, context)
+    with pytest.raises(ps.ConfigurationError, match="gradient_accumulation_steps'] must be 1"):
+        ps.load_adapter("deepspeed").engine(model, ps.AdamW(), context, config={"gradient_accumulation_steps": 2})
+    ps.shutdown(context)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.capabilities import Capabilities
 from polyshard.core.context import ParallelContext
 from polyshard.core.layout import ParallelLayout
@@ -71,7 +72,7 @@ class TrainingEngine(Protocol):
         """The model as the factory built it."""
         ...
 
-    updates: int  # how often the weights have changed: by steps, and by loading
+    updates: int  # how often the weights have changed: by steps that were not skipped, and by loading
 
     @property
     def table(self) -> WeightTable:
@@ -83,7 +84,16 @@ class TrainingEngine(Protocol):
         ...
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate gradients of `loss`, averaged over the data axis."""
+        """Accumulate gradients of `loss`, averaged over the data axis; every rank's loss counts the same."""
+        ...
+
+    def train_batch(
+        self, micro_batches: Sequence[MicroBatch], loss: SumLoss | None = None, tokens: CountTokens | None = None
+    ) -> BatchResult:
+        """Run forward and backward of one step's micro-batches, weighted by tokens: `polyshard.core.batch.train_batch`.
+
+        It replaces `__call__`, `backward` and `accumulate`, which average the means of micro-batches and ranks.
+        """
         ...
 
     def step(self) -> StepResult:

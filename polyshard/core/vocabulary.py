@@ -82,8 +82,10 @@ def vocab_parallel_cross_entropy(
         parallel_context: where this process stands.
         vocab_size: logical size, where the vocabulary is padded; default the local size times the tensor size.
         ignore_index: as in torch.
-        reduction: `"mean"`, `"sum"` or `"none"`. Under context parallel the mean is over the tokens of all ranks of
-            the context axis, and the same on each; sums and single losses are of this rank's tokens.
+        reduction: `"mean"`, `"sum"` or `"none"`. The mean is over the labels of this call: under context parallel
+            those of all ranks of the context axis, but never those of other data-parallel ranks or micro-batches. If
+            these hold unequal numbers of labels, train with `engine.train_batch`, which weights by tokens. The mean of
+            no label is 0, with gradients of 0. Sums and single losses are of this rank's tokens.
         label_smoothing: as in torch, over the logical vocabulary.
         linear: another library's loss.
 
@@ -124,8 +126,9 @@ def _mean_over(axis: ParallelAxis, total: torch.Tensor, count: torch.Tensor) -> 
     """
     assert axis.collectives is not None
     sums = axis.collectives.all_reduce(torch.stack((total.detach().double(), count.double())))
-    share = total * (axis.size / sums[1]).to(total.dtype)
-    return share + ((sums[0] / sums[1]).to(total.dtype) - share).detach()
+    tokens = sums[1].clamp_min(1.0)
+    share = total * (axis.size / tokens).to(total.dtype)
+    return share + ((sums[0] / tokens).to(total.dtype) - share).detach()
 
 
 def gather_logits(logits: torch.Tensor, parallel_context: ParallelContext, vocab_size: int) -> torch.Tensor:

@@ -132,6 +132,52 @@ def training(
     return {"losses": losses, "norms": norms, "weights": weights}
 
 
+# Labels that are left in each of four rows, by step: unequal over ranks and micro-batches; ranks with none; one label.
+UNEVEN = ((8, 1, 0, 3), (5, 0, 8, 0), (0, 0, 0, 1))
+
+
+def uneven_batches(config: SuiteConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Input ids and labels `[4, 8]`; the first labels of each row are ignored, as in `UNEVEN`."""
+    result = []
+    for step, kept in enumerate(UNEVEN):
+        ids, labels = tokens(config, seed=10 + step)
+        labels = torch.where(labels < 0, torch.zeros_like(labels), labels)
+        for row, count in enumerate(kept):
+            labels[row, : labels.shape[1] - count] = -100
+        result.append((ids, labels))
+    return result
+
+
+def uneven(adapter: str, tensor: int, context_size: int, engine: dict[str, Any]) -> dict[str, Any]:
+    """Steps whose labels are spread unequally over ranks and micro-batches of one row: losses and weights."""
+    context = initialize(adapter, tensor=tensor, context=context_size, timeout=60)
+    config = SuiteConfig()
+    model = build(config, context)
+    # With this epsilon a wrong factor of the gradient shows in the weights; with the usual one AdamW hides it.
+    optimizer = AdamW(lr=1.0, eps=1.0, weight_decay=0.0)
+    trainer = load_adapter(adapter).engine(model, optimizer, context, max_grad_norm=None, **engine)
+    share, rank = context.get_data_parallel_world_size(), context.get_data_parallel_rank()
+
+    def summed(logits: torch.Tensor, batch: Any) -> torch.Tensor:
+        return vocab_parallel_cross_entropy(
+            logits, batch["labels"], context, vocab_size=config.vocab_size, reduction="sum"
+        )
+
+    losses, counts, updates = [], [], [trainer.updates]
+    for ids, labels in uneven_batches(config):
+        rows = [context_shard(x[rank::share], context, dim=1) for x in placed(context, (ids, labels))]
+        micro_batches = [{"input_ids": row, "labels": wanted} for row, wanted in zip(*(x.split(1) for x in rows))]
+        found = trainer.train_batch(micro_batches, summed)
+        trainer.step()
+        losses.append(float(found.loss))
+        counts.append(float(found.tokens))
+        updates.append(trainer.updates)
+    weights = gathered(trainer.weights(), model, context)
+    trainer.close()
+    shutdown(context)
+    return {"losses": losses, "tokens": counts, "weights": weights, "updates": updates}
+
+
 def _mean(value: Any, axis: ParallelAxis) -> Any:
     return value if axis.collectives is None else axis.collectives.all_reduce(value) / axis.size
 
@@ -191,7 +237,7 @@ def _loss_contract(context: ParallelContext) -> dict[str, Any]:
     targets = torch.tensor([3, -100, 10, 0, 5, 1, 2, -100, 4, 6, 7, 8])
     padded = torch.cat((logits, torch.full((12, 1), -torch.inf)), dim=1)
     rank = context.get_tensor_parallel_rank()
-    found: dict[str, Any] = {"logits": logits, "targets": targets}
+    found: dict[str, Any] = {"logits": logits, "targets": targets, "no labels": {}}
     for reduction in ("mean", "sum", "none"):
         for smoothing in (0.0, 0.1):
             local = padded.chunk(2, dim=1)[rank].to(context.device, copy=True).requires_grad_()
@@ -207,6 +253,17 @@ def _loss_contract(context: ParallelContext) -> dict[str, Any]:
             loss.sum().backward()
             untouched = torch.equal(local.detach(), before)
             found[f"{reduction} {smoothing}"] = (loss.detach(), local.grad, untouched)
+            local = local.detach().clone().requires_grad_()
+            none = vocab_parallel_cross_entropy(
+                local,
+                torch.full_like(targets, -100).to(context.device),
+                context,
+                vocab_size=11,
+                reduction=reduction,
+                label_smoothing=smoothing,
+            )
+            none.sum().backward()
+            found["no labels"][f"{reduction} {smoothing}"] = (none.detach(), local.grad)
     return found
 
 

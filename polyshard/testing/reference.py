@@ -105,6 +105,22 @@ def reference_training(
     return losses, norms
 
 
+def reference_updates(
+    config: SuiteConfig, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], *, lr: float, eps: float
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses, and the weights after AdamW's updates without decay or clipping, in one process, in float64."""
+    leaves = {name: w.requires_grad_() for name, w in reference_weights(config).items()}
+    optimizer = torch.optim.AdamW(leaves.values(), lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0)
+    losses = []
+    for input_ids, labels in batches:
+        loss = reference_loss(leaves, input_ids, labels, config)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, {name: leaf.detach() for name, leaf in leaves.items()}
+
+
 def _rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
 

@@ -29,7 +29,7 @@ from polyshard.core.discovery import load_adapter
 from polyshard.testing import checks, resuming
 from polyshard.testing.model import SuiteConfig
 from polyshard.testing.ranks import run_ranks
-from polyshard.testing.reference import reference_run, reference_training
+from polyshard.testing.reference import reference_run, reference_training, reference_updates
 
 MARGIN = 4.0
 FLOOR = 1e-6  # relative; some eight roundings of float32
@@ -68,6 +68,11 @@ def _oracle(tied: bool, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 def _oracle_training() -> tuple[list[float], list[float]]:
     config = SuiteConfig()
     return reference_training(config, checks.batches(config, STEPS), **SETTINGS)
+
+
+@cache
+def _oracle_updates() -> tuple[list[float], dict[str, torch.Tensor]]:
+    return reference_updates(SuiteConfig(), checks.uneven_batches(SuiteConfig()), lr=1.0, eps=1.0)
 
 
 class AdapterSuite:
@@ -165,6 +170,19 @@ class AdapterSuite:
             for name, weight in results[0]["weights"].items():
                 assert torch.equal(result["weights"][name], weight), f"{name} differs between ranks"
 
+    @pytest.mark.parametrize("world", ["1", "data 2, context 2"])
+    def test_unequal_numbers_of_labels(self, world: str, engine: dict[str, Any]) -> None:
+        """`train_batch` gives one process's gradient of the whole batch, wherever its labels are."""
+        ranks, tensor, context = WORLDS[world]
+        self.need("training", "data", *(["context"] if context > 1 else []), ranks=ranks)
+        losses, weights = _oracle_updates()
+        results = run_ranks(checks.uneven, ranks, self.adapter, tensor, context, engine, gpus=self.gpus)
+        for result in results:
+            assert result["tokens"] == [sum(kept) for kept in checks.UNEVEN]
+            assert torch.allclose(torch.tensor(result["losses"]), torch.tensor(losses), rtol=1e-5)
+            for name, weight in result["weights"].items():
+                assert float((weight.double() - weights[name]).abs().max()) < 1e-5, name
+
     @pytest.mark.parametrize("world", ["data 2", "context 2"])
     def test_a_run_goes_on_bit_for_bit_from_its_saved_state(
         self, world: str, engine: dict[str, Any], tmp_path: Path
@@ -184,7 +202,7 @@ class AdapterSuite:
     @pytest.mark.parametrize("smoothing", [0.0, 0.1])
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
     def test_cross_entropy(self, reduction: str, smoothing: float) -> None:
-        """torch's contract over a sharded and padded vocabulary; the logits are left untouched."""
+        """torch's contract over a sharded and padded vocabulary; the logits are left untouched; no label gives 0."""
         self.need("training", "tensor", ranks=2)
         for rank, result in enumerate(_pieces(self.adapter, self.gpus)):
             found = result["loss"]
@@ -197,6 +215,9 @@ class AdapterSuite:
             full = torch.cat((logits.grad, torch.zeros(len(logits.grad), 1)), dim=1)
             assert torch.allclose(gradient.double(), full.chunk(2, dim=1)[rank], rtol=1e-4, atol=1e-7)
             assert untouched
+            for name, (loss, gradient) in found["no labels"].items():
+                assert not loss.any(), f"{name} of no label is {loss}"
+                assert not gradient.any(), f"{name} of no label has the gradient {gradient}"
 
     def test_dropout(self) -> None:
         """The same seed gives the same loss, at tensor-parallel 1 and 2; the next draw gives another."""

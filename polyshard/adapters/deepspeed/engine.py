@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -27,6 +27,7 @@ from polyshard.adapters.shared.library_norm import prepare_for_library_norm
 from polyshard.adapters.shared.quiet import printing_as_log
 from polyshard.adapters.shared.weights import check_shard
 from polyshard.core.adapter import OptimizerFactory, StepResult
+from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss, train_batch
 from polyshard.core.context import ParallelContext, no_guard, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.state import MASTER, WEIGHT, OptimizerState, Piece, held_alike
@@ -47,6 +48,7 @@ class DeepspeedEngine:
         config: further settings of DeepSpeed's own configuration.
 
     Raises:
+        ConfigurationError: an unknown stage, or `gradient_accumulation_steps` in `config`.
         AdapterError: KV heads are shared by tensor-parallel ranks and clipping is asked for: DeepSpeed's norm would
             count each of them several times.
     """
@@ -64,6 +66,11 @@ class DeepspeedEngine:
         if zero_stage not in (0, 1, 2, 3):
             raise ConfigurationError(f"zero_stage must be 0, 1, 2 or 3, got {zero_stage!r}")
         check_max_grad_norm(max_grad_norm)
+        if (config or {}).get("gradient_accumulation_steps", 1) != 1:
+            raise ConfigurationError(
+                "config['gradient_accumulation_steps'] must be 1: DeepSpeed would divide every loss by it. Accumulate "
+                "with train_batch(micro_batches), or around micro-batches with accumulate()"
+            )
         _check_accelerator(context.device)
         self.context = context
         self.updates = 0
@@ -108,6 +115,12 @@ class DeepspeedEngine:
         with self._guard("data backward"):
             self._engine.backward(loss)
 
+    def train_batch(
+        self, micro_batches: Sequence[MicroBatch], loss: SumLoss | None = None, tokens: CountTokens | None = None
+    ) -> BatchResult:
+        """Forward and backward of one step's micro-batches, weighted by tokens; see `polyshard.core.batch`."""
+        return train_batch(self, self.context, micro_batches, loss, tokens)
+
     def step(self) -> StepResult:
         """DeepSpeed's step: clip, update, clear."""
         self.updates += 1
@@ -120,7 +133,10 @@ class DeepspeedEngine:
         finite = value is None or (value == value and value not in (float("inf"), -1.0))
         if not finite:
             logger.warning("gradient norm is %s", value)
-        return StepResult(grad_norm=value, skipped=bool(getattr(self.optimizer, "overflow", False)))
+        skipped = bool(getattr(self.optimizer, "overflow", False))
+        if skipped:
+            self.updates -= 1  # counted above: an error in the step may leave weights changed
+        return StepResult(grad_norm=value, skipped=skipped)
 
     def zero_grad(self) -> None:
         """Forget accumulated gradients."""

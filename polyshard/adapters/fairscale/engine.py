@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,6 +18,7 @@ from polyshard.adapters.shared.devices import check_devices
 from polyshard.adapters.shared.grad_norm import check_max_grad_norm, clip_factor, counted_square
 from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import OptimizerFactory, StepResult
+from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss, train_batch
 from polyshard.core.context import ParallelContext, no_guard, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.state import WEIGHT, OptimizerState, Piece, held_alike
@@ -88,14 +89,20 @@ class FairscaleEngine:
         with self._guard("data backward"):
             loss.backward()
 
+    def train_batch(
+        self, micro_batches: Sequence[MicroBatch], loss: SumLoss | None = None, tokens: CountTokens | None = None
+    ) -> BatchResult:
+        """Forward and backward of one step's micro-batches, weighted by tokens; see `polyshard.core.batch`."""
+        return train_batch(self, self.context, micro_batches, loss, tokens)
+
     def step(self) -> StepResult:
         """Clip, update, clear. A gradient that is not finite leaves the weights as they are, with a warning."""
-        self.updates += 1
         with self._guard("data step"):
             norm = self._grad_norm()
             value = float(norm)
             finite = value == value and value != float("inf")
             if finite:
+                self.updates += 1  # before the update: an error in it may leave weights changed
                 if self._max_grad_norm is not None:
                     factor = clip_factor(norm, self._max_grad_norm)
                     for parameter in self._module.parameters():

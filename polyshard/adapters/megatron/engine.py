@@ -6,7 +6,7 @@ Both run on any module, with an explicit collection of process groups.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,6 +21,7 @@ from polyshard.adapters.shared.grad_norm import check_max_grad_norm
 from polyshard.adapters.shared.library_norm import prepare_for_library_norm
 from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import AdamW, OptimizerFactory, StepResult
+from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss, train_batch
 from polyshard.core.context import ParallelContext, no_guard, replica_axis
 from polyshard.core.errors import AdapterError, ConfigurationError
 from polyshard.core.state import MASTER, WEIGHT, OptimizerState, Piece, held_alike
@@ -116,6 +117,12 @@ class MegatronEngine:
         with self._guard("data backward"):
             loss.backward()
 
+    def train_batch(
+        self, micro_batches: Sequence[MicroBatch], loss: SumLoss | None = None, tokens: CountTokens | None = None
+    ) -> BatchResult:
+        """Forward and backward of one step's micro-batches, weighted by tokens; see `polyshard.core.batch`."""
+        return train_batch(self, self.context, micro_batches, loss, tokens)
+
     def step(self) -> StepResult:
         """Average over the replicas, clip, update, clear."""
         self.updates += 1
@@ -124,6 +131,7 @@ class MegatronEngine:
             updated, norm, _ = self.optimizer.step()
         self.zero_grad()
         if not updated:
+            self.updates -= 1  # counted above: an error in the step may leave weights changed
             logger.warning("Megatron's optimizer skipped this step: a gradient is not finite")
         return StepResult(grad_norm=None if norm is None else float(norm), skipped=not updated)
 

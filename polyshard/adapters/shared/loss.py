@@ -34,7 +34,7 @@ def token_losses(
     losses = library_loss(wide, flat_targets.masked_fill(ignored, 0)).masked_fill(ignored, 0.0)
     if reduction == "none":
         return losses.view(targets.shape)
-    return losses.sum() if reduction == "sum" else losses.sum() / (~ignored).sum()
+    return losses.sum() if reduction == "sum" else losses.sum() / (~ignored).sum().clamp_min(1)
 
 
 def check_targets(targets: torch.Tensor, vocab_size: int, ignore_index: int) -> None:

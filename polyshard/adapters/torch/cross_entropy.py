@@ -91,4 +91,4 @@ def vocab_parallel_cross_entropy(
         return losses.view(targets.shape)
     if reduction == "sum":
         return losses.sum()
-    return losses.sum() / (flat_targets != ignore_index).sum()
+    return losses.sum() / (flat_targets != ignore_index).sum().clamp_min(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from polyshard.adapters.torch.compat import (
     unshard_gradient_sync,
 )
 from polyshard.core.adapter import OptimizerFactory, StepResult
+from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss, train_batch
 from polyshard.core.context import ParallelContext, no_guard, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.state import WEIGHT, OptimizerState, Piece, held_alike
@@ -95,14 +96,20 @@ class TorchEngine:
         with self._guard("data backward"):
             loss.backward()
 
+    def train_batch(
+        self, micro_batches: Sequence[MicroBatch], loss: SumLoss | None = None, tokens: CountTokens | None = None
+    ) -> BatchResult:
+        """Forward and backward of one step's micro-batches, weighted by tokens; see `polyshard.core.batch`."""
+        return train_batch(self, self.context, micro_batches, loss, tokens)
+
     def step(self) -> StepResult:
         """Clip, update, clear. A gradient that is not finite leaves the weights as they are, with a warning."""
-        self.updates += 1
         with self._guard("data step"):
             norm = global_grad_norm(self._module.named_parameters(), self.table, self.context)
         value = float(norm)
         finite = value == value and value != float("inf")
         if finite:
+            self.updates += 1  # before the update: an error in it may leave weights changed
             if self._max_grad_norm is not None:
                 clip_gradients(self._module.parameters(), norm, self._max_grad_norm)
             self.optimizer.step()
