@@ -9,10 +9,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, cast
+
+# torchrun and vLLM leave temporary files behind: into a folder that is removed at exit.
+SCRATCH = tempfile.TemporaryDirectory(prefix="polyshard-demo-", ignore_cleanup_errors=True)
+tempfile.tempdir = os.environ["TMPDIR"] = SCRATCH.name
 
 # Before torch and vLLM are imported: one quiet engine in this process, without torch.compile (15 s at the start).
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", TOKENIZERS_PARALLELISM="false")

@@ -1,8 +1,24 @@
 import gc
+import getpass
 import importlib.util
+import multiprocessing
+import multiprocessing.util
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
+
+# Temporary files of torchrun, vLLM and whatever else the tests start lie in one folder, which the session removes.
+# pytest's own (tmp_path) and Inductor's cache stay where they would be.
+SESSION_FOLDER = "POLYSHARD_TESTS_FOLDER"
+OWNS_FOLDER = SESSION_FOLDER not in os.environ
+multiprocessing.util.get_temp_dir()  # made here and not in that folder: it is removed after the session's end
+if OWNS_FOLDER:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
+    os.environ[SESSION_FOLDER] = tempfile.mkdtemp(prefix="ps-tests-")
+tempfile.tempdir = os.environ["TMPDIR"] = os.environ[SESSION_FOLDER]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,7 +34,6 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
-import multiprocessing  # noqa: E402
 from multiprocessing import forkserver  # noqa: E402
 
 import pytest  # noqa: E402
@@ -47,6 +62,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.get_closest_marker("vllm"):
                 item.add_marker(pytest.mark.skip(reason="needs vLLM"))
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+def pytest_unconfigure() -> None:
+    if OWNS_FOLDER:
+        shutil.rmtree(os.environ[SESSION_FOLDER], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -107,3 +107,9 @@ def test_the_table_of_capabilities_in_the_docs_is_current():
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     assert tool.page() == tool.PAGE.read_text(), "run python tools/capabilities.py"
+
+
+def test_the_command_line_tells_the_version(capfd):
+    from support.command_line import polyshard
+
+    assert polyshard(capfd, "--version").stdout == f"polyshard {ps.__version__}\n"

@@ -1,13 +1,21 @@
 """Every code block of the README is run; make targets and the installation are checked against the Makefile."""
 
 import ast
+import contextlib
+import json
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
+
+from polyshard.testing.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -39,24 +47,76 @@ def test_the_installation_is_what_the_makefile_does():
             assert (ROOT / name).is_file()
 
 
-@pytest.mark.vllm
-def test_the_thirty_lines_train_and_serve(tmp_path):
+@pytest.fixture(scope="module")
+def newcomer(tmp_path_factory):
+    """A new directory with the README's files, and the environment of somebody who has just installed polyshard."""
+    folder = tmp_path_factory.mktemp("newcomer")
     for block in blocks("python"):
-        name = re.match(r"# (\w+\.py)\n", block).group(1)
-        (tmp_path / name).write_text(block)
         ast.parse(block)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "PYTHONPATH": ""}
+        (folder / re.match(r"# (\w+\.py)\n", block).group(1)).write_text(block)
+    # What only makes the tests' own environment quick is kept: one thread, nothing compiled, a small cache.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    printed = {}
-    for command in ("torchrun --nproc-per-node 2 train.py", "python serve.py"):
-        assert f"{command}\n" in blocks("bash")
-        done = subprocess.run(command.split(), cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr[-5000:]
-        printed[command] = done.stdout
-    assert "[24, 25, 26, 27, 28, 29, 30, 31]" in printed["python serve.py"]
-    known = {f"{c}\n" for c in ("make demo", "make test", "torchrun --nproc-per-node 2 train.py", "python serve.py")}
-    assert all(b in known or b.startswith("pip install") for b in blocks("bash"))
+    env |= {"PYTHONPATH": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    env.pop("VLLM_LOGGING_LEVEL", None)
+    return folder, env
+
+
+def typed(command, newcomer):
+    """What a block of shell commands prints."""
+    folder, env = newcomer
+    done = subprocess.run(["bash", "-ec", command], cwd=folder, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-5000:]}"
+    return done.stdout
+
+
+@contextlib.contextmanager
+def running(command, newcomer, port):
+    """A block of shell commands whose last one is a server."""
+    folder, env = newcomer
+    log = folder / "server.log"
+    with log.open("w") as file:
+        server = subprocess.Popen(
+            ["bash", "-ec", command], cwd=folder, env=env, stdout=file, stderr=file, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 180
+        while True:
+            assert server.poll() is None, f"{command} ended with {server.returncode}:\n{log.read_text()[-5000:]}"
+            assert time.monotonic() < deadline, f"{command} did not come up:\n{log.read_text()[-5000:]}"
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://localhost:{port}/health", timeout=2)
+                break
+            time.sleep(0.5)
+        yield
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(30)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
+
+
+@pytest.mark.vllm
+def test_every_command_does_what_the_readme_says(newcomer):
+    """In the README's order, in a new directory. Only the port is another one where 8000 is taken."""
+    make, test, train, serve, polyshard_serve, plain_vllm, request, install = blocks("bash")
+    assert (make, test) == ("make demo\n", "make test\n")
+    assert install.startswith("pip install")
+    losses = re.findall(r"loss (\d\.\d+)", typed(train, newcomer))
+    assert len(losses) == 4
+    assert float(losses[-1]) < 0.05 < float(losses[0])
+    answer = "[24, 25, 26, 27, 28, 29, 30, 31]"
+    assert f"after 20, 21, 22, 23: {answer}" in README
+    assert typed(serve, newcomer).splitlines()[-1] == f"after 20, 21, 22, 23: {answer}"
+    with socket.socket() as probe:
+        port = 8000 if probe.connect_ex(("127.0.0.1", 8000)) else free_port()
+    for server in (polyshard_serve, plain_vllm):
+        command = server if port == 8000 else f"{server.rstrip()} --port {port}"
+        with running(command, newcomer, port):
+            told = json.loads(typed(request.replace("8000", str(port)), newcomer))
+        assert told["choices"][0]["token_ids"] == json.loads(answer)
 
 
 def test_every_link_leads_to_a_file():

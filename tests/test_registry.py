@@ -159,3 +159,25 @@ def test_a_malformed_option_in_the_environment_is_refused(monkeypatch, option):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, f'{{"A": {{"factory": "decoder:build_model", {option}}}}}')
     with pytest.raises(ps.RegistrationError, match=f"{ENVIRONMENT_VARIABLE}: 'A': "):
         ps.registered_models()
+
+
+def test_a_checkpoint_without_a_tokenizer_is_served_by_token_ids(tmp_path):
+    pytest.importorskip("vllm", reason="needs vLLM")
+    from support.models import save_tiny
+
+    from polyshard.cli.serve import server_command
+
+    directory = save_tiny(tmp_path / "model", "llama")
+
+    def skips(*arguments):
+        command = server_command(directory, "decoder:build_model", False, list(arguments))
+        return command.count("--skip-tokenizer-init")
+
+    assert skips() == 1
+    assert skips("--port", "8001") == 1
+    assert skips("--skip-tokenizer-init") == 1, "what the user says is not said twice"
+    assert skips("--tokenizer", "elsewhere") == skips("--tokenizer=elsewhere") == 0
+    for name in ("tokenizer.json", "vocab.txt", "spiece.model", "qwen.tiktoken", "tekken.json"):
+        (directory / name).touch()
+        assert skips() == 0, name
+        (directory / name).unlink()

@@ -121,3 +121,15 @@ def test_answers_carry_what_was_sampled(tmp_path):
         assert len(answer.tokens) == 1
         with pytest.raises(ps.ConfigurationError, match="prompt 1 of 2 is empty"):
             engine.generate([[1], []])
+        for name, value, reason in (
+            ("logprobs", 3, "log-probability of each sampled token and of no other"),
+            ("n", 2, "use samples="),
+            ("prompt_logprobs", 1, "use ps.token_logprobs for prompts"),
+        ):
+            with pytest.raises(ps.ConfigurationError, match=f"does not take {name}={value}: .*{reason}"):
+                engine.generate([[1]], **{name: value})
+        with pytest.raises(ps.ConfigurationError, match="unknown sampling parameter 'temprature': expected samples or"):
+            engine.generate([[1]], temprature=1.0)
+        folder = Path(engine._folder.name)
+        assert folder.is_dir()
+    assert not folder.exists(), "the engine's temporary files were left behind"

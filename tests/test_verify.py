@@ -2,8 +2,12 @@
 
 import functools
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from support.command_line import polyshard
@@ -52,6 +56,35 @@ def test_without_a_model_the_built_in_one_is_judged_in_float64(verify):
     rows = json.loads(done.stdout)["rows"]
     assert len(rows) == 4
     assert all(row["gradients"] < 1e-5 for row in rows)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("option", ["--vllm", "--exact"])
+def test_without_a_model_the_small_one_is_served_and_nothing_is_left_behind(option, tmp_path):
+    """Its oracle is written out in float64. Sockets of the engine go with it."""
+    folder = Path(tempfile.mkdtemp(prefix="left-"))
+    command = [sys.executable, "-c", "from polyshard.cli import main; main()", "verify", option, "--json"]
+    try:
+        done = subprocess.run(
+            [*command, "--adapters", "torch", "--tensor-parallel", "1"],
+            env={**os.environ, "TMPDIR": str(folder)},
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+        found = json.loads(done.stdout)
+        if option == "--exact":
+            assert found["holds"]
+            assert all(row["tokens"] > 100 for row in found["comparisons"])
+        else:
+            assert {(row["what"], row["adapter"]) for row in found["rows"]} == {
+                *(("train", "torch"), ("serve", "torch"), ("serve", "vllm")),
+            }
+            assert all(row["logprobs"] < 2e-5 for row in found["rows"] if row["what"] == "serve")
+        assert [path.name for path in folder.iterdir()] == []
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_a_model_that_differs_is_red(directory, verify):

@@ -19,6 +19,9 @@ from polyshard.core.host import as_entry
 from polyshard.registry import model_from_entry, register_model, registered_models, resolve
 
 SERVED_NAME = "PolyshardModel"
+# Files that hold a tokenizer, by the names that transformers and vLLM know.
+TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "*tiktoken*", "spiece.model", "*.spm", "tekken*.json")
+TOKENIZERS += ("sentencepiece*",)
 
 
 def serve(
@@ -57,6 +60,12 @@ def serve(
     }
     chosen = {option: value for option, value in given.items() if value is not None}
     command = server_command(directory, factory, trust_checkpoint, context.args, **chosen)
+    if "--skip-tokenizer-init" in command and not _names_tokenizer(context.args):
+        typer.secho(
+            f"{directory} holds no tokenizer: requests give token IDs as the prompt, and answers hold them with "
+            '"return_token_ids": true and "detokenize": false. Pass --tokenizer to serve text.',
+            err=True,
+        )
     os.execv(command[0], command)
 
 
@@ -87,6 +96,8 @@ def server_command(
         except ValueError as error:
             raise RegistrationError(f"--names {options['names']!r} is no valid JSON: {error}") from None
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
+    if not has_tokenizer(directory) and not _names_tokenizer(arguments):
+        command.append("--skip-tokenizer-init")
     known = registered_models()
     arguments_of_factory: dict[str, Any] = {}
     if factory is None and recorded and trust_checkpoint:
@@ -112,6 +123,16 @@ def server_command(
         f"no model is registered for {directory}, whose architectures are {architectures}; registered: "
         f"{sorted(known) or 'none'}. Pass --factory module:attribute, or set POLYSHARD_MODELS.{hint}"
     )
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a model directory holds a tokenizer of any kind that transformers or vLLM reads."""
+    return any(next(directory.glob(pattern), None) is not None for pattern in TOKENIZERS)
+
+
+def _names_tokenizer(arguments: list[str]) -> bool:
+    names = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    return bool(names & {"--tokenizer", "--skip-tokenizer-init", "--no-skip-tokenizer-init", "--tokenizer-mode"})
 
 
 def _foreign_type(config: Any) -> str | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,23 +42,48 @@ def verify(
         Path | None, typer.Option(help="Write the certificate here, as JSON (with --exact).")
     ] = None,
 ) -> None:
-    """Compare loss, logits and gradients with transformers, on each adapter at each size; status 1 on a difference."""
-    from rich.console import Console
-    from rich.progress import Progress
+    """Compare loss, logits and gradients with transformers, on each adapter at each size; status 1 on a difference.
 
+    Without --model a small model is compared with its own oracle in float64, and served for --vllm and --exact.
+    """
     names = [n.strip() for n in adapters.split(",") if n.strip()] or trainable()
     sizes = parse_sizes(tensor_parallel)
     if (model is None) != (factory is None):
         raise ConfigurationError("--model and --factory go together: one builds what the other holds")
-    if exact:
-        from polyshard.cli.certify import certify
+    with tempfile.TemporaryDirectory(prefix="polyshard-verify-") as work:
+        oracle: Callable[[list[int]], dict[str, Any]] | None = None
+        if (vllm or exact) and model is None:  # an engine loads a checkpoint: the small model becomes one
+            from polyshard.testing import small_model
 
-        if model is None or factory is None:
-            raise ConfigurationError("--exact needs --model and --factory: both sides load the checkpoint")
-        certify(model, factory, names, sizes, server_tensor_parallel, dtype, tokens, certificate, as_json)
-        return
-    if model is None and vllm:
-        raise ConfigurationError("--vllm needs --model and --factory: vLLM serves checkpoints")
+            model, factory, oracle = (
+                small_model.save_small_model(Path(work) / "small"),
+                small_model.FACTORY,
+                small_model.oracle,
+            )
+        if exact:
+            from polyshard.cli.certify import certify
+
+            assert model is not None
+            assert factory is not None
+            certify(model, factory, names, sizes, server_tensor_parallel, dtype, tokens, certificate, as_json)
+            return
+        _verify(model, factory, names, sizes, vllm, tokens, tolerance, as_json, oracle)
+
+
+def _verify(
+    model: Path | None,
+    factory: str | None,
+    names: list[str],
+    sizes: list[int],
+    vllm: bool,
+    tokens: int,
+    tolerance: float,
+    as_json: bool,
+    oracle: Callable[[list[int]], dict[str, Any]] | None,
+) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
     ids: list[int] = []
     if model is not None:
         vocab_size = read_config(model).vocab_size
@@ -67,7 +94,7 @@ def verify(
     rows: list[dict[str, Any]] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("reference", total=len(cases) + 1)
-        reference = _reference(model, ids)
+        reference = _reference(model, ids) if oracle is None else oracle(ids)
         progress.advance(task)
         for what, name, size in cases:
             progress.update(task, description=f"{what}: {name}, tensor-parallel {size}")

@@ -52,9 +52,11 @@ class SuiteBlock(nn.Module):
         self.gate_up = column_parallel(h, [f, f], context, bias=True, names=["gate", "up"])
         self.down = row_parallel(f, h, context, bias=True)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[batch, seq, hidden]`, sharded along seq under sequence parallel."""
-        x = x + self.attention(self.norm1(x))
+    def forward(
+        self, x: torch.Tensor, positions: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`[batch, seq, hidden]` or packed `[tokens, hidden]`, sharded along seq under sequence parallel."""
+        x = x + self.attention(self.norm1(x), positions, cu_seqlens)
         gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 

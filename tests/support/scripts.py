@@ -36,7 +36,8 @@ def one_engine_of_torchruns():
     """vLLM on CPU names the shared memory of an engine whose ranks torchrun started alike in every run (0.32,
     v1/worker/cpu_worker.py, VLLM_DIST_IDENT), so that two at a time end in "create shm in SHMManager failed"; so does
     one after a run that was killed."""
-    with FileLock(Path(tempfile.gettempdir()) / "polyshard-tests-torchrun.lock"):
+    shared = os.environ.get("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # by all sessions of this machine
+    with FileLock(Path(shared) / "polyshard-tests-torchrun.lock"):
         for left in Path("/dev/shm").glob("-*-cpushm_*"):
             left.unlink()
         yield

@@ -6,8 +6,10 @@ started, given the trainer's weights, and asked again.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from polyshard.adapters.vllm.transfer.sync import SyncReport, WeightSync
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError, WeightSyncError
 from polyshard.core.ranks import Ranks
+from polyshard.core.scratch import engine_folder, temporary_files_in
 from polyshard.registry import engine_errors
 
 logger = logging.getLogger(__name__)
@@ -101,6 +104,7 @@ class RolloutEngine:
         self.restarted = 0
         self.llm: Any = None
         self._sync: WeightSync | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None  # of the engine's sockets
         self._start()
 
     def generate(self, prompts: Sequence[Sequence[int]], *, samples: int = 1, **sampling: Any) -> list[list[Rollout]]:
@@ -109,12 +113,14 @@ class RolloutEngine:
         Args:
             prompts: token ids, the same on every rank.
             samples: of each prompt.
-            sampling: of `vllm.SamplingParams`: `max_tokens`, `temperature`, `stop_token_ids`, ...
+            sampling: of `vllm.SamplingParams`: `max_tokens`, `temperature`, `stop_token_ids`, ...; not those whose
+                answer a `Rollout` does not hold.
 
         Raises:
-            ConfigurationError: a prompt is empty.
+            ConfigurationError: a prompt is empty; a sampling parameter is unknown or unsupported here.
             Exception: the engine died more often than `restarts`; the error is vLLM's.
         """
+        check_sampling(sampling)
         asked = [list(prompt) for prompt in prompts]
         if not all(asked):
             raise ConfigurationError(f"prompt {asked.index([])} of {len(asked)} is empty")
@@ -136,6 +142,9 @@ class RolloutEngine:
         if self.llm is not None:
             compat.end_engine(self.llm, self._world_was_there)
         self.llm = self._sync = None
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
     def __enter__(self) -> RolloutEngine:
         return self
@@ -200,8 +209,9 @@ class RolloutEngine:
 
     def _start(self) -> None:
         error: Exception | None = None
+        self._folder = engine_folder()
         try:
-            with engine_errors():
+            with engine_errors(), temporary_files_in(self._folder.name):
                 if self._colocated:
                     self.llm = self._colocated_engine()
                 elif self._ranks.rank == 0:
@@ -234,6 +244,32 @@ class RolloutEngine:
                 hf_overrides={"architectures": [self._architecture]},
                 weight_transfer_config={"backend": BACKEND},
                 **self._options,
+            )
+
+
+_UNSUPPORTED = {
+    "n": "use samples=",
+    "logprobs": "a Rollout holds the log-probability of each sampled token and of no other",
+    "prompt_logprobs": "a Rollout holds log-probabilities of sampled tokens only; use ps.token_logprobs for prompts",
+    "logprob_token_ids": "a Rollout holds the log-probability of each sampled token and of no other",
+    "detokenize": "a Rollout holds token IDs",
+    "output_kind": "a Rollout is a finished answer",
+}
+
+
+def check_sampling(sampling: dict[str, Any]) -> None:
+    """Raise `ConfigurationError` for a sampling parameter that vLLM lacks or whose answer a `Rollout` does not hold."""
+    from vllm import SamplingParams
+
+    known = set(inspect.signature(SamplingParams).parameters) - set(_UNSUPPORTED)
+    for name in sampling:
+        if name in _UNSUPPORTED:
+            raise ConfigurationError(
+                f"RolloutEngine.generate does not take {name}={sampling[name]!r}: {_UNSUPPORTED[name]}"
+            )
+        if name not in known:
+            raise ConfigurationError(
+                f"unknown sampling parameter {name!r}: expected samples or one of {', '.join(sorted(known))}"
             )
 
 

@@ -10,13 +10,13 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from polyshard.adapters.vllm.score import engine_environment
 from polyshard.core.errors import PolyshardError
+from polyshard.core.scratch import engine_folder
 from polyshard.exact.trace import ENVIRONMENT_VARIABLE
 from polyshard.registry import engine_errors, register_model
 
@@ -75,10 +75,10 @@ def sample(job: SamplingJob, trace: Path | None = None) -> list[Sampled]:
     Raises:
         PolyshardError: the engine failed; the message holds the end of what it printed.
     """
-    environment = engine_environment(job.tensor) | {"OMP_NUM_THREADS": str(job.threads)}
-    if trace is not None:
-        environment[ENVIRONMENT_VARIABLE] = str(trace)
-    with tempfile.TemporaryDirectory(prefix="polyshard-sampling-") as folder:
+    with engine_folder() as folder:
+        environment = engine_environment(job.tensor, folder) | {"OMP_NUM_THREADS": str(job.threads)}
+        if trace is not None:
+            environment[ENVIRONMENT_VARIABLE] = str(trace)
         asked, answered = Path(folder, "job.json"), Path(folder, "answers.json")
         asked.write_text(json.dumps(asdict(job)))
         command = [sys.executable, "-m", __name__, str(asked), str(answered)]

@@ -11,15 +11,19 @@ import subprocess
 import sys
 
 from polyshard.core.errors import PolyshardError
+from polyshard.core.scratch import engine_folder
 from polyshard.registry import register_model
 
 NAME = "PolyshardVerified"
 _MARK = "polyshard-scores:"
 
 
-def engine_environment(tensor: int) -> dict[str, str]:
-    """Of a process that runs one engine for a comparison and ends: quiet, nothing compiled, in itself where it can."""
-    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "TORCH_COMPILE_DISABLE": "1"}
+def engine_environment(tensor: int, folder: str) -> dict[str, str]:
+    """Return the environment of a process that runs one engine for a comparison and ends.
+
+    It is quiet, compiles nothing, and runs the engine in itself if it can. Its sockets lie in `folder`.
+    """
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "TORCH_COMPILE_DISABLE": "1", "TMPDIR": folder}
     environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     if tensor == 1:
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -33,7 +37,9 @@ def scores(directory: str, factory: str, adapter: str, tensor: int, token_ids: l
         PolyshardError: the engine failed; the message holds the end of what it printed.
     """
     command = [sys.executable, "-m", __name__, directory, factory, adapter, str(tensor), json.dumps(token_ids)]
-    done = subprocess.run(command, env=engine_environment(tensor), capture_output=True, text=True, timeout=600)
+    with engine_folder() as folder:
+        environment = engine_environment(tensor, folder)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     for line in done.stdout.splitlines():
         if line.startswith(_MARK):
             return json.loads(line.removeprefix(_MARK))

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -89,6 +90,7 @@ class RemoteEngine:
         self._client, self._timeout = client, timeout
         self._pending: threading.Thread | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="polyshard-reports-"))
+        self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, True)  # at exit, too
         self._call("init_weight_transfer_engine", {"init_info": {"reports": str(self._folder)}})
         first = self._reports()[0]
         self._workers: int = first["workers"]
@@ -156,7 +158,7 @@ class RemoteEngine:
 
     def close(self) -> None:
         """Forget the engine; it goes on with its weights."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._remove_folder()
 
     def _require(self, state: str, index: int) -> list[dict[str, Any]]:
         """Every worker's report, where all are in this state."""
