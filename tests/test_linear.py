@@ -135,7 +135,7 @@ def parallel_loss(logits, targets, tensor, reduction, smoothing):
 
 def test_bad_targets_and_settings_of_the_loss(context):
     logits = torch.zeros(2, 5)
-    with pytest.raises(ValueError, match="target 5 is outside the vocabulary of 5 and is not ignore_index"):
+    with pytest.raises(ValueError, match="label 5 is outside the vocabulary: expected 0 to 4, or -100 for no label"):
         ps.vocab_parallel_cross_entropy(logits, torch.tensor([1, 5]), context)
     with pytest.raises(ValueError, match="reduction must be"):
         ps.vocab_parallel_cross_entropy(logits, torch.tensor([1, 2]), context, reduction="median")
@@ -182,10 +182,18 @@ def test_initial_weights_do_not_depend_on_fusing(context):
     assert torch.equal(fused.gate_up.weight, torch.cat((apart.gate.weight, apart.up.weight)))
 
 
+@pytest.mark.usefixtures("compiles")
+def test_a_compiled_embedding_checks_its_ids_too(context):
+    embedding = torch.compile(ps.vocab_embedding(10, 4, context), fullgraph=True, backend="aot_eager")
+    assert embedding(torch.tensor([3, 9])).shape == (2, 4)
+    with pytest.raises(RuntimeError, match="a token ID is outside the vocabulary of 10"):
+        embedding(torch.tensor([3, 10]))
+
+
 def out_of_range_ids():
     context = ps.initialize("torch", tensor=2, timeout=30)
     embedding = ps.vocab_embedding(10, 4, context)
-    with pytest.raises(IndexError, match=r"token ids 3..10 are outside the vocabulary of 10"):
+    with pytest.raises(IndexError, match="token ID 10 is outside the vocabulary: expected 0 to 9"):
         embedding(torch.tensor([3, 10]))
     sequence_parallel = ps.GroupContext(
         layout=ps.ParallelLayout(tensor=2, sequence_parallel=True),

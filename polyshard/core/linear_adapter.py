@@ -9,8 +9,8 @@ adapter has it and otherwise built from the required ones or from the torch adap
     create_vocab_embedding(num_embeddings, embedding_dim, parallel_context)
     create_lm_head(hidden_size, vocab_size, parallel_context, bias=False, tied_to=None)
     create_norm(hidden_size, parallel_context, eps, partial_gradient)
-    vocab_parallel_cross_entropy(logits, targets, parallel_context, vocab_size, ignore_index, reduction,
-                                 label_smoothing)
+    vocab_parallel_cross_entropy(logits, targets, parallel_context, vocab_size, ignore_index, label_smoothing)
+                          # the loss of each token, targets' shape; 0 where the target is ignore_index
     vocab_padding: int    # vocabulary rows are padded to a multiple of this
     plain_products: bool  # layers are x Wᵀ + b and no more (row-parallel ones summed): a server may multiply by its own
                           # kernel

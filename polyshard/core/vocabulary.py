@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from polyshard.core.context import ParallelAxis, ParallelContext
+from polyshard.core.ids import check_ids_of, check_labels, check_present
 from polyshard.core.linear_adapter import adapter_with, choose_adapter, tensor_rank_and_size
 from polyshard.core.weight_layout import Segment, WeightLayout
 from polyshard.core.weight_table import attach_layouts
@@ -19,14 +20,17 @@ def vocab_embedding(
     """A token embedding whose rows are sharded over the tensor axis (padded where they do not divide).
 
     Returns:
-        A module: token ids `[...]` to `[..., embedding_dim]`, whole on every rank (under sequence parallel: sharded
-        along the sequence).
+        A module: token ids `[...]` to `[..., embedding_dim]`, replicated on every rank (under sequence parallel:
+        sharded along the sequence). In training an ID outside `[0, num_embeddings)` is an IndexError that names it; on
+        a GPU an asynchronous assertion.
     """
     adapter = adapter_with(choose_adapter(linear, parallel_context), "create_vocab_embedding")
     rank, size = tensor_rank_and_size(parallel_context)
     layer = adapter.create_vocab_embedding(num_embeddings, embedding_dim, parallel_context)
     layout = vocab_layout((num_embeddings, embedding_dim), adapter)
     attach_layouts(layer, {"weight": layout}, rank, size)
+    if getattr(parallel_context, "attention", None) is None:  # a serving engine checks the IDs of its requests itself
+        check_ids_of(layer, num_embeddings)
     return layer
 
 
@@ -80,7 +84,8 @@ def vocab_parallel_cross_entropy(
         logits: `[..., local vocabulary]`, any float dtype, left untouched; computed in float32 or wider.
         targets: `[...]` token ids; `ignore_index` is left out of loss, gradient and mean.
         parallel_context: where this process stands.
-        vocab_size: logical size, where the vocabulary is padded; default the local size times the tensor size.
+        vocab_size: logical size, where the vocabulary is padded; default the local size times the tensor size, less
+            the columns whose logits are -inf.
         ignore_index: as in torch.
         reduction: `"mean"`, `"sum"` or `"none"`. The mean is over the labels of this call: under context parallel
             those of all ranks of the context axis, but never those of other data-parallel ranks or micro-batches. If
@@ -93,7 +98,8 @@ def vocab_parallel_cross_entropy(
         A scalar, or `[...]` with `"none"`; the same on every tensor-parallel rank. float32 (float64 for float64).
 
     Raises:
-        ValueError: an unknown reduction, or a label smoothing outside [0, 1].
+        ValueError: an unknown reduction, a label smoothing outside [0, 1], or a label that is neither in the
+            vocabulary nor `ignore_index` (on a GPU an asynchronous assertion).
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
@@ -104,26 +110,59 @@ def vocab_parallel_cross_entropy(
             f"targets {tuple(targets.shape)} must have the shape of logits {tuple(logits.shape)} "
             "without the last dimension"
         )
-    adapter = adapter_with(choose_adapter(linear, parallel_context), "vocab_parallel_cross_entropy")
-    context_axis = parallel_context.axis("context")
-    over_context = reduction == "mean" and context_axis.size > 1
-    loss = adapter.vocab_parallel_cross_entropy(
+    check_labels(targets, vocab_size or logits.shape[-1] * _tensor_size(parallel_context), ignore_index)
+    losses = token_losses(
         logits,
         targets,
         parallel_context,
-        vocab_size=vocab_size or logits.shape[-1] * parallel_context.get_tensor_parallel_world_size(),
+        vocab_size=vocab_size,
         ignore_index=ignore_index,
-        reduction="sum" if over_context else reduction,
+        label_smoothing=label_smoothing,
+        linear=linear,
+    )
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return _mean(losses.sum(), (targets != ignore_index).sum(), parallel_context.axis("context"))
+
+
+def token_losses(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    parallel_context: ParallelContext,
+    *,
+    vocab_size: int | None,
+    ignore_index: int,
+    label_smoothing: float = 0.0,
+    linear: Any = None,
+) -> torch.Tensor:
+    """The loss of each token, `[...]`; arguments as of `vocab_parallel_cross_entropy`, whose checks come before."""
+    adapter = adapter_with(choose_adapter(linear, parallel_context), "vocab_parallel_cross_entropy")
+    losses = adapter.vocab_parallel_cross_entropy(
+        logits,
+        targets,
+        parallel_context,
+        vocab_size=vocab_size or logits.shape[-1] * _tensor_size(parallel_context),
+        ignore_index=ignore_index,
         label_smoothing=label_smoothing,
     )
-    return _mean_over(context_axis, loss, (targets != ignore_index).sum()) if over_context else loss
+    if vocab_size is None:  # then a label may be one of the columns that pad the vocabulary
+        check_present(losses, targets)
+    return losses
 
 
-def _mean_over(axis: ParallelAxis, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """The mean over the tokens of all ranks of an axis, from each one's sum.
+def _tensor_size(context: ParallelContext) -> int:
+    return context.get_tensor_parallel_world_size()
+
+
+def _mean(total: torch.Tensor, count: torch.Tensor, axis: ParallelAxis) -> torch.Tensor:
+    """The mean over the labels of all ranks of the context axis, from this rank's sum; 0 of no label.
 
     Its gradient is that of this rank's tokens times the axis's size, since engines average over the replicas.
     """
+    if axis.size == 1:
+        return total / count.clamp_min(1)
     assert axis.collectives is not None
     sums = axis.collectives.all_reduce(torch.stack((total.detach().double(), count.double())))
     tokens = sums[1].clamp_min(1.0)

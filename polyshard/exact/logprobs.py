@@ -6,7 +6,10 @@ import torch
 
 from polyshard.core.context import ParallelContext
 from polyshard.core.differentiable import gather_last
-from polyshard.core.vocabulary import vocab_parallel_cross_entropy
+from polyshard.core.ids import check_labels, check_present
+from polyshard.core.vocabulary import token_losses
+
+_NO_LABEL = -(2**62)  # no token has this ID, and none is ignored
 
 
 def token_logprobs(
@@ -32,15 +35,20 @@ def token_logprobs(
 
     Returns:
         float32 `[...]`, the same on every tensor-parallel rank.
+
+    Raises:
+        ValueError: a token ID outside the vocabulary (on a GPU an asynchronous assertion).
     """
+    size = vocab_size or logits.shape[-1] * parallel_context.get_tensor_parallel_world_size()
+    check_labels(token_ids, size, None)
     if getattr(parallel_context, "exact", None) is None:
         scaled = logits if temperature == 1.0 else logits.float() / temperature
-        losses = vocab_parallel_cross_entropy(
-            scaled, token_ids, parallel_context, vocab_size=vocab_size, reduction="none", ignore_index=-1
-        )
-        return -losses
+        return -token_losses(scaled, token_ids, parallel_context, vocab_size=vocab_size, ignore_index=_NO_LABEL)
     whole = gather_last(logits, parallel_context.axis("tensor"))[..., :vocab_size]
     if temperature != 1.0:
         whole = whole.float() / whole.new_full((1,), temperature, dtype=torch.float32)  # as the sampler: by a tensor
     everything = whole.log_softmax(-1, dtype=torch.float32)
-    return everything.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    logprobs = everything.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    if vocab_size is None:
+        check_present(-logprobs, token_ids)
+    return logprobs

@@ -19,6 +19,7 @@ from polyshard.core.initialization import initialize_weights
 from polyshard.core.linear import column_parallel, qkv_parallel, row_parallel
 from polyshard.core.vocabulary import gather_logits, vocab_parallel_cross_entropy
 from polyshard.core.weight_table import collect_layouts, copy_into_shard, stored_parts
+from polyshard.exact.logprobs import token_logprobs
 from polyshard.launch import initialize, shutdown
 from polyshard.testing.model import SuiteConfig, SuiteModel
 from polyshard.testing.reference import reference_weights
@@ -190,6 +191,7 @@ def pieces(adapter: str) -> dict[str, Any]:
     results["loss"] = _loss_contract(context)
     results["dropout"] = _dropout(context)
     results["refused"] = _wrong_sizes(context)
+    results["ids"] = _wrong_ids(context) if context.device.type == "cpu" else {}
     shutdown(context)
 
     foreign = load_adapter("torch").initialize(_layout(2), timeout=60)
@@ -275,6 +277,34 @@ def _dropout(context: ParallelContext) -> torch.Tensor:
     torch.manual_seed(9)
     second = model(input_ids, labels).detach()
     return torch.stack((first, second, model(input_ids, labels).detach()))
+
+
+def _wrong_ids(context: ParallelContext) -> dict[str, str]:
+    """What is told of IDs and labels outside the vocabulary, those of its padding included."""
+    config = SuiteConfig()
+    model = build(config, context)
+    ids = placed(context, tokens(config))[0]
+    found = {}
+    with torch.no_grad():
+        logits = model(ids)
+    for wrong in (config.vocab_size, 100_000, -1):
+        bad = ids.clone()
+        bad[1, 2] = wrong
+        calls = {
+            "embedding": lambda bad=bad: model(bad),
+            "loss": lambda bad=bad: vocab_parallel_cross_entropy(
+                logits, bad, context, vocab_size=config.vocab_size, reduction="none"
+            ),
+            "loss without vocab_size": lambda bad=bad: vocab_parallel_cross_entropy(logits, bad, context),
+            "log-probability": lambda bad=bad: token_logprobs(logits, bad, context, vocab_size=config.vocab_size),
+            "log-probability without vocab_size": lambda bad=bad: token_logprobs(logits, bad, context),
+        }
+        for name, call in calls.items():
+            try:
+                found[f"{name} of {wrong}"] = f"accepted: {call()}"
+            except (IndexError, ValueError) as error:
+                found[f"{name} of {wrong}"] = str(error)
+    return found
 
 
 def _wrong_sizes(context: ParallelContext) -> list[str]:

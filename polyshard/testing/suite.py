@@ -251,6 +251,17 @@ class AdapterSuite:
             assert "row_parallel: 9 cannot be divided" in row
             assert "q_proj: 3 blocks of 4 cannot be divided" in qkv
 
+    def test_ids_and_labels_outside_the_vocabulary_are_refused_by_name(self) -> None:
+        """On the CPU; those of the padding too, with and without `vocab_size`. A GPU asserts without waiting."""
+        self.need("training", "tensor", ranks=2)
+        if self.gpus:
+            pytest.skip("on a GPU the assertion ends the process")
+        for result in _pieces(self.adapter, self.gpus):
+            assert len(result["ids"]) == 15
+            for what, message in result["ids"].items():
+                wrong = what.split()[-1]
+                assert f"token ID {wrong} is outside" in message or f"label {wrong} " in message, f"{what}: {message}"
+
     def test_a_dead_rank_is_named_in_time(self) -> None:
         """Within the timeout."""
         self.need("training", "tensor", ranks=2)

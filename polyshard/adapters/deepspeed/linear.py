@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from polyshard.adapters.shared.head import PaddedHead, padded_size, tied_weight
-from polyshard.adapters.shared.loss import check_targets
 from polyshard.core.discovery import load_adapter
 
 logger = logging.getLogger(__name__)
@@ -91,7 +90,6 @@ class DeepspeedLinearAdapter:
         *,
         vocab_size: int,
         ignore_index: int,
-        reduction: str,
         label_smoothing: float,
     ) -> torch.Tensor:
         """DeepSpeed's loss; it knows ignored targets, and no label smoothing."""
@@ -103,7 +101,6 @@ class DeepspeedLinearAdapter:
                 parallel_context,
                 vocab_size=vocab_size,
                 ignore_index=ignore_index,
-                reduction=reduction,
                 label_smoothing=label_smoothing,
             )
         from polyshard.adapters.deepspeed.compat import vocab_parallel_cross_entropy
@@ -111,7 +108,6 @@ class DeepspeedLinearAdapter:
         axis = parallel_context.axis("tensor")
         length = logits.shape[-1]
         flat_targets = targets.reshape(-1)
-        check_targets(flat_targets, vocab_size, ignore_index)
         flat = logits.reshape(-1, length)
         losses = vocab_parallel_cross_entropy(
             flat if flat.dtype == torch.float64 else flat.float(),
@@ -121,6 +117,6 @@ class DeepspeedLinearAdapter:
             vocab_end_index=(axis.rank + 1) * length,
             global_vocab_size=axis.size * length,
             ignore_index=ignore_index,
-            reduction=reduction,
+            reduction="none",
         )
-        return losses.view(targets.shape) if reduction == "none" else losses
+        return losses.view(targets.shape)

@@ -87,15 +87,21 @@ class FairscaleLinearAdapter:
         targets: torch.Tensor,
         parallel_context: Any,
         *,
+        vocab_size: int,
+        ignore_index: int,
         label_smoothing: float,
-        **options: Any,
     ) -> torch.Tensor:
         """FairScale's loss, wrapped: it works in place, knows no ignored targets, and keeps bfloat16."""
         if label_smoothing:
             logger.info("FairScale's cross-entropy has no label smoothing: the torch adapter's is used")
-            torch_linear = load_adapter("torch").linear
-            options["label_smoothing"] = label_smoothing
-            return torch_linear.vocab_parallel_cross_entropy(logits, targets, parallel_context, **options)
+            return load_adapter("torch").linear.vocab_parallel_cross_entropy(
+                logits,
+                targets,
+                parallel_context,
+                vocab_size=vocab_size,
+                ignore_index=ignore_index,
+                label_smoothing=label_smoothing,
+            )
         from polyshard.adapters.fairscale.compat import vocab_parallel_cross_entropy
 
-        return token_losses(vocab_parallel_cross_entropy, logits, targets, **options)
+        return token_losses(vocab_parallel_cross_entropy, logits, targets, ignore_index=ignore_index)

@@ -126,19 +126,27 @@ class MegatronLinearAdapter:
         targets: torch.Tensor,
         parallel_context: Any,
         *,
+        vocab_size: int,
+        ignore_index: int,
         label_smoothing: float,
-        **options: Any,
     ) -> torch.Tensor:
         """Megatron's loss, wrapped: it works in place and knows no ignored targets."""
         if label_smoothing:
             logger.info("Megatron smooths labels over each rank's shard alone: the torch adapter's loss is used")
-            torch_linear = load_adapter("torch").linear
-            options["label_smoothing"] = label_smoothing
-            return torch_linear.vocab_parallel_cross_entropy(logits, targets, parallel_context, **options)
+            return load_adapter("torch").linear.vocab_parallel_cross_entropy(
+                logits,
+                targets,
+                parallel_context,
+                vocab_size=vocab_size,
+                ignore_index=ignore_index,
+                label_smoothing=label_smoothing,
+            )
         from polyshard.adapters.megatron.compat import vocab_parallel_cross_entropy
 
         group = parallel_context.get_tensor_parallel_group()
-        return token_losses(partial(vocab_parallel_cross_entropy, group=group), logits, targets, **options)
+        return token_losses(
+            partial(vocab_parallel_cross_entropy, group=group), logits, targets, ignore_index=ignore_index
+        )
 
     def _column(
         self, input_size: int, output_size: int, parallel_context: Any, bias: bool, std: float

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from polyshard.adapters.shared.loss import check_targets
 from polyshard.core.context import ParallelAxis
 
 
@@ -74,21 +73,10 @@ def vocab_parallel_cross_entropy(
     *,
     vocab_size: int,
     ignore_index: int,
-    reduction: str,
     label_smoothing: float,
 ) -> torch.Tensor:
-    """See `polyshard.vocab_parallel_cross_entropy`; arguments are checked there.
-
-    Raises:
-        ValueError: a target is neither in the vocabulary nor `ignore_index` (on CPU; on CUDA the check would wait for
-            the device, so such a target gives the loss of no token there, as in Megatron-Core).
-    """
+    """Return the loss of each token; see `polyshard.vocab_parallel_cross_entropy`, which checks the arguments."""
     flat = logits.reshape(-1, logits.shape[-1])
     flat_targets = targets.reshape(-1)
-    check_targets(flat_targets, vocab_size, ignore_index)
     losses = _VocabParallelCrossEntropy.apply(flat, flat_targets, axis, vocab_size, ignore_index, label_smoothing)
-    if reduction == "none":
-        return losses.view(targets.shape)
-    if reduction == "sum":
-        return losses.sum()
-    return losses.sum() / (flat_targets != ignore_index).sum().clamp_min(1)
+    return losses.view(targets.shape)

@@ -1,0 +1,86 @@
+"""Token IDs and labels are checked before they are used: one outside the vocabulary is an error, never a zero."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
+    """Refuse token IDs outside `[0, vocab_size)`.
+
+    On the CPU the error names the ID. On a GPU and in a compiled graph it is an asynchronous assertion, which does not
+    wait for the device.
+
+    Args:
+        input_ids: integers, any shape.
+        vocab_size: logical size, without padding.
+
+    Raises:
+        IndexError: on the CPU.
+    """
+    if not input_ids.numel() or input_ids.device.type == "meta":
+        return
+    if input_ids.device.type != "cpu" or torch.compiler.is_compiling():
+        inside = (input_ids >= 0) & (input_ids < vocab_size)
+        torch._assert_async(inside.all(), f"a token ID is outside the vocabulary of {vocab_size}")
+        return
+    low, high = input_ids.aminmax()
+    if low < 0 or high >= vocab_size:
+        wrong = int(low) if low < 0 else int(high)
+        raise IndexError(f"token ID {wrong} is outside the vocabulary: expected 0 to {vocab_size - 1}")
+
+
+def check_labels(labels: torch.Tensor, vocab_size: int, ignore_index: int | None) -> None:
+    """Refuse labels that are neither in `[0, vocab_size)` nor `ignore_index`; see `check_ids`.
+
+    Raises:
+        ValueError: on the CPU.
+    """
+    if not labels.numel() or labels.device.type == "meta":
+        return
+    right = (labels >= 0) & (labels < vocab_size)
+    if ignore_index is not None:
+        right = right | (labels == ignore_index)
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(right.all(), f"a label is outside the vocabulary of {vocab_size}")
+    elif not right.all():
+        allowed = "" if ignore_index is None else f", or {ignore_index} for no label"
+        raise ValueError(
+            f"label {int(labels[~right][0])} is outside the vocabulary: expected 0 to {vocab_size - 1}{allowed}"
+        )
+
+
+def check_present(losses: torch.Tensor, labels: torch.Tensor) -> None:
+    """Refuse labels whose logit is -inf: those of columns that only pad the vocabulary; see `check_ids`.
+
+    Args:
+        losses: `[...]`, of each label.
+        labels: `[...]`.
+
+    Raises:
+        ValueError: on the CPU.
+    """
+    if not losses.numel() or losses.device.type == "meta":
+        return
+    absent = losses.detach() == torch.inf
+    if losses.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(~absent.any(), "a label's logit is -inf: it is outside the vocabulary, or masked")
+    elif absent.any():
+        raise ValueError(
+            f"label {int(labels[absent][0])} has a logit of -inf: it is outside the vocabulary, whose padding has such "
+            "logits, or masked"
+        )
+
+
+def check_ids_of(layer: nn.Module, vocab_size: int) -> None:
+    """Have an embedding check its token IDs at every call."""
+    layer.register_forward_pre_hook(_Check(vocab_size))
+
+
+class _Check:
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def __call__(self, module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        check_ids(arguments[0], self.vocab_size)
