@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         RegistrationError,
         WeightSyncError,
     )
+    from polyshard.core.generators import manual_seed, sharded_random
     from polyshard.core.initialization import initialize_weights, normal_initializer
     from polyshard.core.layout import ParallelLayout
     from polyshard.core.linear import column_parallel, qkv_parallel, replicated_linear, row_parallel
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from polyshard.core.vocabulary import gather_logits, lm_head, vocab_embedding, vocab_parallel_cross_entropy
     from polyshard.core.weight_layout import Segment, WeightLayout
     from polyshard.core.weight_table import collect_layouts
+    from polyshard.dropout import Dropout
     from polyshard.exact import exact_context
     from polyshard.exact.logprobs import token_logprobs
     from polyshard.launch import initialize, shutdown
@@ -100,6 +102,8 @@ _HOMES = {
         "RegistrationError",
         "WeightSyncError",
     ),
+    "polyshard.core.generators": ("manual_seed", "sharded_random"),
+    "polyshard.dropout": ("Dropout",),
     "polyshard.core.initialization": ("initialize_weights", "normal_initializer"),
     "polyshard.core.layout": ("ParallelLayout",),
     "polyshard.core.linear": ("column_parallel", "qkv_parallel", "replicated_linear", "row_parallel"),

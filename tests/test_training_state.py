@@ -2,8 +2,10 @@
 
 import json
 import logging
+import random
 import shutil
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -236,10 +238,39 @@ def test_positions_that_json_cannot_hold_are_refused(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_random_states_of_other_sizes_are_passed_over_aloud(state, tmp_path, caplog):
-    result = run_ranks(second_half, 2, "torch", 1, {}, 2, 3, state)
-    assert all(carried == ["optimizer", "weights"] for *_, carried in result)
-    assert all(data == {"row": 2, "rank": 0} for *_, data, _ in result), "one position, which all can take"
+def draws():
+    return torch.rand(2).tolist(), random.random(), numpy.random.rand()
+
+
+def saved_and_drawn(directory):
+    context, engine = make("torch", 1, {})
+    ps.manual_seed(11, context)
+    draws()
+    ps.save_training_state(engine, directory, context, step=1, config={}, data={"row": 2})
+    found = draws()
+    ps.shutdown(context)
+    return found
+
+
+def loaded_and_drawn(directory, tensor):
+    context, engine = make("torch", tensor, {})
+    state = ps.load_training_state(engine, directory, context)
+    found = draws()
+    ps.shutdown(context)
+    return found, sorted(state.carried), state.data
+
+
+def test_a_resumed_run_draws_what_the_unbroken_one_would_have(tmp_path):
+    """At other sizes by the rule of docs/random.md: from the position's own states, or from a seed of its own."""
+    (unbroken,) = run_ranks(saved_and_drawn, 1, tmp_path / "state")
+    everything, but_random = ["optimizer", "random", "weights"], ["optimizer", "weights"]
+    assert run_ranks(loaded_and_drawn, 1, tmp_path / "state", 1) == [(unbroken, everything, {"row": 2})]
+    assert run_ranks(loaded_and_drawn, 2, tmp_path / "state", 2) == 2 * [(unbroken, everything, {"row": 2})]
+    first, second = run_ranks(loaded_and_drawn, 2, tmp_path / "state", 1)
+    assert first == (unbroken, everything, {"row": 2})
+    assert second[1:] == (but_random, {"row": 2}), "one data position, which all can take"
+    assert second[0] != unbroken
+    assert second == run_ranks(loaded_and_drawn, 2, tmp_path / "state", 1)[1]
 
 
 def bad_directory():

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +35,12 @@ from polyshard.checkpoint.save import (
     weight_files,
 )
 from polyshard.checkpoint.storage import Progress
+from polyshard.core import generators
 from polyshard.core.adapter import TrainingEngine
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import CheckpointError
 from polyshard.core.host import RegisteredModel
+from polyshard.core.layout import ParallelLayout
 from polyshard.core.ranks import Ranks
 from polyshard.core.state import MASTER, WEIGHT, OptimizerState, Piece
 from polyshard.core.weight_table import IGNORED_TENSORS, WeightTable
@@ -152,7 +153,8 @@ def load_training_state(
     """Set an engine to a saved state, of any adapter and any size. Nothing is changed where it does not fit.
 
     Each rank reads its own elements into its own memory. A collective: every rank calls it. At the sizes of the save,
-    random states are restored too, and the run goes on bit for bit; at others a warning says that they are not.
+    random states are restored too, and the run goes on bit for bit. At other sizes a data-parallel rank takes the
+    states that its position had, and a warning says so.
 
     Args:
         engine: the training engine, built as for a new run.
@@ -267,33 +269,35 @@ def _in_folder(files: list[PlannedFile]) -> list[PlannedFile]:
 
 
 def _random_states(ranks: Ranks) -> dict[str, torch.Tensor]:
-    version, words, gauss = random.getstate()
-    mine = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor([version, *words], dtype=torch.int64),
-        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-    }
-    if torch.cuda.is_available():
-        mine["cuda"] = torch.cuda.get_rng_state()
-    states = ranks.gather(mine)
+    states = ranks.gather(generators.all_states())
     return {f"{rank:05d}.{name}": value for rank, state in enumerate(states) for name, value in state.items()}
 
 
-def _restore_random(path: Path, layout: Mapping[str, int], context: ParallelContext, ranks: Ranks) -> bool:
-    now = context.layout
-    if layout != {"tensor": now.tensor, "data": now.data, "context": now.context}:
+def _restore_random(path: Path, saved: Mapping[str, Any], context: ParallelContext, ranks: Ranks) -> bool:
+    """Set the generators; False where this rank's could not be carried over.
+
+    At the sizes of the save every rank takes its own states. At other tensor-parallel and context-parallel sizes it
+    takes those of the first rank that had its data-parallel position: with `polyshard.manual_seed` all of these were
+    equal. A data-parallel position that the save did not have gets a seed from the first rank's next draw and its
+    number.
+    """
+    now, reader = context.layout, TensorReader(path / FOLDER, stem=RANDOM)
+    same = dict(saved) == {"tensor": now.tensor, "data": now.data, "context": now.context}
+    data = context.axis("data").rank
+    known = data < saved["data"]
+    source = ranks.rank
+    if not same:
+        layout = ParallelLayout(**saved)
+        source = layout.groups("data")[0][data if known else 0]  # the first group's other coordinates are all 0
         if ranks.rank == 0:
             logger.warning(
-                "random states are not restored: they belong to the ranks of tensor %s, data %s, context %s",
-                *(layout[name] for name in ("tensor", "data", "context")),
+                "random states were saved at tensor %s, data %s, context %s: each data-parallel rank goes on with "
+                "those of the first rank at its position, and the run is not that of one that was not interrupted",
+                *(saved[name] for name in ("tensor", "data", "context")),
             )
-        return False
-    reader = TensorReader(path / FOLDER, stem=RANDOM)
-    prefix = f"{ranks.rank:05d}."
-    torch.set_rng_state(reader.tensor(prefix + "torch"))
-    version, *words = reader.tensor(prefix + "python").tolist()
-    gauss = reader.tensor(prefix + "python_gauss").tolist()
-    random.setstate((version, tuple(words), gauss[0] if gauss else None))
-    if torch.cuda.is_available() and prefix + "cuda" in reader.where:
-        torch.cuda.set_rng_state(reader.tensor(prefix + "cuda"))
-    return True
+    prefix = f"{source:05d}."
+    generators.restore({n.removeprefix(prefix): reader.tensor(n) for n in reader.where if n.startswith(prefix)})
+    if not known:
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        generators.seed_all(generators.mixed(seed, data))
+    return known

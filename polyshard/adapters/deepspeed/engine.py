@@ -30,6 +30,7 @@ from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss, train_batch
 from polyshard.core.context import ParallelContext, no_guard, replica_axis
 from polyshard.core.errors import ConfigurationError
+from polyshard.core.generators import GeneratorCheck
 from polyshard.core.state import MASTER, WEIGHT, OptimizerState, Piece, held_alike
 from polyshard.core.weight_table import collect_layouts
 
@@ -45,6 +46,8 @@ class DeepspeedEngine:
         context: where this process stands.
         zero_stage: 0 to 3.
         max_grad_norm: clip the whole model's gradient to this norm; None does not clip.
+        check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
+            of several ranks; see `polyshard.manual_seed`.
         config: further settings of DeepSpeed's own configuration.
 
     Raises:
@@ -61,6 +64,7 @@ class DeepspeedEngine:
         *,
         zero_stage: int = 1,
         max_grad_norm: float | None = 1.0,
+        check_random: bool = True,
         config: dict[str, Any] | None = None,
     ) -> None:
         if zero_stage not in (0, 1, 2, 3):
@@ -77,6 +81,7 @@ class DeepspeedEngine:
         self.table = collect_layouts(model)  # before ZeRO-3 empties the parameters
         self._guard = getattr(context, "guard", no_guard)
         self._module = model
+        self._generators = GeneratorCheck(model, context, check_random)
         self._stage = zero_stage
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         prepare_for_library_norm(model, self.table, context, "DeepSpeed", max_grad_norm is not None)
@@ -107,7 +112,7 @@ class DeepspeedEngine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward."""
-        with self._guard("data forward"):
+        with self._guard("data forward"), self._generators.watching():
             return self._engine(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -125,6 +130,7 @@ class DeepspeedEngine:
         """DeepSpeed's step: clip, update, clear."""
         self.updates += 1
         with self._guard("data step"):
+            self._generators.compare()
             norm = self._unsharded_norm() if self._stage == 0 else None
             self._engine.step()
             if norm is None:

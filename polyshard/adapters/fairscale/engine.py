@@ -21,6 +21,7 @@ from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss, train_batch
 from polyshard.core.context import ParallelContext, no_guard, replica_axis
 from polyshard.core.errors import ConfigurationError
+from polyshard.core.generators import GeneratorCheck
 from polyshard.core.state import WEIGHT, OptimizerState, Piece, held_alike
 from polyshard.core.weight_table import collect_layouts
 
@@ -36,6 +37,8 @@ class FairscaleEngine:
         context: where this process stands.
         zero_stage: 1 for OSS with torch's DDP, 2 for OSS with ShardedDataParallel.
         max_grad_norm: clip the whole model's gradient to this norm; None does not clip.
+        check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
+            of several ranks; see `polyshard.manual_seed`.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class FairscaleEngine:
         *,
         zero_stage: int = 2,
         max_grad_norm: float | None = 1.0,
+        check_random: bool = True,
     ) -> None:
         if zero_stage not in (1, 2):
             raise ConfigurationError(
@@ -59,6 +63,7 @@ class FairscaleEngine:
         self._guard = getattr(context, "guard", no_guard)
         self._max_grad_norm = max_grad_norm
         self._module = model
+        self._generators = GeneratorCheck(model, context, check_random)
         template = optimizer(model.named_parameters())
         group = replica_axis(context).group
         optimizer_class: Any = type(template)
@@ -81,7 +86,7 @@ class FairscaleEngine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward."""
-        with self._guard("data forward"):
+        with self._guard("data forward"), self._generators.watching():
             return self._wrapped(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -98,6 +103,7 @@ class FairscaleEngine:
     def step(self) -> StepResult:
         """Clip, update, clear. A gradient that is not finite leaves the weights as they are, with a warning."""
         with self._guard("data step"):
+            self._generators.compare()
             norm = self._grad_norm()
             value = float(norm)
             finite = value == value and value != float("inf")

@@ -24,6 +24,7 @@ from polyshard.core.adapter import AdamW, OptimizerFactory, StepResult
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss, train_batch
 from polyshard.core.context import ParallelContext, no_guard, replica_axis
 from polyshard.core.errors import AdapterError, ConfigurationError
+from polyshard.core.generators import GeneratorCheck
 from polyshard.core.state import MASTER, WEIGHT, OptimizerState, Piece, held_alike
 from polyshard.core.weight_table import collect_layouts
 
@@ -39,6 +40,8 @@ class MegatronEngine:
         context: where this process stands, as this adapter made or adopted it.
         zero_stage: 0 for FP32Optimizer, 1 for DistributedOptimizer.
         max_grad_norm: clip the whole model's gradient to this norm; None does not clip.
+        check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
+            of several ranks; see `polyshard.manual_seed`.
 
     Raises:
         AdapterError: another optimizer; or KV heads are shared by tensor-parallel ranks and clipping is asked for.
@@ -52,6 +55,7 @@ class MegatronEngine:
         *,
         zero_stage: int = 1,
         max_grad_norm: float | None = 1.0,
+        check_random: bool = True,
     ) -> None:
         if zero_stage not in (0, 1):
             raise ConfigurationError(f"zero_stage must be 0 or 1, got {zero_stage!r}")
@@ -66,6 +70,7 @@ class MegatronEngine:
         self.table = collect_layouts(model)
         self._guard = getattr(context, "guard", no_guard)
         self._module = model
+        self._generators = GeneratorCheck(model, context, check_random)
         prepare_for_library_norm(model, self.table, context, "Megatron", max_grad_norm is not None)
         groups = compat.process_groups(
             context.get_tensor_parallel_group(),
@@ -109,7 +114,7 @@ class MegatronEngine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward."""
-        with self._guard("data forward"):
+        with self._guard("data forward"), self._generators.watching():
             return self._ddp(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -127,6 +132,7 @@ class MegatronEngine:
         """Average over the replicas, clip, update, clear."""
         self.updates += 1
         with self._guard("data step"), compat.cuda_as_cpu(self.context.device):
+            self._generators.compare()
             self._ddp.finish_grad_sync()
             updated, norm, _ = self.optimizer.step()
         self.zero_grad()

@@ -27,6 +27,7 @@ from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss, train_batch
 from polyshard.core.context import ParallelContext, no_guard, replica_axis
 from polyshard.core.errors import ConfigurationError
+from polyshard.core.generators import GeneratorCheck
 from polyshard.core.state import WEIGHT, OptimizerState, Piece, held_alike
 from polyshard.core.weight_table import collect_layouts
 
@@ -42,6 +43,8 @@ class TorchEngine:
         context: where this process stands.
         data_parallel: `"ddp"` (replicated) or `"fsdp"` (parameters, gradients and optimizer states sharded).
         max_grad_norm: clip the whole model's gradient to this norm; None does not clip.
+        check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
+            of several ranks; see `polyshard.manual_seed`.
         shard_modules: for FSDP2, which modules to gather one at a time; default: the items of every ModuleList.
 
     Raises:
@@ -56,6 +59,7 @@ class TorchEngine:
         *,
         data_parallel: Literal["ddp", "fsdp"] = "ddp",
         max_grad_norm: float | None = 1.0,
+        check_random: bool = True,
         shard_modules: Callable[[nn.Module], bool] | None = None,
     ) -> None:
         if data_parallel not in ("ddp", "fsdp"):
@@ -71,6 +75,7 @@ class TorchEngine:
         if data_parallel == "fsdp" and not self._sharded:
             logger.warning("fsdp does nothing at data-parallel size 1: the model is trained unsharded")
         self._module = model
+        self._generators = GeneratorCheck(model, context, check_random)
         self._wrapped: nn.Module = model
         if self._sharded:
             _fully_shard(model, context, shard_modules or _is_list_item(model))
@@ -88,7 +93,7 @@ class TorchEngine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward."""
-        with self._guard("data forward"):
+        with self._guard("data forward"), self._generators.watching():
             return self._wrapped(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -105,6 +110,7 @@ class TorchEngine:
     def step(self) -> StepResult:
         """Clip, update, clear. A gradient that is not finite leaves the weights as they are, with a warning."""
         with self._guard("data step"):
+            self._generators.compare()
             norm = global_grad_norm(self._module.named_parameters(), self.table, self.context)
         value = float(norm)
         finite = value == value and value != float("inf")

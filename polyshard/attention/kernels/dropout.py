@@ -28,8 +28,8 @@ def kept(
     Returns:
         bool of the broadcast shape.
     """
-    number = int(seed)
-    low, high = _int32(number), _int32(number >> 32)
+    # No .item(): a compiled graph draws, too. The casts keep the low 32 bits.
+    low, high = (part.to(torch.int32) for part in (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
     rows = _mixed(_mixed(heads.to(torch.int32) ^ low) ^ queries.to(torch.int32))
     columns = _mixed(_mixed(keys.to(torch.int32) ^ high) ^ 0x5BD1E995)
     bits = _mix_(rows ^ columns).bitwise_and_(_SIGNED - 1)
