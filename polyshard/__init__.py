@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         PolyshardError,
         RankFailureError,
         RegistrationError,
+        UnsupportedVersionError,
         WeightSyncError,
     )
     from polyshard.core.generators import manual_seed, sharded_random
@@ -100,6 +101,7 @@ _HOMES = {
         "PolyshardError",
         "RankFailureError",
         "RegistrationError",
+        "UnsupportedVersionError",
         "WeightSyncError",
     ),
     "polyshard.core.generators": ("manual_seed", "sharded_random"),

@@ -1,4 +1,4 @@
-"""Write the table of capabilities into docs/adapters.md.
+"""Write the tables of capabilities and of supported versions into docs/adapters.md.
 
 python tools/capabilities.py
 """
@@ -9,6 +9,7 @@ import polyshard as ps
 from polyshard.core.capabilities import FEATURES
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "adapters.md"
+VERSIONS = "<!-- versions: made by tools/capabilities.py -->\n"
 START, END = "<!-- capabilities: made by tools/capabilities.py -->\n", "<!-- end -->"
 
 
@@ -22,9 +23,20 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def versions() -> str:
+    lines = ["| library | supported | run with | installed by |", "|---|---|---|---|"]
+    for name in ps.adapter_names():
+        needed = ps.load_adapter(name).requirement
+        lines.append(f"| {needed.title} | `{needed.supported}` | {', '.join(needed.tested)} | `{needed.install}` |")
+    return "\n".join(lines) + "\n"
+
+
 def page() -> str:
-    before, rest = PAGE.read_text().split(START)
-    return before + START + table() + END + rest.split(END)[1]
+    text = PAGE.read_text()
+    for start, made in ((START, table()), (VERSIONS, versions())):
+        before, rest = text.split(start)
+        text = before + start + made + END + rest.split(END, 1)[1]
+    return text
 
 
 if __name__ == "__main__":

@@ -92,11 +92,15 @@ def adapters() -> list[Finding]:
         kind = "adapter" if adapter.capabilities["training"].available else "serving"
         if version is None:
             detail = f"not installed: {requirement.install}"
+        elif (reason := requirement.refusal(version)) is not None:
+            detail = f"refused: {reason}; supported: {requirement.supported}"
         elif version.split("+")[0] in requirement.tested:
             detail = "a version that polyshard is tested with"
         else:
-            detail = f"not tested with this version; tested: {', '.join(requirement.tested)}"
-        findings.append(Finding(kind, name, version is not None, version, detail))
+            within = "in" if requirement.supports(version) else "outside of"
+            detail = f"{within} the supported range {requirement.supported}; tested: {', '.join(requirement.tested)}"
+        usable = version is not None and requirement.refusal(version) is None
+        findings.append(Finding(kind, name, usable, version, detail))
     return findings
 
 

@@ -27,6 +27,10 @@ class MissingDependencyError(PolyshardError, ImportError):
     """A library that is not installed; the message holds the command that installs it."""
 
 
+class UnsupportedVersionError(PolyshardError, ImportError):
+    """A library in a version in which something is known to be wrong without a word."""
+
+
 class CheckpointError(PolyshardError, ValueError):
     """A checkpoint that is missing, torn, or does not fit the model. Nothing has been loaded."""
 

@@ -45,6 +45,7 @@ REQUIREMENT = Requirement(
     module="deepspeed",
     distributions=("deepspeed",),
     tested=("0.19.8",),
+    supported=">=0.19,<0.20",
     install="pip install 'polyshard[deepspeed]'",
 )
 

@@ -45,6 +45,7 @@ REQUIREMENT = Requirement(
     module="fairscale",
     distributions=("fairscale",),
     tested=("0.4.13",),
+    supported=">=0.4.13,<0.5",
     install="pip install 'polyshard[fairscale]'",
 )
 

@@ -45,6 +45,7 @@ REQUIREMENT = Requirement(
     module="megatron.core",
     distributions=("megatron-core",),
     tested=("0.16.1", "0.19.2"),
+    supported=">=0.16,<0.20",
     install="pip install 'polyshard[megatron]'",
 )
 

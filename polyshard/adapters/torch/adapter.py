@@ -44,7 +44,12 @@ CAPABILITIES = Capabilities(
 
 
 REQUIREMENT = Requirement(
-    title="torch", module="torch", distributions=("torch",), tested=("2.11.0", "2.13.0"), install="pip install torch"
+    title="torch",
+    module="torch",
+    distributions=("torch",),
+    tested=("2.11.0", "2.13.0", "2.14.1"),
+    supported=">=2.11,<2.15",
+    install="pip install torch",
 )
 
 
@@ -74,6 +79,7 @@ class TorchAdapter:
             backend: `nccl` or `gloo`; see `context.initialize`.
             timeout: seconds after which a wait for another rank ends in an error that names it.
         """
+        self.requirement.require()
         layout = layout or ParallelLayout.for_world(world_size_from_environment())
         for axis in ("pipeline", "expert"):
             if getattr(layout, axis) > 1:

