@@ -75,10 +75,12 @@ def check_present(losses: torch.Tensor, labels: torch.Tensor) -> None:
 
 def check_ids_of(layer: nn.Module, vocab_size: int) -> None:
     """Have an embedding check its token IDs at every call."""
-    layer.register_forward_pre_hook(_Check(vocab_size))
+    layer.register_forward_pre_hook(IdCheck(vocab_size))
 
 
-class _Check:
+class IdCheck:
+    """The hook of an embedding; an engine, which checks the IDs of its requests, leaves it out."""
+
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 

@@ -16,6 +16,7 @@ from torch import nn
 from polyshard.core.attention import EngineAttention
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import RegistrationError
+from polyshard.core.ids import IdCheck
 from polyshard.core.weight_table import collect_layouts
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -67,7 +68,8 @@ def _copy_module(module: nn.Module, name: str, copied: dict[int, Any]) -> nn.Mod
     shown = name or type(module).__name__
     if "forward" in vars(module):
         raise RegistrationError(f"{shown} has a forward of its own (compiled, or wrapped): {_INSTEAD}")
-    if any(getattr(module, hooks) for hooks in _HOOKS):
+    hooks = (hook for kind in _HOOKS for hook in getattr(module, kind).values())
+    if not all(isinstance(hook, IdCheck) for hook in hooks):
         raise RegistrationError(f"{shown} has forward hooks, which an engine would run or lose: {_INSTEAD}")
     new = object.__new__(type(module))
     copied[id(module)] = new
