@@ -10,10 +10,9 @@ import torch
 import typer
 
 from polyshard.convert import convert as run
-from polyshard.convert.convert import read_config_fields
 from polyshard.convert.formats import detect
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.foreign import Options
+from polyshard.core.foreign import Options, config_fields_of
 
 
 def convert(
@@ -38,7 +37,7 @@ def convert(
     if from_format is None:
         console.print(f"found {detect(source)[1]}", markup=False, highlight=False)
     options = Options(
-        config=None if config is None else read_config_fields(config),
+        config=None if config is None else config_fields_of(config),
         allow_pickle=allow_pickle,
         tensor_parallel=tensor_parallel,
         padded_vocabulary=pad_vocabulary,
@@ -61,7 +60,12 @@ def convert(
     proof = ""
     if result.verified is not None:
         proof = f"; verified: {result.verified} fingerprints equal"
-        proof += ", logits equal" if result.logits is not None else ", logits not compared (unknown to transformers)"
+        if result.logits is not None:
+            proof += ", logits equal" if result.logits == 0 else f", logits equal within {result.logits:.1e}"
+        for line in result.compared:
+            console.print(f"compared {line}", markup=False, highlight=False)
+        for line in result.not_compared:
+            console.print(f"not compared: {line}", markup=False, highlight=False)
     print(f"{result.source} -> {result.target}: {result.tensors} tensors, {result.nbytes / 1e6:.1f} MB{proof}")
 
 

@@ -1,0 +1,197 @@
+"""What `--verify` does: source and target, read by readers that took no part in the conversion, compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyshard.core.accounting import PREFIXES, REDUNDANT, some
+from polyshard.core.errors import CheckpointError
+from polyshard.core.fingerprint import fingerprint
+from polyshard.core.foreign import CheckpointFormat, Foreign, Independent, NotComparableError, Options
+
+TOKENS = 320  # more than a rotary scaling's or a window's first periods in a tiny model
+FLOAT64_LIMIT = 400_000_000  # elements; larger models are compared in float32
+CLOSE = {torch.float64: 2e-5, torch.float32: 2e-3}  # of the largest logit; norms and tables are float32 in transformers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """The outcome.
+
+    Attributes:
+        tensors: how many are equal bit for bit.
+        logits: the largest difference of logits; None where they were not compared.
+        compared: what was compared, in words.
+        not_compared: what was not, and why.
+    """
+
+    tensors: int
+    logits: float | None
+    compared: tuple[str, ...]
+    not_compared: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """One end of a conversion."""
+
+    format: CheckpointFormat
+    path: Path
+    options: Options
+
+
+def prove(expected: Foreign, source: Side, target: Side, *, rounded: torch.dtype | None) -> Proof:
+    """Compare what was written with what was meant, and with what was there.
+
+    Args:
+        expected: the tensors that were written.
+        source: what was converted.
+        target: what was written.
+        rounded: dtype that the conversion cast to.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    again = target.format.read(target.path, target.options)
+    tensors = compare(expected, again)
+    compared = [f"{tensors} tensors read back, bit for bit"]
+    if expected.config is None:
+        return Proof(tensors=tensors, logits=None, compared=tuple(compared), not_compared=("logits: no configuration",))
+    ids = _ids(expected.config)
+    float64 = sum(torch.Size(t.shape).numel() for t in expected.tensors.values()) <= FLOAT64_LIMIT
+    dtype = torch.float64 if float64 else torch.float32
+    results: list[torch.Tensor] = []
+    readers: list[str] = []
+    for what, side in (("source", source), ("target", target)):
+        try:
+            independent = side.format.independent(side.path, side.options)
+            results.append(logits_of(independent, expected.config, ids, dtype, rounded, f"the {what}"))
+            readers.append(independent.by)
+        except NotComparableError as reason:
+            return Proof(
+                tensors=tensors,
+                logits=None,
+                compared=tuple(compared),
+                not_compared=(f"logits: of the {what} by a reader of its own: {reason}",),
+            )
+    difference = float((results[0].double() - results[1].double()).abs().max())
+    limit = CLOSE[dtype] * float(results[0].double().abs().max())
+    if not difference <= limit:  # NaN fails
+        raise CheckpointError(
+            f"verification failed: logits differ by up to {difference:.2e}, expected at most {limit:.2e}: the source "
+            "by "
+            f"{readers[0]}, the target by {readers[1]}. The target was not published."
+        )
+    compared.append(f"logits of {ids.shape[1]} tokens: the source by {readers[0]}, the target by {readers[1]}")
+    return Proof(tensors=tensors, logits=difference, compared=tuple(compared), not_compared=())
+
+
+def compare(first: Foreign, second: Foreign) -> int:
+    """How many tensors are equal, bit for bit.
+
+    Raises:
+        CheckpointError: some differ, or are on one side only.
+    """
+    only = sorted(set(first.tensors) ^ set(second.tensors))
+    if only:
+        raise CheckpointError(f"verification failed: {len(only)} tensors are on one side alone: {', '.join(only[:5])}")
+    for name, tensor in first.tensors.items():
+        if fingerprint(tensor.load()) != fingerprint(second.tensors[name].load()):
+            raise CheckpointError(f"verification failed: {name} was written otherwise than it was read")
+    return len(first.tensors)
+
+
+def logits_of(
+    independent: Independent,
+    config: Mapping[str, Any],
+    ids: torch.Tensor,
+    dtype: torch.dtype,
+    rounded: torch.dtype | None,
+    what: str,
+) -> torch.Tensor:
+    """Logits `[tokens, vocabulary]` by the independent reader.
+
+    Args:
+        independent: see `CheckpointFormat.independent`.
+        config: fields of config.json, for a reader that gives tensors alone.
+        ids: token ids `[1, tokens]`.
+        dtype: to compute in.
+        rounded: dtype that weights are rounded to first.
+        what: source or target, for errors.
+
+    Raises:
+        NotComparableError: transformers is missing or does not know the model.
+        CheckpointError: a tensor is missing, or is not the model's.
+    """
+    if independent.logits is not None:
+        return independent.logits(ids, rounded)
+    model = _loaded(independent, config, dtype, what)
+    with torch.no_grad():
+        if rounded is not None:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(rounded).to(dtype)
+        return model.eval()(ids, use_cache=False).logits[0]
+
+
+def _loaded(independent: Independent, config: Mapping[str, Any], dtype: torch.dtype, what: str) -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise NotComparableError("transformers is not installed") from None
+    fields = dict(config) if independent.directory is None else None
+    try:
+        if independent.directory is not None:
+            options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager", "output_loading_info": True}
+            if independent.gguf is not None:
+                options["gguf_file"] = independent.gguf
+            model, told = transformers.AutoModelForCausalLM.from_pretrained(independent.directory, **options)
+        else:
+            assert fields is not None
+            assert independent.state is not None
+            known = transformers.AutoConfig.for_model(**_for_transformers(fields))
+            model = transformers.AutoModelForCausalLM.from_config(known, attn_implementation="eager").to(dtype)
+            told = _load_state(model, independent.state, dtype)
+    except (ImportError, ValueError, KeyError, AttributeError, OSError, TypeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise NotComparableError(f"transformers does not load it: {lines[0][:200]}") from None
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    missing = sorted(set(told["missing_keys"]) - ({"lm_head.weight"} if tied else set()))
+    wrong = sorted(str(key) for key in told.get("mismatched_keys") or ())
+    unexpected = sorted(n for n in told["unexpected_keys"] if not REDUNDANT.search(n) and not (tied and "lm_head" in n))
+    if missing or wrong or (unexpected and independent.directory is None):
+        raise CheckpointError(
+            f"verification failed: {what} by {independent.by} is not the configuration's model: missing tensors "
+            f"{some(missing)}; unexpected tensors {some(unexpected)}; of another shape {some(wrong)}."
+        )
+    return model
+
+
+def _load_state(model: Any, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, Any]:
+    wanted = set(model.state_dict())
+    # The wrapper's prefix that fits most names; what does not fit is told as missing or unexpected.
+    prefix = max(PREFIXES, key=lambda p: len(wanted & {n.removeprefix(p) for n in state if n.startswith(p)}))
+    named = {name.removeprefix(prefix): value.to(dtype) for name, value in state.items() if name.startswith(prefix)}
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    wrong = [name for name, value in named.items() if name in shapes and tuple(value.shape) != shapes[name]]
+    result = model.load_state_dict({n: v for n, v in named.items() if n not in wrong}, strict=False)
+    model.tie_weights()
+    return {"missing_keys": result.missing_keys, "unexpected_keys": result.unexpected_keys, "mismatched_keys": wrong}
+
+
+def _ids(config: Mapping[str, Any]) -> torch.Tensor:
+    """Tokens to compare logits of: longer than windows where that is affordable, within the model's positions."""
+    window = config.get("sliding_window")
+    wanted = max(TOKENS, window + 16 if isinstance(window, int) and window <= 1024 else 0)
+    most = config.get("max_position_embeddings")
+    tokens = min(wanted, most) if isinstance(most, int) and most > 0 else wanted
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, config["vocab_size"], (1, tokens), generator=generator)
+
+
+def _for_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in ("architectures", "polyshard", "dtype")}
