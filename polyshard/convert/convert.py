@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from polyshard.convert.model_check import check_model, narrowed
 from polyshard.convert.proof import Proof, Side, prove
 from polyshard.convert.quantized import refuse_codes
 from polyshard.core.accounting import some
+from polyshard.core.decoder_spec import FAMILIES
 from polyshard.core.errors import CheckpointError
 from polyshard.core.foreign import CheckpointFormat, Foreign, LazyTensor, Options
 
@@ -103,6 +105,7 @@ def convert(
     if not copies:
         foreign, dropped = narrowed(foreign, source)
         notes += dropped
+    foreign = replace(foreign, config=_completed(foreign, dtype))
     written, casts = (foreign, None) if dtype is None else cast(foreign, dtype)
     staging = target.parent / f".{target.name}.converting-{os.getpid()}-{secrets.token_hex(4)}"
     place = staging / "target"
@@ -133,6 +136,19 @@ def convert(
         compared=() if proof is None else proof.compared,
         not_compared=() if proof is None else proof.not_compared,
     )
+
+
+def _completed(foreign: Foreign, dtype: torch.dtype | None) -> Mapping[str, Any] | None:
+    """The configuration with the dtype asked for, and with the class that servers look for where the family has one."""
+    if foreign.config is None:
+        return None
+    fields = dict(foreign.config)
+    if dtype is not None:
+        fields.pop("torch_dtype", None)
+        fields["dtype"] = str(dtype).removeprefix("torch.")
+    if not fields.get("architectures") and fields.get("model_type") in FAMILIES:
+        fields["architectures"] = [f"{fields['model_type'].capitalize()}ForCausalLM"]
+    return fields
 
 
 def _write(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from polyshard.core.accounting import PREFIXES, REDUNDANT, some
+from polyshard.core.decoder_spec import FAMILIES
 from polyshard.core.errors import CheckpointError
 from polyshard.core.fingerprint import fingerprint
-from polyshard.core.foreign import CheckpointFormat, Foreign, Independent, NotComparableError, Options
+from polyshard.core.foreign import CheckpointFormat, Foreign, Independent, LazyTensor, NotComparableError, Options
 
 TOKENS = 320  # more than a rotary scaling's or a window's first periods in a tiny model
 FLOAT64_LIMIT = 400_000_000  # elements; larger models are compared in float32
@@ -64,31 +65,70 @@ def prove(expected: Foreign, source: Side, target: Side, *, rounded: torch.dtype
         return Proof(tensors=tensors, logits=None, compared=tuple(compared), not_compared=("logits: no configuration",))
     ids = _ids(expected.config)
     float64 = sum(torch.Size(t.shape).numel() for t in expected.tensors.values()) <= FLOAT64_LIMIT
-    dtype = torch.float64 if float64 else torch.float32
-    results: list[torch.Tensor] = []
-    readers: list[str] = []
-    for what, side in (("source", source), ("target", target)):
+    told: list[str] = []
+    for dtype in (torch.float64, torch.float32)[0 if float64 else 1 :]:  # some models compute in float32 only
         try:
-            independent = side.format.independent(side.path, side.options)
-            results.append(logits_of(independent, expected.config, ids, dtype, rounded, f"the {what}"))
-            readers.append(independent.by)
+            first = _reading("the source", source, expected, ids, dtype, rounded)
         except NotComparableError as reason:
-            return Proof(
-                tensors=tensors,
-                logits=None,
-                compared=tuple(compared),
-                not_compared=(f"logits: of the {what} by a reader of its own: {reason}",),
-            )
-    difference = float((results[0].double() - results[1].double()).abs().max())
-    limit = CLOSE[dtype] * float(results[0].double().abs().max())
+            told = [f"the source's logits by another reader than polyshard's: {reason}"]
+            first = None
+        try:
+            ours = Independent(by="polyshard's own reader", state=_Loading(expected.tensors))
+            first = first or logits_of(ours, expected.config, ids, dtype, None, "the source")
+            second = _reading("the target", target, expected, ids, dtype, rounded)
+        except NotComparableError as reason:
+            told = [*told[:1], f"logits: {reason}"]
+            continue
+        difference = _difference(first, second, CLOSE[dtype])
+        compared.append(f"logits of {ids.shape[1]} tokens: the source by {first.by}, the target by {second.by}")
+        if first.unread:
+            told.append(f"tensors that {first.by} does not load: {some(first.unread)}")
+        return Proof(tensors=tensors, logits=difference, compared=tuple(compared), not_compared=tuple(told))
+    return Proof(tensors=tensors, logits=None, compared=tuple(compared), not_compared=tuple(told))
+
+
+class _Loading(Mapping[str, torch.Tensor]):
+    """Lazy tensors as a mapping of tensors."""
+
+    def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name].load()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Logits `[tokens, vocabulary]`, by whom, and tensors that this reader passes over."""
+
+    logits: torch.Tensor
+    by: str
+    unread: tuple[str, ...] = ()
+
+
+def _reading(
+    what: str, side: Side, expected: Foreign, ids: torch.Tensor, dtype: torch.dtype, rounded: torch.dtype | None
+) -> Reading:
+    assert expected.config is not None
+    return logits_of(side.format.independent(side.path, side.options), expected.config, ids, dtype, rounded, what)
+
+
+def _difference(first: Reading, second: Reading, close: float) -> float:
+    ours, theirs = first.logits.double(), second.logits.double()
+    difference, limit = float((ours - theirs).abs().max()), close * float(ours.abs().max())
     if not difference <= limit:  # NaN fails
         raise CheckpointError(
             f"verification failed: logits differ by up to {difference:.2e}, expected at most {limit:.2e}: the source "
             "by "
-            f"{readers[0]}, the target by {readers[1]}. The target was not published."
+            f"{first.by}, the target by {second.by}. Nothing was written."
         )
-    compared.append(f"logits of {ids.shape[1]} tokens: the source by {readers[0]}, the target by {readers[1]}")
-    return Proof(tensors=tensors, logits=difference, compared=tuple(compared), not_compared=())
+    return difference
 
 
 def compare(first: Foreign, second: Foreign) -> int:
@@ -113,8 +153,8 @@ def logits_of(
     dtype: torch.dtype,
     rounded: torch.dtype | None,
     what: str,
-) -> torch.Tensor:
-    """Logits `[tokens, vocabulary]` by the independent reader.
+) -> Reading:
+    """Logits by the independent reader.
 
     Args:
         independent: see `CheckpointFormat.independent`.
@@ -129,16 +169,22 @@ def logits_of(
         CheckpointError: a tensor is missing, or is not the model's.
     """
     if independent.logits is not None:
-        return independent.logits(ids, rounded)
-    model = _loaded(independent, config, dtype, what)
-    with torch.no_grad():
-        if rounded is not None:
-            for parameter in model.parameters():
-                parameter.data = parameter.data.to(rounded).to(dtype)
-        return model.eval()(ids, use_cache=False).logits[0]
+        return Reading(independent.logits(ids, rounded), independent.by)
+    model, unread = _loaded(independent, config, dtype, what)
+    try:
+        with torch.no_grad():
+            if rounded is not None:
+                for parameter in model.parameters():
+                    parameter.data = parameter.data.to(rounded).to(dtype)
+            return Reading(model.eval()(ids)[0][0], independent.by, unread)
+    except Exception as error:  # a model that takes other inputs, or another dtype
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise NotComparableError(f"{type(model).__name__} does not run on token ids: {lines[0][:200]}") from None
 
 
-def _loaded(independent: Independent, config: Mapping[str, Any], dtype: torch.dtype, what: str) -> Any:
+def _loaded(
+    independent: Independent, config: Mapping[str, Any], dtype: torch.dtype, what: str
+) -> tuple[Any, tuple[str, ...]]:
     try:
         import transformers
     except ImportError:
@@ -149,16 +195,19 @@ def _loaded(independent: Independent, config: Mapping[str, Any], dtype: torch.dt
             options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager", "output_loading_info": True}
             if independent.gguf is not None:
                 options["gguf_file"] = independent.gguf
-            model, told = transformers.AutoModelForCausalLM.from_pretrained(independent.directory, **options)
+            model, told = _class(transformers, config).from_pretrained(independent.directory, **options)
         else:
             assert fields is not None
             assert independent.state is not None
             known = transformers.AutoConfig.for_model(**_for_transformers(fields))
             model = transformers.AutoModelForCausalLM.from_config(known, attn_implementation="eager").to(dtype)
             told = _load_state(model, independent.state, dtype)
-    except (ImportError, ValueError, KeyError, AttributeError, OSError, TypeError) as error:
+    except (ImportError, ValueError, KeyError, AttributeError, OSError, TypeError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise NotComparableError(f"transformers does not load it: {lines[0][:200]}") from None
+        reason = f"transformers does not load {what}: {lines[0][:200]}"
+        if independent.gguf is None and config.get("model_type") in FAMILIES:
+            raise CheckpointError(f"verification failed: {reason}") from None
+        raise NotComparableError(reason) from None
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     missing = sorted(set(told["missing_keys"]) - ({"lm_head.weight"} if tied else set()))
     wrong = sorted(str(key) for key in told.get("mismatched_keys") or ())
@@ -168,7 +217,14 @@ def _loaded(independent: Independent, config: Mapping[str, Any], dtype: torch.dt
             f"verification failed: {what} by {independent.by} is not the configuration's model: missing tensors "
             f"{some(missing)}; unexpected tensors {some(unexpected)}; of another shape {some(wrong)}."
         )
-    return model
+    return model, tuple(unexpected)
+
+
+def _class(transformers: Any, config: Mapping[str, Any]) -> Any:
+    """The class that the configuration names: a classifier is compared as such."""
+    named = (config.get("architectures") or [""])[0]
+    found = getattr(transformers, named, None) if isinstance(named, str) else None
+    return transformers.AutoModelForCausalLM if found is None else found
 
 
 def _load_state(model: Any, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, Any]:

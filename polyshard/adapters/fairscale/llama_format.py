@@ -34,6 +34,10 @@ _LAYER = (
     ("attention_norm.weight", "input_layernorm.weight", None),
     ("ffn_norm.weight", "post_attention_layernorm.weight", None),
 )
+_UNSAID = (
+    "params.json does not hold the constants of its rotary scaling: those of Meta's code are taken, with factor 8; "
+    "Hugging Face's configurations of Llama 3.2 have factor 32, pass them with --config",
+)
 _EMBEDDING, _HEAD, _FREQUENCIES = "tok_embeddings.weight", "output.weight", "rope.freqs"
 
 
@@ -156,12 +160,13 @@ def _config(
     rows = ranks[0][_HEAD].shape[0] * len(ranks) if has_head else part[0] * (1 if cut else len(ranks))
     if params.get("vocab_size", -1) <= 0 and given is not None:
         params["vocab_size"] = rows = given.get("vocab_size", rows)
-    if "rope_scaling" not in params and params.get("rope_scaling_factor") is None and given is not None:
+    said = params.get("rope_scaling") is not None or params.get("rope_scaling_factor") is not None
+    if not said and given is not None:
         params["rope_scaling"] = _scaling_of(given) if params.get("use_scaled_rope") else None
     tied = not has_head or (_equal_head(ranks, cut) if given is None else DecoderSpec.of(given).tied)
     made = config_of(path, params, ranks[0][width].shape[0] * len(ranks), rows, tied)
     if given is None:
-        return made, ()
+        return made, _UNSAID if params.get("use_scaled_rope") and not said else ()
     differences = DecoderSpec.of(made).differences(DecoderSpec.of(given))
     if differences and options.config is not None:
         raise CheckpointError(

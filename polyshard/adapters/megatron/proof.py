@@ -18,9 +18,16 @@ from typing import Any
 import torch
 
 from polyshard.core.decoder_spec import DecoderSpec
-from polyshard.core.foreign import Independent, NotComparableError
+from polyshard.core.errors import CheckpointError
+from polyshard.core.foreign import Independent, NotComparableError, Options
+from polyshard.core.pickles import load_pickle
 
 TIMEOUT = 600
+_COMMON = (
+    *("args", "iteration", "checkpoint_version", "opt_param_scheduler", "rerun_state_machine", "content_metadata"),
+    "num_floating_point_operations_so_far",
+)
+_REFUSED = "polyshard: Megatron-Core refuses the weights: "
 
 
 def independent(
@@ -52,6 +59,9 @@ def independent(
             environment = dict(os.environ, CUDA_VISIBLE_DEVICES="")
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment)
             if done.returncode:
+                if _REFUSED in done.stderr:
+                    told = done.stderr.rpartition(_REFUSED)[2].strip().splitlines()[0]
+                    raise CheckpointError(f"verification failed: {place} is not Megatron-Core's model: {told[:300]}")
                 lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no output"]
                 raise NotComparableError(f"Megatron-Core cannot load it: {lines[-1][:300]}")
             return torch.load(job, weights_only=True)["logits"]
@@ -84,9 +94,7 @@ def _settings(spec: DecoderSpec, arguments: Mapping[str, Any]) -> dict[str, Any]
     }
     if not arguments and rope.kind not in ("default", "linear", "llama3"):
         raise NotComparableError(f"Megatron-Core's GPT has no {rope.kind} rotary scaling")
-    settings = {
-        name: arguments[name] if arguments.get(name) is not None else value for name, value in by_config.items()
-    }
+    settings = {name: arguments[name] if name in arguments else value for name, value in by_config.items()}
     if arguments.get("group_query_attention") is False:
         settings["num_query_groups"] = settings["num_attention_heads"]
     if settings["window_size"] == "mixed" or arguments.get("window_attn_skip_freq") is not None:
@@ -103,7 +111,7 @@ def main(path: str) -> None:
     job = torch.load(path, weights_only=True)
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
     initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
@@ -113,25 +121,11 @@ def main(path: str) -> None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(float("nan"))  # a tensor that is not loaded shows
-        if job["kind"] == "torch_dist":
-            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-            wanted = model.sharded_state_dict(metadata={"dp_cp_group": group})
-            loaded: Any = dist_checkpointing.load(wanted, job["place"])
-            loaded = {name: value for name, value in loaded.items() if name not in ("args", "iteration")}
-        else:
-            from polyshard.core.foreign import Options
-            from polyshard.core.pickles import load_pickle
-
-            folder = next(iter(sorted(Path(job["place"]).glob("mp_rank_00*"))))
-            file = next(iter(sorted(folder.glob("*.pt"))))
-            content = load_pickle(file, Options(allow_pickle=True))
-            loaded = content.get("model", content)
-        loaded.pop("checkpoint_version", None)
-        result = model.load_state_dict(loaded, strict=False)
-        unexpected = [name for name in result.unexpected_keys if "_extra_state" not in name]
-        missing = [name for name in result.missing_keys if "_extra_state" not in name]
-        if unexpected or missing:
-            raise SystemExit(f"missing {missing[:5]}, unexpected {unexpected[:5]}")
+        try:
+            _load(model, job, parallel_state)
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise SystemExit(_REFUSED + lines[0]) from None
         if job["rounded"] is not None:
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(job["rounded"]).float()
@@ -144,6 +138,25 @@ def main(path: str) -> None:
         with torch.no_grad():
             logits = model(ids, positions[None], mask[None, None])
     torch.save({"logits": logits[0, :, : job["vocabulary"]].float().contiguous()}, path)
+
+
+def _load(model: Any, job: Mapping[str, Any], parallel_state: Any) -> None:
+    if job["kind"] == "torch_dist":
+        from megatron.core import dist_checkpointing
+
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        wanted = model.sharded_state_dict(metadata={"dp_cp_group": group})
+        loaded: Any = dist_checkpointing.load(wanted, job["place"])
+        loaded = {name: value for name, value in loaded.items() if name not in _COMMON}
+    else:
+        file = next(iter(sorted(Path(job["place"]).glob("mp_rank_00*/*.pt"))))
+        content = load_pickle(file, Options(allow_pickle=True))
+        loaded = content.get("model", content)
+    result = model.load_state_dict(loaded, strict=False)
+    unexpected = [name for name in result.unexpected_keys if "_extra_state" not in name]
+    missing = [name for name in result.missing_keys if "_extra_state" not in name]
+    if unexpected or missing:
+        raise ValueError(f"missing {missing[:5]}, unexpected {unexpected[:5]}")
 
 
 def _gpt(job: Mapping[str, Any]) -> Any:
