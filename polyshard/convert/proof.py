@@ -125,8 +125,7 @@ def _difference(first: Reading, second: Reading, close: float) -> float:
     if not difference <= limit:  # NaN fails
         raise CheckpointError(
             f"verification failed: logits differ by up to {difference:.2e}, expected at most {limit:.2e}: the source "
-            "by "
-            f"{first.by}, the target by {second.by}. Nothing was written."
+            f"by {first.by}, the target by {second.by}. Nothing was written."
         )
     return difference
 

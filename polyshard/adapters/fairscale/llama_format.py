@@ -110,8 +110,10 @@ class LlamaFormat:
         if not (path / "params.json").is_file():
             raise NotComparableError("there is no params.json, which Meta's forward needs")
         ranks = _ranks(path, options)
+        unsaid = None if options.config is None else _scaling_of(options.config)
         return Independent(
-            by="Meta's reference forward", logits=lambda ids, rounded: reference_logits(path, ranks, ids, rounded)
+            by="Meta's reference forward",
+            logits=lambda ids, rounded: reference_logits(path, ranks, ids, rounded, unsaid),
         )
 
 

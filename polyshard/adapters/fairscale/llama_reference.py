@@ -35,7 +35,13 @@ def merged(ranks: list[State]) -> dict[str, torch.Tensor]:
     return full
 
 
-def reference_logits(path: Path, ranks: list[State], ids: torch.Tensor, rounded: torch.dtype | None) -> torch.Tensor:
+def reference_logits(
+    path: Path,
+    ranks: list[State],
+    ids: torch.Tensor,
+    rounded: torch.dtype | None,
+    constants: Mapping[str, Any] | None = None,
+) -> torch.Tensor:
     """Logits `[tokens, vocabulary]` in float64 of token ids `[1, tokens]`.
 
     Args:
@@ -43,9 +49,12 @@ def reference_logits(path: Path, ranks: list[State], ids: torch.Tensor, rounded:
         ranks: its files.
         ids: tokens.
         rounded: dtype that the weights are rounded to first.
+        constants: of a rotary scaling, where `params.json` does not hold them.
     """
     params = json.loads((path / "params.json").read_text())
     state = merged(ranks)
+    if not params.get("rope_scaling") and not params.get("rope_scaling_factor"):
+        params["rope_scaling"] = constants
 
     def weight(name: str) -> torch.Tensor:
         value = state[name]
