@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import polyshard as ps
+from support.megatron_legacy import training_state
 from support.models import tiny_config, tiny_model
 
 SIZES = {
@@ -136,7 +137,12 @@ def save_megatron(path, size, kind):
             dist.barrier()
             # Megatron starts a process of its own, which a rank of run_ranks may not, and leaves it behind.
             multiprocessing.current_process()._config["daemon"] = False
-            dist_checkpointing.save(model.sharded_state_dict(metadata=_metadata(state)), str(place))
+            common = {
+                "args": argparse.Namespace(num_layers=2, rotary_base=10000),
+                "iteration": 3,
+                "checkpoint_version": 3.0,
+            }
+            dist_checkpointing.save(model.sharded_state_dict(metadata=_metadata(state)) | common, str(place))
             dist.barrier()
             for child in multiprocessing.active_children():
                 child.kill()
@@ -147,7 +153,7 @@ def save_megatron(path, size, kind):
                 "model": model.state_dict_for_save_checkpoint(),
                 "iteration": 3,
                 "checkpoint_version": 3.0,
-                "args": argparse.Namespace(num_layers=2),
+                **training_state(),
             }
             torch.save(content, folder / "model_optim_rng.pt")
         dist.barrier()
