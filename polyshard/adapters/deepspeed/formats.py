@@ -177,17 +177,24 @@ def _check_files(place: Path, models: list[Path]) -> None:
             "unsupported. "
             "Make it universal first: python -m deepspeed.checkpoint.ds_to_universal."
         )
-    for files, pattern in ((models, _MODEL), (_partitions(place), _OPTIMIZER)):
-        found = {(int(m[1] or 0), int(m[2])) for file in files if (m := pattern.match(file.name))}
-        data, tensor = (max((pair[i] for pair in found), default=-1) + 1 for i in range(2))
+    held = {kind: _ranks(files, kind) for kind, files in ((_MODEL, models), (_OPTIMIZER, _partitions(place)))}
+    partitioned = any(file.name.startswith("zero_pp_rank") for file in models)  # ZeRO 3: every rank writes both
+    everyone = held[_MODEL] | held[_OPTIMIZER]
+    for found in held.values():
+        wanted = everyone if partitioned else found
+        data, tensor = (max((pair[i] for pair in wanted), default=-1) + 1 for i in range(2))
         missing = [(d, t) for d in range(data) for t in range(tensor) if (d, t) not in found]
         if missing:
-            d, t = missing[0]
             raise CheckpointError(
-                f"{place} is incomplete: {len(missing)} of {data * tensor} ranks' files are missing, such as data "
-                f"rank {d}, "
-                f"tensor rank {t}. Copy all ranks."
+                f"{place} is incomplete: {len(missing)} of {data * tensor} ranks' files are missing, such as that of "
+                "data "
+                f"rank {missing[0][0]}, tensor rank {missing[0][1]}. Copy all ranks."
             )
+
+
+def _ranks(files: list[Path], pattern: re.Pattern[str]) -> set[tuple[int, int]]:
+    """Data and tensor ranks that files are of."""
+    return {(int(match[1] or 0), int(match[2])) for file in files if (match := pattern.match(file.name))}
 
 
 def _modules(place: Path, models: list[Path], options: Options) -> list[Mapping[str, torch.Tensor]]:

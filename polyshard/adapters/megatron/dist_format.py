@@ -15,7 +15,7 @@ import torch
 from torch.distributed.checkpoint import DefaultSavePlanner, save
 
 from polyshard.adapters.megatron.arguments import arguments_of, check_arguments, padded_rows
-from polyshard.adapters.megatron.names import LAYERS, from_hugging_face, to_hugging_face
+from polyshard.adapters.megatron.names import LAYERS, from_hugging_face, padding_note, to_hugging_face
 from polyshard.adapters.megatron.proof import independent
 from polyshard.adapters.shared.distributed_checkpoint import stored_tensors
 from polyshard.core.decoder_spec import DecoderSpec
@@ -62,9 +62,8 @@ class MegatronDistFormat:
         check_arguments(path, arguments, spec)
         tensors = to_hugging_face(path, held, spec, padded_rows(arguments, spec, options.padded_vocabulary))
         notes = (f"left out {len(left)} tensors of the training state, such as {left[0]}",) if left else ()
-        return Foreign(
-            tensors=tensors, config=config, companions=path, notes=notes + (() if arguments else (NO_ARGUMENTS,))
-        )
+        notes += padding_note(held, spec) + (() if arguments else (NO_ARGUMENTS,))
+        return Foreign(tensors=tensors, config=config, companions=path, notes=notes)
 
     def write(self, foreign: Foreign, path: Path, options: Options) -> tuple[str, ...]:
         """A GPT's weights and arguments as Megatron's own saving lays them out; index and files are torch's pickles."""

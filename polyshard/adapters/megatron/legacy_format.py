@@ -11,7 +11,7 @@ import torch
 
 from polyshard.adapters.megatron.arguments import check_arguments, padded_rows
 from polyshard.adapters.megatron.dist_format import NO_ARGUMENTS, iteration
-from polyshard.adapters.megatron.names import LAYERS, to_hugging_face
+from polyshard.adapters.megatron.names import LAYERS, padding_note, to_hugging_face
 from polyshard.adapters.megatron.proof import independent
 from polyshard.core.decoder_spec import DecoderSpec
 from polyshard.core.errors import CheckpointError
@@ -69,7 +69,7 @@ class MegatronLegacyFormat:
             first += _add(held, place, [state for _, state in tensors], first)
         rows = padded_rows(arguments, spec, options.padded_vocabulary)
         tensors = to_hugging_face(path, held, spec, rows)
-        notes = () if arguments else (NO_ARGUMENTS,)
+        notes = padding_note(held, spec) + (() if arguments else (NO_ARGUMENTS,))
         left = sorted({key for content in files.values() for key in content if not key.startswith("model")})
         if left and "model" in files[0, 0]:
             notes += (f"left out the training state: {', '.join(left)}",)

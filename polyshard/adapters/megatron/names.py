@@ -98,6 +98,12 @@ def to_hugging_face(
     return result
 
 
+def padding_note(held: Mapping[str, LazyTensor], spec: DecoderSpec) -> tuple[str, ...]:
+    """What the vocabulary is cut by, for the user."""
+    rows = held[EMBEDDING].shape[0] - spec.vocabulary if EMBEDDING in held else 0
+    return (f"left out {rows} rows of padding of the vocabulary",) if rows > 0 else ()
+
+
 def from_hugging_face(tensors: Mapping[str, LazyTensor], spec: DecoderSpec, padded: int) -> dict[str, torch.Tensor]:
     """Megatron's tensors, the layers' stacked on a leading dimension, as `torch_dist` holds them.
 

@@ -23,10 +23,6 @@ from polyshard.core.foreign import Independent, NotComparableError, Options
 from polyshard.core.pickles import load_pickle
 
 TIMEOUT = 600
-_COMMON = (
-    *("args", "iteration", "checkpoint_version", "opt_param_scheduler", "rerun_state_machine", "content_metadata"),
-    "num_floating_point_operations_so_far",
-)
 _REFUSED = "polyshard: Megatron-Core refuses the weights: "
 
 
@@ -94,7 +90,7 @@ def _settings(spec: DecoderSpec, arguments: Mapping[str, Any]) -> dict[str, Any]
     }
     if not arguments and rope.kind not in ("default", "linear", "llama3"):
         raise NotComparableError(f"Megatron-Core's GPT has no {rope.kind} rotary scaling")
-    settings = {name: arguments[name] if name in arguments else value for name, value in by_config.items()}
+    settings = {name: arguments.get(name, value) for name, value in by_config.items()}
     if arguments.get("group_query_attention") is False:
         settings["num_query_groups"] = settings["num_attention_heads"]
     if settings["window_size"] == "mixed" or arguments.get("window_attn_skip_freq") is not None:
@@ -147,7 +143,7 @@ def _load(model: Any, job: Mapping[str, Any], parallel_state: Any) -> None:
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         wanted = model.sharded_state_dict(metadata={"dp_cp_group": group})
         loaded: Any = dist_checkpointing.load(wanted, job["place"])
-        loaded = {name: value for name, value in loaded.items() if name not in _COMMON}
+        loaded = {name: loaded[name] for name in wanted}
     else:
         file = next(iter(sorted(Path(job["place"]).glob("mp_rank_00*/*.pt"))))
         content = load_pickle(file, Options(allow_pickle=True))
