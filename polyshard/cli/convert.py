@@ -35,7 +35,7 @@ def convert(
         raise ConfigurationError(f"--tensor-parallel and --pad-vocabulary must be positive, got {tensor_parallel}")
     console = Console(stderr=True)
     if from_format is None:
-        console.print(f"found {detect(source)[1]}", markup=False, highlight=False)
+        console.print(f"found {detect(source)[1]}", markup=False, highlight=False, soft_wrap=True)
     options = Options(
         config=None if config is None else config_fields_of(config),
         allow_pickle=allow_pickle,
@@ -56,16 +56,16 @@ def convert(
             progress=lambda done, whole: bar.update(task, completed=done, total=whole),
         )
     for note in result.notes:
-        console.print(note, markup=False, highlight=False)
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     proof = ""
     if result.verified is not None:
         proof = f"; verified: {result.verified} fingerprints equal"
         if result.logits is not None:
             proof += ", logits equal" if result.logits == 0 else f", logits equal within {result.logits:.1e}"
         for line in result.compared:
-            console.print(f"compared {line}", markup=False, highlight=False)
+            console.print(f"compared {line}", markup=False, highlight=False, soft_wrap=True)
         for line in result.not_compared:
-            console.print(f"not compared: {line}", markup=False, highlight=False)
+            console.print(f"not compared: {line}", markup=False, highlight=False, soft_wrap=True)
     print(f"{result.source} -> {result.target}: {result.tensors} tensors, {result.nbytes / 1e6:.1f} MB{proof}")
 
 

@@ -67,17 +67,17 @@ def prove(expected: Foreign, source: Side, target: Side, *, rounded: torch.dtype
     float64 = sum(torch.Size(t.shape).numel() for t in expected.tensors.values()) <= FLOAT64_LIMIT
     told: list[str] = []
     for dtype in (torch.float64, torch.float32)[0 if float64 else 1 :]:  # some models compute in float32 only
+        told = []
         try:
             first = _reading("the source", source, expected, ids, dtype, rounded)
         except NotComparableError as reason:
-            told = [f"the source's logits by another reader than polyshard's: {reason}"]
-            first = None
+            told, first = [f"the source's logits by another reader than polyshard's: {reason}"], None
         try:
             ours = Independent(by="polyshard's own reader", state=_Loading(expected.tensors))
             first = first or logits_of(ours, expected.config, ids, dtype, None, "the source")
             second = _reading("the target", target, expected, ids, dtype, rounded)
         except NotComparableError as reason:
-            told = [*told[:1], f"logits: {reason}"]
+            told.append(f"logits: {reason}")
             continue
         difference = _difference(first, second, CLOSE[dtype])
         compared.append(f"logits of {ids.shape[1]} tokens: the source by {first.by}, the target by {second.by}")
