@@ -176,7 +176,7 @@ REFUSED = {
     "foreign config": (
         lambda d: d,
         {"to_format": "llama", "options": Options(config={"a": 1})},
-        "--config cannot be checked against .*: got model_type=None",
+        "model_type is unsupported: got None",
     ),
     "indivisible": (
         lambda d: d,

@@ -280,12 +280,41 @@ def test_ggufs_factors_of_another_scaling_are_refused(tmp_path):
         convert(save_gguf(tmp_path / "m.gguf", model, "llama", extra=extra), tmp_path / "out")
 
 
+def test_a_configuration_that_contradicts_a_hugging_face_directory_is_refused(tmp_path):
+    save_tiny(tmp_path / "a", "llama", **SHAPE)
+    for changes in (
+        {"rms_norm_eps": 1e-3},
+        {"rope_parameters": SCALED},
+        {"model_type": "mistral", "sliding_window": 8},
+    ):
+        options = with_config(tiny_config("llama", **SHAPE).to_dict() | changes)
+        with pytest.raises(ps.CheckpointError, match=r"--config describes another model than .*config.json: got"):
+            convert(tmp_path / "a", tmp_path / "b", options=options)
+    convert(tmp_path / "a", tmp_path / "b", options=with_config(tiny_config("llama", **SHAPE)))
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 1e-3])
+def test_a_configuration_that_contradicts_a_gguf_file_is_refused(tmp_path, epsilon):
+    file = save_gguf(tmp_path / "m.gguf", tiny_model(tiny_config("llama", **SHAPE)), "llama")
+    options = with_config(tiny_config("llama", **SHAPE, rms_norm_eps=epsilon))
+    if epsilon == 1e-5:
+        convert(file, tmp_path / "b", options=options)
+        return
+    with pytest.raises(ps.CheckpointError, match="--config describes another model than .*m.gguf: got norm_eps"):
+        convert(file, tmp_path / "b", options=options)
+
+
 def test_an_architecture_that_transformers_reads_loses_nothing_in_silence(tmp_path):
     """gemma2's soft caps have no place in transformers' table of GGUF keys."""
     import transformers
 
     config = transformers.Gemma2Config(**SHAPE, num_hidden_layers=2, head_dim=16)
     model = tiny_model(config)
+    config.save_pretrained(tmp_path / "config")
+    plain = save_gguf(tmp_path / "plain.gguf", model, "gemma2")
+    convert(plain, tmp_path / "out-plain")
+    model.save_pretrained(tmp_path / "hf")
+    assert (logits(tmp_path / "out-plain") - logits(tmp_path / "hf")).abs().max() < 1e-4
     metadata = {"gemma2.attn_logit_softcapping": 30.0}
     file = save_gguf(tmp_path / "m.gguf", model, "gemma2", metadata)
     with pytest.raises(ps.CheckpointError, match=r"does not carry all of .*attn_logit_softcapping"):

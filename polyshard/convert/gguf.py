@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,16 @@ _LAYER = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+}
+# Keys of other architectures, and fields of transformers' configurations that must agree with them.
+_STATED = {
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "rope.dimension_count": "head_dim",
+    "expert_feed_forward_length": "moe_intermediate_size",
 }
 _HF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)$")
 
@@ -159,8 +170,10 @@ def _loaded(tensor: Any, turn: Callable[[torch.Tensor], torch.Tensor] | None) ->
 def _agreed(file: Path, made: dict[str, Any], options: Options) -> Mapping[str, Any]:
     if options.config is None:
         return made
-    differences = DecoderSpec.of(made).differences(DecoderSpec.of(options.config))
-    if [difference for difference in differences if not difference.startswith("norm_eps")]:
+    theirs = DecoderSpec.of(options.config)
+    stored = torch.tensor(theirs.norm_eps, dtype=torch.float32).item()  # as GGUF rounds it
+    differences = DecoderSpec.of(made).differences(replace(theirs, norm_eps=stored))
+    if differences:
         raise CheckpointError(
             f"--config describes another model than {file}: got {'; '.join(differences)}, expected equal fields. Leave "
             "--config out."
@@ -185,7 +198,8 @@ def _by_transformers(file: Path, fields: Mapping[str, Any], held: set[str], opti
         raise CheckpointError(f"transformers cannot read {file}: {str(error).splitlines()[0]}") from None
     known = GGUF_CONFIG_MAPPING.get(model.config.model_type.removesuffix("_text"), {})
     prefix = f"{architecture}."
-    unread = [key for key in fields if key.startswith(prefix) and key.removeprefix(prefix) not in known]
+    own = {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
+    unread = [prefix + key for key in own if key not in known and not _stated(model.config, key, own[key])]
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
     dropped = sorted(held - set(get_gguf_hf_weights_map(model, processor)) - {_FACTORS})
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
@@ -204,6 +218,12 @@ def _by_transformers(file: Path, fields: Mapping[str, Any], held: set[str], opti
     config["architectures"] = [type(model).__name__]
     tensors = {name: lazy(value) for name, value in model.state_dict().items() if name not in tied}
     return Foreign(tensors=tensors, config=config, tokenizer=partial(_write_tokenizer, file, fields))
+
+
+def _stated(config: Any, key: str, value: Any) -> bool:
+    """Whether a key that transformers does not read is what its configuration has by default."""
+    field = _STATED.get(key)
+    return field is not None and getattr(config, field, None) == value
 
 
 def _write_tokenizer(file: Path, fields: Mapping[str, Any], directory: Path) -> tuple[str, ...]:

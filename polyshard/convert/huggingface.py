@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from polyshard.checkpoint.config import read_config
+from polyshard.checkpoint.directory import find
 from polyshard.checkpoint.files import TensorReader
 from polyshard.core.errors import CheckpointError
 from polyshard.core.foreign import Foreign, Independent, LazyTensor, Options, lazy
@@ -51,8 +54,7 @@ class HuggingFaceFormat:
             name: LazyTensor(reader.shape(name), reader.dtype(name), partial(reader.tensor, name))
             for name in reader.where
         }
-        config = options.config or read_config(path).to_dict()
-        return Foreign(tensors=tensors, config=config, companions=path, notes=tuple(notes))
+        return Foreign(tensors=tensors, config=_config(path, options), companions=find(path), notes=tuple(notes))
 
     def write(self, foreign: Foreign, path: Path, options: Options) -> tuple[str, ...]:
         """Written by `convert` itself, which streams."""
@@ -95,7 +97,7 @@ class HuggingFaceBinFormat:
                     raise CheckpointError(f"tensor {name!r} is in two files of {path}")
                 tensors[name] = lazy(tensor)
         self._check_index(path, set(tensors))
-        return Foreign(tensors=tensors, config=options.config or read_config(path).to_dict(), companions=path)
+        return Foreign(tensors=tensors, config=_config(path, options), companions=path)
 
     def write(self, foreign: Foreign, path: Path, options: Options) -> tuple[str, ...]:
         """Never."""
@@ -135,6 +137,11 @@ class HuggingFaceBinFormat:
                 f"them, and {BIN_INDEX}."
             )
         return files
+
+
+def _config(path: Path, options: Options) -> Mapping[str, Any]:
+    """The directory's own, which the user's must not contradict."""
+    return read_config(path).to_dict() if options.config is None else options.need_config("Hugging Face", find(path))
 
 
 def _refuse_adapter(path: Path) -> None:

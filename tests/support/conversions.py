@@ -92,6 +92,8 @@ def save_gguf(
         if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             value = value.reshape(heads, 2, head_dim // 2, -1).transpose(1, 2).reshape(value.shape)
+        if architecture.startswith("gemma") and name.endswith("norm.weight"):
+            value = value + 1
         found = names.get_name(name.removesuffix(leaf))
         assert found is not None
         writer.add_tensor(found + leaf, value.numpy().astype(np.float32))

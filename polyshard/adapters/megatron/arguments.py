@@ -143,6 +143,11 @@ def check_arguments(where: object, held: Mapping[str, Any], spec: DecoderSpec) -
         )
 
 
+def plain_arguments(stored: Any) -> dict[str, Any]:
+    """Arguments that a checkpoint holds as a namespace, or as a mapping; empty where there are none."""
+    return {} if stored is None else dict(stored) if isinstance(stored, Mapping) else dict(vars(stored))
+
+
 def padded_rows(held: Mapping[str, Any], spec: DecoderSpec, multiple: int) -> int | None:
     """Rows of the padded vocabulary, by the checkpoint's arguments or the multiple that the user gives."""
     padded, tensor = held.get("padded_vocab_size"), held.get("tensor_model_parallel_size") or 1

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import DefaultSavePlanner, save
 
-from polyshard.adapters.megatron.arguments import arguments_of, check_arguments, padded_rows
+from polyshard.adapters.megatron.arguments import arguments_of, check_arguments, padded_rows, plain_arguments
 from polyshard.adapters.megatron.names import LAYERS, from_hugging_face, padding_note, to_hugging_face
 from polyshard.adapters.megatron.proof import independent
 from polyshard.adapters.shared.distributed_checkpoint import stored_tensors
@@ -119,7 +119,7 @@ def stored_arguments(place: Path, options: Options) -> dict[str, Any]:
     file = place / COMMON
     content = load_pickle(file, options) if file.is_file() else {}
     arguments = content.get("args") if isinstance(content, dict) else None
-    return dict(vars(arguments)) if arguments is not None else {}
+    return plain_arguments(arguments)
 
 
 def _weights(place: Path, options: Options) -> tuple[dict[str, LazyTensor], list[str]]:

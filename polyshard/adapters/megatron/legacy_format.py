@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from polyshard.adapters.megatron.arguments import check_arguments, padded_rows
+from polyshard.adapters.megatron.arguments import check_arguments, padded_rows, plain_arguments
 from polyshard.adapters.megatron.dist_format import NO_ARGUMENTS, iteration
 from polyshard.adapters.megatron.names import LAYERS, padding_note, to_hugging_face
 from polyshard.adapters.megatron.proof import independent
@@ -88,8 +88,7 @@ class MegatronLegacyFormat:
 
 
 def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = content.get("args")
-    return dict(vars(arguments)) if arguments is not None else {}
+    return plain_arguments(content.get("args"))
 
 
 def _folders(place: Path) -> list[Path]:
