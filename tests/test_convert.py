@@ -93,6 +93,14 @@ def test_deepspeed_to_hugging_face(tmp_path, stage):
     assert_same_tensors(tmp_path / "hf", want)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_with_frozen_parameters_to_hugging_face(tmp_path, stage):
+    """zero_to_fp32 does not find them in checkpoints of ZeRO 1."""
+    want = run_ranks(save_deepspeed, 2, tmp_path / "deepspeed", stage, 1, True)[0]
+    convert(tmp_path / "deepspeed", tmp_path / "hf", options=ALLOWED, verify=True)
+    assert_same_tensors(tmp_path / "hf", want)
+
+
 def test_deepspeed_universal_to_hugging_face(tmp_path):
     want = run_ranks(save_deepspeed, 2, tmp_path / "deepspeed", 1)[0]
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support.conversions import ALLOW, logits, save_gguf, save_module, with_config
+from support.conversions import ALLOW, IDS, logits, save_gguf, save_module, with_config
 from support.models import save_tiny, tiny_config, tiny_model
 
 import polyshard as ps
@@ -202,6 +202,21 @@ def test_a_head_that_is_stored_beside_a_tied_embedding_is_left_out_only_if_it_is
     assert any("lm_head.weight" in note for note in done.notes)
     convert(tmp_path / "b", tmp_path / "c", options=ALLOW)
     assert torch.equal(logits(tmp_path / "c"), logits(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("to_format", ["huggingface", "llama", "megatron-torch-dist"])
+def test_a_tied_model_may_store_its_head_instead_of_its_embedding(tmp_path, to_format):
+    """transformers ties them in either direction."""
+    model = tiny_model(tiny_config("llama", tie_word_embeddings=True, **SHAPE))
+    model.save_pretrained(tmp_path / "a")
+    file = tmp_path / "a" / "model.safetensors"
+    state = load_file(file)
+    save_file(state | {"lm_head.weight": state.pop("model.embed_tokens.weight")}, file, metadata={"format": "pt"})
+    convert(tmp_path / "a", tmp_path / "b", to_format=to_format, verify=True)
+    convert(tmp_path / "b", tmp_path / "c", options=ALLOW)
+    with torch.no_grad():
+        wanted = model(IDS % 128).logits
+    assert torch.equal(logits(tmp_path / "c"), wanted)
 
 
 @pytest.mark.parametrize("part", ["lora", "biases", "QK norms"])

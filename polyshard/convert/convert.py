@@ -20,7 +20,7 @@ from polyshard.convert.casting import cast
 from polyshard.convert.companions import check_code, companions, has_tokenizer
 from polyshard.convert.formats import detect, format_named
 from polyshard.convert.huggingface import HuggingFaceFormat
-from polyshard.convert.model_check import check_model, narrowed
+from polyshard.convert.model_check import check_model, narrowed, with_embedding
 from polyshard.convert.proof import Proof, Side, prove
 from polyshard.convert.quantized import refuse_codes
 from polyshard.core.accounting import some
@@ -101,6 +101,7 @@ def convert(
     copies = isinstance(writer, HuggingFaceFormat)
     if not (copies and reader.name.startswith("huggingface") and dtype is None):
         refuse_codes(foreign, source)
+    foreign = with_embedding(foreign)
     notes = [*foreign.notes, *check_model(foreign, source, given=options.config is not None)]
     if not copies:
         foreign, dropped = narrowed(foreign, source)

@@ -158,7 +158,13 @@ def _turned(name: str, family: str, spec: DecoderSpec) -> Callable[[torch.Tensor
 def _dequantized(tensor: Any) -> torch.Tensor:
     from gguf.quants import dequantize
 
-    values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+    try:
+        values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+    except (NotImplementedError, ValueError) as error:
+        raise CheckpointError(
+            f"{tensor.name} cannot be dequantized: got {tensor.tensor_type.name}, which the gguf package does not "
+            f"support ({error}). Quantize the model otherwise, or convert its Hugging Face directory."
+        ) from None
     return values.float().reshape([int(n) for n in reversed(tensor.shape)])
 
 

@@ -67,6 +67,16 @@ def _refuse_prefix(foreign: Foreign, where: Path) -> None:
             )
 
 
+def with_embedding(foreign: Foreign) -> Foreign:
+    """A tied model of which the head was stored instead of the embedding, under the embedding's name."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    tied = (foreign.config or {}).get("tie_word_embeddings") and (foreign.config or {}).get("model_type") in FAMILIES
+    if not tied or embedding in foreign.tensors or head not in foreign.tensors:
+        return foreign
+    tensors = {embedding if name == head else name: tensor for name, tensor in foreign.tensors.items()}
+    return replace(foreign, tensors=tensors, notes=(*foreign.notes, f"{head} of a tied model became {embedding}"))
+
+
 def narrowed(foreign: Foreign, where: Path) -> tuple[Foreign, tuple[str, ...]]:
     """The checkpoint without what a format of a decoder's tensors alone does not need, and notes.
 

@@ -178,12 +178,15 @@ def load_megatron(path, size):
         return _gpt_loss(model)
 
 
-def save_deepspeed(path, stage, tensor=1):
+def save_deepspeed(path, stage, tensor=1, frozen=False):
     """A transformers model under DeepSpeed, trained one step and saved by its engine; gives its weights in fp32."""
     context = ps.initialize("deepspeed", tensor=tensor, timeout=120)
     import deepspeed
 
     model = tiny_model(config()).train()
+    if frozen:
+        model.model.embed_tokens.requires_grad_(False)
+        model.model.layers[0].requires_grad_(False)
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage},
@@ -191,7 +194,7 @@ def save_deepspeed(path, stage, tensor=1):
     }
     if tensor > 1:
         settings["tensor_parallel"] = {"autotp_size": tensor}
-    optimizer = None if tensor > 1 else torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = None if tensor > 1 else torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     if tensor == 1:
         rows = IDS[context.rank : context.rank + 1]

@@ -116,6 +116,8 @@ def arguments_of(spec: DecoderSpec, config: Mapping[str, Any], padded: int, mult
         "padded_vocab_size": padded,
         "make_vocab_size_divisible_by": multiple,
         "num_experts": None,
+        "attention_dropout": config.get("attention_dropout") or 0.0,  # Megatron's own default is 0.1
+        "hidden_dropout": 0.0,
     }
 
 
