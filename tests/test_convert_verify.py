@@ -165,6 +165,15 @@ def test_what_was_compared_is_reported(tmp_path):
     assert done.compared[1].endswith("the source by transformers' GGUF loader, the target by transformers")
 
 
+def test_a_mixture_of_experts_is_compared_by_transformers_in_the_dtype_that_it_runs_in(tmp_path):
+    """Its tensors have other names in the model than in the file; polyshard copies the file's."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**SHAPE, num_hidden_layers=2, num_local_experts=4)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "a")
+    done = convert(tmp_path / "a", tmp_path / "b", verify=True)
+    assert (done.logits, done.not_compared) == (0.0, ())
+
+
 def test_what_was_not_compared_is_reported(tmp_path):
     """A model that transformers does not know, and ranks that DeepSpeed has no code to join."""
     place = tmp_path / "a"

@@ -53,12 +53,26 @@ def test_rotary_frequencies_are_those_of_transformers(rope):
     assert torch.allclose(found, model.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
 
 
+MISTRAL = {"model_type": "mistral"}
 REFUSED = {
     "another family": ({"model_type": "gemma"}, "model_type is unsupported: got 'gemma', expected one of llama"),
     "no family": ({"model_type": None}, "model_type is unsupported: got None"),
     "no size": ({"hidden_size": None}, "hidden_size is wrong: got None, expected a positive integer"),
     "a fraction": ({"num_hidden_layers": 2.5}, "num_hidden_layers is wrong: got 2.5"),
     "layer types": ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types are wrong: got 1"),
+    "a window of a fraction": (
+        MISTRAL | {"sliding_window": 2.5},
+        "sliding_window is wrong: got 2.5, expected a positive",
+    ),
+    "a window that is true": (MISTRAL | {"sliding_window": True}, "sliding_window is wrong: got True"),
+    "text": ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is wrong: got '1e-5', expected a number"),
+    "KV heads": ({"num_key_value_heads": 3}, "num_key_value_heads is wrong: got 3, expected a divisor of 4"),
+    "a scaling's name": ({"rope_scaling": "linear"}, "rope_scaling is wrong: got 'linear', expected an object"),
+    "half a scaling": (
+        {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+        "low_freq_factor, high_freq_factor is",
+    ),
+    "no field": ({"self": 1}, "got a key 'self', which is no field"),
     "nested rope": ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "rope_parameters are unsupported"),
 }
 

@@ -12,6 +12,13 @@ from typing import Any
 
 from polyshard.core.errors import CheckpointError
 
+_REQUIRED = {
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 # Fields of other families, and the values with which they change nothing. A config of one of our families that holds
@@ -51,7 +58,13 @@ class Rope:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Rope:
         """From `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before)."""
-        fields = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        fields: dict[str, Any] = {}
+        for name in ("rope_scaling", "rope_parameters"):
+            if not isinstance(config.get(name) or {}, Mapping):
+                raise CheckpointError(
+                    f"the configuration's {name} is wrong: got {config[name]!r}, expected an object or null."
+                )
+            fields |= config.get(name) or {}
         if any(isinstance(value, Mapping) for value in fields.values()):
             raise CheckpointError(
                 f"rope_parameters are unsupported: got one set for each layer type {sorted(fields)}, expected one for "
@@ -63,6 +76,12 @@ class Rope:
         partial = fields.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor")
         if kind == "default":
             fields = {}
+        lacking = [name for name in _REQUIRED.get(kind, ()) if name not in fields]
+        if lacking:
+            raise CheckpointError(
+                f"the configuration's rotary scaling {kind} is incomplete: {', '.join(lacking)} is missing. Add it to "
+                "config.json."
+            )
         if kind in ("llama3", "yarn", "longrope"):
             outside = config.get("original_max_position_embeddings")
             if outside is not None:
@@ -125,6 +144,8 @@ class DecoderSpec:
                 f"{', '.join(FAMILIES)}. "
                 "Convert between Hugging Face directories, which copies every tensor, or with the model's own tools."
             )
+        if "self" in config:
+            raise CheckpointError("the configuration is wrong: got a key 'self', which is no field. Take it out.")
         try:
             heads, hidden, layers = (
                 _size(config, n) for n in ("num_attention_heads", "hidden_size", "num_hidden_layers")
@@ -147,7 +168,7 @@ class DecoderSpec:
                 output_bias=attention_bias,
                 mlp_bias=family == "llama" and bool(config.get("mlp_bias") or False),
                 qk_norm=family == "qwen3",
-                norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+                norm_eps=_number(config, "rms_norm_eps", 1e-6),
                 activation=config.get("hidden_act", "silu"),
                 rope=Rope.of(config),
                 windows=_windows(config, family, layers),
@@ -216,15 +237,30 @@ def _size(config: Mapping[str, Any], name: str) -> int:
     return value
 
 
+def _number(config: Mapping[str, Any], name: str, default: float) -> float:
+    value = config.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise CheckpointError(f"the configuration's {name} is wrong: got {value!r}, expected a number.")
+    return float(value)
+
+
 def _kv_heads(config: Mapping[str, Any], family: str, heads: int) -> int:
     default = {"llama": None, "mistral": 8, "qwen2": 32, "qwen3": 32}[family]
-    return config.get("num_key_value_heads", default) or heads
+    found = config.get("num_key_value_heads", default) or heads
+    stated = config.get("num_key_value_heads") is not None  # a default of the family's may not fit a small model
+    if heads % _size({"num_key_value_heads": found}, "num_key_value_heads") and stated:
+        raise CheckpointError(
+            f"the configuration's num_key_value_heads is wrong: got {found}, expected a divisor of {heads} heads."
+        )
+    return found
 
 
 def _windows(config: Mapping[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
     if family == "llama":
         return (None,) * layers
     window = config.get("sliding_window", 4096)
+    if window is not None:
+        window = _size({"sliding_window": window}, "sliding_window")
     if family == "mistral":
         return (window,) * layers
     window = window if config.get("use_sliding_window", False) else None
