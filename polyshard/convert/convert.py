@@ -22,7 +22,7 @@ from polyshard.convert.formats import detect, format_named
 from polyshard.convert.huggingface import HuggingFaceFormat
 from polyshard.convert.model_check import check_model, narrowed, with_embedding
 from polyshard.convert.proof import Proof, Side, prove
-from polyshard.convert.quantized import refuse_codes
+from polyshard.convert.quantized import FLOATS, refuse_codes
 from polyshard.core.accounting import some
 from polyshard.core.decoder_spec import FAMILIES
 from polyshard.core.errors import CheckpointError
@@ -89,8 +89,8 @@ def convert(
             written, a value does not fit the dtype, or the proof fails. Nothing is left behind.
     """
     options = options or Options()
-    if dtype is not None and not dtype.is_floating_point:
-        raise CheckpointError(f"dtype must be a floating-point one, got {dtype}")
+    if dtype is not None and dtype not in FLOATS:
+        raise CheckpointError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
     reader, found = detect(source) if from_format is None else (format_named(from_format), from_format)
     writer = format_named(to_format)
     if not writer.writes:

@@ -124,6 +124,12 @@ def _reading(
 
 def _difference(first: Reading, second: Reading, close: float) -> float:
     ours, theirs = first.logits.double(), second.logits.double()
+    if not ours.isfinite().all():
+        raise CheckpointError(
+            f"verification failed: the source's own logits by {first.by} are not finite, so nothing can be compared. "
+            "Look "
+            "for NaN and infinity in its weights, or convert without --verify."
+        )
     difference, limit = float((ours - theirs).abs().max()), close * float(ours.abs().max())
     if not difference <= limit:  # NaN fails
         raise CheckpointError(

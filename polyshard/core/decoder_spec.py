@@ -200,6 +200,12 @@ def foreign_fields(config: Mapping[str, Any]) -> list[str]:
 
 def expected_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
     """Names and logical shapes of a Llama-like decoder's tensors, as Hugging Face stores them."""
+    if spec.heads % spec.kv_heads:
+        raise CheckpointError(
+            f"the configuration's num_key_value_heads is wrong: got {spec.kv_heads}, expected a divisor of "
+            f"{spec.heads} "
+            "heads."
+        )
     h, f, d = spec.hidden, spec.intermediate, spec.head_dim
     q, kv = spec.heads * d, spec.kv_heads * d
     result: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocabulary, h)}
@@ -247,12 +253,7 @@ def _number(config: Mapping[str, Any], name: str, default: float) -> float:
 def _kv_heads(config: Mapping[str, Any], family: str, heads: int) -> int:
     default = {"llama": None, "mistral": 8, "qwen2": 32, "qwen3": 32}[family]
     found = config.get("num_key_value_heads", default) or heads
-    stated = config.get("num_key_value_heads") is not None  # a default of the family's may not fit a small model
-    if heads % _size({"num_key_value_heads": found}, "num_key_value_heads") and stated:
-        raise CheckpointError(
-            f"the configuration's num_key_value_heads is wrong: got {found}, expected a divisor of {heads} heads."
-        )
-    return found
+    return _size({"num_key_value_heads": found}, "num_key_value_heads")
 
 
 def _windows(config: Mapping[str, Any], family: str, layers: int) -> tuple[int | None, ...]:

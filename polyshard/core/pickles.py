@@ -95,7 +95,8 @@ def _load(path: Path) -> Any:
             raise CheckpointError(
                 f"{path} cannot be read as tensors and plain data: it names {', '.join(refused[:5])}, which polyshard "
                 "does not load, because reading it can run code. Save the weights alone, in the program that wrote "
-                "the file: torch.save({'model': torch.load(FILE, weights_only=False)['model']}, FILE)."
+                "the file: torch.save({'model': torch.load(FILE, weights_only=False)['model']}, FILE), with 'module' "
+                "for 'model' in DeepSpeed's files."
             )
         stand_ins: list[Any] = [(_stand_in(name), name) for name in found]
         try:

@@ -75,6 +75,7 @@ class LlamaFormat:
         account(path, held, {name for name, *_ in _names(spec, embedding)})
         if _FREQUENCIES in held:
             check_frequencies(path, _FREQUENCIES, ranks[0][_FREQUENCIES], spec)
+            notes += (f"left out {_FREQUENCIES}, which follows from the configuration",)
         check_shapes(path, {name: tensor.shape for name, tensor in tensors.items()}, expected_shapes(spec))
         return Foreign(tensors=tensors, config=config, companions=path, notes=notes)
 
