@@ -110,3 +110,24 @@ def test_a_torn_pickle_is_told(tmp_path):
     (tmp_path / "x.pt").write_bytes((tmp_path / "x.pt").read_bytes()[:-500])
     with pytest.raises(ps.CheckpointError, match="cannot be read as tensors and plain data: .*Copy it again"):
         load_pickle(tmp_path / "x.pt", ALLOWED)
+
+
+def test_an_index_that_names_a_function_is_refused(tmp_path):
+    """`.metadata` is read by Python's pickle in torch itself."""
+    import pickle
+
+    from polyshard.convert import convert
+
+    class Touches:
+        def __reduce__(self):
+            return (__import__("pathlib").Path.touch, (__import__("pathlib").Path(tmp_path / "made"),))
+
+    model = tiny_model(tiny_config("llama"))
+    place = tmp_path / "dcp"
+    torch.distributed.checkpoint.save(model.state_dict(), checkpoint_id=place, no_dist=True)
+    options = Options(config=model.config.to_dict(), allow_pickle=True)
+    convert(place, tmp_path / "right", options=options)
+    (place / ".metadata").write_bytes(pickle.dumps([Touches()]))
+    with pytest.raises(ps.CheckpointError, match=r".metadata names .*which polyshard does not load"):
+        convert(place, tmp_path / "out", options=options)
+    assert not (tmp_path / "made").exists()

@@ -74,8 +74,8 @@ class Options:
 
     Attributes:
         config: fields of config.json, for formats that hold none.
-        allow_pickle: files that are pickles may be read. Tensors are read with `weights_only=True`; an index that is
-            a pickle can run code.
+        allow_pickle: files that are pickles may be read. Tensors are read with `weights_only=True`, and other types
+            as inert objects; DeepSpeed's own code, which joins ZeRO's files, can run code.
         tensor_parallel: ranks to write for, in formats with a file for each.
         padded_vocabulary: multiple that the vocabulary is padded to, in formats that pad.
     """

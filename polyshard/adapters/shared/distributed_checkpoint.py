@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 import math
+import pickle
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader, load
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from polyshard.core.errors import CheckpointError
 from polyshard.core.foreign import LazyTensor, Options
+
+# Whose types an index consists of, and the functions that rebuild layouts and paths.
+_MODULES = (
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.planner",
+    "torch.distributed.checkpoint.filesystem",
+)
+_NAMES = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+    ("pathlib._local", "PosixPath"),
+    ("collections", "OrderedDict"),
+    ("collections", "defaultdict"),
+    ("builtins", "dict"),
+    ("builtins", "list"),
+    ("builtins", "set"),
+    ("builtins", "tuple"),
+}
 
 
 def stored_tensors(path: Path, options: Options) -> dict[str, LazyTensor]:
@@ -24,7 +45,9 @@ def stored_tensors(path: Path, options: Options) -> dict[str, LazyTensor]:
     """
     options.need_pickle(path / ".metadata")
     try:
-        metadata = FileSystemReader(path).read_metadata()
+        metadata = PlainReader(path).read_metadata()
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(f"{path / '.metadata'} is torn or no index: {type(error).__name__}: {error}") from None
     _check_files(path, metadata.storage_data or {})
@@ -42,6 +65,42 @@ def stored_tensors(path: Path, options: Options) -> dict[str, LazyTensor]:
         key: LazyTensor(tuple(entry.size), entry.properties.dtype, partial(_load, path, key, entry))
         for key, entry in tensors.items()
     }
+
+
+class PlainReader(FileSystemReader):
+    """torch's reader, with an index that is read without running what it names."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index.
+
+        Raises:
+            CheckpointError: it names anything but torch's own descriptions of tensors.
+        """
+        file = Path(self.path) / ".metadata"
+        with file.open("rb") as stream:
+            metadata = _Descriptions(stream, file).load()
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Descriptions(pickle.Unpickler):
+    def __init__(self, stream: Any, file: Path) -> None:
+        super().__init__(stream)
+        self.file = file
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = module in _MODULES or (module, name) in _NAMES
+        if not known and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            raise CheckpointError(
+                f"{self.file} names {module}.{name}, which polyshard does not load, because reading it can run code: "
+                "expected torch's descriptions of tensors. Save the model again with torch.distributed.checkpoint.save."
+            )
+        found = super().find_class(module, name)
+        if module in _MODULES and not (isinstance(found, type) and found.__module__ == module):
+            raise CheckpointError(f"{self.file} names {module}.{name}, which is no description of tensors.")
+        return found
 
 
 def _check_files(path: Path, storage: dict[Any, Any]) -> None:
@@ -65,7 +124,7 @@ def _check_files(path: Path, storage: dict[Any, Any]) -> None:
 def _load(path: Path, key: str, entry: TensorStorageMetadata) -> torch.Tensor:
     target = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
     try:
-        load(target, storage_reader=FileSystemReader(path), no_dist=True)
+        load(target, storage_reader=PlainReader(path), no_dist=True)
     except BaseException as error:  # torch's CheckpointException is no Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise

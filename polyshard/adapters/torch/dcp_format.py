@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from polyshard.adapters.shared.distributed_checkpoint import stored_tensors
 from polyshard.adapters.shared.hugging_face_names import match
@@ -52,23 +49,7 @@ class DcpFormat:
         raise CheckpointError("torch's distributed format is read, not written: write huggingface, which it reads too")
 
     def independent(self, path: Path, options: Options) -> Independent:
-        """All tensors, by torch's own loading without a plan of ours."""
-        from torch.distributed.checkpoint import FileSystemReader
-        from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
-        from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
-        nested: dict[str, Any] = {}
-        _load_state_dict(
-            nested, storage_reader=FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(), no_dist=True
-        )
-        return Independent(by="torch.distributed.checkpoint", state=dict(_flat(nested, "")))
-
-
-def _flat(values: dict[str, Any], prefix: str) -> list[tuple[str, torch.Tensor]]:
-    found: list[tuple[str, torch.Tensor]] = []
-    for name, value in values.items():
-        if isinstance(value, torch.Tensor):
-            found.append((prefix + name, value))
-        elif isinstance(value, dict):
-            found += _flat(value, f"{prefix}{name}.")
-    return [(name, value) for name, value in found if not TRAINING_STATE.search(name)]
+        """All tensors, by torch's own loading, under the names that they were saved by."""
+        stored = stored_tensors(path, options)
+        state = {name: entry.load() for name, entry in stored.items() if not TRAINING_STATE.search(name)}
+        return Independent(by="torch.distributed.checkpoint", state=state)
