@@ -21,11 +21,25 @@ def convert(
     from_format: Annotated[str | None, typer.Option("--from", help="Its format; default what is detected.")] = None,
     to_format: Annotated[str, typer.Option("--to", help="huggingface, megatron-torch-dist, or llama.")] = "huggingface",
     tensor_parallel: Annotated[int, typer.Option(help="Ranks to write for (llama), or to pad for (Megatron).")] = 1,
-    pad_vocabulary: Annotated[int, typer.Option(help="Pad the vocabulary to a multiple of this (Megatron).")] = 1,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default as it is.")] = None,
-    config: Annotated[Path | None, typer.Option(help="config.json, for formats that hold no configuration.")] = None,
-    allow_pickle: Annotated[bool, typer.Option(help="Read files that are pickles.")] = False,
-    verify: Annotated[bool, typer.Option(help="Read back, and compare fingerprints and logits.")] = False,
+    pad_vocabulary: Annotated[
+        int, typer.Option(help="Multiple that Megatron's vocabulary is padded to: written, and cut off when read.")
+    ] = 1,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16; default as it is. A value that does not fit is an error."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="config.json of the model, for formats that hold none. One that contradicts the source is an error."
+        ),
+    ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option(help="Read files that are pickles: tensors and plain data; other types are not imported.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Read back, and compare every tensor, and logits by readers that took no part.")
+    ] = False,
 ) -> None:
     """Convert SOURCE, of any format that polyshard reads, to TARGET."""
     from rich.console import Console

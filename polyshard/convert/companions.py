@@ -19,15 +19,17 @@ WEIGHTS = (
     *("*.npz", "*.pkl", "*.pickle", "*.tflite", "*.mlmodel"),
 )
 TRAINING_STATE = ("trainer_state.json", "events.out.tfevents*", "*.log", "wandb")
+FOLDERS = ("*chat_templates*",)
 TOKENIZERS = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken", "*.model", "added_tokens.json")
 
 
-def companions(directory: Path, *, tell_folders: bool) -> tuple[dict[str, Path], tuple[str, ...]]:
+def companions(directory: Path, *, is_model: bool) -> tuple[dict[str, Path], tuple[str, ...]]:
     """Files to copy, by their path in the target, and notes on what stays behind.
 
     Args:
         directory: of the source.
-        tell_folders: folders of weights are not the source's own parts.
+        is_model: the directory is a model's, as on the Hugging Face Hub, and no training run's; all of its folders
+            come along or are named.
     """
     found: dict[str, Path] = {}
     left: list[str] = []
@@ -35,10 +37,12 @@ def companions(directory: Path, *, tell_folders: bool) -> tuple[dict[str, Path],
         if _matches(entry.name, REPLACED):
             continue
         if entry.is_dir():
+            if not is_model and not _matches(entry.name, FOLDERS):
+                continue  # a training run's: its own parts, logs, data
             inside = [file for file in sorted(entry.rglob("*")) if file.is_file()]
             if inside and not any(_matches(file.name, (*WEIGHTS, ".metadata")) for file in inside):
                 found |= {str(file.relative_to(directory)): file for file in inside}
-            elif inside and tell_folders:
+            elif inside:
                 left.append(f"{entry.name}/")
         elif _matches(entry.name, TRAINING_STATE):
             left.append(entry.name)

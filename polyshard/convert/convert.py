@@ -166,7 +166,7 @@ def _write(
     watched, loaded = _watched(foreign)
     notes: list[str] = []
     beside, whole = foreign.companions, source.startswith("huggingface")
-    files, left = companions(beside, tell_folders=whole) if beside is not None else ({}, ())
+    files, left = companions(beside, is_model=whole) if beside is not None else ({}, ())
     notes += left
     with tempfile.TemporaryDirectory(prefix="polyshard-tokenizer-") as folder:
         if foreign.tokenizer is not None:

@@ -125,7 +125,11 @@ def _file(path: Path) -> Path:
     files = _files(path)
     if len(files) != 1:
         names = ", ".join(file.name for file in files[:5])
-        raise CheckpointError(f"{path} holds {len(files)} GGUF files: got {names}, expected one. Name the file.")
+        raise CheckpointError(
+            f"{path} holds {len(files)} GGUF files: got {names}, expected one. Name the file; merge the parts of one "
+            "model "
+            "first with llama-gguf-split --merge."
+        )
     return files[0]
 
 
