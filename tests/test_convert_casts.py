@@ -127,7 +127,7 @@ def test_integers_are_not_cast_and_codes_are_refused(tmp_path):
     state[MATRIX] = state[MATRIX].to(torch.float8_e4m3fn)
     save_file(state, file, metadata={"format": "pt"})
     for settings in ({"dtype": torch.bfloat16}, {"to_format": "llama"}, {"to_format": "megatron-torch-dist"}):
-        with pytest.raises(ps.CheckpointError, match=f"holds quantized weights: got {MATRIX} in float8_e4m3fn"):
+        with pytest.raises(ps.CheckpointError, match=f"got {MATRIX} in (torch.)?float8_e4m3fn"):
             convert(source, tmp_path / "c", **settings)
     convert(source, tmp_path / "copied")
     assert load_file(tmp_path / "copied" / "model.safetensors")[MATRIX].dtype == torch.float8_e4m3fn

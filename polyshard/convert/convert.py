@@ -18,6 +18,7 @@ from polyshard.checkpoint.directory import publish
 from polyshard.checkpoint.stream import write_tensors
 from polyshard.convert.casting import cast
 from polyshard.convert.companions import check_code, companions, has_tokenizer
+from polyshard.convert.dequantize import dequantized
 from polyshard.convert.formats import detect, format_named
 from polyshard.convert.huggingface import HuggingFaceFormat
 from polyshard.convert.model_check import check_model, narrowed, with_embedding
@@ -100,6 +101,7 @@ def convert(
     foreign = reader.read(source, options)
     copies = isinstance(writer, HuggingFaceFormat)
     if not (copies and reader.name.startswith("huggingface") and dtype is None):
+        foreign = foreign if dtype is None else dequantized(foreign, source)
         refuse_codes(foreign, source)
     foreign = with_embedding(foreign)
     notes = [*foreign.notes, *check_model(foreign, source, given=options.config is not None)]

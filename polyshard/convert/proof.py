@@ -13,7 +13,15 @@ from polyshard.core.accounting import PREFIXES, REDUNDANT, some
 from polyshard.core.decoder_spec import FAMILIES
 from polyshard.core.errors import CheckpointError
 from polyshard.core.fingerprint import fingerprint
-from polyshard.core.foreign import CheckpointFormat, Foreign, Independent, LazyTensor, NotComparableError, Options
+from polyshard.core.foreign import (
+    CheckpointFormat,
+    Foreign,
+    Independent,
+    LazyTensor,
+    NotComparableError,
+    Options,
+    config_fields_of,
+)
 
 TOKENS = 320  # more than a rotary scaling's or a window's first periods in a tiny model
 FLOAT64_LIMIT = 400_000_000  # elements; larger models are compared in float32
@@ -126,9 +134,9 @@ def _difference(first: Reading, second: Reading, close: float) -> float:
     ours, theirs = first.logits.double(), second.logits.double()
     if not ours.isfinite().all():
         raise CheckpointError(
-            f"verification failed: the source's own logits by {first.by} are not finite, so nothing can be compared. "
-            "Look "
-            "for NaN and infinity in its weights, or convert without --verify."
+            f"verification failed: the source's logits by {first.by}, with weights in the dtype written, are not "
+            "finite, so "
+            "nothing can be compared. Look for NaN and infinity in them, or convert without --verify."
         )
     difference, limit = float((ours - theirs).abs().max()), close * float(ours.abs().max())
     if not difference <= limit:  # NaN fails
@@ -197,20 +205,21 @@ def _loaded(
         import transformers
     except ImportError:
         raise NotComparableError("transformers is not installed") from None
-    fields = dict(config) if independent.directory is None else None
     try:
         if independent.directory is not None:
             options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager", "output_loading_info": True}
             options |= {"trust_remote_code": False, "local_files_only": True}
             if independent.gguf is not None:
                 options["gguf_file"] = independent.gguf
+            dequantizing = _dequantizing(transformers, independent.directory)
+            options |= dequantizing
             model, told = _class(transformers, config).from_pretrained(independent.directory, **options)
+            if dequantizing:  # its weights in a plain model, which does not quantize activations
+                state = {n: v for n, v in model.state_dict().items() if not n.endswith(("_scale", "_zero_point"))}
+                model, told = _plain(transformers, config, state, dtype)
         else:
-            assert fields is not None
             assert independent.state is not None
-            known = transformers.AutoConfig.for_model(**_for_transformers(fields))
-            model = transformers.AutoModelForCausalLM.from_config(known, attn_implementation="eager").to(dtype)
-            told = _load_state(model, independent.state, dtype)
+            model, told = _plain(transformers, config, independent.state, dtype)
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = f"transformers does not load {what}: {lines[0][:200]}"
@@ -229,11 +238,31 @@ def _loaded(
     return model, tuple(unexpected)
 
 
+def _dequantizing(transformers: Any, directory: Path) -> dict[str, Any]:
+    """Options with which transformers dequantizes a directory, in float32 as the rule is stated."""
+    file = directory / "config.json"
+    stated = (config_fields_of(file).get("quantization_config") or {}) if file.is_file() else {}
+    makers = {
+        "fp8": lambda: transformers.FineGrainedFP8Config(dequantize=True),
+        "mxfp4": lambda: transformers.Mxfp4Config(dequantize=True),
+        "compressed-tensors": lambda: transformers.CompressedTensorsConfig(run_compressed=False),
+    }
+    make = makers.get(str(stated.get("quant_method")))
+    return {} if make is None else {"quantization_config": make(), "dtype": torch.float32}
+
+
 def _class(transformers: Any, config: Mapping[str, Any]) -> Any:
     """The class that the configuration names: a classifier is compared as such."""
     named = (config.get("architectures") or [""])[0]
     found = getattr(transformers, named, None) if isinstance(named, str) else None
     return transformers.AutoModelForCausalLM if found is None else found
+
+
+def _plain(transformers: Any, config: Mapping[str, Any], state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Any:
+    """A model of the configuration with these weights, and what did not fit."""
+    known = transformers.AutoConfig.for_model(**_for_transformers(config))
+    model = transformers.AutoModelForCausalLM.from_config(known, attn_implementation="eager").to(dtype)
+    return model, _load_state(model, state, dtype)
 
 
 def _load_state(model: Any, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, Any]:

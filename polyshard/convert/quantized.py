@@ -38,7 +38,9 @@ def refuse_codes(foreign: Foreign, where: object) -> None:
     if signs:
         more = f" and {len(signs) - 3} more" if len(signs) > 3 else ""
         raise CheckpointError(
-            f"{where} holds quantized weights: got {', '.join(signs[:3])}{more}, expected floating-point ones. "
-            "Dequantize it "
-            "with the library that wrote it; between Hugging Face directories it is copied as it is, without --dtype."
+            f"{where} holds quantized weights: got {', '.join(signs[:3])}{more}, expected floating-point ones. Pass "
+            "--dtype "
+            "to dequantize FP8, compressed-tensors' int8 and float8, and MXFP4; dequantize others with the library "
+            "that "
+            "wrote them. Between Hugging Face directories all are copied as they are without --dtype."
         )
