@@ -53,7 +53,8 @@ def test_megatron_to_hugging_face(tmp_path, kind, size):
     loss = run_ranks(save_megatron, size, tmp_path / "megatron", size, kind)[0]
     done = convert(tmp_path / "megatron", tmp_path / "hf", options=ALLOWED, verify=True)
     assert done.source == {"torch_dist": "megatron-torch-dist", "legacy": "megatron-legacy"}[kind]
-    assert (done.verified, done.logits) == (21, 0.0)
+    assert done.verified == 21
+    assert ("Megatron-Core's GPTModel" in done.compared[-1]) == (kind == "torch_dist" or size == 1), done.not_compared
     assert abs(transformers_loss(tmp_path / "hf") - loss) < CLOSE
 
 
@@ -89,6 +90,14 @@ def test_deepspeed_to_hugging_face(tmp_path, stage):
     want = run_ranks(save_deepspeed, 2, tmp_path / "deepspeed", stage)[0]
     done = convert(tmp_path / "deepspeed", tmp_path / "hf", options=ALLOWED)
     assert "tag step1" in done.found
+    assert_same_tensors(tmp_path / "hf", want)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_with_frozen_parameters_to_hugging_face(tmp_path, stage):
+    """zero_to_fp32 does not find them in checkpoints of ZeRO 1."""
+    want = run_ranks(save_deepspeed, 2, tmp_path / "deepspeed", stage, 1, True)[0]
+    convert(tmp_path / "deepspeed", tmp_path / "hf", options=ALLOWED, verify=True)
     assert_same_tensors(tmp_path / "hf", want)
 
 
@@ -157,9 +166,11 @@ def test_the_command_line(original, tmp_path):
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     done = run_cli(original, tmp_path / "llama", "--to", "llama", "--tensor-parallel", "2", "--verify")
     assert done.exit_code == 0
-    assert sorted(p.name for p in (tmp_path / "llama").iterdir()) == [
+    assert sorted(p.name for p in (tmp_path / "llama").iterdir() if p.suffix != ".jinja") == [
+        "config.json",
         "consolidated.00.pth",
         "consolidated.01.pth",
+        "generation_config.json",
         "params.json",
     ]
 
@@ -173,7 +184,7 @@ REFUSED = {
     "foreign config": (
         lambda d: d,
         {"to_format": "llama", "options": Options(config={"a": 1})},
-        "lacks 'num_attention",
+        "model_type is unsupported: got None",
     ),
     "indivisible": (
         lambda d: d,
@@ -213,7 +224,9 @@ def test_missing_tensors_and_missing_configurations_are_named(original, tmp_path
     tensors = load_file(broken / "model.safetensors")
     del tensors["model.layers.1.self_attn.k_proj.weight"]
     save_file(tensors, broken / "model.safetensors")
-    with pytest.raises(ps.CheckpointError, match=r"model.layers.1.self_attn.k_proj.weight is missing"):
+    with pytest.raises(
+        ps.CheckpointError, match=r"1 of the model's 21 tensors are missing: model.layers.1.self_attn.k_proj.weight"
+    ):
         convert(broken, tmp_path / "m", to_format="megatron-torch-dist")
     run_ranks(save_dcp, 2, tmp_path / "dcp")
     with pytest.raises(ps.CheckpointError, match="do not hold the model's configuration: pass --config"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from polyshard.core.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors$")
 
 
 def locate_tensors(directory: Path) -> dict[str, Path]:
@@ -35,7 +37,25 @@ def locate_tensors(directory: Path) -> dict[str, Path]:
     if not files:
         others = sorted(p.name for p in directory.iterdir())[:10]
         raise CheckpointError(f"{directory} holds no {SINGLE} and no {INDEX}; it holds {others}")
+    _check_parts(directory, files)
     return _in_files(files)
+
+
+def _check_parts(directory: Path, files: Sequence[Path]) -> None:
+    """Without an index the names of the files tell how many there are."""
+    found: dict[str, set[int]] = {}
+    for file in files:
+        if match := _PART.match(file.name):
+            found.setdefault(f"{match[1]}|{match[3]}", set()).add(int(match[2]))
+    for key, numbers in found.items():
+        stem, _, count = key.partition("|")
+        missing = sorted(set(range(1, int(count) + 1)) - numbers)
+        if missing:
+            raise CheckpointError(
+                f"{directory} is incomplete: {stem}-{missing[0]:05d}-of-{count}.safetensors is missing, got "
+                f"{len(numbers)} "
+                f"of {int(count)} files. Copy all of them, and {INDEX}."
+            )
 
 
 def _of_stem(directory: Path, stem: str) -> list[Path]:

@@ -15,7 +15,7 @@ from polyshard.checkpoint.directory import begin, publish, staging_name
 from polyshard.checkpoint.files import INDEX
 from polyshard.checkpoint.manifest import Manifest, record_files, write_manifest
 from polyshard.checkpoint.plan import StoredTensor, index_of, plan_files
-from polyshard.checkpoint.save import COMPANIONS, MAX_SHARD_BYTES, model_documents
+from polyshard.checkpoint.save import MAX_SHARD_BYTES, model_documents
 from polyshard.checkpoint.storage import allocate, put
 from polyshard.core.errors import CheckpointError
 from polyshard.core.fingerprint import fingerprint, text
@@ -28,7 +28,7 @@ def write_tensors(
     tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]],
     config: Mapping[str, Any],
     *,
-    companions: Path | None = None,
+    companions: Mapping[str, Path] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, int]:
@@ -38,7 +38,7 @@ def write_tensors(
         directory: replaced where it exists.
         tensors: name, shape, dtype to store, and what loads the tensor; one is held at a time.
         config: fields of config.json.
-        companions: a directory whose tokenizer files are copied.
+        companions: files to copy, by their path in the directory.
         max_shard_bytes: size above which weights are split over several files.
         progress: called with (bytes written, bytes in all).
 
@@ -75,9 +75,9 @@ def write_tensors(
             (staging / INDEX).write_text(json.dumps(index_of(files), indent=2))
         for name, fields in model_documents(config, None, None, dtypes).items():
             (staging / name).write_text(json.dumps(fields, indent=2))
-        if companions is not None:
-            for source in (source for pattern in COMPANIONS for source in companions.glob(pattern)):
-                shutil.copyfile(source, staging / source.name)
+        for place, source in (companions or {}).items():
+            (staging / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, staging / place)
         fingerprints = {WEIGHT: {name: text(value) for name, value in prints.items()}}
         records = record_files(staging, Ranks())
         write_manifest(staging, Manifest(kind="weights", files=records, fingerprints=fingerprints))

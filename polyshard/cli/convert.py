@@ -10,10 +10,9 @@ import torch
 import typer
 
 from polyshard.convert import convert as run
-from polyshard.convert.convert import read_config_fields
 from polyshard.convert.formats import detect
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.foreign import Options
+from polyshard.core.foreign import Options, config_fields_of
 
 
 def convert(
@@ -22,11 +21,25 @@ def convert(
     from_format: Annotated[str | None, typer.Option("--from", help="Its format; default what is detected.")] = None,
     to_format: Annotated[str, typer.Option("--to", help="huggingface, megatron-torch-dist, or llama.")] = "huggingface",
     tensor_parallel: Annotated[int, typer.Option(help="Ranks to write for (llama), or to pad for (Megatron).")] = 1,
-    pad_vocabulary: Annotated[int, typer.Option(help="Pad the vocabulary to a multiple of this (Megatron).")] = 1,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default as it is.")] = None,
-    config: Annotated[Path | None, typer.Option(help="config.json, for formats that hold no configuration.")] = None,
-    allow_pickle: Annotated[bool, typer.Option(help="Read files that are pickles.")] = False,
-    verify: Annotated[bool, typer.Option(help="Read back, and compare fingerprints and logits.")] = False,
+    pad_vocabulary: Annotated[
+        int, typer.Option(help="Multiple that Megatron's vocabulary is padded to: written, and cut off when read.")
+    ] = 1,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16; default as it is. A value that does not fit is an error."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="config.json of the model, for formats that hold none. One that contradicts the source is an error."
+        ),
+    ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option(help="Read files that are pickles: tensors and plain data; other types are not imported.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Read back, and compare every tensor, and logits by readers that took no part.")
+    ] = False,
 ) -> None:
     """Convert SOURCE, of any format that polyshard reads, to TARGET."""
     from rich.console import Console
@@ -36,9 +49,9 @@ def convert(
         raise ConfigurationError(f"--tensor-parallel and --pad-vocabulary must be positive, got {tensor_parallel}")
     console = Console(stderr=True)
     if from_format is None:
-        console.print(f"found {detect(source)[1]}", markup=False, highlight=False)
+        console.print(f"found {detect(source)[1]}", markup=False, highlight=False, soft_wrap=True)
     options = Options(
-        config=None if config is None else read_config_fields(config),
+        config=None if config is None else config_fields_of(config),
         allow_pickle=allow_pickle,
         tensor_parallel=tensor_parallel,
         padded_vocabulary=pad_vocabulary,
@@ -57,11 +70,16 @@ def convert(
             progress=lambda done, whole: bar.update(task, completed=done, total=whole),
         )
     for note in result.notes:
-        console.print(note, markup=False, highlight=False)
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     proof = ""
     if result.verified is not None:
         proof = f"; verified: {result.verified} fingerprints equal"
-        proof += ", logits equal" if result.logits is not None else ", logits not compared (unknown to transformers)"
+        if result.logits is not None:
+            proof += ", logits equal" if result.logits == 0 else f", logits equal within {result.logits:.1e}"
+        for line in result.compared:
+            console.print(f"compared {line}", markup=False, highlight=False, soft_wrap=True)
+        for line in result.not_compared:
+            console.print(f"not compared: {line}", markup=False, highlight=False, soft_wrap=True)
     print(f"{result.source} -> {result.target}: {result.tensors} tensors, {result.nbytes / 1e6:.1f} MB{proof}")
 
 

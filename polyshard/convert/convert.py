@@ -6,19 +6,28 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from polyshard.checkpoint.directory import publish
 from polyshard.checkpoint.stream import write_tensors
+from polyshard.convert.casting import cast
+from polyshard.convert.companions import check_code, companions, has_tokenizer
+from polyshard.convert.dequantize import dequantized
 from polyshard.convert.formats import detect, format_named
 from polyshard.convert.huggingface import HuggingFaceFormat
+from polyshard.convert.model_check import check_model, narrowed, with_embedding
+from polyshard.convert.proof import Proof, Side, prove
+from polyshard.convert.quantized import FLOATS, refuse_codes
+from polyshard.core.accounting import some
+from polyshard.core.decoder_spec import FAMILIES
 from polyshard.core.errors import CheckpointError
-from polyshard.core.fingerprint import fingerprint
-from polyshard.core.foreign import Foreign, Options
+from polyshard.core.foreign import CheckpointFormat, Foreign, LazyTensor, Options
 
 Progress = Callable[[int, int], None]
 
@@ -33,9 +42,11 @@ class Conversion:
         target: the format written.
         tensors: how many.
         nbytes: of the tensors, as read.
-        notes: what was passed over.
+        notes: what was left out or changed.
         verified: how many tensors were read back and compared; None where that was not asked for.
         logits: the largest difference of logits, where it could be computed.
+        compared: what `verify` compared, in words.
+        not_compared: what it could not compare, and why.
     """
 
     found: str
@@ -46,6 +57,8 @@ class Conversion:
     notes: tuple[str, ...]
     verified: int | None = None
     logits: float | None = None
+    compared: tuple[str, ...] = ()
+    not_compared: tuple[str, ...] = ()
 
 
 def convert(
@@ -59,7 +72,7 @@ def convert(
     verify: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Convert a checkpoint.
+    """Convert a checkpoint: every tensor is carried, or the conversion fails and lists what it would drop.
 
     Args:
         source: file or directory.
@@ -68,14 +81,17 @@ def convert(
         to_format: by name.
         options: see `Options`.
         dtype: of the tensors written; default as they are.
-        verify: read the target back and compare every tensor's fingerprint, and the logits where transformers knows
-            the model.
+        verify: read the target back and compare every tensor's fingerprint; and compare the logits of source and target
+            by readers that took no part in the conversion.
         progress: called with (bytes done, bytes in all).
 
     Raises:
-        CheckpointError: the source cannot be read, the target exists or cannot be written, or the proof fails.
+        CheckpointError: the source cannot be read, holds what the target would not, the target exists or cannot be
+            written, a value does not fit the dtype, or the proof fails. Nothing is left behind.
     """
     options = options or Options()
+    if dtype is not None and dtype not in FLOATS:
+        raise CheckpointError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
     reader, found = detect(source) if from_format is None else (format_named(from_format), from_format)
     writer = format_named(to_format)
     if not writer.writes:
@@ -83,116 +99,113 @@ def convert(
     if target.exists() and any(target.iterdir()):
         raise CheckpointError(f"{target} exists and is not empty: name a new directory")
     foreign = reader.read(source, options)
-    if dtype is not None and not dtype.is_floating_point:
-        raise CheckpointError(f"dtype must be a floating-point one, got {dtype}")
-    cast = foreign if dtype is None else _cast(foreign, dtype)
-    if isinstance(writer, HuggingFaceFormat):
-        if cast.config is None:
-            options.need_config(reader.name)
-        assert cast.config is not None
-        listed = [(name, tensor.shape, tensor.dtype, tensor.load) for name, tensor in cast.tensors.items()]
-        write_tensors(target, listed, cast.config, companions=cast.companions, progress=progress)
-    else:
-        staging = target.parent / f".{target.name}.converting-{os.getpid()}-{secrets.token_hex(4)}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-        try:
-            writer.write(cast, staging, options)
-            if target.exists():
-                target.rmdir()
-            os.rename(staging, target)
-        except OSError as error:
-            raise CheckpointError(f"writing {target} failed, and nothing was changed: {error}") from error
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    verified = logits = None
-    if verify:
-        back = Options(config=cast.config, allow_pickle=True)  # what was written a moment ago
-        again = writer.read(target, back)
-        verified = compare(cast, again)
-        logits = compare_logits(cast, again)
+    copies = isinstance(writer, HuggingFaceFormat)
+    if not (copies and reader.name.startswith("huggingface") and dtype is None):
+        foreign = foreign if dtype is None else dequantized(foreign, source)
+        refuse_codes(foreign, source)
+    foreign = with_embedding(foreign)
+    notes = [*foreign.notes, *check_model(foreign, source, given=options.config is not None)]
+    if not copies:
+        foreign, dropped = narrowed(foreign, source)
+        notes += dropped
+    foreign = replace(foreign, config=_completed(foreign, dtype))
+    written, casts = (foreign, None) if dtype is None else cast(foreign, dtype)
+    staging = target.parent / f".{target.name}.converting-{os.getpid()}-{secrets.token_hex(4)}"
+    place = staging / "target"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging.mkdir()
+    proof: Proof | None = None
+    try:
+        notes += _write(written, writer, place, options, reader.name, progress)
+        notes += casts.notes() if casts is not None else ()
+        if verify:
+            ours = Side(format=reader, path=source, options=replace(options, allow_pickle=True, config=foreign.config))
+            theirs = Side(format=writer, path=place, options=Options(allow_pickle=True))  # written a moment ago
+            proof = prove(written, ours, theirs, rounded=dtype)
+        publish(place, target)
+    except OSError as error:
+        raise CheckpointError(f"writing {target} failed, and nothing was changed: {error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     return Conversion(
         found=found,
         source=reader.name,
         target=writer.name,
         tensors=len(foreign.tensors),
         nbytes=sum(torch.Size(t.shape).numel() * t.dtype.itemsize for t in foreign.tensors.values()),
-        notes=foreign.notes,
-        verified=verified,
-        logits=logits,
+        notes=tuple(notes),
+        verified=None if proof is None else proof.tensors,
+        logits=None if proof is None else proof.logits,
+        compared=() if proof is None else proof.compared,
+        not_compared=() if proof is None else proof.not_compared,
     )
 
 
-def compare(first: Foreign, second: Foreign) -> int:
-    """How many tensors are alike, bit for bit.
-
-    Raises:
-        CheckpointError: some differ, or are in one alone.
-    """
-    only = sorted(set(first.tensors) ^ set(second.tensors))
-    if only:
-        raise CheckpointError(f"verification failed: {len(only)} tensors are on one side alone: {', '.join(only[:5])}")
-    for name, tensor in first.tensors.items():
-        if fingerprint(tensor.load()) != fingerprint(second.tensors[name].load()):
-            raise CheckpointError(f"verification failed: {name} was written otherwise than it was read")
-    return len(first.tensors)
-
-
-def compare_logits(first: Foreign, second: Foreign, tokens: int = 16) -> float | None:
-    """Largest difference of logits of the two in transformers; None where it does not know the model.
-
-    Raises:
-        CheckpointError: they are not equal, bit for bit.
-    """
-    config = first.config
-    if config is None:
+def _completed(foreign: Foreign, dtype: torch.dtype | None) -> Mapping[str, Any] | None:
+    """The configuration with the dtype asked for, and with the class that servers look for where the family has one."""
+    if foreign.config is None:
         return None
-    try:
-        import transformers
-
-        known = transformers.AutoConfig.for_model(**_for_transformers(config))
-        model = transformers.AutoModelForCausalLM.from_config(known)
-    except (ImportError, ValueError, KeyError, AttributeError):
-        return None
-    ids = torch.arange(tokens)[None] % config["vocab_size"]
-    results = []
-    for side in (first, second):
-        state = {name: tensor.load() for name, tensor in side.tensors.items()}
-        missing, unexpected = model.load_state_dict(state, strict=False)
-        loose = [name for name in missing if name != "lm_head.weight"]
-        if loose or unexpected:
-            raise CheckpointError(
-                f"verification failed: transformers misses {loose[:3]}, and knows no {unexpected[:3]}"
-            )
-        model.tie_weights()
-        with torch.no_grad():
-            results.append(model.eval()(ids).logits.float())
-    difference = float((results[0] - results[1]).abs().max())
-    if difference != 0.0:
-        raise CheckpointError(f"verification failed: logits differ by up to {difference:.2e}")
-    return difference
-
-
-def read_config_fields(path: Path) -> dict[str, Any]:
-    """config.json's fields, of a directory or a file."""
-    file = path / "config.json" if path.is_dir() else path
-    try:
-        fields = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is no readable config.json: {error}") from None
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{file} holds a {type(fields).__name__}, expected a JSON object")
+    fields = dict(foreign.config)
+    if dtype is not None:
+        fields.pop("torch_dtype", None)
+        fields["dtype"] = str(dtype).removeprefix("torch.")
+    if not fields.get("architectures") and fields.get("model_type") in FAMILIES:
+        fields["architectures"] = [f"{fields['model_type'].capitalize()}ForCausalLM"]
     return fields
 
 
-def _for_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name not in ("architectures", "polyshard", "dtype")}
+def _write(
+    foreign: Foreign, writer: CheckpointFormat, place: Path, options: Options, source: str, progress: Progress | None
+) -> list[str]:
+    """Write weights, configuration and companions; gives notes.
+
+    Raises:
+        CheckpointError: the writer passed over a tensor, besides what it says itself.
+    """
+    if foreign.config is None:
+        options.need_config(source)
+    assert foreign.config is not None
+    watched, loaded = _watched(foreign)
+    notes: list[str] = []
+    beside, whole = foreign.companions, source.startswith("huggingface")
+    files, left = companions(beside, is_model=whole) if beside is not None else ({}, ())
+    notes += left
+    with tempfile.TemporaryDirectory(prefix="polyshard-tokenizer-") as folder:
+        if foreign.tokenizer is not None:
+            notes += foreign.tokenizer(Path(folder))
+            files |= {file.name: file for file in Path(folder).iterdir()}
+        if not has_tokenizer(files):
+            notes.append("the source holds no tokenizer that could come along: copy the model's own beside the weights")
+        check_code(foreign.config, files)
+        if isinstance(writer, HuggingFaceFormat):
+            listed = [(name, tensor.shape, tensor.dtype, tensor.load) for name, tensor in watched.tensors.items()]
+            write_tensors(place, listed, foreign.config, companions=files, progress=progress)
+        else:
+            place.mkdir()
+            notes += writer.write(watched, place, options)
+            (place / "config.json").write_text(json.dumps(dict(foreign.config), indent=2))
+            for name, file in files.items():
+                (place / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, place / name)
+    passed_over = set(foreign.tensors) - loaded
+    if passed_over:
+        raise CheckpointError(
+            f"{writer.name} has no place for {len(passed_over)} tensors: {some(passed_over)}. Write huggingface "
+            "instead."
+        )
+    return notes
 
 
-def _cast(foreign: Foreign, dtype: torch.dtype) -> Foreign:
-    from dataclasses import replace
+def _watched(foreign: Foreign) -> tuple[Foreign, set[str]]:
+    """The checkpoint, and the names of tensors that were loaded from it so far."""
+    loaded: set[str] = set()
 
-    tensors = {
-        name: replace(t, dtype=dtype, load=lambda t=t: t.load().to(dtype)) for name, t in foreign.tensors.items()
-    }
-    return replace(foreign, tensors=tensors)
+    def watch(name: str, tensor: LazyTensor) -> LazyTensor:
+        def load() -> torch.Tensor:
+            loaded.add(name)
+            return tensor.load()
+
+        return replace(tensor, load=load)
+
+    tensors: Mapping[str, LazyTensor] = {name: watch(name, tensor) for name, tensor in foreign.tensors.items()}
+    return replace(foreign, tensors=tensors), loaded

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from polyshard.checkpoint.config import read_config
+from polyshard.checkpoint.directory import find
 from polyshard.checkpoint.files import TensorReader
 from polyshard.core.errors import CheckpointError
-from polyshard.core.foreign import Foreign, LazyTensor, Options, lazy, load_pickle
+from polyshard.core.foreign import Foreign, Independent, LazyTensor, Options, lazy
+from polyshard.core.pickles import load_pickle
 
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+ADAPTER = "adapter_config.json"
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.bin$")
 
 
 class HuggingFaceFormat:
@@ -29,16 +36,33 @@ class HuggingFaceFormat:
 
     def read(self, path: Path, options: Options) -> Foreign:
         """Tensors as they are, one at a time."""
+        _refuse_adapter(path)
         reader = TensorReader(path)
+        notes: list[str] = []
+        for file in sorted(set(path.glob("*.safetensors")) - set(reader.where.values())):
+            if not file.name.startswith("consolidated"):  # Mistral's: the same weights in its own format
+                raise CheckpointError(
+                    f"{file} is not part of the model: got a file of weights that the index or model.safetensors does "
+                    "not "
+                    "name. Move it out of the directory, or name its tensors in the index."
+                )
+            notes.append(f"left out {file.name}: weights in another format, which the index does not name")
+        left = [file.name for pattern in ("*.bin", "*.pth", "*.gguf") for file in sorted(path.glob(pattern))]
+        if left:
+            notes.append(f"left out {', '.join(left)}: the weights in safetensors are read")
         tensors = {
             name: LazyTensor(reader.shape(name), reader.dtype(name), partial(reader.tensor, name))
             for name in reader.where
         }
-        return Foreign(tensors=tensors, config=options.config or read_config(path).to_dict(), companions=path)
+        return Foreign(tensors=tensors, config=_config(path, options), companions=find(path), notes=tuple(notes))
 
-    def write(self, foreign: Foreign, path: Path, options: Options) -> None:
+    def write(self, foreign: Foreign, path: Path, options: Options) -> tuple[str, ...]:
         """Written by `convert` itself, which streams."""
         raise AssertionError
+
+    def independent(self, path: Path, options: Options) -> Independent:
+        """transformers' own loading."""
+        return Independent(by="transformers", directory=path)
 
 
 class HuggingFaceBinFormat:
@@ -54,8 +78,17 @@ class HuggingFaceBinFormat:
 
     def read(self, path: Path, options: Options) -> Foreign:
         """Tensors, read with `weights_only=True`."""
+        _refuse_adapter(path)
         tensors: dict[str, LazyTensor] = {}
-        for file in self._files(path):
+        files = self._files(path)
+        others = sorted(file.name for file in set(path.glob("pytorch_model*.bin")) - set(files))
+        if others:
+            raise CheckpointError(
+                f"{path / others[0]} is not part of the model: got a file that the index does not name. Move it out "
+                "of the "
+                "directory, or name its tensors in the index."
+            )
+        for file in files:
             content = load_pickle(file, options)
             for name, tensor in content.items():
                 if not isinstance(tensor, torch.Tensor):
@@ -63,19 +96,58 @@ class HuggingFaceBinFormat:
                 if name in tensors:
                     raise CheckpointError(f"tensor {name!r} is in two files of {path}")
                 tensors[name] = lazy(tensor)
-        return Foreign(tensors=tensors, config=options.config or read_config(path).to_dict(), companions=path)
+        self._check_index(path, set(tensors))
+        return Foreign(tensors=tensors, config=_config(path, options), companions=path)
 
-    def write(self, foreign: Foreign, path: Path, options: Options) -> None:
+    def write(self, foreign: Foreign, path: Path, options: Options) -> tuple[str, ...]:
         """Never."""
         raise CheckpointError("pickles are not written: write huggingface, which is safetensors")
+
+    def independent(self, path: Path, options: Options) -> Independent:
+        """transformers' own loading."""
+        return Independent(by="transformers", directory=path)
+
+    def _check_index(self, path: Path, held: set[str]) -> None:
+        index = path / BIN_INDEX
+        named = set(json.loads(index.read_text())["weight_map"]) if index.is_file() else held
+        if named != held:
+            lacking = sorted(named ^ held)
+            raise CheckpointError(f"{index} and its files disagree about {len(lacking)} tensors, such as {lacking[0]}")
 
     def _files(self, path: Path) -> list[Path]:
         index = path / BIN_INDEX
         if not index.is_file():
-            return [path / BIN]
+            return self._without_index(path)
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         outside = [name for name in names if "/" in name or "\\" in name]
         missing = [name for name in names if not (path / name).is_file()]
         if outside or missing:
             raise CheckpointError(f"{index} names {(outside or missing)[0]!r}, which is not in its directory")
         return [path / name for name in names]
+
+    def _without_index(self, path: Path) -> list[Path]:
+        if (path / BIN).is_file():
+            return [path / BIN]
+        files = sorted(path.glob("pytorch_model*.bin"))
+        counts = {int(match[2]) for file in files if (match := _SHARD.search(file.name))}
+        if counts != {len(files)}:
+            raise CheckpointError(
+                f"{path} is incomplete: got {len(files)} of {max(counts, default=1)} files pytorch_model*.bin. Copy "
+                "all of "
+                f"them, and {BIN_INDEX}."
+            )
+        return files
+
+
+def _config(path: Path, options: Options) -> Mapping[str, Any]:
+    """The directory's own, which the user's must not contradict."""
+    return read_config(path).to_dict() if options.config is None else options.need_config("Hugging Face", find(path))
+
+
+def _refuse_adapter(path: Path) -> None:
+    if (path / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{path} holds an adapter: got {ADAPTER}, which transformers applies to the model when it loads it. Merge "
+            "the "
+            "adapter into the model first (peft's merge_and_unload), or move its files out."
+        )

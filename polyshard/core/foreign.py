@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from polyshard.core.decoder_spec import DecoderSpec
 from polyshard.core.errors import CheckpointError
+
+Shape = DecoderSpec  # its name before it knew more than sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +32,40 @@ class Foreign:
     Attributes:
         tensors: by Hugging Face name.
         config: fields of config.json, where they are known.
-        companions: a directory with tokenizer files, where there is one.
-        notes: what was passed over, for the user.
+        companions: a directory with the files that belong to the model beside its weights, where there is one.
+        tokenizer: writes the tokenizer that the source holds in a form of its own into a directory; gives notes.
+        notes: what was left out or changed, for the user.
     """
 
     tensors: Mapping[str, LazyTensor]
     config: Mapping[str, Any] | None = None
     companions: Path | None = None
+    tokenizer: Callable[[Path], tuple[str, ...]] | None = None
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Independent:
+    """A checkpoint as a reader other than `CheckpointFormat.read` understands it, for `--verify`.
+
+    Attributes:
+        by: that reader, in words.
+        state: tensors under Hugging Face names, which transformers computes logits from.
+        logits: or what computes them itself, in float32 or more: token ids `[1, tokens]` to `[tokens, vocabulary]`;
+            weights are first rounded to the dtype, where one is given.
+        directory: or a Hugging Face directory, which transformers loads; with `gguf` the name of a GGUF file in it.
+        gguf: see `directory`.
+    """
+
+    by: str
+    state: Mapping[str, torch.Tensor] | None = None
+    logits: Callable[[torch.Tensor, torch.dtype | None], torch.Tensor] | None = None
+    directory: Path | None = None
+    gguf: str | None = None
+
+
+class NotComparableError(Exception):
+    """No independent reader can compute what `--verify` asks for; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +74,8 @@ class Options:
 
     Attributes:
         config: fields of config.json, for formats that hold none.
-        allow_pickle: files that are pickles may be read. Tensors are read with `weights_only=True`; an index that is
-            a pickle can run code.
+        allow_pickle: files that are pickles may be read. Tensors are read with `weights_only=True`, and other types
+            as inert objects; DeepSpeed's own code, which joins ZeRO's files, can run code.
         tensor_parallel: ranks to write for, in formats with a file for each.
         padded_vocabulary: multiple that the vocabulary is padded to, in formats that pad.
     """
@@ -55,14 +85,31 @@ class Options:
     tensor_parallel: int = 1
     padded_vocabulary: int = 1
 
-    def need_config(self, name: str) -> Mapping[str, Any]:
-        """The configuration, or an error that says how to give it."""
-        if self.config is None:
+    def need_config(self, name: str, *places: Path) -> Mapping[str, Any]:
+        """The configuration: the user's, or a config.json that stands beside the checkpoint.
+
+        Args:
+            name: the format's, for the error.
+            places: directories that may hold one.
+
+        Raises:
+            CheckpointError: there is none, or the two describe different models.
+        """
+        beside = next((place / "config.json" for place in places if (place / "config.json").is_file()), None)
+        stored = None if beside is None else config_fields_of(beside)
+        if self.config is None and stored is None:
             raise CheckpointError(
                 f"{name} checkpoints do not hold the model's configuration: pass --config DIRECTORY, a Hugging Face "
                 "directory (or its config.json) of the same architecture"
             )
-        return self.config
+        if self.config is not None and stored is not None:
+            differences = DecoderSpec.of(self.config).differences(DecoderSpec.of(stored))
+            if differences:
+                raise CheckpointError(
+                    f"--config describes another model than {beside}: got {'; '.join(differences)}, expected equal "
+                    "fields. Leave --config out, or remove the file if it is wrong."
+                )
+        return self.config if self.config is not None else stored or {}
 
     def need_pickle(self, path: Path) -> None:
         """Raise where a pickle would have to be read and the user has not allowed it."""
@@ -86,135 +133,44 @@ class CheckpointFormat(Protocol):
         """The checkpoint as logical tensors.
 
         Raises:
-            CheckpointError: it is torn, cannot be understood, or needs what the options do not give.
+            CheckpointError: it is torn, cannot be understood, needs what the options do not give, or holds a tensor
+                or a field that the result would not carry.
         """
         ...
 
-    def write(self, foreign: Foreign, path: Path, options: Options) -> None:
-        """Write logical tensors in this format, into an empty directory."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Sizes of a Llama-like decoder, as config.json states them."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    tied: bool
-    qkv_bias: bool = field(default=False)
-    qk_norm: bool = field(default=False)
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Shape:
-        """From config.json's fields.
+    def write(self, foreign: Foreign, path: Path, options: Options) -> tuple[str, ...]:
+        """Write logical tensors in this format, into an empty directory; gives notes.
 
         Raises:
-            CheckpointError: a field is missing.
+            CheckpointError: the format has no place for a tensor or for a field of the configuration.
         """
-        try:
-            heads = config["num_attention_heads"]
-            kind = config.get("model_type")
-            return cls(
-                hidden=config["hidden_size"],
-                intermediate=config["intermediate_size"],
-                layers=config["num_hidden_layers"],
-                heads=heads,
-                kv_heads=config.get("num_key_value_heads") or heads,
-                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-                vocabulary=config["vocab_size"],
-                tied=bool(config.get("tie_word_embeddings", False)),
-                qkv_bias=kind == "qwen2" or bool(config.get("attention_bias", False)),
-                qk_norm=kind == "qwen3",
-            )
-        except KeyError as error:
-            raise CheckpointError(f"the configuration lacks {error}; expected that of a Llama-like decoder") from None
+        ...
+
+    def independent(self, path: Path, options: Options) -> Independent:
+        """The checkpoint by another reader than `read`.
+
+        Raises:
+            NotComparableError: there is none.
+        """
+        ...
+
+
+def config_fields_of(path: Path) -> dict[str, Any]:
+    """config.json's fields, of a directory or a file.
+
+    Raises:
+        CheckpointError: it is missing or is no JSON object.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        fields = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is no readable config.json: {error}") from None
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{file} holds a {type(fields).__name__}, expected a JSON object")
+    return fields
 
 
 def lazy(tensor: torch.Tensor) -> LazyTensor:
     """A tensor that is there already."""
     return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
-
-
-def load_pickle(path: Path, options: Options) -> Any:
-    """A `torch.save` file of tensors and plain data, mapped and not executed.
-
-    Raises:
-        CheckpointError: it is torn, holds anything else, or pickles are not allowed.
-    """
-    options.need_pickle(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} cannot be read as tensors and plain data: {first}") from None
-
-
-def expected_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Names and logical shapes of a Llama-like decoder's tensors, as Hugging Face stores them."""
-    h, f, d = shape.hidden, shape.intermediate, shape.head_dim
-    q, kv = shape.heads * d, shape.kv_heads * d
-    result: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocabulary, h)}
-    for i in range(shape.layers):
-        layer = {
-            "input_layernorm.weight": (h,),
-            "self_attn.q_proj.weight": (q, h),
-            "self_attn.k_proj.weight": (kv, h),
-            "self_attn.v_proj.weight": (kv, h),
-            "self_attn.o_proj.weight": (h, q),
-            "post_attention_layernorm.weight": (h,),
-            "mlp.gate_proj.weight": (f, h),
-            "mlp.up_proj.weight": (f, h),
-            "mlp.down_proj.weight": (h, f),
-        }
-        if shape.qkv_bias:
-            layer |= {f"self_attn.{n}_proj.bias": (size,) for n, size in (("q", q), ("k", kv), ("v", kv))}
-        if shape.qk_norm:
-            layer |= {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)}
-        result |= {f"model.layers.{i}.{name}": size for name, size in layer.items()}
-    result["model.norm.weight"] = (h,)
-    if not shape.tied:
-        result["lm_head.weight"] = (shape.vocabulary, h)
-    return result
-
-
-def joined(name: str, parts: Sequence[torch.Tensor], logical: tuple[int, ...]) -> torch.Tensor:
-    """Ranks' parts of a tensor as the whole: joined along the dimension in which the parts are short of it.
-
-    Raises:
-        CheckpointError: no single dimension explains the parts.
-    """
-    first = tuple(parts[0].shape)
-    if first == logical:
-        return parts[0]
-    if len(first) == len(logical):
-        for dim in range(len(logical)):
-            others = all(a == b for d, (a, b) in enumerate(zip(first, logical)) if d != dim)
-            found = sum(part.shape[dim] for part in parts)
-            if others and found >= logical[dim]:  # more: the vocabulary was padded
-                return torch.cat(list(parts), dim=dim).narrow(dim, 0, logical[dim])
-    raise CheckpointError(f"{name}: {len(parts)} parts of {list(first)} do not make {list(logical)}")
-
-
-def named(names: Iterable[str], expected: Iterable[str]) -> dict[str, str]:
-    """Expected name to the name found, where they differ by a prefix that a wrapper put before all of them.
-
-    Raises:
-        CheckpointError: names are missing, whatever the prefix; the nearest miss is told.
-    """
-    held, wanted = set(names), list(expected)
-    best: list[str] = wanted
-    for prefix in ("", "module.", "model.", "app.model.", "_orig_mod.", "module.module.", "state_dict.model."):
-        missing = [name for name in wanted if prefix + name not in held]
-        if not missing:
-            return {name: prefix + name for name in wanted}
-        best = min(best, missing, key=len)
-    raise CheckpointError(
-        f"{len(best)} of the model's {len(wanted)} tensors are missing: {', '.join(best[:5])}; found "
-        f"{len(held)} others, such as {', '.join(sorted(held)[:3])}"
-    )

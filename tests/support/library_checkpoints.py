@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import polyshard as ps
+from support.megatron_legacy import training_state
 from support.models import tiny_config, tiny_model
 
 SIZES = {
@@ -136,7 +137,12 @@ def save_megatron(path, size, kind):
             dist.barrier()
             # Megatron starts a process of its own, which a rank of run_ranks may not, and leaves it behind.
             multiprocessing.current_process()._config["daemon"] = False
-            dist_checkpointing.save(model.sharded_state_dict(metadata=_metadata(state)), str(place))
+            common = {
+                "args": argparse.Namespace(num_layers=2, rotary_base=10000),
+                "iteration": 3,
+                "checkpoint_version": 3.0,
+            }
+            dist_checkpointing.save(model.sharded_state_dict(metadata=_metadata(state)) | common, str(place))
             dist.barrier()
             for child in multiprocessing.active_children():
                 child.kill()
@@ -147,7 +153,7 @@ def save_megatron(path, size, kind):
                 "model": model.state_dict_for_save_checkpoint(),
                 "iteration": 3,
                 "checkpoint_version": 3.0,
-                "args": argparse.Namespace(num_layers=2),
+                **training_state(),
             }
             torch.save(content, folder / "model_optim_rng.pt")
         dist.barrier()
@@ -172,12 +178,15 @@ def load_megatron(path, size):
         return _gpt_loss(model)
 
 
-def save_deepspeed(path, stage, tensor=1):
+def save_deepspeed(path, stage, tensor=1, frozen=False):
     """A transformers model under DeepSpeed, trained one step and saved by its engine; gives its weights in fp32."""
     context = ps.initialize("deepspeed", tensor=tensor, timeout=120)
     import deepspeed
 
     model = tiny_model(config()).train()
+    if frozen:
+        model.model.embed_tokens.requires_grad_(False)
+        model.model.layers[0].requires_grad_(False)
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage},
@@ -185,7 +194,7 @@ def save_deepspeed(path, stage, tensor=1):
     }
     if tensor > 1:
         settings["tensor_parallel"] = {"autotp_size": tensor}
-    optimizer = None if tensor > 1 else torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = None if tensor > 1 else torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     if tensor == 1:
         rows = IDS[context.rank : context.rank + 1]

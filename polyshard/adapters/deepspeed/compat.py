@@ -174,10 +174,18 @@ def gather_persistent(optimizer: Any) -> None:
         stale[0].all_gather(stale)
 
 
-def fp32_weights(directory: Path, tag: str) -> dict[str, torch.Tensor]:
-    """The fp32 weights of a ZeRO checkpoint with one tensor-parallel rank, by DeepSpeed's own code."""
+def fp32_weights(directory: Path, tag: str, *, frozen: bool) -> dict[str, torch.Tensor]:
+    """The fp32 weights of a ZeRO checkpoint with one tensor-parallel rank, by DeepSpeed's own code.
+
+    Args:
+        directory: holds the folder of the tag.
+        tag: name of that folder.
+        frozen: with the parameters that were not trained; DeepSpeed finds them in checkpoints of ZeRO 2 and 3 only.
+    """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with printing_as_log(logger, "DeepSpeed"):
-        weights: Any = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=tag)
+        weights: Any = get_fp32_state_dict_from_zero_checkpoint(
+            str(directory), tag=tag, exclude_frozen_parameters=not frozen
+        )
     return dict(weights)

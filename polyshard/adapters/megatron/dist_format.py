@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import re
 import warnings
 from functools import lru_cache
 from pathlib import Path
@@ -12,14 +14,24 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import DefaultSavePlanner, save
 
-from polyshard.adapters.megatron.names import Source, from_hugging_face, to_hugging_face
+from polyshard.adapters.megatron.arguments import arguments_of, check_arguments, padded_rows, plain_arguments
+from polyshard.adapters.megatron.names import LAYERS, from_hugging_face, padding_note, to_hugging_face
+from polyshard.adapters.megatron.proof import independent
 from polyshard.adapters.shared.distributed_checkpoint import stored_tensors
+from polyshard.core.decoder_spec import DecoderSpec
 from polyshard.core.errors import CheckpointError
-from polyshard.core.foreign import Foreign, LazyTensor, Options, Shape
+from polyshard.core.foreign import Foreign, Independent, LazyTensor, Options
+from polyshard.core.pickles import load_pickle
 
 METADATA = "metadata.json"
+COMMON = "common.pt"
 _LINEAR = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 LATEST = "latest_checkpointed_iteration.txt"
+TRAINING_STATE = re.compile(r"^(chained_\d+\.)?(optimizer|opt_param_scheduler|rng_state|rerun_state_machine)(\.|/|_|$)")
+NO_ARGUMENTS = (
+    "the checkpoint holds no arguments of Megatron: the configuration's rotary embedding, norm epsilon, activation and "
+    "windows are taken as they are given"
+)
 
 
 class MegatronDistFormat:
@@ -41,33 +53,38 @@ class MegatronDistFormat:
         return f"Megatron-Core's torch_dist checkpoint, {place.name}" if backend == "torch_dist" else None
 
     def read(self, path: Path, options: Options) -> Foreign:
-        """A GPT's weights; the optimizer's and random states are passed over."""
+        """A GPT's weights; the optimizer's and random states are left out."""
         place = iteration(path)
-        config = options.need_config("Megatron's")
-        stored = _stored(place, options)
-        source = Source(lambda layer, name: _layer(stored, layer, name), stored.get)
-        tensors = to_hugging_face(source, Shape.of(config))
-        left = sorted(name for name in stored if "optimizer" in name)
-        notes = (f"passed over {len(left)} tensors of the optimizer",) if left else ()
-        return Foreign(tensors=tensors, config=config, notes=notes)
+        config = options.need_config("Megatron's", place, path)
+        spec = DecoderSpec.of(config)
+        held, left = _weights(place, options)
+        arguments = stored_arguments(place, options)
+        check_arguments(path, arguments, spec)
+        tensors = to_hugging_face(path, held, spec, padded_rows(arguments, spec, options.padded_vocabulary))
+        notes = (f"left out {len(left)} tensors of the training state, such as {left[0]}",) if left else ()
+        notes += padding_note(held, spec) + (() if arguments else (NO_ARGUMENTS,))
+        return Foreign(tensors=tensors, config=config, companions=path, notes=notes)
 
-    def write(self, foreign: Foreign, path: Path, options: Options) -> None:
-        """A GPT's weights as Megatron's own saving lays them out; the format's index and files are torch's pickles."""
+    def write(self, foreign: Foreign, path: Path, options: Options) -> tuple[str, ...]:
+        """A GPT's weights and arguments as Megatron's own saving lays them out; index and files are torch's pickles."""
         assert foreign.config is not None
-        shape = Shape.of(foreign.config)
+        spec = DecoderSpec.of(foreign.config)
         multiple = math.lcm(max(1, options.padded_vocabulary), options.tensor_parallel)
-        padded = -(-shape.vocabulary // multiple) * multiple
+        padded = -(-spec.vocabulary // multiple) * multiple
+        arguments = arguments_of(spec, foreign.config, padded, max(1, options.padded_vocabulary))
         place = path / "iter_0000000"
         place.mkdir()
-        content: dict[str, Any] = dict(from_hugging_face(foreign.tensors, shape, padded))
-        for layer in range(shape.layers):
+        content: dict[str, Any] = dict(from_hugging_face(foreign.tensors, spec, padded))
+        for layer in range(spec.layers):
             for name in _LINEAR:  # Megatron's loading asks for each linear layer's empty extra state
-                content[f"decoder.layers.{name}._extra_state/shard_{layer}_{shape.layers}"] = [None]
+                content[f"{LAYERS}{name}._extra_state/shard_{layer}_{spec.layers}"] = [None]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as meant, in one process
             planner = DefaultSavePlanner(flatten_state_dict=False)
             save(content, checkpoint_id=place, planner=planner, no_dist=True)
-        torch.save({"iteration": 0, "checkpoint_version": 3.0}, place / "common.pt")
+        arguments["tensor_model_parallel_size"] = options.tensor_parallel
+        common = {"iteration": 0, "checkpoint_version": 3.0, "args": argparse.Namespace(**arguments)}
+        torch.save(common, place / COMMON)
         (place / METADATA).write_text(
             json.dumps(
                 {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
@@ -75,6 +92,14 @@ class MegatronDistFormat:
             )
         )
         (path / LATEST).write_text("0")
+        return ("the configuration's fields that are no arguments of Megatron stand in config.json beside it",)
+
+    def independent(self, path: Path, options: Options) -> Independent:
+        """Megatron-Core's own GPT, loaded by its own code."""
+        place = iteration(path)
+        return independent(
+            place, "torch_dist", options.need_config("Megatron's", place, path), stored_arguments(place, options)
+        )
 
 
 def iteration(path: Path) -> Path:
@@ -89,26 +114,35 @@ def iteration(path: Path) -> Path:
     return path
 
 
-def _stored(place: Path, options: Options) -> dict[str, LazyTensor]:
+def stored_arguments(place: Path, options: Options) -> dict[str, Any]:
+    """The arguments that Megatron's training saved; empty where there are none."""
+    file = place / COMMON
+    content = load_pickle(file, options) if file.is_file() else {}
+    arguments = content.get("args") if isinstance(content, dict) else None
+    return plain_arguments(arguments)
+
+
+def _weights(place: Path, options: Options) -> tuple[dict[str, LazyTensor], list[str]]:
+    """Weights, each layer's under a name of its own, and the names of the training state."""
     found = stored_tensors(place, options)
 
     @lru_cache(maxsize=1)  # layers are asked for in turn
     def load(name: str) -> torch.Tensor:
         return found[name].load()
 
-    def held(name: str) -> LazyTensor:
-        entry = found[name]
-        return LazyTensor(entry.shape, entry.dtype, lambda: load(name))
-
-    names = {name.removeprefix("model."): name for name in found if "_extra_state" not in name}
-    return {short: held(name) for short, name in names.items()}
-
-
-def _layer(stored: dict[str, LazyTensor], layer: int, name: str) -> LazyTensor | None:
-    alone = stored.get(f"decoder.layers.{layer}.{name}")
-    stacked = stored.get(f"decoder.layers.{name}")
-    if alone is not None or stacked is None:
-        return alone
-    if layer >= stacked.shape[0]:
-        return None
-    return LazyTensor(stacked.shape[1:], stacked.dtype, lambda: stacked.load()[layer])
+    held: dict[str, LazyTensor] = {}
+    left: list[str] = []
+    for name, entry in found.items():
+        short = name.removeprefix("model.")
+        if TRAINING_STATE.search(short):
+            left.append(name)
+        elif "_extra_state" in short:
+            continue
+        elif short.startswith(LAYERS) and not short.removeprefix(LAYERS)[0].isdigit():
+            for layer in range(entry.shape[0]):
+                held[f"{LAYERS}{layer}.{short.removeprefix(LAYERS)}"] = LazyTensor(
+                    entry.shape[1:], entry.dtype, lambda name=name, layer=layer: load(name)[layer]
+                )
+        else:
+            held[short] = LazyTensor(entry.shape, entry.dtype, lambda name=name: load(name))
+    return held, sorted(left)

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from polyshard.adapters.megatron.dist_format import iteration
-from polyshard.adapters.megatron.names import Source, to_hugging_face
+from polyshard.adapters.megatron.arguments import check_arguments, padded_rows, plain_arguments
+from polyshard.adapters.megatron.dist_format import NO_ARGUMENTS, iteration
+from polyshard.adapters.megatron.names import LAYERS, padding_note, to_hugging_face
+from polyshard.adapters.megatron.proof import independent
+from polyshard.core.decoder_spec import DecoderSpec
 from polyshard.core.errors import CheckpointError
-from polyshard.core.foreign import Foreign, LazyTensor, Options, Shape, load_pickle
+from polyshard.core.foreign import Foreign, Independent, LazyTensor, Options
+from polyshard.core.pickles import load_pickle
 
 _FOLDER = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?$")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)$")
 _FILES = ("model_optim_rng.pt", "model_rng.pt")
 
-# Dimension that tensor ranks share, by the end of the name; norms and biases of row layers are whole.
+# Dimension that tensor ranks share, by the end of the name; norms and biases of row layers are replicated.
 _DIMENSIONS = {
     "word_embeddings.weight": 0,
     "linear_qkv.weight": 0,
     "linear_qkv.bias": 0,
     "linear_proj.weight": 1,
     "linear_fc1.weight": 0,
+    "linear_fc1.bias": 0,
     "linear_fc2.weight": 1,
     "output_layer.weight": 0,
 }
 
-Ranks = dict[tuple[int, int], Mapping[str, torch.Tensor]]  # by pipeline stage and tensor rank
+Place = tuple[int, int]  # pipeline stage and tensor rank
+State = Mapping[str, torch.Tensor]
 
 
 class MegatronLegacyFormat:
@@ -48,34 +55,49 @@ class MegatronLegacyFormat:
 
     def read(self, path: Path, options: Options) -> Foreign:
         """The ranks' parts joined."""
-        config = options.need_config("Megatron's")
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            files = {place: load_pickle(file, options) for place, file in _files(iteration(path)).items()}
-        ranks: Ranks = {place: content.get("model", content) for place, content in files.items()}
-        shape = Shape.of(config)
-        stages = max(stage for stage, _ in ranks) + 1
-        per_stage = shape.layers // stages
-        last = stages - 1
+        place = iteration(path)
+        config = options.need_config("Megatron's", place, path)
+        spec = DecoderSpec.of(config)
+        files = {where: load_pickle(file, options) for where, file in _complete(place).items()}
+        arguments = _arguments(files[0, 0])
+        check_arguments(path, arguments, spec)
+        _check_sizes(place, files, arguments)
+        held: dict[str, LazyTensor] = {}
+        first = 0  # layer of the chunk
+        for stage, chunk in _chunks(place, files):
+            tensors = sorted((rank, _model(content, chunk)) for (s, rank), content in files.items() if s == stage)
+            first += _add(held, place, [state for _, state in tensors], first)
+        rows = padded_rows(arguments, spec, options.padded_vocabulary)
+        tensors = to_hugging_face(path, held, spec, rows)
+        notes = padding_note(held, spec) + (() if arguments else (NO_ARGUMENTS,))
+        left = sorted({key for content in files.values() for key in content if not key.startswith("model")})
+        if left and "model" in files[0, 0]:
+            notes += (f"left out the training state: {', '.join(left)}",)
+        return Foreign(tensors=tensors, config=config, companions=path, notes=notes)
 
-        def of_layer(layer: int, name: str) -> LazyTensor | None:
-            stage, local = divmod(layer, per_stage)
-            return _joined(ranks, stage, f"decoder.layers.{local}.{name}")
-
-        def alone(name: str) -> LazyTensor | None:
-            return _joined(ranks, 0 if name.startswith("embedding") else last, name)
-
-        tensors = to_hugging_face(Source(of_layer, alone), shape)
-        notes = ("passed over the optimizer's state",) if any("optimizer" in c for c in files.values()) else ()
-        return Foreign(tensors=tensors, config=config, notes=notes)
-
-    def write(self, foreign: Foreign, path: Path, options: Options) -> None:
+    def write(self, foreign: Foreign, path: Path, options: Options) -> tuple[str, ...]:
         """Never."""
         raise CheckpointError("Megatron's legacy format is read, not written: write megatron-torch-dist")
 
+    def independent(self, path: Path, options: Options) -> Independent:
+        """Megatron-Core's own GPT, loaded by its own code."""
+        place = iteration(path)
+        files = _complete(place)
+        arguments = _arguments(load_pickle(files[0, 0], options))
+        return independent(place, "legacy", options.need_config("Megatron's", place, path), arguments, ranks=len(files))
 
-def _files(place: Path) -> dict[tuple[int, int], Path]:
-    found: dict[tuple[int, int], Path] = {}
-    for folder in sorted(place.glob("mp_rank_*")) if place.is_dir() else []:
+
+def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:
+    return plain_arguments(content.get("args"))
+
+
+def _folders(place: Path) -> list[Path]:
+    return sorted(place.glob("mp_rank_*")) if place.is_dir() else []
+
+
+def _files(place: Path) -> dict[Place, Path]:
+    found: dict[Place, Path] = {}
+    for folder in _folders(place):
         match = _FOLDER.match(folder.name)
         file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
         if match and file is not None:
@@ -83,12 +105,82 @@ def _files(place: Path) -> dict[tuple[int, int], Path]:
     return found
 
 
-def _joined(ranks: Ranks, stage: int, name: str) -> LazyTensor | None:
-    parts = [ranks[place][name] for place in sorted(ranks) if place[0] == stage and name in ranks[place]]
-    if not parts:
-        return None
+def _complete(place: Path) -> dict[Place, Path]:
+    """All ranks' files.
+
+    Raises:
+        CheckpointError: a folder is of another kind, or ranks are missing.
+    """
+    files = _files(place)
+    others = sorted({folder.name for folder in _folders(place)} - {file.parent.name for file in files.values()})
+    if others:
+        raise CheckpointError(
+            f"{place} holds folders that cannot be read: {', '.join(others[:5])}. Expected mp_rank_TT or "
+            "mp_rank_TT_PPP, each "
+            f"with {_FILES[0]}; experts' folders (mp_rank_TT_PPP_EEE) are unsupported."
+        )
+    stages, tensor = max(s for s, _ in files) + 1, max(t for _, t in files) + 1
+    missing = [(s, t) for s in range(stages) for t in range(tensor) if (s, t) not in files]
+    if missing:
+        names = [f"mp_rank_{t:02d}" + (f"_{s:03d}" if stages > 1 else "") for s, t in missing]
+        raise CheckpointError(f"{place} is incomplete: {', '.join(names[:5])} missing. Copy all ranks.")
+    return files
+
+
+def _check_sizes(place: Path, files: Mapping[Place, Any], arguments: Mapping[str, Any]) -> None:
+    for name, found in (
+        ("tensor_model_parallel_size", max(t for _, t in files) + 1),
+        ("pipeline_model_parallel_size", max(s for s, _ in files) + 1),
+    ):
+        if (stored := arguments.get(name)) is not None and stored != found:
+            raise CheckpointError(
+                f"{place} is incomplete: its arguments say {name}={stored}, got {found} ranks. Copy all ranks."
+            )
+
+
+def _chunks(place: Path, files: Mapping[Place, Any]) -> list[tuple[int, str]]:
+    """Stage and key of each part of the pipeline, in the order of the layers."""
+    keys = sorted((key for key in files[0, 0] if re.fullmatch(r"model\d+", key)), key=lambda key: int(key[5:]))
+    stages = range(max(stage for stage, _ in files) + 1)
+    return [(stage, key) for key in keys or ["model"] for stage in stages]
+
+
+def _model(content: Mapping[str, Any], key: str) -> State:
+    return content.get(key, content) if key == "model" else content[key]
+
+
+def _add(held: dict[str, LazyTensor], place: Path, ranks: list[State], first: int) -> int:
+    """Add one chunk's joined tensors; gives the number of its layers."""
+    names = {name for rank in ranks for name, value in rank.items() if isinstance(value, torch.Tensor)}
+    layers: set[int] = set()
+    for name in sorted(names):
+        if name.endswith("_extra_state"):
+            continue
+        short = name.removeprefix("module.")
+        match = _LAYER.match(short)
+        if match:
+            layers.add(int(match[1]))
+            short = f"{LAYERS}{first + int(match[1])}.{match[2]}"
+        lacking = [index for index, rank in enumerate(ranks) if name not in rank]
+        if lacking:
+            raise CheckpointError(f"{place}: {name} is missing on tensor rank {lacking[0]}. Copy all ranks.")
+        part = _joined(place, [rank[name] for rank in ranks], name)
+        if short in held:  # a tied embedding is on the first and on the last stage
+            if not torch.equal(held[short].load(), part.load()):
+                raise CheckpointError(f"{place}: {name} is on two stages, and they disagree. Find out which is right.")
+            continue
+        held[short] = part
+    return len(layers)
+
+
+def _joined(place: Path, parts: list[torch.Tensor], name: str) -> LazyTensor:
     dim = next((d for end, d in _DIMENSIONS.items() if name.endswith(end)), None)
     if dim is None or len(parts) == 1:
+        if any(not torch.equal(parts[0], part) for part in parts[1:]):
+            raise CheckpointError(
+                f"{place}: {name} is replicated, but its tensor ranks disagree: got different values, expected equal "
+                "ones. Find out which rank is right; training let them drift apart."
+            )
         return LazyTensor(tuple(parts[0].shape), parts[0].dtype, lambda: parts[0])
     size = list(parts[0].shape)
     size[dim] = sum(part.shape[dim] for part in parts)

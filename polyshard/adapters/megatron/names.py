@@ -8,69 +8,114 @@ checkpoint) or stand alone (local layers).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from polyshard.adapters.shared.hugging_face_names import same_head
+from polyshard.core.accounting import account, check_shapes, without_padding
+from polyshard.core.decoder_spec import DecoderSpec, expected_shapes
 from polyshard.core.errors import CheckpointError
-from polyshard.core.foreign import LazyTensor, Shape
+from polyshard.core.foreign import LazyTensor
 
 EMBEDDING = "embedding.word_embeddings.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
 HEAD = "output_layer.weight"
+LAYERS = "decoder.layers."
 QKV, GATE_UP = "self_attention.linear_qkv", "mlp.linear_fc1"
 
-# Within a layer: Megatron's names (the first is written), Hugging Face's, the dimension that ranks share.
-SINGLE = (
-    ((f"{QKV}.layer_norm_weight", "input_layernorm.weight"), "input_layernorm.weight", None),
-    (("self_attention.linear_proj.weight",), "self_attn.o_proj.weight", 1),
-    ((f"{GATE_UP}.layer_norm_weight", "pre_mlp_layernorm.weight"), "post_attention_layernorm.weight", None),
-    (("mlp.linear_fc2.weight",), "mlp.down_proj.weight", 1),
-)
-QK_NORMS = (
-    (("self_attention.q_layernorm.weight",), "self_attn.q_norm.weight", None),
-    (("self_attention.k_layernorm.weight",), "self_attn.k_norm.weight", None),
-)
+Single = tuple[tuple[tuple[str, ...], str], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where a reader finds a layer's tensor: by layer and name within it, or outside the layers by name alone."""
+def _single(spec: DecoderSpec) -> Single:
+    """Within a layer: Megatron's names (the first is written) and Hugging Face's of tensors that are not fused."""
+    found: list[tuple[tuple[str, ...], str]] = [
+        ((f"{QKV}.layer_norm_weight", "input_layernorm.weight"), "input_layernorm.weight"),
+        (("self_attention.linear_proj.weight",), "self_attn.o_proj.weight"),
+        ((f"{GATE_UP}.layer_norm_weight", "pre_mlp_layernorm.weight"), "post_attention_layernorm.weight"),
+        (("mlp.linear_fc2.weight",), "mlp.down_proj.weight"),
+    ]
+    if spec.output_bias:
+        found.append((("self_attention.linear_proj.bias",), "self_attn.o_proj.bias"))
+    if spec.mlp_bias:
+        found.append((("mlp.linear_fc2.bias",), "mlp.down_proj.bias"))
+    if spec.qk_norm:
+        found += [((f"self_attention.{n}_layernorm.weight",), f"self_attn.{n}_norm.weight") for n in "qk"]
+    return tuple(found)
 
-    of_layer: Callable[[int, str], LazyTensor | None]
-    alone: Callable[[str], LazyTensor | None]
+
+def _leaves(bias: bool) -> tuple[str, ...]:
+    return ("weight", "bias") if bias else ("weight",)
 
 
-def to_hugging_face(source: Source, shape: Shape) -> dict[str, LazyTensor]:
-    """Hugging Face's tensors, ordered so that a reader meets each of Megatron's in one run."""
-    result = {"model.embed_tokens.weight": _rows(_need(source.alone(EMBEDDING), EMBEDDING), shape.vocabulary)}
-    for leaf in ("weight", "bias") if shape.qkv_bias else ("weight",):
-        for i in range(shape.layers):
-            fused = _need(source.of_layer(i, f"{QKV}.{leaf}"), f"layer {i}: {QKV}.{leaf}")
+def to_hugging_face(
+    where: Path, held: Mapping[str, LazyTensor], spec: DecoderSpec, padded: int | None
+) -> dict[str, LazyTensor]:
+    """Hugging Face's tensors, ordered so that a reader meets each of Megatron's stacked tensors in one run.
+
+    Args:
+        where: the checkpoint, for errors.
+        held: all of its weights, each layer's under `decoder.layers.LAYER.NAME`.
+        spec: the model.
+        padded: rows of the padded vocabulary, where they are known; otherwise padding must be zeros.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or of another shape.
+    """
+    used: set[str] = set()
+
+    def need(*names: str) -> LazyTensor:
+        for name in names:
+            if name in held:
+                used.add(name)
+                return held[name]
+        raise CheckpointError(
+            f"{where}: {names[0]} is missing. Pass --config with the configuration that belongs to this checkpoint, or "
+            "the whole checkpoint."
+        )
+
+    result = {"model.embed_tokens.weight": _rows(need(EMBEDDING), "the embedding", spec.vocabulary, padded)}
+    for leaf in _leaves(spec.qkv_bias):
+        for i in range(spec.layers):
+            fused = need(f"{LAYERS}{i}.{QKV}.{leaf}")
             for part, name in enumerate("qkv"):
-                result[f"model.layers.{i}.self_attn.{name}_proj.{leaf}"] = _of_qkv(fused, part, shape)
-    for i in range(shape.layers):
-        fused = _need(source.of_layer(i, f"{GATE_UP}.weight"), f"layer {i}: {GATE_UP}.weight")
-        for part, name in enumerate(("gate", "up")):
-            result[f"model.layers.{i}.mlp.{name}_proj.weight"] = _half(fused, part)
-    for names, theirs, _ in (*SINGLE, *(QK_NORMS if shape.qk_norm else ())):
-        for i in range(shape.layers):
-            found = next((t for t in (source.of_layer(i, name) for name in names) if t is not None), None)
-            result[f"model.layers.{i}.{theirs}"] = _need(found, f"layer {i}: {names[0]}")
-    result["model.norm.weight"] = _need(source.alone(FINAL_NORM), FINAL_NORM)
-    if not shape.tied:
-        result["lm_head.weight"] = _rows(_need(source.alone(HEAD), HEAD), shape.vocabulary)
+                result[f"model.layers.{i}.self_attn.{name}_proj.{leaf}"] = _of_qkv(fused, part, spec)
+    for leaf in _leaves(spec.mlp_bias):
+        for i in range(spec.layers):
+            fused = need(f"{LAYERS}{i}.{GATE_UP}.{leaf}")
+            for part, name in enumerate(("gate", "up")):
+                result[f"model.layers.{i}.mlp.{name}_proj.{leaf}"] = _half(fused, part)
+    for names, theirs in _single(spec):
+        for i in range(spec.layers):
+            result[f"model.layers.{i}.{theirs}"] = need(*(f"{LAYERS}{i}.{name}" for name in names))
+    result["model.norm.weight"] = need(FINAL_NORM)
+    if not spec.tied:
+        result["lm_head.weight"] = _rows(need(HEAD), "the head", spec.vocabulary, padded)
+    elif HEAD in held:
+        same_head(where, need(HEAD).load(), held[EMBEDDING].load())
+    account(where, held, used)
+    check_shapes(where, {name: tensor.shape for name, tensor in result.items()}, expected_shapes(spec))
     return result
 
 
-def from_hugging_face(tensors: Mapping[str, LazyTensor], shape: Shape, padded: int) -> dict[str, torch.Tensor]:
+def padding_note(held: Mapping[str, LazyTensor], spec: DecoderSpec) -> tuple[str, ...]:
+    """What the vocabulary is cut by, for the user."""
+    rows = held[EMBEDDING].shape[0] - spec.vocabulary if EMBEDDING in held else 0
+    return (f"left out {rows} rows of padding of the vocabulary",) if rows > 0 else ()
+
+
+def from_hugging_face(tensors: Mapping[str, LazyTensor], spec: DecoderSpec, padded: int) -> dict[str, torch.Tensor]:
     """Megatron's tensors, the layers' stacked on a leading dimension, as `torch_dist` holds them.
 
     Args:
         tensors: Hugging Face's.
-        shape: of the model.
+        spec: the model.
         padded: rows of the vocabulary with padding.
+
+    Raises:
+        CheckpointError: a tensor is missing, or Megatron has no place for it.
     """
+    account("the source", tensors, expected_shapes(spec), "Megatron's GPT has no place for them.")
 
     def load(name: str) -> torch.Tensor:
         if name not in tensors:
@@ -78,56 +123,63 @@ def from_hugging_face(tensors: Mapping[str, LazyTensor], shape: Shape, padded: i
         return tensors[name].load()
 
     def stacked(make: Callable[[int], torch.Tensor]) -> torch.Tensor:
-        return torch.stack([make(i) for i in range(shape.layers)])
+        return torch.stack([make(i) for i in range(spec.layers)])
 
     result = {EMBEDDING: _padded(load("model.embed_tokens.weight"), padded)}
-    for leaf in ("weight", "bias") if shape.qkv_bias else ("weight",):
-        result[f"decoder.layers.{QKV}.{leaf}"] = stacked(
-            lambda i, leaf=leaf: _fused([load(f"model.layers.{i}.self_attn.{n}_proj.{leaf}") for n in "qkv"], shape)
+    for leaf in _leaves(spec.qkv_bias):
+        result[f"{LAYERS}{QKV}.{leaf}"] = stacked(
+            lambda i, leaf=leaf: _fused([load(f"model.layers.{i}.self_attn.{n}_proj.{leaf}") for n in "qkv"], spec)
         )
-    result[f"decoder.layers.{GATE_UP}.weight"] = stacked(
-        lambda i: torch.cat([load(f"model.layers.{i}.mlp.{n}_proj.weight") for n in ("gate", "up")])
-    )
-    for names, theirs, _ in (*SINGLE, *(QK_NORMS if shape.qk_norm else ())):
-        result[f"decoder.layers.{names[0]}"] = stacked(lambda i, theirs=theirs: load(f"model.layers.{i}.{theirs}"))
+    for leaf in _leaves(spec.mlp_bias):
+        result[f"{LAYERS}{GATE_UP}.{leaf}"] = stacked(
+            lambda i, leaf=leaf: torch.cat([load(f"model.layers.{i}.mlp.{n}_proj.{leaf}") for n in ("gate", "up")])
+        )
+    for names, theirs in _single(spec):
+        result[f"{LAYERS}{names[0]}"] = stacked(lambda i, theirs=theirs: load(f"model.layers.{i}.{theirs}"))
     result[FINAL_NORM] = load("model.norm.weight")
-    if not shape.tied:
+    if not spec.tied:
         result[HEAD] = _padded(load("lm_head.weight"), padded)
     return result
 
 
-def _need(found: LazyTensor | None, name: str) -> LazyTensor:
-    if found is None:
-        raise CheckpointError(f"{name} is missing: expected a Megatron GPT checkpoint of this configuration")
-    return found
-
-
-def _rows(whole: LazyTensor, rows: int) -> LazyTensor:
+def _rows(full: LazyTensor, name: str, rows: int, padded: int | None) -> LazyTensor:
     """Without the vocabulary's padding."""
-    if whole.shape[0] < rows:
-        raise CheckpointError(f"the embedding has {whole.shape[0]} rows, the configuration's vocabulary {rows}")
-    return LazyTensor((rows, *whole.shape[1:]), whole.dtype, lambda: whole.load()[:rows])
+    if full.shape[0] < rows:
+        raise CheckpointError(
+            f"{name} has the wrong shape: got {full.shape[0]} rows, expected {rows} by the configuration's vocab_size. "
+            "Pass --config with the configuration that belongs to this checkpoint, or all of its ranks."
+        )
+
+    def load() -> torch.Tensor:
+        values = full.load()
+        return values[:rows] if full.shape[0] == padded else without_padding(name, values, rows)
+
+    return LazyTensor((rows, *full.shape[1:]), full.dtype, load)
 
 
-def _of_qkv(fused: LazyTensor, part: int, shape: Shape) -> LazyTensor:
-    per_group = shape.heads // shape.kv_heads
-    heads = shape.heads if part == 0 else shape.kv_heads
-    expected = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+def _of_qkv(fused: LazyTensor, part: int, spec: DecoderSpec) -> LazyTensor:
+    per_group = spec.heads // spec.kv_heads
+    heads = spec.heads if part == 0 else spec.kv_heads
+    expected = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
     if fused.shape[0] != expected:
-        raise CheckpointError(f"linear_qkv has {fused.shape[0]} rows, the configuration needs {expected}")
+        raise CheckpointError(
+            f"linear_qkv has the wrong shape: got {fused.shape[0]} rows, expected {expected} by the configuration. "
+            "Pass "
+            "--config with the configuration that belongs to this checkpoint, or all of its ranks."
+        )
 
     def load() -> torch.Tensor:
         full = fused.load()
-        groups = full.view(shape.kv_heads, per_group + 2, shape.head_dim, *full.shape[1:])
+        groups = full.view(spec.kv_heads, per_group + 2, spec.head_dim, *full.shape[1:])
         taken = groups[:, :per_group] if part == 0 else groups[:, per_group + part - 1]
-        return taken.reshape(heads * shape.head_dim, *full.shape[1:])
+        return taken.reshape(heads * spec.head_dim, *full.shape[1:])
 
-    return LazyTensor((heads * shape.head_dim, *fused.shape[1:]), fused.dtype, load)
+    return LazyTensor((heads * spec.head_dim, *fused.shape[1:]), fused.dtype, load)
 
 
-def _fused(qkv: list[torch.Tensor], shape: Shape) -> torch.Tensor:
+def _fused(qkv: list[torch.Tensor], spec: DecoderSpec) -> torch.Tensor:
     rest = qkv[0].shape[1:]
-    groups = [part.view(shape.kv_heads, -1, shape.head_dim, *rest) for part in qkv]
+    groups = [part.view(spec.kv_heads, -1, spec.head_dim, *rest) for part in qkv]
     return torch.cat(groups, dim=1).reshape(-1, *rest)
 
 

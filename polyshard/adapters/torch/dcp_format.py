@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from polyshard.adapters.shared.distributed_checkpoint import stored_tensors
+from polyshard.adapters.shared.hugging_face_names import match
+from polyshard.core.accounting import check_shapes
+from polyshard.core.decoder_spec import DecoderSpec, expected_shapes
 from polyshard.core.errors import CheckpointError
-from polyshard.core.foreign import Foreign, Options, Shape, expected_shapes, named
+from polyshard.core.foreign import Foreign, Independent, Options
+
+# Where people put what is no weight: the first part of a name, as in save({"model": ..., "optimizer": ...}).
+TRAINING_STATE = re.compile(
+    r"^(app\.)?(optim|optimizer|optimizers|optim_state|lr_scheduler|scheduler|dataloader|train_state|rng|rng_state)(\.|$)"
+)
 
 
 class DcpFormat:
@@ -22,15 +31,25 @@ class DcpFormat:
         return f"torch's distributed checkpoint in {len(list(path.glob('*.distcp')))} files"
 
     def read(self, path: Path, options: Options) -> Foreign:
-        """The tensors that the configuration asks for; others, such as an optimizer's, are passed over."""
-        config = options.need_config("torch's distributed")
+        """The tensors that the configuration asks for; an optimizer's are left out, any other is an error."""
+        config = options.need_config("torch's distributed", path)
+        spec = DecoderSpec.of(config)
         stored = stored_tensors(path, options)
-        names = named(stored, expected_shapes(Shape.of(config)))
-        tensors = {name: stored[source] for name, source in names.items()}
-        left = sorted(set(stored) - set(names.values()))
-        notes = (f"passed over {len(left)} tensors that are no weights, such as {left[0]}",) if left else ()
-        return Foreign(tensors=tensors, config=config, notes=notes)
+        left = sorted(name for name in stored if TRAINING_STATE.search(name))
+        weights = set(stored) - set(left)
+        names, notes = match(path, weights, spec, lambda name: stored[name].load())
+        tensors = {name: stored[found] for name, found in names.items()}
+        check_shapes(path, {name: tensor.shape for name, tensor in tensors.items()}, expected_shapes(spec))
+        if left:
+            notes += (f"left out {len(left)} tensors of the training state, such as {left[0]}",)
+        return Foreign(tensors=tensors, config=config, companions=path, notes=notes)
 
-    def write(self, foreign: Foreign, path: Path, options: Options) -> None:
+    def write(self, foreign: Foreign, path: Path, options: Options) -> tuple[str, ...]:
         """Never."""
         raise CheckpointError("torch's distributed format is read, not written: write huggingface, which it reads too")
+
+    def independent(self, path: Path, options: Options) -> Independent:
+        """All tensors, by torch's own loading, under the names that they were saved by."""
+        stored = stored_tensors(path, options)
+        state = {name: entry.load() for name, entry in stored.items() if not TRAINING_STATE.search(name)}
+        return Independent(by="torch.distributed.checkpoint", state=state)

@@ -1,0 +1,111 @@
+"""Casts of weights to another dtype that lose no value in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from polyshard.core.errors import CheckpointError
+from polyshard.core.foreign import Foreign, LazyTensor
+
+# A value, or a row of a matrix, may lose this much of itself: the spacing of bfloat16, the coarsest dtype of weights.
+PRECISION = 2.0**-8
+
+
+@dataclass(slots=True)
+class Casts:
+    """What casting has rounded away so far."""
+
+    dtype: torch.dtype
+    underflows: int = 0
+    subnormals: int = 0
+    where: set[str] = field(default_factory=set)
+
+    def notes(self) -> tuple[str, ...]:
+        """For the user."""
+        if not self.where:
+            return ()
+        return (
+            f"{self.underflows} values became zero and {self.subnormals} subnormal in {_short(self.dtype)}, in "
+            f"{len(self.where)} tensors such as {min(self.where)}",
+        )
+
+
+def cast(foreign: Foreign, dtype: torch.dtype) -> tuple[Foreign, Casts]:
+    """The checkpoint with its floating-point tensors in another dtype; each is checked when it is loaded.
+
+    Args:
+        foreign: the checkpoint.
+        dtype: floating-point.
+    """
+    casts = Casts(dtype)
+    tensors = {
+        name: replace(tensor, dtype=dtype, load=_loader(name, tensor, casts)) if _floating(tensor) else tensor
+        for name, tensor in foreign.tensors.items()
+    }
+    return replace(foreign, tensors=tensors), casts
+
+
+def checked_cast(name: str, values: torch.Tensor, casts: Casts) -> torch.Tensor:
+    """Cast one tensor.
+
+    Raises:
+        CheckpointError: a finite value overflows; an element of a vector, or a row of a matrix as a whole, becomes
+            subnormal and loses more than bfloat16 would; or the whole tensor becomes zero.
+    """
+    dtype = casts.dtype
+    result = values.to(dtype)
+    overflow = values.isfinite() & ~result.isfinite()
+    if overflow.any():
+        worst = values[overflow].abs().max().item()
+        raise CheckpointError(
+            f"{name} overflows in {_short(dtype)}: got {worst:.6g}, expected at most {torch.finfo(dtype).max:.6g}. "
+            f"{_advice(values.dtype)}"
+        )
+    small = (values != 0) & (result.abs() < torch.finfo(dtype).smallest_normal)
+    if not small.any() or torch.equal(result[small].double(), values[small].double()):
+        return result
+    _check_rows(name, values, result, dtype)
+    casts.where.add(name)
+    casts.underflows += int((small & (result == 0)).sum())
+    casts.subnormals += int((small & (result != 0)).sum())
+    return result
+
+
+def _check_rows(name: str, values: torch.Tensor, result: torch.Tensor, dtype: torch.dtype) -> None:
+    """A small value among larger ones is rounding; an element of a vector or a row of a matrix stands for itself."""
+    before, after = (t.double().reshape(-1, t.shape[-1] if t.dim() > 1 else 1) for t in (values, result))
+    vanished = (after == 0).all(dim=1)  # next to nothing beside the others: reported
+    wrong = ((after - before).norm(dim=1) > PRECISION * before.norm(dim=1)) & ~vanished
+    if vanished.all():
+        raise CheckpointError(
+            f"{name} becomes zero in {_short(dtype)}: got values up to {values.abs().max().item():.3g}, expected at "
+            "least "
+            f"{torch.finfo(dtype).smallest_normal:.3g}. {_advice(values.dtype)}"
+        )
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise CheckpointError(
+            f"{name} becomes subnormal in {_short(dtype)}: got values up to {before[row].abs().max().item():.3g} in "
+            "row "
+            f"{row}, expected at least {torch.finfo(dtype).smallest_normal:.3g}. {_advice(values.dtype)}"
+        )
+
+
+def _loader(name: str, tensor: LazyTensor, casts: Casts) -> Callable[[], torch.Tensor]:
+    return lambda: checked_cast(name, tensor.load(), casts)
+
+
+def _floating(tensor: LazyTensor) -> bool:
+    return tensor.dtype.is_floating_point
+
+
+def _advice(dtype: torch.dtype) -> str:
+    kept = "bfloat16" if dtype != torch.float64 else "float32 or bfloat16"
+    return f"Use --dtype {kept}, which has the range, or leave --dtype out."
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

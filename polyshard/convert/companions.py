@@ -1,0 +1,79 @@
+"""The files that belong to a model beside its weights: all but weights and training state come along."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from polyshard.core.errors import CheckpointError
+
+# Written anew, or of one format alone.
+REPLACED = (
+    *("config.json", "params.json", "metadata.json", "polyshard.json", "*.index.json", "latest", "latest_universal"),
+    *("latest_checkpointed_iteration.txt", "zero_to_fp32.py", "checklist.chk", ".*"),
+)
+WEIGHTS = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.distcp", "*.h5", "*.msgpack", "*.onnx", "*.ckpt"),
+    *("*.npz", "*.pkl", "*.pickle", "*.tflite", "*.mlmodel"),
+)
+TRAINING_STATE = ("trainer_state.json", "events.out.tfevents*", "*.log", "wandb")
+FOLDERS = ("*chat_templates*",)
+TOKENIZERS = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken", "*.model", "added_tokens.json")
+
+
+def companions(directory: Path, *, is_model: bool) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """Files to copy, by their path in the target, and notes on what stays behind.
+
+    Args:
+        directory: of the source.
+        is_model: the directory is a model's, as on the Hugging Face Hub, and no training run's; all of its folders
+            come along or are named.
+    """
+    found: dict[str, Path] = {}
+    left: list[str] = []
+    for entry in sorted(directory.iterdir()) if directory.is_dir() else ():
+        if _matches(entry.name, REPLACED):
+            continue
+        if entry.is_dir():
+            if not is_model and not _matches(entry.name, FOLDERS):
+                continue  # a training run's: its own parts, logs, data
+            inside = [file for file in sorted(entry.rglob("*")) if file.is_file()]
+            if inside and not any(_matches(file.name, (*WEIGHTS, ".metadata")) for file in inside):
+                found |= {str(file.relative_to(directory)): file for file in inside}
+            elif inside:
+                left.append(f"{entry.name}/")
+        elif _matches(entry.name, TRAINING_STATE):
+            left.append(entry.name)
+        elif not _matches(entry.name, WEIGHTS):
+            found[entry.name] = entry
+    notes = (f"left out: {', '.join(left)}",) if left else ()
+    return found, notes
+
+
+def has_tokenizer(names: Mapping[str, Path]) -> bool:
+    """Whether a tokenizer is among the files."""
+    return any(_matches(name, TOKENIZERS) for name in names)
+
+
+def check_code(config: Mapping[str, Any], names: Mapping[str, Path]) -> None:
+    """Check that the Python files that a configuration names are there.
+
+    Raises:
+        CheckpointError: one is missing; transformers would look for it in vain.
+    """
+    for value in (config.get("auto_map") or {}).values():
+        for reference in value if isinstance(value, list) else [value]:
+            if not isinstance(reference, str) or "--" in reference:  # of another repository
+                continue
+            file = f"{reference.partition('.')[0]}.py"
+            if file not in names:
+                raise CheckpointError(
+                    f"the configuration's auto_map names {reference}, but the source holds no {file}. Copy it into the "
+                    "source, or take auto_map out of config.json."
+                )
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)

@@ -1,0 +1,111 @@
+"""A checkpoint's tensors against the model that its configuration describes, before anything is written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from polyshard.core.accounting import FREQUENCIES, PREFIXES, REDUNDANT, account, check_frequencies, check_shapes, some
+from polyshard.core.decoder_spec import FAMILIES, DecoderSpec, expected_shapes
+from polyshard.core.errors import CheckpointError
+from polyshard.core.foreign import Foreign
+
+
+def check_model(foreign: Foreign, where: Path, *, given: bool) -> tuple[str, ...]:
+    """Check that the target will hold the model that its configuration describes; gives notes.
+
+    Args:
+        foreign: the checkpoint.
+        where: it stands, for errors.
+        given: the configuration is the user's, not the checkpoint's own.
+
+    Raises:
+        CheckpointError: a tensor of the model is missing or has another shape, names carry a wrapper's prefix, or the
+            user's configuration leaves tensors out.
+    """
+    _refuse_prefix(foreign, where)
+    config = foreign.config or {}
+    family, architectures = config.get("model_type"), config.get("architectures") or ["ForCausalLM"]
+    if family not in FAMILIES or not architectures[0].endswith("ForCausalLM"):
+        if given:
+            raise CheckpointError(
+                f"--config cannot be checked against {where}: got model_type={family!r} with {architectures[0]}, "
+                "expected a "
+                f"causal model of {', '.join(FAMILIES)}. Put config.json into the source's directory."
+            )
+        return ()
+    spec = DecoderSpec.of(config)
+    expected = expected_shapes(spec)
+    check_shapes(where, {name: tensor.shape for name, tensor in foreign.tensors.items()}, expected)
+    others = {name for name in set(foreign.tensors) - set(expected) if not REDUNDANT.search(name)}
+    notes: tuple[str, ...] = ()
+    if spec.tied and "lm_head.weight" in others:
+        others.discard("lm_head.weight")
+        head, embedding = (foreign.tensors[name].load() for name in ("lm_head.weight", "model.embed_tokens.weight"))
+        if not torch.equal(head, embedding):
+            notes = ("lm_head.weight is not the embedding, though the configuration says tie_word_embeddings=true",)
+            if given:
+                others.add("lm_head.weight")
+    if others and given:
+        raise CheckpointError(
+            f"{where} holds {len(others)} tensors that the model of --config does not have: unexpected tensors "
+            f"{some(others)}. Pass --config with the configuration that belongs to this checkpoint."
+        )
+    if others:
+        notes += (f"carried {len(others)} tensors that are not part of the configuration's model: {some(others)}",)
+    return notes
+
+
+def _refuse_prefix(foreign: Foreign, where: Path) -> None:
+    for prefix in PREFIXES:
+        if prefix not in ("", "model.") and foreign.tensors and all(n.startswith(prefix) for n in foreign.tensors):
+            raise CheckpointError(
+                f"{where} holds names of a wrapper: got {prefix!r} before every tensor, such as "
+                f"{next(iter(foreign.tensors))}, which no loader expects. Save the inner module's state_dict."
+            )
+
+
+def with_embedding(foreign: Foreign) -> Foreign:
+    """A tied model of which the head was stored instead of the embedding, under the embedding's name."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    tied = (foreign.config or {}).get("tie_word_embeddings") and (foreign.config or {}).get("model_type") in FAMILIES
+    if not tied or embedding in foreign.tensors or head not in foreign.tensors:
+        return foreign
+    tensors = {embedding if name == head else name: tensor for name, tensor in foreign.tensors.items()}
+    return replace(foreign, tensors=tensors, notes=(*foreign.notes, f"{head} of a tied model became {embedding}"))
+
+
+def narrowed(foreign: Foreign, where: Path) -> tuple[Foreign, tuple[str, ...]]:
+    """The checkpoint without what a format of a decoder's tensors alone does not need, and notes.
+
+    Args:
+        foreign: a Llama-like decoder.
+        where: it stands, for errors.
+
+    Raises:
+        CheckpointError: a tensor is unexpected, or a table or tied head is not what the configuration says.
+    """
+    if foreign.config is None:
+        return foreign, ()
+    spec = DecoderSpec.of(foreign.config)
+    expected = expected_shapes(spec)
+    left = sorted(set(foreign.tensors) - set(expected))
+    tied = [name for name in left if name == "lm_head.weight"]
+    if tied and not torch.equal(foreign.tensors[tied[0]].load(), foreign.tensors["model.embed_tokens.weight"].load()):
+        raise CheckpointError(
+            f"{where} holds a head that is not the embedding: got tie_word_embeddings=true, expected false. Correct "
+            "the "
+            "configuration."
+        )
+    account(where, foreign.tensors, {*expected, *tied}, "Write huggingface instead, which carries every tensor.")
+    for name in left:
+        if FREQUENCIES.search(name):
+            check_frequencies(where, name, foreign.tensors[name].load(), spec)
+    if not left:
+        return foreign, ()
+    kept = {name: tensor for name, tensor in foreign.tensors.items() if name in expected}
+    return replace(foreign, tensors=kept), (
+        f"left out {len(left)} tensors that follow from the others or from the configuration: {some(left)}",
+    )

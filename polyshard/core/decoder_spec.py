@@ -1,0 +1,278 @@
+"""A Llama-like decoder as its config.json describes it: sizes, and every field that changes the function.
+
+Missing fields take the defaults of the family's class in transformers (`LlamaConfig` and so on), which is what
+`from_pretrained` gives them; `tests/test_decoder_spec.py` compares the two with each field left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from polyshard.core.errors import CheckpointError
+
+_REQUIRED = {
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+# Fields of other families, and the values with which they change nothing. A config of one of our families that holds
+# one of them describes a model that only its own code computes.
+FOREIGN_FIELDS: Mapping[str, tuple[Any, ...]] = {
+    "attention_multiplier": (None,),
+    "attn_logit_softcapping": (None,),
+    "auto_map": (None,),
+    "clip_qkv": (None,),
+    "dim_model_base": (None,),
+    "embedding_multiplier": (None, 1, 1.0),
+    "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1, 1.0),
+    "logits_scaling": (None, 1, 1.0),
+    "n_routed_experts": (None, 0),
+    "no_rope_layers": (None,),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "num_nextn_predict_layers": (None, 0),
+    "quantization_config": (None,),
+    "query_pre_attn_scalar": (None,),
+    "residual_multiplier": (None, 1, 1.0),
+    "scale_depth": (None,),
+    "scale_emb": (None, 1, 1.0),
+    "use_qk_norm": (None, False),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """A rotary embedding: its type as transformers names it, its base, and the type's own parameters, sorted."""
+
+    kind: str
+    theta: float
+    parameters: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Rope:
+        """From `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before)."""
+        fields: dict[str, Any] = {}
+        for name in ("rope_scaling", "rope_parameters"):
+            if not isinstance(config.get(name) or {}, Mapping):
+                raise CheckpointError(
+                    f"the configuration's {name} is wrong: got {config[name]!r}, expected an object or null."
+                )
+            fields |= config.get(name) or {}
+        if any(isinstance(value, Mapping) for value in fields.values()):
+            raise CheckpointError(
+                f"rope_parameters are unsupported: got one set for each layer type {sorted(fields)}, expected one for "
+                "all layers."
+            )
+        kind = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
+        fields.pop("type", None)
+        theta = fields.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+        partial = fields.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor")
+        if kind == "default":
+            fields = {}
+        lacking = [name for name in _REQUIRED.get(kind, ()) if name not in fields]
+        if lacking:
+            raise CheckpointError(
+                f"the configuration's rotary scaling {kind} is incomplete: {', '.join(lacking)} is missing. Add it to "
+                "config.json."
+            )
+        if kind in ("llama3", "yarn", "longrope"):
+            outside = config.get("original_max_position_embeddings")
+            if outside is not None:
+                fields["original_max_position_embeddings"] = outside
+            fields.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+        if partial not in (None, 1, 1.0):
+            fields["partial_rotary_factor"] = partial
+        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return cls(kind=kind, theta=float(theta), parameters=tuple(sorted(plain.items())))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """One of the parameters."""
+        return dict(self.parameters).get(name, default)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderSpec:
+    """Sizes and function of a Llama-like decoder.
+
+    Attributes:
+        family: `model_type`; see `FAMILIES`.
+        vocabulary: rows of the embedding, without padding.
+        tied: the head is the embedding.
+        qkv_bias: q, k and v have biases.
+        output_bias: the attention's output projection has one.
+        mlp_bias: gate, up and down have biases.
+        qk_norm: queries and keys are normalized, one weight for each channel of a head.
+        windows: sliding window of each layer; None for full attention.
+    """
+
+    family: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    norm_eps: float
+    activation: str
+    rope: Rope
+    windows: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> DecoderSpec:
+        """From the fields of a config.json.
+
+        Raises:
+            CheckpointError: a field is missing, or the model is not of one of the families.
+        """
+        family = config.get("model_type")
+        if family not in FAMILIES:
+            raise CheckpointError(
+                f"the configuration's model_type is unsupported: got {family!r}, expected one of "
+                f"{', '.join(FAMILIES)}. "
+                "Convert between Hugging Face directories, which copies every tensor, or with the model's own tools."
+            )
+        if "self" in config:
+            raise CheckpointError("the configuration is wrong: got a key 'self', which is no field. Take it out.")
+        try:
+            heads, hidden, layers = (
+                _size(config, n) for n in ("num_attention_heads", "hidden_size", "num_hidden_layers")
+            )
+            attention_bias = bool(config.get("attention_bias") or False) and family in ("llama", "qwen3")
+            head_dim = config.get("head_dim", 128 if family == "qwen3" else None)
+            if family == "qwen3" and head_dim is None:
+                raise CheckpointError("the configuration's head_dim is wrong: got null, expected an integer.")
+            return cls(
+                family=family,
+                hidden=hidden,
+                intermediate=_size(config, "intermediate_size"),
+                layers=layers,
+                heads=heads,
+                kv_heads=_kv_heads(config, family, heads),
+                head_dim=head_dim or hidden // heads,
+                vocabulary=_size(config, "vocab_size"),
+                tied=bool(config.get("tie_word_embeddings", False)),
+                qkv_bias=family == "qwen2" or attention_bias,
+                output_bias=attention_bias,
+                mlp_bias=family == "llama" and bool(config.get("mlp_bias") or False),
+                qk_norm=family == "qwen3",
+                norm_eps=_number(config, "rms_norm_eps", 1e-6),
+                activation=config.get("hidden_act", "silu"),
+                rope=Rope.of(config),
+                windows=_windows(config, family, layers),
+            )
+        except KeyError as error:
+            raise CheckpointError(
+                f"the configuration is incomplete: {error.args[0]} is missing. Add it to config.json."
+            ) from None
+
+    def same_function(self, other: DecoderSpec) -> bool:
+        """Whether both describe one function of the same tensors; the family's name is not part of it."""
+        return not self.differences(other)
+
+    def differences(self, other: DecoderSpec) -> list[str]:
+        """Fields in which the two differ, as `field: ours, theirs`."""
+        names = [name for name in self.__slots__ if name != "family"]
+        pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
+        return [f"{name}: {ours}, {theirs}" for name, ours, theirs in pairs if ours != theirs]
+
+
+def foreign_fields(config: Mapping[str, Any]) -> list[str]:
+    """Fields of other families with values that change the function there, as `field=value`."""
+    return [
+        f"{name}={config[name]!r}"
+        for name, same in FOREIGN_FIELDS.items()
+        if name in config and config[name] not in same
+    ]
+
+
+def expected_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
+    """Names and logical shapes of a Llama-like decoder's tensors, as Hugging Face stores them."""
+    if spec.heads % spec.kv_heads:
+        raise CheckpointError(
+            f"the configuration's num_key_value_heads is wrong: got {spec.kv_heads}, expected a divisor of "
+            f"{spec.heads} "
+            "heads."
+        )
+    h, f, d = spec.hidden, spec.intermediate, spec.head_dim
+    q, kv = spec.heads * d, spec.kv_heads * d
+    result: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocabulary, h)}
+    for i in range(spec.layers):
+        layer: dict[str, tuple[int, ...]] = {
+            "input_layernorm.weight": (h,),
+            "self_attn.q_proj.weight": (q, h),
+            "self_attn.k_proj.weight": (kv, h),
+            "self_attn.v_proj.weight": (kv, h),
+            "self_attn.o_proj.weight": (h, q),
+            "post_attention_layernorm.weight": (h,),
+            "mlp.gate_proj.weight": (f, h),
+            "mlp.up_proj.weight": (f, h),
+            "mlp.down_proj.weight": (h, f),
+        }
+        if spec.qkv_bias:
+            layer |= {f"self_attn.{n}_proj.bias": (size,) for n, size in (("q", q), ("k", kv), ("v", kv))}
+        if spec.output_bias:
+            layer["self_attn.o_proj.bias"] = (h,)
+        if spec.mlp_bias:
+            layer |= {f"mlp.{n}_proj.bias": (size,) for n, size in (("gate", f), ("up", f), ("down", h))}
+        if spec.qk_norm:
+            layer |= {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)}
+        result |= {f"model.layers.{i}.{name}": size for name, size in layer.items()}
+    result["model.norm.weight"] = (h,)
+    if not spec.tied:
+        result["lm_head.weight"] = (spec.vocabulary, h)
+    return result
+
+
+def _size(config: Mapping[str, Any], name: str) -> int:
+    value = config[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"the configuration's {name} is wrong: got {value!r}, expected a positive integer.")
+    return value
+
+
+def _number(config: Mapping[str, Any], name: str, default: float) -> float:
+    value = config.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise CheckpointError(f"the configuration's {name} is wrong: got {value!r}, expected a number.")
+    return float(value)
+
+
+def _kv_heads(config: Mapping[str, Any], family: str, heads: int) -> int:
+    default = {"llama": None, "mistral": 8, "qwen2": 32, "qwen3": 32}[family]
+    found = config.get("num_key_value_heads", default) or heads
+    return _size({"num_key_value_heads": found}, "num_key_value_heads")
+
+
+def _windows(config: Mapping[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
+    if family == "llama":
+        return (None,) * layers
+    window = config.get("sliding_window", 4096)
+    if window is not None:
+        window = _size({"sliding_window": window}, "sliding_window")
+    if family == "mistral":
+        return (window,) * layers
+    window = window if config.get("use_sliding_window", False) else None
+    first = config.get("max_window_layers", 28)
+    kinds = config.get("layer_types") or [
+        "sliding_attention" if window is not None and i >= first else "full_attention" for i in range(layers)
+    ]
+    unknown = sorted(set(kinds) - {"sliding_attention", "full_attention"})
+    if unknown or len(kinds) != layers:
+        raise CheckpointError(
+            f"the configuration's layer_types are wrong: got {len(kinds)} with {unknown or 'known names'}, expected "
+            f"{layers} of full_attention and sliding_attention."
+        )
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
