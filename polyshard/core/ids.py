@@ -85,4 +85,5 @@ class IdCheck:
         self.vocab_size = vocab_size
 
     def __call__(self, module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        """Check the first argument; as torch calls a forward pre-hook."""
         check_ids(arguments[0], self.vocab_size)
