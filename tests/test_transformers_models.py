@@ -152,8 +152,8 @@ def test_served_at_tensor_parallel_2(saved):
 @pytest.mark.parametrize(
     ("config", "layout", "words"),
     [
-        (WHOLE["gpt2"], {"tensor": 2}, "not recognised.*tensor-parallel 1 alone"),
-        (WHOLE["olmo2"], {"tensor": 2}, "query norm.*tensor-parallel 1 alone"),
+        (WHOLE["gpt2"], {"tensor": 2}, "not recognised.*tensor-parallel 1 only"),
+        (WHOLE["olmo2"], {"tensor": 2}, "query norm.*tensor-parallel 1 only"),
         (SHARDED["llama"], {"pipeline": 2}, "no pipeline parallel"),
         (transformers.T5Config(), {}, "no causal language model of T5Config"),
         ({"hidden_size": 8}, {}, "needs a transformers config, got dict"),

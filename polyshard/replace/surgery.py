@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +13,7 @@ from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.weight_table import collect_layouts, copy_into_shard
 from polyshard.replace.module import ReplacedAttention
+from polyshard.replace.observe import implementation
 from polyshard.replace.recognise import Found, NotRecognised, looks_like_attention, recognise
 
 logger = logging.getLogger(__name__)
@@ -91,8 +90,14 @@ def replace_with_trainable_attention(
     for name, module in made.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)
-    for item in kept:
-        logger.warning("%s was not replaced: %s", item.name, item.reason)
+    if kept:
+        logger.warning(
+            "%d of %d attention modules were not replaced: %s: %s",
+            len(kept),
+            len(candidates),
+            kept[0].name,
+            kept[0].reason,
+        )
     choose: Any = getattr(model, "set_attn_implementation", None)
     if made and choose is not None:
         from polyshard.replace.interface import IMPLEMENTATION, register
@@ -160,7 +165,7 @@ def _compare(old: nn.Module, new: ReplacedAttention, found: Found) -> None:
     mask = torch.zeros(apart.shape, device=like.device).masked_fill_(masked, torch.finfo(like.dtype).min).to(like.dtype)
     training = old.training
     try:
-        with _implementation(config, "eager"):
+        with implementation(config, "eager"):
             expected = old.eval()(hidden, position_embeddings=rotary, attention_mask=mask.expand(2, 1, -1, -1))[0]
         got = new.eval()(hidden, position_embeddings=rotary)[0]
     except (TypeError, RuntimeError, ValueError, AttributeError) as error:
@@ -171,13 +176,3 @@ def _compare(old: nn.Module, new: ReplacedAttention, found: Found) -> None:
     apart_by, size = float((got - expected).abs().max()), float(expected.abs().max())
     if apart_by > 64 * torch.finfo(like.dtype).eps * size:
         raise NotRecognised(f"outputs differ: by {apart_by:.2e}, where the largest is {size:.2e}")
-
-
-@contextmanager
-def _implementation(config: Any, name: str) -> Iterator[None]:
-    before = config._attn_implementation
-    config._attn_implementation = name
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
