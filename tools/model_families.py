@@ -12,8 +12,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from polyshard.transformers.kinds import fewest_layers
-from polyshard.transformers.reduced import reduced_config
+from polyshard.transformers.reduced import reduced_config, with_layers
 
+_LAYERS = 8  # more than any pattern is long
 _MAMBA = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}
 _HYBRID = {
     **{"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3},
@@ -103,6 +104,7 @@ def small_config(name: str) -> Any:
     if "hidden_size" in fields:
         return config
     try:
-        return fewest_layers(reduced_config(config))
+        small = reduced_config(config)
+        return fewest_layers(with_layers(small, min(small.num_hidden_layers, _LAYERS)))
     except Exception:  # of whatever transformers' code raises: sizes that are named in another way
         return config

@@ -97,6 +97,8 @@ def recognise(module: nn.Module) -> Found:
     if _neighbouring_pairs(module):
         raise NotRecognised("its rotary embedding turns neighbouring pairs, not halves")
     hidden_size = projections[0].in_features
+    if output.out_features != hidden_size:
+        raise NotRecognised(f"it takes {hidden_size} features and gives {output.out_features}")
     seen = observe(module, hidden_size)
     if seen is None:  # no transformers module, or one that computes attention by itself: by its attributes
         seen = _by_attributes(module, config, num_heads, num_kv_heads, head_dim)

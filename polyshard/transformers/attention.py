@@ -38,10 +38,10 @@ def exchange_attention(model: Any, context: ParallelContext) -> None:
     if not rest:
         return
     if context.get_tensor_parallel_world_size() > 1:
-        reasons = "; ".join(f"{item.name}: {item.reason}" for item in kept[:2]) or "its projections have other names"
+        reasons = "; ".join(f"{item.name}: {item.reason}" for item in kept[:1]) or "its projections have other names"
         raise ConfigurationError(
-            f"{type(model).__name__}: {len(rest)} attention modules are not recognised ({reasons}), and run at "
-            "tensor-parallel 1 only"
+            f"{type(model).__name__}: its attention modules are not recognised ({reasons}), and run at tensor-parallel "
+            "1 only"
         )
     apart = next((name for name, (_, seen) in rest.items() if seen is None), None)
     if apart is not None or not getattr(model, "_supports_attention_backend", False):

@@ -17,7 +17,12 @@ from polyshard.transformers.attention import exchange_attention
 from polyshard.transformers.layers import exchange_layers
 from polyshard.transformers.memory import give_memory
 from polyshard.transformers.trial import try_model
-from polyshard.transformers.unsupported import refuse_unsupported, stored_names_of_children
+from polyshard.transformers.unsupported import (
+    refuse_lost_sharing,
+    refuse_unsupported,
+    shared_parameters,
+    stored_names_of_children,
+)
 from polyshard.transformers.vocabulary import exchange_vocabulary
 
 
@@ -180,15 +185,14 @@ def transformers_model(config: Any, parallel_context: ParallelContext) -> Transf
             raise ConfigurationError(f"transformers models have no {way} parallel here: tensor and data parallel only")
     model = _on_meta(config)
     refuse_unsupported(model, config)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    built = _built(model, parallel_context)
-    verdict = try_model(
+    verdict = try_model(  # before memory is taken
         config,
-        parameters,
+        sum(parameter.numel() for parameter in model.parameters()),
         lambda small, context: _built(_on_meta(small), context),
         sharded=layout.tensor > 1,
         served=getattr(parallel_context, "attention", None) is not None,
     )
+    built = _built(model, parallel_context)
     built.packed_refusal = verdict.packed
     return built
 
@@ -212,12 +216,14 @@ def _on_meta(config: Any) -> Any:
 
 
 def _built(model: Any, context: ParallelContext) -> TransformersModel:
-    stored = stored_names_of_children(model)
+    stored, shared = stored_names_of_children(model), shared_parameters(model)
     exchange_attention(model, context)
     exchange_vocabulary(model, context)
     exchange_layers(model, context)
     give_memory(model, context.device)
-    return TransformersModel(model, context, stored)
+    built = TransformersModel(model, context, stored)
+    refuse_lost_sharing(built, shared, type(model).__name__)
+    return built
 
 
 def _transformers_config(config: Any) -> Any:

@@ -189,7 +189,7 @@ def _apart(run: Callable[..., torch.Tensor], inputs: Any, expected: torch.Tensor
     try:
         got = run(*inputs)
     except PolyshardError as error:
-        raise ConfigurationError(f"{name} {how}: {error}") from error
+        raise ConfigurationError(str(error) if name in str(error) else f"{name} {how}: {error}") from error
     except Exception as error:
         raise ConfigurationError(
             f"{name} with polyshard's layers cannot be run {how}: {type(error).__name__}: {error}. {_INSTEAD}"

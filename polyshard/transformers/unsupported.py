@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from polyshard.core.errors import ConfigurationError
+from polyshard.core.weight_table import collect_layouts
 
 _EXPERTS = re.compile(r"Experts|MoE|Moe(?!l)|MixtureOfExperts|SparseMLP")
 _WRITE = "write its factory (docs/models.md)"
@@ -39,8 +40,10 @@ def refuse_unsupported(model: Any, config: Any) -> None:
             f"{name} has a mixture of experts ({experts} is a {type(model.get_submodule(experts)).__name__}): "
             f"polyshard has no expert layers. Use a dense model, or {_WRITE}"
         )
-    persistent = [key for key in model.state_dict() if key not in dict(model.named_parameters(remove_duplicate=False))]
-    weights = [key for key in persistent if model.get_buffer(key).is_floating_point()]
+    parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    weights = [
+        key for key, tensor in model.state_dict().items() if key not in parameters and tensor.is_floating_point()
+    ]
     if weights:
         raise ConfigurationError(
             f"{name} stores {len(weights)} buffers beside its parameters ({weights[0]}): polyshard loads and saves "
@@ -68,6 +71,39 @@ def _refuse_other_storage(model: Any, name: str) -> None:
             f"{name} stores {len(others)} tensors in another form than its parameters ({others[0]}), and transformers "
             f"converts them when it loads a checkpoint. polyshard does not: {_WRITE}"
         )
+
+
+def shared_parameters(model: nn.Module) -> list[list[str]]:
+    """Return the names of each parameter that stands in several places."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def refuse_lost_sharing(model: nn.Module, shared: list[list[str]], name: str) -> None:
+    """Raise if layers that shared a weight no longer do.
+
+    Args:
+        model: with polyshard's layers.
+        shared: what `shared_parameters` gave before.
+        name: of transformers' class.
+
+    Raises:
+        ConfigurationError: each of them would be trained, and stored, on its own.
+    """
+    owners = {}
+    for parameter, entry in collect_layouts(model).items():
+        for index, stored in enumerate(entry.checkpoint_names):
+            owners[stored] = (parameter, index)
+        for tied in entry.tied_names:
+            owners[tied] = (parameter, 0)
+    for group in shared:
+        if len({owners.get(stored) for stored in group} - {None}) > 1:
+            raise ConfigurationError(
+                f"{name} shares weights between layers ({' and '.join(group[:2])}), which polyshard's layers do not: "
+                f"{_WRITE}"
+            )
 
 
 def stored_names_of_children(model: Any) -> dict[str, str]:
