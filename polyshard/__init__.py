@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         RegistrationError,
         WeightSyncError,
     )
+    from polyshard.core.families import complete_config
     from polyshard.core.initialization import initialize_weights, normal_initializer
     from polyshard.core.layout import ParallelLayout
     from polyshard.core.linear import column_parallel, qkv_parallel, replicated_linear, row_parallel
@@ -87,6 +88,7 @@ _HOMES = {
     "polyshard.core.capabilities": ("Capabilities", "Rejected"),
     "polyshard.core.context": ("GroupContext", "ParallelContext"),
     "polyshard.core.discovery": ("adapter_names", "load_adapter"),
+    "polyshard.core.families": ("complete_config",),
     "polyshard.core.errors": (
         "AdapterError",
         "CheckpointError",

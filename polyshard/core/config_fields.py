@@ -19,11 +19,11 @@ def config_fields(config: Any) -> dict[str, Any]:
     """
     if isinstance(config, Mapping):
         return dict(config)
+    to_dict = getattr(config, "to_dict", None)  # first: transformers' config classes are dataclasses, and hold more
+    if callable(to_dict) and not isinstance(config, type):
+        return dict(to_dict())
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return dataclasses.asdict(config)
-    to_dict = getattr(config, "to_dict", None)
-    if callable(to_dict):
-        return dict(to_dict())
     if hasattr(config, "__dict__") and not isinstance(config, type):
         return dict(vars(config))
     raise ConfigurationError(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -227,16 +230,26 @@ def _built(model: Any, context: ParallelContext) -> TransformersModel:
 
 
 def _transformers_config(config: Any) -> Any:
-    """The config itself, or the one whose fields a checkpoint's config.json has."""
+    """The config itself, or the one that transformers makes of a checkpoint's config.json, as a server does."""
     from transformers import AutoConfig, PretrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if isinstance(config, PretrainedConfig):
         return config
     fields = config.to_dict() if callable(getattr(config, "to_dict", None)) else {}
-    try:
-        return AutoConfig.for_model(fields.pop("model_type"), **fields)
-    except (KeyError, ValueError) as error:
+    if fields.get("model_type") not in CONFIG_MAPPING:
         raise ConfigurationError(
-            f"transformers_model needs a transformers config, got {type(config).__name__}: "
-            "transformers.AutoConfig.from_pretrained(directory) reads one"
-        ) from error
+            f"transformers_model needs a transformers config, got {type(config).__name__} with model_type "
+            f"{fields.get('model_type')!r}: transformers.AutoConfig.from_pretrained(directory) reads one"
+        )
+    with tempfile.TemporaryDirectory(prefix="polyshard-config-") as folder:
+        try:
+            (Path(folder) / "config.json").write_text(json.dumps(fields))
+            found = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # of whatever a config class raises
+            raise ConfigurationError(
+                f"transformers refuses the fields of this {fields['model_type']!r} config: {type(error).__name__}: "
+                f"{error}. Correct config.json"
+            ) from error
+    found._name_or_path = ""
+    return found
