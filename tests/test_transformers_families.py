@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from support.on_families import families_outcomes, original_outcome
+from support.on_families import families_outcomes, original_outcome, token_ids
 
 import polyshard as ps
 from polyshard.testing import run_ranks
@@ -89,6 +89,12 @@ def test_logits_gradients_and_packed_rows_equal_transformers(outcomes, saved, or
         assert isinstance(got[name]["packed"], str) == refused
         if refused:
             assert "Pass one sequence in each row" in got[name]["packed"]
+    for name in saved:  # what polyshard saved is what transformers loads
+        again = transformers.AutoModelForCausalLM.from_pretrained(saved[name] / "again", dtype=torch.float64)
+        again.set_attn_implementation("eager")
+        with torch.no_grad():
+            logits = again.eval()(token_ids(again.config.vocab_size)[0], use_cache=False).logits
+        assert near(logits, originals[name]["logits"]), name
 
 
 def test_the_same_at_tensor_parallel_2(outcomes, saved, originals):

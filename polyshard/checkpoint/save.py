@@ -140,6 +140,12 @@ def model_documents(
     if len(stored) == 1:
         fields["dtype"] = stored.pop()
         fields.pop("torch_dtype", None)
+    try:
+        json.dumps(fields)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the config is not plain JSON: {error}, expected numbers, strings, lists and dicts. Convert its values"
+        ) from None
     return {"config.json": fields}
 
 
@@ -166,10 +172,7 @@ def save_config(
     """
     path = Path(directory)
     for name, fields in model_documents(config, architecture, factory, {}).items():
-        try:
-            written = json.dumps(fields, indent=2)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"a config has to be plain JSON (numbers, strings, lists, dicts): {error}") from None
+        written = json.dumps(fields, indent=2)
         path.mkdir(parents=True, exist_ok=True)
         part = path / staging_name(path / name)
         part.write_text(written)

@@ -75,4 +75,6 @@ def _outcome(directory: Path, context: ps.ParallelContext) -> dict[str, Any]:
         packed = logits(torch.cat((rows[0], other[0])), cu_seqlens=bounds)
     except ps.ConfigurationError as error:
         packed = str(error)
+    if context.get_tensor_parallel_world_size() == 1:
+        ps.save_checkpoint(model, directory / "again", context, config=model.config)
     return {"logits": logits(rows), "packed": packed, "loss": loss.item(), "gradients": full_gradients(model, context)}
