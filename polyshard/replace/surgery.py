@@ -53,7 +53,8 @@ def replace_with_trainable_attention(
 
     A module is recognised by its projections (`q_proj`, `k_proj`, `v_proj` or `qkv_proj`, with `o_proj`), whatever its
     class. Weights are copied, head norms taken over. Each new module is compared with the old one on a random input
-    before it takes its place. For a transformers model, masks are asked for in the form that flash kernels take.
+    before it takes its place. For a transformers model, a small one of the same configuration is compared as a whole,
+    rows and packed sequences; and masks are asked for in the form that flash kernels take.
 
     Args:
         model: on one device; built, and its weights loaded. On the meta device nothing is copied or compared, and
@@ -66,9 +67,16 @@ def replace_with_trainable_attention(
         Which modules were replaced, and which were kept for what reason.
 
     Raises:
-        ConfigurationError: nothing looks like attention, or with `strict` something cannot be replaced. The model is
-            then as it was.
+        ConfigurationError: nothing looks like attention, or with `strict` something cannot be replaced, or the whole
+            model would compute something else. The model is then as it was.
     """
+    return replace_attention(model, parallel_context, kernel, strict, whole=True)
+
+
+def replace_attention(
+    model: nn.Module, parallel_context: ParallelContext | None, kernel: str | None, strict: bool, *, whole: bool
+) -> Replacement:
+    """`replace_with_trainable_attention`; the whole model is compared only if `whole` is set."""
     candidates = {name: module for name, module in model.named_modules() if looks_like_attention(module)}
     if not candidates:
         raise ConfigurationError(
@@ -87,6 +95,8 @@ def replace_with_trainable_attention(
             f"{len(kept)} of {len(candidates)} attention modules cannot be replaced: {shown}. Nothing was changed; "
             "strict=False replaces the others"
         )
+    if whole and made:
+        _try_whole(model, strict)
     for name, module in made.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)
@@ -105,6 +115,22 @@ def replace_with_trainable_attention(
         register()
         choose(IMPLEMENTATION)
     return Replacement(tuple(made), tuple(kept))
+
+
+def _try_whole(model: Any, strict: bool) -> None:
+    """Compare whole models of a transformers config; the modules themselves were compared before."""
+    config = getattr(model, "config", None)
+    parameters = list(model.parameters())
+    if not hasattr(config, "get_text_config") or any(parameter.is_meta for parameter in parameters):
+        return
+    from polyshard.transformers.trial import try_replacement
+
+    config = config.get_text_config()
+    try_replacement(
+        config,
+        sum(parameter.numel() for parameter in parameters),
+        lambda small: replace_attention(small, None, None, strict, whole=False),
+    )
 
 
 def _replacement(module: nn.Module, context: ParallelContext | None, kernel: str | None) -> ReplacedAttention:
@@ -174,5 +200,6 @@ def _compare(old: nn.Module, new: ReplacedAttention, found: Found) -> None:
         old.train(training)
         new.train(training)
     apart_by, size = float((got - expected).abs().max()), float(expected.abs().max())
-    if apart_by > 64 * torch.finfo(like.dtype).eps * size:
+    eps = max(torch.finfo(like.dtype).eps, torch.finfo(torch.float32).eps)  # eager softmax is float32 in float64, too
+    if apart_by > 64 * eps * size:
         raise NotRecognised(f"outputs differ: by {apart_by:.2e}, where the largest is {size:.2e}")

@@ -9,9 +9,9 @@ from torch import nn
 from polyshard.core.attention import AttentionSpec
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
-from polyshard.replace import replace_with_trainable_attention
 from polyshard.replace.interface import IMPLEMENTATION, register
 from polyshard.replace.observe import Observed, observe
+from polyshard.replace.surgery import replace_attention
 
 
 def exchange_attention(model: Any, context: ParallelContext) -> None:
@@ -26,7 +26,7 @@ def exchange_attention(model: Any, context: ParallelContext) -> None:
             through transformers' attention interface.
     """
     try:
-        kept = replace_with_trainable_attention(model, context, strict=False).kept
+        kept = replace_attention(model, context, None, False, whole=False).kept
     except ConfigurationError:  # no projections under their usual names
         kept = ()
     config = model.config.get_text_config()

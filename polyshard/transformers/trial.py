@@ -8,7 +8,7 @@ longer than every window, a packed pair, and the steps of a serving engine.
 from __future__ import annotations
 
 import copy
-import json
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,19 +21,15 @@ from torch import nn
 from polyshard.core.errors import ConfigurationError, PolyshardError
 from polyshard.core.vocabulary import gather_logits
 from polyshard.core.weight_table import collect_layouts, copy_into_shard
-from polyshard.transformers.kinds import fewest_layers
 from polyshard.transformers.mixing import leaking_modules
-from polyshard.transformers.reduced import VOCABULARY, reduced_config, with_fewer_tokens, with_short_windows
+from polyshard.transformers.original import INSTEAD, LENGTHS, identity_of, original_of, trial_inputs
 from polyshard.transformers.simulation import Exchange, Schedule, on_simulated_ranks, simulated_context
 from polyshard.transformers.unsupported import stored_names_of_children
 
 logger = logging.getLogger(__name__)
 
-LENGTHS = (24, 11)  # tokens of the two sequences
 _STEPS = (((0, 5), (1, 3)), ((1, 1), (0, 14)), ((0, 1), (1, 7)), ((0, 4),))  # (sequence, tokens) of an engine's steps
 _BOUND = 1e-4  # of the largest logit: float32 inside of norms and softmax is 1e-6
-_FULL_SIZE = 4_000_000  # parameters up to which a model itself is run
-_TOO_LARGE = 200_000_000
 
 Build = Callable[[Any, Any], Any]  # (config, context) -> TransformersModel, without a trial
 
@@ -65,7 +61,7 @@ def try_model(config: Any, parameters: int, build: Build, *, sharded: bool, serv
     Raises:
         ConfigurationError: the logits differ, or the two cannot be compared.
     """
-    key = json.dumps([config.to_dict(), type(config).__name__, sharded, served], sort_keys=True, default=str)
+    key = f"{identity_of(config)} {sharded} {served}"
     if key not in _verdicts:
         try:
             with _aside():
@@ -76,6 +72,53 @@ def try_model(config: Any, parameters: int, build: Build, *, sharded: bool, serv
     if isinstance(found, ConfigurationError):
         raise ConfigurationError(str(found)) from found.__cause__
     return found
+
+
+def try_replacement(config: Any, parameters: int, replace: Callable[[nn.Module], Any]) -> None:
+    """Compare a model of this configuration with itself after its attention modules were replaced.
+
+    Args:
+        config: a transformers config.
+        parameters: number of the model's parameters.
+        replace: replaces attention modules of a model in place.
+
+    Raises:
+        ConfigurationError: the logits of rows or of a packed pair differ, or the two cannot be compared.
+    """
+    key = f"{identity_of(config)} replaced"
+    if key not in _verdicts:
+        with _aside():
+            _verdicts[key] = _replacement(config, parameters, replace)
+    found = _verdicts[key]
+    if isinstance(found, ConfigurationError):
+        raise ConfigurationError(str(found))
+
+
+def _replacement(config: Any, parameters: int, replace: Callable[[nn.Module], Any]) -> Verdict | ConfigurationError:
+    rows, (first, second) = trial_inputs(config)
+    try:
+        _, original, expected = original_of(config, parameters, 1, (rows, second[None]))
+        name = type(original).__name__
+        ids, positions = (torch.cat(t)[None] for t in ((first, second), [torch.arange(n) for n in LENGTHS]))
+        packed = original(input_ids=ids, position_ids=positions, use_cache=False).logits
+        replaced = copy.deepcopy(original)
+        replace(replaced)
+
+        def run(ids: torch.Tensor, **positions: torch.Tensor) -> torch.Tensor:
+            return replaced(input_ids=ids, use_cache=False, **positions).logits
+
+        apart = _apart(run, (rows,), expected[0], name, "on rows of one sequence")
+        run_packed = functools.partial(run, position_ids=positions)
+        for wanted in (torch.cat((expected[0][:1], expected[1]), dim=1), packed):  # gpt-oss's own packed rows leak
+            apart_packed = _apart(run_packed, (ids,), wanted, name, "on a packed pair")
+            if apart_packed is None:
+                break
+        apart = apart or apart_packed
+    except ConfigurationError as error:
+        return error
+    if apart is None:
+        return Verdict()
+    return ConfigurationError(f"{name} does not compute the same after its attention modules were replaced: {apart}")
 
 
 @contextmanager
@@ -91,11 +134,8 @@ def _aside() -> Iterator[None]:
 
 
 def _tried(config: Any, parameters: int, build: Build, size: int, served: bool) -> Verdict:
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = min(config.get_text_config().vocab_size, VOCABULARY)
-    first, second = (torch.randint(1, vocabulary, (length,), generator=generator) for length in LENGTHS)
-    rows = torch.stack((first, first.roll(3)))
-    small, original, expected = _original(config, parameters, size, (rows, second[None]))
+    rows, (first, second) = trial_inputs(config)
+    small, original, expected = original_of(config, parameters, size, (rows, second[None]))
     name = type(original).__name__
     run = _Runs(small, original, build, size)
     pair = torch.cat((expected[0][0], expected[1][0]))
@@ -110,7 +150,7 @@ def _tried(config: Any, parameters: int, build: Build, size: int, served: bool) 
     apart = _apart(run.rows, (rows,), expected[0], name, "on rows of one sequence")
     if apart is not None:
         raise ConfigurationError(
-            f"{name} with polyshard's layers does not compute what transformers' own code does: {apart}. {_INSTEAD}"
+            f"{name} with polyshard's layers does not compute what transformers' own code does: {apart}. {INSTEAD}"
         )
     try:
         apart = _apart(run.packed, (first, second), pair, name, "on a packed pair")
@@ -120,64 +160,6 @@ def _tried(config: Any, parameters: int, build: Build, size: int, served: bool) 
         return Verdict()
     culprits = run.culprits(first, second) or "a module that looks beyond the boundary of a sequence"
     return Verdict(packed=f"{name} cannot take packed sequences: it has {culprits} ({apart})")
-
-
-_INSTEAD = "Train it with transformers, or write its factory (docs/models.md)."
-
-
-def _original(
-    config: Any, parameters: int, size: int, inputs: tuple[torch.Tensor, ...]
-) -> tuple[Any, Any, list[torch.Tensor]]:
-    """A small enough configuration, transformers' own model of it, and its logits.
-
-    Raises:
-        ConfigurationError: no reduced configuration can be built and run.
-    """
-    reductions: list[Callable[[], Any]] = [
-        lambda: fewest_layers(reduced_config(config, heads_divide_by=size * 2)),
-        lambda: fewest_layers(with_fewer_tokens(config)),
-    ]
-    if parameters <= _FULL_SIZE:
-        reductions.insert(0, lambda: with_short_windows(config))
-    reason: Exception | None = None
-    for reduction in reductions:
-        try:
-            small = reduction()
-            model = _random_model(small)
-            return small, model, [model(input_ids=ids, use_cache=False).logits for ids in inputs]
-        except Exception as error:  # of whatever transformers' code raises for sizes that do not fit
-            reason = reason or error
-    raise ConfigurationError(
-        f"{type(config).__name__} cannot be reduced to a size at which the model can be compared with transformers' "
-        f"own: {type(reason).__name__}: {reason}. {_INSTEAD}"
-    ) from reason
-
-
-def _random_model(config: Any) -> Any:
-    """transformers' own model with random weights, far from uniform ones."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    if count > _TOO_LARGE:
-        raise ValueError(f"the reduced model has {count} parameters, expected at most {_TOO_LARGE}")
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager").eval()
-    _check_windows(model)
-    generator = torch.Generator().manual_seed(1)
-    for weight in model.parameters():
-        noise = torch.randn(weight.shape, generator=generator)
-        if weight.dim() > 1:
-            weight.copy_(noise * weight[0].numel() ** -0.5)
-        else:
-            weight.add_(noise * 0.2)
-    return model
-
-
-def _check_windows(model: nn.Module) -> None:
-    for path, module in model.named_modules():
-        for attribute, value in vars(module).items():
-            if "window" in attribute and type(value) is int and value >= LENGTHS[0] and "layers" not in attribute:
-                raise ValueError(f"{path}.{attribute} is {value}, expected less than {LENGTHS[0]} in the reduced model")
 
 
 def _apart(run: Callable[..., torch.Tensor], inputs: Any, expected: torch.Tensor, name: str, how: str) -> str | None:
@@ -192,7 +174,7 @@ def _apart(run: Callable[..., torch.Tensor], inputs: Any, expected: torch.Tensor
         raise ConfigurationError(str(error) if name in str(error) else f"{name} {how}: {error}") from error
     except Exception as error:
         raise ConfigurationError(
-            f"{name} with polyshard's layers cannot be run {how}: {type(error).__name__}: {error}. {_INSTEAD}"
+            f"{name} with polyshard's layers cannot be run {how}: {type(error).__name__}: {error}. {INSTEAD}"
         ) from error
     off, largest = float((got - expected).abs().max()), float(expected.abs().max())
     if off <= _BOUND * largest:  # not for NaN
