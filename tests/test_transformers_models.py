@@ -51,12 +51,20 @@ SHARDED = {
         **ALONE, logits_scaling=4.0, residual_multiplier=0.5, attention_multiplier=0.2
     ),
     "starcoder2": transformers.Starcoder2Config(**ALONE, sliding_window=None),
+    "exaone4": transformers.Exaone4Config(  # rotary embedding where there is a window, and nowhere else
+        **ALONE, sliding_window=16, layer_types=["sliding_attention", "full_attention"]
+    ),
 }
 WHOLE = {  # attention of these is not recognised: they keep their own code
     "gpt2": transformers.GPT2Config(**GPT2),
     "cohere": transformers.CohereConfig(**ALONE),
     "olmo2": transformers.Olmo2Config(**ALONE),
+    "opt": transformers.OPTConfig(
+        **{"vocab_size": 96, "hidden_size": 128, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"max_position_embeddings": 256, "word_embed_proj_dim": 128, "dropout": 0.0},
+    ),
 }
+LFM2 = transformers.Lfm2Config(**{**ALONE, "num_hidden_layers": 3}, layer_types=["conv", "full_attention", "conv"])
 ALL = {**SHARDED, **WHOLE}
 PROMPTS = [[1, 2, 3, 4, 5], [7, 9, 11], list(range(40))]
 TOKENS, BOUND = 6, 2e-5
@@ -131,6 +139,15 @@ def test_served_by_its_own_code_on_vllms_layers_and_cache(saved, name):
     ps.register_model("ServedAsItIs", "polyshard:transformers_model")
     with engine(directory, "ServedAsItIs", max_num_batched_tokens=32) as llm:  # the longest prompt comes in chunks
         assert_same_generation(greedy(llm, PROMPTS, TOKENS), greedy_transformers(directory, PROMPTS, TOKENS), BOUND)
+
+
+@pytest.mark.vllm
+def test_a_model_with_layers_that_carry_state_is_not_served(tmp_path):
+    transformers.AutoModelForCausalLM.from_config(LFM2).save_pretrained(tmp_path)
+    ps.register_model("ServedAsItIs", "polyshard:transformers_model")
+    words = r"Lfm2ForCausalLM cannot be served as it is: Lfm2ShortConv \(model.layers.0.conv\), which carries state"
+    with pytest.raises(ps.RegistrationError, match=words), engine(tmp_path, "ServedAsItIs"):
+        pass
 
 
 @pytest.mark.vllm
