@@ -93,7 +93,7 @@ def test_logits_gradients_and_packed_rows_equal_transformers(outcomes, saved, or
         again = transformers.AutoModelForCausalLM.from_pretrained(saved[name] / "again", dtype=torch.float64)
         again.set_attn_implementation("eager")
         with torch.no_grad():
-            logits = again.eval()(token_ids(again.config.vocab_size)[0], use_cache=False).logits
+            logits = again.eval()(token_ids(again.config)[0], use_cache=False).logits
         assert near(logits, originals[name]["logits"]), name
 
 

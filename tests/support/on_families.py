@@ -15,12 +15,13 @@ from support.on_ranks import full_gradients
 LENGTHS = (24, 9)  # tokens; windows of the models are shorter
 
 
-def token_ids(vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows `[2, tokens]`, and another sequence `[1, tokens]`."""
+def token_ids(config: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows `[2, tokens]`, with a padding token among them, and another sequence `[1, tokens]`."""
     generator = torch.Generator().manual_seed(3)
-    return tuple(
-        torch.randint(1, vocabulary, shape, generator=generator) for shape in ((2, LENGTHS[0]), (1, LENGTHS[1]))
-    )
+    shapes = ((2, LENGTHS[0]), (1, LENGTHS[1]))
+    rows, other = (torch.randint(1, config.vocab_size, shape, generator=generator) for shape in shapes)
+    rows[0, 5] = config.pad_token_id or 0
+    return rows, other
 
 
 def labels_of(ids: torch.Tensor) -> torch.Tensor:
@@ -32,7 +33,7 @@ def original_outcome(directory: Path) -> dict[str, Any]:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float64, attn_implementation="eager"
     ).eval()
-    rows, other = token_ids(model.config.vocab_size)
+    rows, other = token_ids(model.config)
     output = model(rows, use_cache=False)
     loss = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), labels_of(rows).flatten())
     loss.backward()
@@ -65,7 +66,7 @@ def _outcome(directory: Path, context: ps.ParallelContext) -> dict[str, Any]:
             shard = model.compute_logits(model(*inputs, **options))
         return shard if shard.shape[-1] == vocabulary else ps.gather_logits(shard, context, vocabulary)
 
-    rows, other = token_ids(vocabulary)
+    rows, other = token_ids(model.config)
     loss = model(rows, labels=labels_of(rows))
     loss.backward()
     for weight in model.parameters():  # a pooler that no logit depends on
