@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -69,3 +70,12 @@ def _kind(layer: nn.Module, hidden_size: int) -> str:
         seen = observe(module, hidden_size) if "Attention" in type(module).__name__ else None
         parts.append(f"{name} {type(module).__name__} {shapes} {settings} {seen}")
     return "; ".join(parts)
+
+
+def kept_modules(model: nn.Module) -> frozenset[str]:
+    """Return places and classes of the modules that are still transformers' own; numbers in places are left out."""
+    return frozenset(
+        f"{re.sub(r'[0-9]+', '*', name)} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if type(module).__module__.startswith("transformers.") or type(module) is nn.Linear
+    )

@@ -17,6 +17,7 @@ from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.vocabulary import vocab_parallel_cross_entropy
 from polyshard.transformers.attention import exchange_attention
+from polyshard.transformers.kinds import kept_modules
 from polyshard.transformers.layers import exchange_layers
 from polyshard.transformers.memory import give_memory
 from polyshard.transformers.trial import try_model
@@ -195,7 +196,14 @@ def transformers_model(config: Any, parallel_context: ParallelContext) -> Transf
         sharded=layout.tensor > 1,
         served=getattr(parallel_context, "attention", None) is not None,
     )
+    name = type(model).__name__
     built = _built(model, parallel_context)
+    others = sorted(kept_modules(built) ^ verdict.kept)
+    if others:
+        raise ConfigurationError(
+            f"{name} is built of other layers than the small model that was compared with transformers' own: got "
+            f"{others[0]} in only one of the two. Write its factory (docs/models.md)"
+        )
     built.packed_refusal = verdict.packed
     return built
 

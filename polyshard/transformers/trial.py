@@ -21,6 +21,7 @@ from torch import nn
 from polyshard.core.errors import ConfigurationError, PolyshardError
 from polyshard.core.vocabulary import gather_logits
 from polyshard.core.weight_table import collect_layouts, copy_into_shard
+from polyshard.transformers.kinds import kept_modules
 from polyshard.transformers.mixing import leaking_modules
 from polyshard.transformers.original import INSTEAD, LENGTHS, identity_of, original_of, trial_inputs
 from polyshard.transformers.simulation import Exchange, Schedule, on_simulated_ranks, simulated_context
@@ -40,9 +41,11 @@ class Verdict:
 
     Attributes:
         packed: why it cannot take packed sequences; None if it can.
+        kept: modules of the model tried that are transformers' own, as `kept_modules` gives them.
     """
 
     packed: str | None = None
+    kept: frozenset[str] = frozenset()
 
 
 _verdicts: dict[str, Verdict | ConfigurationError] = {}
@@ -142,7 +145,7 @@ def _tried(config: Any, parameters: int, build: Build, size: int, served: bool) 
     if served:
         apart = _apart(run.served, (first, second), pair, name, "in a serving engine")
         if apart is None:
-            return Verdict()
+            return Verdict(kept=run.kept)
         raise ConfigurationError(
             f"{name} cannot be served as it is: {run.culprits(first, second) or 'it is not what it is alone'} "
             f"({apart}). Serve vLLM's own model of the family, or write a factory (docs/models.md)."
@@ -155,11 +158,11 @@ def _tried(config: Any, parameters: int, build: Build, size: int, served: bool) 
     try:
         apart = _apart(run.packed, (first, second), pair, name, "on a packed pair")
     except ConfigurationError as error:
-        return Verdict(packed=str(error))
+        return Verdict(packed=str(error), kept=run.kept)
     if apart is None:
-        return Verdict()
+        return Verdict(kept=run.kept)
     culprits = run.culprits(first, second) or "a module that looks beyond the boundary of a sequence"
-    return Verdict(packed=f"{name} cannot take packed sequences: it has {culprits} ({apart})")
+    return Verdict(packed=f"{name} cannot take packed sequences: it has {culprits} ({apart})", kept=run.kept)
 
 
 def _apart(run: Callable[..., torch.Tensor], inputs: Any, expected: torch.Tensor, name: str, how: str) -> str | None:
@@ -188,11 +191,13 @@ class _Runs:
     def __init__(self, config: Any, original: nn.Module, build: Build, size: int) -> None:
         self.config, self.original, self.build = config, original, build
         self.size, self.vocabulary = size, config.get_text_config().vocab_size
+        self.kept: frozenset[str] = frozenset()
 
     def model(self, context: Any, exchange: Exchange) -> Any:
         """One rank's model."""
         with exchange.building:
             model = self.build(copy.deepcopy(self.config), context).eval()
+            self.kept = self.kept or kept_modules(model)  # the first time: `culprits` runs on one rank
         _copy_weights(self.original, model, context)
         return model
 
