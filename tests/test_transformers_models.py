@@ -159,6 +159,19 @@ def test_served_on_another_librarys_layers(saved):
 
 
 @pytest.mark.vllm
+def test_overridden_rotary_parameters_without_a_base_take_that_of_vllms_own_model(saved, tmp_path):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    directory = saved("qwen3")
+    expected = tmp_path / "expected"
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model.config.rope_parameters = {**yarn, "rope_theta": 1e6}  # the file has 10000
+    model.save_pretrained(expected)
+    ps.register_model("ServedAsItIs", "polyshard:transformers_model")
+    with engine(directory, "ServedAsItIs", hf_overrides={"rope_parameters": yarn}) as llm:
+        assert_same_generation(greedy(llm, PROMPTS, TOKENS), greedy_transformers(expected, PROMPTS, TOKENS), BOUND)
+
+
+@pytest.mark.vllm
 def test_served_at_tensor_parallel_2(saved):
     directory = saved("gemma3")
     asked = [("vllm", directory, "polyshard:transformers_model")]

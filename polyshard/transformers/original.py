@@ -18,6 +18,8 @@ INSTEAD = "Train it with transformers, or write its factory (docs/models.md)."
 _FULL_SIZE = 4_000_000  # parameters up to which a model itself is run
 _TOO_LARGE = 200_000_000
 
+_NAMES = ("_name_or_path", "architectures", "dtype", "transformers_version")  # which change no logit
+
 _last: dict[str, tuple[Any, Any, list[torch.Tensor]]] = {}  # the last small original, which is often tried again
 
 
@@ -31,7 +33,8 @@ def trial_inputs(config: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.T
 
 def identity_of(config: Any) -> str:
     """Return a text that is the same for equal configs."""
-    return f"{type(config).__name__} {json.dumps(config.to_dict(), sort_keys=True, default=str)}"
+    fields = {key: value for key, value in config.to_dict().items() if key not in _NAMES}
+    return f"{type(config).__name__} {json.dumps(fields, sort_keys=True, default=str)}"
 
 
 def original_of(
