@@ -112,6 +112,12 @@ def test_a_required_field_that_is_missing_or_no_number_is_named(kind):
     for value in (2.5, True, 0, "4"):
         with pytest.raises(ps.ConfigurationError, match="hidden_size is invalid: got .*, expected a positive integer"):
             ps.complete_config({"model_type": kind, **SIZES, "hidden_size": value})
+    for name, value in (("tie_word_embeddings", None), ("attention_dropout", True), ("max_position_embeddings", None)):
+        with pytest.raises(ps.ConfigurationError, match=f"{name} is invalid: got {value}, expected"):
+            ps.complete_config({"model_type": kind, **SIZES, name: value})
+    nested = {"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_theta": 1e6}}
+    with pytest.raises(ps.ConfigurationError, match="for each kind of layer .full_attention, sliding_attention."):
+        ps.complete_config({"model_type": kind, **SIZES, "rope_parameters": nested})
     with pytest.raises(ps.ConfigurationError, match="model_type is unsupported: got 'gpt2', expected one of llama"):
         ps.complete_config({"model_type": "gpt2", **SIZES})
 

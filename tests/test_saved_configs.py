@@ -110,6 +110,7 @@ def test_models_of_transformers(tmp_path, name, kind):
     ps.save_checkpoint(model, tmp_path / "saved", context, config=chosen)
     fields = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert fields["model_type"] == config.model_type
+    assert fields["architectures"] == [type(transformers.AutoModelForCausalLM.from_config(config)).__name__]
     assert not [name for name in fields if "attn_implementation" in name]
     same_in_transformers(tmp_path / "saved", model, config.vocab_size)
 

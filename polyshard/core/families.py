@@ -47,6 +47,7 @@ OPTIONAL: Mapping[str, Mapping[str, Any]] = {
     },
 }
 _ROTARY = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+_SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 _STRETCHED = ("llama3", "yarn", "longrope")  # scalings that ask for the original number of positions
 _BASE = 10_000.0
 
@@ -111,12 +112,23 @@ def complete_config(config: Any) -> SimpleNamespace:
     heads = fields["num_attention_heads"]
     for name in (*REQUIRED[:-1], "max_position_embeddings", "sliding_window", "num_key_value_heads", "head_dim"):
         _check_size(name, fields[name], name in REQUIRED)
+    for name in ("max_position_embeddings", "rms_norm_eps", "attention_dropout", *_SWITCHES):
+        _check_kind(name, fields[name], name in optional or name in REQUIRED)
     fields["num_key_value_heads"] = fields["num_key_value_heads"] or heads
     fields["head_dim"] = fields["head_dim"] or fields["hidden_size"] // heads
     rope = _rotary({name: given.get(name) for name in _ROTARY}, fields["max_position_embeddings"], filled)
     rope.setdefault("rope_theta", served_base(model_type) if filled else _BASE)
     windows = _layer_windows(model_type, fields)
     return SimpleNamespace(model_type=model_type, **fields, rope_parameters=rope, layer_windows=windows)
+
+
+def _check_kind(name: str, value: Any, known: bool) -> None:
+    if not known:
+        return
+    switch = name in _SWITCHES
+    if isinstance(value, bool) != switch or not isinstance(value, (int, float)):
+        expected = "true or false" if switch else "a number"
+        raise ConfigurationError(f"{name} is invalid: got {value!r}, expected {expected}. Correct config.json")
 
 
 def _check_size(name: str, value: Any, required: bool) -> None:
@@ -134,6 +146,12 @@ def _rotary(given: Mapping[str, Any], positions: int, filled: bool) -> dict[str,
         else dict(given["rope_scaling"] or given["rope_parameters"] or {})
     )
     rope = {name: value for name, value in rope.items() if value is not None or name != "rope_theta"}
+    nested = sorted(name for name, value in rope.items() if isinstance(value, Mapping))
+    if nested:
+        raise ConfigurationError(
+            f"rope_parameters are unsupported: got parameters for each kind of layer ({', '.join(nested)}), expected "
+            "one set for all. Read them in your factory"
+        )
     if given["rope_theta"] is not None and not filled:
         rope.setdefault("rope_theta", given["rope_theta"])
     if given["partial_rotary_factor"] is not None:

@@ -39,6 +39,7 @@ class TransformersModel(nn.Module):
     def __init__(self, model: Any, context: ParallelContext, stored: Mapping[str, str]) -> None:
         super().__init__()
         self.config, self.parallel_context = model.config, context
+        self.architecture = type(model).__name__  # of the checkpoints that it is saved as
         own: str = model.base_model_prefix
         self._body = stored.get(own, own)
         self.packed_refusal: str | None = None  # why it takes no packed sequences
