@@ -134,7 +134,15 @@ def outcomes() -> dict[str, Outcome]:
     transformers.logging.set_verbosity_error()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {name: outcome(small_config(name)) for name in families()}
+        return {name: _family(name) for name in families()}
+
+
+def _family(name: str) -> Outcome:
+    try:
+        config = small_config(name)
+    except Exception as error:  # of whatever a config class raises for its own defaults
+        return Outcome(dict.fromkeys((*_WAYS, "packed"), "transformers cannot build it"), {"rows": str(error)})
+    return outcome(config)
 
 
 def page(found: dict[str, Outcome]) -> str:
