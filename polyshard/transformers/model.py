@@ -169,18 +169,22 @@ def transformers_model(config: Any, parallel_context: ParallelContext) -> Transf
     A factory: `register_model("LlamaForCausalLM", "polyshard:transformers_model")` serves a checkpoint of that
     architecture by transformers' own code, and training builds the same model on any adapter.
 
-    Attention that `replace_with_trainable_attention` recognises is exchanged, gated MLPs are fused, and every other
+    Attention that `replace_with_trainable_attention` recognises is replaced, gated MLPs are fused, and every other
     linear layer follows transformers' own tensor-parallel plan. Attention that is not recognised keeps its code, and
-    takes the engine's cache, at tensor-parallel 1. Each kind of exchanged norm and MLP is compared with the original
-    first.
+    takes the engine's cache, at tensor-parallel 1. A small model of the same configuration is compared as a whole with
+    transformers' own, once for each configuration (docs/transformers-models.md has the outcome for every family).
 
     Args:
         config: a transformers config, or the fields of one (`polyshard.read_config`).
-        parallel_context: where this process stands; its tensor axis may have any size.
+        parallel_context: this process's position; its tensor axis may have any size.
+
+    Returns:
+        The model. If a layer carries state from token to token, the model refuses packed sequences and names the layer.
 
     Raises:
-        ConfigurationError: it has no causal language model, or one that cannot be sharded; or the layout asks for
-            pipeline, context or sequence parallel.
+        ConfigurationError: it has no causal language model, or one with parts that polyshard does not build, or one
+            whose logits would differ from transformers'; or the layout asks for pipeline, context or sequence parallel.
+            No memory was taken.
     """
     config = _transformers_config(config)
     layout = parallel_context.layout
