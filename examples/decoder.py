@@ -36,53 +36,41 @@ class DecoderConfig:
     mlp_bias: bool
     qk_norm: bool
     tied: bool
+    dropout: float
     sliding_windows: tuple[int | None, ...]
 
     @classmethod
     def of(cls, config: Any) -> DecoderConfig:
         """From anything with a Hugging Face config's attributes; `ConfigurationError` on what it cannot build."""
-        kind = getattr(config, "model_type", None)
-        if kind not in ("llama", "qwen2", "qwen3", "mistral"):
-            raise ps.ConfigurationError(
-                f"decoder.py knows llama, qwen2, qwen3 and mistral configs, not model_type={kind!r}"
-            )
-        if getattr(config, "hidden_act", "silu") != "silu":
+        config = ps.complete_config(config)
+        if config.hidden_act != "silu":
             raise ps.ConfigurationError(f"decoder.py has silu only, not hidden_act={config.hidden_act!r}")
-        # transformers 5 keeps theta and scaling together in rope_parameters; files on disk mostly apart.
-        rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
-        theta = rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
-        attention_bias = bool(getattr(config, "attention_bias", False))
-        layers = config.num_hidden_layers
+        rope = config.rope_parameters
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ps.ConfigurationError(
+                f"decoder.py rotates whole heads, not partial_rotary_factor={rope['partial_rotary_factor']}"
+            )
+        kind, bias = config.model_type, config.attention_bias
         return cls(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
-            num_layers=layers,
+            num_layers=config.num_hidden_layers,
             num_heads=config.num_attention_heads,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
             norm_eps=config.rms_norm_eps,
-            rope_theta=float(theta),
-            rope_scaling=rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None,
+            rope_theta=float(rope["rope_theta"]),
+            rope_scaling=rope if rope["rope_type"] != "default" else None,
             max_position=config.max_position_embeddings,
-            qkv_bias=kind == "qwen2" or attention_bias,
-            output_bias=kind != "qwen2" and attention_bias,
-            mlp_bias=bool(getattr(config, "mlp_bias", False)),
+            qkv_bias=kind == "qwen2" or bias,
+            output_bias=bias,
+            mlp_bias=config.mlp_bias,
             qk_norm=kind == "qwen3",
-            tied=bool(getattr(config, "tie_word_embeddings", False)),
-            sliding_windows=_sliding_windows(config, kind, layers),
+            tied=config.tie_word_embeddings,
+            dropout=config.attention_dropout,
+            sliding_windows=config.layer_windows,
         )
-
-
-def _sliding_windows(config: Any, kind: str, layers: int) -> tuple[int | None, ...]:
-    window = getattr(config, "sliding_window", None)
-    if window is None or (kind != "mistral" and not getattr(config, "use_sliding_window", False)):
-        return (None,) * layers
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        full_until = 0 if kind == "mistral" else getattr(config, "max_window_layers", 0)
-        types = ["full_attention" if i < full_until else "sliding_attention" for i in range(layers)]
-    return tuple(window if kind_ == "sliding_attention" else None for kind_ in types)
 
 
 class MLP(nn.Module):
@@ -110,6 +98,7 @@ class Block(nn.Module):
             config.num_heads,
             config.num_kv_heads,
             config.head_dim,
+            dropout=config.dropout,
             parallel_context=parallel_context,
             qkv_bias=config.qkv_bias,
             output_bias=config.output_bias,

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         UnsupportedVersionError,
         WeightSyncError,
     )
+    from polyshard.core.families import complete_config
     from polyshard.core.generators import manual_seed, sharded_random
     from polyshard.core.initialization import initialize_weights, normal_initializer
     from polyshard.core.layout import ParallelLayout
@@ -92,6 +93,7 @@ _HOMES = {
     "polyshard.core.capabilities": ("Capabilities", "Rejected"),
     "polyshard.core.context": ("GroupContext", "ParallelContext"),
     "polyshard.core.discovery": ("adapter_names", "load_adapter"),
+    "polyshard.core.families": ("complete_config",),
     "polyshard.core.errors": (
         "AdapterError",
         "CheckpointError",

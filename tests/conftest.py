@@ -49,7 +49,16 @@ forkserver.ensure_running()
 
 # The files that take minutes, longest first: a worker that came to one of them last would leave the other idle.
 LONG = (
-    *("conformance", "rl", "vllm_serving", "weight_sync_kills", "server", "examples", "vllm_failures"),
+    *(
+        "conformance",
+        "transformers_families",
+        "rl",
+        "vllm_serving",
+        "weight_sync_kills",
+        "server",
+        "examples",
+        "vllm_failures",
+    ),
     *("torch_adapter", "exact", "weight_sync_ranks", "readme", "transformers_models", "checkpoint_kills"),
     *("vllm_compiled", "generic_models", "verify", "rank_failures", "attention_kernels", "vllm_features"),
 )

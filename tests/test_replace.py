@@ -1,5 +1,7 @@
 """Attention exchanged in transformers' own models: the same weights, the same outputs, the same gradients."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
@@ -132,3 +134,66 @@ def test_other_arithmetic_under_the_same_names_is_found_out():
         ps.replace_with_trainable_attention(cohere)
     with pytest.raises(ps.ConfigurationError, match="has no module with q_proj"):
         ps.replace_with_trainable_attention(nn.Linear(2, 2))
+
+
+def test_arguments_that_attention_does_not_know_are_refused_by_name():
+    model = built("llama")
+    ps.replace_with_trainable_attention(model)
+    with pytest.raises(ps.ConfigurationError, match="output_attentions=True, and no flash kernel has them"):
+        model(IDS, output_attentions=True, use_cache=False)
+    attention = model.model.layers[0].self_attn
+    hidden = torch.zeros(1, 3, 64)
+    assert attention(hidden, use_cache=True, cache_position=torch.arange(3), head_mask=None)[1] is None
+    with pytest.raises(ps.ConfigurationError, match="layer 0 got is_causal=False, expected True"):
+        attention(hidden, is_causal=False)
+    with pytest.raises(ps.ConfigurationError, match="got alibi, head_mask, expected only those"):
+        attention(hidden, head_mask=torch.ones(4), alibi=1)
+
+
+def test_the_cache_is_found_under_either_name():
+    model = built("llama")
+    ps.replace_with_trainable_attention(model)
+    attention = model.model.layers[0].self_attn
+    hidden = torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(0))
+    rotary = tuple(torch.ones(1, 6, 16) * value for value in (1.0, 0.0))
+    whole = attention(hidden, rotary)[0]
+    for name in ("past_key_values", "cache"):
+        cache = transformers.DynamicCache()
+        parts = [
+            attention(part, tuple(t[:, : part.shape[1]] for t in rotary), **{name: cache})[0]
+            for part in (hidden[:, :4], hidden[:, 4:5], hidden[:, 5:])
+        ]
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ps.ConfigurationError, match="two caches: got DynamicCache as past_key_values and"):
+        attention(hidden, rotary, past_key_values=cache, cache=transformers.DynamicCache())
+
+
+def test_a_family_whose_whole_model_would_differ_is_refused_and_stays_as_it_was(monkeypatch):
+    from polyshard.replace import surgery
+
+    config = transformers.MistralConfig(**{**SIZES, "vocab_size": 97}, **WINDOWED)  # of no other test
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    honest = surgery.recognise
+
+    def without_window(module):
+        return dataclasses.replace(honest(module), sliding_window=None)
+
+    monkeypatch.setattr(surgery, "_compare", lambda *_: None)  # as if the modules were alike
+    monkeypatch.setattr(surgery, "recognise", without_window)
+    with pytest.raises(ps.ConfigurationError, match="MistralForCausalLM does not compute the same after its attention"):
+        ps.replace_with_trainable_attention(model)
+    assert type(model.model.layers[0].self_attn).__name__ == "MistralAttention"
+
+
+def test_the_layers_of_exaone_4_without_a_window_are_not_rotated():
+    config = transformers.Exaone4Config(**SIZES, **WINDOWED, layer_types=["sliding_attention", "full_attention"])
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.15)
+    expected = model(IDS, use_cache=False).logits
+    ps.replace_with_trainable_attention(model)
+    torch.testing.assert_close(model(IDS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+    first, second = (layer.self_attn for layer in model.model.layers)
+    assert (first.spec.sliding_window, first.uses_rotary) == (5, True)
+    assert (second.spec.sliding_window, second.uses_rotary) == (None, False)

@@ -51,12 +51,20 @@ SHARDED = {
         **ALONE, logits_scaling=4.0, residual_multiplier=0.5, attention_multiplier=0.2
     ),
     "starcoder2": transformers.Starcoder2Config(**ALONE, sliding_window=None),
+    "exaone4": transformers.Exaone4Config(  # rotary embedding where there is a window, and nowhere else
+        **ALONE, sliding_window=16, layer_types=["sliding_attention", "full_attention"]
+    ),
 }
 WHOLE = {  # attention of these is not recognised: they keep their own code
     "gpt2": transformers.GPT2Config(**GPT2),
     "cohere": transformers.CohereConfig(**ALONE),
     "olmo2": transformers.Olmo2Config(**ALONE),
+    "opt": transformers.OPTConfig(
+        **{"vocab_size": 96, "hidden_size": 128, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"max_position_embeddings": 256, "word_embed_proj_dim": 128, "dropout": 0.0},
+    ),
 }
+LFM2 = transformers.Lfm2Config(**{**ALONE, "num_hidden_layers": 3}, layer_types=["conv", "full_attention", "conv"])
 ALL = {**SHARDED, **WHOLE}
 PROMPTS = [[1, 2, 3, 4, 5], [7, 9, 11], list(range(40))]
 TOKENS, BOUND = 6, 2e-5
@@ -134,11 +142,33 @@ def test_served_by_its_own_code_on_vllms_layers_and_cache(saved, name):
 
 
 @pytest.mark.vllm
+def test_a_model_with_layers_that_carry_state_is_not_served(tmp_path):
+    transformers.AutoModelForCausalLM.from_config(LFM2).save_pretrained(tmp_path)
+    ps.register_model("ServedAsItIs", "polyshard:transformers_model")
+    words = r"Lfm2ForCausalLM cannot be served as it is: Lfm2ShortConv \(model.layers.0.conv\), which carries state"
+    with pytest.raises(ps.RegistrationError, match=words), engine(tmp_path, "ServedAsItIs"):
+        pass
+
+
+@pytest.mark.vllm
 def test_served_on_another_librarys_layers(saved):
     directory = saved("gemma3")
     ps.register_model("ServedAsItIs", "polyshard:transformers_model", adapter="torch")
     with engine(directory, "ServedAsItIs") as llm:
         assert_same_generation(greedy(llm, PROMPTS, TOKENS), greedy_transformers(directory, PROMPTS, TOKENS), BOUND)
+
+
+@pytest.mark.vllm
+def test_overridden_rotary_parameters_without_a_base_take_that_of_vllms_own_model(saved, tmp_path):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    directory = saved("qwen3")
+    expected = tmp_path / "expected"
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model.config.rope_parameters = {**yarn, "rope_theta": 1e6}  # the file has 10000
+    model.save_pretrained(expected)
+    ps.register_model("ServedAsItIs", "polyshard:transformers_model")
+    with engine(directory, "ServedAsItIs", hf_overrides={"rope_parameters": yarn}) as llm:
+        assert_same_generation(greedy(llm, PROMPTS, TOKENS), greedy_transformers(expected, PROMPTS, TOKENS), BOUND)
 
 
 @pytest.mark.vllm
@@ -152,8 +182,8 @@ def test_served_at_tensor_parallel_2(saved):
 @pytest.mark.parametrize(
     ("config", "layout", "words"),
     [
-        (WHOLE["gpt2"], {"tensor": 2}, "not recognised.*tensor-parallel 1 alone"),
-        (WHOLE["olmo2"], {"tensor": 2}, "query norm.*tensor-parallel 1 alone"),
+        (WHOLE["gpt2"], {"tensor": 2}, "not recognised.*tensor-parallel 1 only"),
+        (WHOLE["olmo2"], {"tensor": 2}, "query norm.*tensor-parallel 1 only"),
         (SHARDED["llama"], {"pipeline": 2}, "no pipeline parallel"),
         (transformers.T5Config(), {}, "no causal language model of T5Config"),
         ({"hidden_size": 8}, {}, "needs a transformers config, got dict"),

@@ -197,3 +197,22 @@ def test_nothing_writes_over_the_trainers_weights(tmp_path):
             pass
     with pytest.raises(ps.RegistrationError, match="leave out adapter='torch'"):
         ps.register_model("Existing", trained.model, adapter="torch")
+
+
+def test_layers_that_would_keep_no_cache_in_an_engine_are_named():
+    import transformers
+
+    from polyshard.registry.existing import served_copy
+
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    lfm2 = transformers.Lfm2Config(**sizes, num_hidden_layers=2, layer_types=["conv", "full_attention"])
+    words = {
+        "Lfm2ShortConv .model.layers.0.conv., which carries state": lfm2,
+        "model.layers.0.self_attn .CohereAttention. is attention that an engine": transformers.CohereConfig(
+            **sizes, num_hidden_layers=2
+        ),
+    }
+    context = ps.initialize()
+    for expected, config in words.items():
+        with pytest.raises(ps.RegistrationError, match=expected):
+            served_copy(ps.transformers_model(config, context), context)

@@ -95,7 +95,7 @@ def save_checkpoint(
         pieces=list(module_pieces(module, parallel_context) if engine is None else engine.weight_pieces()),
         table=table,
         files=weight_files(table, dtypes, max_shard_bytes),
-        documents=model_documents(config, architecture, factory, dtypes),
+        documents=model_documents(config, architecture, factory, dtypes, getattr(module, "architecture", None)),
         companions=None if companions is None else Path(companions),
     )
     return job.start(parallel_context, asynchronous, progress)
@@ -127,19 +127,28 @@ def model_documents(
     architecture: str | None,
     factory: str | RegisteredModel | None,
     dtypes: Mapping[str, torch.dtype],
+    own_architecture: str | None = None,
 ) -> dict[str, Any]:
-    """`config.json`, as fields."""
+    """Return `config.json` as fields; `own_architecture` is the model's, for a config that names none."""
     fields = config_fields(config)
     if not fields.get("model_type"):
         fields["model_type"] = MODEL_TYPE
     if architecture is not None:
         fields["architectures"] = [architecture]
+    elif own_architecture is not None and not fields.get("architectures"):
+        fields["architectures"] = [own_architecture]
     if factory is not None:
         fields["polyshard"] = {"factory": factory} if isinstance(factory, str) else as_entry(factory)
     stored = {str(dtype).removeprefix("torch.") for dtype in dtypes.values()}
     if len(stored) == 1:
         fields["dtype"] = stored.pop()
         fields.pop("torch_dtype", None)
+    try:
+        json.dumps(fields)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the config is not plain JSON: {error}, expected numbers, strings, lists and dicts. Convert its values"
+        ) from None
     return {"config.json": fields}
 
 
@@ -166,10 +175,7 @@ def save_config(
     """
     path = Path(directory)
     for name, fields in model_documents(config, architecture, factory, {}).items():
-        try:
-            written = json.dumps(fields, indent=2)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"a config has to be plain JSON (numbers, strings, lists, dicts): {error}") from None
+        written = json.dumps(fields, indent=2)
         path.mkdir(parents=True, exist_ok=True)
         part = path / staging_name(path / name)
         part.write_text(written)

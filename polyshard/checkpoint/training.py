@@ -128,7 +128,7 @@ def save_training_state(
         pieces=[*weights, *optimizer],
         table=table,
         files=files,
-        documents=model_documents(config, architecture, factory, dtypes),
+        documents=model_documents(config, architecture, factory, dtypes, getattr(engine.module, "architecture", None)),
         companions=None if companions is None else Path(companions),
         state={
             "step": step,

@@ -12,23 +12,61 @@ MODEL_TYPE = "polyshard"  # in a config.json that names none; servers are taught
 
 
 def config_fields(config: Any) -> dict[str, Any]:
-    """The fields of a Hugging Face config, a dataclass, a mapping, or an object with attributes.
+    """Return the fields of a config object; mappings inside become dicts.
+
+    Args:
+        config: a Hugging Face config, a mapping, a dataclass, a named tuple, a pydantic model, or an object with
+            attributes, those of its class included.
 
     Raises:
         ConfigurationError: it is none of these.
+
+    Example:
+        >>> config_fields({"model_type": "llama", "num_hidden_layers": 2})
+        {'model_type': 'llama', 'num_hidden_layers': 2}
     """
+    fields = None if isinstance(config, type) else _fields(config)
+    if fields is None:
+        raise ConfigurationError(
+            f"the config is no set of fields: got {config!r}, expected a Hugging Face config, a dataclass, a dict, or "
+            "an object with attributes. Pass one of these"
+        )
+    model_type = None if isinstance(config, Mapping) else getattr(config, "model_type", None)
+    if not fields.get("model_type") and isinstance(model_type, str) and model_type:
+        fields["model_type"] = model_type  # an attribute of the class
+    return _plain(fields)
+
+
+def _fields(config: Any) -> dict[str, Any] | None:
     if isinstance(config, Mapping):
         return dict(config)
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+    for method in ("to_dict", "model_dump", "_asdict"):  # before dataclasses, which transformers' configs are, too
+        own = getattr(config, method, None)
+        if callable(own):
+            return dict(own())
+    if dataclasses.is_dataclass(config):
         return dataclasses.asdict(config)
-    to_dict = getattr(config, "to_dict", None)
-    if callable(to_dict):
-        return dict(to_dict())
-    if hasattr(config, "__dict__") and not isinstance(config, type):
-        return dict(vars(config))
-    raise ConfigurationError(
-        f"a config is a Hugging Face config, a dataclass, a dict, or an object with attributes, got {config!r}"
-    )
+    if hasattr(config, "__dict__") or hasattr(config, "__slots__"):
+        return _attributes(config)
+    return None
+
+
+def _attributes(config: Any) -> dict[str, Any]:
+    """Attributes of an object and of its classes, without methods and what begins with an underscore."""
+    classes = [kind for kind in reversed(type(config).__mro__) if kind is not object]
+    names = [name for kind in classes for name in vars(kind)] + list(getattr(config, "__dict__", {}))
+    found = {}
+    for name in names:
+        value = None if name.startswith("_") else getattr(config, name, None)
+        if not name.startswith("_") and not callable(value) and hasattr(config, name):
+            found[name] = value
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return value
 
 
 def typed_config(config: Any, config_type: type) -> Any:

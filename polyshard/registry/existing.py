@@ -47,6 +47,7 @@ def served_copy(model: nn.Module, context: ParallelContext) -> nn.Module:
             attention in it can be taken over; the message names the module.
     """
     _check_parameters(model, context)
+    _check_state(model)
     copied: dict[int, Any] = {}
     served = _copy_module(model, "", copied)
     modules: list[Any] = list(served.modules())
@@ -59,6 +60,20 @@ def served_copy(model: nn.Module, context: ParallelContext) -> nn.Module:
     for attention in attentions:
         attention.serve_in(context)
     return served
+
+
+def _check_state(model: nn.Module) -> None:
+    """Refuse what would keep no cache in an engine: layers with a state, and attention that was not replaced."""
+    for name, module in model.named_modules():
+        refusal = getattr(module, "packed_refusal", None)
+        if refusal is not None:
+            raise RegistrationError(f"{refusal}, and an engine packs sequences: serve another model")
+        kept = "Attention" in type(module).__name__ and isinstance(getattr(module, "layer_idx", None), int)
+        if kept and not callable(getattr(module, "serve_in", None)):
+            raise RegistrationError(
+                f"{name} ({type(module).__name__}) is attention that an engine cannot take over, and would attend "
+                "without a cache: replace all attention modules, or register a factory"
+            )
 
 
 def _copy_module(module: nn.Module, name: str, copied: dict[int, Any]) -> nn.Module:

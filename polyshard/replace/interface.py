@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from polyshard.core.errors import ConfigurationError
+from polyshard.replace.keywords import refuse_unknown
 from polyshard.replace.module import attend_batch
 
 IMPLEMENTATION = "polyshard"
@@ -37,14 +38,15 @@ def attend(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     is_causal: bool | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`query`, `key` and `value` `[batch, heads, seq, head_dim]` to `[batch, seq, heads, head_dim]`."""
-    for name in ("position_bias", "head_mask"):
-        if kwargs.get(name) is not None:
-            raise ConfigurationError(
-                f"{type(module).__name__} passes {name}, which polyshard's attention does not take"
-            )
+    """`query`, `key` and `value` `[batch, heads, seq, head_dim]` to `[batch, seq, heads, head_dim]`.
+
+    Raises:
+        ConfigurationError: the module passes an argument that is unknown, or asks for attention weights.
+    """
+    refuse_unknown(kwargs, f"polyshard's attention of {type(module).__name__}")
     core: Any = getattr(module, "polyshard_core", None)
     if core is not None:
         return _attend_in_engine(core, query, key, value, scaling, sliding_window, softcap), None
@@ -54,7 +56,7 @@ def attend(
         key.transpose(1, 2),
         value.transpose(1, 2),
         attention_mask,
-        kwargs.get("cu_seq_lens_q"),
+        cu_seq_lens_q,
         scale=scaling,
         causal=causal,
         sliding_window=sliding_window,

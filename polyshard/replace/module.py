@@ -16,6 +16,7 @@ from polyshard.core.errors import ConfigurationError
 from polyshard.core.exact import exact_kernel
 from polyshard.core.weight_layout import replicated
 from polyshard.core.weight_table import attach_layouts
+from polyshard.replace.keywords import refuse_unknown
 from polyshard.replace.recognise import Found
 
 
@@ -62,6 +63,9 @@ class ReplacedAttention(TrainableFlashAttention):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
         position_ids: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cache: Any = None,
+        is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """Attend.
@@ -72,13 +76,32 @@ class ReplacedAttention(TrainableFlashAttention):
             attention_mask: `[batch, keys]`, True or 1 where a token counts; None where all do.
             past_key_values: transformers' cache, to which this layer's keys and values are added.
             position_ids: `[batch, seq]`; where they begin again at 0 another sequence begins.
-            kwargs: `cu_seq_lens_q` gives boundaries; the rest says nothing about attention.
+            cu_seq_lens_q: boundaries of the sequences in the batch laid end to end.
+            cache: `past_key_values`, as transformers 5.24 and later call it.
+            is_causal: has to be what the module was built with.
+            kwargs: those that say nothing about attention are ignored.
 
         Returns:
             `[batch, seq, hidden]`, and None for the weights, which no flash kernel has.
+
+        Raises:
+            ConfigurationError: an argument is unknown, or asks for attention weights.
         """
+        refuse_unknown(kwargs, "ReplacedAttention")
+        if past_key_values is None:
+            past_key_values = cache
+        elif cache is not None and cache is not past_key_values:
+            raise ConfigurationError(
+                f"ReplacedAttention was given two caches: got {type(past_key_values).__name__} as past_key_values and "
+                f"{type(cache).__name__} as cache, expected one. Pass one of them"
+            )
         batch, length = hidden_states.shape[:2]
         spec = self.spec
+        if is_causal is not None and bool(is_causal) != spec.causal:
+            raise ConfigurationError(
+                f"ReplacedAttention of layer {spec.layer_index} got is_causal={is_causal}, expected {spec.causal}, as "
+                "it was built. Leave it out"
+            )
         q, k, v = self.heads(hidden_states)
         if position_embeddings is not None and self.uses_rotary:
             parts = 2 if self.rotary_doubled else 1
@@ -94,7 +117,7 @@ class ReplacedAttention(TrainableFlashAttention):
         if past_key_values is not None:
             cached = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), spec.layer_index)
             k, v = (t.transpose(1, 2) for t in cached)
-        bounds = kwargs.get("cu_seq_lens_q")
+        bounds = cu_seq_lens_q
         if bounds is None and attention_mask is None and past_key_values is None:
             bounds = _boundaries(position_ids)
         out = attend_batch(

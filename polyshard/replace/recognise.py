@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from polyshard.replace.observe import Observed, observe
+
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _FUSED = {"qkv_proj", "o_proj"}
 _OTHERS = {"q_norm", "k_norm", "rotary_emb"}
@@ -90,28 +92,64 @@ def recognise(module: nn.Module) -> Found:
                 raise NotRecognised(
                     f"its query norm has {max(sizes)} weights, not one for each of {head_dim} of a head"
                 )
-    if getattr(config, "clip_qkv", None):
+    if getattr(config, "clip_qkv", None) or getattr(config, "qkv_clip", None):
         raise NotRecognised("it clips queries, keys and values")
     if _neighbouring_pairs(module):
         raise NotRecognised("its rotary embedding turns neighbouring pairs, not halves")
-    softcap = getattr(module, "attn_logit_softcapping", None)
+    hidden_size = projections[0].in_features
+    if output.out_features != hidden_size:
+        raise NotRecognised(f"it takes {hidden_size} features and gives {output.out_features}")
+    seen = observe(module, hidden_size)
+    if seen is None:  # no transformers module, or one that computes attention by itself: by its attributes
+        seen = _by_attributes(module, config, num_heads, num_kv_heads, head_dim)
+    if (seen.num_heads, seen.num_kv_heads, seen.head_dim, seen.value_dim) != (
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        head_dim,
+    ):
+        raise NotRecognised(
+            f"it attends with {seen.num_heads} query and {seen.num_kv_heads} key heads of {seen.head_dim} and "
+            f"{seen.value_dim}, and its projections give {num_heads} and {num_kv_heads} of {head_dim}"
+        )
+    if seen.other:
+        raise NotRecognised(f"it passes {', '.join(seen.other)} to attention")
+    sinks = getattr(module, "sinks", None)
+    if seen.sinks != (sinks is not None):
+        raise NotRecognised("its sinks are not what it passes to attention")
     dropout = getattr(module, "attention_dropout", 0.0)
     return Found(
-        hidden_size=projections[0].in_features,
+        hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        scale=float(getattr(module, "scaling", None) or head_dim**-0.5),
+        scale=seen.scale,
         causal=bool(getattr(module, "is_causal", True)),
         dropout=float(dropout if isinstance(dropout, (int, float)) else 0.0),
-        sliding_window=_window(module, config),
-        softcap=None if softcap is None else float(softcap),
+        sliding_window=seen.sliding_window,
+        softcap=seen.softcap,
         projections=tuple(projections),
         output=output,
         norms=norms,
-        sinks=getattr(module, "sinks", None),
-        rotary=bool(getattr(module, "use_rope", True)),
+        sinks=sinks,
+        rotary=seen.rotary,
         layer_index=getattr(module, "layer_idx", None),
+    )
+
+
+def _by_attributes(module: nn.Module, config: Any, num_heads: int, num_kv_heads: int, head_dim: int) -> Observed:
+    softcap = getattr(module, "attn_logit_softcapping", None)
+    return Observed(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        value_dim=head_dim,
+        scale=float(getattr(module, "scaling", None) or head_dim**-0.5),
+        sliding_window=_window(module, config),
+        softcap=None if softcap is None else float(softcap),
+        sinks=getattr(module, "sinks", None) is not None,
+        rotary=bool(getattr(module, "use_rope", True)),
+        other=(),
     )
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +13,7 @@ from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.weight_table import collect_layouts, copy_into_shard
 from polyshard.replace.module import ReplacedAttention
+from polyshard.replace.observe import implementation
 from polyshard.replace.recognise import Found, NotRecognised, looks_like_attention, recognise
 
 logger = logging.getLogger(__name__)
@@ -54,7 +53,8 @@ def replace_with_trainable_attention(
 
     A module is recognised by its projections (`q_proj`, `k_proj`, `v_proj` or `qkv_proj`, with `o_proj`), whatever its
     class. Weights are copied, head norms taken over. Each new module is compared with the old one on a random input
-    before it takes its place. For a transformers model, masks are asked for in the form that flash kernels take.
+    before it takes its place. For a transformers model, a small one of the same configuration is compared as a whole,
+    rows and packed sequences; and masks are asked for in the form that flash kernels take.
 
     Args:
         model: on one device; built, and its weights loaded. On the meta device nothing is copied or compared, and
@@ -67,9 +67,16 @@ def replace_with_trainable_attention(
         Which modules were replaced, and which were kept for what reason.
 
     Raises:
-        ConfigurationError: nothing looks like attention, or with `strict` something cannot be replaced. The model is
-            then as it was.
+        ConfigurationError: nothing looks like attention, or with `strict` something cannot be replaced, or the whole
+            model would compute something else. The model is then as it was.
     """
+    return replace_attention(model, parallel_context, kernel, strict, whole=True)
+
+
+def replace_attention(
+    model: nn.Module, parallel_context: ParallelContext | None, kernel: str | None, strict: bool, *, whole: bool
+) -> Replacement:
+    """`replace_with_trainable_attention`; the whole model is compared only if `whole` is set."""
     candidates = {name: module for name, module in model.named_modules() if looks_like_attention(module)}
     if not candidates:
         raise ConfigurationError(
@@ -88,11 +95,19 @@ def replace_with_trainable_attention(
             f"{len(kept)} of {len(candidates)} attention modules cannot be replaced: {shown}. Nothing was changed; "
             "strict=False replaces the others"
         )
+    if whole and made:
+        _try_whole(model, strict)
     for name, module in made.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)
-    for item in kept:
-        logger.warning("%s was not replaced: %s", item.name, item.reason)
+    if kept:
+        logger.warning(
+            "%d of %d attention modules were not replaced: %s: %s",
+            len(kept),
+            len(candidates),
+            kept[0].name,
+            kept[0].reason,
+        )
     choose: Any = getattr(model, "set_attn_implementation", None)
     if made and choose is not None:
         from polyshard.replace.interface import IMPLEMENTATION, register
@@ -100,6 +115,22 @@ def replace_with_trainable_attention(
         register()
         choose(IMPLEMENTATION)
     return Replacement(tuple(made), tuple(kept))
+
+
+def _try_whole(model: Any, strict: bool) -> None:
+    """Compare whole models of a transformers config; the modules themselves were compared before."""
+    config = getattr(model, "config", None)
+    parameters = list(model.parameters())
+    if not hasattr(config, "get_text_config") or any(parameter.is_meta for parameter in parameters):
+        return
+    from polyshard.transformers.trial import try_replacement
+
+    config = config.get_text_config()
+    try_replacement(
+        config,
+        sum(parameter.numel() for parameter in parameters),
+        lambda small: replace_attention(small, None, None, strict, whole=False),
+    )
 
 
 def _replacement(module: nn.Module, context: ParallelContext | None, kernel: str | None) -> ReplacedAttention:
@@ -160,7 +191,7 @@ def _compare(old: nn.Module, new: ReplacedAttention, found: Found) -> None:
     mask = torch.zeros(apart.shape, device=like.device).masked_fill_(masked, torch.finfo(like.dtype).min).to(like.dtype)
     training = old.training
     try:
-        with _implementation(config, "eager"):
+        with implementation(config, "eager"):
             expected = old.eval()(hidden, position_embeddings=rotary, attention_mask=mask.expand(2, 1, -1, -1))[0]
         got = new.eval()(hidden, position_embeddings=rotary)[0]
     except (TypeError, RuntimeError, ValueError, AttributeError) as error:
@@ -169,15 +200,6 @@ def _compare(old: nn.Module, new: ReplacedAttention, found: Found) -> None:
         old.train(training)
         new.train(training)
     apart_by, size = float((got - expected).abs().max()), float(expected.abs().max())
-    if apart_by > 64 * torch.finfo(like.dtype).eps * size:
+    eps = max(torch.finfo(like.dtype).eps, torch.finfo(torch.float32).eps)  # eager softmax is float32 in float64, too
+    if apart_by > 64 * eps * size:
         raise NotRecognised(f"outputs differ: by {apart_by:.2e}, where the largest is {size:.2e}")
-
-
-@contextmanager
-def _implementation(config: Any, name: str) -> Iterator[None]:
-    before = config._attn_implementation
-    config._attn_implementation = name
-    try:
-        yield
-    finally:
-        config._attn_implementation = before

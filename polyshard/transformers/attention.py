@@ -9,8 +9,9 @@ from torch import nn
 from polyshard.core.attention import AttentionSpec
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
-from polyshard.replace import replace_with_trainable_attention
 from polyshard.replace.interface import IMPLEMENTATION, register
+from polyshard.replace.observe import Observed, observe
+from polyshard.replace.surgery import replace_attention
 
 
 def exchange_attention(model: Any, context: ParallelContext) -> None:
@@ -25,48 +26,56 @@ def exchange_attention(model: Any, context: ParallelContext) -> None:
             through transformers' attention interface.
     """
     try:
-        kept = replace_with_trainable_attention(model, context, strict=False).kept
+        kept = replace_attention(model, context, None, False, whole=False).kept
     except ConfigurationError:  # no projections under their usual names
         kept = ()
-    rest = [module for module in model.modules() if _calls_interface(module)]
+    config = model.config.get_text_config()
+    rest = {
+        name: (module, observe(module, config.hidden_size))
+        for name, module in model.named_modules()
+        if _is_attention(module)
+    }
     if not rest:
         return
     if context.get_tensor_parallel_world_size() > 1:
-        reasons = "; ".join(f"{item.name}: {item.reason}" for item in kept[:2]) or "its projections have other names"
+        reasons = "; ".join(f"{item.name}: {item.reason}" for item in kept[:1]) or "its projections have other names"
         raise ConfigurationError(
-            f"{type(model).__name__}: {len(rest)} attention modules are not recognised ({reasons}), and run at "
-            "tensor-parallel 1 alone"
+            f"{type(model).__name__}: its attention modules are not recognised ({reasons}), and run at tensor-parallel "
+            "1 only"
         )
-    if not getattr(model, "_supports_attention_backend", False):
+    apart = next((name for name, (_, seen) in rest.items() if seen is None), None)
+    if apart is not None or not getattr(model, "_supports_attention_backend", False):
         raise ConfigurationError(
             f"{type(model).__name__} does not compute attention by transformers' attention interface"
+            + ("" if apart is None else f" in {apart} ({type(rest[apart][0]).__name__})")
+            + ": write its factory (docs/models.md)"
         )
     register()
     model.set_attn_implementation(IMPLEMENTATION)
     factory = getattr(context, "attention", None)
     if factory is not None:
-        for module in rest:
-            module.polyshard_core = factory(_spec(module, model.config.get_text_config()))
+        for module, seen in rest.values():
+            assert seen is not None
+            sinks = getattr(module, "sinks", None) if seen.sinks else None
+            module.polyshard_core = factory(_spec(module, seen), sinks)
 
 
-def _calls_interface(module: nn.Module) -> bool:
+def _is_attention(module: nn.Module) -> bool:
     name = type(module).__name__
     return "Attention" in name and name != "ReplacedAttention" and isinstance(getattr(module, "layer_idx", None), int)
 
 
-def _spec(module: Any, config: Any) -> AttentionSpec:
-    """From the config, as transformers' caches read it; what the module then passes is compared with it."""
-    heads = config.num_attention_heads
-    head_dim = getattr(module, "head_dim", None) or getattr(module, "head_size", None) or config.hidden_size // heads
-    types = getattr(config, "layer_types", None)
-    slides = types is None or types[module.layer_idx] == "sliding_attention"
-    window = getattr(module, "sliding_window", None) or (getattr(config, "sliding_window", None) if slides else None)
+def _spec(module: Any, seen: Observed) -> AttentionSpec:
+    """What the module passes to attention."""
     return AttentionSpec(
-        num_heads=heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=head_dim,
-        scale=float(getattr(module, "scaling", None) or head_dim**-0.5),
-        sliding_window=window,
-        softcap=getattr(module, "attn_logit_softcapping", None),
+        num_heads=seen.num_heads,
+        num_kv_heads=seen.num_kv_heads,
+        head_dim=seen.head_dim,
+        value_dim=seen.value_dim,
+        scale=seen.scale,
+        causal=bool(getattr(module, "is_causal", True)),
+        sliding_window=seen.sliding_window,
+        softcap=seen.softcap,
+        sinks=seen.sinks,
         layer_index=module.layer_idx,
     )

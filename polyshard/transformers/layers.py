@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import logging
+from inspect import signature
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def exchange_layers(model: Any, context: ParallelContext) -> None:
     plan: dict[str, str] = dict(model.tp_plan)
     if size > 1 and not plan:
         raise ConfigurationError(
-            f"{type(model).__name__} has no tensor-parallel plan in transformers, so it runs at tensor-parallel 1 alone"
+            f"{type(model).__name__} has no tensor-parallel plan in transformers, so it runs at tensor-parallel 1 only"
         )
     plain: dict[type, bool] = {}  # whether a class of norms is the plain one
     whole: list[str] = []
@@ -78,13 +79,22 @@ def exchange_layers(model: Any, context: ParallelContext) -> None:
 
 
 def is_plain_norm(module: nn.Module) -> bool:
-    """Whether a norm multiplies by its weight alone (Gemma's adds 1), tried on a random input."""
-    probe: Any = copy.deepcopy(module).to_empty(device="cpu").float()
+    """Whether a norm multiplies by its weight only (Gemma's adds 1, a gated norm takes a gate), found by trying it."""
+    if [name for name, _ in module.named_parameters()] != ["weight"] or len(signature(module.forward).parameters) != 1:
+        return False
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad(), torch.device("cpu"):
+        probe: Any = copy.deepcopy(module).to_empty(device="cpu").float()
         probe.weight.copy_(torch.randn(probe.weight.shape, generator=generator, dtype=torch.float32))
         x = torch.randn(3, probe.weight.numel(), generator=generator, dtype=torch.float32)
-        return torch.allclose(probe(x), F.rms_norm(x, (x.shape[-1],), probe.weight, _eps(module)), atol=1e-5)
+        for scale in (1.0, 1e-3):  # of small numbers the result depends on eps
+            wanted = F.rms_norm(scale * x, (x.shape[-1],), probe.weight, _eps(module))
+            try:
+                if not torch.allclose(probe(scale * x), wanted, rtol=1e-5, atol=1e-5):
+                    return False
+            except (RuntimeError, TypeError, ValueError, AttributeError):
+                return False
+    return True
 
 
 def _eps(module: Any) -> float:

@@ -14,19 +14,23 @@ from polyshard.core.errors import ConfigurationError
 from polyshard.core.vocabulary import lm_head, vocab_embedding
 
 
-class ScaledEmbedding(nn.Module):
-    """A sharded embedding times a number (Gemma's)."""
+class WrappedEmbedding(nn.Module):
+    """A sharded embedding times a number (Gemma's), of which a padding token's row gets no gradient."""
 
-    def __init__(self, embedding: nn.Module, scale: float) -> None:
+    def __init__(self, embedding: nn.Module, scale: float, padding: int | None) -> None:
         super().__init__()
         self.embedding = embedding
-        self.scale = scale
+        self.scale, self.padding = scale, padding
         known: dict[str, Any] = vars(embedding).pop("weight_layouts")  # stored as if it stood here
         self.weight_layouts = {f"embedding.{name}": entry for name, entry in known.items()}
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """`[...]` to `[..., hidden]`."""
         x = self.embedding(input_ids)
+        if self.padding is not None and torch.is_grad_enabled():
+            x = torch.where((input_ids == self.padding).unsqueeze(-1), x.detach(), x)
+        if self.scale == 1.0:
+            return x
         return x * torch.tensor(self.scale, dtype=x.dtype, device="cpu")  # rounded as the weights are
 
 
@@ -50,7 +54,9 @@ def exchange_vocabulary(model: Any, context: ParallelContext) -> None:
     new_head = lm_head(
         head.in_features, head.out_features, context, bias=head.bias is not None, tied_to=new if tied else None
     )
-    model.set_input_embeddings(new if scale == 1.0 else ScaledEmbedding(new, scale))
+    padding = embedding.padding_idx if getattr(context, "attention", None) is None else None  # a server trains nothing
+    plain = scale == 1.0 and padding is None
+    model.set_input_embeddings(new if plain else WrappedEmbedding(new, scale, padding))
     model.set_output_embeddings(new_head)
 
 

@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from polyshard.core.config_fields import MODEL_TYPE
 from polyshard.core.errors import RegistrationError
+from polyshard.core.families import served_base
 
 # What vLLM reads, and the names that it has elsewhere (nanoGPT's and torchtitan's among them).
 _NEEDED: Mapping[str, tuple[str, ...]] = {
@@ -86,3 +87,20 @@ def register_config(model_type: str = MODEL_TYPE) -> None:
             f"model_type {model_type!r} is one that transformers knows ({known.__name__}): leave model_type out"
         )
     AutoConfig.register(model_type, config_class(model_type), exist_ok=True)
+
+
+def fill_rotary_base(config: Any) -> None:
+    """Give rotary parameters without a base the one that vLLM's own model of the family takes.
+
+    A config class fills it in; `hf_overrides` of `rope_parameters` or `rope_scaling` replace what it filled in.
+
+    Args:
+        config: of a served model; changed in place.
+    """
+    parameters = getattr(config, "rope_parameters", None)
+    if not isinstance(parameters, dict) or not parameters:
+        return
+    nested = [inner for inner in parameters.values() if isinstance(inner, dict)] or [parameters]
+    for inner in nested:
+        if inner.get("rope_theta") is None:
+            inner["rope_theta"] = served_base(config.model_type)  # vLLM's models do not read config.rope_theta

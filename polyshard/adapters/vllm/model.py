@@ -18,6 +18,7 @@ from polyshard.adapters.vllm.compat import (
     WeightsMapper,
     get_world_group,
 )
+from polyshard.adapters.vllm.config import fill_rotary_base
 from polyshard.adapters.vllm.context import serving_context
 from polyshard.adapters.vllm.existing import check_load_format
 from polyshard.adapters.vllm.finish import finished_later
@@ -63,6 +64,7 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
             check_load_format(registered.name, self.shares_memory, vllm_config)
             self.context = serving_context(vllm_config, registered)
             self.config = config = vllm_config.model_config.hf_config
+            fill_rotary_base(config)
             self.model = build_model(factory, config, self.context, registered.name)
             check_served_interface(self.model, registered.name, registered.outputs)
             self.model.requires_grad_(False)

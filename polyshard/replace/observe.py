@@ -1,0 +1,180 @@
+"""What an attention module of transformers asks of its kernel, found by running it up to there on the meta device.
+
+Attributes with the same name mean different things in different families: EXAONE 4 has a `sliding_window` on layers
+that do not use it, and rotates queries and keys only on those that do. The arguments of the call to transformers'
+attention interface are unambiguous.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+_NAME = "polyshard_observe"
+_TOKENS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """The arguments of one call to transformers' attention interface.
+
+    Attributes:
+        num_heads: query heads.
+        num_kv_heads: key and value heads.
+        head_dim: size of a query or key head.
+        value_dim: size of a value head.
+        scale: factor on q·k.
+        sliding_window: as passed; None without.
+        softcap: as passed; None without.
+        sinks: whether sinks were passed.
+        rotary: whether the module read its position embeddings.
+        other: names of further arguments that were passed and are not None.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    sliding_window: int | None
+    softcap: float | None
+    sinks: bool
+    rotary: bool
+    other: tuple[str, ...]
+
+
+class _Reached(Exception):
+    """Ends the module's forward where it calls the interface; carries the arguments."""
+
+    def __init__(self, tensors: tuple[torch.Tensor, ...], asked: dict[str, Any]) -> None:
+        super().__init__()
+        self.tensors, self.asked = tensors, asked
+
+
+class _Noticing(torch.Tensor):
+    """A cosine or sine that notices being computed with; reading its shape or dtype does not count."""
+
+    used = False  # of the class that `_noticing` makes for one observation
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") != "__get__":
+            cls.used = True
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def _noticing(tensor: torch.Tensor) -> tuple[torch.Tensor, type[_Noticing]]:
+    kind = type("_NoticingOnce", (_Noticing,), {"used": False})
+    return tensor.as_subclass(kind), kind
+
+
+def observe(module: nn.Module, hidden_size: int) -> Observed | None:
+    """Return what `module` passes to transformers' attention interface; None if it does not get there.
+
+    Nothing is computed and nothing is changed: the module runs on the meta device.
+
+    Args:
+        module: an attention module of transformers, on any device.
+        hidden_size: size of its input.
+    """
+    config: Any = getattr(module, "config", None)
+    if not hasattr(config, "_attn_implementation"):
+        return None
+    tensors = {
+        name: tensor.to("meta")
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        if isinstance(tensor, torch.Tensor)
+    }
+    like = next((t for t in tensors.values() if t.is_floating_point()), torch.empty(0))
+    hidden = torch.empty(1, _TOKENS, hidden_size, device="meta", dtype=like.dtype)
+    parameters = inspect.signature(module.forward).parameters
+    for rotary_dim in _rotary_dims(module, config):
+        angles, noticing = _noticing(torch.empty(1, _TOKENS, rotary_dim, device="meta", dtype=like.dtype))
+        arguments: dict[str, Any] = {}
+        if "position_embeddings" in parameters:
+            arguments["position_embeddings"] = (angles, angles)
+        if "attention_mask" in parameters:
+            arguments["attention_mask"] = None
+        if "position_ids" in parameters:
+            arguments["position_ids"] = torch.zeros(1, _TOKENS, device="meta", dtype=torch.int64)
+        try:
+            with torch.no_grad(), torch.device("meta"), _observed(config), _evaluated(module):
+                torch.func.functional_call(module, tensors, (hidden,), arguments)
+        except _Reached as reached:
+            return _read(reached, noticing.used)
+        except (TypeError, RuntimeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError):
+            continue
+        return None
+    return None
+
+
+def _rotary_dims(module: Any, config: Any) -> list[int]:
+    """Possible sizes of cosine and sine, the usual first."""
+    heads = getattr(config, "num_attention_heads", None) or 1
+    head_dim = getattr(module, "head_dim", None) or getattr(config, "head_dim", None)
+    head_dim = head_dim if isinstance(head_dim, int) else max(2, getattr(config, "hidden_size", 2) // heads)
+    rope = getattr(config, "rope_parameters", None) or {}
+    factors = (getattr(config, "partial_rotary_factor", None), rope.get("partial_rotary_factor"))
+    partial = next((int(head_dim * f) for f in factors if isinstance(f, float)), head_dim)
+    return list(dict.fromkeys((partial, head_dim, partial // 2)))
+
+
+def _read(reached: _Reached, rotary: bool) -> Observed:
+    q, k, v = reached.tensors
+    asked = reached.asked
+    scale = asked.pop("scaling", None)
+    window, softcap, sinks = (asked.pop(name, None) for name in ("sliding_window", "softcap", "s_aux"))
+    known = {"dropout", "is_causal", "position_ids", "attention_mask"}
+    return Observed(
+        num_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        head_dim=q.shape[3],
+        value_dim=v.shape[3],
+        scale=q.shape[3] ** -0.5 if scale is None else float(scale),
+        sliding_window=window,
+        softcap=None if softcap is None else float(softcap),
+        sinks=sinks is not None,
+        rotary=rotary,
+        other=tuple(sorted(name for name, value in asked.items() if value is not None and name not in known)),
+    )
+
+
+def _interface(module: nn.Module, query: Any, key: Any, value: Any, *arguments: Any, **asked: Any) -> None:
+    raise _Reached((query, key, value), asked)
+
+
+@contextmanager
+def _observed(config: Any) -> Iterator[None]:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_NAME, _interface)  # pyrefly: ignore  # it does not return
+    with implementation(config, _NAME):
+        yield
+
+
+@contextmanager
+def _evaluated(module: nn.Module) -> Iterator[None]:
+    training = module.training
+    module.training = False
+    try:
+        yield
+    finally:
+        module.training = training
+
+
+@contextmanager
+def implementation(config: Any, name: str) -> Iterator[None]:
+    """Let modules of `config` compute attention by another implementation for a while."""
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

@@ -1,0 +1,163 @@
+"""Tensor-parallel ranks and a serving engine's cache, simulated in one process for the trial of a model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from polyshard.attention.functional import packed_attention
+from polyshard.core.attention import AttentionSpec, PackedSequences
+from polyshard.core.context import GroupContext, ParallelAxis
+from polyshard.core.discovery import load_adapter
+from polyshard.core.errors import ConfigurationError
+from polyshard.core.layout import ParallelLayout
+
+
+class Exchange:
+    """Where the threads of all simulated ranks meet."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.barrier = threading.Barrier(size, timeout=120.0)
+        self.building = threading.Lock()  # transformers sets torch's default dtype, and a config, while it builds
+        self.given: list[Any] = [None] * size
+
+    def all(self, rank: int, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """What every rank gives, in order."""
+        self.given[rank] = tensor
+        self.barrier.wait()
+        found = list(self.given)
+        self.barrier.wait()  # no rank gives its next tensor before all have read this one
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Collectives:
+    """`Collectives` among threads."""
+
+    exchange: Exchange
+    rank: int
+
+    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        """Elementwise `sum` or `max`."""
+        stacked = torch.stack(self.exchange.all(self.rank, tensor))
+        return stacked.sum(0) if op == "sum" else stacked.amax(0)
+
+    def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """Concatenation along `dim`."""
+        return torch.cat(self.exchange.all(self.rank, tensor), dim)
+
+    def reduce_scatter(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """This rank's part of the sum."""
+        return self.all_reduce(tensor).chunk(self.exchange.size, dim)[self.rank].contiguous()
+
+
+class Schedule:
+    """Which tokens of which sequences a simulated engine gives the model in the current step."""
+
+    def __init__(self) -> None:
+        self.step: Sequence[tuple[int, int]] = ()  # (sequence, number of tokens)
+
+
+@dataclass
+class CachedAttention:
+    """`AttentionCore` over a cache of keys and values, as a serving engine has it."""
+
+    spec: AttentionSpec
+    schedule: Schedule
+    sinks: torch.Tensor | None
+    keys: dict[int, torch.Tensor] = field(default_factory=dict)
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PackedSequences | None
+    ) -> torch.Tensor:
+        """Add keys and values to the cache, and attend."""
+        step, spec = self.schedule.step, self.spec
+        counts = [count for _, count in step]
+        for (sequence, _), new_keys, new_values in zip(step, k.split(counts), v.split(counts)):
+            for cache, new in ((self.keys, new_keys), (self.values, new_values)):
+                cache[sequence] = torch.cat((cache[sequence], new)) if sequence in cache else new
+        keys, values = (torch.cat([cache[i] for i, _ in step]) for cache in (self.keys, self.values))
+        return packed_attention(
+            q,
+            keys,
+            values,
+            _bounds(counts),
+            keys=_bounds([len(self.keys[i]) for i, _ in step]),
+            scale=spec.scale,
+            causal=spec.causal,
+            sliding_window=spec.sliding_window,
+            softcap=spec.softcap,
+            sinks=self.sinks,
+        )
+
+
+def _bounds(lengths: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths], device="cpu").cumsum(0).to(torch.int32)
+
+
+def simulated_context(rank: int, exchange: Exchange, schedule: Schedule | None) -> GroupContext:
+    """The context of one simulated rank; with a schedule, inside a simulated engine."""
+    size = exchange.size
+    axis = ParallelAxis(
+        name="tensor",
+        ranks=tuple(range(size)),
+        rank=rank,
+        collectives=_Collectives(exchange, rank) if size > 1 else None,
+    )
+
+    def attention(spec: AttentionSpec, sinks: torch.Tensor | None = None) -> CachedAttention:
+        if not spec.causal:
+            raise ConfigurationError(
+                f"attention layer {spec.layer_index} is not causal: got causal=False, and serving engines hold causal "
+                "decoders. Use the model in training only"
+            )
+        assert schedule is not None
+        return CachedAttention(spec, schedule, sinks)
+
+    return GroupContext(
+        layout=ParallelLayout(tensor=size),
+        device=torch.device("cpu"),
+        linear=load_adapter("torch").linear,
+        axes={"tensor": axis},
+        rank=rank,
+        attention=None if schedule is None else attention,
+        initialize_weights=False,
+    )
+
+
+def on_simulated_ranks(size: int, function: Callable[[int, Exchange], Any]) -> list[Any]:
+    """Call `function(rank, exchange)` for each rank, each in a thread of its own, without gradients.
+
+    Raises:
+        Exception: what the first failing rank raised.
+    """
+    exchange = Exchange(size)
+    results: list[Any] = [None] * size
+    failures: list[Exception] = []
+
+    def run(rank: int) -> None:
+        try:
+            with torch.device("cpu"), torch.no_grad():  # both belong to a thread
+                results[rank] = function(rank, exchange)
+        except Exception as error:
+            if not isinstance(error, threading.BrokenBarrierError):
+                failures.append(error)
+            exchange.barrier.abort()
+
+    if size == 1:
+        run(0)
+    else:
+        threads = [threading.Thread(target=run, args=(rank,), name=f"simulated rank {rank}") for rank in range(size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if failures:
+        raise failures[0]
+    return results

@@ -1,0 +1,128 @@
+"""What is refused by name before a transformers model is built: parts whose meaning is known not to fit."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyshard.core.errors import ConfigurationError
+from polyshard.core.weight_table import collect_layouts
+
+_EXPERTS = re.compile(r"Experts|MoE|Moe(?!l)|MixtureOfExperts|SparseMLP")
+_WRITE = "write its factory (docs/models.md)"
+
+
+def refuse_unsupported(model: Any, config: Any) -> None:
+    """Raise for a model with parts that polyshard does not build.
+
+    Args:
+        model: transformers' own, on the meta device.
+        config: what it was built from; it may hold more than this model.
+
+    Raises:
+        ConfigurationError: it has experts, parts beside a text decoder, weights in buffers, or checkpoints whose
+            tensors are not its parameters.
+    """
+    name = type(model).__name__
+    parts = {key for key in getattr(type(config), "sub_configs", {}) if not key.startswith(("attn", "ffn"))}
+    if parts or model.config.is_encoder_decoder or type(model.config) is not type(config):
+        shown = ", ".join(sorted(parts)) or ("an encoder" if model.config.is_encoder_decoder else "other models")
+        raise ConfigurationError(
+            f"{type(config).__name__} is not the config of a text decoder only: it has {shown}. Use the text model's "
+            f"own config, or {_WRITE}"
+        )
+    experts = next((path for path, module in model.named_modules() if _has_experts(module)), None)
+    if experts is not None:
+        raise ConfigurationError(
+            f"{name} has a mixture of experts ({experts} is a {type(model.get_submodule(experts)).__name__}): "
+            f"polyshard has no expert layers. Use a dense model, or {_WRITE}"
+        )
+    parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    weights = [
+        key for key, tensor in model.state_dict().items() if key not in parameters and tensor.is_floating_point()
+    ]
+    if weights:
+        raise ConfigurationError(
+            f"{name} stores {len(weights)} buffers beside its parameters ({weights[0]}): polyshard loads and saves "
+            f"parameters only. To use it, {_WRITE}"
+        )
+    _refuse_other_storage(model, name)
+
+
+def _has_experts(module: nn.Module) -> bool:
+    return _EXPERTS.search(type(module).__name__) is not None and not hasattr(module, "base_model_prefix")
+
+
+def _refuse_other_storage(model: Any, name: str) -> None:
+    """Refuse checkpoints that transformers converts when it loads them, except for the name of a child."""
+    own: dict[str, torch.Tensor] = model.state_dict()
+    children = stored_names_of_children(model)
+    expected = {}
+    for key, tensor in own.items():
+        child, dot, rest = key.partition(".")
+        expected[children.get(child, child) + dot + rest] = tensor
+    stored = _stored(model)
+    others = sorted(set(stored) ^ set(expected)) or [k for k, t in stored.items() if t.shape != expected[k].shape]
+    if others:
+        raise ConfigurationError(
+            f"{name} stores {len(others)} tensors in another form than its parameters ({others[0]}), and transformers "
+            f"converts them when it loads a checkpoint. polyshard does not: {_WRITE}"
+        )
+
+
+def shared_parameters(model: nn.Module) -> list[list[str]]:
+    """Return the names of each parameter that stands in several places."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def refuse_lost_sharing(model: nn.Module, shared: list[list[str]], name: str) -> None:
+    """Raise if layers that shared a weight no longer do.
+
+    Args:
+        model: with polyshard's layers.
+        shared: what `shared_parameters` gave before.
+        name: of transformers' class.
+
+    Raises:
+        ConfigurationError: each of them would be trained, and stored, on its own.
+    """
+    owners = {}
+    for parameter, entry in collect_layouts(model).items():
+        for index, stored in enumerate(entry.checkpoint_names):
+            owners[stored] = (parameter, index)
+        for tied in entry.tied_names:
+            owners[tied] = (parameter, 0)
+    for group in shared:
+        if len({owners.get(stored) for stored in group} - {None}) > 1:
+            raise ConfigurationError(
+                f"{name} shares weights between layers ({' and '.join(group[:2])}), which polyshard's layers do not: "
+                f"{_WRITE}"
+            )
+
+
+def stored_names_of_children(model: Any) -> dict[str, str]:
+    """Return the name in a checkpoint of each child that has another there (`lm_head` of GPT-NeoX is `embed_out`)."""
+    stored, found = set(_stored(model)), {}
+    for child, module in model.named_children():
+        keys = [f"{child}.{key}" for key in module.state_dict()]
+        if not keys or stored & set(keys):
+            continue
+        endings = {key.partition(".")[2] for key in keys}
+        candidates = {key.partition(".")[0] for key in stored if key.partition(".")[2] in endings}
+        candidates -= {name for name, _ in model.named_children()}
+        if len(candidates) == 1:
+            found[child] = candidates.pop()
+    return found
+
+
+def _stored(model: Any) -> dict[str, torch.Tensor]:
+    """What transformers would write for a model on the meta device."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, dict(model.state_dict()))

@@ -1,0 +1,174 @@
+"""Write docs/transformers-models.md: what `polyshard.transformers_model` does with each model of transformers.
+
+python tools/transformers_models.py
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from model_families import VARIANTS, families, small_config
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import polyshard as ps
+from polyshard.transformers.simulation import Exchange, Schedule, simulated_context
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "transformers-models.md"
+YES = "yes"
+_WAYS = {"rows": (1, False), "sharded": (2, False), "served": (1, True)}  # tensor-parallel size, in an engine
+
+# What a refusal says, and how the table says it.
+_REASONS = {
+    "has a mixture of experts": "experts",
+    "is not the config of a text decoder only": "more than a text decoder",
+    "in another form than its parameters": "checkpoints in another form",
+    "shares weights between layers": "shared layers",
+    "buffers beside its parameters": "weights in buffers",
+    "does not compute attention by transformers' attention interface": "own attention code",
+    "attention modules are not recognised": "attention not recognised",
+    "has no tensor-parallel plan": "no plan",
+    "is not causal": "not causal",
+    "does not compute what transformers' own code does": "differs",
+    "cannot be run on rows": "cannot be run",
+    "on rows of one sequence: the attention mask": "mask not supported",
+    "cannot be reduced to a size": "cannot be compared",
+    "transformers cannot build the model": "transformers cannot build it",
+    "transformers builds no causal language model": "an encoder's config",
+    "carries state from token to token": "state",
+    "that depends on the longest sequence": "rotary embedding by length",
+    "it is not what it is alone": "differs",
+    "is sharded in a way": "plan not supported",
+}
+
+_INTRODUCTION = f"""# Models of transformers, one by one
+
+<!-- made by tools/transformers_models.py -->
+
+What `polyshard.transformers_model` does with every causal language model of transformers {transformers.__version__},
+tried with a small configuration of the family's own layer pattern, windows and biases. Every cell that is not "yes" is
+a `ConfigurationError`, raised before any weight is loaded; its message gives the details. A test checks this page and
+compares each "yes" with transformers.
+
+| column | what is equal to transformers' own model |
+|---|---|
+| rows | logits of rows of one sequence each, in training |
+| packed | logits of several sequences packed into one row |
+| tensor parallel | logits at tensor-parallel size 2 |
+| served | logits in the steps of a serving engine: chunked prefill, decode, several sequences in a batch |
+
+| refusal | meaning |
+|---|---|
+| experts | It has a mixture of experts, for which there are no layers. |
+| more than a text decoder | The config describes an encoder, or vision or audio parts, too. Use its text config. |
+| own attention code | Attention does not go through transformers' attention interface. |
+| attention not recognised | The projections or norms of attention have no sharded form. |
+| no plan | transformers has no tensor-parallel plan for the family. |
+| plan not supported | transformers' plan asks for a way of sharding that is not available. |
+| state | A layer other than attention carries state from token to token (recurrence, convolution, linear attention). |
+| rotary embedding by length | Rotary frequencies depend on the longest sequence of the batch. |
+| not causal | The config describes a bidirectional model; a serving engine holds causal ones. |
+| weights in buffers | Learned values are stored in buffers, and checkpoints hold only parameters. |
+| shared layers | Layers share weights, which polyshard's layers would not. |
+| checkpoints in another form | transformers converts tensors when it loads a checkpoint. |
+| mask not supported | Attention takes a mask that flash kernels do not take. |
+| differs | The logits differ for another reason. |
+| cannot be compared, cannot be run, transformers cannot build it, an encoder's config | The message says why. |
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one family.
+
+    Attributes:
+        cells: of the columns rows, packed, sharded and served: `YES`, or why not.
+        messages: what the errors said.
+    """
+
+    cells: dict[str, str]
+    messages: dict[str, str]
+
+
+def outcome(config: Any) -> Outcome:
+    """Ask `transformers_model` for a model in each way."""
+    cells, messages = {}, {}
+    for way, (size, served) in _WAYS.items():
+        context = simulated_context(0, Exchange(size), Schedule() if served else None)
+        try:
+            model = ps.transformers_model(config, context)
+        except ps.ConfigurationError as error:
+            cells[way], messages[way] = reason(str(error)), str(error)
+            if way == "rows":
+                return Outcome(dict.fromkeys((*_WAYS, "packed"), cells[way]), messages)
+            continue
+        cells[way] = YES
+        if way == "rows":
+            refusal = model.packed_refusal
+            cells["packed"] = YES if refusal is None else reason(refusal)
+            messages["packed"] = refusal or ""
+    return Outcome(cells, messages)
+
+
+def reason(message: str) -> str:
+    """The table's words for an error.
+
+    Raises:
+        ValueError: the message is not known here.
+    """
+    for part, words in _REASONS.items():
+        if part in message:
+            return words
+    raise ValueError(f"tools/transformers_models.py has no words for this refusal: {message}")
+
+
+def outcomes() -> dict[str, Outcome]:
+    """All families."""
+    logging.getLogger("polyshard").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {name: _family(name) for name in families()}
+
+
+def _family(name: str) -> Outcome:
+    try:
+        config = small_config(name)
+    except Exception as error:  # of whatever a config class raises for its own defaults
+        return Outcome(dict.fromkeys((*_WAYS, "packed"), "transformers cannot build it"), {"rows": str(error)})
+    return outcome(config)
+
+
+def page(found: dict[str, Outcome]) -> str:
+    """The page's text."""
+    supported = {name: o.cells for name, o in found.items() if o.cells["rows"] == YES}
+    lines = ["## Supported", "", "| model | rows | packed | tensor parallel | served |", "|---|---|---|---|---|"]
+    for name, cells in supported.items():
+        columns = (cells[column] for column in ("rows", "packed", "sharded", "served"))
+        lines.append(f"| {_shown(name)} | {' | '.join(columns)} |")
+    lines += ["", "## Refused", "", "| refusal | models |", "|---|---|"]
+    refused: dict[str, list[str]] = {}
+    for name, o in found.items():
+        if name not in supported:
+            refused.setdefault(o.cells["rows"], []).append(_shown(name))
+    lines += [f"| {words} | {', '.join(names)} |" for words, names in sorted(refused.items())]
+    return _INTRODUCTION + "\n" + "\n".join(lines) + "\n"
+
+
+def _shown(name: str) -> str:
+    model_type, _, variant = name.partition(", ")
+    if name in VARIANTS:
+        return f"`{model_type}`, {variant}"
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
+    return f"`{name}`" if re.sub(r"\W|_", "", name).lower() in kind.lower() else f"`{name}` ({kind})"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    PAGE.write_text(page(outcomes()))
