@@ -13,6 +13,7 @@ from packaging.specifiers import SpecifierSet
 import polyshard as ps
 from polyshard.core import requirement as module
 from polyshard.core.requirement import Requirement, UntestedVersionWarning
+from polyshard.replace.requirement import TRANSFORMERS
 
 PROJECT = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text())["project"]
 
@@ -26,12 +27,14 @@ def declared():
     return found
 
 
-@pytest.mark.parametrize("adapter", ps.adapter_names())
-def test_pyproject_has_the_range_of_the_adapter(adapter):
-    needed = ps.load_adapter(adapter).requirement
-    ranges = declared()
+NEEDED = {name: ps.load_adapter(name).requirement for name in ps.adapter_names()} | {"transformers": TRANSFORMERS}
+
+
+@pytest.mark.parametrize("library", NEEDED)
+def test_pyproject_has_the_range_of_the_requirement(library):
+    needed, ranges = NEEDED[library], declared()
     for distribution in needed.distributions:
-        assert ranges[distribution] == [SpecifierSet(needed.supported)], distribution
+        assert set(ranges[distribution]) == {SpecifierSet(needed.supported)}, distribution
     assert needed.tested
     assert all(needed.supports(tested) for tested in needed.tested)
 

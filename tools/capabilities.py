@@ -7,6 +7,7 @@ from pathlib import Path
 
 import polyshard as ps
 from polyshard.core.capabilities import FEATURES
+from polyshard.replace.requirement import TRANSFORMERS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "adapters.md"
 VERSIONS = "<!-- versions: made by tools/capabilities.py -->\n"
@@ -25,8 +26,7 @@ def table() -> str:
 
 def versions() -> str:
     lines = ["| library | supported | run with | installed by |", "|---|---|---|---|"]
-    for name in ps.adapter_names():
-        needed = ps.load_adapter(name).requirement
+    for needed in (*(ps.load_adapter(name).requirement for name in ps.adapter_names()), TRANSFORMERS):
         lines.append(f"| {needed.title} | `{needed.supported}` | {', '.join(needed.tested)} | `{needed.install}` |")
     return "\n".join(lines) + "\n"
 

@@ -18,6 +18,8 @@ from polyshard.compiled.product import rejects
 from polyshard.core.attention import AttentionSpec
 from polyshard.core.capabilities import Accepted, Rejected
 from polyshard.core.discovery import adapter_names, load_adapter
+from polyshard.core.requirement import Requirement
+from polyshard.replace.requirement import TRANSFORMERS
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        kind: `adapter`, `kernel`, `engine on CPU`, `serving` or `platform`.
+        kind: `adapter`, `models`, `kernel`, `engine on CPU`, `serving` or `platform`.
         name: of the adapter, kernel, engine or fact.
         usable: whether it can be used here.
         version: found; None where there is none.
@@ -84,24 +86,26 @@ def adapters() -> list[Finding]:
     for name in adapter_names():
         try:
             adapter: Any = load_adapter(name)
-            requirement = adapter.requirement
-            version = requirement.version()
+            kind = "adapter" if adapter.capabilities["training"].available else "serving"
+            findings.append(installed(kind, name, adapter.requirement))
         except Exception as error:
             findings.append(Finding("adapter", name, False, None, f"{type(error).__name__}: {error}"))
-            continue
-        kind = "adapter" if adapter.capabilities["training"].available else "serving"
-        if version is None:
-            detail = f"not installed: {requirement.install}"
-        elif (reason := requirement.refusal(version)) is not None:
-            detail = f"refused: {reason}; supported: {requirement.supported}"
-        elif version.split("+")[0] in requirement.tested:
-            detail = "a version that polyshard is tested with"
-        else:
-            within = "in" if requirement.supports(version) else "outside of"
-            detail = f"{within} the supported range {requirement.supported}; tested: {', '.join(requirement.tested)}"
-        usable = version is not None and requirement.refusal(version) is None
-        findings.append(Finding(kind, name, usable, version, detail))
-    return findings
+    return [*findings, installed("models", "transformers", TRANSFORMERS)]
+
+
+def installed(kind: str, name: str, requirement: Requirement) -> Finding:
+    """Whether a library is installed, and what is known of its version."""
+    version = requirement.version()
+    if version is None:
+        return Finding(kind, name, False, None, f"not installed: {requirement.install}")
+    reason = requirement.refusal(version)
+    if reason is not None:
+        return Finding(kind, name, False, version, f"refused: {reason}; supported: {requirement.supported}")
+    if version.split("+")[0] in requirement.tested:
+        return Finding(kind, name, True, version, "a version that polyshard is tested with")
+    within = "in" if requirement.supports(version) else "outside of"
+    detail = f"{within} the supported range {requirement.supported}; tested: {', '.join(requirement.tested)}"
+    return Finding(kind, name, True, version, detail)
 
 
 def kernels() -> list[Finding]:

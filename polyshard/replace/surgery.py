@@ -15,6 +15,7 @@ from polyshard.core.weight_table import collect_layouts, copy_into_shard
 from polyshard.replace.module import ReplacedAttention
 from polyshard.replace.observe import implementation
 from polyshard.replace.recognise import Found, NotRecognised, looks_like_attention, recognise
+from polyshard.replace.requirement import TRANSFORMERS
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ def replace_with_trainable_attention(
         ConfigurationError: nothing looks like attention, or with `strict` something cannot be replaced, or the whole
             model would compute something else. The model is then as it was.
     """
+    if type(model).__module__.startswith("transformers."):
+        TRANSFORMERS.require()
     return replace_attention(model, parallel_context, kernel, strict, whole=True)
 
 

@@ -10,13 +10,13 @@ import torch
 
 from polyshard.checkpoint import load_checkpoint, read_config
 from polyshard.core.context import ParallelContext
-from polyshard.core.errors import MissingDependencyError
 from polyshard.core.gather import gather_shards
 from polyshard.core.host import build_model, check_served_interface
 from polyshard.core.vocabulary import gather_logits, vocab_parallel_cross_entropy
 from polyshard.core.weight_table import collect_layouts, stored_parts
 from polyshard.launch import initialize, shutdown
 from polyshard.registry import resolve
+from polyshard.replace.requirement import TRANSFORMERS
 from polyshard.testing import checks
 from polyshard.testing.model import SuiteConfig
 from polyshard.testing.ranks import run_ranks
@@ -86,12 +86,9 @@ def run_transformers(directory: Path, token_ids: list[int]) -> Named:
     Raises:
         MissingDependencyError: transformers is not installed.
     """
-    try:
-        import transformers
-    except ImportError:
-        raise MissingDependencyError(
-            "the reference is transformers, which is not installed: pip install transformers"
-        ) from None
+    TRANSFORMERS.require()
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()
     auto: Any = transformers.AutoModelForCausalLM
     model = auto.from_pretrained(directory, dtype=torch.float32).eval()

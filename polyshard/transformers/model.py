@@ -16,6 +16,7 @@ from polyshard.attention.placement import sequence_positions
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.vocabulary import vocab_parallel_cross_entropy
+from polyshard.replace.requirement import TRANSFORMERS
 from polyshard.transformers.attention import exchange_attention
 from polyshard.transformers.kinds import kept_modules
 from polyshard.transformers.layers import exchange_layers
@@ -186,6 +187,7 @@ def transformers_model(config: Any, parallel_context: ParallelContext) -> Transf
             whose logits would differ from transformers'; or the layout asks for pipeline, context or sequence parallel.
             No memory was taken.
     """
+    TRANSFORMERS.require()
     config = _transformers_config(config)
     layout = parallel_context.layout
     asked = {"pipeline": layout.pipeline > 1, "context": layout.context > 1, "sequence": layout.sequence_parallel}
