@@ -11,6 +11,7 @@ adapter has it and otherwise built from the required ones or from the torch adap
     create_norm(hidden_size, parallel_context, eps, partial_gradient)
     vocab_parallel_cross_entropy(logits, targets, parallel_context, vocab_size, ignore_index, label_smoothing)
                           # the loss of each token, targets' shape; 0 where the target is ignore_index
+    smooths_labels: bool  # whether that loss has label smoothing (default True); otherwise the torch adapter's is used
     vocab_padding: int    # vocabulary rows are padded to a multiple of this
     plain_products: bool  # layers are x Wᵀ + b and no more (row-parallel ones summed): a server may multiply by its own
                           # kernel

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import nn
 
 from polyshard.core.context import ParallelAxis, ParallelContext
+from polyshard.core.discovery import load_adapter
 from polyshard.core.ids import check_ids_of, check_labels, check_present
-from polyshard.core.linear_adapter import adapter_with, choose_adapter, tensor_rank_and_size
+from polyshard.core.linear_adapter import adapter_with, choose_adapter, name_of, tensor_rank_and_size
 from polyshard.core.weight_layout import Segment, WeightLayout
 from polyshard.core.weight_table import attach_layouts
+
+logger = logging.getLogger(__name__)
 
 
 def vocab_embedding(
@@ -139,6 +143,11 @@ def token_losses(
 ) -> torch.Tensor:
     """The loss of each token, `[...]`; arguments as of `vocab_parallel_cross_entropy`, whose checks come before."""
     adapter = adapter_with(choose_adapter(linear, parallel_context), "vocab_parallel_cross_entropy")
+    if label_smoothing and not getattr(adapter, "smooths_labels", True):
+        logger.info(
+            "%s smooths no labels over the whole vocabulary: the torch adapter's loss is used", name_of(adapter)
+        )
+        adapter = load_adapter("torch").linear
     losses = adapter.vocab_parallel_cross_entropy(
         logits,
         targets,

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from polyshard.adapters.shared.head import PaddedHead, padded_size, tied_weight
-from polyshard.core.discovery import load_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +34,7 @@ class DeepspeedLinearAdapter:
     plain_outputs = True
     plain_products = True
     vocab_padding = 1
+    smooths_labels = False  # DeepSpeed's loss has none
 
     def create_column_parallel(
         self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
@@ -93,16 +93,7 @@ class DeepspeedLinearAdapter:
         label_smoothing: float,
     ) -> torch.Tensor:
         """DeepSpeed's loss; it knows ignored targets, and no label smoothing."""
-        if label_smoothing:
-            logger.info("DeepSpeed's cross-entropy has no label smoothing: the torch adapter's is used")
-            return load_adapter("torch").linear.vocab_parallel_cross_entropy(
-                logits,
-                targets,
-                parallel_context,
-                vocab_size=vocab_size,
-                ignore_index=ignore_index,
-                label_smoothing=label_smoothing,
-            )
+        assert not label_smoothing, "see smooths_labels"
         from polyshard.adapters.deepspeed.compat import vocab_parallel_cross_entropy
 
         axis = parallel_context.axis("tensor")

@@ -12,7 +12,6 @@ from torch import nn
 
 from polyshard.adapters.shared.head import PaddedHead, padded_size, tied_weight
 from polyshard.adapters.shared.loss import token_losses
-from polyshard.core.discovery import load_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +36,7 @@ class FairscaleLinearAdapter:
     plain_outputs = True
     plain_products = True
     vocab_padding = 1
+    smooths_labels = False  # FairScale's loss has none
 
     def create_column_parallel(
         self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
@@ -92,16 +92,7 @@ class FairscaleLinearAdapter:
         label_smoothing: float,
     ) -> torch.Tensor:
         """FairScale's loss, wrapped: it works in place, knows no ignored targets, and keeps bfloat16."""
-        if label_smoothing:
-            logger.info("FairScale's cross-entropy has no label smoothing: the torch adapter's is used")
-            return load_adapter("torch").linear.vocab_parallel_cross_entropy(
-                logits,
-                targets,
-                parallel_context,
-                vocab_size=vocab_size,
-                ignore_index=ignore_index,
-                label_smoothing=label_smoothing,
-            )
+        assert not label_smoothing, "see smooths_labels"
         from polyshard.adapters.fairscale.compat import vocab_parallel_cross_entropy
 
         return token_losses(vocab_parallel_cross_entropy, logits, targets, ignore_index=ignore_index)

@@ -12,7 +12,6 @@ from torch import nn
 from polyshard.adapters.shared.head import PaddedHead, padded_size, tied_weight
 from polyshard.adapters.shared.loss import token_losses
 from polyshard.core.context import ParallelAxis
-from polyshard.core.discovery import load_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +58,7 @@ class MegatronLinearAdapter:
     plain_outputs = True
     plain_products = True
     vocab_padding = 1
+    smooths_labels = False  # Megatron smooths over each rank's shard alone
 
     def create_column_parallel(
         self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
@@ -131,16 +131,7 @@ class MegatronLinearAdapter:
         label_smoothing: float,
     ) -> torch.Tensor:
         """Megatron's loss, wrapped: it works in place and knows no ignored targets."""
-        if label_smoothing:
-            logger.info("Megatron smooths labels over each rank's shard alone: the torch adapter's loss is used")
-            return load_adapter("torch").linear.vocab_parallel_cross_entropy(
-                logits,
-                targets,
-                parallel_context,
-                vocab_size=vocab_size,
-                ignore_index=ignore_index,
-                label_smoothing=label_smoothing,
-            )
+        assert not label_smoothing, "see smooths_labels"
         from polyshard.adapters.megatron.compat import vocab_parallel_cross_entropy
 
         group = parallel_context.get_tensor_parallel_group()
