@@ -396,3 +396,17 @@ def test_wrong_settings_are_named():
         ExactLinearAdapter(object(), context.exact)
     with pytest.raises(ps.ConfigurationError, match="knows vLLM's CPU attention for"):
         compat.queries_of_a_piece("vsx", 1)
+
+
+def smoothed_in_exact_mode(adapter):
+    context = ps.initialize(adapter, exact=True)
+    logits, labels = torch.arange(21.0).view(3, 7), torch.tensor([1, 2, 3])
+    loss = ps.vocab_parallel_cross_entropy(logits, labels, context, label_smoothing=0.1)
+    ps.shutdown(context)
+    return loss, torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("adapter", ["torch", "megatron", "deepspeed", "fairscale"])
+def test_labels_are_smoothed_in_exact_mode_too(adapter):
+    ((found, wanted),) = run_ranks(smoothed_in_exact_mode, 1, adapter)
+    assert torch.allclose(found, wanted, rtol=1e-6)

@@ -154,6 +154,11 @@ class ExactLinearAdapter:
         """As the inner adapter pads."""
         return getattr(self.inner, "vocab_padding", 1)
 
+    @property
+    def smooths_labels(self) -> bool:
+        """As the inner adapter's loss does."""
+        return getattr(self.inner, "smooths_labels", True)
+
     def create_column_parallel(
         self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
     ) -> nn.Module:
