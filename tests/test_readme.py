@@ -1,19 +1,16 @@
 """Every code block of the README is run; make targets and the installation are checked against the Makefile."""
 
 import ast
-import contextlib
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
+from support.servers import running_server
 
 from polyshard.testing.ranks import free_port
 
@@ -70,34 +67,6 @@ def typed(command, newcomer):
     return done.stdout
 
 
-@contextlib.contextmanager
-def running(command, newcomer, port):
-    """A block of shell commands whose last one is a server."""
-    folder, env = newcomer
-    log = folder / "server.log"
-    with log.open("w") as file:
-        server = subprocess.Popen(
-            ["bash", "-ec", command], cwd=folder, env=env, stdout=file, stderr=file, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + 180
-        while True:
-            assert server.poll() is None, f"{command} ended with {server.returncode}:\n{log.read_text()[-5000:]}"
-            assert time.monotonic() < deadline, f"{command} did not come up:\n{log.read_text()[-5000:]}"
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://localhost:{port}/health", timeout=2)
-                break
-            time.sleep(0.5)
-        yield
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        try:
-            server.wait(30)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(server.pid, signal.SIGKILL)
-
-
 @pytest.mark.vllm
 def test_every_command_does_what_the_readme_says(newcomer):
     """In the README's order, in a new directory. Only the port is another one where 8000 is taken."""
@@ -114,7 +83,8 @@ def test_every_command_does_what_the_readme_says(newcomer):
         port = 8000 if probe.connect_ex(("127.0.0.1", 8000)) else free_port()
     for server in (polyshard_serve, plain_vllm):
         command = server if port == 8000 else f"{server.rstrip()} --port {port}"
-        with running(command, newcomer, port):
+        folder, env = newcomer
+        with running_server(["bash", "-ec", command], port, folder / "server.log", env, cwd=folder):
             told = json.loads(typed(request.replace("8000", str(port)), newcomer))
         assert told["choices"][0]["token_ids"] == json.loads(answer)
 

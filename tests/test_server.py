@@ -5,10 +5,7 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +14,7 @@ import pytest
 import support.vllm_required  # noqa: F401
 from support.models import save_tiny
 from support.oracle import greedy_transformers
+from support.servers import running_server
 
 from polyshard.testing.ranks import free_port
 
@@ -31,30 +29,11 @@ def server(command, log, **environment):
     """A client of a running server; its whole process group is ended afterwards."""
     port = free_port()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment}
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [*command, *OPTIONS, "--port", str(port)], stdout=file, stderr=file, env=env, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + 180
-        while True:
-            assert process.poll() is None, f"the server ended with {process.returncode}:\n{log.read_text()[-6000:]}"
-            assert time.monotonic() < deadline, f"the server did not come up:\n{log.read_text()[-6000:]}"
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-                break
-            time.sleep(0.5)
+    command = [*command, *OPTIONS, "--port", str(port)]
+    with running_server(command, port, log, env):
         from openai import OpenAI
 
         yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(15)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 CHAT = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0, "max_tokens": 16}

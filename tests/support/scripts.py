@@ -1,15 +1,14 @@
 """Scripts for tests, each in processes of its own."""
 
 import contextlib
+import fcntl
 import json
 import multiprocessing
 import os
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
 from polyshard.testing.ranks import run_ranks
 
@@ -36,11 +35,14 @@ def one_engine_of_torchruns():
     """vLLM on CPU names the shared memory of an engine whose ranks torchrun started alike in every run (0.32,
     v1/worker/cpu_worker.py, VLLM_DIST_IDENT), so that two at a time end in "create shm in SHMManager failed"; so does
     one after a run that was killed."""
-    shared = os.environ.get("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # by all sessions of this machine
-    with FileLock(Path(shared) / "polyshard-tests-torchrun.lock"):
+    folder = os.open("/dev/shm", os.O_RDONLY)  # what they share is what is locked, and no file is left behind
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
         for left in Path("/dev/shm").glob("-*-cpushm_*"):
             left.unlink()
         yield
+    finally:
+        os.close(folder)
 
 
 def on_engine_ranks(function, ranks, *arguments):

@@ -1,0 +1,33 @@
+"""A server that a command starts, for tests that talk to it."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+import urllib.request
+
+
+@contextlib.contextmanager
+def running_server(command, port, log, env, cwd=None):
+    """Run `command` until its `/health` answers on `port`; its whole process group is ended afterwards."""
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=env, cwd=cwd, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 180
+        while True:
+            assert process.poll() is None, f"{command} ended with {process.returncode}:\n{log.read_text()[-6000:]}"
+            assert time.monotonic() < deadline, f"{command} did not come up:\n{log.read_text()[-6000:]}"
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                break
+            time.sleep(0.5)
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(15)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
