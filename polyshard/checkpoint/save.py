@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,8 @@ COMPANIONS = (
     "chat_template.jinja",
     "generation_config.json",
 )
+logger = logging.getLogger(__name__)
+
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -127,9 +130,15 @@ def model_documents(
     architecture: str | None,
     factory: str | RegisteredModel | None,
     dtypes: Mapping[str, torch.dtype],
+    *,
+    copied: bool = False,
 ) -> dict[str, Any]:
-    """`config.json`, as fields."""
+    """`config.json`, as fields; without `quantization_config`, unless the tensors are those of the source."""
     fields = config_fields(config)
+    if not copied and fields.pop("quantization_config", None):
+        logger.warning(
+            "config.json is written without quantization_config: the weights beside it are floating-point ones"
+        )
     if not fields.get("model_type"):
         fields["model_type"] = MODEL_TYPE
     if architecture is not None:
