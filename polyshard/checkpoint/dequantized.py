@@ -16,6 +16,7 @@ from polyshard.checkpoint.files import TensorReader
 from polyshard.core.dequantize import dequantized
 from polyshard.core.foreign import LazyTensor
 from polyshard.core.quantized import refuse_codes
+from polyshard.core.weight_table import IGNORED_TENSORS
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,17 @@ def refuse_quantized(directory: Path, reader: TensorReader, known: Collection[st
         CheckpointError: they are.
     """
     refuse_codes(lazy_tensors(reader, ignore), None, directory, known=known)
+
+
+def refuse_stored_codes(directory: Path) -> None:
+    """Raise where safetensors files hold matrices of integers or eight-bit floats, whatever they are called.
+
+    Raises:
+        CheckpointError: they do, or the files are torn.
+    """
+    if directory.is_dir() and next(directory.glob("*.safetensors"), None) is not None:
+        reader = TensorReader(directory)
+        refuse_quantized(directory, reader, reader.where, IGNORED_TENSORS)
 
 
 def lazy_tensors(reader: TensorReader, ignore: Sequence[str]) -> dict[str, LazyTensor]:

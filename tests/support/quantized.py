@@ -135,3 +135,38 @@ def save_other(directory, case):
     del state[f"{place}.weight"]
     state |= {f"{place}.{name}": value for name, value in tensors.items()}
     write(directory, state, model, settings)
+
+
+def save_four_bits(directory, values, method):
+    """A Llama in GPTQ's or AWQ's four bits, groups of 32, and the values that the codes stand for."""
+    model = tiny_model(tiny_config("llama", **SHAPE))
+    state = dict(model.state_dict())
+    stands_for = dict(state)
+    for name, value in model.state_dict().items():
+        if "_proj" not in name:
+            continue
+        layer, (outputs, inputs) = name.removesuffix(".weight"), value.shape
+        groups = value.t().reshape(inputs // 32, 32, outputs)
+        scales = (groups.abs().amax(1, keepdim=True) / 7).half().float()
+        codes = (groups / scales).round().clamp(-8, 7)
+        stands_for[name] = (codes * scales).reshape(inputs, outputs).t().contiguous()
+        codes = (codes + 8).long().reshape(inputs, outputs)
+        del state[name]
+        zero = 0x77777777 if method == "gptq" else 0x88888888 - (1 << 32)  # GPTQ stores them less one
+        state[f"{layer}.qzeros"] = torch.full((inputs // 32, outputs // 8), zero, dtype=torch.int32)
+        state[f"{layer}.scales"] = scales.squeeze(1).half()
+        if method == "gptq":
+            state[f"{layer}.qweight"] = _pack(codes.reshape(inputs // 8, 8, outputs).transpose(1, 2))
+            state[f"{layer}.g_idx"] = (torch.arange(inputs) // 32).int()
+        else:
+            state[f"{layer}.qweight"] = _pack(codes.reshape(inputs, outputs // 8, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]])
+    settings = {"quant_method": method, "bits": 4, "group_size": 32}
+    settings |= {"desc_act": False, "sym": True} if method == "gptq" else {"zero_point": True, "version": "gemm"}
+    write(directory, state, model, settings)
+    write(values, stands_for, model, None)
+
+
+def _pack(codes):
+    """Eight codes of four bits to an int32, the first in the lowest bits."""
+    words = sum(codes[..., i] << (4 * i) for i in range(8))
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
