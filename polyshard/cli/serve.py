@@ -15,6 +15,7 @@ from polyshard.adapters.vllm import adapter as vllm_adapter
 from polyshard.checkpoint import read_config
 from polyshard.checkpoint.dequantized import refuse_stored_codes
 from polyshard.core.config_fields import MODEL_TYPE
+from polyshard.core.config_file import check_complete
 from polyshard.core.errors import RegistrationError
 from polyshard.core.host import as_entry
 from polyshard.registry import model_from_entry, register_model, registered_models, resolve
@@ -87,10 +88,12 @@ def server_command(
     Raises:
         RegistrationError: no factory is known for the checkpoint, or an option is malformed.
         CheckpointError: the directory has no config.json, or holds codes that it does not speak of.
+        ConfigFileError: a field of config.json is missing or wrong.
         MissingDependencyError: vLLM is not installed.
     """
     vllm_adapter.requirement.require()
     config = read_config(directory)
+    check_complete(config.to_dict(), directory / "config.json")
     if getattr(config, "quantization_config", None) is None and not _given(arguments) & _LOADING:
         refuse_stored_codes(directory)
     architectures = list(getattr(config, "architectures", None) or [])

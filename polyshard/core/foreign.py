@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from polyshard.core.config_file import check_complete, check_fields
 from polyshard.core.decoder_spec import DecoderSpec
 from polyshard.core.errors import CheckpointError
 
@@ -178,6 +179,7 @@ def config_fields_of(path: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: it is missing or is no JSON object.
+        ConfigFileError: a field is missing or wrong.
     """
     file = path / "config.json" if path.is_dir() else path
     try:
@@ -186,6 +188,8 @@ def config_fields_of(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is no readable config.json: {error}") from None
     if not isinstance(fields, dict):
         raise CheckpointError(f"{file} holds a {type(fields).__name__}, expected a JSON object")
+    check_fields(fields, file)
+    check_complete(fields, file)
     return fields
 
 
