@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from polyshard.checkpoint.companions import companions, has_tokenizer
 from polyshard.checkpoint.directory import publish
+from polyshard.checkpoint.model_code import check_code
 from polyshard.checkpoint.stream import write_tensors
 from polyshard.convert.casting import cast
-from polyshard.convert.companions import check_code, companions, has_tokenizer
 from polyshard.convert.formats import detect, format_named
 from polyshard.convert.huggingface import HuggingFaceFormat
 from polyshard.convert.model_check import check_model, narrowed, with_embedding
@@ -33,6 +34,7 @@ _ADVICE = (
     "Pass --dtype to dequantize FP8, compressed-tensors' int8 and float8, and MXFP4; dequantize others with the "
     "library that wrote them. Between Hugging Face directories all are copied as they are without --dtype."
 )
+_CODE_ADVICE = "Copy it into the source, or take auto_map out of the configuration."
 
 Progress = Callable[[int, int], None]
 
@@ -188,7 +190,7 @@ def _write(
             files |= {file.name: file for file in Path(folder).iterdir()}
         if not has_tokenizer(files):
             notes.append("the source holds no tokenizer that could come along: copy the model's own beside the weights")
-        check_code(foreign.config, files)
+        check_code(foreign.config, files, _CODE_ADVICE)
         if isinstance(writer, HuggingFaceFormat):
             listed = [(name, tensor.shape, tensor.dtype, tensor.load) for name, tensor in watched.tensors.items()]
             write_tensors(place, listed, foreign.config, companions=files, progress=progress)
