@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.conversions import ALLOW
 from support.quantized import (
     KINDS,
     OTHERS,
     dequantized_by_transformers,
     gpt_oss_by_transformers,
+    save_fp8_by_transformers,
     save_gpt_oss,
     save_other,
     save_quantized,
@@ -18,6 +19,8 @@ from support.quantized import (
 
 import polyshard as ps
 from polyshard.convert import convert
+
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,6 +67,37 @@ def test_mxfp4_is_dequantized_as_transformers_does(tmp_path):
     found, wanted = load_file(tmp_path / "b" / "model.safetensors"), gpt_oss_by_transformers(tmp_path / "a")
     assert set(found) == set(wanted)
     assert all(torch.equal(found[name], wanted[name]) for name in found)
+
+
+@pytest.mark.parametrize("to_format", ["llama", "megatron-torch-dist"])
+def test_a_directory_that_transformers_wrote_survives_two_formats(tmp_path, to_format):
+    save_fp8_by_transformers(tmp_path / "a", tmp_path / "plain")
+    assert load_file(tmp_path / "a" / "model.safetensors")[Q_PROJ].dtype == torch.float8_e4m3fn
+    convert(tmp_path / "a", tmp_path / "b")
+    convert(tmp_path / "b", tmp_path / "c", to_format=to_format, dtype=torch.bfloat16)
+    convert(tmp_path / "c", tmp_path / "d", options=ALLOW)
+    found = load_file(tmp_path / "d" / "model.safetensors")
+    wanted = dequantized_by_transformers(tmp_path / "a", "fp8", torch.bfloat16)
+    assert set(found) == set(wanted)
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
+
+
+def test_mxfp4_survives_a_copy_and_a_conversion(tmp_path):
+    save_gpt_oss(tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "b")
+    convert(tmp_path / "b", tmp_path / "c", dtype=torch.bfloat16)
+    found, wanted = load_file(tmp_path / "c" / "model.safetensors"), gpt_oss_by_transformers(tmp_path / "a")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("name", ["q_proj.input_scale", "q_proj.activation_scale", "attn.k_scale"])
+def test_scales_of_activations_are_left_out_with_a_note(tmp_path, name):
+    save_quantized(tmp_path / "a", "float8 by tensor")
+    file = tmp_path / "a" / "model.safetensors"
+    save_file(load_file(file) | {f"model.layers.0.self_attn.{name}": torch.ones(1)}, file)
+    done = convert(tmp_path / "a", tmp_path / "b", dtype=torch.bfloat16)
+    assert any("left out 1 scales of activations" in note for note in done.notes)
+    assert not any("scale" in stored for stored in load_file(tmp_path / "b" / "model.safetensors"))
 
 
 def test_they_are_copied_whole_without_a_dtype(tmp_path):

@@ -14,6 +14,7 @@ from support.quantized import (
     SHAPE,
     dequantized_by_transformers,
     gpt_oss_by_transformers,
+    save_fp8_by_transformers,
     save_gpt_oss,
     save_other,
     save_quantized,
@@ -179,6 +180,14 @@ def load_experts(source, target, tensor):
     ps.load_checkpoint(model, source, context, ignore=others)
     ps.save_checkpoint(model, target, context, config=config)
     ps.shutdown(context)
+
+
+def test_a_directory_that_transformers_wrote_is_loaded(tmp_path):
+    save_fp8_by_transformers(tmp_path / "a", tmp_path / "plain")
+    model = load(tmp_path / "a", torch.bfloat16)
+    wanted = dequantized_by_transformers(tmp_path / "a", "fp8", torch.bfloat16)
+    down = model.model.layers[1].mlp.down_proj.weight
+    assert torch.equal(down, wanted["model.layers.1.mlp.down_proj.weight"])
 
 
 @pytest.mark.parametrize("tensor", [1, 2])

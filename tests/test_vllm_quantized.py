@@ -120,7 +120,7 @@ def test_another_librarys_layers_are_refused(directories):
 SHORT = {"max_model_len": 64, "dtype": "bfloat16"}
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])
 def test_four_bits_give_what_their_values_give(tmp_path, method):
     save_four_bits(tmp_path / "codes", tmp_path / "values", method)
     ps.register_model("ServedFourBits", decoder.build_model)

@@ -1,10 +1,12 @@
 """Small quantized directories as they are published, and transformers' own dequantized models of them."""
 
 import json
+from unittest import mock
 
 import torch
 import transformers
 from safetensors.torch import save_file
+from transformers.quantizers import quantizer_finegrained_fp8
 
 from support.models import tiny_config, tiny_model
 
@@ -81,6 +83,16 @@ def dequantized_by_transformers(directory, kind, dtype):
     return loaded.state_dict()
 
 
+def save_fp8_by_transformers(directory, plain):
+    """As transformers quantizes and writes a model; it asks for a GPU, which its rounding does not need."""
+    tiny_model(tiny_config("llama", **SHAPE)).save_pretrained(plain)
+    with mock.patch.object(quantizer_finegrained_fp8.FineGrainedFP8HfQuantizer, "validate_environment"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            plain, dtype=torch.bfloat16, quantization_config=transformers.FineGrainedFP8Config()
+        )
+    model.save_pretrained(directory)
+
+
 def save_gpt_oss(directory):
     """A gpt-oss of two layers with its experts in MXFP4."""
     config = transformers.GptOssConfig(
@@ -138,32 +150,45 @@ def save_other(directory, case):
 
 
 def save_four_bits(directory, values, method):
-    """A Llama in GPTQ's or AWQ's four bits, groups of 32, and the values that the codes stand for."""
+    """A Llama in four bits, groups of 32, as `method` stores them; and the values that the codes stand for."""
     model = tiny_model(tiny_config("llama", **SHAPE))
     state = dict(model.state_dict())
     stands_for = dict(state)
     for name, value in model.state_dict().items():
-        if "_proj" not in name:
-            continue
-        layer, (outputs, inputs) = name.removesuffix(".weight"), value.shape
-        groups = value.t().reshape(inputs // 32, 32, outputs)
-        scales = (groups.abs().amax(1, keepdim=True) / 7).half().float()
-        codes = (groups / scales).round().clamp(-8, 7)
-        stands_for[name] = (codes * scales).reshape(inputs, outputs).t().contiguous()
-        codes = (codes + 8).long().reshape(inputs, outputs)
-        del state[name]
-        zero = 0x77777777 if method == "gptq" else 0x88888888 - (1 << 32)  # GPTQ stores them less one
-        state[f"{layer}.qzeros"] = torch.full((inputs // 32, outputs // 8), zero, dtype=torch.int32)
-        state[f"{layer}.scales"] = scales.squeeze(1).half()
-        if method == "gptq":
-            state[f"{layer}.qweight"] = _pack(codes.reshape(inputs // 8, 8, outputs).transpose(1, 2))
-            state[f"{layer}.g_idx"] = (torch.arange(inputs) // 32).int()
-        else:
-            state[f"{layer}.qweight"] = _pack(codes.reshape(inputs, outputs // 8, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]])
+        if "_proj" in name:
+            groups = value.unflatten(1, (-1, 32))
+            scales = (groups.abs().amax(2, keepdim=True) / 7).half().float()
+            codes = (groups / scales).round().clamp(-8, 7)
+            stands_for[name] = (codes * scales).flatten(1)
+            del state[name]
+            stored = _stored((codes + 8).long().flatten(1), scales.squeeze(2), method)
+            state |= {f"{name.removesuffix('.weight')}.{kind}": tensor for kind, tensor in stored.items()}
     settings = {"quant_method": method, "bits": 4, "group_size": 32}
-    settings |= {"desc_act": False, "sym": True} if method == "gptq" else {"zero_point": True, "version": "gemm"}
+    if method == "compressed-tensors":
+        weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+        groups = {"group_0": {"targets": ["Linear"], "weights": weights | {"dynamic": False}}}
+        settings = {"format": "pack-quantized", "quantization_status": "compressed", "ignore": ["lm_head"]}
+        settings |= {"quant_method": method, "config_groups": groups}
+    settings |= {"gptq": {"desc_act": False, "sym": True}, "awq": {"zero_point": True, "version": "gemm"}}.get(
+        method, {}
+    )
     write(directory, state, model, settings)
     write(values, stands_for, model, None)
+
+
+def _stored(codes, scales, method):
+    """A layer's tensors from codes 0 to 15 `[out, in]` and scales `[out, in / 32]`."""
+    outputs, inputs = codes.shape
+    if method == "compressed-tensors":
+        shape = torch.tensor([outputs, inputs])
+        return {"weight_packed": _pack(codes.unflatten(1, (-1, 8))), "weight_scale": scales, "weight_shape": shape}
+    zero = 0x77777777 if method == "gptq" else 0x88888888 - (1 << 32)  # GPTQ stores them less one
+    zeros = torch.full((inputs // 32, outputs // 8), zero, dtype=torch.int32)
+    stored = {"qzeros": zeros, "scales": scales.t().half()}
+    if method == "gptq":
+        order = (torch.arange(inputs) // 32).int()
+        return stored | {"qweight": _pack(codes.unflatten(1, (-1, 8))).t(), "g_idx": order}
+    return stored | {"qweight": _pack(codes.t().unflatten(1, (-1, 8))[..., [0, 2, 4, 6, 1, 3, 5, 7]])}
 
 
 def _pack(codes):
