@@ -93,18 +93,64 @@ def test_a_tokenizer_of_gguf_that_cannot_be_converted_is_told(tmp_path):
     assert any("tokenizer does not come along" in note for note in done.notes), done.notes
 
 
-def test_code_that_the_configuration_names_must_be_there(tmp_path):
-    place = tmp_path / "a"
+def named_code(place, files, tokenizer=False):
+    """A model whose configuration, or whose tokenizer's, names Python files; they would end the process if they ran."""
     place.mkdir()
     save_file({"w": torch.ones(2)}, place / "model.safetensors")
     auto_map = {"AutoConfig": "configuration_mine.Mine", "AutoModel": "modeling_mine.Mine"}
-    (place / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": auto_map}))
-    (place / "configuration_mine.py").write_text("raise SystemExit")
-    with pytest.raises(ps.CheckpointError, match=r"auto_map names modeling_mine.Mine, but the source holds no"):
-        convert(place, tmp_path / "b")
-    (place / "modeling_mine.py").write_text("raise SystemExit")
-    convert(place, tmp_path / "b")
-    assert (tmp_path / "b" / "modeling_mine.py").read_text() == "raise SystemExit"
+    in_config = {} if tokenizer else {"auto_map": auto_map}
+    (place / "config.json").write_text(json.dumps({"model_type": "mine", **in_config}))
+    if tokenizer:
+        named = {"AutoTokenizer": ["configuration_mine.Mine", None], "AutoProcessor": "other/repository--code.Mine"}
+        (place / "tokenizer_config.json").write_text(json.dumps({"auto_map": named}))
+    for name, text in files.items():
+        (place / name).write_text(text)
+
+
+END = "raise SystemExit"
+LACKING = {
+    "a module": ({"configuration_mine.py": END}, False, "modeling_mine.py is missing: it is named by config.json's"),
+    "an import of a module": (
+        {"configuration_mine.py": END, "modeling_mine.py": f"from .layers import A\n{END}"},
+        *(False, "layers.py is missing: it is named by modeling_mine.py"),
+    ),
+    "an import of an import": (
+        {"configuration_mine.py": f"from . import a\n{END}", "a.py": "from .b import c", "modeling_mine.py": END},
+        *(False, "b.py is missing: it is named by a.py"),
+    ),
+    "a tokenizer's module": ({}, True, "configuration_mine.py is missing: it is named by tokenizer_config.json's"),
+}
+
+
+@pytest.mark.parametrize("case", LACKING)
+def test_code_that_a_configuration_names_must_be_there(tmp_path, case):
+    files, tokenizer, said = LACKING[case]
+    named_code(tmp_path / "a", files, tokenizer)
+    with pytest.raises(ps.CheckpointError, match=said):
+        convert(tmp_path / "a", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_code_that_is_there_comes_along_and_is_not_run(tmp_path):
+    files = {"configuration_mine.py": END, "modeling_mine.py": f"from .layers import A\n{END}", "layers.py": END}
+    named_code(tmp_path / "a", files)
+    convert(tmp_path / "a", tmp_path / "b")
+    assert all((tmp_path / "b" / name).read_text() == text for name, text in files.items())
+
+
+def test_saving_takes_all_but_weights_along_and_names_code_that_lacks(tmp_path, source):
+    context = ps.initialize("torch")
+    model = ps.column_parallel(4, 4, context)
+    config = {"model_type": "mine", "auto_map": {"AutoModel": "modeling_mine.Mine"}}
+    with pytest.raises(ps.CheckpointError, match=r"modeling_mine.py is missing.*Pass companions="):
+        ps.save_checkpoint(model, tmp_path / "b", context, config=config)
+    assert not (tmp_path / "b").exists()
+    ps.save_checkpoint(model, tmp_path / "b", context, config=config, companions=source)
+    ps.shutdown(context)
+    beside = (*FILES, "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    written = {"config.json", "model.safetensors", "polyshard.json"}
+    found = {str(path.relative_to(tmp_path / "b")) for path in (tmp_path / "b").rglob("*") if path.is_file()}
+    assert found == {*beside, *written}
 
 
 def test_every_file_of_a_target_is_recorded_with_its_checksum(tmp_path, source):

@@ -74,6 +74,7 @@ def write_config(directory, kind, fields):
 
 @pytest.mark.parametrize(("kind", "without", "rotary"), CASES)
 def test_a_field_that_is_left_out_is_the_same_to_trainer_server_and_transformers(tmp_path, kind, without, rotary):
+    pytest.importorskip("vllm", reason="needs vLLM")
     from vllm.transformers_utils.config import get_config
 
     fields = {name: value for name, value in EVERY_FIELD.items() if name not in without}
@@ -149,6 +150,7 @@ def test_every_family_of_transformers_model_is_read_alike_with_each_field_left_o
 @functools.cache
 def bases_in_vllms_source():
     """Model types and the base that vLLM's own model of each sets where none is given."""
+    pytest.importorskip("vllm", reason="needs vLLM")
     from vllm.model_executor.models import registry
 
     folder = Path(registry.__file__).parent
@@ -176,6 +178,7 @@ def test_the_bases_of_vllms_own_models_are_those_in_its_source():
 @pytest.mark.parametrize("kind", OPTIONAL)
 @pytest.mark.parametrize("old_file", [False, True])
 def test_overridden_rotary_parameters_take_the_base_that_vllms_own_model_takes(tmp_path, kind, old_file):
+    pytest.importorskip("vllm", reason="needs vLLM")
     from vllm.config import ModelConfig
 
     from polyshard.adapters.vllm.config import fill_rotary_base

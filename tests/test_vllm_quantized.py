@@ -11,9 +11,13 @@ from safetensors.torch import load_file, save_file
 from support.engines import engine, greedy
 from support.models import save_tiny
 from support.oracle import assert_same_generation, greedy_transformers
+from support.quantized import save_four_bits, save_quantized
 
 import polyshard as ps
 from polyshard.adapters.vllm import compat
+from polyshard.adapters.vllm.loading import attach_loaders, load_weights
+from polyshard.cli.serve import server_command
+from polyshard.core.weight_table import collect_layouts
 
 pytestmark = pytest.mark.vllm
 
@@ -111,3 +115,90 @@ def test_another_librarys_layers_are_refused(directories):
         engine(directories[0], "ServedInt8Torch"),
     ):
         pass
+
+
+SHORT = {"max_model_len": 64, "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])
+def test_four_bits_give_what_their_values_give(tmp_path, method):
+    save_four_bits(tmp_path / "codes", tmp_path / "values", method)
+    ps.register_model("ServedFourBits", decoder.build_model)
+    found = []
+    for directory, architecture in ((tmp_path / "codes", "ServedFourBits"), (tmp_path / "values", None)):
+        with engine(directory, architecture, **SHORT) as llm:
+            found.append(greedy(llm, PROMPTS, TOKENS))
+    assert_same_generation(found[0], found[1], 0.05)
+
+
+def test_groups_out_of_order_are_refused(tmp_path):
+    """vLLM's own model leaves g_idx out where the configuration says desc_act=false, whatever it holds."""
+    save_four_bits(tmp_path / "codes", tmp_path / "values", "gptq")
+    edit_tensors(
+        tmp_path / "codes", lambda name, value: value.flip(0) if name.endswith("1.mlp.up_proj.g_idx") else value
+    )
+    ps.register_model("ServedFourBits", decoder.build_model)
+    with (
+        pytest.raises(Exception, match=r"unexpected model.layers.1.mlp.up_proj.g_idx"),
+        engine(tmp_path / "codes", "ServedFourBits", **SHORT),
+    ):
+        pass
+
+
+def edit_tensors(directory, change):
+    tensors = load_file(directory / "model.safetensors")
+    changed = {name: change(name, value).contiguous() for name, value in tensors.items()}
+    save_file(changed, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", ["float8 by channel", "fp8 in blocks"])
+def test_a_scheme_without_a_kernel_is_refused_by_name_before_weights_are_loaded(tmp_path, kind):
+    if kind.startswith("fp8") and torch.cpu._is_amx_tile_supported():
+        pytest.skip("vLLM has a kernel for FP8 blocks on CPUs with AMX")
+    save_quantized(tmp_path / "a", kind)
+    ps.register_model("ServedFloat8", decoder.build_model)
+    with (
+        pytest.raises(Exception, match=r"of model.layers.0.self_attn.qkv is unsupported by vLLM .* convert --dtype"),
+        engine(tmp_path / "a", "ServedFloat8", **SHORT),
+    ):
+        pass
+
+
+def silent(directory, kind):
+    """Codes and no word of them in the configuration, nor scales."""
+    save_quantized(directory, kind)
+    fields = json.loads((directory / "config.json").read_text())
+    del fields["quantization_config"]
+    (directory / "config.json").write_text(json.dumps(fields))
+    tensors = load_file(directory / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if "scale" not in name}
+    save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize("kind", ["fp8 in blocks", "int8 by channel"])
+def test_codes_that_the_configuration_does_not_state_are_refused_by_name(tmp_path, kind):
+    directory = silent(tmp_path / "a", kind)
+    ps.register_model("ServedCodes", decoder.build_model)
+    expected = r"down_proj.weight in (float8_e4m3fn|int8)"
+    with (
+        pytest.raises(Exception, match=f"'ServedCodes' cannot be served: .*{expected}"),
+        engine(directory, "ServedCodes", **SHORT),
+    ):
+        pass
+    with pytest.raises(ps.CheckpointError, match=expected):
+        server_command(directory, "decoder:build_model", False, [])
+
+
+def test_a_code_is_no_weight_however_it_comes(tmp_path):
+    """As from the Hub, from pickles, or in a reload: each tensor is looked at when it comes."""
+    model = save_quantized(tmp_path / "a", "int8 by channel")
+    context = ps.initialize("torch")
+    served = decoder.build_model(model.config, context)
+    table = collect_layouts(served)
+    attach_loaders(served, table, context)
+    stored = load_file(tmp_path / "a" / "model.safetensors").items()
+    weights = [(name, value) for name, value in stored if not name.endswith("_scale")]
+    with pytest.raises(ps.CheckpointError, match=r"down_proj.weight is int8: codes"):
+        load_weights(served, table, weights, "Served", lambda name: name, frozenset())
+    ps.shutdown(context)

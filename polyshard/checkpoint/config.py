@@ -8,11 +8,20 @@ from types import SimpleNamespace
 from typing import Any
 
 from polyshard.checkpoint.directory import find
+from polyshard.core.config_file import MissingFieldError, check_fields
 from polyshard.core.errors import CheckpointError
 
 
 class ModelConfig(SimpleNamespace):
     """The fields of a config.json as attributes, nothing added; `to_dict` gives them back."""
+
+    __slots__ = ("_file",)  # a slot is none of the fields
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        file = getattr(self, "_file", "the configuration")
+        raise MissingFieldError(f"{file} is incomplete: {name} is missing, which the model reads. Add it.")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields."""
@@ -24,6 +33,7 @@ def read_config(directory: str | Path) -> ModelConfig:
 
     Raises:
         CheckpointError: it is missing or is no JSON object.
+        ConfigFileError: a key is no field, or a field that decoders share has a value of another kind.
     """
     path = find(directory) / "config.json"
     if not path.is_file():
@@ -34,4 +44,7 @@ def read_config(directory: str | Path) -> ModelConfig:
         raise CheckpointError(f"{path} is no valid JSON: {error}") from None
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path} holds a {type(fields).__name__}, expected a JSON object")
-    return ModelConfig(**fields)
+    check_fields(fields, path)
+    config = ModelConfig(**fields)
+    object.__setattr__(config, "_file", path)
+    return config

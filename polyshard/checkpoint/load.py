@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from polyshard.checkpoint.dequantized import weights_reader
 from polyshard.checkpoint.directory import find
 from polyshard.checkpoint.files import TensorReader
 from polyshard.checkpoint.manifest import read_manifest, verify_files
@@ -44,6 +45,8 @@ def load_checkpoint(
     """Load every parameter exactly once. Nothing is changed where the checkpoint does not fit.
 
     Each rank reads its own elements into its own memory, and nothing else. A collective: every rank calls it.
+    Weights quantized as FP8, as compressed-tensors' int8 or float8, or as MXFP4 are dequantized on the way, and a
+    warning says so.
 
     Args:
         model: a model as its factory built it, or a training engine around one.
@@ -54,8 +57,8 @@ def load_checkpoint(
         progress: called with (elements read, elements in all) of this rank.
 
     Raises:
-        CheckpointError: files are missing, torn or altered, or tensors are missing, unexpected, of another shape or
-            kind of number; the message lists all of them.
+        CheckpointError: files are missing, torn or altered, tensors are missing, unexpected, of another shape or
+            kind of number (the message lists all of them), or weights are quantized by another rule.
     """
     path, ranks = find(directory), Ranks.of(parallel_context)
     engine = None if isinstance(model, nn.Module) else model
@@ -78,15 +81,17 @@ def load_checkpoint(
 def _checked(path: Path, table: WeightTable, ignore: Sequence[str], ranks: Ranks, verify: bool) -> TensorReader:
     """A reader of weights that fit, on every rank; an error of any rank is raised on all."""
     error: Exception | None = None
-    reader = manifest = None
+    reader = manifest = note = None
     try:
         manifest = read_manifest(path) if path.is_dir() else None
-        reader = TensorReader(path)
+        reader, note = weights_reader(path, known_names(table), ignore)
         check_fit(table, reader, ignore)
     except CheckpointError as problem:
         error = problem
     ranks.agree(error, f"{path} cannot be loaded; nothing was changed")
     assert reader is not None
+    if note is not None and ranks.rank == 0:
+        logger.warning("%s: %s", path, note)
     if manifest is not None and verify:
         verify_files(path, manifest, ranks)
     return reader
@@ -117,6 +122,12 @@ def read_pieces(
         done += len(piece.values)
         if progress is not None:
             progress(done, whole)
+
+
+def known_names(table: WeightTable) -> set[str]:
+    """Every name under which a checkpoint may store a weight of the model."""
+    tied = {name for entry in table.values() for name in entry.tied_names}
+    return tied | set(table.by_checkpoint_name())
 
 
 def source_name(entry: WeightEntry, region: Region, stored: Mapping[str, object]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +17,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException, save
 
+from polyshard.checkpoint.companions import companions
 from polyshard.checkpoint.directory import begin, publish, staging_name
 from polyshard.checkpoint.files import INDEX
 from polyshard.checkpoint.manifest import Manifest, record_files, write_manifest
+from polyshard.checkpoint.model_code import check_code
 from polyshard.checkpoint.pending import PendingSave
 from polyshard.checkpoint.plan import PlannedFile, StoredTensor, index_of, plan_files
 from polyshard.checkpoint.storage import LayoutPlanner, LayoutWriter, Progress, storage_key
@@ -32,16 +35,10 @@ from polyshard.core.ranks import Ranks
 from polyshard.core.state import WEIGHT, Piece
 from polyshard.core.weight_table import WeightTable, collect_layouts, stored_shape
 
-# Files that belong to a model beside its weights and config.
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+logger = logging.getLogger(__name__)
+
+_CODE_ADVICE = "Pass companions=DIRECTORY, which holds it, or take auto_map out of the config."
+
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -73,7 +70,8 @@ def save_checkpoint(
         architecture: goes into config.json's `architectures`: the name under which a server has the model registered.
         factory: `module:attribute` of the factory, or what `polyshard.register_model` gave, recorded with all its
             options in config.json for `polyshard serve --trust-checkpoint`.
-        companions: a directory whose tokenizer and generation files are copied.
+        companions: a directory of the same model, of which all files but weights and training state are copied:
+            tokenizer, chat templates, generation configuration, the Python files that `auto_map` names.
         dtype: convert the weights; default as they are.
         max_shard_bytes: size above which weights are split over several files.
         asynchronous: copy the weights to the host and go on; give a `PendingSave`.
@@ -128,9 +126,18 @@ def model_documents(
     factory: str | RegisteredModel | None,
     dtypes: Mapping[str, torch.dtype],
     own_architecture: str | None = None,
+    *,
+    copied: bool = False,
 ) -> dict[str, Any]:
-    """Return `config.json` as fields; `own_architecture` is the model's, for a config that names none."""
+    """Return `config.json` as fields, without `quantization_config` unless the tensors are `copied` from the source.
+
+    `own_architecture` is the model's, for a config that names none.
+    """
     fields = config_fields(config)
+    if not copied and fields.pop("quantization_config", None):
+        logger.warning(
+            "config.json is written without quantization_config: the weights beside it are floating-point ones"
+        )
     if not fields.get("model_type"):
         fields["model_type"] = MODEL_TYPE
     if architecture is not None:
@@ -192,7 +199,7 @@ class SaveJob:
         pieces: of this rank.
         files: of all tensors.
         documents: JSON files of the first rank, by name.
-        companions: a directory whose tokenizer files are copied.
+        companions: a directory of the same model, for the files beside its weights.
         state: for the manifest.
         blobs: further safetensors files of the first rank, by relative path.
     """
@@ -261,10 +268,15 @@ class SaveJob:
             (staging / INDEX).write_text(json.dumps(index_of(weights), indent=2))
         for name, fields in self.documents.items():
             (staging / name).write_text(json.dumps(fields, indent=2))
+        beside: dict[str, Path] = {}
         if self.companions is not None:
-            for pattern in COMPANIONS:
-                for source in self.companions.glob(pattern):
-                    shutil.copyfile(source, staging / source.name)
+            beside, left = companions(self.companions, is_model=False)
+            for note in left:
+                logger.info("%s: %s", self.companions, note)
+        check_code(self.documents.get("config.json", {}), beside, _CODE_ADVICE)
+        for place, source in beside.items():
+            (staging / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, staging / place)
 
 
 def _attempt(action: Callable[..., None], *arguments: Any) -> Exception | None:

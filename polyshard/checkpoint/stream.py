@@ -73,7 +73,7 @@ def write_tensors(
                 progress(done, whole)
         if len(files) > 1:
             (staging / INDEX).write_text(json.dumps(index_of(files), indent=2))
-        for name, fields in model_documents(config, None, None, dtypes).items():
+        for name, fields in model_documents(config, None, None, dtypes, copied=True).items():
             (staging / name).write_text(json.dumps(fields, indent=2))
         for place, source in (companions or {}).items():
             (staging / place).parent.mkdir(parents=True, exist_ok=True)

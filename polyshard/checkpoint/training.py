@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
+from polyshard.checkpoint.dequantized import refuse_quantized
 from polyshard.checkpoint.directory import find
 from polyshard.checkpoint.files import TensorReader
-from polyshard.checkpoint.load import check_fit, read_pieces
+from polyshard.checkpoint.load import check_fit, known_names, read_pieces
 from polyshard.checkpoint.manifest import MANIFEST, Manifest, read_manifest, verify_files
 from polyshard.checkpoint.pending import PendingSave
 from polyshard.checkpoint.plan import PlannedFile, plan_files
@@ -223,6 +224,7 @@ def _open(path: Path, table: WeightTable) -> _Opened:
     if manifest.kind != KIND:
         raise CheckpointError(f"{path} holds {manifest.kind} alone; load it with load_checkpoint")
     weights = TensorReader(path)
+    refuse_quantized(path, weights, known_names(table), IGNORED_TENSORS)
     check_fit(table, weights, IGNORED_TENSORS)
     slots = {slot: TensorReader(path / FOLDER, stem=slot) for slot in manifest.state["optimizer"]["slots"]}
     return _Opened(manifest, weights, slots)

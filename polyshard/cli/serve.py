@@ -13,7 +13,9 @@ import typer
 
 from polyshard.adapters.vllm import adapter as vllm_adapter
 from polyshard.checkpoint import read_config
+from polyshard.checkpoint.dequantized import refuse_stored_codes
 from polyshard.core.config_fields import MODEL_TYPE
+from polyshard.core.config_file import check_complete
 from polyshard.core.errors import RegistrationError
 from polyshard.core.host import as_entry
 from polyshard.registry import model_from_entry, register_model, registered_models, resolve
@@ -22,6 +24,8 @@ SERVED_NAME = "PolyshardModel"
 # Files that hold a tokenizer, by the names that transformers and vLLM know.
 TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "*tiktoken*", "spiece.model", "*.spm", "tekken*.json")
 TOKENIZERS += ("sentencepiece*",)
+# Options of vLLM that say how weights are read: then each tensor is checked when the worker reads it.
+_LOADING = {"--quantization", "-q", "--hf-overrides", "--load-format"}
 
 
 def serve(
@@ -83,11 +87,15 @@ def server_command(
 
     Raises:
         RegistrationError: no factory is known for the checkpoint, or an option is malformed.
-        CheckpointError: the directory has no config.json.
+        CheckpointError: the directory has no config.json, or holds codes that it does not speak of.
+        ConfigFileError: a field of config.json is missing or wrong.
         MissingDependencyError: vLLM is not installed.
     """
     vllm_adapter.requirement.require()
     config = read_config(directory)
+    check_complete(config.to_dict(), directory / "config.json")
+    if getattr(config, "quantization_config", None) is None and not _given(arguments) & _LOADING:
+        refuse_stored_codes(directory)
     architectures = list(getattr(config, "architectures", None) or [])
     recorded = getattr(config, "polyshard", None) or {}
     if isinstance(options.get("names"), str) and options["names"].lstrip().startswith("{"):
@@ -130,9 +138,14 @@ def has_tokenizer(directory: Path) -> bool:
     return any(next(directory.glob(pattern), None) is not None for pattern in TOKENIZERS)
 
 
+def _given(arguments: list[str]) -> set[str]:
+    return {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+
+
 def _names_tokenizer(arguments: list[str]) -> bool:
-    names = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
-    return bool(names & {"--tokenizer", "--skip-tokenizer-init", "--no-skip-tokenizer-init", "--tokenizer-mode"})
+    return bool(
+        _given(arguments) & {"--tokenizer", "--skip-tokenizer-init", "--no-skip-tokenizer-init", "--tokenizer-mode"}
+    )
 
 
 def _foreign_type(config: Any) -> str | None:

@@ -42,7 +42,9 @@ def cast(foreign: Foreign, dtype: torch.dtype) -> tuple[Foreign, Casts]:
     """
     casts = Casts(dtype)
     tensors = {
-        name: replace(tensor, dtype=dtype, load=_loader(name, tensor, casts)) if _floating(tensor) else tensor
+        name: replace(tensor, dtype=dtype, load=_loader(name, tensor, casts), read_region=None)
+        if _floating(tensor)
+        else tensor
         for name, tensor in foreign.tensors.items()
     }
     return replace(foreign, tensors=tensors), casts

@@ -14,20 +14,27 @@ from typing import Any
 
 import torch
 
+from polyshard.checkpoint.companions import companions, has_tokenizer
 from polyshard.checkpoint.directory import publish
+from polyshard.checkpoint.model_code import check_code
 from polyshard.checkpoint.stream import write_tensors
 from polyshard.convert.casting import cast
-from polyshard.convert.companions import check_code, companions, has_tokenizer
-from polyshard.convert.dequantize import dequantized
 from polyshard.convert.formats import detect, format_named
 from polyshard.convert.huggingface import HuggingFaceFormat
 from polyshard.convert.model_check import check_model, narrowed, with_embedding
 from polyshard.convert.proof import Proof, Side, prove
-from polyshard.convert.quantized import FLOATS, refuse_codes
 from polyshard.core.accounting import some
 from polyshard.core.decoder_spec import FAMILIES
+from polyshard.core.dequantize import dequantized
 from polyshard.core.errors import CheckpointError
 from polyshard.core.foreign import CheckpointFormat, Foreign, LazyTensor, Options
+from polyshard.core.quantized import FLOATS, refuse_codes
+
+_ADVICE = (
+    "Pass --dtype to dequantize FP8, compressed-tensors' int8 and float8, and MXFP4; dequantize others with the "
+    "library that wrote them. Between Hugging Face directories all are copied as they are without --dtype."
+)
+_CODE_ADVICE = "Copy it into the source, or take auto_map out of the configuration."
 
 Progress = Callable[[int, int], None]
 
@@ -101,8 +108,7 @@ def convert(
     foreign = reader.read(source, options)
     copies = isinstance(writer, HuggingFaceFormat)
     if not (copies and reader.name.startswith("huggingface") and dtype is None):
-        foreign = foreign if dtype is None else dequantized(foreign, source)
-        refuse_codes(foreign, source)
+        foreign = _without_codes(foreign, source, dtype)
     foreign = with_embedding(foreign)
     notes = [*foreign.notes, *check_model(foreign, source, given=options.config is not None)]
     if not copies:
@@ -141,6 +147,14 @@ def convert(
     )
 
 
+def _without_codes(foreign: Foreign, source: Path, dtype: torch.dtype | None) -> Foreign:
+    if dtype is None:
+        refuse_codes(foreign.tensors, foreign.config, source, _ADVICE)
+        return foreign
+    plain = dequantized(foreign.tensors, foreign.config, source, advice=_ADVICE)
+    return replace(foreign, tensors=plain.tensors, config=plain.config, notes=(*foreign.notes, *plain.notes))
+
+
 def _completed(foreign: Foreign, dtype: torch.dtype | None) -> Mapping[str, Any] | None:
     """The configuration with the dtype asked for, and with the class that servers look for where the family has one."""
     if foreign.config is None:
@@ -176,7 +190,7 @@ def _write(
             files |= {file.name: file for file in Path(folder).iterdir()}
         if not has_tokenizer(files):
             notes.append("the source holds no tokenizer that could come along: copy the model's own beside the weights")
-        check_code(foreign.config, files)
+        check_code(foreign.config, files, _CODE_ADVICE)
         if isinstance(writer, HuggingFaceFormat):
             listed = [(name, tensor.shape, tensor.dtype, tensor.load) for name, tensor in watched.tensors.items()]
             write_tensors(place, listed, foreign.config, companions=files, progress=progress)

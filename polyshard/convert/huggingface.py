@@ -14,6 +14,7 @@ import torch
 from polyshard.checkpoint.config import read_config
 from polyshard.checkpoint.directory import find
 from polyshard.checkpoint.files import TensorReader
+from polyshard.core.config_file import check_complete
 from polyshard.core.errors import CheckpointError
 from polyshard.core.foreign import Foreign, Independent, LazyTensor, Options, lazy
 from polyshard.core.pickles import load_pickle
@@ -141,7 +142,11 @@ class HuggingFaceBinFormat:
 
 def _config(path: Path, options: Options) -> Mapping[str, Any]:
     """The directory's own, which the user's must not contradict."""
-    return read_config(path).to_dict() if options.config is None else options.need_config("Hugging Face", find(path))
+    if options.config is not None:
+        return options.need_config("Hugging Face", find(path))
+    fields = read_config(path).to_dict()
+    check_complete(fields, find(path) / "config.json")
+    return fields
 
 
 def _refuse_adapter(path: Path) -> None:

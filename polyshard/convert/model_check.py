@@ -36,8 +36,11 @@ def check_model(foreign: Foreign, where: Path, *, given: bool) -> tuple[str, ...
                 f"causal model of {', '.join(FAMILIES)}. Put config.json into the source's directory."
             )
         return ()
-    spec = DecoderSpec.of(config)
-    expected = expected_shapes(spec)
+    try:
+        spec = DecoderSpec.of(config)
+        expected = expected_shapes(spec)
+    except CheckpointError as error:
+        raise CheckpointError(f"{'--config' if given else where}: {error}") from None
     check_shapes(where, {name: tensor.shape for name, tensor in foreign.tensors.items()}, expected)
     others = {name for name in set(foreign.tensors) - set(expected) if not REDUNDANT.search(name)}
     notes: tuple[str, ...] = ()

@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from polyshard.core.errors import ConfigurationError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec:
@@ -45,6 +47,14 @@ class AttentionSpec:
     dropout: float = 0.0
     layer_index: int | None = None
     head_offset: int = 0
+
+    def __post_init__(self) -> None:
+        window = self.sliding_window
+        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+            raise ConfigurationError(
+                f"sliding_window is wrong: got {window!r}, expected a positive integer, or None for full attention. "
+                "Correct the model's configuration."
+            )
 
     @property
     def v_dim(self) -> int:

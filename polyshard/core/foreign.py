@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from polyshard.core.config_file import check_complete, check_fields
 from polyshard.core.decoder_spec import DecoderSpec
 from polyshard.core.errors import CheckpointError
 
@@ -18,11 +19,29 @@ Shape = DecoderSpec  # its name before it knew more than sizes
 
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
-    """A tensor that is read when it is wanted."""
+    """A tensor that is read when it is wanted.
+
+    Attributes:
+        load: reads it.
+        read_region: reads a rectangle of it, by offsets and sizes, where that is less than `load`.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], torch.Tensor]
+    read_region: Callable[[Sequence[int], Sequence[int]], torch.Tensor] | None = None
+
+    def part(self, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+        """Read a rectangle.
+
+        Example:
+            >>> lazy(torch.arange(6).view(2, 3)).part((0, 1), (2, 1))
+            tensor([[1],
+                    [4]])
+        """
+        if self.read_region is not None:
+            return self.read_region(offsets, sizes)
+        return self.load()[tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +179,7 @@ def config_fields_of(path: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: it is missing or is no JSON object.
+        ConfigFileError: a field is missing or wrong.
     """
     file = path / "config.json" if path.is_dir() else path
     try:
@@ -168,6 +188,8 @@ def config_fields_of(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is no readable config.json: {error}") from None
     if not isinstance(fields, dict):
         raise CheckpointError(f"{file} holds a {type(fields).__name__}, expected a JSON object")
+    check_fields(fields, file)
+    check_complete(fields, file)
     return fields
 
 

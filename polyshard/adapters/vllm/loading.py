@@ -16,10 +16,9 @@ from torch import nn
 from polyshard.adapters.vllm.quantized import QuantizedLayers, QuantizedLoading
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import CheckpointError, RegistrationError
+from polyshard.core.quantized import FLOATS, short
 from polyshard.core.weight_layout import WeightLayout
 from polyshard.core.weight_table import IGNORED_TENSORS, WeightEntry, WeightTable, copy_into_shard, stored_shape
-
-_CHECKED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def shard_loader(layout: WeightLayout, count: int, rank: int, size: int) -> Callable[..., None]:
@@ -130,6 +129,8 @@ def load_weights(
         expected = stored_shape(entry.layout, len(entry.checkpoint_names), index)
         if tuple(tensor.shape) != expected:
             problems.append(f"{stored_name} is {list(tensor.shape)}, the model has {list(expected)}")
+        elif tensor.dtype not in FLOATS:
+            problems.append(f"{stored_name} is {short(tensor.dtype)}: codes, of which no scales make a weight here")
         elif canonical in loaded:
             problems.append(f"{stored_name} came twice")
         else:
@@ -152,7 +153,7 @@ def check_finite(parameters: dict[str, nn.Parameter], name: str) -> None:
     """
     found = []
     for parameter_name, parameter in parameters.items():
-        if parameter.dtype not in _CHECKED or parameter.is_meta or not parameter.numel():
+        if parameter.dtype not in FLOATS or parameter.is_meta or not parameter.numel():
             continue
         low, high = torch.aminmax(parameter.detach())
         if not (low.isfinite() and high.isfinite()):

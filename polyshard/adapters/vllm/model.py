@@ -23,7 +23,7 @@ from polyshard.adapters.vllm.context import serving_context
 from polyshard.adapters.vllm.existing import check_load_format
 from polyshard.adapters.vllm.finish import finished_later
 from polyshard.adapters.vllm.loading import attach_loaders, keep_buffers, load_weights, packed_names
-from polyshard.adapters.vllm.quantized import quantize_layers, refuse_quantized_reload
+from polyshard.adapters.vllm.quantized import quantize_layers, refuse_quantized_reload, refuse_unstated_codes
 from polyshard.adapters.vllm.stages import HIDDEN, check_pipeline, stored_elsewhere
 from polyshard.adapters.vllm.transfer.guard import WeightGuard, parameter_changes, shared_memory_watch
 from polyshard.core.errors import CheckpointError, RegistrationError
@@ -73,6 +73,7 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
             self.vocab_size = vllm_config.model_config.get_vocab_size()
             self.table = collect_layouts(self.model)
             self.quantized = None
+            refuse_unstated_codes(registered.name, vllm_config, self.table, rename)
             if vllm_config.quant_config is not None or vllm_config.lora_config is not None:
                 self.packed_modules_mapping = packed_names(self.table, registered.name)
             if vllm_config.quant_config is not None:

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from polyshard.adapters.vllm.compat import UnquantizedLinearMethod
-from polyshard.core.errors import CheckpointError
-from polyshard.core.weight_table import WeightTable
+from polyshard.adapters.vllm.compat import UnquantizedLinearMethod, VllmConfig
+from polyshard.checkpoint.dequantized import refuse_quantized
+from polyshard.checkpoint.files import TensorReader
+from polyshard.core.errors import CheckpointError, RegistrationError
+from polyshard.core.quantized import FLOATS, short
+from polyshard.core.weight_table import IGNORED_TENSORS, WeightTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +63,11 @@ class QuantizedLoading:
             return None
         parameter = part.layer._parameters.get(kind)
         if parameter is None:
-            return [f"unexpected {stored_name}"]
+            return [] if kind == "g_idx" and _in_order(tensor) else [f"unexpected {stored_name}"]
         if stored_name in self._loaded:
             return [f"{stored_name} came twice"]
+        if tensor.dtype != parameter.dtype and not {tensor.dtype, parameter.dtype} <= set(FLOATS):
+            return [f"{stored_name} is {short(tensor.dtype)}, this scheme has {short(parameter.dtype)}"]
         loader: Any = parameter.weight_loader  # pyrefly: ignore  # set by vLLM's quantization methods
         loader(parameter, tensor, *(() if part.shard is None else (part.shard,)))
         self._loaded.add(stored_name)
@@ -78,6 +84,38 @@ class QuantizedLoading:
         return [name for name in wanted if name not in self._loaded and not name.endswith(".bias")]
 
 
+def _in_order(groups: torch.Tensor) -> bool:
+    """Whether GPTQ's groups are runs of equal length in order, which is what a scheme without `g_idx` computes with."""
+    length = int((groups == 0).sum())
+    return length > 0 and torch.equal(groups.long(), torch.arange(len(groups)) // length)
+
+
+def refuse_unstated_codes(name: str, vllm_config: VllmConfig, table: WeightTable, rename: Callable[[str], str]) -> None:
+    """Raise before weights are loaded where a directory holds codes and its configuration does not say so.
+
+    Args:
+        name: the architecture, for messages.
+        vllm_config: vLLM's.
+        table: the model's layouts.
+        rename: from a stored name to that of the model's layers.
+
+    Raises:
+        CheckpointError: tensors are codes; vLLM, which goes by the configuration, would cast them to weights.
+    """
+    directory = Path(vllm_config.model_config.model)
+    if vllm_config.quant_config is not None or vllm_config.load_config.load_format not in ("auto", "safetensors"):
+        return
+    if not directory.is_dir() or next(directory.glob("*.safetensors"), None) is None:
+        return  # of the Hub, or pickles: each tensor is looked at when it comes
+    reader = TensorReader(directory)
+    known = {other for entry in table.values() for other in (*entry.checkpoint_names, *entry.tied_names)}
+    own = {stored for stored in reader.where if rename(stored) in known}
+    try:
+        refuse_quantized(directory, reader, own, IGNORED_TENSORS)
+    except CheckpointError as error:
+        raise CheckpointError(f"model {name!r} cannot be served: {error}") from None
+
+
 def refuse_quantized_reload(name: str, quantized: QuantizedLayers | None) -> None:
     """Raise `CheckpointError` where a running model is quantized.
 
@@ -91,6 +129,15 @@ def refuse_quantized_reload(name: str, quantized: QuantizedLayers | None) -> Non
         )
 
 
+def _unsupported(path: str, quant_config: Any, error: Exception) -> str:
+    method, reason = quant_config.get_name(), " ".join(str(error).split()) or type(error).__name__
+    return (
+        f"quantization {method} of {path} is unsupported by vLLM on this device: got {reason}. Write floating-point "
+        "weights with `polyshard convert --dtype bfloat16` (FP8, MXFP4, compressed-tensors' int8 and float8), or serve "
+        "a checkpoint that is quantized otherwise"
+    )
+
+
 def quantize_layers(model: nn.Module, table: WeightTable, quant_config: Any) -> QuantizedLayers:
     """Build the linear layers anew, by vLLM's scheme for each.
 
@@ -98,6 +145,9 @@ def quantize_layers(model: nn.Module, table: WeightTable, quant_config: Any) -> 
         model: as its factory built it, its linear layers on the meta device.
         table: its layouts.
         quant_config: vLLM's, which knows the names of fused layers.
+
+    Raises:
+        RegistrationError: vLLM has no kernel for a layer's scheme.
     """
     parts: dict[str, Part] = {}
     weights: set[str] = set()
@@ -105,7 +155,10 @@ def quantize_layers(model: nn.Module, table: WeightTable, quant_config: Any) -> 
         rebuild: Callable[[Any, str], None] | None = vars(layer).get("rebuild")
         if rebuild is None:
             continue
-        rebuild(quant_config, f"model.{path}")
+        try:
+            rebuild(quant_config, f"model.{path}")
+        except (ValueError, NotImplementedError, AssertionError, RuntimeError) as error:
+            raise RegistrationError(_unsupported(path, quant_config, error)) from error
         layer.requires_grad_(False)
         if isinstance(layer.quant_method, UnquantizedLinearMethod):
             continue

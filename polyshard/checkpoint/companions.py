@@ -5,9 +5,6 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from polyshard.core.errors import CheckpointError
 
 # Written anew, or of one format alone.
 REPLACED = (
@@ -55,24 +52,6 @@ def companions(directory: Path, *, is_model: bool) -> tuple[dict[str, Path], tup
 def has_tokenizer(names: Mapping[str, Path]) -> bool:
     """Whether a tokenizer is among the files."""
     return any(_matches(name, TOKENIZERS) for name in names)
-
-
-def check_code(config: Mapping[str, Any], names: Mapping[str, Path]) -> None:
-    """Check that the Python files that a configuration names are there.
-
-    Raises:
-        CheckpointError: one is missing; transformers would look for it in vain.
-    """
-    for value in (config.get("auto_map") or {}).values():
-        for reference in value if isinstance(value, list) else [value]:
-            if not isinstance(reference, str) or "--" in reference:  # of another repository
-                continue
-            file = f"{reference.partition('.')[0]}.py"
-            if file not in names:
-                raise CheckpointError(
-                    f"the configuration's auto_map names {reference}, but the source holds no {file}. Copy it into the "
-                    "source, or take auto_map out of config.json."
-                )
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
