@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from polyshard.core.config_fields import config_fields
+from polyshard.core.config_file import check_complete
 from polyshard.core.errors import ConfigurationError
 
 REQUIRED = (
@@ -100,6 +101,9 @@ def complete_config(config: Any) -> SimpleNamespace:
             f"model_type is unsupported: got {model_type!r}, expected one of {', '.join(sorted(OPTIONAL))}. "
             "Read the config's fields yourself"
         )
+    file = getattr(config, "_file", None)  # of `polyshard.read_config`
+    if file is not None:
+        check_complete({**given, "model_type": model_type}, file)
     missing = [name for name in REQUIRED if given.get(name) is None]
     if missing:
         raise ConfigurationError(
