@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from polyshard.attention.functional import packed_attention
+from polyshard.attention.positions import check_positions
 from polyshard.core.errors import ConfigurationError
 from polyshard.replace.dense import allow_dense, masked_attention, windowed_attention
 
@@ -17,6 +18,8 @@ def attend_batch(
     v: torch.Tensor,
     mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
+    *,
+    last_counts: bool = False,
     **features: Any,
 ) -> torch.Tensor:
     """Attention of a padded batch, or of one row that holds several sequences.
@@ -28,10 +31,11 @@ def attend_batch(
         mask: `[batch, keys]`, where a token counts; `[batch or 1, heads or 1, seq, keys]`, True where a key is seen or
             what is added to scores, in place of causality and window; None where all tokens count.
         cu_seqlens: boundaries in the batch laid end to end; None for one sequence a row.
+        last_counts: also compute the last query of a row if it is masked.
         features: of `packed_attention`.
 
     Returns:
-        `[batch, seq, heads, head_dim]`; 0 where the mask is.
+        `[batch, seq, heads, head_dim]`; queries that the mask leaves out may be 0.
 
     Raises:
         ConfigurationError: the mask is not of that shape, or there are boundaries beside a mask or a cache.
@@ -62,15 +66,45 @@ def attend_batch(
     counts = mask.bool()
     rows = counts[:, keys - length :]
     window = features.get("sliding_window")
+    if window is not None and last_counts:
+        _check_last(counts, window)
     if window is not None and _gaps_matter(counts, window):
         kernel = features.pop("kernel", None)
         allow_dense(kernel, "one with gaps in rows longer than the sliding window")
         named = {name: value for name, value in features.items() if name != "sliding_window"}
-        out = windowed_attention(q, k, v, counts, window, named.pop("causal", True), **named)
-        return out * rows[..., None, None]
+        return windowed_attention(q, k, v, counts, window, named.pop("causal", True), **named)
     bounds, key_bounds = (torch.cat((t.new_zeros(1, dtype=torch.int64), t.sum(1).cumsum(0))) for t in (rows, counts))
     out = packed_attention(q[rows], k[counts], v[counts], bounds, keys=key_bounds, **features)
-    return q.new_zeros((*q.shape[:3], v.shape[-1])).masked_scatter(rows[..., None, None], out)
+    out = q.new_zeros((*q.shape[:3], v.shape[-1])).masked_scatter(rows[..., None, None], out)
+    return _with_last(out, q, k, v, counts, features) if last_counts else out
+
+
+def _with_last(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    counts: torch.Tensor,
+    features: dict[str, Any],
+) -> torch.Tensor:
+    """Add the last query of rows whose last token is masked: `generate` goes on from it after right padding."""
+    window = features.get("sliding_window")
+    seen = counts.clone()
+    if window is not None:
+        seen[:, : max(0, seen.shape[1] - window)] = False
+    which = ~counts[:, -1] & seen.any(1)
+    if not bool(which.any()):
+        return out
+    seen &= which[:, None]
+    bounds, key_bounds = (
+        torch.cat((t.new_zeros(1, dtype=torch.int64), t.cumsum(0)))
+        for t in (which[which].to(torch.int64), seen[which].sum(1))
+    )
+    features = features | {"sliding_window": None}
+    last = packed_attention(q[which, -1], k[seen], v[seen], bounds, keys=key_bounds, **features)
+    where = torch.zeros_like(out[..., :1, :1], dtype=torch.bool)
+    where[which, -1] = True
+    return out.masked_scatter(where, last)
 
 
 def _gaps_matter(counts: torch.Tensor, window: int) -> bool:
@@ -79,6 +113,15 @@ def _gaps_matter(counts: torch.Tensor, window: int) -> bool:
     first = torch.where(counts, columns, counts.shape[1]).amin(1)
     span = torch.where(counts, columns, -1).amax(1) - first + 1
     return bool(((span > counts.sum(1)) & (span > window)).any())
+
+
+def _check_last(counts: torch.Tensor, window: int) -> None:
+    near = counts[:, max(0, counts.shape[1] - window) :].any(1)
+    if bool((counts.any(1) & ~near).any()):
+        raise ConfigurationError(
+            f"the attention mask leaves the last query nothing to see: got a row that ends in {window} or more masked "
+            f"tokens, expected fewer than the sliding window of {window}. Pad prompts on the left"
+        )
 
 
 def used_mask(mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:
@@ -92,6 +135,38 @@ def used_mask(mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:
         return None
     mask = mask[..., :keys]
     return None if mask.dim() == 2 and mask.shape[1] == keys and bool(mask.all()) else mask
+
+
+def given_boundaries(
+    cu_seqlens: torch.Tensor,
+    key_bounds: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    batch: int,
+    window: int | None,
+) -> torch.Tensor:
+    """Check boundaries that the caller gives.
+
+    Args:
+        cu_seqlens: of the queries, in the batch laid end to end.
+        key_bounds: of the keys; None for the same.
+        position_ids: as in `packed_boundaries`.
+        batch: number of rows.
+        window: sliding window of the layer.
+
+    Returns:
+        `cu_seqlens`.
+
+    Raises:
+        ConfigurationError: keys have other boundaries, or positions leave tokens out that a window would count.
+    """
+    if key_bounds is not None and key_bounds is not cu_seqlens and not torch.equal(key_bounds, cu_seqlens):
+        raise ConfigurationError(
+            f"cu_seq_lens_k is unsupported: got {key_bounds.tolist()}, expected cu_seq_lens_q, {cu_seqlens.tolist()}. "
+            "Leave it out"
+        )
+    if window is not None and position_ids is not None and position_ids.dim() == 2:
+        check_positions(position_ids.expand(batch, -1).reshape(-1), cu_seqlens, window)
+    return cu_seqlens
 
 
 def packed_boundaries(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from polyshard.core.errors import ConfigurationError
-from polyshard.replace.batch import attend_batch, packed_boundaries, used_mask
+from polyshard.replace.batch import attend_batch, given_boundaries, packed_boundaries, used_mask
 from polyshard.replace.keywords import refuse_unknown
 from polyshard.replace.masks import slot_mask
 
@@ -39,6 +39,7 @@ def attend(
     s_aux: torch.Tensor | None = None,
     is_causal: bool | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -57,8 +58,9 @@ def attend(
     if attention_mask is not None and attention_mask.dim() == 2:  # as slot_mask makes it: up to the last query
         k, v = (t[:, : attention_mask.shape[1]] for t in (k, v))
     mask = used_mask(attention_mask, k.shape[1])
-    bounds = cu_seq_lens_q
-    if bounds is None:
+    if cu_seq_lens_q is not None:
+        bounds = given_boundaries(cu_seq_lens_q, cu_seq_lens_k, position_ids, batch, sliding_window)
+    else:
         bounds = packed_boundaries(position_ids, batch, length, mask)
     out = attend_batch(
         q,
@@ -72,6 +74,7 @@ def attend(
         softcap=softcap,
         dropout=dropout,
         sinks=s_aux,
+        last_counts=not torch.is_grad_enabled(),  # the cache is not seen here
     )
     return out, None
 

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from polyshard.core.errors import ConfigurationError
+
+_CUT = "polyshard_cut"  # attribute of a mask that begins at the cache's first slot
 # What a layer's kernel computes by itself. A closure's name is all that transformers gives; others get a dense mask.
 _KNOWN = frozenset(
     {
@@ -49,6 +52,9 @@ def slot_mask(
         None if the queries are the last keys and all keys count. `[batch, keys]` if tokens are left out or the cache
         has empty slots: the slots up to the last query. `[batch, 1, queries, keys]` where the kernels do not know the
         pattern.
+
+    Raises:
+        ConfigurationError: the mask does not cover the tokens of the call.
     """
     used = int(q_offset) + q_length - int(kv_offset)
     # Without a cache this mask does not fit the keys, and with one it covers slots that are empty: only dense is clear.
@@ -70,10 +76,24 @@ def slot_mask(
     if attention_mask is None:
         if used == kv_length:
             return None
-        return torch.ones(batch_size, used, dtype=torch.bool, device=options.get("device"))
-    counts = attention_mask[:, int(kv_offset) : int(kv_offset) + used].bool()
+        counts = torch.ones(batch_size, used, dtype=torch.bool, device=options.get("device"))
+        setattr(counts, _CUT, True)
+        return counts
+    if getattr(attention_mask, _CUT, False):  # `generate` makes masks before the model makes them again
+        return attention_mask
+    first, width = int(kv_offset), attention_mask.shape[1]
+    if first and width < first + used:
+        raise ConfigurationError(
+            f"the attention mask is too short: got {width} tokens, expected the {first + used} of the cache and the "
+            "call. Give one entry for each token, also for those that the cache has dropped"
+        )
+    counts = attention_mask[:, first : first + used].bool()
     counts = torch.nn.functional.pad(counts, (0, used - counts.shape[1]))  # a token that it does not name is left out
-    return None if used == kv_length and bool(counts.all()) else counts
+    if used == kv_length and bool(counts.all()):
+        return None
+    counts = counts.clone() if counts is attention_mask else counts
+    setattr(counts, _CUT, True)
+    return counts
 
 
 def _is_known(function: Callable[..., Any]) -> bool:

@@ -15,7 +15,7 @@ from polyshard.core.errors import ConfigurationError
 from polyshard.core.exact import exact_kernel
 from polyshard.core.weight_layout import replicated
 from polyshard.core.weight_table import attach_layouts
-from polyshard.replace.batch import attend_batch, packed_boundaries, used_mask
+from polyshard.replace.batch import attend_batch, given_boundaries, packed_boundaries, used_mask
 from polyshard.replace.caches import extend, note_packed
 from polyshard.replace.keywords import refuse_unknown
 from polyshard.replace.recognise import Found
@@ -65,6 +65,7 @@ class ReplacedAttention(TrainableFlashAttention):
         past_key_values: Any = None,
         position_ids: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
         cache: Any = None,
         is_causal: bool | None = None,
         **kwargs: Any,
@@ -79,6 +80,7 @@ class ReplacedAttention(TrainableFlashAttention):
             past_key_values: transformers' cache, to which this layer's keys and values are added.
             position_ids: `[batch, seq]`; where they do not grow another sequence begins.
             cu_seq_lens_q: boundaries of the sequences in the batch laid end to end.
+            cu_seq_lens_k: the same for keys; has to be equal.
             cache: `past_key_values`, as transformers 5.24 and later call it.
             is_causal: has to be what the module was built with.
             kwargs: those that say nothing about attention are ignored.
@@ -120,8 +122,9 @@ class ReplacedAttention(TrainableFlashAttention):
         if past_key_values is not None:
             k, v, held = extend(past_key_values, k, v, spec.layer_index)
         mask = used_mask(attention_mask, k.shape[1])
-        bounds = cu_seq_lens_q
-        if bounds is None:
+        if cu_seq_lens_q is not None:
+            bounds = given_boundaries(cu_seq_lens_q, cu_seq_lens_k, position_ids, batch, spec.sliding_window)
+        else:
             bounds = packed_boundaries(position_ids, batch, length, mask)
         if past_key_values is not None:
             note_packed(past_key_values, held, bounds is not None)
@@ -138,6 +141,7 @@ class ReplacedAttention(TrainableFlashAttention):
             dropout=spec.dropout if self.training else 0.0,
             sinks=self.sinks,
             kernel=exact_kernel(self.context, self.kernel),
+            last_counts=past_key_values is not None,
         )
         return self.o_proj(out.flatten(-2)), None
 
