@@ -66,8 +66,6 @@ def attend_batch(
     counts = mask.bool()
     rows = counts[:, keys - length :]
     window = features.get("sliding_window")
-    if window is not None and last_counts:
-        _check_last(counts, window)
     if window is not None and _gaps_matter(counts, window):
         kernel = features.pop("kernel", None)
         allow_dense(kernel, "one with gaps in rows longer than the sliding window")
@@ -113,15 +111,6 @@ def _gaps_matter(counts: torch.Tensor, window: int) -> bool:
     first = torch.where(counts, columns, counts.shape[1]).amin(1)
     span = torch.where(counts, columns, -1).amax(1) - first + 1
     return bool(((span > counts.sum(1)) & (span > window)).any())
-
-
-def _check_last(counts: torch.Tensor, window: int) -> None:
-    near = counts[:, max(0, counts.shape[1] - window) :].any(1)
-    if bool((counts.any(1) & ~near).any()):
-        raise ConfigurationError(
-            f"the attention mask leaves the last query nothing to see: got a row that ends in {window} or more masked "
-            f"tokens, expected fewer than the sliding window of {window}. Pad prompts on the left"
-        )
 
 
 def used_mask(mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:
