@@ -77,6 +77,12 @@ def test_generation_continues_a_prompt_that_is_padded_on_the_right():
     assert torch.equal(after, before)
 
 
+def test_a_last_query_that_sees_nothing_is_told_of(monkeypatch, caplog):
+    monkeypatch.setattr("polyshard.replace.dense._told", set())
+    model_pair("Mistral")[1](IDS, attention_mask=table.masks()["left and right"])
+    assert "a row ends in more masked tokens than the sliding window holds" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["Llama", "Gemma 2"])
 def test_assisted_generation_crops_the_cache(name):
     original, replaced = model_pair(name)
@@ -142,6 +148,20 @@ def test_positions_masks_and_boundaries_that_contradict_each_other_are_refused()
     }.items():
         with pytest.raises(ps.ConfigurationError, match=message):
             replaced(IDS[:1], use_cache=False, **inputs)
+
+
+def test_an_attention_with_a_window_takes_consecutive_positions_only():
+    context = ps.initialize("torch")
+    attention = ps.TrainableFlashAttention(32, 4, 2, 8, sliding_window=4, parallel_context=context)
+    hidden = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
+    bounds = torch.tensor([0, 3, 9], dtype=torch.int32)
+    positions = torch.tensor([5, 9, 11, 0, 1, 2, 3, 4, 5])  # gaps do not matter in 3 tokens
+    assert torch.equal(attention(hidden, positions, bounds), attention(hidden, None, bounds))
+    positions[-1] = 7
+    with pytest.raises(
+        ps.ConfigurationError, match="longer than the sliding window of 4: got 4 and then 7, expected 5"
+    ):
+        attention(hidden, positions, bounds)
 
 
 def test_patterns_that_no_kernel_knows_get_a_dense_mask():

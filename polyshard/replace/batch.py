@@ -9,7 +9,7 @@ import torch
 from polyshard.attention.functional import packed_attention
 from polyshard.attention.positions import check_positions
 from polyshard.core.errors import ConfigurationError
-from polyshard.replace.dense import allow_dense, masked_attention, windowed_attention
+from polyshard.replace.dense import allow_dense, masked_attention, warn_once, windowed_attention
 
 
 def attend_batch(
@@ -70,6 +70,8 @@ def attend_batch(
         kernel = features.pop("kernel", None)
         allow_dense(kernel, "one with gaps in rows longer than the sliding window")
         named = {name: value for name, value in features.items() if name != "sliding_window"}
+        if last_counts:
+            _tell_of_empty_windows(counts, counts[:, -window:])
         return windowed_attention(q, k, v, counts, window, named.pop("causal", True), **named)
     bounds, key_bounds = (torch.cat((t.new_zeros(1, dtype=torch.int64), t.sum(1).cumsum(0))) for t in (rows, counts))
     out = packed_attention(q[rows], k[counts], v[counts], bounds, keys=key_bounds, **features)
@@ -90,6 +92,7 @@ def _with_last(
     seen = counts.clone()
     if window is not None:
         seen[:, : max(0, seen.shape[1] - window)] = False
+    _tell_of_empty_windows(counts, seen)
     which = ~counts[:, -1] & seen.any(1)
     if not bool(which.any()):
         return out
@@ -111,6 +114,14 @@ def _gaps_matter(counts: torch.Tensor, window: int) -> bool:
     first = torch.where(counts, columns, counts.shape[1]).amin(1)
     span = torch.where(counts, columns, -1).amax(1) - first + 1
     return bool(((span > counts.sum(1)) & (span > window)).any())
+
+
+def _tell_of_empty_windows(counts: torch.Tensor, seen: torch.Tensor) -> None:
+    if not torch.is_grad_enabled() and bool((counts.any(1) & ~seen.any(1)).any()):
+        warn_once(
+            "a row ends in more masked tokens than the sliding window holds: the last query sees nothing, and "
+            "transformers' implementations disagree about its output. Pad prompts on the left before generating"
+        )
 
 
 def used_mask(mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:

@@ -133,8 +133,11 @@ def allow_dense(kernel: str | None, reason: str) -> None:
             f"the attention mask is not supported by kernel {kernel!r}: got {reason}, expected whole tokens without "
             "gaps. Leave the kernel to polyshard, or change the mask"
         )
-    if reason not in _told:
-        _told.add(reason)
-        logger.warning(
-            "attention is computed without a flash kernel, in memory of queries times keys: the mask is %s", reason
-        )
+    warn_once(f"attention is computed without a flash kernel, in memory of queries times keys: the mask is {reason}")
+
+
+def warn_once(message: str) -> None:
+    """Log a warning, once in a process."""
+    if message not in _told:
+        _told.add(message)
+        logger.warning(message)
