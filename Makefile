@@ -76,7 +76,7 @@ test-transformers: $(READY)
 	test -d .overlay/transformers-$(NEWEST_TRANSFORMERS).dist-info || \
 		(rm -rf .overlay && $(BIN)/pip install --quiet --no-deps --target .overlay transformers==$(NEWEST_TRANSFORMERS))
 	PYTHONPATH=$(CURDIR)/.overlay $(BIN)/python -m pytest -n 2 --dist loadfile -m "not vllm" \
-		tests/test_replace.py tests/test_transformers_models.py tests/test_generic_models.py
+		tests/test_replace.py tests/test_replace_caches.py tests/test_transformers_models.py tests/test_generic_models.py
 
 # The suite without vLLM's tests on Python 3.12 with the newest of everything (CUDA builds: some 5 GB), on the CPU.
 test-newest:

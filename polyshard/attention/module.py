@@ -12,6 +12,7 @@ from polyshard.attention.alibi import slopes_of_heads
 from polyshard.attention.context.parallel import Way, attend_by
 from polyshard.attention.functional import check_spec
 from polyshard.attention.placement import rotary_at, sequences_at
+from polyshard.attention.positions import check_positions
 from polyshard.attention.rotary import RotaryEmbedding, halves, rotate_heads
 from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequences, RotaryCore, without_layer
 from polyshard.core.context import ParallelContext
@@ -180,7 +181,7 @@ class TrainableFlashAttention(nn.Module):
             hidden_states: `[batch, seq, hidden]`, or packed `[tokens, hidden]`. Under sequence parallel: this rank's
                 part along seq or tokens. Under context parallel: the part that `context_shard` cuts.
             positions: int64 `[batch, seq]` or `[tokens]`, for the module's own rotary embedding; default: from 0 in
-                each sequence.
+                each sequence. With a sliding window they have to be consecutive in sequences longer than it.
             cu_seqlens: int32 `[sequences + 1]` for packed input, of all context-parallel ranks' tokens; default: one
                 sequence.
             sequences: the same, already checked; spares each layer the reading of `cu_seqlens`.
@@ -199,6 +200,10 @@ class TrainableFlashAttention(nn.Module):
         lead = q.shape[:-2]
         if sequences is None and self.core is None:
             sequences = sequences_at(lead, cu_seqlens, self.context, q.device)
+        window = self._call_spec.sliding_window
+        alone = self.context.axis("context").size == 1  # else this rank has some tokens of each sequence
+        if positions is not None and window is not None and sequences is not None and alone:
+            check_positions(positions.flatten(), sequences.cu_seqlens, window)
         if rotary is None and self.rotary is not None:
             rotary = rotary_at(self.rotary, positions, sequences, lead, self.context, q)
         if rotary is not None:

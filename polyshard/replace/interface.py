@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from polyshard.core.errors import ConfigurationError
+from polyshard.replace.batch import attend_batch, given_boundaries, packed_boundaries, used_mask
 from polyshard.replace.keywords import refuse_unknown
-from polyshard.replace.module import attend_batch
+from polyshard.replace.masks import slot_mask
 
 IMPLEMENTATION = "polyshard"
 
@@ -20,10 +21,9 @@ IMPLEMENTATION = "polyshard"
 def register() -> None:
     """Make the implementation known to transformers; it changes no model that does not ask for it."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import flash_attention_mask
 
     AttentionInterface.register(IMPLEMENTATION, attend)
-    AttentionMaskInterface.register(IMPLEMENTATION, flash_attention_mask)
+    AttentionMaskInterface.register(IMPLEMENTATION, slot_mask)
 
 
 def attend(
@@ -39,6 +39,8 @@ def attend(
     s_aux: torch.Tensor | None = None,
     is_causal: bool | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """`query`, `key` and `value` `[batch, heads, seq, head_dim]` to `[batch, seq, heads, head_dim]`.
@@ -51,18 +53,28 @@ def attend(
     if core is not None:
         return _attend_in_engine(core, query, key, value, scaling, sliding_window, softcap), None
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    batch, _, length, _ = query.shape
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    if attention_mask is not None and attention_mask.dim() == 2:  # as slot_mask makes it: up to the last query
+        k, v = (t[:, : attention_mask.shape[1]] for t in (k, v))
+    mask = used_mask(attention_mask, k.shape[1])
+    if cu_seq_lens_q is not None:
+        bounds = given_boundaries(cu_seq_lens_q, cu_seq_lens_k, position_ids, batch, sliding_window)
+    else:
+        bounds = packed_boundaries(position_ids, batch, length, mask)
     out = attend_batch(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attention_mask,
-        cu_seq_lens_q,
+        q,
+        k,
+        v,
+        mask,
+        bounds,
         scale=scaling,
         causal=causal,
         sliding_window=sliding_window,
         softcap=softcap,
         dropout=dropout,
         sinks=s_aux,
+        last_counts=not torch.is_grad_enabled(),  # the cache is not seen here
     )
     return out, None
 

@@ -15,7 +15,6 @@ from polyshard.core.errors import ConfigurationError
 IGNORED = frozenset(
     {
         "cache_position",
-        "cu_seq_lens_k",  # of self-attention the same as of the queries
         "labels",
         "layer_idx",
         "logits_to_keep",

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard.attention.functional import packed_attention
 from polyshard.attention.module import TrainableFlashAttention
 from polyshard.attention.rotary import apply_rotary
 from polyshard.core.context import ParallelContext
@@ -16,6 +15,8 @@ from polyshard.core.errors import ConfigurationError
 from polyshard.core.exact import exact_kernel
 from polyshard.core.weight_layout import replicated
 from polyshard.core.weight_table import attach_layouts
+from polyshard.replace.batch import attend_batch, given_boundaries, packed_boundaries, used_mask
+from polyshard.replace.caches import extend, note_packed
 from polyshard.replace.keywords import refuse_unknown
 from polyshard.replace.recognise import Found
 
@@ -64,6 +65,7 @@ class ReplacedAttention(TrainableFlashAttention):
         past_key_values: Any = None,
         position_ids: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
         cache: Any = None,
         is_causal: bool | None = None,
         **kwargs: Any,
@@ -73,10 +75,12 @@ class ReplacedAttention(TrainableFlashAttention):
         Args:
             hidden_states: `[batch, seq, hidden]`.
             position_embeddings: cosine and sine, each `[batch, seq, rotary_dim]`, its halves alike, or one.
-            attention_mask: `[batch, keys]`, True or 1 where a token counts; None where all do.
+            attention_mask: `[batch, keys]`, True or 1 where a token counts; `[batch, 1, seq, keys]` as transformers
+                takes it; None where all tokens count.
             past_key_values: transformers' cache, to which this layer's keys and values are added.
-            position_ids: `[batch, seq]`; where they begin again at 0 another sequence begins.
+            position_ids: `[batch, seq]`; where they do not grow another sequence begins.
             cu_seq_lens_q: boundaries of the sequences in the batch laid end to end.
+            cu_seq_lens_k: the same for keys; has to be equal.
             cache: `past_key_values`, as transformers 5.24 and later call it.
             is_causal: has to be what the module was built with.
             kwargs: those that say nothing about attention are ignored.
@@ -114,17 +118,21 @@ class ReplacedAttention(TrainableFlashAttention):
         if self.core is not None:
             q, k, v = (t.reshape(-1, *t.shape[-2:]) for t in (q, k, v))
             return self.o_proj(self.core(q, k, v, None).reshape(batch, length, -1)), None
+        held = 0
         if past_key_values is not None:
-            cached = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), spec.layer_index)
-            k, v = (t.transpose(1, 2) for t in cached)
-        bounds = cu_seq_lens_q
-        if bounds is None and attention_mask is None and past_key_values is None:
-            bounds = _boundaries(position_ids)
+            k, v, held = extend(past_key_values, k, v, spec.layer_index)
+        mask = used_mask(attention_mask, k.shape[1])
+        if cu_seq_lens_q is not None:
+            bounds = given_boundaries(cu_seq_lens_q, cu_seq_lens_k, position_ids, batch, spec.sliding_window)
+        else:
+            bounds = packed_boundaries(position_ids, batch, length, mask)
+        if past_key_values is not None:
+            note_packed(past_key_values, held, bounds is not None)
         out = attend_batch(
             q,
             k,
             v,
-            attention_mask,
+            mask,
             bounds,
             scale=spec.scale,
             causal=spec.causal,
@@ -133,6 +141,7 @@ class ReplacedAttention(TrainableFlashAttention):
             dropout=spec.dropout if self.training else 0.0,
             sinks=self.sinks,
             kernel=exact_kernel(self.context, self.kernel),
+            last_counts=past_key_values is not None,
         )
         return self.o_proj(out.flatten(-2)), None
 
@@ -151,58 +160,3 @@ class SummedNorm(nn.Module):
         """`[..., head_dim]` to the same shape."""
         weights = {name: sum_gradient(weight, self.axis) for name, weight in self.norm.named_parameters()}
         return torch.func.functional_call(self.norm, weights, (x,))
-
-
-def attend_batch(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    **features: Any,
-) -> torch.Tensor:
-    """Attention of a padded batch, or of one row that holds several sequences.
-
-    Args:
-        q: `[batch, seq, heads, head_dim]`.
-        k: `[batch, keys, kv_heads, head_dim]`; where there are more keys than queries, the queries are the last.
-        v: as `k`.
-        mask: `[batch, keys]`, where a token counts; None where all do.
-        cu_seqlens: boundaries in the batch laid end to end; None for one sequence a row.
-        features: of `packed_attention`.
-
-    Returns:
-        `[batch, seq, heads, head_dim]`; 0 where the mask is.
-
-    Raises:
-        ConfigurationError: the mask is not of that shape.
-    """
-    batch, length, keys = q.shape[0], q.shape[1], k.shape[1]
-    if mask is None:
-        if cu_seqlens is None:
-            cu_seqlens = torch.arange(batch + 1, device=q.device) * length
-        key_bounds = None if keys == length else torch.arange(batch + 1, device=q.device) * keys
-        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-        return packed_attention(q, k, v, cu_seqlens, keys=key_bounds, **features).unflatten(0, (batch, length))
-    if mask.dim() != 2 or mask.shape != (batch, keys):
-        raise ConfigurationError(
-            f"the attention mask is {tuple(mask.shape)}, not [batch, keys] = {(batch, keys)}: flash kernels take masks "
-            "of whole tokens; let replace_with_trainable_attention set the model's attention implementation"
-        )
-    counts = mask.bool()
-    rows = counts[:, keys - length :]
-    bounds, key_bounds = (torch.cat((t.new_zeros(1, dtype=torch.int64), t.sum(1).cumsum(0))) for t in (rows, counts))
-    out = packed_attention(q[rows], k[counts], v[counts], bounds, keys=key_bounds, **features)
-    return q.new_zeros((*q.shape[:3], v.shape[-1])).masked_scatter(rows[..., None, None], out)
-
-
-def _boundaries(position_ids: torch.Tensor | None) -> torch.Tensor | None:
-    """Where positions begin again within a row; None where they do not."""
-    if position_ids is None or position_ids.dim() != 2:
-        return None
-    starts = position_ids == 0
-    starts[:, 0] = True
-    if int(starts.sum()) == len(starts):
-        return None
-    flat = starts.flatten().nonzero().flatten()
-    return torch.cat((flat, flat.new_tensor([starts.numel()])))

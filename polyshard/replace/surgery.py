@@ -191,7 +191,8 @@ def _compare(old: nn.Module, new: ReplacedAttention, found: Found) -> None:
     masked = apart < 0 if found.causal else torch.zeros_like(apart, dtype=torch.bool)
     if found.sliding_window is not None:
         masked = masked | (apart.abs() >= found.sliding_window)
-    mask = torch.zeros(apart.shape, device=like.device).masked_fill_(masked, torch.finfo(like.dtype).min).to(like.dtype)
+    mask = torch.zeros(apart.shape, device=like.device, dtype=like.dtype)
+    mask.masked_fill_(masked, torch.finfo(like.dtype).min)
     training = old.training
     try:
         with implementation(config, "eager"):

@@ -146,7 +146,7 @@ class _Given(nn.Module):
             raise
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The hidden states that were given."""
+        """The hidden states that were given; no argument can change what was computed."""
         return _output_class()(last_hidden_state=self.hidden)
 
 

@@ -113,6 +113,12 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
             inputs_embeds: torch.Tensor | None = None,
             **kwargs: Any,
         ) -> torch.Tensor | IntermediateTensors:
+            unknown = sorted(name for name, value in kwargs.items() if value is not None)
+            if unknown:
+                raise RegistrationError(
+                    f"model {registered.name!r} was given unsupported inputs by vLLM: got {', '.join(unknown)}, "
+                    "expected token IDs or embeddings with positions. Switch off the feature that adds them"
+                )
             self.weights.check()
             if not self.first_stage:
                 inputs_embeds = intermediate_tensors[HIDDEN]
