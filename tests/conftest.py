@@ -1,6 +1,7 @@
 import gc
 import getpass
 import importlib.util
+import logging
 import multiprocessing
 import multiprocessing.util
 import os
@@ -91,6 +92,17 @@ def nothing_of_a_file_is_kept():
     yield
     gc.unfreeze()
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def polyshards_loggers_are_as_they_were():
+    """A library that a test runs may configure logging for the process; the next test still sees warnings."""
+    logging.disable(logging.NOTSET)
+    for name in [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "polyshard"]:
+        logger = logging.getLogger(name)
+        logger.disabled, logger.propagate = False, True
+        logger.setLevel(logging.NOTSET)
+        logger.filters.clear()
 
 
 @pytest.fixture
