@@ -87,11 +87,9 @@ def packed_attention(
 
 
 def check_spec(spec: AttentionSpec) -> None:
-    """Raise `ConfigurationError` for settings outside their range."""
+    """Raise `ConfigurationError` for settings outside their range; `AttentionSpec` has checked the window."""
     if not 0.0 <= spec.dropout < 1.0:
         raise ConfigurationError(f"dropout must lie in [0, 1), got {spec.dropout}")
-    if spec.sliding_window is not None and spec.sliding_window < 1:
-        raise ConfigurationError(f"sliding_window must be at least 1, got {spec.sliding_window}")
     if spec.softcap is not None and not spec.softcap > 0:
         raise ConfigurationError(f"softcap must be above 0, got {spec.softcap}; None for no cap")
 

@@ -11,17 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from polyshard.core.config_fields import config_fields
-from polyshard.core.config_file import check_complete
+from polyshard.core.config_file import REQUIRED, check_complete
 from polyshard.core.errors import ConfigurationError
 
-REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "rms_norm_eps",
-)
 _ALL = {"hidden_act": "silu", "tie_word_embeddings": False, "attention_dropout": 0.0}
 _NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 _WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
