@@ -30,7 +30,7 @@ from timing import alternating
 from training import SHAPES
 
 import polyshard as ps
-from polyshard.core.fingerprint import fingerprint
+from polyshard.weights.fingerprint import fingerprint
 
 GOAL = 0.5
 

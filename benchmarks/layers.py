@@ -151,7 +151,7 @@ def by_hand(library, context):
             loss=lambda logits, labels: ds_loss(logits, labels, tp_group=group, **bounds),
         )
     # torch by hand: plain layers, and at tensor-parallel 2 the collectives that any such model needs
-    from polyshard.core.differentiable import copy_to_region, reduce_from_region
+    from polyshard.layers.differentiable import copy_to_region, reduce_from_region
 
     axis = context.axis("tensor")
 

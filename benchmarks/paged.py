@@ -23,11 +23,11 @@ from rich.table import Table
 from vllm import _custom_ops as operators
 
 from polyshard.adapters.vllm import compat
-from polyshard.adapters.vllm.compiled_attention import pages_of
-from polyshard.adapters.vllm.paging import Blocks
-from polyshard.attention.kernels.fused import paged
-from polyshard.compiled.build import KINDS
+from polyshard.adapters.vllm.attention.native import pages_of
+from polyshard.adapters.vllm.compat.paging import Blocks
+from polyshard.attention.kernels.cpu import native_paged as paged
 from polyshard.core.attention import AttentionSpec
+from polyshard.native.build import KINDS
 
 HEADS = {"9 heads of 64, 3 for keys": (9, 3, 64), "32 heads of 128, 8 for keys": (32, 8, 128)}
 REQUESTS = {

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from vllm.platforms import current_platform
 
 from polyshard.adapters.vllm import compat
-from polyshard.adapters.vllm.product import chosen
-from polyshard.compiled.product import PackedProduct, rejects
+from polyshard.adapters.vllm.layers.matmul import chosen
+from polyshard.native.matmul import PackedProduct, rejects
 
 LAYERS = ((960, 576), (576, 576), (3072, 576), (576, 1536))  # [out, in]: qkv, output, gate and up, down
 DEPTH = 30

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from polyshard.testing.ranks import free_port
+from polyshard.launch.ranks import free_port
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 

@@ -36,8 +36,8 @@ from support.engines import engine
 import polyshard as ps
 from polyshard.checkpoint.storage import BUCKET_BYTES
 from polyshard.convert import convert
-from polyshard.core.fingerprint import fingerprint
 from polyshard.testing.memory import PeakMemory
+from polyshard.weights.fingerprint import fingerprint
 
 GOAL = 0.5  # sync of colocated float32 weights, as a fraction of memcpy's bandwidth
 SLACK = 8 << 20  # what Python and the allocator take by the way

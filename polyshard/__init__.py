@@ -9,12 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from polyshard.adapters.vllm.rollouts import Rollout, RolloutEngine
+    from polyshard.adapters.vllm.engines.rollouts import Rollout, RolloutEngine
     from polyshard.adapters.vllm.transfer.sync import SyncReport, WeightSync
     from polyshard.attention import RotaryEmbedding, TrainableFlashAttention, TrainableMLA, packed_attention
-    from polyshard.attention.context import context_parallel_attention, context_shard, context_unshard
+    from polyshard.attention.context_parallel import context_parallel_attention, context_shard, context_unshard
+    from polyshard.attention.defaults import sequence_positions
     from polyshard.attention.packing import pack
-    from polyshard.attention.placement import sequence_positions
     from polyshard.checkpoint import (
         ModelConfig,
         PendingSave,
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
         save_config,
         save_training_state,
     )
-    from polyshard.core.activation import swiglu
+    from polyshard.config.families import complete_config
     from polyshard.core.adapter import AdamW, Adapter, StepResult, TrainingEngine
-    from polyshard.core.batch import BatchResult, train_batch
+    from polyshard.core.batch import BatchResult
     from polyshard.core.capabilities import Capabilities, Rejected
     from polyshard.core.context import GroupContext, ParallelContext
     from polyshard.core.discovery import adapter_names, load_adapter
@@ -45,35 +45,36 @@ if TYPE_CHECKING:
         UnsupportedVersionError,
         WeightSyncError,
     )
-    from polyshard.core.families import complete_config
-    from polyshard.core.generators import manual_seed, sharded_random
-    from polyshard.core.initialization import initialize_weights, normal_initializer
     from polyshard.core.layout import ParallelLayout
-    from polyshard.core.linear import column_parallel, qkv_parallel, replicated_linear, row_parallel
     from polyshard.core.linear_adapter import LinearAdapter
-    from polyshard.core.norm import rms_norm
-    from polyshard.core.pipeline import PipelineStage, pipeline_stage, stage_layers
-    from polyshard.core.residual import add_residual
-    from polyshard.core.vocabulary import gather_logits, lm_head, vocab_embedding, vocab_parallel_cross_entropy
     from polyshard.core.weight_layout import Segment, WeightLayout
     from polyshard.core.weight_table import collect_layouts
-    from polyshard.dropout import Dropout
     from polyshard.exact import exact_context
-    from polyshard.exact.logprobs import token_logprobs
     from polyshard.launch import initialize, shutdown
+    from polyshard.layers.activation import swiglu
+    from polyshard.layers.initialization import initialize_weights, normal_initializer
+    from polyshard.layers.linear import column_parallel, qkv_parallel, replicated_linear, row_parallel
+    from polyshard.layers.logprobs import token_logprobs
+    from polyshard.layers.norm import rms_norm
+    from polyshard.layers.pipeline import PipelineStage, pipeline_stage, stage_layers
+    from polyshard.layers.residual import add_residual
+    from polyshard.layers.vocabulary import gather_logits, lm_head, vocab_embedding, vocab_parallel_cross_entropy
     from polyshard.registry import engine_errors, register_model, registered_models
-    from polyshard.replace import replace_with_trainable_attention
+    from polyshard.training.batch import train_batch
+    from polyshard.training.dropout import Dropout
+    from polyshard.training.generators import manual_seed, sharded_random
     from polyshard.transformers import transformers_model
+    from polyshard.transformers.replaced import replace_with_trainable_attention
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "polyshard.adapters.vllm.rollouts": ("Rollout", "RolloutEngine"),
+    "polyshard.adapters.vllm.engines.rollouts": ("Rollout", "RolloutEngine"),
     "polyshard.adapters.vllm.transfer.sync": ("SyncReport", "WeightSync"),
     "polyshard.attention": ("RotaryEmbedding", "TrainableFlashAttention", "TrainableMLA", "packed_attention"),
-    "polyshard.attention.context": ("context_parallel_attention", "context_shard", "context_unshard"),
+    "polyshard.attention.context_parallel": ("context_parallel_attention", "context_shard", "context_unshard"),
     "polyshard.attention.packing": ("pack",),
-    "polyshard.attention.placement": ("sequence_positions",),
+    "polyshard.attention.defaults": ("sequence_positions",),
     "polyshard.checkpoint": (
         "ModelConfig",
         "PendingSave",
@@ -86,14 +87,15 @@ _HOMES = {
         "save_config",
         "save_training_state",
     ),
-    "polyshard.core.activation": ("swiglu",),
-    "polyshard.core.residual": ("add_residual",),
+    "polyshard.layers.activation": ("swiglu",),
+    "polyshard.layers.residual": ("add_residual",),
     "polyshard.core.adapter": ("Adapter", "AdamW", "StepResult", "TrainingEngine"),
-    "polyshard.core.batch": ("BatchResult", "train_batch"),
+    "polyshard.core.batch": ("BatchResult",),
+    "polyshard.training.batch": ("train_batch",),
     "polyshard.core.capabilities": ("Capabilities", "Rejected"),
     "polyshard.core.context": ("GroupContext", "ParallelContext"),
     "polyshard.core.discovery": ("adapter_names", "load_adapter"),
-    "polyshard.core.families": ("complete_config",),
+    "polyshard.config.families": ("complete_config",),
     "polyshard.core.errors": (
         "AdapterError",
         "CheckpointError",
@@ -106,22 +108,22 @@ _HOMES = {
         "UnsupportedVersionError",
         "WeightSyncError",
     ),
-    "polyshard.core.generators": ("manual_seed", "sharded_random"),
-    "polyshard.dropout": ("Dropout",),
-    "polyshard.core.initialization": ("initialize_weights", "normal_initializer"),
+    "polyshard.training.generators": ("manual_seed", "sharded_random"),
+    "polyshard.training.dropout": ("Dropout",),
+    "polyshard.layers.initialization": ("initialize_weights", "normal_initializer"),
     "polyshard.core.layout": ("ParallelLayout",),
-    "polyshard.core.linear": ("column_parallel", "qkv_parallel", "replicated_linear", "row_parallel"),
+    "polyshard.layers.linear": ("column_parallel", "qkv_parallel", "replicated_linear", "row_parallel"),
     "polyshard.core.linear_adapter": ("LinearAdapter",),
-    "polyshard.core.norm": ("rms_norm",),
-    "polyshard.core.vocabulary": ("gather_logits", "lm_head", "vocab_embedding", "vocab_parallel_cross_entropy"),
+    "polyshard.layers.norm": ("rms_norm",),
+    "polyshard.layers.vocabulary": ("gather_logits", "lm_head", "vocab_embedding", "vocab_parallel_cross_entropy"),
     "polyshard.core.weight_layout": ("Segment", "WeightLayout"),
     "polyshard.core.weight_table": ("collect_layouts",),
     "polyshard.exact": ("exact_context",),
-    "polyshard.exact.logprobs": ("token_logprobs",),
+    "polyshard.layers.logprobs": ("token_logprobs",),
     "polyshard.launch": ("initialize", "shutdown"),
-    "polyshard.core.pipeline": ("PipelineStage", "pipeline_stage", "stage_layers"),
+    "polyshard.layers.pipeline": ("PipelineStage", "pipeline_stage", "stage_layers"),
     "polyshard.registry": ("engine_errors", "register_model", "registered_models"),
-    "polyshard.replace": ("replace_with_trainable_attention",),
+    "polyshard.transformers.replaced": ("replace_with_trainable_attention",),
     "polyshard.transformers": ("transformers_model",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

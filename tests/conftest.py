@@ -39,7 +39,7 @@ from multiprocessing import forkserver  # noqa: E402
 
 import pytest  # noqa: E402
 
-from polyshard.testing import ranks  # noqa: E402
+from polyshard.launch import ranks  # noqa: E402
 
 # The ranks of all tests are forked from one server; a library that it has imported costs them no seconds.
 LIBRARIES = ("megatron.engine", "deepspeed.engine", "fairscale.engine", "vllm.exact")

@@ -10,12 +10,13 @@ from support.written_out import attention
 
 import polyshard as ps
 from polyshard.attention import explain, select_kernel, selection
-from polyshard.attention.kernels import cpu, operator
-from polyshard.attention.kernels.fused.runs import SOURCE
-from polyshard.compiled import build
-from polyshard.compiled.build import width
+from polyshard.attention.kernels import operator
+from polyshard.attention.kernels.cpu import kernels as cpu
+from polyshard.attention.kernels.cpu.native import SOURCE
 from polyshard.core.attention import AttentionSpec
 from polyshard.core.capabilities import Accepted
+from polyshard.native import build
+from polyshard.native.build import width
 
 CPU = torch.device("cpu")
 LENGTHS = (5, 5, 1, 0, 17, 300)

@@ -11,8 +11,8 @@ from support.conversions import ALLOW, with_config
 from support.models import save_tiny, tiny_config
 
 import polyshard as ps
+from polyshard.config.decoder_spec import FAMILIES
 from polyshard.convert import convert
-from polyshard.core.decoder_spec import FAMILIES
 
 
 def build(directory, target):

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 import polyshard as ps
 from polyshard.cli.app import app
 from polyshard.convert import convert
-from polyshard.core.foreign import Options
+from polyshard.convert.format import Options
 from polyshard.testing import run_ranks
 
 ALLOWED = Options(config=config().to_dict(), allow_pickle=True)

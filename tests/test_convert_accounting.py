@@ -16,7 +16,7 @@ from support.models import save_tiny, tiny_config, tiny_model
 
 import polyshard as ps
 from polyshard.convert import convert
-from polyshard.core.foreign import Options
+from polyshard.convert.format import Options
 
 SHAPE = {
     **{"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4},

@@ -108,7 +108,7 @@ def test_safetensors_and_pickles_of_one_model_are_the_users_choice(tmp_path, hug
 @pytest.fixture
 def llama(tmp_path, hugging_face):
     """Meta's files of four ranks' worth of the model, without a config.json beside them."""
-    from polyshard.core.foreign import Options
+    from polyshard.convert.format import Options
 
     convert(hugging_face, tmp_path / "llama", to_format="llama", options=Options(tensor_parallel=2))
     (tmp_path / "llama" / "config.json").unlink()

@@ -16,8 +16,8 @@ from support.megatron_legacy import save_legacy, training_state
 from support.models import tiny_config, tiny_model
 
 import polyshard as ps
-from polyshard.core.foreign import Options
-from polyshard.core.pickles import Inert, load_pickle
+from polyshard.convert.format import Options
+from polyshard.convert.pickles import Inert, load_pickle
 
 ALLOWED = Options(allow_pickle=True)
 

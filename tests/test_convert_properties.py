@@ -20,9 +20,9 @@ from support.megatron_legacy import save_legacy
 from support.models import tiny_model
 
 import polyshard as ps
+from polyshard.config.decoder_spec import DecoderSpec
 from polyshard.convert import convert
-from polyshard.core.decoder_spec import DecoderSpec
-from polyshard.core.foreign import Options
+from polyshard.convert.format import Options
 
 EXAMPLES = int(os.environ.get("POLYSHARD_EXAMPLES", "3"))
 SOURCES = (

@@ -7,8 +7,8 @@ from support.conversions import SCALED
 from support.models import tiny_config, tiny_model
 
 import polyshard as ps
-from polyshard.core.accounting import rotary_frequencies
-from polyshard.core.decoder_spec import DecoderSpec, expected_shapes, foreign_fields
+from polyshard.config.decoder_spec import DecoderSpec, expected_shapes, foreign_fields
+from polyshard.convert.accounting import rotary_frequencies
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 OPTIONAL = (

@@ -18,9 +18,9 @@ from torch import nn
 import polyshard as ps
 from polyshard.adapters.shared.devices import check_devices, default_backend, pick_backend, pick_device
 from polyshard.attention.functional import call_of
-from polyshard.attention.kernels.cpu import Chunked
+from polyshard.attention.kernels.cpu.kernels import Chunked
+from polyshard.attention.kernels.cuda.torch_varlen import TorchVarlen
 from polyshard.attention.kernels.softmax import sinks_gradient, with_sinks
-from polyshard.attention.kernels.torch_varlen import TorchVarlen
 from polyshard.attention.packing import of_lengths
 from polyshard.core.attention import AttentionSpec
 from polyshard.core.context import GroupContext
@@ -146,7 +146,7 @@ def test_rotary_frequencies_are_made_under_any_default_device(name):
 
 @pytest.mark.vllm
 def test_what_a_captured_graph_reads_is_made_within_it():
-    from polyshard.adapters.vllm.attention import RotaryTable
+    from polyshard.adapters.vllm.attention.layer import RotaryTable
 
     table, first, second = RotaryTable(), object(), object()
     seen = []

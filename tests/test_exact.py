@@ -9,19 +9,20 @@ from support.models import save_built, save_tiny, tiny_config, tiny_model
 from support.on_ranks import full_gradients
 
 import polyshard as ps
-from polyshard.adapters.vllm import compat, sampling
+from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm import exact as engine_side
+from polyshard.adapters.vllm.attention.exact import whose_kernel
+from polyshard.adapters.vllm.compat.paging import cut_queries
+from polyshard.adapters.vllm.engines import sampling
+from polyshard.adapters.vllm.engines.sampling import SamplingJob
 from polyshard.adapters.vllm.exact import CpuOperators, exact_serving, products
-from polyshard.adapters.vllm.paging import cut_queries
-from polyshard.adapters.vllm.pinned import whose_kernel
-from polyshard.adapters.vllm.sampling import SamplingJob
 from polyshard.attention.rotary import rotate_heads
 from polyshard.cli.certify import random_prompts
-from polyshard.core.exact import ExactIdentity, check_same_mode
-from polyshard.exact.certificate import TrainerCase, compare, trainer_logprobs
+from polyshard.core.exact_mode import ExactIdentity, check_same_mode
 from polyshard.exact.linear import ExactLinearAdapter
 from polyshard.exact.trace import ENVIRONMENT_VARIABLE as TRACE
-from polyshard.testing.ranks import run_ranks
+from polyshard.launch.ranks import run_ranks
+from polyshard.proof.certificate import TrainerCase, compare, trainer_logprobs
 
 LIBRARIES = ("torch", "megatron", "deepspeed", "fairscale")
 SHAPE = {"head_dim": 32, "hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 6}

@@ -8,10 +8,10 @@ import torch
 from support.models import save_tiny
 
 import polyshard as ps
+from polyshard.adapters.vllm.engines.sampling import SamplingJob, sample
 from polyshard.adapters.vllm.exact import CudaOperators
-from polyshard.adapters.vllm.sampling import SamplingJob, sample
 from polyshard.cli.certify import random_prompts
-from polyshard.exact.certificate import TrainerCase, compare
+from polyshard.proof.certificate import TrainerCase, compare
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

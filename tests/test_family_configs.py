@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import save_file
 
 import polyshard as ps
-from polyshard.core.families import OPTIONAL, REQUIRED, SERVED_BASES
+from polyshard.config.families import OPTIONAL, REQUIRED, SERVED_BASES
 from polyshard.transformers.model import _transformers_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyshard.core.fingerprint import MASK, _table, fingerprint, text, total
+from polyshard.weights.fingerprint import MASK, _table, fingerprint, text, total
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.bool)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import polyshard as ps
-from polyshard.core.fused import FusedProducts
+from polyshard.layers.fused import FusedProducts
 
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(4))
 RESIDUAL = torch.ones(3, 8)
@@ -103,7 +103,7 @@ def test_gradients_of_a_sum():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_vllms_operator_is_the_activation_of_an_engine_on_a_gpu(dtype):
     """The operator is there on CPU too; oracle: float64."""
-    from polyshard.adapters.vllm.activation import activate_by_operator
+    from polyshard.adapters.vllm.layers.activation import activate_by_operator
 
     layer = torch.nn.Linear(6, 32, dtype=dtype)
     x = X.to(dtype)
@@ -118,7 +118,7 @@ def test_vllms_operator_is_the_activation_of_an_engine_on_a_gpu(dtype):
 @pytest.mark.vllm
 @pytest.mark.usefixtures("compiles")
 def test_what_is_compiled_fuses_the_activation_itself():
-    from polyshard.adapters.vllm.activation import activate_by_operator
+    from polyshard.adapters.vllm.layers.activation import activate_by_operator
 
     layer = torch.nn.Linear(6, 32)
     activate_by_operator(layer)

@@ -81,8 +81,8 @@ def test_wrapper_has_what_vllm_inspects():
     pytest.importorskip("vllm", reason="needs vLLM")
     from vllm.model_executor.models.interfaces_base import is_text_generation_model
 
-    from polyshard.adapters.vllm.model import make_model_class
-    from polyshard.core.host import RegisteredModel
+    from polyshard.adapters.vllm.served.model import make_model_class
+    from polyshard.core.serving import RegisteredModel
 
     entry = RegisteredModel(name="MegatronMixed", reference="megatron_adapter:build_model")
     assert is_text_generation_model(make_model_class(entry, megatron_adapter.build_model))

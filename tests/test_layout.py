@@ -3,7 +3,7 @@
 import pytest
 
 import polyshard as ps
-from polyshard.core.pipeline import even_stages
+from polyshard.layers.pipeline import even_stages
 
 
 def test_data_parallel_takes_the_ranks_that_are_left():

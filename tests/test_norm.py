@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from polyshard.compiled.build import unavailable
-from polyshard.compiled.norm import SOURCE, rms_norm, takes
+from polyshard.native.build import unavailable
+from polyshard.native.norm import SOURCE, rms_norm, takes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -5,9 +5,9 @@ import torch
 from support.written_out import attention
 
 from polyshard.attention.alibi import usual_slopes
-from polyshard.attention.kernels.fused import paged
-from polyshard.compiled import build
+from polyshard.attention.kernels.cpu import native_paged as paged
 from polyshard.core.attention import AttentionSpec
+from polyshard.native import build
 
 pytestmark = pytest.mark.skipif(not build.width(), reason="no compiled loops for this processor")
 

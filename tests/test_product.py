@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import polyshard as ps
-from polyshard.compiled import build
-from polyshard.compiled.build import KINDS
-from polyshard.compiled.product import SOURCE, PackedProduct, rejects
+from polyshard.native import build
+from polyshard.native.build import KINDS
+from polyshard.native.matmul import SOURCE, PackedProduct, rejects
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # rows, inputs, outputs: of one tile, of parts of tiles and panels, of several depths and blocks

@@ -11,8 +11,8 @@ from support.on_ranks import build
 from torch.utils.checkpoint import checkpoint
 
 import polyshard as ps
-from polyshard.core.generators import all_states, mixed, restore
 from polyshard.testing import run_ranks
+from polyshard.training.generators import all_states, mixed, restore
 
 LIBRARIES = ["torch", "megatron", "deepspeed", "fairscale"]
 BATCH, TOKENS, CHANNELS = 2, 8, 12
@@ -248,7 +248,7 @@ def warned(directory, seeds):
     records = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
-    logging.getLogger("polyshard.core.generators").addHandler(handler)
+    logging.getLogger("polyshard.training.generators").addHandler(handler)
     trained(directory, "torch", seeds, {}, {}, True)
     return records
 

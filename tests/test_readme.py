@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.servers import running_server
 
-from polyshard.testing.ranks import free_port
+from polyshard.launch.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyshard.core.regions import regions
 from polyshard.core.weight_layout import Segment, WeightLayout
 from polyshard.core.weight_table import WeightEntry, checkpoint_names, stored_parts
+from polyshard.weights.regions import regions
 
 LAYOUTS = {
     "whole": WeightLayout(shape=(12, 5)),

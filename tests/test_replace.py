@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 import polyshard as ps
-from polyshard.replace.module import ReplacedAttention
+from polyshard.transformers.replaced.attention import ReplacedAttention
 
 SIZES = {
     "vocab_size": 96,
@@ -169,7 +169,7 @@ def test_the_cache_is_found_under_either_name():
 
 
 def test_a_family_whose_whole_model_would_differ_is_refused_and_stays_as_it_was(monkeypatch):
-    from polyshard.replace import surgery
+    from polyshard.transformers.replaced import surgery
 
     config = transformers.MistralConfig(**{**SIZES, "vocab_size": 97}, **WINDOWED)  # of no other test
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")

@@ -13,8 +13,8 @@ import transformers
 from torch import nn
 
 import polyshard as ps
-from polyshard.replace.batch import attend_batch
-from polyshard.replace.masks import slot_mask
+from polyshard.transformers.replaced.batch import attend_batch
+from polyshard.transformers.replaced.masks import slot_mask
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 table = importlib.import_module("cache_table")
@@ -78,7 +78,7 @@ def test_generation_continues_a_prompt_that_is_padded_on_the_right():
 
 
 def test_a_last_query_that_sees_nothing_is_told_of(monkeypatch, caplog):
-    monkeypatch.setattr("polyshard.replace.dense._told", set())
+    monkeypatch.setattr("polyshard.transformers.replaced.dense._told", set())
     model_pair("Mistral")[1](IDS, attention_mask=table.masks()["left and right"])
     assert "a row ends in more masked tokens than the sliding window holds" in caplog.text
 
@@ -211,7 +211,7 @@ def test_modules_that_are_kept_use_the_same_rules():
     static = {**options, "cache_implementation": "static"}
     expected = model.generate(IDS, **options)
     alone = torch.cat([model(part, use_cache=False).logits for part in (IDS[:1, :8], IDS[:1, 8:])], dim=1)
-    from polyshard.replace.interface import IMPLEMENTATION, register
+    from polyshard.transformers.replaced.interface import IMPLEMENTATION, register
 
     register()
     model.set_attn_implementation(IMPLEMENTATION)

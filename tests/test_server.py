@@ -16,7 +16,7 @@ from support.models import save_tiny
 from support.oracle import greedy_transformers
 from support.servers import running_server
 
-from polyshard.testing.ranks import free_port
+from polyshard.launch.ranks import free_port
 
 pytestmark = pytest.mark.vllm
 

@@ -13,7 +13,7 @@ from packaging.specifiers import SpecifierSet
 import polyshard as ps
 from polyshard.core import requirement as module
 from polyshard.core.requirement import Requirement, UntestedVersionWarning
-from polyshard.replace.requirement import TRANSFORMERS
+from polyshard.transformers.replaced.requirement import TRANSFORMERS
 
 PROJECT = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text())["project"]
 

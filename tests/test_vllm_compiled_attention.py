@@ -8,11 +8,11 @@ from support.models import save_tiny
 from support.oracle import assert_same_generation, greedy_transformers
 
 import polyshard as ps
-from polyshard.attention.kernels.fused import paged
+from polyshard.attention.kernels.cpu import native_paged as paged
 from polyshard.attention.kernels.protocol import AttentionCall
 from polyshard.attention.packing import of_lengths
-from polyshard.compiled.build import width
 from polyshard.core.attention import AttentionSpec
+from polyshard.native.build import width
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not width(), reason="no compiled loops for this processor")]
 
@@ -74,7 +74,7 @@ def _kind(queries, keys):
 
 
 def test_a_cache_of_another_form_is_read_by_vllms_kernel(tmp_path, monkeypatch, seen):
-    from polyshard.adapters.vllm import compiled_attention
+    from polyshard.adapters.vllm.attention import native as compiled_attention
 
     directory = save_tiny(tmp_path / "model", "llama", hidden_size=64, head_dim=32)
     got = answers(directory)
@@ -86,8 +86,8 @@ def test_a_cache_of_another_form_is_read_by_vllms_kernel(tmp_path, monkeypatch, 
 
 
 def test_a_layer_with_dropout_is_served_as_one_without():
+    from polyshard.adapters.vllm.attention.native import takes
     from polyshard.adapters.vllm.compat import has_product_of_processor
-    from polyshard.adapters.vllm.compiled_attention import takes
 
     for dtype in (torch.float32, torch.bfloat16):
         spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=64, scale=0.125, dropout=0.1)
@@ -119,7 +119,8 @@ def test_half_precision(tmp_path, monkeypatch, seen):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_outputs_are_no_further_from_float64_than_those_of_vllms_kernel(dtype):
-    from polyshard.adapters.vllm import compat, paging
+    from polyshard.adapters.vllm import compat
+    from polyshard.adapters.vllm.compat import paging
 
     torch.manual_seed(0)
     keys, spec = 300, AttentionSpec(num_heads=6, num_kv_heads=2, head_dim=64, scale=0.125)

@@ -43,8 +43,8 @@ def test_registry_and_model_protocol():
     from vllm import ModelRegistry
     from vllm.model_executor.models.interfaces_base import is_text_generation_model, is_vllm_model
 
-    from polyshard.adapters.vllm.model import make_model_class
-    from polyshard.core.host import RegisteredModel
+    from polyshard.adapters.vllm.served.model import make_model_class
+    from polyshard.core.serving import RegisteredModel
 
     cls = make_model_class(RegisteredModel(name="Contract", reference="decoder:build_model"), decoder.build_model)
     assert is_vllm_model(cls)

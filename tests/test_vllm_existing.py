@@ -202,7 +202,7 @@ def test_nothing_writes_over_the_trainers_weights(tmp_path):
 def test_layers_that_would_keep_no_cache_in_an_engine_are_named():
     import transformers
 
-    from polyshard.registry.existing import served_copy
+    from polyshard.registry.live_module import served_copy
 
     sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
     lfm2 = transformers.Lfm2Config(**sizes, num_hidden_layers=2, layer_types=["conv", "full_attention"])

@@ -15,7 +15,7 @@ from support.quantized import save_four_bits, save_quantized
 
 import polyshard as ps
 from polyshard.adapters.vllm import compat
-from polyshard.adapters.vllm.loading import attach_loaders, load_weights
+from polyshard.adapters.vllm.served.loading import attach_loaders, load_weights
 from polyshard.cli.serve import server_command
 from polyshard.core.weight_table import collect_layouts
 

@@ -19,8 +19,8 @@ from support.oracle import assert_same_generation, greedy_transformers
 from support.scripts import SUPPORT, on_engine_ranks, run
 
 import polyshard as ps
-from polyshard.adapters.vllm.product import chosen
-from polyshard.compiled.product import PackedProduct
+from polyshard.adapters.vllm.layers.matmul import chosen
+from polyshard.native.matmul import PackedProduct
 
 pytestmark = pytest.mark.vllm
 

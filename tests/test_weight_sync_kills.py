@@ -11,7 +11,7 @@ import support.vllm_required  # noqa: F401
 from support.killed_sync import TIMEOUT
 from support.models import save_tiny
 
-from polyshard.testing.ranks import free_port
+from polyshard.launch.ranks import free_port
 
 pytestmark = pytest.mark.vllm
 

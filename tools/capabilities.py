@@ -7,7 +7,7 @@ from pathlib import Path
 
 import polyshard as ps
 from polyshard.core.capabilities import FEATURES
-from polyshard.replace.requirement import TRANSFORMERS
+from polyshard.transformers.replaced.requirement import TRANSFORMERS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "adapters.md"
 VERSIONS = "<!-- versions: made by tools/capabilities.py -->\n"

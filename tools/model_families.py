@@ -11,8 +11,8 @@ from typing import Any
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from polyshard.transformers.kinds import fewest_layers
-from polyshard.transformers.reduced import reduced_config, with_layers
+from polyshard.transformers.trial.kinds import fewest_layers
+from polyshard.transformers.trial.reduced import reduced_config, with_layers
 
 _LAYERS = 8  # more than any pattern is long
 _MAMBA = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}

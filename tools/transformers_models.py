@@ -18,7 +18,7 @@ from model_families import VARIANTS, families, small_config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import polyshard as ps
-from polyshard.transformers.simulation import Exchange, Schedule, simulated_context
+from polyshard.transformers.trial.simulation import Exchange, Schedule, simulated_context
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "transformers-models.md"
 YES = "yes"

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard.attention.context.parallel import Way, attend_by
+from polyshard.attention.context_parallel.parallel import Way, attend_by
+from polyshard.attention.defaults import rotary_at, sequences_at
 from polyshard.attention.functional import check_spec
-from polyshard.attention.placement import rotary_at, sequences_at
 from polyshard.attention.rotary import RotaryEmbedding, apply_rotary, halves
 from polyshard.core.attention import (
     AttentionCore,
@@ -25,9 +25,9 @@ from polyshard.core.attention import (
 from polyshard.core.context import ParallelAxis, ParallelContext
 from polyshard.core.discovery import load_adapter
 from polyshard.core.errors import ConfigurationError, LayoutError
-from polyshard.core.linear import column_parallel, replicated_linear, row_parallel
-from polyshard.core.norm import rms_norm
-from polyshard.core.residual import add_residual
+from polyshard.layers.linear import column_parallel, replicated_linear, row_parallel
+from polyshard.layers.norm import rms_norm
+from polyshard.layers.residual import add_residual
 
 
 class TrainableMLA(nn.Module):

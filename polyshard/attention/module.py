@@ -9,20 +9,20 @@ import torch
 from torch import nn
 
 from polyshard.attention.alibi import slopes_of_heads
-from polyshard.attention.context.parallel import Way, attend_by
+from polyshard.attention.context_parallel.parallel import Way, attend_by
+from polyshard.attention.defaults import rotary_at, sequences_at
 from polyshard.attention.functional import check_spec
-from polyshard.attention.placement import rotary_at, sequences_at
 from polyshard.attention.positions import check_positions
 from polyshard.attention.rotary import RotaryEmbedding, halves, rotate_heads
 from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequences, RotaryCore, without_layer
 from polyshard.core.context import ParallelContext
 from polyshard.core.discovery import load_adapter
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.linear import qkv_parallel, row_parallel
-from polyshard.core.norm import rms_norm
-from polyshard.core.residual import add_residual
 from polyshard.core.weight_layout import Segment, WeightLayout
 from polyshard.core.weight_table import attach_layouts, store_as
+from polyshard.layers.linear import qkv_parallel, row_parallel
+from polyshard.layers.norm import rms_norm
+from polyshard.layers.residual import add_residual
 
 
 class TrainableFlashAttention(nn.Module):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard.compiled.operator import bare_operator
 from polyshard.core.errors import ConfigurationError
+from polyshard.native.operator import bare_operator
 
 SCALINGS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 

@@ -5,7 +5,7 @@ from polyshard.checkpoint.directory import latest_checkpoint
 from polyshard.checkpoint.load import load_checkpoint
 from polyshard.checkpoint.pending import PendingSave
 from polyshard.checkpoint.save import save_checkpoint, save_config
-from polyshard.checkpoint.training import TrainingState, load_training_state, save_training_state
+from polyshard.checkpoint.training_state import TrainingState, load_training_state, save_training_state
 
 __all__ = [
     "ModelConfig",

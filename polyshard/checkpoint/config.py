@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from polyshard.checkpoint.directory import find
-from polyshard.core.config_file import MissingFieldError, check_fields
+from polyshard.config.file import MissingFieldError, check_fields
 from polyshard.core.errors import CheckpointError
 
 

@@ -11,17 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard.checkpoint.dequantized import weights_reader
 from polyshard.checkpoint.directory import find
 from polyshard.checkpoint.files import TensorReader
 from polyshard.checkpoint.manifest import read_manifest, verify_files
+from polyshard.checkpoint.quantization.reading import weights_reader
 from polyshard.checkpoint.storage import BUCKET_BYTES, Progress
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import CheckpointError
-from polyshard.core.movement import module_pieces
+from polyshard.core.pieces import Piece
 from polyshard.core.ranks import Ranks
-from polyshard.core.regions import Region, regions
-from polyshard.core.state import Piece
 from polyshard.core.weight_table import (
     IGNORED_TENSORS,
     WeightEntry,
@@ -29,6 +27,8 @@ from polyshard.core.weight_table import (
     collect_layouts,
     stored_shape,
 )
+from polyshard.weights.movement import module_pieces
+from polyshard.weights.regions import Region, regions
 
 logger = logging.getLogger(__name__)
 

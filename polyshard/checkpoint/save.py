@@ -25,15 +25,15 @@ from polyshard.checkpoint.model_code import check_code
 from polyshard.checkpoint.pending import PendingSave
 from polyshard.checkpoint.plan import PlannedFile, StoredTensor, index_of, plan_files
 from polyshard.checkpoint.storage import LayoutPlanner, LayoutWriter, Progress, storage_key
-from polyshard.core.config_fields import MODEL_TYPE, config_fields
+from polyshard.config.fields import MODEL_TYPE, config_fields
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import CheckpointError
-from polyshard.core.fingerprint import text
-from polyshard.core.host import RegisteredModel, as_entry
-from polyshard.core.movement import module_pieces
+from polyshard.core.pieces import WEIGHT, Piece
 from polyshard.core.ranks import Ranks
-from polyshard.core.state import WEIGHT, Piece
+from polyshard.core.serving import RegisteredModel, as_entry
 from polyshard.core.weight_table import WeightTable, collect_layouts, stored_shape
+from polyshard.weights.fingerprint import text
+from polyshard.weights.movement import module_pieces
 
 logger = logging.getLogger(__name__)
 

@@ -24,11 +24,11 @@ from torch.futures import Future
 from polyshard.checkpoint.directory import sync_path
 from polyshard.checkpoint.plan import PlannedFile, StoredTensor
 from polyshard.core.errors import CheckpointError
-from polyshard.core.fingerprint import fingerprint, total
-from polyshard.core.movement import shared_run
-from polyshard.core.regions import regions
-from polyshard.core.state import Piece
+from polyshard.core.pieces import Piece
 from polyshard.core.weight_table import WeightTable
+from polyshard.weights.fingerprint import fingerprint, total
+from polyshard.weights.movement import shared_run
+from polyshard.weights.regions import regions
 
 BUCKET_BYTES = 16 << 20  # what a conversion or a copy from a device takes beside the weights
 

@@ -18,9 +18,9 @@ from polyshard.checkpoint.plan import StoredTensor, index_of, plan_files
 from polyshard.checkpoint.save import MAX_SHARD_BYTES, model_documents
 from polyshard.checkpoint.storage import allocate, put
 from polyshard.core.errors import CheckpointError
-from polyshard.core.fingerprint import fingerprint, text
+from polyshard.core.pieces import WEIGHT
 from polyshard.core.ranks import Ranks
-from polyshard.core.state import WEIGHT
+from polyshard.weights.fingerprint import fingerprint, text
 
 
 def write_tensors(

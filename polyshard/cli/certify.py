@@ -12,7 +12,7 @@ import torch
 
 from polyshard.checkpoint import read_config
 from polyshard.core.errors import ConfigurationError
-from polyshard.exact.certificate import Certificate, Comparison, TrainerCase, compare
+from polyshard.proof.certificate import Certificate, Comparison, TrainerCase, compare
 
 DTYPES = ("float32", "bfloat16", "float16")  # the last on CUDA alone
 
@@ -42,7 +42,7 @@ def certify(
     if server_size < 1:
         raise ConfigurationError(f"--server-tensor-parallel must be positive, got {server_size}")
     vllm_adapter.requirement.require()
-    from polyshard.adapters.vllm.sampling import SamplingJob, sample
+    from polyshard.adapters.vllm.engines.sampling import SamplingJob, sample
 
     shards = math.lcm(server_size, *sizes)
     job = SamplingJob(

@@ -10,9 +10,9 @@ import torch
 import typer
 
 from polyshard.convert import convert as run
+from polyshard.convert.format import Options, config_fields_of
 from polyshard.convert.formats import detect
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.foreign import Options, config_fields_of
 
 
 def convert(

@@ -12,14 +12,14 @@ import torch
 import typer
 
 from polyshard import __version__
-from polyshard.attention.kernels.fused import paged
+from polyshard.attention.kernels.cpu import native_paged as paged
 from polyshard.attention.selection import explain
-from polyshard.compiled.product import rejects
 from polyshard.core.attention import AttentionSpec
 from polyshard.core.capabilities import Accepted, Rejected
 from polyshard.core.discovery import adapter_names, load_adapter
 from polyshard.core.requirement import Requirement
-from polyshard.replace.requirement import TRANSFORMERS
+from polyshard.native.matmul import rejects
+from polyshard.transformers.replaced.requirement import TRANSFORMERS
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import typer
 
 from polyshard.adapters.vllm import adapter as vllm_adapter
 from polyshard.checkpoint import read_config
-from polyshard.checkpoint.dequantized import refuse_stored_codes
-from polyshard.core.config_fields import MODEL_TYPE
-from polyshard.core.config_file import check_complete
+from polyshard.checkpoint.quantization.reading import refuse_stored_codes
+from polyshard.config.fields import MODEL_TYPE
+from polyshard.config.file import check_complete
 from polyshard.core.errors import RegistrationError
-from polyshard.core.host import as_entry
+from polyshard.core.serving import as_entry
 from polyshard.registry import model_from_entry, register_model, registered_models, resolve
 
 SERVED_NAME = "PolyshardModel"

@@ -53,7 +53,7 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="polyshard-verify-") as work:
         oracle: Callable[[list[int]], dict[str, Any]] | None = None
         if (vllm or exact) and model is None:  # an engine loads a checkpoint: the small model becomes one
-            from polyshard.testing import small_model
+            from polyshard.proof import small_model
 
             model, factory, oracle = (
                 small_model.save_small_model(Path(work) / "small"),
@@ -150,8 +150,8 @@ def judge(
     tolerance: float,
 ) -> dict[str, Any]:
     """One row: the differences, or the error."""
-    from polyshard.testing.proof import compare, run_built_in, run_model
-    from polyshard.testing.ranks import RankError, run_ranks
+    from polyshard.launch.ranks import RankError, run_ranks
+    from polyshard.proof.parity import compare, run_built_in, run_model
 
     row: dict[str, Any] = {"what": what, "adapter": name, "tensor_parallel": size}
     try:
@@ -159,7 +159,7 @@ def judge(
             difference = compare(run_built_in(name, size), reference)
             return {**row, **asdict(difference), "ok": difference.within(tolerance)}
         if what == "serve":
-            from polyshard.adapters.vllm.score import scores
+            from polyshard.adapters.vllm.engines.score import scores
 
             logprobs = reference["logits"][:-1].log_softmax(-1)
             want = logprobs.gather(-1, torch.tensor(ids[1:])[:, None]).squeeze(-1)
@@ -190,6 +190,6 @@ def show(rows: list[dict[str, Any]], tolerance: float) -> None:
 
 
 def _reference(model: Path | None, ids: list[int]) -> dict[str, Any]:
-    from polyshard.testing.proof import oracle_of_built_in, run_transformers
+    from polyshard.proof.parity import oracle_of_built_in, run_transformers
 
     return oracle_of_built_in() if model is None else run_transformers(model, ids)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from polyshard.convert.format import Foreign
 from polyshard.core.errors import CheckpointError
-from polyshard.core.foreign import Foreign, LazyTensor
+from polyshard.weights.lazy_tensor import LazyTensor
 
 # A value, or a row of a matrix, may lose this much of itself: the spacing of bfloat16, the coarsest dtype of weights.
 PRECISION = 2.0**-8

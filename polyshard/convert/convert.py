@@ -17,18 +17,19 @@ import torch
 from polyshard.checkpoint.companions import companions, has_tokenizer
 from polyshard.checkpoint.directory import publish
 from polyshard.checkpoint.model_code import check_code
+from polyshard.checkpoint.quantization.dequantize import dequantized
+from polyshard.checkpoint.quantization.detect import FLOATS, refuse_codes
 from polyshard.checkpoint.stream import write_tensors
+from polyshard.config.decoder_spec import FAMILIES
+from polyshard.convert.accounting import some
 from polyshard.convert.casting import cast
+from polyshard.convert.format import CheckpointFormat, Foreign, Options
 from polyshard.convert.formats import detect, format_named
 from polyshard.convert.huggingface import HuggingFaceFormat
 from polyshard.convert.model_check import check_model, narrowed, with_embedding
-from polyshard.convert.proof import Proof, Side, prove
-from polyshard.core.accounting import some
-from polyshard.core.decoder_spec import FAMILIES
-from polyshard.core.dequantize import dequantized
+from polyshard.convert.verification import Proof, Side, prove
 from polyshard.core.errors import CheckpointError
-from polyshard.core.foreign import CheckpointFormat, Foreign, LazyTensor, Options
-from polyshard.core.quantized import FLOATS, refuse_codes
+from polyshard.weights.lazy_tensor import LazyTensor
 
 _ADVICE = (
     "Pass --dtype to dequantize FP8, compressed-tensors' int8 and float8, and MXFP4; dequantize others with the "

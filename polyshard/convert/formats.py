@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from polyshard.convert.format import CheckpointFormat
 from polyshard.convert.gguf import GgufFormat
 from polyshard.convert.huggingface import HuggingFaceBinFormat, HuggingFaceFormat
 from polyshard.core.discovery import adapter_names, load_adapter
 from polyshard.core.errors import CheckpointError
-from polyshard.core.foreign import CheckpointFormat
 
 
 def formats() -> list[CheckpointFormat]:

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from polyshard.config.decoder_spec import DecoderSpec, expected_shapes
+from polyshard.convert.accounting import account, check_shapes
+from polyshard.convert.format import Foreign, Independent, Options, lazy
 from polyshard.convert.gguf_metadata import ARCHITECTURES, config_of, scaling_of_factors
-from polyshard.core.accounting import account, check_shapes
-from polyshard.core.decoder_spec import DecoderSpec, expected_shapes
 from polyshard.core.errors import CheckpointError, MissingDependencyError
-from polyshard.core.foreign import Foreign, Independent, LazyTensor, Options, lazy
+from polyshard.weights.lazy_tensor import LazyTensor
 
 _MAGIC = b"GGUF"
 _FACTORS = "rope_freqs.weight"

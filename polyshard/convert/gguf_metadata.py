@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from polyshard.core.accounting import rotary_frequencies
-from polyshard.core.decoder_spec import DecoderSpec
+from polyshard.config.decoder_spec import DecoderSpec
+from polyshard.convert.accounting import rotary_frequencies
 from polyshard.core.errors import CheckpointError
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}

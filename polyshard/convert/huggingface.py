@@ -14,10 +14,11 @@ import torch
 from polyshard.checkpoint.config import read_config
 from polyshard.checkpoint.directory import find
 from polyshard.checkpoint.files import TensorReader
-from polyshard.core.config_file import check_complete
+from polyshard.config.file import check_complete
+from polyshard.convert.format import Foreign, Independent, Options, lazy
+from polyshard.convert.pickles import load_pickle
 from polyshard.core.errors import CheckpointError
-from polyshard.core.foreign import Foreign, Independent, LazyTensor, Options, lazy
-from polyshard.core.pickles import load_pickle
+from polyshard.weights.lazy_tensor import LazyTensor
 
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 ADAPTER = "adapter_config.json"

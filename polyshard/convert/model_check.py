@@ -7,10 +7,18 @@ from pathlib import Path
 
 import torch
 
-from polyshard.core.accounting import FREQUENCIES, PREFIXES, REDUNDANT, account, check_frequencies, check_shapes, some
-from polyshard.core.decoder_spec import FAMILIES, DecoderSpec, expected_shapes
+from polyshard.config.decoder_spec import FAMILIES, DecoderSpec, expected_shapes
+from polyshard.convert.accounting import (
+    FREQUENCIES,
+    PREFIXES,
+    REDUNDANT,
+    account,
+    check_frequencies,
+    check_shapes,
+    some,
+)
+from polyshard.convert.format import Foreign
 from polyshard.core.errors import CheckpointError
-from polyshard.core.foreign import Foreign
 
 
 def check_model(foreign: Foreign, where: Path, *, given: bool) -> tuple[str, ...]:

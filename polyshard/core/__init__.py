@@ -1,1 +1,78 @@
-"""Protocols and plain data. Imports the standard library and torch, and no parallelism library."""
+"""Protocols and plain data. Imports the standard library and torch, and no parallelism library.
+
+These are the names that an adapter outside of this package implements and uses. `docs/adapters.md` says how.
+"""
+
+from polyshard.core.adapter import AdamW, Adapter, OptimizerFactory, StepResult, TrainingEngine
+from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequences
+from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
+from polyshard.core.capabilities import FEATURES, YES, Capabilities, Rejected, Support, no
+from polyshard.core.context import Collectives, GroupContext, ParallelAxis, ParallelContext
+from polyshard.core.discovery import adapter_names, load_adapter
+from polyshard.core.errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigurationError,
+    LayoutError,
+    MissingDependencyError,
+    PolyshardError,
+    RankFailureError,
+    RegistrationError,
+    UnsupportedVersionError,
+    WeightSyncError,
+)
+from polyshard.core.layout import Axis, ParallelLayout
+from polyshard.core.linear_adapter import FullLinearAdapter, LinearAdapter
+from polyshard.core.pieces import OptimizerState, Piece
+from polyshard.core.requirement import Requirement, UntestedVersionWarning
+from polyshard.core.weight_layout import Segment, WeightLayout
+from polyshard.core.weight_table import WeightEntry, WeightTable
+
+__all__ = [
+    "FEATURES",
+    "YES",
+    "AdamW",
+    "Adapter",
+    "AdapterError",
+    "AttentionCore",
+    "AttentionSpec",
+    "Axis",
+    "BatchResult",
+    "Capabilities",
+    "CheckpointError",
+    "Collectives",
+    "ConfigurationError",
+    "CountTokens",
+    "FullLinearAdapter",
+    "GroupContext",
+    "LayoutError",
+    "LinearAdapter",
+    "MicroBatch",
+    "MissingDependencyError",
+    "OptimizerFactory",
+    "OptimizerState",
+    "PackedSequences",
+    "ParallelAxis",
+    "ParallelContext",
+    "ParallelLayout",
+    "Piece",
+    "PolyshardError",
+    "RankFailureError",
+    "RegistrationError",
+    "Rejected",
+    "Requirement",
+    "Segment",
+    "StepResult",
+    "SumLoss",
+    "Support",
+    "TrainingEngine",
+    "UnsupportedVersionError",
+    "UntestedVersionWarning",
+    "WeightEntry",
+    "WeightLayout",
+    "WeightSyncError",
+    "WeightTable",
+    "adapter_names",
+    "load_adapter",
+    "no",
+]

@@ -14,8 +14,8 @@ from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.capabilities import Capabilities
 from polyshard.core.context import ParallelContext
 from polyshard.core.layout import ParallelLayout
+from polyshard.core.pieces import OptimizerState, Piece
 from polyshard.core.requirement import Requirement
-from polyshard.core.state import OptimizerState, Piece
 from polyshard.core.weight_table import WeightTable
 
 
@@ -90,7 +90,7 @@ class TrainingEngine(Protocol):
     def train_batch(
         self, micro_batches: Sequence[MicroBatch], loss: SumLoss | None = None, tokens: CountTokens | None = None
     ) -> BatchResult:
-        """Run forward and backward of one step's micro-batches, weighted by tokens: `polyshard.core.batch.train_batch`.
+        """Run forward and backward of one step's micro-batches, weighted by tokens: see `polyshard.train_batch`.
 
         It replaces `__call__`, `backward` and `accumulate`, which average the means of micro-batches and ranks.
         """

@@ -14,7 +14,7 @@ from polyshard.core.layout import AXES, Axis, ParallelLayout
 
 if TYPE_CHECKING:
     from polyshard.core.attention import AttentionFactory, LatentFactory
-    from polyshard.core.exact import ExactMode
+    from polyshard.core.exact_mode import ExactMode
 
 
 @runtime_checkable

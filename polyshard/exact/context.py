@@ -12,7 +12,7 @@ from torch import nn
 from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.discovery import adapter_names, load_adapter
 from polyshard.core.errors import AdapterError, ConfigurationError, LayoutError
-from polyshard.core.exact import ExactMode, ExactOperators
+from polyshard.core.exact_mode import ExactMode, ExactOperators
 from polyshard.exact.linear import ExactLinearAdapter, ExactWholeLinear, OnBuilt
 from polyshard.exact.rotary import exact_rotate
 

@@ -9,23 +9,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard.adapters.shared.head import PaddedHead
 from polyshard.core.context import ParallelContext
-from polyshard.core.differentiable import (
+from polyshard.core.errors import AdapterError, ConfigurationError, LayoutError
+from polyshard.core.exact_mode import ExactMode, Product
+from polyshard.core.linear_adapter import adapter_with, name_of
+from polyshard.core.weight_layout import WeightLayout, qkv_segments
+from polyshard.exact.matmul import exact_product
+from polyshard.exact.norm import ExactRMSNorm
+from polyshard.exact.reduction import sum_in_order
+from polyshard.layers.differentiable import (
     copy_to_region,
     gather_sequence,
     require_divisible_sequence,
     sum_gradient,
     transform_gradient,
 )
-from polyshard.core.errors import AdapterError, ConfigurationError, LayoutError
-from polyshard.core.exact import ExactMode, Product
-from polyshard.core.linear_adapter import adapter_with, name_of
-from polyshard.core.replicas import sum_replicas
-from polyshard.core.weight_layout import WeightLayout, qkv_segments
-from polyshard.exact.norm import ExactRMSNorm
-from polyshard.exact.product import exact_product
-from polyshard.exact.reduction import sum_in_order
+from polyshard.layers.head import PaddedHead
+from polyshard.layers.replicas import sum_replicas
 
 OnBuilt = Callable[[nn.Module], None]
 

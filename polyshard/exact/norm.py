@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from polyshard.core.context import ParallelContext
-from polyshard.core.differentiable import sum_gradient
-from polyshard.core.exact import ExactMode, ExactOperators
+from polyshard.core.exact_mode import ExactMode, ExactOperators
+from polyshard.layers.differentiable import sum_gradient
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from polyshard.attention.rotary import rotate_heads
-from polyshard.core.exact import ExactOperators
+from polyshard.core.exact_mode import ExactOperators
 
 
 class _Rotate(torch.autograd.Function):

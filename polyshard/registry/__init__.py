@@ -1,6 +1,5 @@
 """Models by name: how a factory reaches every process of a serving engine."""
 
-from polyshard.registry.failures import engine_errors, told_to_parent
 from polyshard.registry.models import (
     ENTRY_POINT_GROUP,
     ENVIRONMENT_VARIABLE,
@@ -11,6 +10,7 @@ from polyshard.registry.models import (
 )
 from polyshard.registry.names import renamer
 from polyshard.registry.reference import reference_of, resolve
+from polyshard.registry.worker_errors import engine_errors, told_to_parent
 
 __all__ = [
     "ENTRY_POINT_GROUP",

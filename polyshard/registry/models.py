@@ -13,13 +13,13 @@ from typing import Any, get_args
 
 from torch import nn
 
-from polyshard.core.config_fields import typed_config
+from polyshard.config.fields import typed_config
 from polyshard.core.discovery import adapter_names, load_adapter
 from polyshard.core.errors import AdapterError, RegistrationError
-from polyshard.core.host import OPTIONS, Inputs, ModelFactory, Outputs, RegisteredModel, as_entry
-from polyshard.registry.existing import ExistingModel
+from polyshard.core.serving import OPTIONS, Inputs, ModelFactory, Outputs, RegisteredModel, as_entry
+from polyshard.registry.in_process import is_kept, keep, kept
+from polyshard.registry.live_module import ExistingModel
 from polyshard.registry.names import NameMap, check_names
-from polyshard.registry.opaque import is_kept, keep, kept
 from polyshard.registry.reference import reference_of, resolve
 
 ENVIRONMENT_VARIABLE = "POLYSHARD_MODELS"  # JSON: {"Name": "module:factory"} or {"Name": {"factory":, "adapter":}}
@@ -163,7 +163,7 @@ def model_from_entry(name: str, entry: Any, where: str) -> RegisteredModel:
 
     Args:
         name: the architecture.
-        entry: as `polyshard.core.host.as_entry` gives it.
+        entry: as `polyshard.core.serving.as_entry` gives it.
         where: it was read, for messages.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from polyshard.testing.ranks import RankError, run_ranks
+from polyshard.launch.ranks import RankError, run_ranks
 
 if TYPE_CHECKING:
     from polyshard.testing.suite import AdapterSuite

@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-from polyshard.attention.context.shards import context_shard, context_unshard
+from polyshard.attention.context_parallel.shards import context_shard, context_unshard
 from polyshard.core.adapter import AdamW
 from polyshard.core.context import GroupContext, ParallelAxis, ParallelContext
 from polyshard.core.discovery import load_adapter
 from polyshard.core.errors import LayoutError, RankFailureError
-from polyshard.core.gather import gather_shards
-from polyshard.core.initialization import initialize_weights
-from polyshard.core.linear import column_parallel, qkv_parallel, row_parallel
-from polyshard.core.vocabulary import gather_logits, vocab_parallel_cross_entropy
 from polyshard.core.weight_table import collect_layouts, copy_into_shard, stored_parts
-from polyshard.exact.logprobs import token_logprobs
 from polyshard.launch import initialize, shutdown
+from polyshard.layers.initialization import initialize_weights
+from polyshard.layers.linear import column_parallel, qkv_parallel, row_parallel
+from polyshard.layers.logprobs import token_logprobs
+from polyshard.layers.vocabulary import gather_logits, vocab_parallel_cross_entropy
 from polyshard.testing.model import SuiteConfig, SuiteModel
 from polyshard.testing.reference import reference_weights
+from polyshard.weights.gather import gather_shards
 
 Named = dict[str, torch.Tensor]
 

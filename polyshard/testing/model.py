@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from polyshard.attention import RotaryEmbedding, TrainableFlashAttention
 from polyshard.core.context import ParallelContext
-from polyshard.core.linear import column_parallel, row_parallel
-from polyshard.core.norm import rms_norm
-from polyshard.core.vocabulary import lm_head, vocab_embedding, vocab_parallel_cross_entropy
+from polyshard.layers.linear import column_parallel, row_parallel
+from polyshard.layers.norm import rms_norm
+from polyshard.layers.vocabulary import lm_head, vocab_embedding, vocab_parallel_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)

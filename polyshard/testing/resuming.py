@@ -8,13 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from polyshard.attention.context.shards import context_shard
+from polyshard.attention.context_parallel.shards import context_shard
 from polyshard.checkpoint import PendingSave, load_training_state, save_training_state
 from polyshard.core.adapter import AdamW
 from polyshard.core.context import ParallelContext
 from polyshard.core.discovery import load_adapter
-from polyshard.core.initialization import initialize_weights
 from polyshard.launch import initialize, shutdown
+from polyshard.layers.initialization import initialize_weights
 from polyshard.testing import checks
 from polyshard.testing.model import SuiteConfig, SuiteModel
 

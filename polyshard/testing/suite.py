@@ -26,9 +26,9 @@ from torch.nn import functional as F
 
 from polyshard.core.capabilities import FEATURES, Capabilities
 from polyshard.core.discovery import load_adapter
+from polyshard.launch.ranks import run_ranks
 from polyshard.testing import checks, resuming
 from polyshard.testing.model import SuiteConfig
-from polyshard.testing.ranks import run_ranks
 from polyshard.testing.reference import reference_run, reference_training, reference_updates
 
 MARGIN = 4.0

@@ -9,9 +9,9 @@ from torch import nn
 from polyshard.core.attention import AttentionSpec
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
-from polyshard.replace.interface import IMPLEMENTATION, register
-from polyshard.replace.observe import Observed, observe
-from polyshard.replace.surgery import replace_attention
+from polyshard.transformers.replaced.interface import IMPLEMENTATION, register
+from polyshard.transformers.replaced.observe import Observed, observe
+from polyshard.transformers.replaced.surgery import replace_attention
 
 
 def exchange_attention(model: Any, context: ParallelContext) -> None:

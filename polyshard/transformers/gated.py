@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from polyshard.core.activation import swiglu
 from polyshard.core.context import ParallelContext
-from polyshard.core.linear import column_parallel, row_parallel
+from polyshard.layers.activation import swiglu
+from polyshard.layers.linear import column_parallel, row_parallel
 
 _APART = {"gate_proj", "up_proj", "down_proj"}
 _FUSED = {"gate_up_proj", "down_proj"}

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.linear import column_parallel, row_parallel
-from polyshard.core.norm import rms_norm
+from polyshard.layers.linear import column_parallel, row_parallel
+from polyshard.layers.norm import rms_norm
 from polyshard.transformers.gated import gated_mlp
 
 logger = logging.getLogger(__name__)

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard.attention.placement import sequence_positions
+from polyshard.attention.defaults import sequence_positions
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.vocabulary import vocab_parallel_cross_entropy
-from polyshard.replace.requirement import TRANSFORMERS
+from polyshard.layers.vocabulary import vocab_parallel_cross_entropy
 from polyshard.transformers.attention import exchange_attention
-from polyshard.transformers.kinds import kept_modules
 from polyshard.transformers.layers import exchange_layers
 from polyshard.transformers.memory import give_memory
-from polyshard.transformers.trial import try_model
-from polyshard.transformers.unsupported import (
+from polyshard.transformers.replaced.requirement import TRANSFORMERS
+from polyshard.transformers.trial.kinds import kept_modules
+from polyshard.transformers.trial.trial import try_model
+from polyshard.transformers.trial.unsupported import (
     refuse_lost_sharing,
     refuse_unsupported,
     shared_parameters,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.vocabulary import lm_head, vocab_embedding
+from polyshard.layers.vocabulary import lm_head, vocab_embedding
 
 
 class WrappedEmbedding(nn.Module):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import transformers
 
-from polyshard.core.foreign import Options
+from polyshard.convert.format import Options
 
 IDS = torch.arange(200)[None] * 7 % 128
 ALLOW = Options(allow_pickle=True)

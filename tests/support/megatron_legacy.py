@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from polyshard.adapters.megatron.names import from_hugging_face
-from polyshard.core.decoder_spec import DecoderSpec
-from polyshard.core.foreign import lazy
+from polyshard.config.decoder_spec import DecoderSpec
+from polyshard.convert.format import lazy
 
 
 def training_state() -> dict[str, Any]:

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 import polyshard as ps
-from polyshard.core.gather import gather_shards
 from polyshard.core.weight_table import stored_parts
+from polyshard.weights.gather import gather_shards
 
 
 def start(adapter, tensor, source, dtype=torch.float32):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from polyshard.testing.ranks import run_ranks
+from polyshard.launch.ranks import run_ranks
 
 SUPPORT = Path(__file__).parent
 

@@ -15,7 +15,7 @@ import torch
 
 import polyshard as ps
 from polyshard.attention.rotary import rotate_heads
-from polyshard.core.exact import Product
+from polyshard.core.exact_mode import Product
 from polyshard.exact.context import exact_mode
 
 

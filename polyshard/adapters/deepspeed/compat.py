@@ -12,7 +12,7 @@ import torch
 
 from polyshard.adapters.shared.optimizer_state import materialize, slots
 from polyshard.adapters.shared.quiet import printing_as_log
-from polyshard.core.state import MASTER
+from polyshard.core.pieces import MASTER
 
 # Before the import: DeepSpeed looks for accelerators then, and warns on a machine without one.
 if not torch.cuda.is_available():

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from polyshard.adapters.shared.hugging_face_names import match
-from polyshard.core.accounting import joined
-from polyshard.core.decoder_spec import DecoderSpec, expected_shapes
+from polyshard.config.decoder_spec import DecoderSpec, expected_shapes
+from polyshard.convert.accounting import joined
+from polyshard.convert.format import Foreign, Independent, NotComparableError, Options
+from polyshard.convert.pickles import load_pickle
 from polyshard.core.errors import CheckpointError
-from polyshard.core.foreign import Foreign, Independent, LazyTensor, NotComparableError, Options
-from polyshard.core.pickles import load_pickle
+from polyshard.weights.lazy_tensor import LazyTensor
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d\d)_model_states\.pt$")
 _OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d\d)_optim_states\.pt$")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard.adapters.shared.head import PaddedHead, padded_size, tied_weight
+from polyshard.layers.head import PaddedHead, padded_size, tied_weight
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard.adapters.shared.head import PaddedHead, padded_size, tied_weight
 from polyshard.adapters.shared.loss import token_losses
+from polyshard.layers.head import PaddedHead, padded_size, tied_weight
 
 logger = logging.getLogger(__name__)
 

@@ -16,11 +16,12 @@ import torch
 
 from polyshard.adapters.fairscale.llama_params import config_of, params_of, read_params
 from polyshard.adapters.fairscale.llama_reference import reference_logits
-from polyshard.core.accounting import account, check_frequencies, check_shapes
-from polyshard.core.decoder_spec import DecoderSpec, expected_shapes
+from polyshard.config.decoder_spec import DecoderSpec, expected_shapes
+from polyshard.convert.accounting import account, check_frequencies, check_shapes
+from polyshard.convert.format import Foreign, Independent, NotComparableError, Options, config_fields_of
+from polyshard.convert.pickles import load_pickle
 from polyshard.core.errors import CheckpointError
-from polyshard.core.foreign import Foreign, Independent, LazyTensor, NotComparableError, Options, config_fields_of
-from polyshard.core.pickles import load_pickle
+from polyshard.weights.lazy_tensor import LazyTensor
 
 # Llama's name, Hugging Face's, and the dimension that ranks share; None where it is replicated.
 _LAYER = (

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from polyshard.core.decoder_spec import DecoderSpec, foreign_fields
+from polyshard.config.decoder_spec import DecoderSpec, foreign_fields
 from polyshard.core.errors import CheckpointError
 
 # Constants in apply_scaling of Meta's code, for every model with use_scaled_rope.

@@ -8,11 +8,11 @@ from torch import nn
 
 from polyshard.adapters.megatron.context import adopt
 from polyshard.adapters.megatron.linear import MegatronLinearAdapter
+from polyshard.convert.format import CheckpointFormat
 from polyshard.core.adapter import OptimizerFactory
 from polyshard.core.capabilities import YES, Capabilities, no
 from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.discovery import load_adapter
-from polyshard.core.foreign import CheckpointFormat
 from polyshard.core.layout import ParallelLayout
 from polyshard.core.requirement import Requirement
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from polyshard.core.decoder_spec import DecoderSpec, Rope, foreign_fields
+from polyshard.config.decoder_spec import DecoderSpec, Rope, foreign_fields
 from polyshard.core.errors import CheckpointError
 
 # Megatron fixes these three where its arguments say use_rope_scaling (RotaryEmbedding._apply_scaling).

@@ -18,10 +18,11 @@ from polyshard.adapters.megatron.arguments import arguments_of, check_arguments,
 from polyshard.adapters.megatron.names import LAYERS, from_hugging_face, padding_note, to_hugging_face
 from polyshard.adapters.megatron.proof import independent
 from polyshard.adapters.shared.distributed_checkpoint import stored_tensors
-from polyshard.core.decoder_spec import DecoderSpec
+from polyshard.config.decoder_spec import DecoderSpec
+from polyshard.convert.format import Foreign, Independent, Options
+from polyshard.convert.pickles import load_pickle
 from polyshard.core.errors import CheckpointError
-from polyshard.core.foreign import Foreign, Independent, LazyTensor, Options
-from polyshard.core.pickles import load_pickle
+from polyshard.weights.lazy_tensor import LazyTensor
 
 METADATA = "metadata.json"
 COMMON = "common.pt"

@@ -21,12 +21,13 @@ from polyshard.adapters.shared.grad_norm import check_max_grad_norm
 from polyshard.adapters.shared.library_norm import prepare_for_library_norm
 from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import AdamW, OptimizerFactory, StepResult
-from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss, train_batch
+from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.context import ParallelContext, no_guard, replica_axis
 from polyshard.core.errors import AdapterError, ConfigurationError
-from polyshard.core.generators import GeneratorCheck
-from polyshard.core.state import MASTER, WEIGHT, OptimizerState, Piece, held_alike
+from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, held_alike
 from polyshard.core.weight_table import collect_layouts
+from polyshard.training.batch import train_batch
+from polyshard.training.generators import GeneratorCheck
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ class MegatronEngine:
     def train_batch(
         self, micro_batches: Sequence[MicroBatch], loss: SumLoss | None = None, tokens: CountTokens | None = None
     ) -> BatchResult:
-        """Forward and backward of one step's micro-batches, weighted by tokens; see `polyshard.core.batch`."""
+        """Forward and backward of one step's micro-batches, weighted by tokens; see `polyshard.training.batch`."""
         return train_batch(self, self.context, micro_batches, loss, tokens)
 
     def step(self) -> StepResult:

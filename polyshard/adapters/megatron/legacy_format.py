@@ -13,10 +13,11 @@ from polyshard.adapters.megatron.arguments import check_arguments, padded_rows, 
 from polyshard.adapters.megatron.dist_format import NO_ARGUMENTS, iteration
 from polyshard.adapters.megatron.names import LAYERS, padding_note, to_hugging_face
 from polyshard.adapters.megatron.proof import independent
-from polyshard.core.decoder_spec import DecoderSpec
+from polyshard.config.decoder_spec import DecoderSpec
+from polyshard.convert.format import Foreign, Independent, Options
+from polyshard.convert.pickles import load_pickle
 from polyshard.core.errors import CheckpointError
-from polyshard.core.foreign import Foreign, Independent, LazyTensor, Options
-from polyshard.core.pickles import load_pickle
+from polyshard.weights.lazy_tensor import LazyTensor
 
 _FOLDER = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?$")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)$")

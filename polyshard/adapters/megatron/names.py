@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from polyshard.adapters.shared.hugging_face_names import same_head
-from polyshard.core.accounting import account, check_shapes, without_padding
-from polyshard.core.decoder_spec import DecoderSpec, expected_shapes
+from polyshard.config.decoder_spec import DecoderSpec, expected_shapes
+from polyshard.convert.accounting import account, check_shapes, without_padding
 from polyshard.core.errors import CheckpointError
-from polyshard.core.foreign import LazyTensor
+from polyshard.weights.lazy_tensor import LazyTensor
 
 EMBEDDING = "embedding.word_embeddings.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"

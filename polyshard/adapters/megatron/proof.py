@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from polyshard.core.decoder_spec import DecoderSpec
+from polyshard.config.decoder_spec import DecoderSpec
+from polyshard.convert.format import Independent, NotComparableError, Options
+from polyshard.convert.pickles import load_pickle
 from polyshard.core.errors import CheckpointError
-from polyshard.core.foreign import Independent, NotComparableError, Options
-from polyshard.core.pickles import load_pickle
 
 TIMEOUT = 600
 _REFUSED = "polyshard: Megatron-Core refuses the weights: "

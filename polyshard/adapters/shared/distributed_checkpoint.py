@@ -12,8 +12,9 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from polyshard.convert.format import Options
 from polyshard.core.errors import CheckpointError
-from polyshard.core.foreign import LazyTensor, Options
+from polyshard.weights.lazy_tensor import LazyTensor
 
 # Whose types an index consists of, and the functions that rebuild layouts and paths.
 _MODULES = (

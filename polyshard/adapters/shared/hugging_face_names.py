@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from polyshard.core.accounting import FREQUENCIES, REDUNDANT, account, check_frequencies, named
-from polyshard.core.decoder_spec import DecoderSpec, expected_shapes
+from polyshard.config.decoder_spec import DecoderSpec, expected_shapes
+from polyshard.convert.accounting import FREQUENCIES, REDUNDANT, account, check_frequencies, named
 from polyshard.core.errors import CheckpointError
 
 Load = Callable[[str], torch.Tensor]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from polyshard.core.state import OptimizerState, Piece
+from polyshard.core.pieces import OptimizerState, Piece
 
 ADAM = "adam"
 

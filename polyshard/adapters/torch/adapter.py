@@ -13,10 +13,10 @@ from polyshard.adapters.shared.groups import group_context
 from polyshard.adapters.torch.context import DEFAULT_TIMEOUT, initialize, world_size_from_environment
 from polyshard.adapters.torch.engine import TorchEngine
 from polyshard.adapters.torch.linear import TorchLinearAdapter
+from polyshard.convert.format import CheckpointFormat
 from polyshard.core.adapter import OptimizerFactory
 from polyshard.core.capabilities import YES, Capabilities, no
 from polyshard.core.context import GroupContext, ParallelContext
-from polyshard.core.foreign import CheckpointFormat
 from polyshard.core.layout import ParallelLayout
 from polyshard.core.requirement import Requirement
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from polyshard.adapters.shared.distributed_checkpoint import stored_tensors
 from polyshard.adapters.shared.hugging_face_names import match
-from polyshard.core.accounting import check_shapes
-from polyshard.core.decoder_spec import DecoderSpec, expected_shapes
+from polyshard.config.decoder_spec import DecoderSpec, expected_shapes
+from polyshard.convert.accounting import check_shapes
+from polyshard.convert.format import Foreign, Independent, Options
 from polyshard.core.errors import CheckpointError
-from polyshard.core.foreign import Foreign, Independent, Options
 
 # Where people put what is no weight: the first part of a name, as in save({"model": ..., "optimizer": ...}).
 TRAINING_STATE = re.compile(

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from polyshard.adapters.torch.cross_entropy import vocab_parallel_cross_entropy
 from polyshard.adapters.torch.norm import RMSNorm
 from polyshard.core.context import ParallelContext
-from polyshard.core.differentiable import (
+from polyshard.core.weight_layout import Segment, WeightLayout, qkv_segments
+from polyshard.layers.differentiable import (
     copy_to_region,
     gather_sequence,
     reduce_from_region,
@@ -20,8 +21,7 @@ from polyshard.core.differentiable import (
     sum_gradient,
     transform_gradient,
 )
-from polyshard.core.replicas import sum_replicas
-from polyshard.core.weight_layout import Segment, WeightLayout, qkv_segments
+from polyshard.layers.replicas import sum_replicas
 
 
 def new_weight(layout: WeightLayout, parallel_context: ParallelContext, std: float | None) -> nn.Parameter:

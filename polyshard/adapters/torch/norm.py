@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from polyshard.core.context import ParallelContext
-from polyshard.core.differentiable import sum_gradient
+from polyshard.layers.differentiable import sum_gradient
 
 
 class RMSNorm(nn.Module):

@@ -11,10 +11,10 @@ from polyshard.core.adapter import OptimizerFactory
 from polyshard.core.capabilities import YES, Capabilities, no
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import AdapterError
-from polyshard.core.exact import ExactOperators
-from polyshard.core.host import ModelHost
+from polyshard.core.exact_mode import ExactOperators
 from polyshard.core.layout import ParallelLayout
 from polyshard.core.requirement import Requirement
+from polyshard.core.serving import ModelHost
 
 _FORWARD_ONLY = "vLLM's layers are forward-only: its norms and attention have no backward"
 
@@ -60,14 +60,14 @@ class VllmAdapter:
     def linear(self) -> Any:
         """vLLM's own parallel layers."""
         self.requirement.require()
-        from polyshard.adapters.vllm.linear import VllmLinearAdapter
+        from polyshard.adapters.vllm.layers.linear import VllmLinearAdapter
 
         return VllmLinearAdapter()
 
     @property
     def attention_kernels(self) -> tuple[Any, ...]:
         """The engine's own attention kernel and the pinned one, with a backward; vLLM is imported when it is used."""
-        from polyshard.adapters.vllm.kernel import VllmKernel
+        from polyshard.adapters.vllm.attention.kernel import VllmKernel
 
         return (VllmKernel(), VllmKernel(pinned=True))
 
@@ -82,7 +82,7 @@ class VllmAdapter:
     def host(self) -> ModelHost:
         """vLLM's engine as a host of models."""
         self.requirement.require()
-        from polyshard.adapters.vllm.host import VllmHost
+        from polyshard.adapters.vllm.server import VllmHost
 
         return VllmHost()
 

@@ -13,9 +13,9 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from polyshard.core.config_fields import MODEL_TYPE
+from polyshard.config.families import served_base
+from polyshard.config.fields import MODEL_TYPE
 from polyshard.core.errors import RegistrationError
-from polyshard.core.families import served_base
 
 # What vLLM reads, and the names that it has elsewhere (nanoGPT's and torchtitan's among them).
 _NEEDED: Mapping[str, tuple[str, ...]] = {

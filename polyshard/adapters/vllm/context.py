@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-from polyshard.adapters.vllm.attention import paged_attention_factory
+from polyshard.adapters.vllm.attention.latent import latent_factory
+from polyshard.adapters.vllm.attention.layer import paged_attention_factory
 from polyshard.adapters.vllm.compat import VllmConfig, get_pp_group, get_pp_indices, get_tp_group
 from polyshard.adapters.vllm.exact import exact_serving
-from polyshard.adapters.vllm.latent import latent_factory
-from polyshard.adapters.vllm.linear import VllmLinearAdapter
-from polyshard.adapters.vllm.packed import PackedLinearAdapter
+from polyshard.adapters.vllm.layers.linear import VllmLinearAdapter
+from polyshard.adapters.vllm.layers.wrapped import PackedLinearAdapter
 from polyshard.core.context import GroupContext, ParallelAxis
 from polyshard.core.discovery import load_adapter
-from polyshard.core.host import RegisteredModel
 from polyshard.core.layout import Axis, ParallelLayout
+from polyshard.core.serving import RegisteredModel
 
 
 @dataclass(frozen=True, slots=True)

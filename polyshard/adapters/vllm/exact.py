@@ -14,17 +14,17 @@ import torch
 from torch import nn
 
 from polyshard.adapters.vllm import compat
-from polyshard.adapters.vllm.norm import rms_norm, takes_norm
-from polyshard.adapters.vllm.pinned import whose_kernel
-from polyshard.adapters.vllm.product import chosen
+from polyshard.adapters.vllm.attention.exact import whose_kernel
+from polyshard.adapters.vllm.layers.matmul import chosen
+from polyshard.adapters.vllm.layers.norm import rms_norm, takes_norm
 from polyshard.attention.rotary import rotate_heads
-from polyshard.compiled.product import PackedProduct, rejects
 from polyshard.core.context import GroupContext
 from polyshard.core.errors import ConfigurationError, LayoutError, RegistrationError
-from polyshard.core.exact import ExactOperators, Product
-from polyshard.core.host import RegisteredModel
+from polyshard.core.exact_mode import ExactOperators, Product
+from polyshard.core.serving import RegisteredModel
 from polyshard.exact.context import check_shards, exact_mode
 from polyshard.exact.linear import ExactLinear
+from polyshard.native.matmul import PackedProduct, rejects
 
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 _NO_PRODUCT = "exact mode has no product of {} on this CPU, but of {}: use one of them on both sides"

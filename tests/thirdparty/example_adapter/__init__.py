@@ -7,8 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import polyshard as ps
-from polyshard.core.capabilities import FEATURES, YES, no
-from polyshard.core.requirement import Requirement
+from polyshard.core import FEATURES, YES, Requirement, no
 
 ABLE = {"tensor", "data", "fsdp", "cpu", "training", "serving"}
 

@@ -14,7 +14,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentio
 from vllm.v1.attention.selector import get_attn_backend
 
 from polyshard.adapters.vllm.compat.engines import model_dtype
-from polyshard.adapters.vllm.paging import CPU_BLOCK, Blocks, cut_queries
+from polyshard.adapters.vllm.compat.paging import CPU_BLOCK, Blocks, cut_queries
 from polyshard.attention.kernels.protocol import AttentionCall
 from polyshard.core.attention import AttentionSpec
 from polyshard.core.errors import ConfigurationError

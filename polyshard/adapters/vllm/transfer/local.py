@@ -11,11 +11,11 @@ import torch
 from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.transfer.receiver import ServedReceiver, receiver_for
 from polyshard.core.errors import WeightSyncError
-from polyshard.core.exact import identity_of
-from polyshard.core.fingerprint import fingerprint, total
-from polyshard.core.movement import Moved, rectangle, take_region
-from polyshard.core.regions import Region, regions
+from polyshard.core.exact_mode import identity_of
 from polyshard.core.weight_table import WeightEntry, WeightTable
+from polyshard.weights.fingerprint import fingerprint, total
+from polyshard.weights.movement import Moved, rectangle, take_region
+from polyshard.weights.regions import Region, regions
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,10 @@ from torch import nn
 from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.transfer.guard import WeightGuard
 from polyshard.core.errors import WeightSyncError
-from polyshard.core.fingerprint import fingerprint
-from polyshard.core.movement import Moved, rectangle, take_region
-from polyshard.core.regions import Region, regions
 from polyshard.core.weight_table import WeightEntry, stored_shape
+from polyshard.weights.fingerprint import fingerprint
+from polyshard.weights.movement import Moved, rectangle, take_region
+from polyshard.weights.regions import Region, regions
 
 
 class Receiver(Protocol):

@@ -18,8 +18,8 @@ import torch
 from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.transfer.bucket import Bucket, Chunk
 from polyshard.core.errors import ConfigurationError, WeightSyncError
-from polyshard.core.exact import ExactIdentity
-from polyshard.core.movement import Moved
+from polyshard.core.exact_mode import ExactIdentity
+from polyshard.weights.movement import Moved
 
 BACKEND = "polyshard"
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from polyshard.adapters.vllm.compat import ParamMeta, WeightSource, source_metadata
 from polyshard.core.context import ParallelContext
-from polyshard.core.gather import gather_shards
 from polyshard.core.weight_table import WeightTable, collect_layouts, stored_parts, stored_shape
+from polyshard.weights.gather import gather_shards
 
 
 class LayoutSource(WeightSource):

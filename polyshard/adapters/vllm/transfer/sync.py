@@ -24,11 +24,11 @@ from polyshard.adapters.vllm.transfer.local import LocalEngine
 from polyshard.adapters.vllm.transfer.remote import Client, LlmClient, RemoteEngine
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError, WeightSyncError
-from polyshard.core.exact import check_same_mode, identity_of
-from polyshard.core.fingerprint import fingerprint, text, total
-from polyshard.core.movement import Moved, module_pieces, put_pieces, rectangle, shared_run
+from polyshard.core.exact_mode import check_same_mode, identity_of
 from polyshard.core.ranks import Ranks
 from polyshard.core.weight_table import WeightTable, collect_layouts, stored_shape
+from polyshard.weights.fingerprint import fingerprint, text, total
+from polyshard.weights.movement import Moved, module_pieces, put_pieces, rectangle, shared_run
 
 DEFAULT_BUCKET_BYTES = 256 << 20
 

@@ -1,0 +1,151 @@
+"""The kernel that vLLM's engine itself uses, with a backward: a trainer's forward has the server's numbers.
+
+vLLM's kernels are forward alone. What autograd would make of them is silence (no gradient, or zeros); here the
+backward is supplied, from q, k, v, the output and the logsumexp.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from polyshard.adapters.vllm.compat.paging import CUDA_BLOCK, filled, paged
+from polyshard.attention.kernels import operator
+from polyshard.attention.kernels.cpu.chunked import add_logsumexp
+from polyshard.attention.kernels.cpu.kernels import Chunked
+from polyshard.attention.kernels.cpu.tiles import runs
+from polyshard.attention.kernels.cuda.flash_limits import flash_rejects, window_of
+from polyshard.attention.kernels.cuda.torch_varlen import TorchVarlen
+from polyshard.attention.kernels.protocol import AttentionCall
+from polyshard.core.attention import AttentionSpec
+from polyshard.core.errors import ConfigurationError
+
+
+class VllmKernel:
+    """CPU: vLLM's paged CPU attention over a cache made for the call. CUDA: its bundled flash-attention.
+
+    Args:
+        pinned: as an engine in exact mode attends, whatever batch a token stands in: `vllm_pinned`.
+    """
+
+    native_sinks = True
+
+    def __init__(self, pinned: bool = False) -> None:
+        self.name = "vllm_pinned" if pinned else "vllm"
+        self._pinned = pinned
+
+    def rejects(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
+        """See `AttentionKernel`."""
+        if spec.dropout:
+            return "has no dropout"
+        if device.type == "cuda":
+            return flash_rejects(spec, device, dtype, (8, 0))
+        if device.type != "cpu":
+            return f"needs CUDA or a CPU, not {device.type}"
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"has no {dtype}"
+        if not spec.causal and spec.sliding_window is not None:
+            return "has no window around the query, only one before it"
+        return None
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See `AttentionKernel`."""
+        return operator.attend(self, q, k, v, call, sinks)
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `BlockKernel`."""
+        if q.device.type == "cuda":
+            return *_cuda_forward(q, k, v, call, self._pinned), q.new_empty(0)
+        out, logsumexp = _cpu_forward(q, k, v, call, self._pinned)
+        if logsumexp is not None:
+            return out, logsumexp, q.new_empty(0)
+        logsumexp = torch.full(q.shape[:2], -math.inf, dtype=torch.float32, device=q.device)
+        if call.logsumexp:
+            for run in runs(call):
+                add_logsumexp(q, k, run, call, logsumexp)
+            if call.sinks is not None:
+                logsumexp = torch.logaddexp(logsumexp, call.sinks.float())
+        return out, logsumexp, q.new_empty(0)
+
+    def backward(
+        self,
+        grad_out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        logsumexp: torch.Tensor,
+        saved: torch.Tensor,
+        call: AttentionCall,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `BlockKernel`."""
+        kernel = TorchVarlen()
+        spec = call.spec
+        if kernel.rejects(spec, q.device, q.dtype, True) is not None or call.alibi_slopes is not None:
+            kernel = Chunked()
+        call = replace(call, save=False)  # this forward keeps no weights
+        return kernel.backward(grad_out, q, k, v, out, logsumexp, saved, call)
+
+
+def _cpu_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, pinned: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Output, and the logsumexp where it comes with it."""
+    from polyshard.adapters.vllm import compat
+    from polyshard.adapters.vllm.attention.exact import pinned_attention
+
+    needed, value_dim = max(q.shape[2], v.shape[2]), v.shape[2]
+    size = compat.cpu_head_size(needed)
+    if size is None:
+        largest = max(compat.cpu_head_sizes())
+        raise ConfigurationError(f"vLLM's CPU kernel needs head dimensions up to {largest}, not {needed}")
+    q, k, v = (filled(t, size) for t in (q, k, v))
+    seen = call.queries.lengths, call.keys.lengths
+    if not q.shape[0] or not k.shape[0]:
+        return q.new_zeros((*q.shape[:2], value_dim)), None
+    if any(rows > keys for rows, keys in zip(*seen)):
+        raise ConfigurationError(
+            "vLLM's CPU kernel has no queries before the first key: give each sequence as many keys"
+        )
+    out, logsumexp = pinned_attention(q, k, v, call) if pinned else (compat.cpu_attention(q, k, v, call), None)
+    return out[..., :value_dim].contiguous(), logsumexp
+
+
+def _cuda_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, pinned: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from polyshard.adapters.vllm import compat
+
+    spec, value_dim = call.spec, v.shape[2]
+    size = max(q.shape[2], value_dim)  # as the engine's cache holds them: `PagedAttention`
+    q, k, v = (filled(t, size) for t in (q, k, v))
+    keys: dict[str, Any] = {"cu_seqlens_k": call.keys.cu_seqlens}
+    if pinned:
+        # As the engine runs it: its tiles depend on whether keys are paged, its splits on the batch.
+        k, v, table = paged(k, v, call.keys.host, CUDA_BLOCK)
+        keys = {"seqused_k": call.keys.cu_seqlens.diff(), "block_table": table, "num_splits": 1}
+    out, logsumexp = compat.cuda_flash_attention()(
+        q,
+        k,
+        v,
+        max_seqlen_q=call.queries.max_length,
+        cu_seqlens_q=call.queries.cu_seqlens,
+        max_seqlen_k=call.keys.max_length,
+        **keys,
+        softmax_scale=spec.scale,
+        causal=spec.causal,
+        window_size=list(window_of(spec)),
+        softcap=spec.softcap or 0.0,
+        alibi_slopes=call.alibi_slopes,
+        return_softmax_lse=True,
+        fa_version=compat.cuda_flash_version(size, spec, call.sinks is not None),
+        s_aux=call.sinks,
+    )
+    return out[..., :value_dim].contiguous(), logsumexp.transpose(0, 1).contiguous()

@@ -1,0 +1,1 @@
+"""vLLM engines that polyshard starts: rollouts, scoring and sampling."""

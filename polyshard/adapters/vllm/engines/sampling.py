@@ -1,0 +1,138 @@
+"""Tokens that a real vLLM engine samples, with their log-probabilities, from a process of its own.
+
+The job is one that a trainer's bits are hard to match: prompts of many lengths in chunks beside decoding requests, then
+single requests, and prompts whose prefix is cached.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from polyshard.adapters.vllm.engines.score import engine_environment
+from polyshard.adapters.vllm.engines.scratch import engine_folder
+from polyshard.core.errors import PolyshardError
+from polyshard.exact.trace import ENVIRONMENT_VARIABLE
+from polyshard.registry import engine_errors, register_model
+
+NAME = "PolyshardSampled"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingJob:
+    """What an engine is asked.
+
+    Attributes:
+        directory: a Hugging Face directory.
+        factory: `module:attribute`.
+        dtype: of the engine, as vLLM names it.
+        prompts: token ids.
+        tokens: to be sampled for each prompt.
+        tensor: tensor-parallel size.
+        adapter: whose layers serve.
+        exact: whether in exact mode.
+        shards: of exact mode.
+        chunk: most tokens of a step: longer prompts come in chunks.
+        threads: of each worker.
+    """
+
+    directory: str
+    factory: str
+    dtype: str
+    prompts: list[list[int]]
+    tokens: int
+    tensor: int = 1
+    adapter: str = "vllm"
+    exact: bool = True
+    shards: int | None = None
+    chunk: int = 64
+    threads: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """One answer.
+
+    Attributes:
+        prompt: token ids.
+        tokens: that were sampled.
+        logprobs: of each, as the engine told them.
+    """
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+
+
+def sample(job: SamplingJob, trace: Path | None = None) -> list[Sampled]:
+    """Have an engine do the job; with `trace`, the workers record every module's values there.
+
+    Raises:
+        PolyshardError: the engine failed; the message holds the end of what it printed.
+    """
+    with engine_folder() as folder:
+        environment = engine_environment(job.tensor, folder) | {"OMP_NUM_THREADS": str(job.threads)}
+        if trace is not None:
+            environment[ENVIRONMENT_VARIABLE] = str(trace)
+        asked, answered = Path(folder, "job.json"), Path(folder, "answers.json")
+        asked.write_text(json.dumps(asdict(job)))
+        command = [sys.executable, "-m", __name__, str(asked), str(answered)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+        if not answered.exists():
+            raise PolyshardError(f"vLLM at tensor-parallel {job.tensor} failed:\n{done.stderr[-2000:]}")
+        return [Sampled(**answer) for answer in json.loads(answered.read_text())]
+
+
+def register_for(job: SamplingJob) -> dict[str, Any]:
+    """Register the job's model in this process; the options of its engine."""
+    register_model(NAME, job.factory, adapter=job.adapter, exact=job.exact, exact_shards=job.shards)
+    return {
+        "hf_overrides": {"architectures": [NAME]},
+        "tensor_parallel_size": job.tensor,
+        "dtype": job.dtype,
+        "max_model_len": max(map(len, job.prompts)) + job.tokens + 16,
+        "max_num_batched_tokens": job.chunk,
+        "max_num_seqs": min(16, job.chunk),
+        "enforce_eager": True,
+        "enable_prefix_caching": True,
+        "skip_tokenizer_init": True,
+        "kv_cache_memory_bytes": 256 << 20,
+    }
+
+
+def answers_of(llm: Any, job: SamplingJob) -> list[Sampled]:
+    """What an engine with those options answers."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=1.0, max_tokens=job.tokens, logprobs=0, ignore_eos=True, detokenize=False)
+    answers = []
+    for batch in (job.prompts, job.prompts[:1], job.prompts[-2:]):
+        for output in llm.generate([{"prompt_token_ids": p} for p in batch], parameters, use_tqdm=False):
+            ids = list(output.outputs[0].token_ids)
+            steps: Any = output.outputs[0].logprobs
+            logprobs = [step[i].logprob for step, i in zip(steps, ids)]
+            answers.append(Sampled(prompt=list(output.prompt_token_ids or []), tokens=ids, logprobs=logprobs))
+    return answers
+
+
+def _main() -> None:
+    job = SamplingJob(**json.loads(Path(sys.argv[1]).read_text()))
+    options = register_for(job)
+    from vllm import LLM
+
+    with engine_errors():
+        llm = LLM(job.directory, **options)
+    answers = [asdict(answer) for answer in answers_of(llm, job)]
+    # Whole or not at all: a worker's error after this is no answer.
+    temporary = Path(sys.argv[2]).with_suffix(".writing")
+    temporary.write_text(json.dumps(answers))
+    os.replace(temporary, sys.argv[2])
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,1 @@
+"""The model class that vLLM builds: the user's factory between vLLM's loader, forward and pipeline."""

@@ -1,0 +1,191 @@
+"""The class that vLLM is given for a registered factory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyshard.adapters.vllm.compat import (
+    IntermediateTensors,
+    SupportsLoRA,
+    SupportsPP,
+    VllmConfig,
+    WeightsMapper,
+    get_world_group,
+)
+from polyshard.adapters.vllm.config import fill_rotary_base
+from polyshard.adapters.vllm.context import serving_context
+from polyshard.adapters.vllm.served.early_exit import finished_later
+from polyshard.adapters.vllm.served.forward import make_body, traced_whole
+from polyshard.adapters.vllm.served.live_module import check_load_format
+from polyshard.adapters.vllm.served.loading import attach_loaders, keep_buffers, load_weights, packed_names
+from polyshard.adapters.vllm.served.pipeline import HIDDEN, check_pipeline, stored_elsewhere
+from polyshard.adapters.vllm.served.quantized import quantize_layers, refuse_quantized_reload, refuse_unstated_codes
+from polyshard.adapters.vllm.transfer.guard import WeightGuard, parameter_changes, shared_memory_watch
+from polyshard.core.errors import CheckpointError, RegistrationError
+from polyshard.core.serving import ModelFactory, RegisteredModel, build_model, check_served_interface
+from polyshard.core.weight_table import collect_layouts
+from polyshard.exact.trace import recorder_of
+from polyshard.layers.vocabulary import gather_logits
+from polyshard.registry import renamer, told_to_parent
+from polyshard.registry.live_module import ExistingModel
+
+logger = logging.getLogger(__name__)
+
+_LORA_ON_CPU = (
+    "vLLM 0.32 on CPU, with its own models too, answers a request without a LoRA adapter by the adapter of its last "
+    "slot where one batch holds both kinds: set max_loras above the number of adapters, or do not mix them"
+)
+
+
+def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type[nn.Module]:
+    """A class with the interface that vLLM inspects, around the module that `factory` builds in each worker."""
+    rename = renamer(registered.names)
+
+    # LoRA with every adapter: vLLM 0.33 refuses a class that lacks it, before ours can name the way out.
+    class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
+        """What vLLM calls; the user's model is `self.model`."""
+
+        packed_modules_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # vLLM looks for it on class and instance
+        hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={"": "model."})
+
+        def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+            super().__init__()
+            with told_to_parent(get_world_group().rank):
+                self.build(vllm_config)
+
+        def build(self, vllm_config: VllmConfig) -> None:
+            _refuse_unsupported(registered, vllm_config)
+            self.shares_memory = isinstance(factory, ExistingModel)
+            check_load_format(registered.name, self.shares_memory, vllm_config)
+            self.context = serving_context(vllm_config, registered)
+            self.config = config = vllm_config.model_config.hf_config
+            fill_rotary_base(config)
+            self.model = build_model(factory, config, self.context, registered.name)
+            check_served_interface(self.model, registered.name, registered.outputs)
+            self.model.requires_grad_(False)
+            axis = self.context.axis("pipeline")
+            self.first_stage, self.last_stage = axis.rank == 0, axis.rank == axis.size - 1
+            self.vocab_size = vllm_config.model_config.get_vocab_size()
+            self.table = collect_layouts(self.model)
+            self.quantized = None
+            refuse_unstated_codes(registered.name, vllm_config, self.table, rename)
+            if vllm_config.quant_config is not None or vllm_config.lora_config is not None:
+                self.packed_modules_mapping = packed_names(self.table, registered.name)
+            if vllm_config.quant_config is not None:
+                vllm_config.quant_config.packed_modules_mapping.update(self.packed_modules_mapping)
+                self.quantized = quantize_layers(self.model, self.table, vllm_config.quant_config)
+            on_cpu = self.context.device.type == "cpu"
+            if vllm_config.lora_config is not None and on_cpu and self.context.rank == 0:
+                logger.warning(_LORA_ON_CPU)
+            self.elsewhere = stored_elsewhere(registered.name, self.table)
+            self.hidden_size = vllm_config.model_config.get_hidden_size()
+            attach_loaders(self.model, self.table, self.context)
+            keep_buffers(self.model)
+            self.weights = WeightGuard()
+            if isinstance(factory, ExistingModel):
+                changes = parameter_changes(factory.module)
+                self.weights.accept("the trainer's own", shared_memory_watch(changes, "the engine was started"))
+            self.recorder = recorder_of(self.model, self.context.get_tensor_parallel_rank())
+            can_wait = registered.outputs == "hidden" and self.last_stage and self.recorder is None
+            self.finished_later = can_wait and finished_later(self.model, vllm_config)
+            # A submodule: vLLM warms up, and captures piecewise, what it finds compiled among a model's modules.
+            self.body = make_body(registered, self.model, vllm_config, self.finished_later)
+            self.loaded = False
+
+        def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+            embed = getattr(self.model, "embed_input_ids", None)
+            if embed is None:
+                raise RegistrationError(
+                    f"model {registered.name!r} has no embed_input_ids(input_ids): prompts given as embeddings need it"
+                )
+            return embed(input_ids)
+
+        def forward(
+            self,
+            input_ids: torch.Tensor | None,
+            positions: torch.Tensor,
+            intermediate_tensors: Any = None,
+            inputs_embeds: torch.Tensor | None = None,
+            **kwargs: Any,
+        ) -> torch.Tensor | IntermediateTensors:
+            unknown = sorted(name for name, value in kwargs.items() if value is not None)
+            if unknown:
+                raise RegistrationError(
+                    f"model {registered.name!r} was given unsupported inputs by vLLM: got {', '.join(unknown)}, "
+                    "expected token IDs or embeddings with positions. Switch off the feature that adds them"
+                )
+            self.weights.check()
+            if not self.first_stage:
+                inputs_embeds = intermediate_tensors[HIDDEN]
+            with traced_whole(registered.name):
+                hidden = self.body(None if inputs_embeds is not None else input_ids, positions, inputs_embeds)
+            if not self.last_stage:
+                return IntermediateTensors({HIDDEN: hidden})
+            return self.whole_logits(hidden) if registered.outputs == "logits" else hidden
+
+        def make_empty_intermediate_tensors(
+            self, batch_size: int, dtype: torch.dtype, device: torch.device
+        ) -> IntermediateTensors:
+            hidden = torch.zeros(batch_size, self.hidden_size, dtype=dtype, device=device)
+            return IntermediateTensors({HIDDEN: hidden})
+
+        def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            self.weights.check()  # here too: a captured graph stands for the forward
+            if registered.outputs == "logits":
+                return hidden_states
+            if self.finished_later:
+                hidden_states = self.model.finish(hidden_states)  # pyrefly: ignore  # checked when built
+            return self.whole_logits(self.model.compute_logits(hidden_states))  # pyrefly: ignore  # checked when built
+
+        def whole_logits(self, logits: torch.Tensor) -> torch.Tensor:
+            if logits.shape[-1] >= self.vocab_size:  # one rank, or gathered by the model
+                return logits[..., : self.vocab_size]
+            return gather_logits(logits, self.context, self.vocab_size)
+
+        def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+            reloading = any(parameter.is_meta for parameter in self.model.parameters())  # vLLM has made them so
+            if self.loaded and not reloading:
+                raise CheckpointError(
+                    f"model {registered.name!r} is running: load_weights alone would leave packed copies of the old "
+                    "weights. Use polyshard.WeightSync, or vLLM's reload_weights"
+                )
+            if reloading:
+                self.weights.refuse("a reload of its weights has begun and is not finished")
+                refuse_quantized_reload(registered.name, self.quantized)
+            with told_to_parent(self.context.rank):
+                names = load_weights(
+                    self.model, self.table, weights, registered.name, rename, self.elsewhere, self.quantized
+                )
+            if reloading:
+                self.weights.accept(None)
+            self.loaded = True
+            return {f"model.{name}" for name in names}
+
+    ServedModel.__name__ = ServedModel.__qualname__ = registered.name
+    return ServedModel
+
+
+def _refuse_unsupported(registered: RegisteredModel, vllm_config: VllmConfig) -> None:
+    """What vLLM would pass over in silence on a model that does not take part in it."""
+    name = registered.name
+    if vllm_config.model_config.runner_type == "pooling":
+        raise RegistrationError(
+            f"model {name!r} cannot be served for embeddings, scores or rewards: registered models generate text. "
+            "Leave out runner='pooling'"
+        )
+    asked = {
+        "a quantized checkpoint": vllm_config.quant_config is not None,
+        "LoRA": vllm_config.lora_config is not None,
+    }
+    for feature, wanted in asked.items():
+        if wanted and registered.adapter != "vllm":
+            raise RegistrationError(
+                f"model {name!r}: {feature} needs vLLM's own layers, but it was registered with "
+                f"adapter={registered.adapter!r}: register it with adapter='vllm'"
+            )
+    check_pipeline(name, vllm_config)

@@ -1,0 +1,171 @@
+"""Quantized checkpoints on vLLM's own layers: each layer's scheme, and its codes and scales from the checkpoint.
+
+vLLM chooses a scheme by a layer's name, which no layer knows while a factory builds it. So the linear layers are built
+without memory first, and once more under their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyshard.adapters.vllm.compat import UnquantizedLinearMethod, VllmConfig
+from polyshard.checkpoint.files import TensorReader
+from polyshard.checkpoint.quantization.detect import FLOATS, short
+from polyshard.checkpoint.quantization.reading import refuse_quantized
+from polyshard.core.errors import CheckpointError, RegistrationError
+from polyshard.core.weight_table import IGNORED_TENSORS, WeightTable
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A layer of a checkpoint, and where it goes.
+
+    Attributes:
+        layer: of the model; maybe fused from several.
+        shard: what its loaders call this part; None where it is the whole.
+    """
+
+    layer: nn.Module
+    shard: Any
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedLayers:
+    """The quantized layers of a model.
+
+    Attributes:
+        parts: by their names in a checkpoint.
+        weights: names, in the model, of the weights that are loaded here and not by their layouts.
+    """
+
+    parts: Mapping[str, Part]
+    weights: frozenset[str]
+
+
+class QuantizedLoading:
+    """One pass over a checkpoint: every tensor of every quantized layer once."""
+
+    def __init__(self, parts: Mapping[str, Part]) -> None:
+        self._parts = parts
+        self._loaded: set[str] = set()
+
+    def take(self, stored_name: str, tensor: torch.Tensor) -> list[str] | None:
+        """Load a tensor; problems, or None where it belongs to no quantized layer."""
+        layer_name, _, kind = stored_name.rpartition(".")
+        part = self._parts.get(layer_name)
+        if part is None or kind == "bias":
+            return None
+        parameter = part.layer._parameters.get(kind)
+        if parameter is None:
+            return [] if kind == "g_idx" and _in_order(tensor) else [f"unexpected {stored_name}"]
+        if stored_name in self._loaded:
+            return [f"{stored_name} came twice"]
+        if tensor.dtype != parameter.dtype and not {tensor.dtype, parameter.dtype} <= set(FLOATS):
+            return [f"{stored_name} is {short(tensor.dtype)}, this scheme has {short(parameter.dtype)}"]
+        loader: Any = parameter.weight_loader  # pyrefly: ignore  # set by vLLM's quantization methods
+        loader(parameter, tensor, *(() if part.shard is None else (part.shard,)))
+        self._loaded.add(stored_name)
+        return []
+
+    def missing(self) -> list[str]:
+        """Names of what did not come."""
+        wanted = [
+            f"{name}.{kind}"
+            for name, part in self._parts.items()
+            for kind, parameter in part.layer._parameters.items()
+            if parameter is not None  # what a scheme does not use
+        ]
+        return [name for name in wanted if name not in self._loaded and not name.endswith(".bias")]
+
+
+def _in_order(groups: torch.Tensor) -> bool:
+    """Whether GPTQ's groups are runs of equal length in order, which is what a scheme without `g_idx` computes with."""
+    length = int((groups == 0).sum())
+    return length > 0 and torch.equal(groups.long(), torch.arange(len(groups)) // length)
+
+
+def refuse_unstated_codes(name: str, vllm_config: VllmConfig, table: WeightTable, rename: Callable[[str], str]) -> None:
+    """Raise before weights are loaded where a directory holds codes and its configuration does not say so.
+
+    Args:
+        name: the architecture, for messages.
+        vllm_config: vLLM's.
+        table: the model's layouts.
+        rename: from a stored name to that of the model's layers.
+
+    Raises:
+        CheckpointError: tensors are codes; vLLM, which goes by the configuration, would cast them to weights.
+    """
+    directory = Path(vllm_config.model_config.model)
+    if vllm_config.quant_config is not None or vllm_config.load_config.load_format not in ("auto", "safetensors"):
+        return
+    if not directory.is_dir() or next(directory.glob("*.safetensors"), None) is None:
+        return  # of the Hub, or pickles: each tensor is looked at when it comes
+    reader = TensorReader(directory)
+    known = {other for entry in table.values() for other in (*entry.checkpoint_names, *entry.tied_names)}
+    own = {stored for stored in reader.where if rename(stored) in known}
+    try:
+        refuse_quantized(directory, reader, own, IGNORED_TENSORS)
+    except CheckpointError as error:
+        raise CheckpointError(f"model {name!r} cannot be served: {error}") from None
+
+
+def refuse_quantized_reload(name: str, quantized: QuantizedLayers | None) -> None:
+    """Raise `CheckpointError` where a running model is quantized.
+
+    vLLM's layers keep codes and scales in the form of their kernels alone, and do not take new ones: vLLM's own int8
+    model answers garbage after `reload_weights`, without a word (0.32.0, CPU; `tests/test_vllm_quantized.py`).
+    """
+    if quantized is not None:
+        raise CheckpointError(
+            f"model {name!r} serves a quantized checkpoint, which vLLM cannot load into a running engine: start the "
+            "engine anew"
+        )
+
+
+def _unsupported(path: str, quant_config: Any, error: Exception) -> str:
+    method, reason = quant_config.get_name(), " ".join(str(error).split()) or type(error).__name__
+    return (
+        f"quantization {method} of {path} is unsupported by vLLM on this device: got {reason}. Write floating-point "
+        "weights with `polyshard convert --dtype bfloat16` (FP8, MXFP4, compressed-tensors' int8 and float8), or serve "
+        "a checkpoint that is quantized otherwise"
+    )
+
+
+def quantize_layers(model: nn.Module, table: WeightTable, quant_config: Any) -> QuantizedLayers:
+    """Build the linear layers anew, by vLLM's scheme for each.
+
+    Args:
+        model: as its factory built it, its linear layers on the meta device.
+        table: its layouts.
+        quant_config: vLLM's, which knows the names of fused layers.
+
+    Raises:
+        RegistrationError: vLLM has no kernel for a layer's scheme.
+    """
+    parts: dict[str, Part] = {}
+    weights: set[str] = set()
+    for path, layer in model.named_modules():
+        rebuild: Callable[[Any, str], None] | None = vars(layer).get("rebuild")
+        if rebuild is None:
+            continue
+        try:
+            rebuild(quant_config, f"model.{path}")
+        except (ValueError, NotImplementedError, AssertionError, RuntimeError) as error:
+            raise RegistrationError(_unsupported(path, quant_config, error)) from error
+        layer.requires_grad_(False)
+        if isinstance(layer.quant_method, UnquantizedLinearMethod):
+            continue
+        entry = table[f"{path}.weight"]
+        weights.add(entry.parameter)
+        names = entry.checkpoint_names
+        shards = [None] if len(names) == 1 else vars(layer)["shard_ids"]
+        for name, shard in zip(names, shards, strict=True):
+            parts[name.removesuffix(".weight")] = Part(layer, shard)
+    return QuantizedLayers(parts, frozenset(weights))

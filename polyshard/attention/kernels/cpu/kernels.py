@@ -1,0 +1,186 @@
+"""Kernels that go through the runs of a packed batch: by tiles, torch's flash operator, compiled loops, the fastest.
+
+Measured (benchmarks/attention.py, one thread): in float32 the compiled loops are the fastest; without a compiler, tiles
+are for sequences up to a thousand tokens, and torch's operator for longer ones. In bfloat16 tiles are faster at any
+length. Padding and block masks lose.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+
+from polyshard.attention.kernels import operator
+from polyshard.attention.kernels.cpu import chunked
+from polyshard.attention.kernels.cpu import flash as cpu_flash
+from polyshard.attention.kernels.cpu import native as fused
+from polyshard.attention.kernels.cpu.tiles import Run, runs
+from polyshard.attention.kernels.protocol import AttentionCall
+from polyshard.attention.kernels.softmax import wide
+from polyshard.core.attention import AttentionSpec
+
+_LONG = 1024  # keys from which torch's operator is faster than tiles in float32
+
+Way = Literal["tiles", "flash", "fused"]
+
+
+class _ByRun:
+    """A `BlockKernel` that goes through the runs of a call."""
+
+    name: str
+    native_sinks = False
+
+    def way(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> Way:
+        """What computes this run."""
+        raise NotImplementedError
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See `AttentionKernel`."""
+        return operator.attend(self, q, k, v, call, sinks)
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `BlockKernel`."""
+        q, k, v = (_whole_rows(t) for t in (q, k, v))
+        work, kept = self._work(q, call)
+        if _filled(work, q, k):
+            out, logsumexp = q.new_empty((*q.shape[:2], v.shape[-1])), q.new_empty(q.shape[:2])
+        else:
+            out = q.new_zeros((*q.shape[:2], v.shape[-1]))
+            logsumexp = torch.full(q.shape[:2], -math.inf, dtype=wide(q.dtype), device=q.device)
+        saved = q.new_empty(sum(kept))
+        for (run, way), part in zip(work, saved.split(kept)):
+            match way:
+                case "fused":
+                    fused.forward_run(q, k, v, run, call, out, logsumexp)
+                case "flash":
+                    cpu_flash.forward_run(q, k, v, run, call, out, logsumexp)
+                case "tiles":
+                    chunked.forward_run(q, k, v, run, call, out, logsumexp, part)
+        return out, logsumexp, saved
+
+    def backward(
+        self,
+        grad_out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        logsumexp: torch.Tensor,
+        saved: torch.Tensor,
+        call: AttentionCall,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `BlockKernel`."""
+        grad_out, q, k, v, out = (_whole_rows(t) for t in (grad_out, q, k, v, out))
+        work, kept = self._work(q, call)
+        new = torch.Tensor.new_empty if _filled(work, q, k) else torch.Tensor.new_zeros
+        grads = (new(q, q.shape), new(k, k.shape), new(v, v.shape))
+        for (run, way), part in zip(work, saved.split(kept)):
+            match way:
+                case "fused":
+                    fused.backward_run(grad_out, q, k, v, out, logsumexp, run, call, grads)
+                case "flash":
+                    cpu_flash.backward_run(grad_out, q, k, v, out, logsumexp, run, call, grads)
+                case "tiles":
+                    chunked.backward_run(grad_out, q, k, v, out, logsumexp, part, run, call, grads)
+        return grads
+
+    def _work(self, q: torch.Tensor, call: AttentionCall) -> tuple[list[tuple[Run, Way]], list[int]]:
+        """The runs with keys, each with what computes it, and how many weights it keeps."""
+        work = [(run, self.way(run, call, q.dtype)) for run in runs(call) if run.keys]
+        return work, [chunked.saved_elements(run, call, q) if way == "tiles" else 0 for run, way in work]
+
+
+def _whole_rows(x: torch.Tensor) -> torch.Tensor:
+    """With the last dimension contiguous, as compiled code wants it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _filled(work: list[tuple[Run, Way]], q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether every row of all results will be written: the loops leave out nothing, and no sequence is left out."""
+    rows, keys = sum(run.count * run.rows for run, _ in work), sum(run.count * run.keys for run, _ in work)
+    return all(way == "fused" for _, way in work) and (rows, keys) == (len(q), len(k))
+
+
+class Chunked(_ByRun):
+    """Tiles of matrix products: every feature, on any device."""
+
+    name = "chunked"
+
+    def rejects(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
+        """See `AttentionKernel`."""
+        return None if dtype.is_floating_point else f"needs a float dtype, not {dtype}"
+
+    def way(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> Way:
+        """Tiles alone."""
+        return "tiles"
+
+
+class Cpu(Chunked):
+    """The fastest of all for each run of sequences."""
+
+    name = "cpu"
+
+    def rejects(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
+        """See `AttentionKernel`."""
+        if device.type != "cpu":
+            return f"needs a CPU, not {device.type}"
+        return super().rejects(spec, device, dtype, training)
+
+    def way(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> Way:
+        """Compiled loops where they can; else torch's operator for long sequences without what it lacks."""
+        if call.alibi_slopes is not None:  # the operator's spec has none: they are a tensor of the call
+            return "tiles"
+        if fused.worthwhile(run, call) and fused.rejects(call.spec, dtype) is None:
+            return "fused"
+        long = run.keys >= _LONG and cpu_flash.fits(run, call) and flash_lacks(call.spec) is None
+        return "flash" if long else "tiles"
+
+
+class CpuFused(_ByRun):
+    """The compiled loops alone."""
+
+    name = "cpu_fused"
+
+    def rejects(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
+        """See `AttentionKernel`."""
+        return fused.rejects(spec, dtype) if device.type == "cpu" else f"needs a CPU, not {device.type}"
+
+    def way(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> Way:
+        """Always."""
+        return "fused"
+
+
+class CpuFlash(_ByRun):
+    """torch's `_scaled_dot_product_flash_attention_for_cpu` alone."""
+
+    name = "cpu_flash"
+
+    def rejects(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
+        """See `AttentionKernel`."""
+        if device.type != "cpu":
+            return f"needs a CPU, not {device.type}"
+        if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            return f"has no {dtype}"
+        return flash_lacks(spec)
+
+    def way(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> Way:
+        """torch's operator, but for alignments that it cannot express."""
+        return "flash" if cpu_flash.fits(run, call) else "tiles"
+
+
+def flash_lacks(spec: AttentionSpec) -> str | None:
+    """The first feature of `spec` that torch's CPU operator does not have."""
+    features = {
+        "has no dropout": bool(spec.dropout),
+        "has no sliding window": spec.sliding_window is not None,
+        "has no logit soft-cap": spec.softcap is not None,
+        "has no ALiBi": spec.alibi_slopes is not None,
+        f"needs values as wide as keys, not {spec.v_dim} and {spec.head_dim}": spec.v_dim != spec.head_dim,
+    }
+    return next((reason for reason, asked in features.items() if asked), None)

@@ -1,0 +1,40 @@
+"""FlashAttention 3 for Hopper (the package's `hopper` folder), with its own backward."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from polyshard.attention.kernels.cuda.flash_limits import flash_rejects, varlen_arguments
+from polyshard.attention.kernels.protocol import AttentionCall
+from polyshard.core.attention import AttentionSpec
+
+
+class FlashAttn3:
+    """`flash_attn_interface.flash_attn_varlen_func`. Source: flash-attention, hopper/flash_attn_interface.py."""
+
+    name = "flash_attn_3"
+
+    def rejects(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
+        """See `AttentionKernel`."""
+        reason = flash_rejects(spec, device, dtype, (9, 0))
+        if reason is not None:
+            return reason
+        if find_spec("flash_attn_interface") is None:
+            return "needs FlashAttention 3: build the hopper folder of flash-attention"
+        if torch.cuda.get_device_capability(device)[0] != 9:
+            return "is for Hopper (compute capability 9.0)"
+        if spec.alibi_slopes is not None:
+            return "has no ALiBi"
+        return "drops the gradient of sinks" if spec.sinks else None
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See `AttentionKernel`."""
+        assert sinks is None
+        from flash_attn_interface import flash_attn_varlen_func  # pyrefly: ignore  # CUDA only
+
+        out = flash_attn_varlen_func(q, k, v, **varlen_arguments(call))
+        return out[0] if isinstance(out, tuple) else out

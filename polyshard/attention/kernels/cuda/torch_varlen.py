@@ -1,0 +1,83 @@
+"""torch's packed flash attention on CUDA: FlashAttention 2 built into torch, or what torch's activation call chose.
+
+The operators are called below `torch.nn.attention.varlen`, whose backward drops the logsumexp's part: sinks and ring
+attention need it. Source: torch 2.13, nn/attention/varlen.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from polyshard.attention.kernels import operator
+from polyshard.attention.kernels.cuda.flash_limits import flash_rejects, window_of
+from polyshard.attention.kernels.protocol import AttentionCall
+from polyshard.core.attention import AttentionSpec
+
+
+class TorchVarlen:
+    """`aten._flash_attention_forward` and `_backward`."""
+
+    name = "torch_varlen"
+    native_sinks = False
+
+    def rejects(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
+        """See `AttentionKernel`."""
+        reason = flash_rejects(spec, device, dtype, (8, 0))
+        if reason is not None:
+            return reason
+        if spec.softcap is not None:
+            return "has no logit soft-cap"
+        if spec.alibi_slopes is not None:
+            return "has no backward for ALiBi"
+        if spec.v_dim != spec.head_dim:
+            return f"needs values as wide as keys, not {spec.v_dim} and {spec.head_dim}"
+        return None
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See `AttentionKernel`."""
+        return operator.attend(self, q, k, v, call, sinks)
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `BlockKernel`."""
+        q, k, v = (t.contiguous() for t in (q, k, v))
+        out, logsumexp, state, offset, _ = torch.ops.aten._flash_attention_forward(
+            q, k, v, *_bounds(call), 0.0, call.spec.causal, False, **_options(call)
+        )
+        # The two are of no use without dropout, and the backward takes whatever has their shapes.
+        del state, offset
+        return out, logsumexp.transpose(0, 1).contiguous(), q.new_empty(0)
+
+    def backward(
+        self,
+        grad_out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        logsumexp: torch.Tensor,
+        saved: torch.Tensor,
+        call: AttentionCall,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `BlockKernel`."""
+        grad_out, q, k, v = (t.contiguous() for t in (grad_out, q, k, v))
+        total = logsumexp.transpose(0, 1).contiguous()
+        state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+        offset = torch.zeros((), dtype=torch.uint64, device=q.device)
+        rest = (*_bounds(call), 0.0, call.spec.causal, state, offset)
+        return torch.ops.aten._flash_attention_backward(grad_out, q, k, v, out, total, *rest, **_options(call))
+
+
+def _bounds(call: AttentionCall) -> tuple[Any, ...]:
+    queries, keys = call.queries, call.keys
+    return queries.cu_seqlens, keys.cu_seqlens, queries.max_length, keys.max_length
+
+
+def _options(call: AttentionCall) -> dict[str, Any]:
+    left, right = window_of(call.spec)
+    return {"scale": call.spec.scale, "window_size_left": left, "window_size_right": right}

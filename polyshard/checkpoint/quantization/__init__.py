@@ -1,0 +1,1 @@
+"""Quantized files: detected, dequantized region by region, or refused."""

@@ -1,0 +1,186 @@
+"""Quantized weights as floating-point ones, for formats with a public and simple rule.
+
+FP8 in blocks or per tensor (DeepSeek-V3, Qwen3-FP8), compressed-tensors' float8 and int8 per tensor or channel, and
+gpt-oss's MXFP4. A region of a tensor needs the codes of that region and the tensor's scales, so a tensor-parallel rank
+dequantizes its own shard. The oracle of the tests is transformers' own dequantized model, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from polyshard.checkpoint.quantization.detect import CONVERT, refuse_codes, signs_of_quantization
+from polyshard.core.errors import CheckpointError
+from polyshard.weights.lazy_tensor import LazyTensor
+
+_CODES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+_SCALES = (".weight_scale_inv", ".weight_scale")
+_OF_ACTIVATIONS = (".input_scale", ".activation_scale", ".output_scale", ".q_scale", ".k_scale", ".v_scale")
+_MXFP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_METHODS = (None, "fp8", "compressed-tensors", "mxfp4")
+_OTHERS = "Dequantize it with the library that wrote it."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dequantized:
+    """A checkpoint without codes.
+
+    Attributes:
+        tensors: in float32 where they were codes; scales are taken out.
+        config: without `quantization_config`.
+        notes: what was left out or changed, for the user.
+    """
+
+    tensors: Mapping[str, LazyTensor]
+    config: Mapping[str, Any] | None
+    notes: tuple[str, ...] = ()
+
+
+def dequantized(
+    tensors: Mapping[str, LazyTensor],
+    config: Mapping[str, Any] | None,
+    where: object,
+    *,
+    advice: str = CONVERT,
+    known: Collection[str] = (),
+) -> Dequantized:
+    """Return the checkpoint in float32 where it was quantized; nothing is read until a tensor is.
+
+    Args:
+        tensors: of the checkpoint, by name.
+        config: fields of config.json, where they are known.
+        where: the checkpoint, for errors.
+        advice: what to do about codes without a rule here, for errors.
+        known: names of the model's own weights, which are no scales whatever they are called.
+
+    Raises:
+        CheckpointError: its quantization has no rule here; the tensors are named.
+
+    Example:
+        >>> from polyshard.convert.format import lazy
+        >>> codes = {"a.weight": lazy(torch.ones(1, 2).char()), "a.weight_scale": lazy(torch.tensor([0.5]))}
+        >>> dequantized(codes, None, "here").tensors["a.weight"].load()
+        tensor([[0.5000, 0.5000]])
+    """
+    if not signs_of_quantization(tensors, config, known):
+        return Dequantized(tensors=tensors, config=config)
+    stated = (config or {}).get("quantization_config") or {}
+    if not isinstance(stated, Mapping) or stated.get("quant_method") not in _METHODS:
+        refuse_codes(tensors, config, where, advice, known)
+    _refuse_other_transforms(stated, where)
+    found = dict(tensors)
+    count = 0
+    for name, tensor in tensors.items():
+        if name in known and tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
+            continue
+        if name.endswith("_blocks"):
+            found[name.removesuffix("_blocks")] = _of_mxfp4(name, found.pop(name), _scale(found, name, where), where)
+            count += 1
+        elif name.endswith(".weight") and tensor.dtype in _CODES and len(tensor.shape) == 2:
+            found[name] = _of_codes(name, tensor, _scale(found, name, where), stated, where)
+            count += 1
+    inputs = [name for name in found if name.endswith(_OF_ACTIVATIONS) and name not in known]
+    for name in inputs:
+        del found[name]
+    fields = {name: value for name, value in (config or {}).items() if name != "quantization_config"}
+    refuse_codes(found, fields, where, advice, known)
+    if not count:
+        raise CheckpointError(
+            f"{where} contradicts its configuration: got quantization_config with "
+            f"quant_method={stated.get('quant_method')!r} and no quantized tensor, expected codes with scales. Take "
+            "quantization_config out of config.json if the weights are floating-point ones."
+        )
+    notes = [f"dequantized {count} tensors"]
+    if inputs:
+        notes.append(f"left out {len(inputs)} scales of activations, which a model without quantization does not use")
+    if stated.get("activation_scheme") or any(group.get("input_activations") for group in _groups(stated)):
+        notes.append("the source quantizes activations while it computes; the result does not")
+    return Dequantized(tensors=found, config=None if config is None else fields, notes=tuple(notes))
+
+
+def _groups(stated: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [group or {} for group in (stated.get("config_groups") or {}).values()]
+
+
+def _refuse_other_transforms(stated: Mapping[str, Any], where: object) -> None:
+    """compressed-tensors can rotate or sparsify weights, too: codes times scales are not the weight then."""
+    sparsity = (stated.get("sparsity_config") or {}).get("format", "dense")
+    transform = stated.get("transform_config") or {}
+    if sparsity != "dense" or transform:
+        got = f"sparsity_config with format={sparsity!r}" if sparsity != "dense" else f"transform_config={transform!r}"
+        raise CheckpointError(
+            f"{where} holds quantized weights of an unsupported kind: got {got}, expected codes with scales. {_OTHERS}"
+        )
+
+
+def _scale(tensors: dict[str, LazyTensor], name: str, where: object) -> LazyTensor:
+    stem = name.removesuffix(".weight").removesuffix("_blocks")
+    for suffix in ("_scales",) if name.endswith("_blocks") else _SCALES:
+        if stem + suffix in tensors:
+            return tensors.pop(stem + suffix)
+    raise CheckpointError(
+        f"{where} holds codes without scales: got {name} in "
+        f"{str(tensors[name].dtype) if name in tensors else 'blocks'}, "
+        f"expected {stem}{_SCALES[0]} or its like beside it. Copy the whole checkpoint."
+    )
+
+
+def _of_codes(name: str, codes: LazyTensor, scale: LazyTensor, stated: Mapping[str, Any], where: object) -> LazyTensor:
+    """`weight * scale`, the scale grown to the weight's rows and columns."""
+    rows, columns = codes.shape
+    structures = [(group.get("weights") or {}).get("block_structure") for group in _groups(stated)]
+    blocks = stated.get("weight_block_size") or next((found for found in structures if found), None) or (0, 0)
+    single = torch.Size(scale.shape).numel() == 1
+    by_row = tuple(scale.shape) in ((rows, 1), (rows,))
+    by_block = all(blocks) and tuple(scale.shape) == (-(-rows // blocks[0]), -(-columns // blocks[1]))
+    if not (single or by_row or by_block):
+        raise CheckpointError(
+            f"{where}: the scale of {name} has an unsupported shape: got {list(scale.shape)} for {[rows, columns]} and "
+            f"blocks of {blocks}, expected one scale, one for each row, or one for each block. {_OTHERS}"
+        )
+
+    def region(offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+        (row, column), (height, width) = offsets, sizes
+        values = scale.load().float()
+        if single:
+            grown = values.reshape(1, 1)
+        elif by_row:
+            grown = values.reshape(-1, 1)[row : row + height]
+        else:
+            tall = torch.arange(row, row + height) // blocks[0]
+            grown = values[tall][:, torch.arange(column, column + width) // blocks[1]]
+        return codes.part(offsets, sizes).float() * grown
+
+    return _lazy(codes.shape, region)
+
+
+def _of_mxfp4(name: str, blocks: LazyTensor, scales: LazyTensor, where: object) -> LazyTensor:
+    """`[experts, out, in / 32, 16]` bytes of two codes, low first, to `[experts, in, out]`."""
+    shape, exponents = tuple(blocks.shape), tuple(scales.shape)
+    if len(shape) != 4 or exponents != shape[:3] or {blocks.dtype, scales.dtype} != {torch.uint8}:
+        raise CheckpointError(
+            f"{where}: {name} is no MXFP4: got {list(shape)} and scales {list(exponents)} in {blocks.dtype} and "
+            f"{scales.dtype}, expected uint8 [experts, out, in / 32, 16] and [experts, out, in / 32]. {_OTHERS}"
+        )
+    experts, out, groups, half = shape
+    each = 2 * half
+
+    def region(offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+        (expert, row, column), (count, width, height) = offsets, sizes  # of the result: its rows are input channels
+        first, last = row // each, -(-(row + width) // each)
+        values = torch.tensor([*_MXFP4, *(-value for value in _MXFP4)])
+        packed = blocks.part((expert, column, first, 0), (count, height, last - first, half))
+        power = scales.part((expert, column, first), (count, height, last - first)).int() - 127
+        codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+        full = torch.ldexp(values[codes.long()], power[..., None]).flatten(-2)
+        return full[..., row - first * each : row - first * each + width].transpose(1, 2).contiguous()
+
+    return _lazy((experts, groups * each, out), region)
+
+
+def _lazy(shape: tuple[int, ...], region: Any) -> LazyTensor:
+    return LazyTensor(shape, torch.float32, lambda: region((0,) * len(shape), shape), region)

@@ -1,0 +1,162 @@
+"""Run a function on several ranks of this machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_map_only
+
+# Before the fork server asks whether there is a GPU: CUDA's own answer would keep its children from using one.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+# What every rank would import; torch._dynamo comes with the first optimizer.
+PRELOAD = [
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "polyshard.launch.ranks",
+    "polyshard.adapters.torch.engine",
+]
+
+
+class RankError(AssertionError):
+    """Some ranks failed; the message holds each one's traceback, or says how it ended."""
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _agent_store() -> dist.TCPStore:
+    """The store that ranks meet in, kept by this process as torchrun's agent does, at a port that nobody else has."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def _environment_of_ranks(
+    world_size: int, store: dist.TCPStore | None, gpus: bool | Literal["shared"]
+) -> list[dict[str, str]]:
+    """What torchrun tells each rank of one machine; without a store, what a launcher says that leaves it to rank 0."""
+    shared = {
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port if store else free_port()),
+        "TORCHELASTIC_USE_AGENT_STORE": str(store is not None),
+        **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),
+        **({"POLYSHARD_BACKEND": "gloo"} if gpus == "shared" else {}),
+    }
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 120.0,
+    silent: tuple[int, ...] = (),
+    agent: bool = True,
+    gpus: bool | Literal["shared"] = True,
+) -> list[Any]:
+    """Call `function(*args)` on each rank, in processes with torchrun's environment variables.
+
+    Args:
+        function: at the top level of a module.
+        world_size: number of processes.
+        args: the same for all; picklable.
+        timeout: seconds after which all ranks are killed.
+        silent: ranks that are meant to die or freeze; they are not waited for.
+        agent: this process keeps the store that they meet in, as torchrun's agent does; else rank 0 does.
+        gpus: whether the ranks see this machine's GPUs; with `"shared"` they also use gloo, so that several ranks can
+            share one GPU.
+
+    Returns:
+        What each rank returned, in rank order (picklable; tensors as CPU tensors); None for those that gave no answer.
+
+    Raises:
+        RankError: a rank raised, died, or did not finish in time.
+    """
+    # A fork server that has imported torch starts a rank in milliseconds, and holds no threads yet.
+    spawn = multiprocessing.get_context("forkserver")
+    spawn.set_forkserver_preload(PRELOAD)
+    store = _agent_store() if agent else None
+    environment = _environment_of_ranks(world_size, store, gpus)
+    started, pipes = [], []
+    for rank in range(world_size):
+        receiving, sending = spawn.Pipe(duplex=False)
+        process = spawn.Process(
+            target=_run,
+            args=(function, args, environment[rank], sending),
+            name=f"rank {rank}",
+            daemon=True,
+        )
+        process.start()
+        sending.close()
+        started.append(process)
+        pipes.append(receiving)
+    try:
+        return _collect(started, pipes, timeout, silent)
+    finally:
+        for process in started:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def _run(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    environment: dict[str, str],
+    pipe: Connection,
+) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    try:
+        answer = ("returned", tree_map_only(torch.Tensor, torch.Tensor.cpu, function(*args)))
+    except BaseException:
+        answer = ("raised", traceback.format_exc())
+    # Plain pickle: multiprocessing's own would share tensors with a process that is about to end.
+    pipe.send_bytes(pickle.dumps(answer))
+    pipe.close()
+
+
+def _collect(processes: list[Any], pipes: list[Connection], timeout: float, silent: tuple[int, ...]) -> list[Any]:
+    deadline = time.monotonic() + timeout
+    answers: dict[int, tuple[str, Any]] = {}
+    open_pipes = {pipe: rank for rank, pipe in enumerate(pipes)}
+    grace: float | None = None
+    while set(open_pipes.values()) - set(silent):
+        left = min(deadline, grace or deadline) - time.monotonic()
+        ready = wait(list(open_pipes), timeout=max(0.0, left))
+        if not ready:
+            break
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            rank = open_pipes.pop(pipe)
+            try:
+                answers[rank] = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                processes[rank].join(5)
+                answers[rank] = ("died", f"ended with exit code {processes[rank].exitcode} and no answer")
+            failed = answers[rank][0] != "returned" and rank not in silent
+            if failed and grace is None:
+                grace = time.monotonic() + 10.0  # let the others say what they saw
+    troubles = []
+    for rank in range(len(processes)):
+        kind, content = answers.get(rank, ("hung", f"did not finish within {timeout:.0f} s"))
+        if kind == "raised" or (kind != "returned" and rank not in silent):
+            troubles.append(f"--- rank {rank} {kind} ---\n{content}")
+    if troubles:
+        raise RankError("\n" + "\n".join(troubles))
+    return [answers[rank][1] if rank in answers and rank not in silent else None for rank in range(len(processes))]

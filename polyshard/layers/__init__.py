@@ -1,0 +1,1 @@
+"""The layers and functions that a model is written with."""

@@ -1,0 +1,194 @@
+"""Embedding, head and loss over a vocabulary that is sharded over the tensor axis."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyshard.core.context import ParallelAxis, ParallelContext
+from polyshard.core.discovery import load_adapter
+from polyshard.core.linear_adapter import adapter_with, choose_adapter, name_of, tensor_rank_and_size
+from polyshard.core.weight_layout import Segment, WeightLayout
+from polyshard.core.weight_table import attach_layouts
+from polyshard.layers.token_ids import check_ids_of, check_labels, check_present
+
+logger = logging.getLogger(__name__)
+
+
+def vocab_embedding(
+    num_embeddings: int, embedding_dim: int, parallel_context: ParallelContext, *, linear: Any = None
+) -> nn.Module:
+    """A token embedding whose rows are sharded over the tensor axis (padded where they do not divide).
+
+    Returns:
+        A module: token ids `[...]` to `[..., embedding_dim]`, replicated on every rank (under sequence parallel:
+        sharded along the sequence). In training an ID outside `[0, num_embeddings)` is an IndexError that names it; on
+        a GPU an asynchronous assertion.
+    """
+    adapter = adapter_with(choose_adapter(linear, parallel_context), "create_vocab_embedding")
+    rank, size = tensor_rank_and_size(parallel_context)
+    layer = adapter.create_vocab_embedding(num_embeddings, embedding_dim, parallel_context)
+    layout = vocab_layout((num_embeddings, embedding_dim), adapter)
+    attach_layouts(layer, {"weight": layout}, rank, size)
+    if getattr(parallel_context, "attention", None) is None:  # a serving engine checks the IDs of its requests itself
+        check_ids_of(layer, num_embeddings)
+    return layer
+
+
+def lm_head(
+    hidden_size: int,
+    vocab_size: int,
+    parallel_context: ParallelContext,
+    *,
+    bias: bool = False,
+    tied_to: nn.Module | None = None,
+    linear: Any = None,
+) -> nn.Module:
+    """The output projection onto the vocabulary, sharded over the tensor axis.
+
+    Args:
+        hidden_size: size of the hidden states.
+        vocab_size: logical vocabulary size.
+        parallel_context: where this process stands.
+        bias: add a bias.
+        tied_to: the embedding, of the same adapter, whose weight this head shares.
+        linear: another library's layer for this one.
+
+    Returns:
+        A module `[..., hidden_size] -> [..., local vocabulary]`; columns that only pad the vocabulary are -inf.
+        Feed it to `vocab_parallel_cross_entropy`, or to `gather_logits` for the full logits.
+    """
+    adapter = adapter_with(choose_adapter(linear, parallel_context), "create_lm_head")
+    rank, size = tensor_rank_and_size(parallel_context)
+    layer = adapter.create_lm_head(hidden_size, vocab_size, parallel_context, bias=bias, tied_to=tied_to)
+    layouts = {"weight": vocab_layout((vocab_size, hidden_size), adapter)}
+    if bias:
+        layouts["bias"] = vocab_layout((vocab_size,), adapter)
+    attach_layouts(layer, layouts, rank, size)
+    return layer
+
+
+def vocab_parallel_cross_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    parallel_context: ParallelContext,
+    *,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    linear: Any = None,
+) -> torch.Tensor:
+    """Cross-entropy of logits that are sharded over the vocabulary, by the contract of torch's `cross_entropy`.
+
+    Args:
+        logits: `[..., local vocabulary]`, any float dtype, left untouched; computed in float32 or wider.
+        targets: `[...]` token ids; `ignore_index` is left out of loss, gradient and mean.
+        parallel_context: where this process stands.
+        vocab_size: logical size, where the vocabulary is padded; default the local size times the tensor size, less
+            the columns whose logits are -inf.
+        ignore_index: as in torch.
+        reduction: `"mean"`, `"sum"` or `"none"`. The mean is over the labels of this call: under context parallel
+            those of all ranks of the context axis, but never those of other data-parallel ranks or micro-batches. If
+            these hold unequal numbers of labels, train with `engine.train_batch`, which weights by tokens. The mean of
+            no label is 0, with gradients of 0. Sums and single losses are of this rank's tokens.
+        label_smoothing: as in torch, over the logical vocabulary.
+        linear: another library's loss.
+
+    Returns:
+        A scalar, or `[...]` with `"none"`; the same on every tensor-parallel rank. float32 (float64 for float64).
+
+    Raises:
+        ValueError: an unknown reduction, a label smoothing outside [0, 1], or a label that is neither in the
+            vocabulary nor `ignore_index` (on a GPU an asynchronous assertion).
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+    if logits.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"targets {tuple(targets.shape)} must have the shape of logits {tuple(logits.shape)} "
+            "without the last dimension"
+        )
+    check_labels(targets, vocab_size or logits.shape[-1] * _tensor_size(parallel_context), ignore_index)
+    losses = token_losses(
+        logits,
+        targets,
+        parallel_context,
+        vocab_size=vocab_size,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        linear=linear,
+    )
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return _mean(losses.sum(), (targets != ignore_index).sum(), parallel_context.axis("context"))
+
+
+def token_losses(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    parallel_context: ParallelContext,
+    *,
+    vocab_size: int | None,
+    ignore_index: int,
+    label_smoothing: float = 0.0,
+    linear: Any = None,
+) -> torch.Tensor:
+    """The loss of each token, `[...]`; arguments as of `vocab_parallel_cross_entropy`, whose checks come before."""
+    adapter = adapter_with(choose_adapter(linear, parallel_context), "vocab_parallel_cross_entropy")
+    if label_smoothing and not getattr(adapter, "smooths_labels", True):
+        logger.info(
+            "%s smooths no labels over the whole vocabulary: the torch adapter's loss is used", name_of(adapter)
+        )
+        adapter = load_adapter("torch").linear
+    losses = adapter.vocab_parallel_cross_entropy(
+        logits,
+        targets,
+        parallel_context,
+        vocab_size=vocab_size or logits.shape[-1] * _tensor_size(parallel_context),
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+    )
+    if vocab_size is None:  # then a label may be one of the columns that pad the vocabulary
+        check_present(losses, targets)
+    return losses
+
+
+def _tensor_size(context: ParallelContext) -> int:
+    return context.get_tensor_parallel_world_size()
+
+
+def _mean(total: torch.Tensor, count: torch.Tensor, axis: ParallelAxis) -> torch.Tensor:
+    """The mean over the labels of all ranks of the context axis, from this rank's sum; 0 of no label.
+
+    Its gradient is that of this rank's tokens times the axis's size, since engines average over the replicas.
+    """
+    if axis.size == 1:
+        return total / count.clamp_min(1)
+    assert axis.collectives is not None
+    sums = axis.collectives.all_reduce(torch.stack((total.detach().double(), count.double())))
+    tokens = sums[1].clamp_min(1.0)
+    share = total * (axis.size / tokens).to(total.dtype)
+    return share + ((sums[0] / tokens).to(total.dtype) - share).detach()
+
+
+def gather_logits(logits: torch.Tensor, parallel_context: ParallelContext, vocab_size: int) -> torch.Tensor:
+    """Full logits `[..., vocab_size]` from a vocabulary-parallel head's, on every rank; no gradient flows back."""
+    axis = parallel_context.axis("tensor")
+    if axis.size > 1:
+        assert axis.collectives is not None
+        logits = axis.collectives.all_gather(logits.detach(), logits.dim() - 1)
+    return logits[..., :vocab_size]
+
+
+def vocab_layout(shape: tuple[int, ...], adapter: Any) -> WeightLayout:
+    """Rows sharded over the tensor axis, padded as the adapter pads."""
+    padding = getattr(adapter, "vocab_padding", 1)
+    return WeightLayout(shape=shape, dim=0, segments=(Segment(size=shape[0], pad_multiple=padding),))

@@ -1,0 +1,57 @@
+"""Root mean square norm on CPU, computed in float32 and rounded once."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyshard.native.build import KINDS, NUMBER, POINTER, SIZE, function, reads, rows_of, unavailable
+from polyshard.native.operator import bare_operator
+
+SOURCE = Path(__file__).with_name("norm.cpp")
+
+
+def takes(x: torch.Tensor) -> bool:
+    """Whether `rms_norm` computes a tensor like this one here. The first call may compile."""
+    return reads(x) and _available()
+
+
+@torch.compiler.assume_constant_result  # Dynamo must not trace into the build, and before 2.12 takes no Path either
+def _available() -> bool:
+    return unavailable(SOURCE) is None
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`x / sqrt(mean(x²) + eps) · weight` over the last dimension; `weight` is `[size]` of the dtype of `x`.
+
+    A row's bits depend on that row alone. Not differentiable.
+    """
+    return (_operator if torch.compiler.is_compiling() else _rms_norm)(x, weight, eps)
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    size = x.shape[-1]
+    assert (weight.dtype, weight.shape) == (x.dtype, (size,)), (weight.dtype, weight.shape, x.dtype, x.shape)
+    weight = weight.contiguous()
+    rows, stride = rows_of(x)
+    out = x.new_empty(x.shape)
+    pointers = rows.data_ptr(), stride, weight.data_ptr(), out.data_ptr()
+    _function()(KINDS[x.dtype], *pointers, rows.shape[0], size, eps, torch.get_num_threads())
+    return out
+
+
+# In a graph too: its compiler's own loops take longer.
+_operator = bare_operator(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm, lambda x, weight, eps: x.new_empty(x.shape)
+)
+
+
+@functools.cache
+def _function() -> Any:
+    return function(
+        SOURCE, "polyshard_norm", NUMBER, POINTER, SIZE, POINTER, POINTER, SIZE, SIZE, ctypes.c_float, NUMBER
+    )

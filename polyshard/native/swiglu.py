@@ -1,0 +1,33 @@
+"""`silu(gate) * up` on CPU in one pass over memory."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyshard.native.build import KINDS, NUMBER, POINTER, SIZE, function, reads, rows_of, unavailable
+
+SOURCE = Path(__file__).with_name("swiglu.cpp")
+
+
+def takes(gate_up: torch.Tensor) -> bool:
+    """Whether `swiglu` computes a tensor like this one here. The first call may compile."""
+    return reads(gate_up) and unavailable(SOURCE) is None
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """`[..., 2 size]`, gates before what they gate, to `[..., size]`. Not differentiable."""
+    size = gate_up.shape[-1] // 2
+    rows, stride = rows_of(gate_up)
+    out = gate_up.new_empty((*gate_up.shape[:-1], size))
+    kind, pointers = KINDS[gate_up.dtype], (rows.data_ptr(), stride, out.data_ptr())
+    _function()(kind, *pointers, rows.shape[0], size, torch.get_num_threads())
+    return out
+
+
+@functools.cache
+def _function() -> Any:
+    return function(SOURCE, "polyshard_swiglu", NUMBER, POINTER, SIZE, POINTER, SIZE, SIZE, NUMBER)

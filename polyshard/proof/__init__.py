@@ -1,0 +1,1 @@
+"""What `polyshard verify` runs: parity of libraries and sizes, and the certificate of exact mode."""

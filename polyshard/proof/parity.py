@@ -1,0 +1,127 @@
+"""One model's loss, logits and gradients on any adapter at any size: what `polyshard verify` compares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyshard.checkpoint import load_checkpoint, read_config
+from polyshard.core.context import ParallelContext
+from polyshard.core.serving import build_model, check_served_interface
+from polyshard.core.weight_table import collect_layouts, stored_parts
+from polyshard.launch import initialize, shutdown
+from polyshard.launch.ranks import run_ranks
+from polyshard.layers.vocabulary import gather_logits, vocab_parallel_cross_entropy
+from polyshard.registry import resolve
+from polyshard.testing import checks
+from polyshard.testing.model import SuiteConfig
+from polyshard.testing.reference import reference_run
+from polyshard.transformers.replaced.requirement import TRANSFORMERS
+from polyshard.weights.gather import gather_shards
+
+Named = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Largest differences to the reference.
+
+    Attributes:
+        loss: absolute.
+        logits: relative to the largest logit.
+        gradients: relative to each tensor's largest entry; the worst tensor.
+        worst: the name of that tensor.
+    """
+
+    loss: float
+    logits: float
+    gradients: float
+    worst: str
+
+    def within(self, tolerance: float) -> bool:
+        """Whether all are at most `tolerance`."""
+        return max(self.loss, self.logits, self.gradients) <= tolerance
+
+
+def run_model(adapter: str, tensor: int, directory: str, factory: str, token_ids: list[int]) -> Named | None:
+    """On each rank: `loss`, `logits` `[tokens, vocabulary]`, and each gradient by its checkpoint name.
+
+    The tokens are one sequence, each predicting the next. Answered by the first rank alone.
+    """
+    context = initialize(adapter, tensor=tensor, timeout=300)
+    config = read_config(directory)
+    model: Any = build_model(resolve(factory), config, context, factory)
+    check_served_interface(model, factory)
+    load_checkpoint(model, directory, context)
+    ids = torch.tensor(token_ids, device=context.device)
+    positions = torch.arange(len(token_ids), device=context.device)
+    local = model.compute_logits(model(ids, positions))
+    loss = vocab_parallel_cross_entropy(local[:-1], ids[1:], context, vocab_size=config.vocab_size)
+    loss.backward()
+    logits = gather_logits(local.detach(), context, config.vocab_size)
+    first = context.get_tensor_parallel_rank() == 0
+    found = _full_gradients(model, context, first)
+    shutdown(context)
+    return {"loss": loss.detach().cpu(), "logits": logits.cpu(), **found} if first else None
+
+
+def _full_gradients(model: torch.nn.Module, context: ParallelContext, keep: bool) -> Named:
+    axis, table, found = context.axis("tensor"), collect_layouts(model), {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{name} has no gradient"
+        entry = table[name]
+        full = gather_shards(parameter.grad, entry.layout, axis)
+        if keep:
+            parts = stored_parts(entry.layout, len(entry.checkpoint_names), full)
+            found.update((n, part.detach().cpu().clone()) for n, part in zip(entry.checkpoint_names, parts))
+    return found
+
+
+def run_transformers(directory: Path, token_ids: list[int]) -> Named:
+    """The reference: transformers' own implementation in float32, in this process.
+
+    Raises:
+        MissingDependencyError: transformers is not installed.
+    """
+    TRANSFORMERS.require()
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    auto: Any = transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(directory, dtype=torch.float32).eval()
+    ids = torch.tensor([token_ids])
+    logits = model(ids).logits[0]
+    loss = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:])
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return {"loss": loss.detach(), "logits": logits.detach(), **gradients}
+
+
+def run_built_in(adapter: str, tensor: int) -> Named:
+    """The conformance suite's model on an adapter: `loss`, `logits`, and each gradient."""
+    found = run_ranks(checks.layers, tensor, adapter, tensor, False, timeout=300)[0]["untied"]
+    return {name: tensor for name, tensor in found.items() if name != "autocast"}
+
+
+def oracle_of_built_in() -> Named:
+    """The same written out in float64."""
+    config = SuiteConfig()
+    return reference_run(config, *checks.tokens(config))
+
+
+def compare(found: Named, reference: Named) -> Difference:
+    """Largest differences; a gradient that one side lacks counts as infinite."""
+    names = (set(found) | set(reference)) - {"loss", "logits"}
+    errors = {name: _relative(found.get(name), reference.get(name)) for name in names}
+    worst = max(errors, key=lambda name: errors[name])
+    loss = float((found["loss"] - reference["loss"]).abs())
+    return Difference(loss, _relative(found["logits"], reference["logits"]), errors[worst], worst)
+
+
+def _relative(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
+    if a is None or b is None or a.shape != b.shape:
+        return float("inf")
+    return float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-30))

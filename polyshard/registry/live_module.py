@@ -1,0 +1,149 @@
+"""A module that exists in this process, made ready for an engine: the same parameters, the engine's attention.
+
+The engine gets a copy of the module's structure. Its parameters are other objects over the same memory, without
+gradient; so the trainer goes on with its own module, hooks, optimizer and autograd, and the engine sees its steps.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyshard.core.attention import EngineAttention
+from polyshard.core.context import ParallelContext
+from polyshard.core.errors import RegistrationError
+from polyshard.core.weight_table import collect_layouts
+from polyshard.layers.token_ids import IdCheck
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_INSTEAD = "register its factory, and bring the trainer's weights to the engine with polyshard.WeightSync"
+
+
+@dataclass(frozen=True, slots=True)
+class ExistingModel:
+    """A "factory" that gives a module which is there already."""
+
+    module: nn.Module
+
+    def __call__(self, config: Any, parallel_context: ParallelContext) -> nn.Module:
+        """The module for an engine; see `served_copy`."""
+        del config  # the module was built from its own
+        return served_copy(self.module, parallel_context)
+
+
+def served_copy(model: nn.Module, context: ParallelContext) -> nn.Module:
+    """A module of the same structure over the same memory, in evaluation mode, with the engine's attention.
+
+    Args:
+        model: as its factory built it; a training engine's `module`.
+        context: of the engine.
+
+    Raises:
+        RegistrationError: its parameters lie elsewhere or are another rank's, its forward is not its class's own, or no
+            attention in it can be taken over; the message names the module.
+    """
+    _check_parameters(model, context)
+    _check_state(model)
+    copied: dict[int, Any] = {}
+    served = _copy_module(model, "", copied)
+    modules: list[Any] = list(served.modules())
+    attentions: list[EngineAttention] = [m for m in modules if callable(getattr(m, "serve_in", None))]
+    if not attentions:
+        raise RegistrationError(
+            f"{type(model).__name__} has no attention that an engine can take over: expected TrainableFlashAttention "
+            "or TrainableMLA (ps.replace_with_trainable_attention puts them into other models)"
+        )
+    for attention in attentions:
+        attention.serve_in(context)
+    return served
+
+
+def _check_state(model: nn.Module) -> None:
+    """Refuse what would keep no cache in an engine: layers with a state, and attention that was not replaced."""
+    for name, module in model.named_modules():
+        refusal = getattr(module, "packed_refusal", None)
+        if refusal is not None:
+            raise RegistrationError(f"{refusal}, and an engine packs sequences: serve another model")
+        kept = "Attention" in type(module).__name__ and isinstance(getattr(module, "layer_idx", None), int)
+        if kept and not callable(getattr(module, "serve_in", None)):
+            raise RegistrationError(
+                f"{name} ({type(module).__name__}) is attention that an engine cannot take over, and would attend "
+                "without a cache: replace all attention modules, or register a factory"
+            )
+
+
+def _copy_module(module: nn.Module, name: str, copied: dict[int, Any]) -> nn.Module:
+    """`copied` holds what was copied before, so that what is shared in the one is shared in the other."""
+    if id(module) in copied:
+        return copied[id(module)]
+    shown = name or type(module).__name__
+    if "forward" in vars(module):
+        raise RegistrationError(f"{shown} has a forward of its own (compiled, or wrapped): {_INSTEAD}")
+    hooks = (hook for kind in _HOOKS for hook in getattr(module, kind).values())
+    if not all(isinstance(hook, IdCheck) for hook in hooks):
+        raise RegistrationError(f"{shown} has forward hooks, which an engine would run or lose: {_INSTEAD}")
+    new = object.__new__(type(module))
+    copied[id(module)] = new
+    fields = vars(new)
+    for key, value in vars(module).items():
+        if key == "_parameters":
+            fields[key] = {leaf: _copy_parameter(p, copied) for leaf, p in value.items()}
+        elif key == "_modules":
+            fields[key] = {
+                leaf: None if child is None else _copy_module(child, f"{name}.{leaf}".lstrip("."), copied)
+                for leaf, child in value.items()
+            }
+        elif key.endswith("_hooks") and isinstance(value, dict):
+            fields[key] = OrderedDict()
+        else:
+            fields[key] = _copy_value(value, f"{name}.{key}".lstrip("."), copied)
+    fields["training"] = False
+    return new
+
+
+def _copy_parameter(parameter: nn.Parameter | None, copied: dict[int, Any]) -> nn.Parameter | None:
+    if parameter is None:
+        return None
+    if id(parameter) not in copied:
+        new = nn.Parameter(parameter.detach(), requires_grad=False)
+        vars(new).update(vars(parameter))  # what a library has noted on it
+        copied[id(parameter)] = new
+    return copied[id(parameter)]
+
+
+def _copy_value(value: Any, name: str, copied: dict[int, Any]) -> Any:
+    """Containers anew, modules in them copied, all else as it is."""
+    if isinstance(value, nn.Parameter):
+        return _copy_parameter(value, copied)
+    if isinstance(value, nn.Module):
+        return _copy_module(value, name, copied)
+    if type(value) in (list, tuple, set):
+        return type(value)(_copy_value(item, name, copied) for item in value)
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, _copy_value(item, name, copied)) for key, item in value.items())
+    return value
+
+
+def _check_parameters(model: nn.Module, context: ParallelContext) -> None:
+    rank, size = context.get_tensor_parallel_rank(), context.get_tensor_parallel_world_size()
+    default, parameters = torch.get_default_dtype(), dict(model.named_parameters())
+    for name, entry in collect_layouts(model).items():
+        parameter, expected = parameters[name], entry.layout.local_shape(rank, size)
+        if type(parameter) is not nn.Parameter or hasattr(parameter, "ds_id") or tuple(parameter.shape) != expected:
+            raise RegistrationError(
+                f"{name} is a {type(parameter).__name__} {list(parameter.shape)}, and the engine's rank {rank} of "
+                f"{size} holds a Parameter {list(expected)} of it: an engine can use the memory of an unsharded "
+                f"trainer of its own tensor-parallel size alone. Else {_INSTEAD}"
+            )
+        if parameter.device.type != context.device.type:
+            raise RegistrationError(f"{name} lies on {parameter.device}, the engine computes on {context.device}")
+        if parameter.dtype != default:
+            raise RegistrationError(
+                f"{name} is {str(parameter.dtype).removeprefix('torch.')}, the engine's weights are "
+                f"{str(default).removeprefix('torch.')}: start it with dtype="
+                f"{str(parameter.dtype).removeprefix('torch.')!r}, or {_INSTEAD}"
+            )

@@ -1,5 +1,0 @@
-"""Module surgery: trainable attention put into models that were written without polyshard."""
-
-from polyshard.replace.surgery import Kept, Replacement, replace_with_trainable_attention
-
-__all__ = ["Kept", "Replacement", "replace_with_trainable_attention"]

@@ -1,0 +1,1 @@
+"""Training steps over micro-batches, random number generators and dropout."""

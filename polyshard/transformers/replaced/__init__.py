@@ -1,0 +1,5 @@
+"""Module surgery: trainable attention put into models that were written without polyshard."""
+
+from polyshard.transformers.replaced.surgery import Kept, Replacement, replace_with_trainable_attention
+
+__all__ = ["Kept", "Replacement", "replace_with_trainable_attention"]

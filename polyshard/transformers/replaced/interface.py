@@ -1,0 +1,107 @@
+"""polyshard's attention as one of transformers' implementations: modules that were kept use it, and masks come right.
+
+Source: transformers 5, modeling_utils.AttentionInterface and masking_utils.AttentionMaskInterface.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyshard.core.errors import ConfigurationError
+from polyshard.transformers.replaced.batch import attend_batch, given_boundaries, packed_boundaries, used_mask
+from polyshard.transformers.replaced.keywords import refuse_unknown
+from polyshard.transformers.replaced.masks import slot_mask
+
+IMPLEMENTATION = "polyshard"
+
+
+def register() -> None:
+    """Make the implementation known to transformers; it changes no model that does not ask for it."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(IMPLEMENTATION, attend)
+    AttentionMaskInterface.register(IMPLEMENTATION, slot_mask)
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """`query`, `key` and `value` `[batch, heads, seq, head_dim]` to `[batch, seq, heads, head_dim]`.
+
+    Raises:
+        ConfigurationError: the module passes an argument that is unknown, or asks for attention weights.
+    """
+    refuse_unknown(kwargs, f"polyshard's attention of {type(module).__name__}")
+    core: Any = getattr(module, "polyshard_core", None)
+    if core is not None:
+        return _attend_in_engine(core, query, key, value, scaling, sliding_window, softcap), None
+    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    batch, _, length, _ = query.shape
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    if attention_mask is not None and attention_mask.dim() == 2:  # as slot_mask makes it: up to the last query
+        k, v = (t[:, : attention_mask.shape[1]] for t in (k, v))
+    mask = used_mask(attention_mask, k.shape[1])
+    if cu_seq_lens_q is not None:
+        bounds = given_boundaries(cu_seq_lens_q, cu_seq_lens_k, position_ids, batch, sliding_window)
+    else:
+        bounds = packed_boundaries(position_ids, batch, length, mask)
+    out = attend_batch(
+        q,
+        k,
+        v,
+        mask,
+        bounds,
+        scale=scaling,
+        causal=causal,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        dropout=dropout,
+        sinks=s_aux,
+        last_counts=not torch.is_grad_enabled(),  # the cache is not seen here
+    )
+    return out, None
+
+
+def _attend_in_engine(
+    core: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """By a serving engine's cache, which was laid out before the module said what it asks for: the two have to agree.
+
+    Raises:
+        ConfigurationError: they do not.
+    """
+    spec = core.spec
+    for name, asked, had in (
+        ("heads", query.shape[1], spec.num_heads),
+        ("key-value heads", key.shape[1], spec.num_kv_heads),
+        ("scaling", spec.scale if scaling is None else float(scaling), spec.scale),
+        ("sliding_window", sliding_window, spec.sliding_window),
+        ("softcap", softcap, spec.softcap),
+    ):
+        if asked != had and not (isinstance(had, float) and asked is not None and abs(asked - had) < 1e-6 * had):
+            raise ConfigurationError(f"layer {spec.layer_index} attends with {name} {asked}, not with {had}")
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))  # [tokens, heads, head_dim]
+    return core(q, k, v, None).unflatten(0, (query.shape[0], query.shape[2]))

@@ -1,0 +1,35 @@
+"""A tensor of a file that is read when it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """A tensor that is read when it is wanted.
+
+    Attributes:
+        load: reads it.
+        read_region: reads a rectangle of it, by offsets and sizes, where that is less than `load`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], torch.Tensor]
+    read_region: Callable[[Sequence[int], Sequence[int]], torch.Tensor] | None = None
+
+    def part(self, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+        """Read a rectangle.
+
+        Example:
+            >>> lazy(torch.arange(6).view(2, 3)).part((0, 1), (2, 1))
+            tensor([[1],
+                    [4]])
+        """
+        if self.read_region is not None:
+            return self.read_region(offsets, sizes)
+        return self.load()[tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes))]
