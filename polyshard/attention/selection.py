@@ -16,13 +16,21 @@ from polyshard.attention.kernels.cuda.flash_attn_3 import FlashAttn3
 from polyshard.attention.kernels.cuda.flash_attn_4 import FlashAttn4
 from polyshard.attention.kernels.cuda.torch_varlen import TorchVarlen
 from polyshard.attention.kernels.flex import Flex
-from polyshard.attention.kernels.protocol import AttentionKernel
+from polyshard.attention.kernels.operator import register_kernel
+from polyshard.attention.kernels.protocol import AttentionKernel, BlockKernel
 from polyshard.core.attention import AttentionSpec
 from polyshard.core.capabilities import Accepted, Rejected
 from polyshard.core.discovery import adapter_names, load_adapter
 from polyshard.core.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
+
+
+def _register(kernels: Sequence[AttentionKernel]) -> None:
+    for kernel in kernels:
+        if isinstance(kernel, BlockKernel):
+            register_kernel(kernel)
+
 
 # Fastest first; flex stands after the CPU's own, as there it has no backward and is slower.
 KERNELS: Sequence[AttentionKernel] = (
@@ -36,6 +44,7 @@ KERNELS: Sequence[AttentionKernel] = (
     Flex(),
     Chunked(),
 )
+_register(KERNELS)
 
 ENVIRONMENT_VARIABLE = "POLYSHARD_ATTENTION"
 
@@ -55,6 +64,7 @@ def servers_kernels() -> Sequence[AttentionKernel]:
             continue
         if adapter.requirement.version() is not None:
             found += getattr(adapter, "attention_kernels", ())
+    _register(found)
     return tuple(found)
 
 
