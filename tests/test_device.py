@@ -17,7 +17,7 @@ from torch import nn
 
 import polyshard as ps
 from polyshard.adapters.shared.devices import check_devices, default_backend, pick_backend, pick_device
-from polyshard.attention.functional import call_of
+from polyshard.attention.kernel_call import call_of
 from polyshard.attention.kernels.cpu.kernels import Chunked
 from polyshard.attention.kernels.cuda.torch_varlen import TorchVarlen
 from polyshard.attention.kernels.softmax import sinks_gradient, with_sinks

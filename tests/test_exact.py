@@ -18,7 +18,7 @@ from polyshard.adapters.vllm.engines.sampling import SamplingJob
 from polyshard.adapters.vllm.exact import CpuOperators, exact_serving, products
 from polyshard.attention.rotary import rotate_heads
 from polyshard.cli.certify import random_prompts
-from polyshard.core.exact_mode import ExactIdentity, check_same_mode
+from polyshard.core.exact_identity import ExactIdentity, check_same_mode
 from polyshard.exact.linear import ExactLinearAdapter
 from polyshard.exact.trace import ENVIRONMENT_VARIABLE as TRACE
 from polyshard.launch.ranks import run_ranks

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard.attention.context_parallel.parallel import Way, attend_by
+from polyshard.attention.context_parallel.parallel import Way
 from polyshard.attention.defaults import rotary_at, sequences_at
+from polyshard.attention.dispatch import dispatch_attention
 from polyshard.attention.functional import check_spec
 from polyshard.attention.rotary import RotaryEmbedding, apply_rotary, halves
 from polyshard.core.attention import (
@@ -135,8 +136,8 @@ class TrainableMLA(nn.Module):
     def serve_in(self, context: ParallelContext) -> None:
         """Attend by the core that `context` brings, if it brings one: over a cache of latents where it has that."""
         self.context = context
-        latents, factory = getattr(context, "latent_attention", None), getattr(context, "attention", None)
-        self.latent_core = latents and latents(self.spec, self.latents, self.kv_b_proj)
+        latents, factory = context.latent_attention, context.attention
+        self.latent_core = None if latents is None else latents(self.spec, self.latents, self.kv_b_proj)
         self.core = factory(self.spec) if factory and self.latent_core is None else None
 
     def forward(
@@ -175,7 +176,7 @@ class TrainableMLA(nn.Module):
         kv = self.kv_b_proj(latent).unflatten(-1, (-1, nope + value))
         k_nope, v = kv.split([nope, value], dim=-1)
         k = torch.cat((k_nope, k_rope.expand(*k_nope.shape[:-1], rope)), dim=-1)
-        out = attend_by(
+        out = dispatch_attention(
             self.core,
             q,
             k,

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from polyshard.attention.alibi import slopes_of_heads
-from polyshard.attention.context_parallel.parallel import Way, attend_by
+from polyshard.attention.context_parallel.parallel import Way
 from polyshard.attention.defaults import rotary_at, sequences_at
+from polyshard.attention.dispatch import dispatch_attention
 from polyshard.attention.functional import check_spec
 from polyshard.attention.positions import check_positions
 from polyshard.attention.rotary import RotaryEmbedding, halves, rotate_heads
@@ -159,9 +160,9 @@ class TrainableFlashAttention(nn.Module):
     def serve_in(self, context: ParallelContext) -> None:
         """Attend by the core that `context` brings, if it brings one."""
         self.context = context
-        factory = getattr(context, "attention", None)
+        factory = context.attention
         self.core = None if factory is None else factory(self.spec, self.sinks)
-        exact = getattr(context, "exact", None)
+        exact = context.exact
         own = rotate_heads if exact is None else exact.rotate
         self._rotate = self.core.rotate if isinstance(self.core, RotaryCore) else own
 
@@ -211,7 +212,7 @@ class TrainableFlashAttention(nn.Module):
                 q, k = (halves(t, 2 * rotary[0].shape[-1]) for t in (q, k))
             q, k = self._rotate(q, k, *rotary)
 
-        out = attend_by(
+        out = dispatch_attention(
             self.core,
             q,
             k,

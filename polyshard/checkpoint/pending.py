@@ -57,4 +57,4 @@ class PendingSave:
 
 
 def _timeout(context: ParallelContext) -> timedelta:
-    return timedelta(seconds=getattr(context, "group_timeout", 600.0))
+    return timedelta(seconds=context.group_timeout)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -184,14 +184,6 @@ class LatentFactory(Protocol):
         Raises:
             RegistrationError: the engine has no kernel for these sizes; the message says how to do without.
         """
-        ...
-
-
-class EngineAttention(Protocol):
-    """An attention module that can be taken over by an engine after it was built."""
-
-    def serve_in(self, context: Any) -> None:
-        """Attend by the cores of `context`, a `ParallelContext` with an attention factory, from now on."""
         ...
 
 

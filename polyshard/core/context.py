@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch.distributed import ProcessGroup
 
+from polyshard.core.attention import AttentionFactory, LatentFactory
+from polyshard.core.exact_mode import ExactMode
 from polyshard.core.layout import AXES, Axis, ParallelLayout
-
-if TYPE_CHECKING:
-    from polyshard.core.attention import AttentionFactory, LatentFactory
-    from polyshard.core.exact_mode import ExactMode
 
 
 @runtime_checkable
@@ -68,6 +66,20 @@ def replica_axis(parallel_context: ParallelContext) -> ParallelAxis:
     return parallel_context.axis("data" if parallel_context.axis("context").size == 1 else "replica")
 
 
+class FailureGuard(Protocol):
+    """Wraps a piece of communication, so that its failure names the rank and the time."""
+
+    def __call__(self, operation: str) -> AbstractContextManager[None]:
+        """A context manager that turns a backend's error into `RankFailureError`."""
+        ...
+
+
+def no_guard(operation: str) -> AbstractContextManager[None]:
+    """The guard of a process that stands alone."""
+    del operation
+    return nullcontext()
+
+
 @runtime_checkable
 class ParallelContext(Protocol):
     """What a model factory receives beside its config. It makes no layers itself."""
@@ -85,6 +97,46 @@ class ParallelContext(Protocol):
     @property
     def linear(self) -> Any:
         """Whose layers this context builds by default (a `LinearAdapter`)."""
+        ...
+
+    @property
+    def initialize_weights(self) -> bool:
+        """Whether layers fill their weights when built; a server loads them instead."""
+        ...
+
+    @property
+    def attention(self) -> AttentionFactory | None:
+        """Makes the attention core of a serving engine, over its paged KV cache; None in training."""
+        ...
+
+    @property
+    def latent_attention(self) -> LatentFactory | None:
+        """The same of latent attention, over a cache of latents."""
+        ...
+
+    @property
+    def exact(self) -> ExactMode | None:
+        """The operators of exact mode; None without it."""
+        ...
+
+    @property
+    def pipeline_layers(self) -> Callable[[int, int, int], tuple[int, int]] | None:
+        """`(layers, stage, stages) -> (first, one past the last)` of an engine that cuts by itself; else None."""
+        ...
+
+    @property
+    def guard(self) -> FailureGuard:
+        """Wraps communication outside of layers (a training engine's, a checkpoint's), so that failures are named."""
+        ...
+
+    @property
+    def group_timeout(self) -> float:
+        """Seconds, for further process groups."""
+        ...
+
+    @property
+    def on_shutdown(self) -> tuple[Callable[[], None], ...]:
+        """Functions that undo the initialization, in order."""
         ...
 
     def axis(self, name: Axis) -> ParallelAxis:
@@ -106,20 +158,6 @@ class ParallelContext(Protocol):
     def get_expert_parallel_rank(self) -> int: ...  # noqa: D102
     def get_expert_parallel_world_size(self) -> int: ...  # noqa: D102
     def get_expert_parallel_group(self) -> ProcessGroup | None: ...  # noqa: D102
-
-
-class FailureGuard(Protocol):
-    """Wraps a piece of communication, so that its failure names the rank and the time."""
-
-    def __call__(self, operation: str) -> AbstractContextManager[None]:
-        """A context manager that turns a backend's error into `RankFailureError`."""
-        ...
-
-
-def no_guard(operation: str) -> AbstractContextManager[None]:
-    """The guard of a process that stands alone."""
-    del operation
-    return nullcontext()
 
 
 @dataclass(frozen=True, kw_only=True)

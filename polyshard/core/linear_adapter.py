@@ -36,7 +36,7 @@ class LinearAdapter(Protocol):
     """Makes one library's parallel layers; a class with static methods will do, as will a module."""
 
     def create_column_parallel(
-        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+        self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
         """A layer `[..., input_size] -> [..., output_size / tensor size]` whose weight's rows are sharded.
 
@@ -50,7 +50,7 @@ class FullLinearAdapter(LinearAdapter, Protocol):
     """A linear adapter that makes row-parallel layers too."""
 
     def create_row_parallel(
-        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+        self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
         """A layer `[..., input_size / tensor size] -> [..., output_size]`; the bias is added once, after the sum."""
         ...
@@ -64,7 +64,7 @@ def choose_adapter(linear: Any, parallel_context: ParallelContext) -> Any:
             f"{name_of(adapter)} is not a LinearAdapter: it needs a method "
             "create_column_parallel(input_size, output_size, parallel_context, bias=False)"
         )
-    exact = getattr(parallel_context, "exact", None)
+    exact = parallel_context.exact
     return adapter if exact is None else exact.around(adapter)
 
 

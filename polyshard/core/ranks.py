@@ -32,7 +32,7 @@ class Ranks:
         """Those of a context. A collective follows on every use: all ranks take part."""
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return cls()
-        return cls(dist.get_rank(), dist.get_world_size(), group, getattr(context, "guard", no_guard))
+        return cls(dist.get_rank(), dist.get_world_size(), group, context.guard)
 
     @property
     def alone(self) -> bool:

@@ -138,3 +138,11 @@ def describe(factory: Any) -> str:
     module = getattr(factory, "__module__", None) or type(factory).__module__
     qualname = getattr(factory, "__qualname__", None) or type(factory).__qualname__
     return f"{module}:{qualname}"
+
+
+class EngineAttention(Protocol):
+    """An attention module that can be taken over by an engine after it was built."""
+
+    def serve_in(self, context: ParallelContext) -> None:
+        """Attend by the cores of `context`, a `ParallelContext` with an attention factory, from now on."""
+        ...

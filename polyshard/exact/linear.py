@@ -160,7 +160,7 @@ class ExactLinearAdapter:
         return getattr(self.inner, "smooths_labels", True)
 
     def create_column_parallel(
-        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+        self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
         """One projection, or several."""
         return self._column(
@@ -168,7 +168,7 @@ class ExactLinearAdapter:
         )
 
     def create_merged_column_parallel(
-        self, input_size: int, output_sizes: list[int], parallel_context: Any, bias: bool = False
+        self, input_size: int, output_sizes: list[int], parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
         """Several projections, each sharded on its own; one where the inner adapter has no such layer."""
         create = getattr(self.inner, "create_merged_column_parallel", None)
@@ -182,7 +182,7 @@ class ExactLinearAdapter:
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
-        parallel_context: Any,
+        parallel_context: ParallelContext,
         bias: bool = False,
     ) -> nn.Module:
         """Query, key and value; the gradient of KV heads that ranks share is summed in the forward's graph."""
@@ -198,7 +198,7 @@ class ExactLinearAdapter:
         return self._column(layer, parallel_context, layout)
 
     def create_row_parallel(
-        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+        self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
         """The counterpart of a column-parallel layer."""
         create = getattr(self.inner, "create_row_parallel", None)
@@ -207,7 +207,9 @@ class ExactLinearAdapter:
         layer = create(input_size, output_size, parallel_context, bias=bias)
         return self._built(ExactRowParallelLinear(_owner(layer), parallel_context, self._exact))
 
-    def create_vocab_embedding(self, num_embeddings: int, embedding_dim: int, parallel_context: Any) -> nn.Module:
+    def create_vocab_embedding(
+        self, num_embeddings: int, embedding_dim: int, parallel_context: ParallelContext
+    ) -> nn.Module:
         """The inner adapter's: a row is copied, and other ranks add zeros."""
         adapter = adapter_with(self.inner, "create_vocab_embedding")
         layer = adapter.create_vocab_embedding(num_embeddings, embedding_dim, parallel_context)
@@ -220,7 +222,7 @@ class ExactLinearAdapter:
         self,
         hidden_size: int,
         vocab_size: int,
-        parallel_context: Any,
+        parallel_context: ParallelContext,
         bias: bool = False,
         tied_to: nn.Module | None = None,
     ) -> nn.Module:
@@ -229,18 +231,20 @@ class ExactLinearAdapter:
         layer = adapter.create_lm_head(hidden_size, vocab_size, parallel_context, bias=bias, tied_to=tied_to)
         return PaddedHead(self._column(layer, parallel_context), vocab_size, parallel_context.axis("tensor"))
 
-    def create_norm(self, hidden_size: int, parallel_context: Any, eps: float, partial_gradient: bool) -> nn.Module:
+    def create_norm(
+        self, hidden_size: int, parallel_context: ParallelContext, eps: float, partial_gradient: bool
+    ) -> nn.Module:
         """RMS norm by the server's operator."""
         return ExactRMSNorm(hidden_size, parallel_context, eps, partial_gradient, self._exact)
 
     def vocab_parallel_cross_entropy(
-        self, logits: torch.Tensor, targets: torch.Tensor, parallel_context: Any, **options: Any
+        self, logits: torch.Tensor, targets: torch.Tensor, parallel_context: ParallelContext, **options: Any
     ) -> torch.Tensor:
         """The inner adapter's: no server computes a loss."""
         adapter = adapter_with(self.inner, "vocab_parallel_cross_entropy")
         return adapter.vocab_parallel_cross_entropy(logits, targets, parallel_context, **options)
 
-    def _column(self, layer: nn.Module, context: Any, layout: WeightLayout | None = None) -> nn.Module:
+    def _column(self, layer: nn.Module, context: ParallelContext, layout: WeightLayout | None = None) -> nn.Module:
         return self._built(ExactColumnParallelLinear(_owner(layer), context, self._exact, layout))
 
     def _built(self, layer: nn.Module) -> nn.Module:

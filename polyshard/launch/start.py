@@ -66,5 +66,5 @@ def initialize(
 
 def shutdown(parallel_context: ParallelContext) -> None:
     """Wait for all ranks, and destroy what `initialize` made; it may then be called again."""
-    for undo in getattr(parallel_context, "on_shutdown", ()):
+    for undo in parallel_context.on_shutdown:
         undo()

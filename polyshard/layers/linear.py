@@ -157,7 +157,7 @@ def replicated_linear(
         A module `[..., input_size] -> [..., output_size]`.
     """
     layer = nn.Linear(input_size, output_size, bias=bias, device=parallel_context.device)
-    exact = getattr(parallel_context, "exact", None)
+    exact = parallel_context.exact
     return layer if exact is None else exact.whole(layer, parallel_context)
 
 

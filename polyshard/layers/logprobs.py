@@ -41,7 +41,7 @@ def token_logprobs(
     """
     size = vocab_size or logits.shape[-1] * parallel_context.get_tensor_parallel_world_size()
     check_labels(token_ids, size, None)
-    if getattr(parallel_context, "exact", None) is None:
+    if parallel_context.exact is None:
         scaled = logits if temperature == 1.0 else logits.float() / temperature
         return -token_losses(scaled, token_ids, parallel_context, vocab_size=vocab_size, ignore_index=_NO_LABEL)
     whole = gather_last(logits, parallel_context.axis("tensor"))[..., :vocab_size]

@@ -35,7 +35,7 @@ def pipeline_stage(num_layers: int, parallel_context: ParallelContext) -> Pipeli
     axis = parallel_context.axis("pipeline")
     if num_layers < axis.size:
         raise LayoutError(f"{num_layers} layers cannot be cut into {axis.size} pipeline stages")
-    divide = getattr(parallel_context, "pipeline_layers", None) or even_stages
+    divide = parallel_context.pipeline_layers or even_stages
     start, stop = divide(num_layers, axis.rank, axis.size)
     return PipelineStage(range(start, stop), first=axis.rank == 0, last=axis.rank == axis.size - 1)
 

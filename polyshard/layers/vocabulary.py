@@ -33,7 +33,7 @@ def vocab_embedding(
     layer = adapter.create_vocab_embedding(num_embeddings, embedding_dim, parallel_context)
     layout = vocab_layout((num_embeddings, embedding_dim), adapter)
     attach_layouts(layer, {"weight": layout}, rank, size)
-    if getattr(parallel_context, "attention", None) is None:  # a serving engine checks the IDs of its requests itself
+    if parallel_context.attention is None:  # a serving engine checks the IDs of its requests itself
         check_ids_of(layer, num_embeddings)
     return layer
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard.core.attention import EngineAttention
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import RegistrationError
+from polyshard.core.serving import EngineAttention
 from polyshard.core.weight_table import collect_layouts
 from polyshard.layers.token_ids import IdCheck
 

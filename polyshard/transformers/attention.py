@@ -52,7 +52,7 @@ def exchange_attention(model: Any, context: ParallelContext) -> None:
         )
     register()
     model.set_attn_implementation(IMPLEMENTATION)
-    factory = getattr(context, "attention", None)
+    factory = context.attention
     if factory is not None:
         for module, seen in rest.values():
             assert seen is not None

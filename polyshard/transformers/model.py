@@ -201,7 +201,7 @@ def transformers_model(config: Any, parallel_context: ParallelContext) -> Transf
         sum(parameter.numel() for parameter in model.parameters()),
         lambda small, context: _built(_on_meta(small), context),
         sharded=layout.tensor > 1,
-        served=getattr(parallel_context, "attention", None) is not None,
+        served=parallel_context.attention is not None,
     )
     name = type(model).__name__
     built = _built(model, parallel_context)

@@ -54,7 +54,7 @@ def exchange_vocabulary(model: Any, context: ParallelContext) -> None:
     new_head = lm_head(
         head.in_features, head.out_features, context, bias=head.bias is not None, tied_to=new if tied else None
     )
-    padding = embedding.padding_idx if getattr(context, "attention", None) is None else None  # a server trains nothing
+    padding = embedding.padding_idx if context.attention is None else None  # a server trains nothing
     plain = scale == 1.0 and padding is None
     model.set_input_embeddings(new if plain else WrappedEmbedding(new, scale, padding))
     model.set_output_embeddings(new_head)

@@ -4,7 +4,7 @@ import torch
 import torch.utils.checkpoint
 
 import polyshard as ps
-from polyshard.attention.functional import run_kernel
+from polyshard.attention.kernel_call import run_kernel
 from polyshard.core.attention import AttentionSpec
 
 

@@ -90,5 +90,5 @@ class DeepspeedAdapter:
 
     def shutdown(self, context: ParallelContext) -> None:
         """Restore DeepSpeed's mode, and undo what `initialize` made."""
-        for undo in getattr(context, "on_shutdown", ()):
+        for undo in context.on_shutdown:
             undo()

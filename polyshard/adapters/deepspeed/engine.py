@@ -28,7 +28,7 @@ from polyshard.adapters.shared.quiet import printing_as_log
 from polyshard.adapters.shared.weights import check_shard
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
-from polyshard.core.context import ParallelContext, no_guard, replica_axis
+from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, held_alike
 from polyshard.core.weight_table import collect_layouts
@@ -80,7 +80,7 @@ class DeepspeedEngine:
         self.context = context
         self.updates = 0
         self.table = collect_layouts(model)  # before ZeRO-3 empties the parameters
-        self._guard = getattr(context, "guard", no_guard)
+        self._guard = context.guard
         self._module = model
         self._generators = GeneratorCheck(model, context, check_random)
         self._stage = zero_stage

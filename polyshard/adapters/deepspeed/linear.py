@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from polyshard.core.context import ParallelContext
 from polyshard.layers.head import PaddedHead, padded_size, tied_weight
 
 logger = logging.getLogger(__name__)
 
 
-def _whole_linear(input_size: int, output_size: int, parallel_context: Any, bias: bool) -> nn.Module:
+def _whole_linear(input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool) -> nn.Module:
     """Drawn from torch's global generator: alike on ranks that were seeded alike, at every size."""
     device = parallel_context.device
-    if not getattr(parallel_context, "initialize_weights", True):
+    if not parallel_context.initialize_weights:
         return nn.utils.skip_init(nn.Linear, input_size, output_size, bias=bias, device=device)
     layer = nn.Linear(input_size, output_size, bias=bias, device="cpu")
     nn.init.normal_(layer.weight, std=input_size**-0.5)
@@ -37,7 +38,7 @@ class DeepspeedLinearAdapter:
     smooths_labels = False  # DeepSpeed's loss has none
 
     def create_column_parallel(
-        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+        self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
         """DeepSpeed's LinearLayer."""
         from polyshard.adapters.deepspeed.compat import LinearLayer
@@ -46,7 +47,7 @@ class DeepspeedLinearAdapter:
         return LinearLayer(whole, mp_group=parallel_context.get_tensor_parallel_group())
 
     def create_row_parallel(
-        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+        self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
         """DeepSpeed's LinearAllreduce."""
         from polyshard.adapters.deepspeed.compat import LinearAllreduce
@@ -54,13 +55,15 @@ class DeepspeedLinearAdapter:
         whole = _whole_linear(input_size, output_size, parallel_context, bias)
         return LinearAllreduce(whole, parallel_context.get_tensor_parallel_group())
 
-    def create_vocab_embedding(self, num_embeddings: int, embedding_dim: int, parallel_context: Any) -> nn.Module:
+    def create_vocab_embedding(
+        self, num_embeddings: int, embedding_dim: int, parallel_context: ParallelContext
+    ) -> nn.Module:
         """DeepSpeed's VocabParallelEmbedding, padded to even shards as the layouts have it."""
         from polyshard.adapters.deepspeed.compat import VocabParallelEmbedding
 
         rows = padded_size(num_embeddings, parallel_context.axis("tensor"))
         whole: Any = nn.utils.skip_init(nn.Embedding, rows, embedding_dim, device=parallel_context.device)
-        if getattr(parallel_context, "initialize_weights", True):
+        if parallel_context.initialize_weights:
             nn.init.normal_(whole.weight, std=0.02)
         return VocabParallelEmbedding(whole, parallel_context.get_tensor_parallel_group())
 
@@ -68,7 +71,7 @@ class DeepspeedLinearAdapter:
         self,
         hidden_size: int,
         vocab_size: int,
-        parallel_context: Any,
+        parallel_context: ParallelContext,
         bias: bool = False,
         tied_to: nn.Module | None = None,
     ) -> nn.Module:
@@ -86,7 +89,7 @@ class DeepspeedLinearAdapter:
         self,
         logits: torch.Tensor,
         targets: torch.Tensor,
-        parallel_context: Any,
+        parallel_context: ParallelContext,
         *,
         vocab_size: int,
         ignore_index: int,

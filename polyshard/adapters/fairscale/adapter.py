@@ -90,5 +90,5 @@ class FairscaleAdapter:
 
     def shutdown(self, context: ParallelContext) -> None:
         """Give FairScale's group back, and undo what `initialize` made."""
-        for undo in getattr(context, "on_shutdown", ()):
+        for undo in context.on_shutdown:
             undo()

@@ -19,7 +19,7 @@ from polyshard.adapters.shared.grad_norm import check_max_grad_norm, clip_factor
 from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
-from polyshard.core.context import ParallelContext, no_guard, replica_axis
+from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import WEIGHT, OptimizerState, Piece, held_alike
 from polyshard.core.weight_table import collect_layouts
@@ -61,7 +61,7 @@ class FairscaleEngine:
         self.updates = 0
         check_devices(model, context)
         self.table = collect_layouts(model)
-        self._guard = getattr(context, "guard", no_guard)
+        self._guard = context.guard
         self._max_grad_norm = max_grad_norm
         self._module = model
         self._generators = GeneratorCheck(model, context, check_random)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from polyshard.adapters.shared.loss import token_losses
+from polyshard.core.context import ParallelContext
 from polyshard.layers.head import PaddedHead, padded_size, tied_weight
 
 logger = logging.getLogger(__name__)
@@ -20,12 +21,12 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def _initial(parallel_context: Any, std: float) -> Callable[[torch.Tensor], torch.Tensor]:
+def _initial(parallel_context: ParallelContext, std: float) -> Callable[[torch.Tensor], torch.Tensor]:
     """FairScale calls this on the full weight on every rank, then slices: alike at every size where seeds are."""
-    return partial(nn.init.normal_, std=std) if getattr(parallel_context, "initialize_weights", True) else _leave
+    return partial(nn.init.normal_, std=std) if parallel_context.initialize_weights else _leave
 
 
-def _placed(layer: nn.Module, parallel_context: Any) -> nn.Module:
+def _placed(layer: nn.Module, parallel_context: ParallelContext) -> nn.Module:
     """FairScale's constructors know neither device nor dtype."""
     return layer.to(device=parallel_context.device, dtype=torch.get_default_dtype())
 
@@ -39,7 +40,7 @@ class FairscaleLinearAdapter:
     smooths_labels = False  # FairScale's loss has none
 
     def create_column_parallel(
-        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+        self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
         """FairScale's ColumnParallelLinear."""
         from polyshard.adapters.fairscale.compat import ColumnParallelLinear
@@ -49,7 +50,7 @@ class FairscaleLinearAdapter:
         return _placed(layer, parallel_context)
 
     def create_row_parallel(
-        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+        self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
         """FairScale's RowParallelLinear."""
         from polyshard.adapters.fairscale.compat import RowParallelLinear
@@ -58,7 +59,9 @@ class FairscaleLinearAdapter:
         layer = RowParallelLinear(input_size, output_size, bias=bias, input_is_parallel=True, init_method=initial)
         return _placed(layer, parallel_context)
 
-    def create_vocab_embedding(self, num_embeddings: int, embedding_dim: int, parallel_context: Any) -> nn.Module:
+    def create_vocab_embedding(
+        self, num_embeddings: int, embedding_dim: int, parallel_context: ParallelContext
+    ) -> nn.Module:
         """FairScale's VocabParallelEmbedding, padded: it asserts that its rows divide."""
         from polyshard.adapters.fairscale.compat import VocabParallelEmbedding
 
@@ -70,7 +73,7 @@ class FairscaleLinearAdapter:
         self,
         hidden_size: int,
         vocab_size: int,
-        parallel_context: Any,
+        parallel_context: ParallelContext,
         bias: bool = False,
         tied_to: nn.Module | None = None,
     ) -> nn.Module:
@@ -85,7 +88,7 @@ class FairscaleLinearAdapter:
         self,
         logits: torch.Tensor,
         targets: torch.Tensor,
-        parallel_context: Any,
+        parallel_context: ParallelContext,
         *,
         vocab_size: int,
         ignore_index: int,

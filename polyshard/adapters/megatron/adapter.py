@@ -88,5 +88,5 @@ class MegatronAdapter:
 
     def shutdown(self, context: ParallelContext) -> None:
         """Undo what `initialize` made."""
-        for undo in getattr(context, "on_shutdown", ()):
+        for undo in context.on_shutdown:
             undo()

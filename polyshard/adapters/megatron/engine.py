@@ -22,7 +22,7 @@ from polyshard.adapters.shared.library_norm import prepare_for_library_norm
 from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import AdamW, OptimizerFactory, StepResult
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
-from polyshard.core.context import ParallelContext, no_guard, replica_axis
+from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import AdapterError, ConfigurationError
 from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, held_alike
 from polyshard.core.weight_table import collect_layouts
@@ -69,7 +69,7 @@ class MegatronEngine:
         self.updates = 0
         check_devices(model, context)
         self.table = collect_layouts(model)
-        self._guard = getattr(context, "guard", no_guard)
+        self._guard = context.guard
         self._module = model
         self._generators = GeneratorCheck(model, context, check_random)
         prepare_for_library_norm(model, self.table, context, "Megatron", max_grad_norm is not None)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from polyshard.adapters.shared.loss import token_losses
-from polyshard.core.context import ParallelAxis
+from polyshard.core.context import ParallelAxis, ParallelContext
 from polyshard.layers.head import PaddedHead, padded_size, tied_weight
 
 logger = logging.getLogger(__name__)
@@ -61,13 +61,13 @@ class MegatronLinearAdapter:
     smooths_labels = False  # Megatron smooths over each rank's shard alone
 
     def create_column_parallel(
-        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+        self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
         """Megatron's ColumnParallelLinear."""
         return MegatronLayer(*self._column(input_size, output_size, parallel_context, bias, input_size**-0.5))
 
     def create_row_parallel(
-        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+        self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
         """Megatron's RowParallelLinear."""
         from polyshard.adapters.megatron.compat import RowParallelLinear
@@ -88,7 +88,9 @@ class MegatronLinearAdapter:
             layer.bias.register_hook(partial(_sum, axis=parallel_context.axis("tensor")))
         return MegatronLayer(layer, config.sequence_parallel)
 
-    def create_vocab_embedding(self, num_embeddings: int, embedding_dim: int, parallel_context: Any) -> nn.Module:
+    def create_vocab_embedding(
+        self, num_embeddings: int, embedding_dim: int, parallel_context: ParallelContext
+    ) -> nn.Module:
         """Megatron's VocabParallelEmbedding, padded: it asserts that its rows divide."""
         from polyshard.adapters.megatron.compat import VocabParallelEmbedding
 
@@ -107,7 +109,7 @@ class MegatronLinearAdapter:
         self,
         hidden_size: int,
         vocab_size: int,
-        parallel_context: Any,
+        parallel_context: ParallelContext,
         bias: bool = False,
         tied_to: nn.Module | None = None,
     ) -> nn.Module:
@@ -124,7 +126,7 @@ class MegatronLinearAdapter:
         self,
         logits: torch.Tensor,
         targets: torch.Tensor,
-        parallel_context: Any,
+        parallel_context: ParallelContext,
         *,
         vocab_size: int,
         ignore_index: int,
@@ -135,12 +137,13 @@ class MegatronLinearAdapter:
         from polyshard.adapters.megatron.compat import vocab_parallel_cross_entropy
 
         group = parallel_context.get_tensor_parallel_group()
+        assert group is not None, "this adapter's contexts have a group for every axis"
         return token_losses(
             partial(vocab_parallel_cross_entropy, group=group), logits, targets, ignore_index=ignore_index
         )
 
     def _column(
-        self, input_size: int, output_size: int, parallel_context: Any, bias: bool, std: float
+        self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool, std: float
     ) -> tuple[Any, bool]:
         from polyshard.adapters.megatron.compat import ColumnParallelLinear
 
@@ -157,13 +160,13 @@ class MegatronLinearAdapter:
         return layer.to(parallel_context.device), config.sequence_parallel
 
 
-def _config(parallel_context: Any) -> Any:
+def _config(parallel_context: ParallelContext) -> Any:
     from polyshard.adapters.megatron.compat import layer_config
 
     return layer_config(
         parallel_context.get_tensor_parallel_world_size(),
         parallel_context.layout.sequence_parallel,
-        getattr(parallel_context, "initialize_weights", True),
+        parallel_context.initialize_weights,
     )
 
 

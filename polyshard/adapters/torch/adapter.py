@@ -108,5 +108,5 @@ class TorchAdapter:
 
     def shutdown(self, context: ParallelContext) -> None:
         """Barrier, then destroy the groups that `initialize` made."""
-        for undo in getattr(context, "on_shutdown", ()):
+        for undo in context.on_shutdown:
             undo()

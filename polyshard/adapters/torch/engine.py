@@ -25,7 +25,7 @@ from polyshard.adapters.torch.compat import (
 )
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
-from polyshard.core.context import ParallelContext, no_guard, replica_axis
+from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import WEIGHT, OptimizerState, Piece, held_alike
 from polyshard.core.weight_table import collect_layouts
@@ -70,7 +70,7 @@ class TorchEngine:
         self.updates = 0
         check_devices(model, context)
         self.table = collect_layouts(model)  # before wrapping
-        self._guard = getattr(context, "guard", no_guard)
+        self._guard = context.guard
         self._max_grad_norm = max_grad_norm
         self._sharded = data_parallel == "fsdp" and replica_axis(context).size > 1
         if data_parallel == "fsdp" and not self._sharded:

@@ -38,7 +38,7 @@ def new_weight(layout: WeightLayout, parallel_context: ParallelContext, std: flo
     rank = parallel_context.get_tensor_parallel_rank()
     size = parallel_context.get_tensor_parallel_world_size()
     local = torch.empty(layout.local_shape(rank, size), device=parallel_context.device)
-    if getattr(parallel_context, "initialize_weights", True) and local.device.type != "meta":
+    if parallel_context.initialize_weights and local.device.type != "meta":
         if std is None:
             local.zero_()
         else:
@@ -183,13 +183,13 @@ class TorchLinearAdapter:
     vocab_padding = 1
 
     def create_column_parallel(
-        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+        self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
         """One projection."""
         return ColumnParallelLinear(input_size, output_size, (Segment(size=output_size),), parallel_context, bias)
 
     def create_merged_column_parallel(
-        self, input_size: int, output_sizes: list[int], parallel_context: Any, bias: bool = False
+        self, input_size: int, output_sizes: list[int], parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
         """Several projections as one matrix product."""
         segments = tuple(Segment(size=size) for size in output_sizes)
@@ -201,7 +201,7 @@ class TorchLinearAdapter:
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
-        parallel_context: Any,
+        parallel_context: ParallelContext,
         bias: bool = False,
     ) -> nn.Module:
         """Query, key and value as one matrix product; KV heads shared where there are fewer than ranks."""
@@ -210,12 +210,14 @@ class TorchLinearAdapter:
         return ColumnParallelLinear(hidden_size, total, segments, parallel_context, bias)
 
     def create_row_parallel(
-        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+        self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
         """The counterpart of a column-parallel layer."""
         return RowParallelLinear(input_size, output_size, parallel_context, bias)
 
-    def create_vocab_embedding(self, num_embeddings: int, embedding_dim: int, parallel_context: Any) -> nn.Module:
+    def create_vocab_embedding(
+        self, num_embeddings: int, embedding_dim: int, parallel_context: ParallelContext
+    ) -> nn.Module:
         """Token embedding."""
         return VocabParallelEmbedding(num_embeddings, embedding_dim, parallel_context)
 
@@ -223,7 +225,7 @@ class TorchLinearAdapter:
         self,
         hidden_size: int,
         vocab_size: int,
-        parallel_context: Any,
+        parallel_context: ParallelContext,
         bias: bool = False,
         tied_to: nn.Module | None = None,
     ) -> nn.Module:
@@ -232,12 +234,14 @@ class TorchLinearAdapter:
         assert weight is None or isinstance(weight, nn.Parameter)
         return VocabParallelHead(hidden_size, vocab_size, parallel_context, bias, weight)
 
-    def create_norm(self, hidden_size: int, parallel_context: Any, eps: float, partial_gradient: bool) -> nn.Module:
+    def create_norm(
+        self, hidden_size: int, parallel_context: ParallelContext, eps: float, partial_gradient: bool
+    ) -> nn.Module:
         """RMS norm."""
         return RMSNorm(hidden_size, parallel_context, eps, partial_gradient)
 
     def vocab_parallel_cross_entropy(
-        self, logits: torch.Tensor, targets: torch.Tensor, parallel_context: Any, **options: Any
+        self, logits: torch.Tensor, targets: torch.Tensor, parallel_context: ParallelContext, **options: Any
     ) -> torch.Tensor:
         """See `polyshard.vocab_parallel_cross_entropy`."""
         return vocab_parallel_cross_entropy(logits, targets, parallel_context.axis("tensor"), **options)

@@ -9,51 +9,16 @@ import torch
 
 from polyshard.attention.context_parallel.ring import ring_attention
 from polyshard.attention.context_parallel.ulysses import heads_divide, ulysses_attention
-from polyshard.attention.functional import call_of, run_kernel
+from polyshard.attention.kernel_call import call_of, run_kernel
 from polyshard.attention.kernels.cpu.kernels import Chunked
 from polyshard.attention.kernels.protocol import BlockKernel
 from polyshard.attention.selection import select_kernel
-from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequences
+from polyshard.core.attention import AttentionSpec, PackedSequences
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.exact_mode import exact_kernel
+from polyshard.core.exact_identity import exact_kernel
 
 Way = Literal["auto", "ulysses", "ring"]
-
-
-def attend_by(
-    core: AttentionCore | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sequences: PackedSequences | None,
-    spec: AttentionSpec,
-    parallel_context: ParallelContext,
-    way: Way,
-    *,
-    training: bool,
-    sinks: torch.Tensor | None = None,
-    kernel: str | None = None,
-) -> torch.Tensor:
-    """Attention by a serving engine's core where there is one, which knows the sequences; else by our kernels.
-
-    Args:
-        core: the engine's, or None.
-        q: `[tokens, heads, head_dim]` or `[batch, seq, heads, head_dim]`; `k` and `v` alike.
-        k: see `context_parallel_attention`, as the rest.
-
-    Returns:
-        `[tokens, heads * value_dim]` or `[batch, seq, heads * value_dim]`.
-    """
-    lead = q.shape[:-2]
-    q, k, v = (t.reshape(-1, *t.shape[-2:]) for t in (q, k, v))
-    if core is not None:
-        return core(q, k, v, sequences).reshape(*lead, -1)
-    assert sequences is not None
-    rows = 1 if len(lead) == 1 else lead[0]
-    return context_parallel_attention(
-        q, k, v, sequences, spec, parallel_context, way, training=training, rows=rows, sinks=sinks, kernel=kernel
-    ).reshape(*lead, -1)
 
 
 def context_parallel_attention(
@@ -90,7 +55,7 @@ def context_parallel_attention(
         ConfigurationError: heads or tokens do not divide over the ranks; the kernel cannot run in a ring.
     """
     axis = parallel_context.axis("context")
-    exact = getattr(parallel_context, "exact", None)
+    exact = parallel_context.exact
     if exact is not None:
         kernel, way = exact_kernel(parallel_context, kernel), "ulysses"  # a ring adds parts in another order
     if axis.size == 1:

@@ -11,7 +11,7 @@ from polyshard.attention.module import TrainableFlashAttention
 from polyshard.attention.rotary import apply_rotary
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.exact_mode import exact_kernel
+from polyshard.core.exact_identity import exact_kernel
 from polyshard.core.weight_layout import replicated
 from polyshard.core.weight_table import attach_layouts
 from polyshard.layers.differentiable import sum_gradient
@@ -110,7 +110,7 @@ class ReplacedAttention(TrainableFlashAttention):
         if position_embeddings is not None and self.uses_rotary:
             parts = 2 if self.rotary_doubled else 1
             cos, sin = (t[..., : t.shape[-1] // parts].unsqueeze(-2) for t in position_embeddings)
-            if self.core is None and getattr(self.context, "exact", None) is None:
+            if self.core is None and self.context.exact is None:
                 q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
             else:
                 turned = self._rotate(*(t.flatten(0, 1) for t in (q, k, cos, sin)))

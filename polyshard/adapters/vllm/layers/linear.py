@@ -28,6 +28,7 @@ from polyshard.adapters.vllm.layers.matmul import (
     multiply_by_chosen,
 )
 from polyshard.adapters.vllm.layers.norm import in_one_operator, rms_norm
+from polyshard.core.context import ParallelContext
 from polyshard.core.errors import AdapterError
 
 
@@ -81,7 +82,7 @@ class VllmLinearAdapter:
         return layer
 
     def create_column_parallel(
-        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+        self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
         """vLLM's ColumnParallelLinear."""
         return self._make(
@@ -89,7 +90,7 @@ class VllmLinearAdapter:
         )
 
     def create_merged_column_parallel(
-        self, input_size: int, output_sizes: list[int], parallel_context: Any, bias: bool = False
+        self, input_size: int, output_sizes: list[int], parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
         """vLLM's MergedColumnParallelLinear."""
         method = PackedGateMethod if are_gates(output_sizes) else PackedLinearMethod
@@ -107,7 +108,7 @@ class VllmLinearAdapter:
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
-        parallel_context: Any,
+        parallel_context: ParallelContext,
         bias: bool = False,
     ) -> nn.Module:
         """vLLM's QKVParallelLinear."""
@@ -118,14 +119,16 @@ class VllmLinearAdapter:
         return layer
 
     def create_row_parallel(
-        self, input_size: int, output_size: int, parallel_context: Any, bias: bool = False
+        self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
         """vLLM's RowParallelLinear."""
         return self._make(
             RowParallelLinear, input_size, output_size, bias=bias, input_is_parallel=True, return_bias=False
         )
 
-    def create_vocab_embedding(self, num_embeddings: int, embedding_dim: int, parallel_context: Any) -> nn.Module:
+    def create_vocab_embedding(
+        self, num_embeddings: int, embedding_dim: int, parallel_context: ParallelContext
+    ) -> nn.Module:
         """vLLM's VocabParallelEmbedding."""
         return multiply_by_chosen(VocabParallelEmbedding(num_embeddings, embedding_dim), LookupMethod)
 
@@ -133,14 +136,16 @@ class VllmLinearAdapter:
         self,
         hidden_size: int,
         vocab_size: int,
-        parallel_context: Any,
+        parallel_context: ParallelContext,
         bias: bool = False,
         tied_to: nn.Module | None = None,
     ) -> nn.Module:
         """vLLM's ParallelLMHead."""
         return VllmHead(hidden_size, vocab_size, bias, tied_to)
 
-    def create_norm(self, hidden_size: int, parallel_context: Any, eps: float, partial_gradient: bool) -> nn.Module:
+    def create_norm(
+        self, hidden_size: int, parallel_context: ParallelContext, eps: float, partial_gradient: bool
+    ) -> nn.Module:
         """vLLM's RMSNorm."""
         return (CpuRMSNorm if parallel_context.device.type == "cpu" else RMSNorm)(hidden_size, eps=eps)
 

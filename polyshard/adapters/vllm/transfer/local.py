@@ -11,7 +11,7 @@ import torch
 from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.transfer.receiver import ServedReceiver, receiver_for
 from polyshard.core.errors import WeightSyncError
-from polyshard.core.exact_mode import identity_of
+from polyshard.core.exact_identity import identity_of
 from polyshard.core.weight_table import WeightEntry, WeightTable
 from polyshard.weights.fingerprint import fingerprint, total
 from polyshard.weights.movement import Moved, rectangle, take_region

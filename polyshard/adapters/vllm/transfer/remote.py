@@ -18,7 +18,7 @@ import torch
 from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.transfer.bucket import Bucket, Chunk
 from polyshard.core.errors import ConfigurationError, WeightSyncError
-from polyshard.core.exact_mode import ExactIdentity
+from polyshard.core.exact_identity import ExactIdentity
 from polyshard.weights.movement import Moved
 
 BACKEND = "polyshard"

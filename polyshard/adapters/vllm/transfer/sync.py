@@ -24,7 +24,7 @@ from polyshard.adapters.vllm.transfer.local import LocalEngine
 from polyshard.adapters.vllm.transfer.remote import Client, LlmClient, RemoteEngine
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError, WeightSyncError
-from polyshard.core.exact_mode import check_same_mode, identity_of
+from polyshard.core.exact_identity import check_same_mode, identity_of
 from polyshard.core.ranks import Ranks
 from polyshard.core.weight_table import WeightTable, collect_layouts, stored_shape
 from polyshard.weights.fingerprint import fingerprint, text, total

@@ -21,7 +21,7 @@ from polyshard.adapters.vllm.compat import WeightTransferEngine, WeightTransferI
 from polyshard.adapters.vllm.transfer.bucket import Bucket, chunk_from
 from polyshard.adapters.vllm.transfer.receiver import Receiver, receiver_for
 from polyshard.core.errors import WeightSyncError
-from polyshard.core.exact_mode import identity_of
+from polyshard.core.exact_identity import identity_of
 from polyshard.weights.movement import Moved
 
 

@@ -1,0 +1,59 @@
+"""Where a module's attention runs: in the serving engine's core, on this rank's kernel, or over the context axis."""
+
+from __future__ import annotations
+
+import torch
+
+from polyshard.attention.context_parallel.parallel import Way, context_parallel_attention
+from polyshard.attention.kernel_call import run_kernel
+from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequences
+from polyshard.core.context import ParallelContext
+from polyshard.core.exact_identity import exact_kernel
+
+
+def dispatch_attention(
+    core: AttentionCore | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sequences: PackedSequences | None,
+    spec: AttentionSpec,
+    parallel_context: ParallelContext,
+    way: Way,
+    *,
+    training: bool,
+    sinks: torch.Tensor | None = None,
+    kernel: str | None = None,
+) -> torch.Tensor:
+    """Attend in a serving engine's core if there is one, else by a kernel of this process or over the context axis.
+
+    Args:
+        core: the engine's, which knows the sequences; None in training.
+        q: `[tokens, heads, head_dim]` or `[batch, seq, heads, head_dim]`.
+        k: the same with key-value heads.
+        v: the same with key-value heads and `value_dim`.
+        sequences: boundaries of the tokens of all context-parallel ranks; None only with a core.
+        spec: the request, for the heads given.
+        parallel_context: whose context axis it is.
+        way: see `context_parallel_attention`.
+        training: whether dropout applies.
+        sinks: `[heads]`.
+        kernel: force one by name.
+
+    Returns:
+        `[tokens, heads * value_dim]` or `[batch, seq, heads * value_dim]`.
+    """
+    lead = q.shape[:-2]
+    q, k, v = (t.reshape(-1, *t.shape[-2:]) for t in (q, k, v))
+    if core is not None:
+        return core(q, k, v, sequences).reshape(*lead, -1)
+    assert sequences is not None
+    if parallel_context.axis("context").size == 1:
+        kernel = exact_kernel(parallel_context, kernel)
+        out = run_kernel(q, k, v, sequences, spec, training, kernel, sinks=sinks)
+    else:
+        rows = 1 if len(lead) == 1 else lead[0]
+        out = context_parallel_attention(
+            q, k, v, sequences, spec, parallel_context, way, training=training, rows=rows, sinks=sinks, kernel=kernel
+        )
+    return out.reshape(*lead, -1)
