@@ -13,7 +13,7 @@ from torch import nn
 
 from polyshard.checkpoint.directory import find
 from polyshard.checkpoint.files import TensorReader
-from polyshard.checkpoint.manifest import read_manifest, verify_files
+from polyshard.checkpoint.manifest import Manifest, read_manifest, verify_files
 from polyshard.checkpoint.quantization.reading import weights_reader
 from polyshard.checkpoint.storage import BUCKET_BYTES, Progress
 from polyshard.core.context import ParallelContext
@@ -24,11 +24,10 @@ from polyshard.core.weight_table import (
     IGNORED_TENSORS,
     WeightEntry,
     WeightTable,
-    collect_layouts,
     stored_shape,
 )
-from polyshard.weights.movement import module_pieces
 from polyshard.weights.regions import Region, regions
+from polyshard.weights.view import view_weights
 
 logger = logging.getLogger(__name__)
 
@@ -61,35 +60,24 @@ def load_checkpoint(
             kind of number (the message lists all of them), or weights are quantized by another rule.
     """
     path, ranks = find(directory), Ranks.of(parallel_context)
-    engine = None if isinstance(model, nn.Module) else model
-    table: WeightTable = collect_layouts(model) if engine is None else engine.table
-    reader = _checked(path, table, ignore, ranks, verify)
+    view = view_weights(model, parallel_context)
+    reader = _checked(path, view.table, ignore, ranks, verify)
     axis = parallel_context.axis("tensor")
-    if engine is not None:
-        read_pieces(reader, engine.weight_pieces(), table, axis.rank, axis.size, progress)
-        engine.weights_written()
-        return
-    pieces = list(module_pieces(model, parallel_context))
-    read_pieces(reader, pieces, table, axis.rank, axis.size, progress)
-    with torch.no_grad():
-        for piece, (name, parameter) in zip(pieces, model.named_parameters()):
-            assert piece.parameter == name
-            if piece.values.data_ptr() != parameter.data_ptr():  # not contiguous: a copy was read into
-                parameter.copy_(piece.values.view(parameter.shape))
+    pieces = list(view.pieces())
+    read_pieces(reader, pieces, view.table, axis.rank, axis.size, progress)
+    view.written(pieces)
 
 
 def _checked(path: Path, table: WeightTable, ignore: Sequence[str], ranks: Ranks, verify: bool) -> TensorReader:
     """A reader of weights that fit, on every rank; an error of any rank is raised on all."""
-    error: Exception | None = None
-    reader = manifest = note = None
-    try:
+
+    def opened() -> tuple[Manifest | None, TensorReader, str | None]:
         manifest = read_manifest(path) if path.is_dir() else None
         reader, note = weights_reader(path, known_names(table), ignore)
         check_fit(table, reader, ignore)
-    except CheckpointError as problem:
-        error = problem
-    ranks.agree(error, f"{path} cannot be loaded; nothing was changed")
-    assert reader is not None
+        return manifest, reader, note
+
+    manifest, reader, note = ranks.together(opened, f"{path} cannot be loaded; nothing was changed")
     if note is not None and ranks.rank == 0:
         logger.warning("%s: %s", path, note)
     if manifest is not None and verify:

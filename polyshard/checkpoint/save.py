@@ -31,9 +31,9 @@ from polyshard.core.errors import CheckpointError
 from polyshard.core.pieces import WEIGHT, Piece
 from polyshard.core.ranks import Ranks
 from polyshard.core.serving import RegisteredModel, as_entry
-from polyshard.core.weight_table import WeightTable, collect_layouts, stored_shape
+from polyshard.core.weight_table import WeightTable, stored_shape
 from polyshard.weights.fingerprint import text
-from polyshard.weights.movement import module_pieces
+from polyshard.weights.view import view_weights
 
 logger = logging.getLogger(__name__)
 
@@ -83,17 +83,15 @@ def save_checkpoint(
     Raises:
         CheckpointError: a rank could not write; raised on every rank, naming it.
     """
-    engine = None if isinstance(model, nn.Module) else model
-    table: WeightTable = collect_layouts(model) if engine is None else engine.table
-    module = model if engine is None else engine.module
-    dtypes = {name: dtype or parameter.dtype for name, parameter in module.named_parameters()}
+    view = view_weights(model, parallel_context)
+    dtypes = {name: dtype or parameter.dtype for name, parameter in view.module.named_parameters()}
     job = SaveJob(
         directory=Path(directory),
         kind="weights",
-        pieces=list(module_pieces(module, parallel_context) if engine is None else engine.weight_pieces()),
-        table=table,
-        files=weight_files(table, dtypes, max_shard_bytes),
-        documents=model_documents(config, architecture, factory, dtypes, getattr(module, "architecture", None)),
+        pieces=list(view.pieces()),
+        table=view.table,
+        files=weight_files(view.table, dtypes, max_shard_bytes),
+        documents=model_documents(config, architecture, factory, dtypes, getattr(view.module, "architecture", None)),
         companions=None if companions is None else Path(companions),
     )
     return job.start(parallel_context, asynchronous, progress)

@@ -113,12 +113,7 @@ def save_training_state(
     for slot, by_name in slot_dtypes.items():
         files += _in_folder(plan_files(slot, stored_tensors(table, by_name, slot), max_shard_bytes))
 
-    error = None
-    try:
-        data = json.loads(json.dumps(data))
-    except (TypeError, ValueError) as problem:
-        error = CheckpointError(f"data has to be plain JSON (numbers, strings, lists, dicts): {problem}")
-    ranks.agree(error, f"saving {directory} failed, and nothing was changed")
+    data = ranks.together(lambda: _plain_json(data), f"saving {directory} failed, and nothing was changed")
     first_of_replica = all(parallel_context.axis(a).rank == 0 for a in ("tensor", "context", "pipeline"))
     mine = (parallel_context.axis("data").rank, data) if first_of_replica else None
     positions = [d for _, d in sorted((x for x in ranks.gather(mine) if x is not None), key=lambda x: x[0])]
@@ -140,6 +135,13 @@ def save_training_state(
         blobs={f"{FOLDER}/{RANDOM}.safetensors": _random_states(ranks)},
     )
     return job.start(parallel_context, asynchronous, progress)
+
+
+def _plain_json(data: Any) -> Any:
+    try:
+        return json.loads(json.dumps(data))
+    except (TypeError, ValueError) as problem:
+        raise CheckpointError(f"data has to be plain JSON (numbers, strings, lists, dicts): {problem}") from problem
 
 
 def load_training_state(
@@ -172,18 +174,16 @@ def load_training_state(
     path, ranks = find(directory), Ranks.of(parallel_context)
     axis = parallel_context.axis("tensor")
     table = engine.table
-    error: Exception | None = None
-    opened: _Opened | None = None
     before: OptimizerState = engine.optimizer_state()
     slots = set().union(*ranks.gather({piece.slot for piece in before.pieces}))
-    try:
+
+    def opened_and_checked() -> _Opened:
         opened = _open(path, table)
         if optimizer:
             _check_optimizer(opened.manifest, before.kind, slots)
-    except CheckpointError as problem:
-        error = problem
-    ranks.agree(error, f"{path} cannot be loaded; nothing was changed")
-    assert opened is not None
+        return opened
+
+    opened = ranks.together(opened_and_checked, f"{path} cannot be loaded; nothing was changed")
     if verify:
         verify_files(path, opened.manifest, ranks)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from polyshard.core.context import FailureGuard, ParallelContext, no_guard
 from polyshard.core.errors import CheckpointError, PolyshardError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,23 @@ class Ranks:
         with self.guard("world exchange"):
             dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
+
+    def together(self, action: Callable[[], T], what: str, kind: type[PolyshardError] = CheckpointError) -> T:
+        """Run `action` on every rank; if it fails on any, raise an error on all that names the rank. A collective.
+
+        Args:
+            action: of this rank. It may not communicate: a rank in which it fails would leave the others waiting.
+            what: beginning of the message, such as "the save failed".
+            kind: of the error, unless all ranks that failed raised the same `PolyshardError`.
+        """
+        error: Exception | None = None
+        results: list[T] = []
+        try:
+            results.append(action())
+        except Exception as problem:
+            error = problem
+        self.agree(error, what, kind)
+        return results[0]
 
     def agree(self, error: Exception | None, what: str, kind: type[PolyshardError] = CheckpointError) -> None:
         """Raise an error of this kind on every rank where any has one, naming the rank."""

@@ -25,7 +25,7 @@ from polyshard.adapters.vllm.served.live_module import check_load_format
 from polyshard.adapters.vllm.served.loading import attach_loaders, keep_buffers, load_weights, packed_names
 from polyshard.adapters.vllm.served.pipeline import HIDDEN, check_pipeline, stored_elsewhere
 from polyshard.adapters.vllm.served.quantized import quantize_layers, refuse_quantized_reload, refuse_unstated_codes
-from polyshard.adapters.vllm.transfer.guard import WeightGuard, parameter_changes, shared_memory_watch
+from polyshard.adapters.vllm.transfer.guard import WeightGuard, shared_memory_watch
 from polyshard.core.errors import CheckpointError, RegistrationError
 from polyshard.core.serving import ModelFactory, RegisteredModel, build_model, check_served_interface
 from polyshard.core.weight_table import collect_layouts
@@ -33,6 +33,7 @@ from polyshard.exact.trace import recorder_of
 from polyshard.layers.vocabulary import gather_logits
 from polyshard.registry import renamer, told_to_parent
 from polyshard.registry.live_module import ExistingModel
+from polyshard.weights.view import parameter_changes
 
 logger = logging.getLogger(__name__)
 

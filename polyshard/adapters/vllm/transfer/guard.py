@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
-
 from polyshard.core.errors import WeightSyncError
-
-
-def parameter_changes(module: nn.Module) -> Callable[[], int]:
-    """Counts in-place changes of a module's parameters."""
-    parameters = list(module.parameters())
-    return lambda: sum(parameter._version for parameter in parameters)
 
 
 def shared_memory_watch(changes: Callable[[], int], since: str) -> Callable[[], str | None]:

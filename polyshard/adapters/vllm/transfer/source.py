@@ -10,8 +10,9 @@ from torch import nn
 
 from polyshard.adapters.vllm.compat import ParamMeta, WeightSource, source_metadata
 from polyshard.core.context import ParallelContext
-from polyshard.core.weight_table import WeightTable, collect_layouts, stored_parts, stored_shape
+from polyshard.core.weight_table import stored_parts, stored_shape
 from polyshard.weights.gather import gather_shards
+from polyshard.weights.view import view_weights
 
 
 class LayoutSource(WeightSource):
@@ -28,19 +29,17 @@ class LayoutSource(WeightSource):
     def __init__(
         self, model: nn.Module | Any, parallel_context: ParallelContext, dtype: torch.dtype | None = None
     ) -> None:
-        self._engine = None if isinstance(model, nn.Module) else model
-        self._module: nn.Module = model if self._engine is None else self._engine.module
-        self._table: WeightTable = collect_layouts(model) if self._engine is None else self._engine.table
+        self._view = view_weights(model, parallel_context)
         self._axis = parallel_context.axis("tensor")
         self._dtype = dtype
-        self._dtypes = {name: dtype or parameter.dtype for name, parameter in self._module.named_parameters()}
+        self._dtypes = {name: dtype or parameter.dtype for name, parameter in self._view.module.named_parameters()}
 
     @source_metadata
     def metadata(self) -> list[ParamMeta]:
         """Name, dtype and shape of all that iteration yields, in its order; nothing is transferred."""
         return [
             ParamMeta(name, self._dtypes[entry.parameter], stored_shape(entry.layout, len(entry.checkpoint_names), i))
-            for entry in self._table.values()
+            for entry in self._view.table.values()
             for i, name in enumerate(entry.checkpoint_names)
         ]
 
@@ -49,12 +48,7 @@ class LayoutSource(WeightSource):
         return iter(self)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        weights = (
-            ((name, parameter.detach()) for name, parameter in self._module.named_parameters())
-            if self._engine is None
-            else self._engine.weights()
-        )
-        for name, shard in weights:
-            entry = self._table[name]
+        for name, shard in self._view.shards():
+            entry = self._view.table[name]
             full = gather_shards(shard.to(self._dtypes[name]), entry.layout, self._axis)
             yield from zip(entry.checkpoint_names, stored_parts(entry.layout, len(entry.checkpoint_names), full))

@@ -12,27 +12,30 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.transfer.bucket import Bucket, Chunk, bucket_path, plan_chunks, remove_abandoned
-from polyshard.adapters.vllm.transfer.guard import parameter_changes, shared_memory_watch
+from polyshard.adapters.vllm.transfer.guard import shared_memory_watch
 from polyshard.adapters.vllm.transfer.local import LocalEngine
 from polyshard.adapters.vllm.transfer.remote import Client, LlmClient, RemoteEngine
+from polyshard.adapters.vllm.transfer.verification import Arrived, DirectRecord, EngineKind, verify_chunk, verify_direct
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError, WeightSyncError
 from polyshard.core.exact_identity import check_same_mode, identity_of
+from polyshard.core.pieces import Piece
 from polyshard.core.ranks import Ranks
-from polyshard.core.weight_table import WeightTable, collect_layouts, stored_shape
-from polyshard.weights.fingerprint import fingerprint, text, total
-from polyshard.weights.movement import Moved, module_pieces, put_pieces, rectangle, shared_run
+from polyshard.core.weight_table import stored_shape
+from polyshard.weights.fingerprint import total
+from polyshard.weights.movement import put_pieces, shared_run
+from polyshard.weights.view import view_weights
 
 DEFAULT_BUCKET_BYTES = 256 << 20
 
-Arrived = tuple[int, int, Moved]  # engine, worker, what stands there
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,31 +90,28 @@ class WeightSync:
     ) -> None:
         if bucket_bytes < 1:
             raise ConfigurationError(f"bucket_bytes must be positive, got {bucket_bytes}")
-        self._engine = None if isinstance(model, nn.Module) else model
-        self._module: nn.Module = model if self._engine is None else self._engine.module
-        self._table: WeightTable = collect_layouts(model) if self._engine is None else self._engine.table
-        self._context = parallel_context
+        self._view = view_weights(model, parallel_context)
         self._ranks = Ranks.of(parallel_context)
         self._axis = parallel_context.axis("tensor")
         self._shapes = {
             name: stored_shape(entry.layout, len(entry.checkpoint_names), index)
-            for entry in self._table.values()
+            for entry in self._view.table.values()
             for index, name in enumerate(entry.checkpoint_names)
         }
         self._local: list[LocalEngine] = []
         self._remote: list[RemoteEngine] = []
-        error: Exception | None = None
-        try:
+
+        def connect() -> None:
             remove_abandoned()
             self._connect(engines, timeout, share)
             for connected in (*self._local, *self._remote):
                 check_same_mode(identity_of(parallel_context), connected.exact, connected.name)
-        except Exception as problem:
-            error = problem
-        self._ranks.agree(error, "the engines cannot take weights", WeightSyncError)
+
+        self._ranks.together(connect, "the engines cannot take weights", WeightSyncError)
         self.dtype = self._common_dtype()
-        kinds = [(True, e.tensor_size) for e in self._local] + [(False, e.tensor_size) for e in self._remote]
-        self._kinds: list[tuple[bool, int]] = max(self._ranks.gather(kinds), key=len)
+        kinds = [EngineKind(True, e.tensor_size) for e in self._local]
+        kinds += [EngineKind(False, e.tensor_size) for e in self._remote]
+        self._kinds: list[EngineKind] = max(self._ranks.gather(kinds), key=len)
         self._direct = self._reached_directly()
         staged = [(name, shape) for name, shape in self._shapes.items() if name not in self._direct]
         self._chunks = plan_chunks(staged, self.dtype.itemsize, bucket_bytes)
@@ -134,12 +134,12 @@ class WeightSync:
         name = str(self._count) if version is None else version
         self._together(lambda: [engine.require_idle() for engine in (*self._local, *self._remote)], "sync refused")
         try:
-            self._together(lambda: [engine.begin(name) for engine in (*self._local, *self._remote)], "sync failed")
+            self._together(lambda: [engine.begin(name) for engine in (*self._local, *self._remote)])
             self._send_directly()
             self._send_in_chunks(name)
-            watch = self._watch()
-            self._together(lambda: [engine.finish(name, watch) for engine in self._local], "sync failed")
-            self._together(lambda: [engine.finish(name) for engine in self._remote], "sync failed")
+            watch = shared_memory_watch(self._view.changes, "the last sync")
+            self._together(lambda: [engine.finish(name, watch) for engine in self._local])
+            self._together(lambda: [engine.finish(name) for engine in self._remote])
         except BaseException:
             for engine in self._remote:
                 engine.abandon(name)
@@ -197,7 +197,7 @@ class WeightSync:
 
     def _reached_directly(self) -> set[str]:
         """Stored names that every worker finds in its own process."""
-        sets = [engine.reaches(self._table, self._axis.rank, self._axis.size) for engine in self._local]
+        sets = [engine.reaches(self._view.table, self._axis.rank, self._axis.size) for engine in self._local]
         if self._remote:
             sets.append(set())
         everyone = self._ranks.gather(set.intersection(*sets) if sets else None)
@@ -206,52 +206,31 @@ class WeightSync:
     def _make_bucket(self) -> Bucket:
         size = max(chunk.nbytes for chunk in self._chunks)
         path = self._ranks.first(str(bucket_path()))
-        made: list[Bucket] = []
-        for creating in (True, False):
-            error: Exception | None = None
-            if creating == (self._ranks.rank == 0):
-                try:
-                    made.append(Bucket(path, size, create=creating))
-                except WeightSyncError as problem:
-                    error = problem
-            self._ranks.agree(error, "no shared memory", WeightSyncError)
-        return made[0]
 
-    def _together(self, action: Callable[[], object], what: str) -> None:
-        error: Exception | None = None
-        try:
-            action()
-        except Exception as problem:
-            error = problem
-        self._ranks.agree(error, what, WeightSyncError)
+        def make(creating: bool) -> Bucket | None:
+            mine = creating == (self._ranks.rank == 0)
+            return Bucket(path, size, create=creating) if mine else None
 
-    def _watch(self) -> Callable[[], str | None]:
-        changes: Callable[[], int]
-        if self._engine is None:
-            changes = parameter_changes(self._module)
-        else:
-            engine = self._engine
-            changes = lambda: engine.updates  # noqa: E731
-        return shared_memory_watch(changes, "the last sync")
+        # The first rank creates it, and the others open it after that.
+        made = [self._ranks.together(partial(make, c), "no shared memory", WeightSyncError) for c in (True, False)]
+        return next(bucket for bucket in made if bucket is not None)
+
+    def _together(self, action: Callable[[], T], what: str = "sync failed") -> T:
+        return self._ranks.together(action, what, WeightSyncError)
 
     def _send_directly(self) -> None:
         """From the shards in this process; ranks go through the parameters in step, since gathering is a collective."""
         if not self._direct:
             return
-        parameters = dict(self._module.named_parameters())
-        weights = (
-            ((name, parameter.detach()) for name, parameter in parameters.items())
-            if self._engine is None
-            else self._engine.weights()
-        )
+        parameters = dict(self._view.module.named_parameters())
         error: Exception | None = None
         sent: dict[tuple[int, str], int] = {}
         arrived: list[Arrived] = []
-        for name, shard in weights:
-            entry = self._table[name]
+        for name, shard in self._view.shards():
+            entry = self._view.table[name]
             wanted = {n: self._shapes[n] for n in entry.checkpoint_names if n in self._direct}
             if not wanted or error is not None:
-                continue
+                continue  # after an error, too: gathering goes on until all ranks have come to the end
             lasting = shard.data_ptr() == parameters[name].data_ptr()
             try:
                 for number, engine in enumerate(self._local):
@@ -261,53 +240,22 @@ class WeightSync:
             except Exception as problem:
                 error = problem
         self._ranks.agree(error, "sync failed", WeightSyncError)
-        mine = (self._axis.rank, sent, arrived)
-        self._together(partial(self._compare_direct, self._ranks.gather(mine)), "sync failed")
-
-    def _compare_direct(self, everywhere: list[tuple[int, dict[tuple[int, str], int], list[Arrived]]]) -> None:
-        """Each engine's workers together hold what the trainer's ranks beside them together hold."""
-        sent: dict[tuple[int, int, str], dict[int, int]] = {}  # by engine, copy and tensor; by trainer tensor rank
-        found: dict[tuple[int, int, str], int] = {}
-        for rank, (tensor_rank, prints, arrived) in enumerate(everywhere):
-            for (number, name), print_ in prints.items():
-                parts = sent.setdefault((number, rank // self._kinds[number][1], name), {})
-                if parts.setdefault(tensor_rank, print_) != print_:
-                    told = f"{name!r}: data-parallel ranks of the trainer hold different values (rank {rank} is one)"
-                    raise WeightSyncError(told, (name,))
-            for number, _, moved in arrived:
-                if moved.first:
-                    key = (number, rank // self._kinds[number][1], moved.name)
-                    found[key] = total((found.get(key, 0), moved.print))
-        for key, parts in sent.items():
-            want = total(parts.values())
-            if want != found.get(key):
-                (number, copy, name), size = key, self._kinds[key[0]][1]
-                raise WeightSyncError(
-                    f"{name!r} arrived damaged in the workers on ranks {list(range(copy * size, copy * size + size))} "
-                    f"of engine {number}: sent {text(want)}, found {text(found.get(key, 0))}",
-                    (name,),
-                    tuple(range(size)),
-                )
+        everywhere = self._ranks.gather(DirectRecord(self._axis.rank, sent, arrived))
+        self._together(partial(verify_direct, everywhere, self._kinds))
 
     def _send_in_chunks(self, version: str) -> None:
         if not self._chunks:
             return
         assert self._bucket is not None
-        pieces = self._module_or_engine_pieces()
+        pieces = self._pieces()
         for index, chunk in enumerate(self._chunks):
             buffers = self._bucket.tensors(chunk, self.dtype)
-            mine = put_pieces(pieces, self._table, self._axis.rank, self._axis.size, buffers)
+            mine = put_pieces(pieces, self._view.table, self._axis.rank, self._axis.size, buffers)
             parts = self._ranks.gather(mine)  # and every rank has written
             sent = {name: total(part[name] for part in parts if name in part) for name in chunk.names}
-            arrived: list[Arrived] = []
-            error: Exception | None = None
-            try:
-                arrived = self._deliver(version, index, chunk, buffers)
-            except Exception as problem:
-                error = problem
-            self._ranks.agree(error, "sync failed", WeightSyncError)
+            arrived = self._together(partial(self._deliver, version, index, chunk, buffers))
             everywhere = self._ranks.gather(arrived)  # and every worker has read
-            self._together(partial(self._compare, sent, everywhere, buffers), "sync failed")
+            self._together(partial(verify_chunk, sent, everywhere, buffers, self._kinds, self._ranks.rank))
 
     def _deliver(self, version: str, index: int, chunk: Chunk, buffers: dict[str, torch.Tensor]) -> list[Arrived]:
         assert self._bucket is not None
@@ -318,37 +266,10 @@ class WeightSync:
             arrived += [(number, worker, moved) for worker, moved in engine.take(version, index, chunk, self._bucket)]
         return arrived
 
-    def _compare(self, sent: dict[str, int], everywhere: list[list[Arrived]], buffers: dict[str, torch.Tensor]) -> None:
-        """Each engine's workers together hold what the trainer's ranks together sent."""
-        found: dict[tuple[int, int], dict[str, int]] = {}  # engine, and which of its copies
-        for rank, part in enumerate(everywhere):
-            for number, worker, moved in part:
-                if moved.first:
-                    here, size = self._kinds[number]
-                    copy = (rank if here else worker) // size
-                    sums = found.setdefault((number, copy), {})
-                    sums[moved.name] = total((sums.get(moved.name, 0), moved.print))
-        wrong = {name for sums in found.values() for name in sent if sums.get(name) != sent[name]}
-        held_alike = [m for m in everywhere[self._ranks.rank] if not m[2].first]
-        suspects = [m for part in everywhere for m in part if m[2].name in wrong] + held_alike
-        for number, worker, moved in suspects:
-            want = fingerprint(rectangle(buffers[moved.name], moved.offsets, moved.sizes), moved.offsets)
-            if moved.print != want:
-                raise WeightSyncError(
-                    f"{moved.name!r} arrived damaged in worker {worker} of engine {number}: sent {text(want)}, "
-                    f"found {text(moved.print)} at {list(moved.offsets)}",
-                    (moved.name,),
-                    (worker,),
-                )
-        if wrong:
-            name = min(wrong)
-            raise WeightSyncError(
-                f"{name!r} did not pass through the bucket as the trainer wrote it ({text(sent[name])})", tuple(wrong)
-            )
-
-    def _module_or_engine_pieces(self) -> list[tuple[Any, int, int]]:
-        found = module_pieces(self._module, self._context) if self._engine is None else self._engine.weight_pieces()
-        rank, size = self._axis.rank, self._axis.size
+    def _pieces(self) -> list[tuple[Piece, int, int]]:
+        """This rank's pieces, each with the run of it that this rank writes."""
+        rank, size, table = self._axis.rank, self._axis.size, self._view.table
         return [
-            (piece, *shared_run(piece, self._table[piece.parameter].layout.local_shape(rank, size))) for piece in found
+            (piece, *shared_run(piece, table[piece.parameter].layout.local_shape(rank, size)))
+            for piece in self._view.pieces()
         ]
