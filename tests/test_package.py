@@ -76,7 +76,7 @@ def test_every_adapter_answers_for_every_capability(name):
 def test_what_an_adapter_cannot_do_is_refused_with_the_reason():
     with pytest.raises(ps.AdapterError, match=r"adapter 'torch' has no expert parallel: .*\(notimpl\)"):
         ps.load_adapter("torch").initialize(ps.ParallelLayout(data=2, expert=2))
-    with pytest.raises(ps.AdapterError, match="does not initialise training processes"):
+    with pytest.raises(ps.AdapterError, match="does not initialize training processes"):
         ps.initialize("vllm")
 
 

@@ -8,12 +8,11 @@ from torch import nn
 
 from polyshard.adapters.deepspeed.context import adopt
 from polyshard.adapters.deepspeed.linear import DeepspeedLinearAdapter
+from polyshard.adapters.shared.base_adapter import BaseAdapter
 from polyshard.convert.format import CheckpointFormat
 from polyshard.core.adapter import OptimizerFactory
 from polyshard.core.capabilities import YES, Capabilities, no
 from polyshard.core.context import GroupContext, ParallelContext
-from polyshard.core.discovery import load_adapter
-from polyshard.core.layout import ParallelLayout
 from polyshard.core.requirement import Requirement
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ REQUIREMENT = Requirement(
 )
 
 
-class DeepspeedAdapter:
+class DeepspeedAdapter(BaseAdapter):
     """`Adapter` of DeepSpeed."""
 
     name = "deepspeed"
@@ -59,14 +58,6 @@ class DeepspeedAdapter:
 
     def __init__(self) -> None:
         self.linear = DeepspeedLinearAdapter()
-
-    def initialize(self, layout: ParallelLayout | None = None, **options: Any) -> GroupContext:
-        """Groups as the torch adapter makes them, with DeepSpeed's layers; options are the torch adapter's."""
-        self.requirement.require()
-        layout = layout or ParallelLayout()
-        if layout.sequence_parallel:
-            self.capabilities.require("sequence")
-        return self.adopt(load_adapter("torch").initialize(layout, **options))
 
     def adopt(self, context: ParallelContext) -> GroupContext:
         """DeepSpeed's layers on the groups of `context`."""
@@ -87,8 +78,3 @@ class DeepspeedAdapter:
         from polyshard.adapters.deepspeed.formats import DeepspeedFormat, DeepspeedUniversalFormat
 
         return (DeepspeedFormat(), DeepspeedUniversalFormat())
-
-    def shutdown(self, context: ParallelContext) -> None:
-        """Restore DeepSpeed's mode, and undo what `initialize` made."""
-        for undo in context.on_shutdown:
-            undo()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -22,23 +23,20 @@ from polyshard.adapters.deepspeed.compat import (
 )
 from polyshard.adapters.deepspeed.context import Mpu
 from polyshard.adapters.shared import optimizer_state
-from polyshard.adapters.shared.grad_norm import check_max_grad_norm, counted_square
+from polyshard.adapters.shared.base_engine import BaseEngine
+from polyshard.adapters.shared.grad_norm import counted_square
 from polyshard.adapters.shared.library_norm import prepare_for_library_norm
 from polyshard.adapters.shared.quiet import printing_as_log
 from polyshard.adapters.shared.weights import check_shard
 from polyshard.core.adapter import OptimizerFactory, StepResult
-from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, held_alike
-from polyshard.core.weight_table import collect_layouts
-from polyshard.training.batch import train_batch
-from polyshard.training.generators import GeneratorCheck
 
 logger = logging.getLogger(__name__)
 
 
-class DeepspeedEngine:
+class DeepspeedEngine(BaseEngine):
     """`TrainingEngine` of DeepSpeed, over the replicas.
 
     Args:
@@ -70,19 +68,13 @@ class DeepspeedEngine:
     ) -> None:
         if zero_stage not in (0, 1, 2, 3):
             raise ConfigurationError(f"zero_stage must be 0, 1, 2 or 3, got {zero_stage!r}")
-        check_max_grad_norm(max_grad_norm)
         if (config or {}).get("gradient_accumulation_steps", 1) != 1:
             raise ConfigurationError(
                 "config['gradient_accumulation_steps'] must be 1: DeepSpeed would divide every loss by it. Accumulate "
                 "with train_batch(micro_batches), or around micro-batches with accumulate()"
             )
         _check_accelerator(context.device)
-        self.context = context
-        self.updates = 0
-        self.table = collect_layouts(model)  # before ZeRO-3 empties the parameters
-        self._guard = context.guard
-        self._module = model
-        self._generators = GeneratorCheck(model, context, check_random)
+        super().__init__(model, context, max_grad_norm=max_grad_norm, check_random=check_random)
         self._stage = zero_stage
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         prepare_for_library_norm(model, self.table, context, "DeepSpeed", max_grad_norm is not None)
@@ -97,7 +89,7 @@ class DeepspeedEngine:
         }
         with self._guard("data parallel setup"), printing_as_log(logger, "DeepSpeed"):
             initialize: Any = deepspeed.initialize
-            self._engine, self.optimizer, _, _ = initialize(
+            self._wrapped, self.optimizer, _, _ = initialize(
                 model=model,
                 model_parameters=[p for p in model.parameters() if p.requires_grad],
                 optimizer=optimizer(model.named_parameters()),
@@ -106,26 +98,10 @@ class DeepspeedEngine:
                 dist_init_required=False,
             )
 
-    @property
-    def module(self) -> nn.Module:
-        """The model as the factory built it."""
-        return self._module
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward."""
-        with self._guard("data forward"), self._generators.watching():
-            return self._engine(*args, **kwargs)
-
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients, averaged over the replicas."""
         with self._guard("data backward"):
-            self._engine.backward(loss)
-
-    def train_batch(
-        self, micro_batches: Sequence[MicroBatch], loss: SumLoss | None = None, tokens: CountTokens | None = None
-    ) -> BatchResult:
-        """Forward and backward of one step's micro-batches, weighted by tokens; see `polyshard.training.batch`."""
-        return train_batch(self, self.context, micro_batches, loss, tokens)
+            self._wrapped.backward(loss)
 
     def step(self) -> StepResult:
         """DeepSpeed's step: clip, update, clear."""
@@ -133,11 +109,11 @@ class DeepspeedEngine:
         with self._guard("data step"):
             self._generators.compare()
             norm = self._unsharded_norm() if self._stage == 0 else None
-            self._engine.step()
+            self._wrapped.step()
             if norm is None:
-                norm = self._engine.get_global_grad_norm()
+                norm = self._wrapped.get_global_grad_norm()
         value = None if norm is None else float(norm)
-        finite = value is None or (value == value and value not in (float("inf"), -1.0))
+        finite = value is None or (math.isfinite(value) and value != -1.0)
         if not finite:
             logger.warning("gradient norm is %s", value)
         skipped = bool(getattr(self.optimizer, "overflow", False))
@@ -147,12 +123,7 @@ class DeepspeedEngine:
 
     def zero_grad(self) -> None:
         """Forget accumulated gradients."""
-        self._engine.optimizer.zero_grad()
-
-    def set_learning_rate(self, lr: float) -> None:
-        """For the next step on."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self._wrapped.optimizer.zero_grad()
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Around all micro-batches but the last."""
@@ -174,7 +145,7 @@ class DeepspeedEngine:
             with torch.no_grad(), self._guard("data load"), gathered(partitioned, modifier_rank=0):
                 parameters[name].copy_(value)
         if self._stage:
-            self._engine.optimizer.refresh_fp32_params()
+            self._wrapped.optimizer.refresh_fp32_params()
 
     def weight_pieces(self) -> Iterator[Piece]:
         """This rank's run of every parameter; at stage 3 its partition."""
@@ -190,10 +161,10 @@ class DeepspeedEngine:
         """Refresh the optimizer's copies, and the parameters that stage 3 keeps gathered."""
         self.updates += 1
         if self._stage:
-            self._engine.optimizer.refresh_fp32_params()
+            self._wrapped.optimizer.refresh_fp32_params()
         if self._stage == 3:
             with self._guard("data gather of weights"):
-                gather_persistent(self._engine.optimizer)
+                gather_persistent(self._wrapped.optimizer)
 
     def optimizer_state(self) -> OptimizerState:
         """This rank's fragments of the flattened parameters; the whole at stage 0."""
@@ -207,20 +178,18 @@ class DeepspeedEngine:
                     for slot, value in optimizer_state.slots(base, parameter).items()
                 ]
                 continue
-            for slot, start, values in zero_fragments(self._engine.optimizer, base, parameter, self._stage, axis.rank):
+            for slot, start, values in zero_fragments(self._wrapped.optimizer, base, parameter, self._stage, axis.rank):
                 if slot != MASTER or values.dtype != parameter.dtype:
                     pieces.append(Piece(parameter=name, slot=slot, start=start, values=values))
         return optimizer_state.state(base, self.optimizer, pieces)
 
-    def optimizer_written(self, step: int, lr: float) -> None:
-        """Go on from update `step`."""
-        optimizer_state.set_step(base_optimizer(self.optimizer), step)
-        self.set_learning_rate(lr)
-
     def close(self) -> None:
         """Destroy the engine, and forget its mpu."""
-        self._engine.destroy()
+        self._wrapped.destroy()
         forget_mpu()
+
+    def _base_optimizer(self) -> Any:
+        return base_optimizer(self.optimizer)
 
     def _unsharded_norm(self) -> torch.Tensor:
         """At stage 0 DeepSpeed clips, but keeps no norm."""
@@ -236,11 +205,11 @@ class DeepspeedEngine:
 
     @contextmanager
     def _without_boundary(self) -> Iterator[None]:
-        self._engine.set_gradient_accumulation_boundary(False)
+        self._wrapped.set_gradient_accumulation_boundary(False)
         try:
             yield
         finally:
-            self._engine.set_gradient_accumulation_boundary(True)
+            self._wrapped.set_gradient_accumulation_boundary(True)
 
 
 def _check_accelerator(device: torch.device) -> None:

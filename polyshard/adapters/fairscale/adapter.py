@@ -8,12 +8,11 @@ from torch import nn
 
 from polyshard.adapters.fairscale.context import adopt
 from polyshard.adapters.fairscale.linear import FairscaleLinearAdapter
+from polyshard.adapters.shared.base_adapter import BaseAdapter
 from polyshard.convert.format import CheckpointFormat
 from polyshard.core.adapter import OptimizerFactory
 from polyshard.core.capabilities import YES, Capabilities, no
 from polyshard.core.context import GroupContext, ParallelContext
-from polyshard.core.discovery import load_adapter
-from polyshard.core.layout import ParallelLayout
 from polyshard.core.requirement import Requirement
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ REQUIREMENT = Requirement(
 )
 
 
-class FairscaleAdapter:
+class FairscaleAdapter(BaseAdapter):
     """`Adapter` of FairScale."""
 
     name = "fairscale"
@@ -59,14 +58,6 @@ class FairscaleAdapter:
 
     def __init__(self) -> None:
         self.linear = FairscaleLinearAdapter()
-
-    def initialize(self, layout: ParallelLayout | None = None, **options: Any) -> GroupContext:
-        """Groups as the torch adapter makes them, with FairScale's layers; options are the torch adapter's."""
-        self.requirement.require()
-        layout = layout or ParallelLayout()
-        if layout.sequence_parallel:
-            self.capabilities.require("sequence")
-        return self.adopt(load_adapter("torch").initialize(layout, **options))
 
     def adopt(self, context: ParallelContext) -> GroupContext:
         """FairScale's layers on the groups of `context`."""
@@ -87,8 +78,3 @@ class FairscaleAdapter:
         from polyshard.adapters.fairscale.llama_format import LlamaFormat
 
         return (LlamaFormat(),)
-
-    def shutdown(self, context: ParallelContext) -> None:
-        """Give FairScale's group back, and undo what `initialize` made."""
-        for undo in context.on_shutdown:
-            undo()

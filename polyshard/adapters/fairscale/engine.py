@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,22 +15,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from polyshard.adapters.fairscale.compat import OSS, sharded_data_parallel
 from polyshard.adapters.shared import optimizer_state
-from polyshard.adapters.shared.devices import check_devices
-from polyshard.adapters.shared.grad_norm import check_max_grad_norm, clip_factor, counted_square
+from polyshard.adapters.shared.base_engine import BaseEngine
+from polyshard.adapters.shared.grad_norm import clip_factor, counted_square
 from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import OptimizerFactory, StepResult
-from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.pieces import WEIGHT, OptimizerState, Piece, held_alike
-from polyshard.core.weight_table import collect_layouts
-from polyshard.training.batch import train_batch
-from polyshard.training.generators import GeneratorCheck
+from polyshard.core.pieces import OptimizerState, Piece
 
 logger = logging.getLogger(__name__)
 
 
-class FairscaleEngine:
+class FairscaleEngine(BaseEngine):
     """`TrainingEngine` of FairScale, over the replicas.
 
     Args:
@@ -56,15 +53,7 @@ class FairscaleEngine:
             raise ConfigurationError(
                 f"zero_stage must be 1 (OSS with DDP) or 2 (OSS with ShardedDDP), got {zero_stage!r}"
             )
-        check_max_grad_norm(max_grad_norm)
-        self.context = context
-        self.updates = 0
-        check_devices(model, context)
-        self.table = collect_layouts(model)
-        self._guard = context.guard
-        self._max_grad_norm = max_grad_norm
-        self._module = model
-        self._generators = GeneratorCheck(model, context, check_random)
+        super().__init__(model, context, max_grad_norm=max_grad_norm, check_random=check_random)
         template = optimizer(model.named_parameters())
         group = replica_axis(context).group
         optimizer_class: Any = type(template)
@@ -74,32 +63,11 @@ class FairscaleEngine:
         # Stage 2 leaves each gradient with the rank that owns its optimizer state.
         self._owned_only = zero_stage == 2 and replica_axis(context).size > 1
         with self._guard("data parallel setup"):
-            self._wrapped: Any = (
+            self._wrapped = (
                 sharded_data_parallel(model, self.optimizer, group)
                 if zero_stage == 2
                 else DistributedDataParallel(model, process_group=group)
             )
-
-    @property
-    def module(self) -> nn.Module:
-        """The model as the factory built it."""
-        return self._module
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward."""
-        with self._guard("data forward"), self._generators.watching():
-            return self._wrapped(*args, **kwargs)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate gradients, averaged over the replicas."""
-        with self._guard("data backward"):
-            loss.backward()
-
-    def train_batch(
-        self, micro_batches: Sequence[MicroBatch], loss: SumLoss | None = None, tokens: CountTokens | None = None
-    ) -> BatchResult:
-        """Forward and backward of one step's micro-batches, weighted by tokens; see `polyshard.training.batch`."""
-        return train_batch(self, self.context, micro_batches, loss, tokens)
 
     def step(self) -> StepResult:
         """Clip, update, clear. A gradient that is not finite leaves the weights as they are, with a warning."""
@@ -107,7 +75,7 @@ class FairscaleEngine:
             self._generators.compare()
             norm = self._grad_norm()
             value = float(norm)
-            finite = value == value and value != float("inf")
+            finite = math.isfinite(value)
             if finite:
                 self.updates += 1  # before the update: an error in it may leave weights changed
                 if self._max_grad_norm is not None:
@@ -125,34 +93,14 @@ class FairscaleEngine:
         """Forget accumulated gradients."""
         self._wrapped.zero_grad(set_to_none=True)
 
-    def set_learning_rate(self, lr: float) -> None:
-        """For the next step on."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-
     def accumulate(self) -> AbstractContextManager[None]:
         """Around all micro-batches but the last."""
         return self._wrapped.no_sync()
-
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names as built, and tensor-parallel shards."""
-        for name, parameter in self._module.named_parameters():
-            yield name, parameter.detach()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Set parameters from tensor-parallel shards."""
         self.updates += 1
         load_shards(dict(self._module.named_parameters()), weights)
-
-    def weight_pieces(self) -> Iterator[Piece]:
-        """This rank's run of every parameter."""
-        axis = replica_axis(self.context)
-        for name, parameter in self._module.named_parameters():
-            yield held_alike(name, WEIGHT, parameter.detach(), axis)
-
-    def weights_written(self) -> None:
-        """The pieces are the parameters: nothing to refresh."""
-        self.updates += 1
 
     def optimizer_state(self) -> OptimizerState:
         """OSS keeps the state of whole parameters, each on the rank that owns it."""
@@ -165,14 +113,8 @@ class FairscaleEngine:
         ]
         return optimizer_state.state(inner, self.optimizer, pieces)
 
-    def optimizer_written(self, step: int, lr: float) -> None:
-        """Go on from update `step`."""
-        optimizer_state.set_step(self.optimizer.optim, step)
-        self.set_learning_rate(lr)
-
-    def close(self) -> None:
-        """Drop the wrapper's hold on the process group."""
-        self._wrapped = self._module
+    def _base_optimizer(self) -> Any:
+        return self.optimizer.optim
 
     def _grad_norm(self) -> torch.Tensor:
         tensor_axis, replicas = self.context.axis("tensor"), replica_axis(self.context)

@@ -8,12 +8,11 @@ from torch import nn
 
 from polyshard.adapters.megatron.context import adopt
 from polyshard.adapters.megatron.linear import MegatronLinearAdapter
+from polyshard.adapters.shared.base_adapter import BaseAdapter
 from polyshard.convert.format import CheckpointFormat
 from polyshard.core.adapter import OptimizerFactory
 from polyshard.core.capabilities import YES, Capabilities, no
 from polyshard.core.context import GroupContext, ParallelContext
-from polyshard.core.discovery import load_adapter
-from polyshard.core.layout import ParallelLayout
 from polyshard.core.requirement import Requirement
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ REQUIREMENT = Requirement(
 )
 
 
-class MegatronAdapter:
+class MegatronAdapter(BaseAdapter):
     """`Adapter` of Megatron-Core."""
 
     name = "megatron"
@@ -59,11 +58,6 @@ class MegatronAdapter:
 
     def __init__(self) -> None:
         self.linear = MegatronLinearAdapter()
-
-    def initialize(self, layout: ParallelLayout | None = None, **options: Any) -> GroupContext:
-        """Groups as the torch adapter makes them, with Megatron-Core's layers; options are the torch adapter's."""
-        self.requirement.require()
-        return self.adopt(load_adapter("torch").initialize(layout, **options))
 
     def adopt(self, context: ParallelContext) -> GroupContext:
         """Megatron-Core's layers on the groups of `context`."""
@@ -85,8 +79,3 @@ class MegatronAdapter:
         from polyshard.adapters.megatron.legacy_format import MegatronLegacyFormat
 
         return (MegatronDistFormat(), MegatronLegacyFormat())
-
-    def shutdown(self, context: ParallelContext) -> None:
-        """Undo what `initialize` made."""
-        for undo in context.on_shutdown:
-            undo()

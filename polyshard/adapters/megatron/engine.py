@@ -6,7 +6,7 @@ Both run on any module, with an explicit collection of process groups.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,23 +16,18 @@ from torch import nn
 
 from polyshard.adapters.megatron import compat
 from polyshard.adapters.shared import optimizer_state
-from polyshard.adapters.shared.devices import check_devices
-from polyshard.adapters.shared.grad_norm import check_max_grad_norm
+from polyshard.adapters.shared.base_engine import BaseEngine
 from polyshard.adapters.shared.library_norm import prepare_for_library_norm
 from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import AdamW, OptimizerFactory, StepResult
-from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import AdapterError, ConfigurationError
-from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, held_alike
-from polyshard.core.weight_table import collect_layouts
-from polyshard.training.batch import train_batch
-from polyshard.training.generators import GeneratorCheck
+from polyshard.core.pieces import MASTER, OptimizerState, Piece, held_alike
 
 logger = logging.getLogger(__name__)
 
 
-class MegatronEngine:
+class MegatronEngine(BaseEngine):
     """`TrainingEngine` of Megatron-Core, over the replicas.
 
     Args:
@@ -60,18 +55,11 @@ class MegatronEngine:
     ) -> None:
         if zero_stage not in (0, 1):
             raise ConfigurationError(f"zero_stage must be 0 or 1, got {zero_stage!r}")
-        check_max_grad_norm(max_grad_norm)
         if not isinstance(optimizer, AdamW):
             raise AdapterError(
                 f"Megatron makes its own optimizer: pass polyshard.AdamW(...), not {type(optimizer).__name__}"
             )
-        self.context = context
-        self.updates = 0
-        check_devices(model, context)
-        self.table = collect_layouts(model)
-        self._guard = context.guard
-        self._module = model
-        self._generators = GeneratorCheck(model, context, check_random)
+        super().__init__(model, context, max_grad_norm=max_grad_norm, check_random=check_random)
         prepare_for_library_norm(model, self.table, context, "Megatron", max_grad_norm is not None)
         groups = compat.process_groups(
             context.get_tensor_parallel_group(),
@@ -99,42 +87,21 @@ class MegatronEngine:
         )
         with self._guard("data parallel setup"), compat.cuda_as_cpu(self.context.device):
             wrap: Any = compat.DistributedDataParallel  # typed for a TransformerConfig; reads what layer_config has
-            self._ddp: Any = wrap(config=config, ddp_config=ddp_config, module=model, pg_collection=groups)
-            self.optimizer: Any = compat.get_megatron_optimizer(
-                settings, [self._ddp], use_gloo_process_groups=False, pg_collection=groups
+            self._wrapped = wrap(config=config, ddp_config=ddp_config, module=model, pg_collection=groups)
+            self.optimizer = compat.get_megatron_optimizer(
+                settings, [self._wrapped], use_gloo_process_groups=False, pg_collection=groups
             )
         for group in self.optimizer.param_groups:
             # Megatron leaves this to its OptimizerParamScheduler; without it norms and biases would be decayed too.
             group["weight_decay"] = optimizer.weight_decay * group.get("wd_mult", 1.0)
         self.zero_grad()
 
-    @property
-    def module(self) -> nn.Module:
-        """The model as the factory built it."""
-        return self._module
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward."""
-        with self._guard("data forward"), self._generators.watching():
-            return self._ddp(*args, **kwargs)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate gradients in Megatron's buffers (`main_grad`); `grad` stays None."""
-        with self._guard("data backward"):
-            loss.backward()
-
-    def train_batch(
-        self, micro_batches: Sequence[MicroBatch], loss: SumLoss | None = None, tokens: CountTokens | None = None
-    ) -> BatchResult:
-        """Forward and backward of one step's micro-batches, weighted by tokens; see `polyshard.training.batch`."""
-        return train_batch(self, self.context, micro_batches, loss, tokens)
-
     def step(self) -> StepResult:
         """Average over the replicas, clip, update, clear."""
         self.updates += 1
         with self._guard("data step"), compat.cuda_as_cpu(self.context.device):
             self._generators.compare()
-            self._ddp.finish_grad_sync()
+            self._wrapped.finish_grad_sync()
             updated, norm, _ = self.optimizer.step()
         self.zero_grad()
         if not updated:
@@ -144,22 +111,12 @@ class MegatronEngine:
 
     def zero_grad(self) -> None:
         """Forget accumulated gradients."""
-        self._ddp.zero_grad_buffer()
+        self._wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
-
-    def set_learning_rate(self, lr: float) -> None:
-        """For the next step on."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Around all micro-batches but the last."""
-        return self._ddp.no_sync()
-
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names as built, and tensor-parallel shards."""
-        for name, parameter in self._module.named_parameters():
-            yield name, parameter.detach()
+        return self._wrapped.no_sync()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Set parameters, and the optimizer's own copies of them, from tensor-parallel shards."""
@@ -167,12 +124,6 @@ class MegatronEngine:
         load_shards(dict(self._module.named_parameters()), weights)
         with compat.cuda_as_cpu(self.context.device):
             self.optimizer.reload_model_params()
-
-    def weight_pieces(self) -> Iterator[Piece]:
-        """This rank's run of every parameter."""
-        axis = replica_axis(self.context)
-        for name, parameter in self._module.named_parameters():
-            yield held_alike(name, WEIGHT, parameter.detach(), axis)
 
     def weights_written(self) -> None:
         """Refresh the optimizer's copies."""
@@ -199,11 +150,5 @@ class MegatronEngine:
                     pieces.append(Piece(parameter=name, slot=slot, start=found.start, values=value.view(-1)))
         return optimizer_state.state(base, self.optimizer, pieces)
 
-    def optimizer_written(self, step: int, lr: float) -> None:
-        """Go on from update `step`."""
-        optimizer_state.set_step(compat.base_optimizer(self.optimizer), step)
-        self.set_learning_rate(lr)
-
-    def close(self) -> None:
-        """Drop the wrapper."""
-        self._ddp = self._module
+    def _base_optimizer(self) -> Any:
+        return compat.base_optimizer(self.optimizer)

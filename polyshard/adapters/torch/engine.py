@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -12,8 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from polyshard.adapters.shared import optimizer_state
-from polyshard.adapters.shared.devices import check_devices
-from polyshard.adapters.shared.grad_norm import check_max_grad_norm
+from polyshard.adapters.shared.base_engine import BaseEngine
 from polyshard.adapters.shared.weights import check_shard
 from polyshard.adapters.torch.clip import clip_gradients, global_grad_norm
 from polyshard.adapters.torch.compat import (
@@ -24,18 +24,14 @@ from polyshard.adapters.torch.compat import (
     unshard_gradient_sync,
 )
 from polyshard.core.adapter import OptimizerFactory, StepResult
-from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import WEIGHT, OptimizerState, Piece, held_alike
-from polyshard.core.weight_table import collect_layouts
-from polyshard.training.batch import train_batch
-from polyshard.training.generators import GeneratorCheck
 
 logger = logging.getLogger(__name__)
 
 
-class TorchEngine:
+class TorchEngine(BaseEngine):
     """`TrainingEngine` on DDP or FSDP2, over the replicas; tensor parallelism is the model's own.
 
     Args:
@@ -65,19 +61,10 @@ class TorchEngine:
     ) -> None:
         if data_parallel not in ("ddp", "fsdp"):
             raise ConfigurationError(f"data_parallel must be 'ddp' or 'fsdp', got {data_parallel!r}")
-        check_max_grad_norm(max_grad_norm)
-        self.context = context
-        self.updates = 0
-        check_devices(model, context)
-        self.table = collect_layouts(model)  # before wrapping
-        self._guard = context.guard
-        self._max_grad_norm = max_grad_norm
+        super().__init__(model, context, max_grad_norm=max_grad_norm, check_random=check_random)
         self._sharded = data_parallel == "fsdp" and replica_axis(context).size > 1
         if data_parallel == "fsdp" and not self._sharded:
             logger.warning("fsdp does nothing at data-parallel size 1: the model is trained unsharded")
-        self._module = model
-        self._generators = GeneratorCheck(model, context, check_random)
-        self._wrapped: nn.Module = model
         if self._sharded:
             _fully_shard(model, context, shard_modules or _is_list_item(model))
         elif replica_axis(context).size > 1:
@@ -87,34 +74,13 @@ class TorchEngine:
                 )
         self.optimizer = optimizer(model.named_parameters())
 
-    @property
-    def module(self) -> nn.Module:
-        """The model as the factory built it."""
-        return self._module
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward."""
-        with self._guard("data forward"), self._generators.watching():
-            return self._wrapped(*args, **kwargs)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate gradients, averaged over the replicas."""
-        with self._guard("data backward"):
-            loss.backward()
-
-    def train_batch(
-        self, micro_batches: Sequence[MicroBatch], loss: SumLoss | None = None, tokens: CountTokens | None = None
-    ) -> BatchResult:
-        """Forward and backward of one step's micro-batches, weighted by tokens; see `polyshard.training.batch`."""
-        return train_batch(self, self.context, micro_batches, loss, tokens)
-
     def step(self) -> StepResult:
         """Clip, update, clear. A gradient that is not finite leaves the weights as they are, with a warning."""
         with self._guard("data step"):
             self._generators.compare()
             norm = global_grad_norm(self._module.named_parameters(), self.table, self.context)
         value = float(norm)
-        finite = value == value and value != float("inf")
+        finite = math.isfinite(value)
         if finite:
             self.updates += 1  # before the update: an error in it may leave weights changed
             if self._max_grad_norm is not None:
@@ -128,11 +94,6 @@ class TorchEngine:
     def zero_grad(self) -> None:
         """Forget accumulated gradients."""
         self.optimizer.zero_grad(set_to_none=True)
-
-    def set_learning_rate(self, lr: float) -> None:
-        """For the next step on."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Around all micro-batches but the last."""
@@ -161,10 +122,6 @@ class TorchEngine:
         for name, parameter in self._module.named_parameters():
             yield self._piece(name, WEIGHT, parameter.detach())
 
-    def weights_written(self) -> None:
-        """The pieces are the parameters: nothing to refresh."""
-        self.updates += 1
-
     def optimizer_state(self) -> OptimizerState:
         """The optimizer's own tensors."""
         optimizer_state.materialize(self.optimizer)
@@ -175,20 +132,11 @@ class TorchEngine:
         ]
         return optimizer_state.state(self.optimizer, self.optimizer, pieces)
 
-    def optimizer_written(self, step: int, lr: float) -> None:
-        """Go on from update `step`."""
-        optimizer_state.set_step(self.optimizer, step)
-        self.set_learning_rate(lr)
-
     def _piece(self, name: str, slot: str, tensor: Any) -> Piece:
         if is_dtensor(tensor):
             start, local = sharded_rows(tensor)
             return Piece(parameter=name, slot=slot, start=start, values=local.view(-1))
         return held_alike(name, slot, tensor, replica_axis(self.context))
-
-    def close(self) -> None:
-        """Drop the wrapper's hold on the process group."""
-        self._wrapped = self._module
 
     @contextmanager
     def _without_sync(self) -> Iterator[None]:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch import nn
 
-from polyshard.core.adapter import OptimizerFactory
+from polyshard.adapters.shared.base_adapter import ServingOnlyAdapter
 from polyshard.core.capabilities import YES, Capabilities, no
-from polyshard.core.context import ParallelContext
-from polyshard.core.errors import AdapterError
 from polyshard.core.exact_mode import ExactOperators
-from polyshard.core.layout import ParallelLayout
 from polyshard.core.requirement import Requirement
 from polyshard.core.serving import ModelHost
 
@@ -49,10 +45,11 @@ REQUIREMENT = Requirement(
 )
 
 
-class VllmAdapter:
+class VllmAdapter(ServingOnlyAdapter):
     """vLLM's layers, and vLLM as a host. It trains nothing."""
 
     name = "vllm"
+    title = "vLLM"
     capabilities = CAPABILITIES
     requirement = REQUIREMENT
 
@@ -85,24 +82,3 @@ class VllmAdapter:
         from polyshard.adapters.vllm.server import VllmHost
 
         return VllmHost()
-
-    def initialize(self, layout: ParallelLayout | None = None, **options: Any) -> NoReturn:
-        """Never: contexts of this adapter are made inside vLLM's workers."""
-        raise AdapterError(
-            "the vllm adapter does not initialise training processes; register a model with polyshard.register_model "
-            "and start vLLM, or train with another adapter"
-        )
-
-    def adopt(self, context: ParallelContext) -> NoReturn:
-        """Never: vLLM's layers read vLLM's own groups."""
-        raise AdapterError("vLLM's layers run on vLLM's own groups alone, which its workers make")
-
-    def engine(
-        self, model: nn.Module, optimizer: OptimizerFactory, context: ParallelContext, **options: Any
-    ) -> NoReturn:
-        """Never: see the capability `training`."""
-        self.capabilities.require("training")
-        raise AssertionError
-
-    def shutdown(self, context: ParallelContext) -> None:
-        """Nothing to undo: vLLM ends its own workers."""
