@@ -93,7 +93,7 @@ def test_vllm_absent_is_said_with_the_command_that_installs_it(monkeypatch):
 
     monkeypatch.setattr(requirement, "find_spec", lambda name: None)
     with pytest.raises(ps.MissingDependencyError, match=r"vLLM is not installed: pip install 'polyshard\[vllm\]'"):
-        _ = ps.load_adapter("vllm").host
+        _ = ps.load_adapter("vllm").server
     with pytest.raises(ps.MissingDependencyError, match=r"Megatron-Core is not installed: pip install 'polyshard\[meg"):
         ps.initialize("megatron")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,10 +19,8 @@ from polyshard.attention.kernels.operator import register_kernel
 from polyshard.attention.kernels.protocol import AttentionKernel, BlockKernel
 from polyshard.core.attention import AttentionSpec
 from polyshard.core.capabilities import Accepted, Rejected
-from polyshard.core.discovery import adapter_names, load_adapter
+from polyshard.core.discovery import installed_adapters
 from polyshard.core.errors import ConfigurationError
-
-logger = logging.getLogger(__name__)
 
 
 def _register(kernels: Sequence[AttentionKernel]) -> None:
@@ -56,14 +53,8 @@ def servers_kernels() -> Sequence[AttentionKernel]:
     They give a server's own numbers, and cost the import of that server.
     """
     found: list[AttentionKernel] = []
-    for name in adapter_names():
-        try:
-            adapter = load_adapter(name)
-        except Exception as error:  # somebody's broken package must not stop those who do not use it
-            logger.warning("the attention kernels of adapter %s are left out: it cannot be loaded: %s", name, error)
-            continue
-        if adapter.requirement.version() is not None:
-            found += getattr(adapter, "attention_kernels", ())
+    for adapter in installed_adapters():
+        found += getattr(adapter, "attention_kernels", ())
     _register(found)
     return tuple(found)
 

@@ -5,6 +5,8 @@ Built-in adapters register there as third parties do.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
@@ -13,6 +15,8 @@ from polyshard.core.errors import AdapterError
 
 if TYPE_CHECKING:
     from polyshard.core.adapter import Adapter
+
+logger = logging.getLogger(__name__)
 
 GROUP = "polyshard.adapters"
 
@@ -43,3 +47,15 @@ def load_adapter(name: str) -> Adapter:
             f"in the entry-point group {GROUP!r}"
         )
     return points[name].load()
+
+
+def installed_adapters() -> Iterator[Adapter]:
+    """Yield the adapters whose libraries are installed. One that cannot be loaded is skipped with a warning."""
+    for name in adapter_names():
+        try:
+            adapter = load_adapter(name)
+        except Exception as error:  # a broken package must not stop those who do not use it
+            logger.warning("adapter %s is skipped: it cannot be loaded: %s", name, error)
+            continue
+        if adapter.requirement.version() is not None:
+            yield adapter

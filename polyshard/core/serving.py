@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 from torch import nn
 
 from polyshard.core.context import ParallelContext
+from polyshard.core.discovery import installed_adapters
 from polyshard.core.errors import RegistrationError
 
 ModelFactory = Callable[[Any, ParallelContext], nn.Module]
@@ -82,13 +83,41 @@ def as_entry(model: RegisteredModel) -> dict[str, Any]:
     return {"factory": model.reference, "adapter": model.adapter, **changed}
 
 
+class ServingAdapter(Protocol):
+    """An adapter whose library serves registered models.
+
+    Attributes:
+        name: of the adapter.
+    """
+
+    name: str
+
+    @property
+    def server_is_loaded(self) -> bool:
+        """Whether the engine's library has been imported in this process: it may have looked for models already."""
+        ...
+
+    @property
+    def server(self) -> ModelServer:
+        """The engine; imports its library."""
+        ...
+
+
 @runtime_checkable
-class ModelHost(Protocol):
+class ModelServer(Protocol):
     """A serving engine."""
 
     def register(self, model: RegisteredModel, factory: ModelFactory) -> None:
         """Make the engine of this process know `model`."""
         ...
+
+
+def loaded_servers() -> Iterator[ModelServer]:
+    """Yield the engines whose libraries this process has imported."""
+    for adapter in installed_adapters():
+        # Not by isinstance: before Python 3.12 it would evaluate `server`, which imports the engine.
+        if getattr(adapter, "server_is_loaded", False):
+            yield cast(ServingAdapter, adapter).server
 
 
 def build_model(factory: ModelFactory, config: Any, parallel_context: ParallelContext, name: str) -> nn.Module:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import sys
 from dataclasses import is_dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any, get_args
 from torch import nn
 
 from polyshard.config.fields import typed_config
-from polyshard.core.discovery import adapter_names, load_adapter
+from polyshard.core.discovery import adapter_names
 from polyshard.core.errors import AdapterError, RegistrationError
-from polyshard.core.serving import OPTIONS, Inputs, ModelFactory, Outputs, RegisteredModel, as_entry
+from polyshard.core.serving import OPTIONS, Inputs, ModelFactory, Outputs, RegisteredModel, as_entry, loaded_servers
 from polyshard.registry.in_process import is_kept, keep, kept
 from polyshard.registry.live_module import ExistingModel
 from polyshard.registry.names import NameMap, check_names
@@ -109,8 +108,8 @@ def register_model(
         exact_shards=exact_shards,
     )
     entries = _from_environment()
-    if "vllm" in sys.modules:  # it may have run its plugins already
-        load_adapter("vllm").host.register(model, factory_of(model))  # pyrefly: ignore  # a host is more than an Adapter
+    for server in loaded_servers():  # each may have looked for models already
+        server.register(model, factory_of(model))
     entries[name] = model
     os.environ[ENVIRONMENT_VARIABLE] = json.dumps({m.name: as_entry(m) for m in entries.values()})
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from polyshard.adapters.shared.base_adapter import ServingOnlyAdapter
 from polyshard.core.capabilities import YES, Capabilities, no
 from polyshard.core.exact_mode import ExactOperators
 from polyshard.core.requirement import Requirement
-from polyshard.core.serving import ModelHost
+from polyshard.core.serving import ModelServer
 
 _FORWARD_ONLY = "vLLM's layers are forward-only: its norms and attention have no backward"
 
@@ -76,9 +77,14 @@ class VllmAdapter(ServingOnlyAdapter):
         return operators_of(device)
 
     @property
-    def host(self) -> ModelHost:
-        """vLLM's engine as a host of models."""
-        self.requirement.require()
-        from polyshard.adapters.vllm.server import VllmHost
+    def server_is_loaded(self) -> bool:
+        """Whether this process has imported vLLM, which may have run its plugins then."""
+        return self.requirement.module in sys.modules
 
-        return VllmHost()
+    @property
+    def server(self) -> ModelServer:
+        """vLLM's engine, which serves registered models."""
+        self.requirement.require()
+        from polyshard.adapters.vllm.server import VllmServer
+
+        return VllmServer()

@@ -13,14 +13,14 @@ def register() -> None:
     Raises:
         RegistrationError: a factory cannot be found, or the environment variable is malformed.
     """
+    from polyshard.adapters.vllm import adapter
     from polyshard.adapters.vllm.compat import register_transfer
-    from polyshard.core.discovery import load_adapter
     from polyshard.registry import factory_of, registered_models
 
     register_transfer("polyshard", "polyshard.adapters.vllm.transfer.worker", "PolyshardTransfer")
     models = registered_models()
     if not models:
         return
-    host = load_adapter("vllm").host  # pyrefly: ignore  # a host is more than an Adapter
+    server = adapter.server
     for model in models.values():
-        host.register(model, factory_of(model))
+        server.register(model, factory_of(model))

@@ -1,4 +1,4 @@
-"""vLLM as a host of models."""
+"""vLLM as a server of registered models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from polyshard.adapters.vllm.served.model import make_model_class
 from polyshard.core.serving import ModelFactory, RegisteredModel
 
 
-class VllmHost:
+class VllmServer:
     """Gives vLLM a class for each registered model."""
 
     def register(self, model: RegisteredModel, factory: ModelFactory) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -43,132 +43,147 @@ _LORA_ON_CPU = (
 )
 
 
-def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type[nn.Module]:
-    """A class with the interface that vLLM inspects, around the module that `factory` builds in each worker."""
-    rename = renamer(registered.names)
+# LoRA with every adapter: vLLM 0.33 refuses a class that lacks it, before ours can name the way out.
+class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
+    """What vLLM calls; the user's model is `self.model`.
 
-    # LoRA with every adapter: vLLM 0.33 refuses a class that lacks it, before ours can name the way out.
-    class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
-        """What vLLM calls; the user's model is `self.model`."""
+    A registration is a subclass: vLLM makes instances itself, and inspects the class.
 
-        packed_modules_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # vLLM looks for it on class and instance
-        hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={"": "model."})
+    Attributes:
+        registered: the registration.
+        factory: builds the user's model in each worker.
+    """
 
-        def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-            super().__init__()
-            with told_to_parent(get_world_group().rank):
-                self.build(vllm_config)
+    registered: ClassVar[RegisteredModel]
+    factory: ClassVar[ModelFactory]
+    packed_modules_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # vLLM looks for it on class and instance
+    hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={"": "model."})
 
-        def build(self, vllm_config: VllmConfig) -> None:
-            _refuse_unsupported(registered, vllm_config)
-            self.shares_memory = isinstance(factory, ExistingModel)
-            check_load_format(registered.name, self.shares_memory, vllm_config)
-            self.context = serving_context(vllm_config, registered)
-            self.config = config = vllm_config.model_config.hf_config
-            fill_rotary_base(config)
-            self.model = build_model(factory, config, self.context, registered.name)
-            check_served_interface(self.model, registered.name, registered.outputs)
-            self.model.requires_grad_(False)
-            axis = self.context.axis("pipeline")
-            self.first_stage, self.last_stage = axis.rank == 0, axis.rank == axis.size - 1
-            self.vocab_size = vllm_config.model_config.get_vocab_size()
-            self.table = collect_layouts(self.model)
-            self.quantized = None
-            refuse_unstated_codes(registered.name, vllm_config, self.table, rename)
-            if vllm_config.quant_config is not None or vllm_config.lora_config is not None:
-                self.packed_modules_mapping = packed_names(self.table, registered.name)
-            if vllm_config.quant_config is not None:
-                vllm_config.quant_config.packed_modules_mapping.update(self.packed_modules_mapping)
-                self.quantized = quantize_layers(self.model, self.table, vllm_config.quant_config)
-            on_cpu = self.context.device.type == "cpu"
-            if vllm_config.lora_config is not None and on_cpu and self.context.rank == 0:
-                logger.warning(_LORA_ON_CPU)
-            self.elsewhere = stored_elsewhere(registered.name, self.table)
-            self.hidden_size = vllm_config.model_config.get_hidden_size()
-            attach_loaders(self.model, self.table, self.context)
-            keep_buffers(self.model)
-            self.weights = WeightGuard()
-            if isinstance(factory, ExistingModel):
-                changes = parameter_changes(factory.module)
-                self.weights.accept("the trainer's own", shared_memory_watch(changes, "the engine was started"))
-            self.recorder = recorder_of(self.model, self.context.get_tensor_parallel_rank())
-            can_wait = registered.outputs == "hidden" and self.last_stage and self.recorder is None
-            self.finished_later = can_wait and finished_later(self.model, vllm_config)
-            # A submodule: vLLM warms up, and captures piecewise, what it finds compiled among a model's modules.
-            self.body = make_body(registered, self.model, vllm_config, self.finished_later)
-            self.loaded = False
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        with told_to_parent(get_world_group().rank):
+            self.build(vllm_config)
 
-        def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-            embed = getattr(self.model, "embed_input_ids", None)
-            if embed is None:
-                raise RegistrationError(
-                    f"model {registered.name!r} has no embed_input_ids(input_ids): prompts given as embeddings need it"
-                )
-            return embed(input_ids)
+    def build(self, vllm_config: VllmConfig) -> None:
+        """Build the user's model in this worker, and all that vLLM needs around it."""
+        _refuse_unsupported(self.registered, vllm_config)
+        self.shares_memory = isinstance(self.factory, ExistingModel)
+        check_load_format(self.registered.name, self.shares_memory, vllm_config)
+        self.context = serving_context(vllm_config, self.registered)
+        self.config = config = vllm_config.model_config.hf_config
+        fill_rotary_base(config)
+        self.model = build_model(self.factory, config, self.context, self.registered.name)
+        check_served_interface(self.model, self.registered.name, self.registered.outputs)
+        self.model.requires_grad_(False)
+        axis = self.context.axis("pipeline")
+        self.first_stage, self.last_stage = axis.rank == 0, axis.rank == axis.size - 1
+        self.vocab_size = vllm_config.model_config.get_vocab_size()
+        self.table = collect_layouts(self.model)
+        self.quantized = None
+        rename = self.rename = renamer(self.registered.names)
+        refuse_unstated_codes(self.registered.name, vllm_config, self.table, rename)
+        if vllm_config.quant_config is not None or vllm_config.lora_config is not None:
+            self.packed_modules_mapping = packed_names(self.table, self.registered.name)
+        if vllm_config.quant_config is not None:
+            vllm_config.quant_config.packed_modules_mapping.update(self.packed_modules_mapping)
+            self.quantized = quantize_layers(self.model, self.table, vllm_config.quant_config)
+        on_cpu = self.context.device.type == "cpu"
+        if vllm_config.lora_config is not None and on_cpu and self.context.rank == 0:
+            logger.warning(_LORA_ON_CPU)
+        self.elsewhere = stored_elsewhere(self.registered.name, self.table)
+        self.hidden_size = vllm_config.model_config.get_hidden_size()
+        attach_loaders(self.model, self.table, self.context)
+        keep_buffers(self.model)
+        self.weights = WeightGuard()
+        if isinstance(self.factory, ExistingModel):
+            changes = parameter_changes(self.factory.module)
+            self.weights.accept("the trainer's own", shared_memory_watch(changes, "the engine was started"))
+        self.recorder = recorder_of(self.model, self.context.get_tensor_parallel_rank())
+        can_wait = self.registered.outputs == "hidden" and self.last_stage and self.recorder is None
+        self.finished_later = can_wait and finished_later(self.model, vllm_config)
+        # A submodule: vLLM warms up, and captures piecewise, what it finds compiled among a model's modules.
+        self.body = make_body(self.registered, self.model, vllm_config, self.finished_later)
+        self.loaded = False
 
-        def forward(
-            self,
-            input_ids: torch.Tensor | None,
-            positions: torch.Tensor,
-            intermediate_tensors: Any = None,
-            inputs_embeds: torch.Tensor | None = None,
-            **kwargs: Any,
-        ) -> torch.Tensor | IntermediateTensors:
-            unknown = sorted(name for name, value in kwargs.items() if value is not None)
-            if unknown:
-                raise RegistrationError(
-                    f"model {registered.name!r} was given unsupported inputs by vLLM: got {', '.join(unknown)}, "
-                    "expected token IDs or embeddings with positions. Switch off the feature that adds them"
-                )
-            self.weights.check()
-            if not self.first_stage:
-                inputs_embeds = intermediate_tensors[HIDDEN]
-            with traced_whole(registered.name):
-                hidden = self.body(None if inputs_embeds is not None else input_ids, positions, inputs_embeds)
-            if not self.last_stage:
-                return IntermediateTensors({HIDDEN: hidden})
-            return self.whole_logits(hidden) if registered.outputs == "logits" else hidden
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return embeddings `[tokens, hidden]` of token IDs, for prompts that mix both."""
+        embed = getattr(self.model, "embed_input_ids", None)
+        if embed is None:
+            raise RegistrationError(
+                f"model {self.registered.name!r} has no embed_input_ids(input_ids): prompts given as embeddings need it"
+            )
+        return embed(input_ids)
 
-        def make_empty_intermediate_tensors(
-            self, batch_size: int, dtype: torch.dtype, device: torch.device
-        ) -> IntermediateTensors:
-            hidden = torch.zeros(batch_size, self.hidden_size, dtype=dtype, device=device)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | IntermediateTensors:
+        """Return hidden states `[tokens, hidden]` of this stage, or logits if the model returns them."""
+        unknown = sorted(name for name, value in kwargs.items() if value is not None)
+        if unknown:
+            raise RegistrationError(
+                f"model {self.registered.name!r} was given unsupported inputs by vLLM: got {', '.join(unknown)}, "
+                "expected token IDs or embeddings with positions. Switch off the feature that adds them"
+            )
+        self.weights.check()
+        if not self.first_stage:
+            inputs_embeds = intermediate_tensors[HIDDEN]
+        with traced_whole(self.registered.name):
+            hidden = self.body(None if inputs_embeds is not None else input_ids, positions, inputs_embeds)
+        if not self.last_stage:
             return IntermediateTensors({HIDDEN: hidden})
+        return self.full_logits(hidden) if self.registered.outputs == "logits" else hidden
 
-        def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-            self.weights.check()  # here too: a captured graph stands for the forward
-            if registered.outputs == "logits":
-                return hidden_states
-            if self.finished_later:
-                hidden_states = self.model.finish(hidden_states)  # pyrefly: ignore  # checked when built
-            return self.whole_logits(self.model.compute_logits(hidden_states))  # pyrefly: ignore  # checked when built
+    def make_empty_intermediate_tensors(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> IntermediateTensors:
+        """Return buffers for what an earlier stage sends."""
+        hidden = torch.zeros(batch_size, self.hidden_size, dtype=dtype, device=device)
+        return IntermediateTensors({HIDDEN: hidden})
 
-        def whole_logits(self, logits: torch.Tensor) -> torch.Tensor:
-            if logits.shape[-1] >= self.vocab_size:  # one rank, or gathered by the model
-                return logits[..., : self.vocab_size]
-            return gather_logits(logits, self.context, self.vocab_size)
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return logits `[tokens, vocabulary]` of all tensor-parallel ranks."""
+        self.weights.check()  # here too: a captured graph stands for the forward
+        if self.registered.outputs == "logits":
+            return hidden_states
+        if self.finished_later:
+            hidden_states = self.model.finish(hidden_states)  # pyrefly: ignore  # checked when built
+        return self.full_logits(self.model.compute_logits(hidden_states))  # pyrefly: ignore  # checked when built
 
-        def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-            reloading = any(parameter.is_meta for parameter in self.model.parameters())  # vLLM has made them so
-            if self.loaded and not reloading:
-                raise CheckpointError(
-                    f"model {registered.name!r} is running: load_weights alone would leave packed copies of the old "
-                    "weights. Use polyshard.WeightSync, or vLLM's reload_weights"
-                )
-            if reloading:
-                self.weights.refuse("a reload of its weights has begun and is not finished")
-                refuse_quantized_reload(registered.name, self.quantized)
-            with told_to_parent(self.context.rank):
-                names = load_weights(
-                    self.model, self.table, weights, registered.name, rename, self.elsewhere, self.quantized
-                )
-            if reloading:
-                self.weights.accept(None)
-            self.loaded = True
-            return {f"model.{name}" for name in names}
+    def full_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """Gather logits over the vocabulary, and cut off its padding."""
+        if logits.shape[-1] >= self.vocab_size:  # one rank, or gathered by the model
+            return logits[..., : self.vocab_size]
+        return gather_logits(logits, self.context, self.vocab_size)
 
-    ServedModel.__name__ = ServedModel.__qualname__ = registered.name
-    return ServedModel
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint's tensors; return the names of the parameters that were loaded."""
+        reloading = any(parameter.is_meta for parameter in self.model.parameters())  # vLLM has made them so
+        if self.loaded and not reloading:
+            raise CheckpointError(
+                f"model {self.registered.name!r} is running: load_weights alone would leave packed copies of the old "
+                "weights. Use polyshard.WeightSync, or vLLM's reload_weights"
+            )
+        if reloading:
+            self.weights.refuse("a reload of its weights has begun and is not finished")
+            refuse_quantized_reload(self.registered.name, self.quantized)
+        with told_to_parent(self.context.rank):
+            names = load_weights(
+                self.model, self.table, weights, self.registered.name, self.rename, self.elsewhere, self.quantized
+            )
+        if reloading:
+            self.weights.accept(None)
+        self.loaded = True
+        return {f"model.{name}" for name in names}
+
+
+def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type[ServedModel]:
+    """Return the class with the interface that vLLM inspects, for one registration."""
+    return type(registered.name, (ServedModel,), {"registered": registered, "factory": staticmethod(factory)})
 
 
 def _refuse_unsupported(registered: RegisteredModel, vllm_config: VllmConfig) -> None:
