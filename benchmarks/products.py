@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from vllm.platforms import current_platform
 
 from polyshard.adapters.vllm import compat
-from polyshard.adapters.vllm.layers.matmul import chosen
-from polyshard.native.matmul import PackedProduct, rejects
+from polyshard.adapters.vllm.layers.matmul import select_matmul
+from polyshard.native.matmul import PackedProduct, unsupported_reason
 
 LAYERS = ((960, 576), (576, 576), (3072, 576), (576, 1536))  # [out, in]: qkv, output, gate and up, down
 DEPTH = 30
@@ -45,13 +45,13 @@ def main(
     torch.set_num_threads(threads)
     current_platform.import_kernels()
     kind: torch.dtype = getattr(torch, dtype)
-    if (reason := rejects(kind)) is not None:
+    if (reason := unsupported_reason(kind)) is not None:
         raise typer.BadParameter(f"the compiled product {reason}")
     weights = [torch.randn(shape).to(kind) / shape[1] ** 0.5 for shape in LAYERS * DEPTH]
     packed = compat.has_packed_product(kind)
     theirs = "vLLM's packed product" if packed else "F.linear, vLLM's way without one"
     sides: dict[str, list[Callable[[torch.Tensor], Any]]] = {
-        "compiled": [PackedProduct(weight) for weight in weights],
+        "native": [PackedProduct(weight) for weight in weights],
         theirs: [compat.cpu_packed_product(w) if packed else lambda x, w=w: F.linear(x, w) for w in weights],
     }
     operations = sum(2 * weight.numel() for weight in weights)
@@ -73,10 +73,10 @@ def main(
         ratios[rows] = medians[1] / medians[0]
         table.add_row(str(rows), *(f"{operations * rows / t / 1e9:.1f}" for t in medians), f"{ratios[rows]:.2f}")
     Console(width=120).print(table)
-    print(f"an engine here multiplies {dtype} by: {chosen(kind)}")
+    print(f"an engine here multiplies {dtype} by: {select_matmul(kind)}")
     if json_file is not None:
         json_file.write_text(json.dumps({"dtype": dtype, "threads": threads, "ratios": ratios}, indent=2))
-    if check and chosen(kind) == "compiled" and min(ratios.values()) < GOAL:
+    if check and select_matmul(kind) == "native" and min(ratios.values()) < GOAL:
         raise typer.Exit(1)
 
 

@@ -36,7 +36,7 @@ FEATURES = {
     "more keys than queries": {"key_lengths": (9, 5, 1, 3, 20, 310)},
     "everything": {"window": 9, "softcap": 2.0, "slopes": SLOPES, "sinks": True, "value_dim": 24},
 }
-KERNELS = ["cpu", "cpu_fused", "cpu_flash", "chunked", pytest.param("vllm", marks=pytest.mark.vllm)]
+KERNELS = ["cpu", "cpu_native", "cpu_flash", "chunked", pytest.param("vllm", marks=pytest.mark.vllm)]
 
 
 def cumulative(lengths):
@@ -87,7 +87,7 @@ def bound_of(dtype):
 
 def lacks(kernel, feature, dtype):
     """Whether a kernel says that it has not got this: it must not run it without."""
-    if kernel == "cpu_fused":
+    if kernel == "cpu_native":
         odd = [d for d in (FEATURES[feature].get("value_dim", 32), 32) if d % width()]
         return dtype != torch.float32 or feature in ("soft-cap", "alibi", "everything") or bool(odd)
     if kernel == "cpu_flash":
@@ -114,7 +114,7 @@ def test_forward_and_gradients_equal_attention_written_out(kernel, feature, dtyp
 @pytest.mark.parametrize("feature", ["alibi", "soft-cap", "window", "sinks", "values wider", "not causal"])
 @pytest.mark.parametrize("fused", [True, False])
 def test_sequences_long_enough_for_torchs_operator_keep_their_features(monkeypatch, feature, fused):
-    monkeypatch.setattr(cpu.fused, "worthwhile", lambda run, call: fused)
+    monkeypatch.setattr(cpu.native, "is_faster", lambda run, call: fused)
     features = dict(FEATURES[feature])
     shape = {name: features.pop(name, None) for name in ("value_dim", "sinks")}
     tensors = case((1100, 7), 4, 2, 16, torch.float32, **shape)
@@ -301,7 +301,7 @@ def no_library_yet(monkeypatch, tmp_path):
 def test_without_a_compiler_the_loops_say_so_and_tiles_do_their_work(monkeypatch, no_library_yet, compiler, reason):
     monkeypatch.setenv("CXX", compiler)
     with pytest.raises(ps.ConfigurationError, match=reason):
-        select_kernel(spec_of(), CPU, torch.float32, True, "cpu_fused")
+        select_kernel(spec_of(), CPU, torch.float32, True, "cpu_native")
     tensors = case(LENGTHS, 4, 2, 32, torch.float32)
     for difference, size in differences(tensors, LENGTHS, "cpu"):
         assert difference <= bound_of(torch.float32) * size
@@ -309,11 +309,11 @@ def test_without_a_compiler_the_loops_say_so_and_tiles_do_their_work(monkeypatch
 
 
 def test_the_loops_are_compiled_once_and_whole(no_library_yet):
-    assert select_kernel(spec_of(), CPU, torch.float32, True, "cpu_fused").name == "cpu_fused"
+    assert select_kernel(spec_of(), CPU, torch.float32, True, "cpu_native").name == "cpu_native"
     (built,) = no_library_yet.iterdir()
     when = built.stat().st_mtime_ns
     build._load_or_reason.cache_clear()
-    assert build.unavailable(SOURCE) is None
+    assert build.unavailable_reason(SOURCE) is None
     assert [p.stat().st_mtime_ns for p in no_library_yet.iterdir()] == [when]
 
 
@@ -323,7 +323,7 @@ def test_the_loops_hide_no_number_that_is_none(bad):
     q, k, v, *_ = case((40, 9), 4, 2, 32, torch.float32)
     q[7, 1, 3] = bad
     q[8, 2, 5] = torch.tensor(0x7FC12345, dtype=torch.int32).view(torch.float32) if math.isnan(bad) else 1.0
-    ours, tiles = (ps.packed_attention(q, k, v, cumulative((40, 9)), kernel=name) for name in ("cpu_fused", "chunked"))
+    ours, tiles = (ps.packed_attention(q, k, v, cumulative((40, 9)), kernel=name) for name in ("cpu_native", "chunked"))
     torch.testing.assert_close(ours, tiles, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
@@ -334,7 +334,7 @@ def test_the_loops_give_the_same_bits_with_any_threads(threads):
 
     def gradients():
         leaves = [t.clone().requires_grad_() for t in tensors[:3]]
-        out = ps.packed_attention(*leaves, cumulative(LENGTHS), kernel="cpu_fused")
+        out = ps.packed_attention(*leaves, cumulative(LENGTHS), kernel="cpu_native")
         return out, *torch.autograd.grad(out, leaves, tensors[3])
 
     try:

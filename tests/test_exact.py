@@ -18,9 +18,9 @@ from polyshard.adapters.vllm.engines.sampling import SamplingJob
 from polyshard.adapters.vllm.exact import CpuOperators, exact_serving, products
 from polyshard.attention.rotary import rotate_heads
 from polyshard.cli.certify import random_prompts
+from polyshard.core.environment import TRACE
 from polyshard.core.exact_identity import ExactIdentity, check_same_mode
 from polyshard.exact.linear import ExactLinearAdapter
-from polyshard.exact.trace import ENVIRONMENT_VARIABLE as TRACE
 from polyshard.launch.ranks import run_ranks
 from polyshard.proof.certificate import TrainerCase, compare, trainer_logprobs
 
@@ -97,8 +97,8 @@ def test_vllms_kernel_in_pieces_gives_them_too(directory, monkeypatch):
     sequences = [(answer.prompt, answer.tokens) for answer in answers]
     trainer = TrainerCase(adapter="torch", tensor=1), sequences, directory, "decoder:build_model", "float32", 2, True
     assert torch.equal(trainer_logprobs(*trainer), told)
-    force("compiled", monkeypatch)
-    if whose_kernel(torch.float32) == "compiled":
+    force("native", monkeypatch)
+    if whose_kernel(torch.float32) == "native":
         assert not torch.equal(trainer_logprobs(*trainer), told), "another kernel has other bits"
 
 
@@ -167,7 +167,7 @@ def test_a_row_of_a_product_has_the_same_bits_in_every_batch(dtype, inner, outer
 @pytest.mark.parametrize("dtype", products(), ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (8, 4, 128), (4, 1, 64), (32, 2, 32)])
 @pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize("kernel", ["compiled", "vllm"])
+@pytest.mark.parametrize("kernel", ["native", "vllm"])
 def test_attention_of_a_token_depends_on_its_sequence_alone(
     threads, dtype, heads, kv_heads, dim, window, kernel, monkeypatch
 ):
@@ -179,7 +179,7 @@ def test_attention_of_a_token_depends_on_its_sequence_alone(
     lengths = [1, 2, 17, 64, 130, 700]
     total = sum(lengths)
     q, k, v = (torch.randn(total, n, dim, generator=generator).to(dtype) for n in (heads, kv_heads, kv_heads))
-    settings = {"sliding_window": window, "kernel": "vllm_pinned"}
+    settings = {"sliding_window": window, "kernel": "vllm_exact"}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -363,12 +363,12 @@ def test_an_engine_whose_settings_change_the_bits_is_refused(directory, monkeypa
 
 
 def test_two_products_or_kernels_are_refused_and_named():
-    one, other = (f"{kind} bfloat16" for kind in ("compiled", "vllm"))
+    one, other = (f"{kind} bfloat16" for kind in ("native", "vllm"))
     trainer = ExactIdentity(2, one, one)
     check_same_mode(trainer, ExactIdentity(*trainer), "an engine")
     for changes, words in (
-        ({"products": other}, "multiplies by compiled bfloat16, an engine by vllm bfloat16.*POLYSHARD_PRODUCT"),
-        ({"attention": other}, "attends by compiled bfloat16, an engine by vllm bfloat16.*POLYSHARD_ATTENTION"),
+        ({"products": other}, "multiplies by native bfloat16, an engine by vllm bfloat16.*POLYSHARD_MATMUL"),
+        ({"attention": other}, "attends by native bfloat16, an engine by vllm bfloat16.*POLYSHARD_ATTENTION"),
     ):
         with pytest.raises(ps.ConfigurationError, match=words):
             check_same_mode(trainer, trainer._replace(**changes), "an engine")
@@ -389,7 +389,7 @@ def test_wrong_settings_are_named():
         ps.register_model("Exactly", decoder.build_model, exact_shards=2)
     with pytest.raises(ps.RegistrationError, match="positive integer"):
         ps.register_model("Exactly", decoder.build_model, exact=True, exact_shards=0)
-    with pytest.raises(ps.ConfigurationError, match="vllm_pinned"):
+    with pytest.raises(ps.ConfigurationError, match="vllm_exact"):
         attention(torch.randn(3, 64))
     with pytest.raises(ps.ConfigurationError, match="Autocast is not exact"):
         column(half)

@@ -31,11 +31,11 @@ def test_attention_of_a_token_depends_on_its_sequence_alone():
     lengths = [1, 17, 130, 700]
     q, k, v = (torch.randn(sum(lengths), n, 64, generator=generator, device="cuda").bfloat16() for n in (9, 3, 3))
     bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
-    whole = ps.packed_attention(q, k, v, bounds, kernel="vllm_pinned")
+    whole = ps.packed_attention(q, k, v, bounds, kernel="vllm_exact")
     start = 0
     for length in lengths:
         part = slice(start, start + length)
-        assert torch.equal(ps.packed_attention(q[part], k[part], v[part], kernel="vllm_pinned"), whole[part])
+        assert torch.equal(ps.packed_attention(q[part], k[part], v[part], kernel="vllm_exact"), whole[part])
         start += length
 
 

@@ -211,7 +211,7 @@ def test_a_request_is_enough_for_as_many_threads_as_it_has_tasks(monkeypatch):
     for kv_heads, queries, threads in ((1, 1, 1), (2, 1, 2), (1, 1000, 5), (2, 1000, 10)):
         for more in (0, 1):
             monkeypatch.setattr(torch, "get_num_threads", lambda n=threads + more: n)
-            assert paged.worthwhile(one, queries, spec_of(kv_heads, 2, 64)) is not bool(more)
+            assert paged.is_faster(one, queries, spec_of(kv_heads, 2, 64)) is not bool(more)
 
 
 @pytest.mark.parametrize(
@@ -225,4 +225,4 @@ def test_a_request_is_enough_for_as_many_threads_as_it_has_tasks(monkeypatch):
 )
 def test_what_it_does_not_have_is_said(changes, reason):
     asked = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "scale": 0.1, **changes}
-    assert reason in paged.rejects(AttentionSpec(**asked))
+    assert reason in paged.unsupported_reason(AttentionSpec(**asked))

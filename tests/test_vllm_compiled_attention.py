@@ -86,12 +86,12 @@ def test_a_cache_of_another_form_is_read_by_vllms_kernel(tmp_path, monkeypatch, 
 
 
 def test_a_layer_with_dropout_is_served_as_one_without():
-    from polyshard.adapters.vllm.attention.native import takes
+    from polyshard.adapters.vllm.attention.native import supports
     from polyshard.adapters.vllm.compat import has_product_of_processor
 
     for dtype in (torch.float32, torch.bfloat16):
         spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=64, scale=0.125, dropout=0.1)
-        assert takes(spec, 64, dtype) is not has_product_of_processor(dtype)
+        assert supports(spec, 64, dtype) is not has_product_of_processor(dtype)
 
 
 def test_how_pages_lie_is_looked_at():

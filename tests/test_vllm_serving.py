@@ -19,7 +19,7 @@ from support.oracle import assert_same_generation, greedy_transformers
 from support.scripts import SUPPORT, on_engine_ranks, run
 
 import polyshard as ps
-from polyshard.adapters.vllm.layers.matmul import chosen
+from polyshard.adapters.vllm.layers.matmul import select_matmul
 from polyshard.native.matmul import PackedProduct
 
 pytestmark = pytest.mark.vllm
@@ -68,7 +68,7 @@ def test_the_layers_of_every_library_serve(models, adapter):
         assert_same_generation(greedy(llm, PROMPTS, TOKENS), expected, TINY_BOUND)
 
 
-@pytest.mark.skipif(chosen(torch.float32) != "compiled", reason="vLLM's product is taken here")
+@pytest.mark.skipif(select_matmul(torch.float32) != "native", reason="vLLM's product is taken here")
 @pytest.mark.parametrize("adapter", ps.adapter_names())
 def test_activation_and_residuals_are_taken_inside_the_product_with_the_same_bits(models, adapter, monkeypatch):
     directory, _ = models["llama-biased"]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
 import torch
 
-from polyshard.attention.kernels.cpu.kernels import Chunked, Cpu, CpuFlash, CpuFused
+from polyshard.attention.kernels.cpu.kernels import Chunked, Cpu, CpuFlash, CpuNative
 from polyshard.attention.kernels.cuda.flash_attn_2 import FlashAttn2
 from polyshard.attention.kernels.cuda.flash_attn_3 import FlashAttn3
 from polyshard.attention.kernels.cuda.flash_attn_4 import FlashAttn4
@@ -20,6 +19,7 @@ from polyshard.attention.kernels.protocol import AttentionKernel, BlockKernel
 from polyshard.core.attention import AttentionSpec
 from polyshard.core.capabilities import Accepted, Rejected
 from polyshard.core.discovery import installed_adapters
+from polyshard.core.environment import ATTENTION, deprecated
 from polyshard.core.errors import ConfigurationError
 
 
@@ -36,14 +36,14 @@ KERNELS: Sequence[AttentionKernel] = (
     FlashAttn2(),
     TorchVarlen(),
     Cpu(),
-    CpuFused(),
+    CpuNative(),
     CpuFlash(),
     Flex(),
     Chunked(),
 )
 _register(KERNELS)
 
-ENVIRONMENT_VARIABLE = "POLYSHARD_ATTENTION"
+FORMER_NAMES = {"cpu_fused": "cpu_native", "vllm_pinned": "vllm_exact"}
 
 
 @cache
@@ -65,12 +65,13 @@ def kernel_named(name: str) -> AttentionKernel:
     Raises:
         ConfigurationError: there is none.
     """
-    for kernel in KERNELS:
-        if kernel.name == name:
-            return kernel
-    for kernel in servers_kernels():
-        if kernel.name == name:
-            return kernel
+    for kernels in (lambda: KERNELS, servers_kernels):  # a server is imported only if the name is none of ours
+        for kernel in kernels():
+            if kernel.name == name:
+                return kernel
+            if name in FORMER_NAMES and FORMER_NAMES[name] == kernel.name:
+                deprecated(f"attention kernel {name!r}", repr(kernel.name))
+                return kernel
     known = [kernel.name for kernel in (*KERNELS, *servers_kernels())]
     raise ConfigurationError(f"unknown attention kernel {name!r}; known: {', '.join(known)}")
 
@@ -96,7 +97,7 @@ def select_kernel(
     Raises:
         ConfigurationError: the forced kernel is unknown or cannot do it, or none can; the message gives each reason.
     """
-    return _select(_asked(spec, training), device, dtype, training, name or os.environ.get(ENVIRONMENT_VARIABLE))
+    return _select(_asked(spec, training), device, dtype, training, name or ATTENTION.read())
 
 
 @cache
@@ -117,7 +118,7 @@ def _select(
 def _verdict(
     kernel: AttentionKernel, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool
 ) -> Accepted | Rejected:
-    reason = kernel.rejects(spec, device, dtype, training)
+    reason = kernel.unsupported_reason(spec, device, dtype, training)
     return Accepted(kernel.name) if reason is None else Rejected(kernel.name, reason)
 
 

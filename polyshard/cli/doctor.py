@@ -18,7 +18,7 @@ from polyshard.core.attention import AttentionSpec
 from polyshard.core.capabilities import Accepted, Rejected
 from polyshard.core.discovery import adapter_names, load_adapter
 from polyshard.core.requirement import Requirement
-from polyshard.native.matmul import rejects
+from polyshard.native.matmul import unsupported_reason
 from polyshard.transformers.replaced.requirement import TRANSFORMERS
 
 
@@ -127,8 +127,8 @@ def compiled_parts() -> list[Finding]:
     """The compiled matrix product and attention of engines and of exact mode on CPU."""
     heads = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=64, scale=0.125)
     parts = {
-        "compiled product": (rejects(torch.float32), "multiplies"),
-        "compiled attention": (paged.rejects(heads), "attends"),
+        "compiled product": (unsupported_reason(torch.float32), "multiplies"),
+        "compiled attention": (paged.unsupported_reason(heads), "attends"),
     }
     return [
         Finding("engine on CPU", name, reason is None, None, reason or f"{does} where it is faster than vLLM's own")

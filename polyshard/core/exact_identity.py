@@ -69,7 +69,7 @@ def check_same_mode(trainer: ExactIdentity | None, server: ExactIdentity | None,
     if trainer.products != server.products:
         raise ConfigurationError(
             f"the trainer multiplies by {trainer.products}, {name} by {server.products}: give both the same "
-            "processors, C++ compiler and POLYSHARD_PRODUCT (polyshard doctor says which product a machine has)"
+            "processors, C++ compiler and POLYSHARD_MATMUL (polyshard doctor says which product a machine has)"
         )
     raise ConfigurationError(
         f"the trainer attends by {trainer.attention}, {name} by {server.attention}: give both the same processors, C++ "

@@ -13,24 +13,22 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 class ExactOperators(Protocol):
-    """Forward-only operators. A row of their output depends on that row of the input alone, bit for bit.
+    """Forward-only operators. A row of their output depends only on that row of the input, bit for bit.
 
     Attributes:
         attention_kernel: name of the attention kernel that gives the server's bits.
-        products: whose matrix product multiplies which dtype in this process; has to be the same on both sides.
-        attention: whose kernel attends in which dtype in this process; likewise.
     """
 
     attention_kernel: str
 
     @property
     def products(self) -> str:
-        """See the class."""
+        """Matrix product of each dtype in this process, as text. It must be the same on both sides."""
         ...
 
     @property
     def attention(self) -> str:
-        """See the class."""
+        """Attention kernel of each dtype in this process, as text. It must be the same on both sides."""
         ...
 
     def pack(self, weight: torch.Tensor) -> Product:

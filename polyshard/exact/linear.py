@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import AdapterError, ConfigurationError, LayoutError
@@ -85,8 +86,8 @@ class ExactColumnParallelLinear(ExactLinear):
         super().__init__(owner, context, exact)
         self.shared = layout if layout is not None and layout.has_replicas(self.axis.size) else None
 
+    @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """See the class."""
         x = gather_sequence(x, self.axis) if self.sequence_parallel else copy_to_region(x, self.axis)
         weight, bias = self.weight, self.bias
         if self.shared is not None and torch.is_grad_enabled():
@@ -116,8 +117,8 @@ class ExactRowParallelLinear(ExactLinear):
         """One matrix for each shard of input features that this rank holds."""
         return list(self.weight.chunk(self.count, dim=1))
 
+    @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """See the class."""
         if self.sequence_parallel:
             require_divisible_sequence(x, self.axis, x.dim() - 2)
         inputs = x.chunk(self.count, dim=-1)

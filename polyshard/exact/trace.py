@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-ENVIRONMENT_VARIABLE = "POLYSHARD_TRACE"  # a folder: served models record into it
+from polyshard.core.environment import TRACE
 
 _KEYS = "tokens"  # int64 [tokens, 2]: position and token id
 
@@ -104,7 +103,7 @@ class Recorder:
 
 def recorder_of(model: nn.Module, rank: int) -> Recorder | None:
     """A served model's recorder, where the environment variable asks for one."""
-    folder = os.environ.get(ENVIRONMENT_VARIABLE)
+    folder = TRACE.read()
     return Recorder(model, folder, rank) if folder else None
 
 

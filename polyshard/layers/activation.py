@@ -41,7 +41,7 @@ def swiglu(x: torch.Tensor, layer: nn.Module | None = None) -> torch.Tensor:
 def _of(gate_up: torch.Tensor) -> torch.Tensor:
     if gate_up.shape[-1] % 2:
         raise ConfigurationError(f"swiglu halves the last dimension, which is {gate_up.shape[-1]}")
-    if torch.compiler.is_compiling() or not loops.takes(gate_up):
+    if torch.compiler.is_compiling() or not loops.supports(gate_up):
         return _plain(gate_up)
     if torch.is_grad_enabled() and gate_up.requires_grad:
         return _Swiglu.apply(gate_up)

@@ -42,7 +42,7 @@ def width() -> int:
     return _WIDTHS.get(torch.backends.cpu.get_cpu_capability(), 0)
 
 
-def unavailable(source: Path) -> str | None:
+def unavailable_reason(source: Path) -> str | None:
     """Why the library of a file cannot be had, and what to do; None where it is loaded. The first call may compile."""
     found = _load_or_reason(source)
     return found if isinstance(found, str) else None
@@ -55,7 +55,7 @@ def library(source: Path) -> ctypes.CDLL:
     return found
 
 
-def reads(x: torch.Tensor) -> bool:
+def supports_tensor(x: torch.Tensor) -> bool:
     """Whether the loops of these files read a tensor of this device and dtype."""
     return x.device.type == "cpu" and x.dtype in KINDS
 

@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from polyshard.native.build import KINDS, NUMBER, POINTER, SIZE, function, library, rows_of, unavailable
+from polyshard.native.build import KINDS, NUMBER, POINTER, SIZE, function, library, rows_of, unavailable_reason
 from polyshard.native.operator import bare_operator
 
 SOURCE = Path(__file__).with_name("matmul.cpp")
 
 
-def rejects(dtype: torch.dtype) -> str | None:
+def unsupported_reason(dtype: torch.dtype) -> str | None:
     """Why a weight of this dtype cannot be packed here; None where it can. The first call may compile."""
     if dtype not in KINDS:
         return f"multiplies {', '.join(str(d).removeprefix('torch.') for d in KINDS)}, not {dtype}"
-    return unavailable(SOURCE)
+    return unavailable_reason(SOURCE)
 
 
 class PackedProduct:
@@ -28,7 +28,7 @@ class PackedProduct:
     part of the weight's rows being elsewhere, or threads. Sums are taken in float32.
 
     Args:
-        weight: `[out, in]`, neither of them 0, of a dtype that `rejects` takes, on CPU.
+        weight: `[out, in]`, neither of them 0, of a dtype that `unsupported_reason` has nothing against, on CPU.
         gated: its first half are the gates of its second, as `swiglu` wants them.
 
     Attributes:
@@ -36,7 +36,7 @@ class PackedProduct:
     """
 
     def __init__(self, weight: torch.Tensor, gated: bool = False) -> None:
-        assert rejects(weight.dtype) is None
+        assert unsupported_reason(weight.dtype) is None
         weight, stride = rows_of(weight.detach())
         self.out_features, self.in_features = weight.shape
         assert weight.numel(), weight.shape

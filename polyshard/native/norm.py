@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-from polyshard.native.build import KINDS, NUMBER, POINTER, SIZE, function, reads, rows_of, unavailable
+from polyshard.native.build import KINDS, NUMBER, POINTER, SIZE, function, rows_of, supports_tensor, unavailable_reason
 from polyshard.native.operator import bare_operator
 
 SOURCE = Path(__file__).with_name("norm.cpp")
 
 
-def takes(x: torch.Tensor) -> bool:
+def supports(x: torch.Tensor) -> bool:
     """Whether `rms_norm` computes a tensor like this one here. The first call may compile."""
-    return reads(x) and _available()
+    return supports_tensor(x) and _available()
 
 
 @torch.compiler.assume_constant_result  # Dynamo must not trace into the build, and before 2.12 takes no Path either
 def _available() -> bool:
-    return unavailable(SOURCE) is None
+    return unavailable_reason(SOURCE) is None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

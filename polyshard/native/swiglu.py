@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from polyshard.native.build import KINDS, NUMBER, POINTER, SIZE, function, reads, rows_of, unavailable
+from polyshard.native.build import KINDS, NUMBER, POINTER, SIZE, function, rows_of, supports_tensor, unavailable_reason
 
 SOURCE = Path(__file__).with_name("swiglu.cpp")
 
 
-def takes(gate_up: torch.Tensor) -> bool:
+def supports(gate_up: torch.Tensor) -> bool:
     """Whether `swiglu` computes a tensor like this one here. The first call may compile."""
-    return reads(gate_up) and unavailable(SOURCE) is None
+    return supports_tensor(gate_up) and unavailable_reason(SOURCE) is None
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:

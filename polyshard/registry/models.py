@@ -14,6 +14,7 @@ from torch import nn
 
 from polyshard.config.fields import typed_config
 from polyshard.core.discovery import adapter_names
+from polyshard.core.environment import MODELS
 from polyshard.core.errors import AdapterError, RegistrationError
 from polyshard.core.serving import OPTIONS, Inputs, ModelFactory, Outputs, RegisteredModel, as_entry, loaded_servers
 from polyshard.registry.in_process import is_kept, keep, kept
@@ -21,7 +22,7 @@ from polyshard.registry.live_module import ExistingModel
 from polyshard.registry.names import NameMap, check_names
 from polyshard.registry.reference import reference_of, resolve
 
-ENVIRONMENT_VARIABLE = "POLYSHARD_MODELS"  # JSON: {"Name": "module:factory"} or {"Name": {"factory":, "adapter":}}
+ENVIRONMENT_VARIABLE = MODELS.name
 ENTRY_POINT_GROUP = "polyshard.models"  # name = "module:factory"
 
 
@@ -143,7 +144,7 @@ def registered_models() -> dict[str, RegisteredModel]:
 
 
 def _from_environment() -> dict[str, RegisteredModel]:
-    text = os.environ.get(ENVIRONMENT_VARIABLE, "").strip() or "{}"
+    text = (MODELS.read() or "").strip() or "{}"
     expected = (
         'expected JSON like {"MyDecoder": "module:factory"} or '
         '{"MyDecoder": {"factory": "module:factory", "adapter": "torch"}}'

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from polyshard.core.environment import FAILURES
 from polyshard.core.errors import (
     AdapterError,
     CheckpointError,
@@ -25,7 +26,7 @@ from polyshard.core.errors import (
 )
 
 _RAISED = (RegistrationError, CheckpointError, LayoutError, ConfigurationError, AdapterError, MissingDependencyError)
-_DIRECTORY = "POLYSHARD_FAILURES"  # inherited by workers
+_DIRECTORY = FAILURES.name  # inherited by workers
 
 
 @contextlib.contextmanager

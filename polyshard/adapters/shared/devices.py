@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from polyshard.core.context import ParallelContext
+from polyshard.core.environment import BACKEND
 from polyshard.core.errors import ConfigurationError
 
-BACKEND_VARIABLE = "POLYSHARD_BACKEND"
 _BACKENDS = ("nccl", "gloo")
 
 
@@ -20,9 +20,9 @@ def pick_backend(backend: str | None = None) -> str | None:
     Raises:
         ConfigurationError: the backend is unknown.
     """
-    chosen = backend or os.environ.get(BACKEND_VARIABLE) or None
+    chosen = backend or BACKEND.read()
     if chosen is not None and chosen not in _BACKENDS:
-        source = "backend" if backend else f"environment variable {BACKEND_VARIABLE}"
+        source = "backend" if backend else f"environment variable {BACKEND.name}"
         raise ConfigurationError(f"{source} is unsupported: got {chosen!r}, expected one of {', '.join(_BACKENDS)}")
     return chosen
 

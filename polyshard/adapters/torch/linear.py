@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from polyshard.adapters.torch.cross_entropy import vocab_parallel_cross_entropy
 from polyshard.adapters.torch.norm import RMSNorm
@@ -72,8 +73,8 @@ class ColumnParallelLinear(nn.Module):
         self.bias = new_weight(bias_layout, context, None) if bias else None
         self.shared = self.layout.has_replicas(self.axis.size)
 
+    @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """See the class."""
         x = gather_sequence(x, self.axis) if self.sequence_parallel else copy_to_region(x, self.axis)
         weight, bias = self.weight, self.bias
         if self.shared and torch.is_grad_enabled():
@@ -103,8 +104,8 @@ class RowParallelLinear(nn.Module):
         self.weight = new_weight(layout, context, input_size**-0.5)
         self.bias = new_weight(WeightLayout(shape=(output_size,)), context, None) if bias else None
 
+    @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """See the class."""
         y = F.linear(x, self.weight)
         if not self.sequence_parallel:
             y = reduce_from_region(y, self.axis)
@@ -131,8 +132,8 @@ class VocabParallelEmbedding(nn.Module):
         self.start, self.length = segment.local_range(self.axis.rank, self.axis.size)
         self.weight = new_weight(layout, context, 0.02)
 
+    @override
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """See the class."""
         if self.axis.size == 1:
             return F.embedding(input_ids, self.weight)
         local_ids = input_ids - self.start
@@ -165,8 +166,8 @@ class VocabParallelHead(nn.Module):
         bias_layout = WeightLayout(shape=(vocab_size,), dim=0, segments=(segment,))
         self.bias = new_weight(bias_layout, context, None) if bias else None
 
+    @override
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """See the class."""
         x = gather_sequence(hidden, self.axis) if self.sequence_parallel else copy_to_region(hidden, self.axis)
         logits = F.linear(x, self.weight, self.bias)
         if self.present == self.length:

@@ -64,10 +64,10 @@ class VllmAdapter(ServingOnlyAdapter):
 
     @property
     def attention_kernels(self) -> tuple[Any, ...]:
-        """The engine's own attention kernel and the pinned one, with a backward; vLLM is imported when it is used."""
+        """The engine's own attention kernel and the exact one, with a backward; vLLM is imported when it is used."""
         from polyshard.adapters.vllm.attention.kernel import VllmKernel
 
-        return (VllmKernel(), VllmKernel(pinned=True))
+        return (VllmKernel(), VllmKernel(exact=True))
 
     def exact_operators(self, device: torch.device) -> ExactOperators:
         """What exact mode computes with on `device`."""

@@ -65,7 +65,7 @@ def serving_context(vllm_config: VllmConfig, registered: RegisteredModel) -> Gro
         linear=VllmLinearAdapter(quantized=True) if vllm_config.quant_config is not None else chosen.linear,
         axes=axes,
         rank=axes["tensor"].ranks[axes["tensor"].rank],
-        attention=paged_attention_factory(vllm_config, pinned=registered.exact),
+        attention=paged_attention_factory(vllm_config, exact=registered.exact),
         latent_attention=latent_factory(vllm_config, registered.exact),
         pipeline_layers=get_pp_indices,
         initialize_weights=False,

@@ -15,7 +15,7 @@ from torch import nn
 
 from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.attention.exact import whose_kernel
-from polyshard.adapters.vllm.layers.matmul import chosen
+from polyshard.adapters.vllm.layers.matmul import select_matmul
 from polyshard.adapters.vllm.layers.norm import rms_norm, takes_norm
 from polyshard.attention.rotary import rotate_heads
 from polyshard.core.context import GroupContext
@@ -24,7 +24,7 @@ from polyshard.core.exact_mode import ExactOperators, Product
 from polyshard.core.serving import RegisteredModel
 from polyshard.exact.context import check_shards, exact_mode
 from polyshard.exact.linear import ExactLinear
-from polyshard.native.matmul import PackedProduct, rejects
+from polyshard.native.matmul import PackedProduct, unsupported_reason
 
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 _NO_PRODUCT = "exact mode has no product of {} on this CPU, but of {}: use one of them on both sides"
@@ -33,7 +33,7 @@ _NO_PRODUCT = "exact mode has no product of {} on this CPU, but of {}: use one o
 class CpuOperators:
     """`ExactOperators` on CPU."""
 
-    attention_kernel = "vllm_pinned"
+    attention_kernel = "vllm_exact"
 
     @property
     def products(self) -> str:
@@ -49,7 +49,7 @@ class CpuOperators:
         """The compiled product; where oneDNN is faster oneDNN's, by which a row goes as two: it has another kernel."""
         if weight.dtype not in products():
             raise ConfigurationError(no_product(weight.dtype))
-        if products()[weight.dtype] == "compiled":
+        if products()[weight.dtype] == "native":
             return PackedProduct(weight)
         return partial(_two_rows, compat.cpu_packed_product(weight))
 
@@ -76,11 +76,11 @@ def products() -> dict[torch.dtype, str]:
     """Dtypes that have an exact product on this CPU, and whose it is: compiled, or vLLM's where that was looked at."""
     found = {}
     for dtype in (*ONEDNN_DTYPES, torch.float16):
-        if dtype in ONEDNN_DTYPES and chosen(dtype) == "vllm":
+        if dtype in ONEDNN_DTYPES and select_matmul(dtype) == "vllm":
             if compat.has_packed_product(dtype):
                 found[dtype] = "vllm"
-        elif rejects(dtype) is None:
-            found[dtype] = "compiled"
+        elif unsupported_reason(dtype) is None:
+            found[dtype] = "native"
     return found
 
 
@@ -96,7 +96,7 @@ def no_product(dtype: torch.dtype) -> str:
 class CudaOperators:
     """`ExactOperators` on CUDA, by vLLM's batch-invariant Triton operators. Unverified: docs/gpu.md."""
 
-    attention_kernel = "vllm_pinned"
+    attention_kernel = "vllm_exact"
     products = "Triton"
     attention = "flash-attention"
 

@@ -11,20 +11,23 @@ from functools import cache
 from typing import Any
 
 import torch
+from typing_extensions import override
 
-from polyshard.attention.kernels.protocol import AttentionCall
+from polyshard.attention.kernels.protocol import AttentionCall, AttentionKernel
 from polyshard.core.attention import AttentionSpec
 
 Index = torch.Tensor
 
 
-class Flex:
+class Flex(AttentionKernel):
     """`torch.nn.attention.flex_attention`."""
 
     name = "flex"
 
-    def rejects(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
-        """See `AttentionKernel`."""
+    @override
+    def unsupported_reason(
+        self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool
+    ) -> str | None:
         if device.type not in ("cuda", "cpu"):
             return f"needs CUDA or a CPU, not {device.type}"
         if device.type == "cpu" and training:
@@ -37,10 +40,10 @@ class Flex:
             return f"needs head dimensions that are powers of two, not {spec.head_dim} and {spec.v_dim}"
         return None
 
+    @override
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, sinks: torch.Tensor | None
     ) -> torch.Tensor:
-        """See `AttentionKernel`."""
         if q.device.type == "cpu" and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
             # torch would raise NotImplementedError from inside the operator.
             raise NotImplementedError("flex has no backward on CPU: call it under torch.no_grad, or choose another")

@@ -48,7 +48,9 @@ class AttentionKernel(Protocol):
 
     name: str
 
-    def rejects(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
+    def unsupported_reason(
+        self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool
+    ) -> str | None:
         """Why this kernel cannot serve the request; None where it can."""
         ...
 

@@ -10,36 +10,37 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from polyshard.adapters.vllm import compat
-from polyshard.adapters.vllm.attention.native import CompiledBackend, CompiledImpl, pages_of, takes
+from polyshard.adapters.vllm.attention.native import NativeBackend, NativeImpl, pages_of, supports
 from polyshard.adapters.vllm.compat.paging import CPU_BLOCK
 from polyshard.attention.kernels.cpu import native_paged as paged
 from polyshard.attention.kernels.protocol import AttentionCall
 from polyshard.core.attention import AttentionSpec
 
 
-class AlwaysCompiledImpl(CompiledImpl):
+class AlwaysNativeImpl(NativeImpl):
     """The loops for every batch."""
 
     always = True
 
 
-class AlwaysCompiledBackend(CompiledBackend):
+class AlwaysNativeBackend(NativeBackend):
     """vLLM's CPU attention backend with it, for `Attention(attn_backend=...)`."""
 
     @staticmethod
-    def get_impl_cls() -> type[CompiledImpl]:
-        """See the class."""
-        return AlwaysCompiledImpl
+    @override
+    def get_impl_cls() -> type[NativeImpl]:
+        return AlwaysNativeImpl
 
 
-def pinned_backend_for(spec: AttentionSpec, head_dim: int, dtype: torch.dtype) -> Any:
+def exact_backend_for(spec: AttentionSpec, head_dim: int, dtype: torch.dtype) -> Any:
     """What an engine attends by; arguments as of `takes`."""
-    return AlwaysCompiledBackend if _by_loops(spec, head_dim, dtype) else compat.PinnedBackend
+    return AlwaysNativeBackend if _by_loops(spec, head_dim, dtype) else compat.PinnedBackend
 
 
-def pinned_attention(
+def exact_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What a trainer attends by: the same, over pages that last for the call.
@@ -55,7 +56,7 @@ def pinned_attention(
     """
     size = q.shape[2]
     if not _by_loops(call.spec, size, q.dtype):
-        return compat.cpu_attention(q, k, v, call, pinned=True), None
+        return compat.cpu_attention(q, k, v, call, exact=True), None
     cache, blocks, isa = compat.cpu_cache(k, v, call.keys.host)
     slopes = None if call.alibi_slopes is None else tuple(call.alibi_slopes.tolist())
     spec = replace(call.spec, head_dim=size, value_dim=size, alibi_slopes=slopes)
@@ -76,4 +77,4 @@ def whose_kernel(dtype: torch.dtype) -> str:
 
 def _by_loops(spec: AttentionSpec, head_dim: int, dtype: torch.dtype) -> bool:
     isa = compat.cpu_isa(dtype, head_dim)
-    return takes(spec, head_dim, dtype) and compat.keeps_keys_transposed(isa, dtype, CPU_BLOCK, head_dim)
+    return supports(spec, head_dim, dtype) and compat.keeps_keys_transposed(isa, dtype, CPU_BLOCK, head_dim)

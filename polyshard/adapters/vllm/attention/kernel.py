@@ -11,38 +11,41 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from polyshard.adapters.vllm.compat.paging import CUDA_BLOCK, filled, paged
 from polyshard.attention.kernels import operator
 from polyshard.attention.kernels.cpu.chunked import add_logsumexp
 from polyshard.attention.kernels.cpu.kernels import Chunked
 from polyshard.attention.kernels.cpu.tiles import runs
-from polyshard.attention.kernels.cuda.flash_limits import flash_rejects, window_of
+from polyshard.attention.kernels.cuda.flash_limits import flash_unsupported_reason, window_of
 from polyshard.attention.kernels.cuda.torch_varlen import TorchVarlen
-from polyshard.attention.kernels.protocol import AttentionCall
+from polyshard.attention.kernels.protocol import AttentionCall, AttentionKernel, BlockKernel
 from polyshard.core.attention import AttentionSpec
 from polyshard.core.errors import ConfigurationError
 
 
-class VllmKernel:
+class VllmKernel(AttentionKernel, BlockKernel):
     """CPU: vLLM's paged CPU attention over a cache made for the call. CUDA: its bundled flash-attention.
 
     Args:
-        pinned: as an engine in exact mode attends, whatever batch a token stands in: `vllm_pinned`.
+        exact: as an engine in exact mode attends, whatever batch a token stands in: `vllm_exact`.
     """
 
     native_sinks = True
 
-    def __init__(self, pinned: bool = False) -> None:
-        self.name = "vllm_pinned" if pinned else "vllm"
-        self._pinned = pinned
+    def __init__(self, exact: bool = False) -> None:
+        self.name = "vllm_exact" if exact else "vllm"
+        self._exact = exact
 
-    def rejects(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
-        """See `AttentionKernel`."""
+    @override
+    def unsupported_reason(
+        self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool
+    ) -> str | None:
         if spec.dropout:
             return "has no dropout"
         if device.type == "cuda":
-            return flash_rejects(spec, device, dtype, (8, 0))
+            return flash_unsupported_reason(spec, device, dtype, (8, 0))
         if device.type != "cpu":
             return f"needs CUDA or a CPU, not {device.type}"
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -51,19 +54,19 @@ class VllmKernel:
             return "has no window around the query, only one before it"
         return None
 
+    @override
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, sinks: torch.Tensor | None
     ) -> torch.Tensor:
-        """See `AttentionKernel`."""
         return operator.attend(self, q, k, v, call, sinks)
 
+    @override
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `BlockKernel`."""
         if q.device.type == "cuda":
-            return *_cuda_forward(q, k, v, call, self._pinned), q.new_empty(0)
-        out, logsumexp = _cpu_forward(q, k, v, call, self._pinned)
+            return *_cuda_forward(q, k, v, call, self._exact), q.new_empty(0)
+        out, logsumexp = _cpu_forward(q, k, v, call, self._exact)
         if logsumexp is not None:
             return out, logsumexp, q.new_empty(0)
         logsumexp = torch.full(q.shape[:2], -math.inf, dtype=torch.float32, device=q.device)
@@ -74,6 +77,7 @@ class VllmKernel:
                 logsumexp = torch.logaddexp(logsumexp, call.sinks.float())
         return out, logsumexp, q.new_empty(0)
 
+    @override
     def backward(
         self,
         grad_out: torch.Tensor,
@@ -85,21 +89,20 @@ class VllmKernel:
         saved: torch.Tensor,
         call: AttentionCall,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `BlockKernel`."""
         kernel = TorchVarlen()
         spec = call.spec
-        if kernel.rejects(spec, q.device, q.dtype, True) is not None or call.alibi_slopes is not None:
+        if kernel.unsupported_reason(spec, q.device, q.dtype, True) is not None or call.alibi_slopes is not None:
             kernel = Chunked()
         call = replace(call, save=False)  # this forward keeps no weights
         return kernel.backward(grad_out, q, k, v, out, logsumexp, saved, call)
 
 
 def _cpu_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, pinned: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, exact: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output, and the logsumexp where it comes with it."""
     from polyshard.adapters.vllm import compat
-    from polyshard.adapters.vllm.attention.exact import pinned_attention
+    from polyshard.adapters.vllm.attention.exact import exact_attention
 
     needed, value_dim = max(q.shape[2], v.shape[2]), v.shape[2]
     size = compat.cpu_head_size(needed)
@@ -114,12 +117,12 @@ def _cpu_forward(
         raise ConfigurationError(
             "vLLM's CPU kernel has no queries before the first key: give each sequence as many keys"
         )
-    out, logsumexp = pinned_attention(q, k, v, call) if pinned else (compat.cpu_attention(q, k, v, call), None)
+    out, logsumexp = exact_attention(q, k, v, call) if exact else (compat.cpu_attention(q, k, v, call), None)
     return out[..., :value_dim].contiguous(), logsumexp
 
 
 def _cuda_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, pinned: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, exact: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from polyshard.adapters.vllm import compat
 
@@ -127,7 +130,7 @@ def _cuda_forward(
     size = max(q.shape[2], value_dim)  # as the engine's cache holds them: `PagedAttention`
     q, k, v = (filled(t, size) for t in (q, k, v))
     keys: dict[str, Any] = {"cu_seqlens_k": call.keys.cu_seqlens}
-    if pinned:
+    if exact:
         # As the engine runs it: its tiles depend on whether keys are paged, its splits on the batch.
         k, v, table = paged(k, v, call.keys.host, CUDA_BLOCK)
         keys = {"seqused_k": call.keys.cu_seqlens.diff(), "block_table": table, "num_splits": 1}

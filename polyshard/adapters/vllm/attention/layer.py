@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard.adapters.vllm.attention.exact import pinned_backend_for
+from polyshard.adapters.vllm.attention.exact import exact_backend_for
 from polyshard.adapters.vllm.attention.native import backend_for
 from polyshard.adapters.vllm.compat import (
     Attention,
@@ -60,7 +60,7 @@ class PagedAttention(nn.Module):
         layer_name: str,
         sinks: torch.Tensor | None,
         rotary: RotaryTable,
-        pinned: bool,
+        exact: bool,
     ) -> None:
         super().__init__()
         self._rotary = rotary
@@ -74,8 +74,8 @@ class PagedAttention(nn.Module):
             logger.info("heads of %d are held as %d in the cache: vLLM has no kernel between", needed, self.head_dim)
         features = _features(spec, sinks)
         backend, layer = None, (spec, self.head_dim, model_dtype(vllm_config))
-        if on_cpu and pinned:
-            backend = pinned_backend_for(*layer)
+        if on_cpu and exact:
+            backend = exact_backend_for(*layer)
         elif on_cpu:
             backend = backend_for(*layer, vllm_config.cache_config.cache_dtype)
         try:
@@ -146,16 +146,16 @@ def _features(spec: AttentionSpec, sinks: torch.Tensor | None) -> dict[str, Any]
     return features
 
 
-def paged_attention_factory(vllm_config: VllmConfig, pinned: bool = False) -> AttentionFactory:
+def paged_attention_factory(vllm_config: VllmConfig, exact: bool = False) -> AttentionFactory:
     """Makes the attention cores of one model; a layer without an index takes the next one, for a name of its own.
 
-    `pinned`: a token's output depends on its sequence alone (exact mode; on CUDA vLLM's batch-invariant mode does it).
+    `exact`: a token's output depends on its sequence alone (exact mode; on CUDA vLLM's batch-invariant mode does it).
     """
     next_index = count()
     rotary = RotaryTable()
 
     def create(spec: AttentionSpec, sinks: torch.Tensor | None = None) -> PagedAttention:
         index = next(next_index) if spec.layer_index is None else spec.layer_index
-        return PagedAttention(spec, vllm_config, f"model.layers.{index}.self_attn.attn", sinks, rotary, pinned)
+        return PagedAttention(spec, vllm_config, f"model.layers.{index}.self_attn.attn", sinks, rotary, exact)
 
     return create

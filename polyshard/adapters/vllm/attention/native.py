@@ -6,13 +6,13 @@ what is exchanged.
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from polyshard.adapters.vllm.compat import (
     CPUAttentionBackend,
@@ -22,8 +22,8 @@ from polyshard.adapters.vllm.compat import (
     keeps_keys_transposed,
 )
 from polyshard.attention.kernels.cpu import native_paged as paged
-from polyshard.attention.selection import ENVIRONMENT_VARIABLE
 from polyshard.core.attention import AttentionSpec
+from polyshard.core.environment import ATTENTION
 
 
 def pages_of(kv_cache: torch.Tensor, isa: str, spec: AttentionSpec) -> paged.Pages | None:
@@ -38,15 +38,15 @@ def pages_of(kv_cache: torch.Tensor, isa: str, spec: AttentionSpec) -> paged.Pag
 class CompiledMetadataBuilder(CPUAttentionMetadataBuilder):
     """vLLM's, which also hands on what the loops ask of a step."""
 
+    @override
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
-        """See the class."""
         found: Any = super().build(common_prefix_len, common_attn_metadata, fast_build)
         tensors = (found.query_start_loc, found.seq_lens, found.block_table)
         found.requests = paged.Requests(*(t.to(torch.int32) for t in tensors))
         return found
 
 
-class CompiledImpl(CPUAttentionBackendImpl):
+class NativeImpl(CPUAttentionBackendImpl):
     """vLLM's, whose kernel attends where the loops would leave threads idle, unless a batch must not change the kernel.
 
     Attributes:
@@ -85,7 +85,7 @@ class CompiledImpl(CPUAttentionBackendImpl):
         if attn_metadata is not None and scales == (None, None) and attn_metadata.causal is True:
             requests: paged.Requests = attn_metadata.requests
             pages, tokens = self._pages_of(layer.isa, kv_cache), attn_metadata.num_actual_tokens
-            if pages is not None and (self.always or paged.worthwhile(requests, tokens, self._spec)):
+            if pages is not None and (self.always or paged.is_faster(requests, tokens, self._spec)):
                 paged.attend(query[:tokens], pages, requests, output[:tokens], self.sinks)
                 return output
         assert attn_metadata is None or not self.always, "a batch that the loops do not take"
@@ -100,21 +100,21 @@ class CompiledImpl(CPUAttentionBackendImpl):
         return pages
 
 
-class CompiledBackend(CPUAttentionBackend):
+class NativeBackend(CPUAttentionBackend):
     """vLLM's CPU attention backend with both, for `Attention(attn_backend=...)`."""
 
     @staticmethod
+    @override
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:
-        """See the class."""
-        return CompiledImpl
+        return NativeImpl
 
     @staticmethod
+    @override
     def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
-        """See the class."""
         return CompiledMetadataBuilder
 
 
-def takes(spec: AttentionSpec, head_dim: int, dtype: torch.dtype) -> bool:
+def supports(spec: AttentionSpec, head_dim: int, dtype: torch.dtype) -> bool:
     """Whether the loops have all that a layer asks for and are the fastest on this processor.
 
     The environment variable POLYSHARD_ATTENTION=vllm, by which a trainer attends by vLLM's kernel, means that kernel
@@ -125,14 +125,14 @@ def takes(spec: AttentionSpec, head_dim: int, dtype: torch.dtype) -> bool:
         head_dim: of a head in the cache, of keys and of values.
         dtype: of the model and of the cache.
     """
-    if os.environ.get(ENVIRONMENT_VARIABLE) == "vllm" or has_product_of_processor(dtype):
+    if ATTENTION.read() == "vllm" or has_product_of_processor(dtype):
         return False
     plain = replace(spec, head_dim=head_dim, value_dim=head_dim, dropout=0.0)  # which an engine never applies
-    return paged.rejects(plain) is None
+    return paged.unsupported_reason(plain) is None
 
 
 def backend_for(spec: AttentionSpec, head_dim: int, dtype: torch.dtype, cache_dtype: str) -> Any:
-    """`CompiledBackend` for a layer that the loops take; None for vLLM's own.
+    """`NativeBackend` for a layer that the loops take; None for vLLM's own.
 
     Args:
         spec: see `takes`.
@@ -140,4 +140,4 @@ def backend_for(spec: AttentionSpec, head_dim: int, dtype: torch.dtype, cache_dt
         dtype: of the model.
         cache_dtype: vLLM's name of the cache's; a narrower one rounds keys and values that the loops would not.
     """
-    return CompiledBackend if cache_dtype == "auto" and takes(spec, head_dim, dtype) else None
+    return NativeBackend if cache_dtype == "auto" and supports(spec, head_dim, dtype) else None

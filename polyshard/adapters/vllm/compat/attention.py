@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from typing_extensions import override
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.v1.attention.backends import cpu_attn
@@ -31,11 +32,11 @@ def cpu_head_size(needed: int) -> int | None:
 
 
 def cpu_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, pinned: bool = False
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, exact: bool = False
 ) -> torch.Tensor:
     """vLLM's CPU attention of packed sequences, through a paged cache that lasts for the call.
 
-    Keys are not split over threads (VLLM_CPU_ATTN_SPLIT_KV=0 gives the same in an engine). `pinned`: queries are
+    Keys are not split over threads (VLLM_CPU_ATTN_SPLIT_KV=0 gives the same in an engine). `exact`: queries are
     attended in pieces that are alike in every batch, and a token's output depends on its sequence alone.
 
     Source: v1/attention/backends/cpu_attn.py, CPUAttentionBackendImpl.forward.
@@ -47,7 +48,7 @@ def cpu_attention(
     keys, values = cache.chunk(2, dim=2)
     window = -1 if spec.sliding_window is None else spec.sliding_window
     bounds, seen, table = call.queries.host, call.keys.host.diff(), blocks.table
-    if pinned:
+    if exact:
         bounds, seen, table = cut_queries(bounds, seen, table, queries_of_a_piece(kind, q.shape[1] // heads))
     bounds, seen, table = bounds.to(torch.int32), seen.to(torch.int32), table.to(torch.int32)
     plan = operators.cpu_attn_get_scheduler_metadata(
@@ -191,8 +192,8 @@ class PinnedBackend(CPUAttentionBackend):
     """vLLM's CPU attention backend with that builder, for `Attention(attn_backend=...)`."""
 
     @staticmethod
+    @override
     def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
-        """See the class."""
         return PinnedMetadataBuilder
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from polyshard.adapters.vllm.engines.score import engine_environment
 from polyshard.adapters.vllm.engines.scratch import engine_folder
+from polyshard.core.environment import TRACE
 from polyshard.core.errors import PolyshardError
-from polyshard.exact.trace import ENVIRONMENT_VARIABLE
 from polyshard.registry import engine_errors, register_model
 
 NAME = "PolyshardSampled"
@@ -78,7 +78,7 @@ def sample(job: SamplingJob, trace: Path | None = None) -> list[Sampled]:
     with engine_folder() as folder:
         environment = engine_environment(job.tensor, folder) | {"OMP_NUM_THREADS": str(job.threads)}
         if trace is not None:
-            environment[ENVIRONMENT_VARIABLE] = str(trace)
+            environment[TRACE.name] = str(trace)
         asked, answered = Path(folder, "job.json"), Path(folder, "answers.json")
         asked.write_text(json.dumps(asdict(job)))
         command = [sys.executable, "-m", __name__, str(asked), str(answered)]

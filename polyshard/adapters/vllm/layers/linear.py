@@ -25,7 +25,7 @@ from polyshard.adapters.vllm.layers.matmul import (
     PackedHeadMethod,
     PackedLinearMethod,
     are_gates,
-    multiply_by_chosen,
+    use_selected_matmul,
 )
 from polyshard.adapters.vllm.layers.norm import in_one_operator, rms_norm
 from polyshard.core.context import ParallelContext
@@ -37,7 +37,7 @@ class VllmHead(nn.Module):
 
     def __init__(self, hidden_size: int, vocab_size: int, bias: bool, tied_to: Any) -> None:
         super().__init__()
-        head = multiply_by_chosen(ParallelLMHead(vocab_size, hidden_size, bias=bias), PackedHeadMethod)
+        head = use_selected_matmul(ParallelLMHead(vocab_size, hidden_size, bias=bias), PackedHeadMethod)
         self.head: Any = head if tied_to is None else head.tie_weights(tied_to)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -71,7 +71,7 @@ class VllmLinearAdapter:
     def _make(self, kind: Any, *args: Any, method: Any = PackedLinearMethod, **kwargs: Any) -> Any:
         """A layer; for a quantized checkpoint without memory, to be built again under its name (`quantized.py`)."""
         if not self._quantized:
-            return multiply_by_chosen(kind(*args, **kwargs), method)
+            return use_selected_matmul(kind(*args, **kwargs), method)
         with torch.device("meta"):
             layer = kind(*args, **kwargs)
 
@@ -130,7 +130,7 @@ class VllmLinearAdapter:
         self, num_embeddings: int, embedding_dim: int, parallel_context: ParallelContext
     ) -> nn.Module:
         """vLLM's VocabParallelEmbedding."""
-        return multiply_by_chosen(VocabParallelEmbedding(num_embeddings, embedding_dim), LookupMethod)
+        return use_selected_matmul(VocabParallelEmbedding(num_embeddings, embedding_dim), LookupMethod)
 
     def create_lm_head(
         self,

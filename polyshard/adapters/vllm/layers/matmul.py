@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from typing import Any, Literal
 
 import torch
@@ -18,37 +17,37 @@ from polyshard.adapters.vllm.compat import (
     has_product_of_processor,
     vllm_product,
 )
+from polyshard.core.environment import MATMUL
 from polyshard.core.errors import ConfigurationError
 from polyshard.layers.fused import FusedProducts
-from polyshard.native.matmul import PackedProduct, rejects
+from polyshard.native.matmul import PackedProduct, unsupported_reason
 
 logger = logging.getLogger(__name__)
 
-ENVIRONMENT_VARIABLE = "POLYSHARD_PRODUCT"
-Kind = Literal["compiled", "vllm"]
+Kind = Literal["native", "vllm"]
 
 
 @functools.cache
-def chosen(dtype: torch.dtype) -> Kind:
-    """Which product weights of this dtype are multiplied by, in this process and on every machine like this one.
+def select_matmul(dtype: torch.dtype) -> Kind:
+    """Select the matrix product for weights of this dtype, equally on every machine like this one.
 
-    vLLM's where the processor multiplies this dtype by instructions that the compiled loops do not have; else the
-    compiled one. The environment variable POLYSHARD_PRODUCT forces either.
+    It is vLLM's if the processor has instructions for this dtype that the native kernels do not use; else the native
+    one. The environment variable POLYSHARD_MATMUL forces either.
 
     Raises:
-        ConfigurationError: the variable names neither, or the compiled product cannot be had.
+        ConfigurationError: the variable has another value, or the native product is not available.
     """
-    asked = os.environ.get(ENVIRONMENT_VARIABLE, "")
-    if asked not in ("", "vllm", "compiled"):
-        raise ConfigurationError(f"{ENVIRONMENT_VARIABLE} must be 'compiled' or 'vllm', got {asked!r}")
+    asked = MATMUL.read()
+    if asked not in (None, "vllm", "native"):
+        raise ConfigurationError(f"{MATMUL.name} must be 'native' or 'vllm', got {asked!r}")
     if asked == "vllm" or (not asked and has_product_of_processor(dtype)):
         return "vllm"  # before anything is compiled
-    reason = rejects(dtype)
+    reason = unsupported_reason(dtype)
     if reason is None:
-        return "compiled"
+        return "native"
     if asked:
-        raise ConfigurationError(f"{ENVIRONMENT_VARIABLE}=compiled: the compiled product {reason}")
-    logger.info("%s is multiplied by vLLM's product: the compiled one %s", dtype, reason)
+        raise ConfigurationError(f"{MATMUL.name}=native: the native matrix product {reason}")
+    logger.info("vLLM's matrix product is used for %s: the native one %s", dtype, reason)
     return "vllm"
 
 
@@ -63,7 +62,7 @@ def pack_weight(layer: Any, remove_weight: bool = False, user: Any = None, gates
         gates: whether the first half of the outputs may be gates of the second.
     """
     weight = layer.weight
-    if weight.is_meta or chosen(weight.dtype) == "vllm":
+    if weight.is_meta or select_matmul(weight.dtype) == "vllm":
         if user is not None:
             user.fused_products = None
         return vllm_product(layer, remove_weight)
@@ -120,7 +119,7 @@ class LookupMethod(UnquantizedEmbeddingMethod):
         """Nothing."""
 
 
-def multiply_by_chosen(layer: Any, method: type[QuantizeMethodBase]) -> Any:
+def use_selected_matmul(layer: Any, method: type[QuantizeMethodBase]) -> Any:
     """The layer, which packs by `method` where vLLM would pack its whole weight on CPU."""
     unquantized = type(layer.quant_method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
     if unquantized and layer.weight.device.type == "cpu":

@@ -11,7 +11,7 @@ _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def fits(run: Run, call: AttentionCall) -> bool:
+def supports(run: Run, call: AttentionCall) -> bool:
     """Whether the operator computes this run: its causal mask is aligned at the first query and the first key."""
     return run.shift == 0 or (not call.spec.causal and call.spec.sliding_window is None)
 

@@ -11,22 +11,22 @@ import math
 from typing import Literal
 
 import torch
+from typing_extensions import override
 
 from polyshard.attention.kernels import operator
-from polyshard.attention.kernels.cpu import chunked
+from polyshard.attention.kernels.cpu import chunked, native
 from polyshard.attention.kernels.cpu import flash as cpu_flash
-from polyshard.attention.kernels.cpu import native as fused
 from polyshard.attention.kernels.cpu.tiles import Run, runs
-from polyshard.attention.kernels.protocol import AttentionCall
+from polyshard.attention.kernels.protocol import AttentionCall, AttentionKernel, BlockKernel
 from polyshard.attention.kernels.softmax import wide
 from polyshard.core.attention import AttentionSpec
 
 _LONG = 1024  # keys from which torch's operator is faster than tiles in float32
 
-Way = Literal["tiles", "flash", "fused"]
+Way = Literal["tiles", "flash", "native"]
 
 
-class _ByRun:
+class _ByRun(AttentionKernel, BlockKernel):
     """A `BlockKernel` that goes through the runs of a call."""
 
     name: str
@@ -36,16 +36,16 @@ class _ByRun:
         """What computes this run."""
         raise NotImplementedError
 
+    @override
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, sinks: torch.Tensor | None
     ) -> torch.Tensor:
-        """See `AttentionKernel`."""
         return operator.attend(self, q, k, v, call, sinks)
 
+    @override
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `BlockKernel`."""
         q, k, v = (_whole_rows(t) for t in (q, k, v))
         work, kept = self._work(q, call)
         if _filled(work, q, k):
@@ -56,14 +56,15 @@ class _ByRun:
         saved = q.new_empty(sum(kept))
         for (run, way), part in zip(work, saved.split(kept)):
             match way:
-                case "fused":
-                    fused.forward_run(q, k, v, run, call, out, logsumexp)
+                case "native":
+                    native.forward_run(q, k, v, run, call, out, logsumexp)
                 case "flash":
                     cpu_flash.forward_run(q, k, v, run, call, out, logsumexp)
                 case "tiles":
                     chunked.forward_run(q, k, v, run, call, out, logsumexp, part)
         return out, logsumexp, saved
 
+    @override
     def backward(
         self,
         grad_out: torch.Tensor,
@@ -75,15 +76,14 @@ class _ByRun:
         saved: torch.Tensor,
         call: AttentionCall,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `BlockKernel`."""
         grad_out, q, k, v, out = (_whole_rows(t) for t in (grad_out, q, k, v, out))
         work, kept = self._work(q, call)
         new = torch.Tensor.new_empty if _filled(work, q, k) else torch.Tensor.new_zeros
         grads = (new(q, q.shape), new(k, k.shape), new(v, v.shape))
         for (run, way), part in zip(work, saved.split(kept)):
             match way:
-                case "fused":
-                    fused.backward_run(grad_out, q, k, v, out, logsumexp, run, call, grads)
+                case "native":
+                    native.backward_run(grad_out, q, k, v, out, logsumexp, run, call, grads)
                 case "flash":
                     cpu_flash.backward_run(grad_out, q, k, v, out, logsumexp, run, call, grads)
                 case "tiles":
@@ -104,7 +104,7 @@ def _whole_rows(x: torch.Tensor) -> torch.Tensor:
 def _filled(work: list[tuple[Run, Way]], q: torch.Tensor, k: torch.Tensor) -> bool:
     """Whether every row of all results will be written: the loops leave out nothing, and no sequence is left out."""
     rows, keys = sum(run.count * run.rows for run, _ in work), sum(run.count * run.keys for run, _ in work)
-    return all(way == "fused" for _, way in work) and (rows, keys) == (len(q), len(k))
+    return all(way == "native" for _, way in work) and (rows, keys) == (len(q), len(k))
 
 
 class Chunked(_ByRun):
@@ -112,8 +112,10 @@ class Chunked(_ByRun):
 
     name = "chunked"
 
-    def rejects(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
-        """See `AttentionKernel`."""
+    @override
+    def unsupported_reason(
+        self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool
+    ) -> str | None:
         return None if dtype.is_floating_point else f"needs a float dtype, not {dtype}"
 
     def way(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> Way:
@@ -126,34 +128,38 @@ class Cpu(Chunked):
 
     name = "cpu"
 
-    def rejects(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
-        """See `AttentionKernel`."""
+    @override
+    def unsupported_reason(
+        self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool
+    ) -> str | None:
         if device.type != "cpu":
             return f"needs a CPU, not {device.type}"
-        return super().rejects(spec, device, dtype, training)
+        return super().unsupported_reason(spec, device, dtype, training)
 
     def way(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> Way:
         """Compiled loops where they can; else torch's operator for long sequences without what it lacks."""
         if call.alibi_slopes is not None:  # the operator's spec has none: they are a tensor of the call
             return "tiles"
-        if fused.worthwhile(run, call) and fused.rejects(call.spec, dtype) is None:
-            return "fused"
-        long = run.keys >= _LONG and cpu_flash.fits(run, call) and flash_lacks(call.spec) is None
+        if native.is_faster(run, call) and native.unsupported_reason(call.spec, dtype) is None:
+            return "native"
+        long = run.keys >= _LONG and cpu_flash.supports(run, call) and flash_unsupported_reason(call.spec) is None
         return "flash" if long else "tiles"
 
 
-class CpuFused(_ByRun):
+class CpuNative(_ByRun):
     """The compiled loops alone."""
 
-    name = "cpu_fused"
+    name = "cpu_native"
 
-    def rejects(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
-        """See `AttentionKernel`."""
-        return fused.rejects(spec, dtype) if device.type == "cpu" else f"needs a CPU, not {device.type}"
+    @override
+    def unsupported_reason(
+        self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool
+    ) -> str | None:
+        return native.unsupported_reason(spec, dtype) if device.type == "cpu" else f"needs a CPU, not {device.type}"
 
     def way(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> Way:
         """Always."""
-        return "fused"
+        return "native"
 
 
 class CpuFlash(_ByRun):
@@ -161,20 +167,22 @@ class CpuFlash(_ByRun):
 
     name = "cpu_flash"
 
-    def rejects(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
-        """See `AttentionKernel`."""
+    @override
+    def unsupported_reason(
+        self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool
+    ) -> str | None:
         if device.type != "cpu":
             return f"needs a CPU, not {device.type}"
         if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             return f"has no {dtype}"
-        return flash_lacks(spec)
+        return flash_unsupported_reason(spec)
 
     def way(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> Way:
         """torch's operator, but for alignments that it cannot express."""
-        return "flash" if cpu_flash.fits(run, call) else "tiles"
+        return "flash" if cpu_flash.supports(run, call) else "tiles"
 
 
-def flash_lacks(spec: AttentionSpec) -> str | None:
+def flash_unsupported_reason(spec: AttentionSpec) -> str | None:
     """The first feature of `spec` that torch's CPU operator does not have."""
     features = {
         "has no dropout": bool(spec.dropout),

@@ -10,7 +10,7 @@ import torch
 from polyshard.attention.kernels.cpu.tiles import Run
 from polyshard.attention.kernels.protocol import AttentionCall
 from polyshard.core.attention import AttentionSpec
-from polyshard.native.build import NATIVE, library, unavailable, width
+from polyshard.native.build import NATIVE, library, unavailable_reason, width
 
 SOURCE = NATIVE / "attention.cpp"
 _MOST_KEYS = 8192  # from 16384 on torch's operator is faster
@@ -32,13 +32,13 @@ class _Run(ctypes.Structure):
     )
 
 
-def rejects(spec: AttentionSpec, dtype: torch.dtype) -> str | None:
+def unsupported_reason(spec: AttentionSpec, dtype: torch.dtype) -> str | None:
     """Why the loops cannot compute it: what they do not have, then what this machine does not."""
-    return lacks(spec, dtype) or unavailable(SOURCE)
+    return unsupported_feature(spec, dtype) or unavailable_reason(SOURCE)
 
 
 @functools.cache  # asked for every run of every pass
-def lacks(spec: AttentionSpec, dtype: torch.dtype) -> str | None:
+def unsupported_feature(spec: AttentionSpec, dtype: torch.dtype) -> str | None:
     """What of a request the loops do not have."""
     lanes = width()
     features = {
@@ -53,7 +53,7 @@ def lacks(spec: AttentionSpec, dtype: torch.dtype) -> str | None:
     return next((reason for reason, asked in features.items() if asked), None)
 
 
-def worthwhile(run: Run, call: AttentionCall) -> bool:
+def is_faster(run: Run, call: AttentionCall) -> bool:
     """Whether the loops are the fastest: a task for every thread, and weights that do not leave the caches."""
     return run.keys <= _MOST_KEYS and run.count * call.spec.num_kv_heads >= torch.get_num_threads()
 

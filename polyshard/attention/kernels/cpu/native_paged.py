@@ -8,7 +8,7 @@ import torch
 
 from polyshard.attention.kernels.cpu.native import packed
 from polyshard.core.attention import AttentionSpec
-from polyshard.native.build import KINDS, NATIVE, library, unavailable, width
+from polyshard.native.build import KINDS, NATIVE, library, unavailable_reason, width
 
 SOURCE = NATIVE / "paged_attention.cpp"
 PAGE = 32  # a page's tokens are a multiple of it
@@ -66,7 +66,7 @@ class Pages:
     Args:
         keys: `[pages, kv_heads, dim, tokens]`, of which a head of a page is contiguous.
         values: `[pages, kv_heads, tokens, dim]`, with the same strides, of the same dtype of `KINDS`.
-        spec: of heads that `rejects` takes.
+        spec: of heads that `unsupported_reason` has nothing against.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec) -> None:
@@ -86,7 +86,7 @@ class Pages:
         self.pointers = ctypes.byref(heads), ctypes.byref(cache)
 
 
-def rejects(spec: AttentionSpec) -> str | None:
+def unsupported_reason(spec: AttentionSpec) -> str | None:
     """Why the loops cannot compute it: what they do not have, then what this machine does not."""
     lanes = width()
     features = {
@@ -95,10 +95,10 @@ def rejects(spec: AttentionSpec) -> str | None:
         f"needs keys and values of one size, not {spec.head_dim} and {spec.v_dim}": spec.v_dim != spec.head_dim,
         f"needs head sizes that are multiples of {lanes}, not {spec.head_dim}": bool(lanes and spec.head_dim % lanes),
     }
-    return next((reason for reason, asked in features.items() if asked), None) or unavailable(SOURCE)
+    return next((reason for reason, asked in features.items() if asked), None) or unavailable_reason(SOURCE)
 
 
-def worthwhile(requests: Requests, queries: int, spec: AttentionSpec) -> bool:
+def is_faster(requests: Requests, queries: int, spec: AttentionSpec) -> bool:
     """Whether there is a task for every thread: a key-value head of a request, or of so many rows of one."""
     group = spec.num_heads // spec.num_kv_heads
     tasks = max(len(requests.seen), queries * group // _ROWS) * spec.num_kv_heads

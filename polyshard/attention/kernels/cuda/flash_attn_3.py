@@ -5,20 +5,23 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import torch
+from typing_extensions import override
 
-from polyshard.attention.kernels.cuda.flash_limits import flash_rejects, varlen_arguments
-from polyshard.attention.kernels.protocol import AttentionCall
+from polyshard.attention.kernels.cuda.flash_limits import flash_unsupported_reason, varlen_arguments
+from polyshard.attention.kernels.protocol import AttentionCall, AttentionKernel
 from polyshard.core.attention import AttentionSpec
 
 
-class FlashAttn3:
+class FlashAttn3(AttentionKernel):
     """`flash_attn_interface.flash_attn_varlen_func`. Source: flash-attention, hopper/flash_attn_interface.py."""
 
     name = "flash_attn_3"
 
-    def rejects(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
-        """See `AttentionKernel`."""
-        reason = flash_rejects(spec, device, dtype, (9, 0))
+    @override
+    def unsupported_reason(
+        self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool
+    ) -> str | None:
+        reason = flash_unsupported_reason(spec, device, dtype, (9, 0))
         if reason is not None:
             return reason
         if find_spec("flash_attn_interface") is None:
@@ -29,10 +32,10 @@ class FlashAttn3:
             return "has no ALiBi"
         return "drops the gradient of sinks" if spec.sinks else None
 
+    @override
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, sinks: torch.Tensor | None
     ) -> torch.Tensor:
-        """See `AttentionKernel`."""
         assert sinks is None
         from flash_attn_interface import flash_attn_varlen_func  # pyrefly: ignore  # CUDA only
 

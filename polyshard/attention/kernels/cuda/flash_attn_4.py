@@ -5,13 +5,14 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import torch
+from typing_extensions import override
 
-from polyshard.attention.kernels.cuda.flash_limits import flash_rejects, varlen_arguments, window_of
-from polyshard.attention.kernels.protocol import AttentionCall
+from polyshard.attention.kernels.cuda.flash_limits import flash_unsupported_reason, varlen_arguments, window_of
+from polyshard.attention.kernels.protocol import AttentionCall, AttentionKernel
 from polyshard.core.attention import AttentionSpec
 
 
-class FlashAttn4:
+class FlashAttn4(AttentionKernel):
     """`flash_attn.cute.flash_attn_varlen_func`, called directly: torch's activation of it fits older releases only.
 
     Source: flash-attn-4 4.0.0b36, flash_attn/cute/interface.py.
@@ -19,19 +20,21 @@ class FlashAttn4:
 
     name = "flash_attn_4"
 
-    def rejects(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
-        """See `AttentionKernel`."""
-        reason = flash_rejects(spec, device, dtype, (9, 0))
+    @override
+    def unsupported_reason(
+        self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool
+    ) -> str | None:
+        reason = flash_unsupported_reason(spec, device, dtype, (9, 0))
         if reason is not None:
             return reason
         if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
             return "needs FlashAttention 4: pip install flash-attn-4"
         return "has no ALiBi" if spec.alibi_slopes is not None else None
 
+    @override
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, sinks: torch.Tensor | None
     ) -> torch.Tensor:
-        """See `AttentionKernel`."""
         from flash_attn.cute import flash_attn_varlen_func  # pyrefly: ignore  # CUDA only
 
         arguments = varlen_arguments(call)

@@ -10,7 +10,7 @@ from polyshard.attention.kernels.protocol import AttentionCall
 from polyshard.core.attention import AttentionSpec
 
 
-def flash_rejects(
+def flash_unsupported_reason(
     spec: AttentionSpec, device: torch.device, dtype: torch.dtype, capability: tuple[int, int]
 ) -> str | None:
     """The first limit that a request breaks; None where it breaks none."""

@@ -9,22 +9,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from polyshard.attention.kernels import operator
-from polyshard.attention.kernels.cuda.flash_limits import flash_rejects, window_of
-from polyshard.attention.kernels.protocol import AttentionCall
+from polyshard.attention.kernels.cuda.flash_limits import flash_unsupported_reason, window_of
+from polyshard.attention.kernels.protocol import AttentionCall, AttentionKernel, BlockKernel
 from polyshard.core.attention import AttentionSpec
 
 
-class TorchVarlen:
+class TorchVarlen(AttentionKernel, BlockKernel):
     """`aten._flash_attention_forward` and `_backward`."""
 
     name = "torch_varlen"
     native_sinks = False
 
-    def rejects(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
-        """See `AttentionKernel`."""
-        reason = flash_rejects(spec, device, dtype, (8, 0))
+    @override
+    def unsupported_reason(
+        self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool
+    ) -> str | None:
+        reason = flash_unsupported_reason(spec, device, dtype, (8, 0))
         if reason is not None:
             return reason
         if spec.softcap is not None:
@@ -35,16 +38,16 @@ class TorchVarlen:
             return f"needs values as wide as keys, not {spec.v_dim} and {spec.head_dim}"
         return None
 
+    @override
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, sinks: torch.Tensor | None
     ) -> torch.Tensor:
-        """See `AttentionKernel`."""
         return operator.attend(self, q, k, v, call, sinks)
 
+    @override
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `BlockKernel`."""
         q, k, v = (t.contiguous() for t in (q, k, v))
         out, logsumexp, state, offset, _ = torch.ops.aten._flash_attention_forward(
             q, k, v, *_bounds(call), 0.0, call.spec.causal, False, **_options(call)
@@ -53,6 +56,7 @@ class TorchVarlen:
         del state, offset
         return out, logsumexp.transpose(0, 1).contiguous(), q.new_empty(0)
 
+    @override
     def backward(
         self,
         grad_out: torch.Tensor,
@@ -64,7 +68,6 @@ class TorchVarlen:
         saved: torch.Tensor,
         call: AttentionCall,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `BlockKernel`."""
         grad_out, q, k, v = (t.contiguous() for t in (grad_out, q, k, v))
         total = logsumexp.transpose(0, 1).contiguous()
         state = torch.zeros(2, dtype=torch.uint64, device=q.device)
