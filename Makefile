@@ -58,7 +58,7 @@ gpu-check: $(READY)
 
 # On a machine with a GPU and vLLM for CUDA, in whatever environment `python3` is.
 gpu-check-vllm:
-	python3 -m pytest -m gpu tests/test_serving_cuda.py tests/test_exact_cuda.py tests/test_attention_cuda.py
+	python3 -m pytest -m gpu tests/cuda/test_serving_cuda.py tests/cuda/test_exact_cuda.py tests/cuda/test_attention_cuda.py
 	python3 benchmarks/serving.py qwen3 --compiled --times 8 --restarts 1 --engines "native,polyshard,adopted torch"
 	python3 benchmarks/serving.py llama-8b --compiled --times 4 --restarts 1 --engines native,polyshard
 
@@ -76,7 +76,7 @@ test-transformers: $(READY)
 	test -d .overlay/transformers-$(NEWEST_TRANSFORMERS).dist-info || \
 		(rm -rf .overlay && $(BIN)/pip install --quiet --no-deps --target .overlay transformers==$(NEWEST_TRANSFORMERS))
 	PYTHONPATH=$(CURDIR)/.overlay $(BIN)/python -m pytest -n 2 --dist loadfile -m "not vllm" \
-		tests/test_replace.py tests/test_replace_caches.py tests/test_transformers_models.py tests/test_generic_models.py
+		tests/hf_models/test_replaced_attention.py tests/hf_models/test_replace_caches.py tests/hf_models/test_transformers_models.py tests/examples/test_generic_models.py
 
 # The suite without vLLM's tests on Python 3.12 with the newest of everything (CUDA builds: some 5 GB), on the CPU.
 test-newest:

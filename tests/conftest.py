@@ -1,6 +1,7 @@
 import gc
 import getpass
 import importlib.util
+import json
 import logging
 import multiprocessing
 import multiprocessing.util
@@ -9,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 # Temporary files of torchrun, vLLM and whatever else the tests start lie in one folder, which the session removes.
 # pytest's own (tmp_path) and Inductor's cache stay where they would be.
@@ -31,6 +33,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT / "examples"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
 ).rstrip(os.pathsep)
 
+# Python would look at all objects that vLLM's imports make again and again, a fifth of the time that they take.
+# Forked processes inherit it.
+gc.set_threshold(100_000, 50, 100)
+
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
@@ -43,35 +49,37 @@ from polyshard.launch import ranks  # noqa: E402
 
 # The ranks of all tests are forked from one server; a library that it has imported costs them no seconds.
 LIBRARIES = ("megatron.engine", "deepspeed.engine", "fairscale.engine", "vllm.exact")
-imported = [*ranks.PRELOAD, *(f"polyshard.adapters.{name}" for name in LIBRARIES), "support.engine_imports"]
+imported = [*ranks.PRELOAD, *(f"polyshard.adapters.{name}" for name in LIBRARIES), "support.workers.engine_imports"]
 multiprocessing.set_forkserver_preload(imported)
 forkserver.ensure_running()
 
 
-# The files that take minutes, longest first: a worker that came to one of them last would leave the other idle.
-LONG = (
-    *(
-        "conformance",
-        "transformers_families",
-        "rl",
-        "vllm_serving",
-        "weight_sync_kills",
-        "server",
-        "examples",
-        "vllm_failures",
-    ),
-    *("torch_adapter", "exact", "weight_sync_ranks", "readme", "transformers_models", "checkpoint_kills"),
-    *("vllm_compiled", "generic_models", "verify", "rank_failures", "attention_kernels", "vllm_features"),
-)
+# Seconds of each test file in a whole run: a worker that came to a long one last would leave the other idle.
+DURATIONS = Path(__file__).with_name("durations.json")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-durations", action="store_true", help="Write tests/durations.json from this run.")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    place = {f"test_{name}": index for index, name in enumerate(LONG)}
+    seconds = json.loads(DURATIONS.read_text())
     if importlib.util.find_spec("vllm") is None:
         for item in items:
             if item.get_closest_marker("vllm"):
                 item.add_marker(pytest.mark.skip(reason="needs vLLM"))
-    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+    items.sort(key=lambda item: -seconds.get(item.path.relative_to(ROOT / "tests").as_posix(), 0))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if not config.getoption("--record-durations"):
+        return
+    seconds: dict[str, float] = {}
+    for report in (r for reports in terminalreporter.stats.values() for r in reports if hasattr(r, "duration")):
+        name = report.nodeid.partition("::")[0].removeprefix("tests/")
+        seconds[name] = seconds.get(name, 0) + report.duration
+    longest = sorted(seconds.items(), key=lambda item: -item[1])
+    DURATIONS.write_text(json.dumps({name: round(value) for name, value in longest if value >= 1}, indent=1) + "\n")
 
 
 def pytest_unconfigure() -> None:

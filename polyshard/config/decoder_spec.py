@@ -1,7 +1,7 @@
 """A Llama-like decoder as its config.json describes it: sizes, and every field that changes the function.
 
 Missing fields take the defaults of the family's class in transformers (`LlamaConfig` and so on), which is what
-`from_pretrained` gives them; `tests/test_decoder_spec.py` compares the two with each field left out.
+`from_pretrained` gives them; `tests/config/test_decoder_spec.py` compares the two with each field left out.
 """
 
 from __future__ import annotations

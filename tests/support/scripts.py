@@ -11,15 +11,13 @@ from pathlib import Path
 import torch
 
 from polyshard.launch.ranks import run_ranks
-
-SUPPORT = Path(__file__).parent
+from support.paths import EXAMPLES, ROOT
 
 
 def run(command, **environment):
     """What the script prints after RESULT."""
-    root = SUPPORT.parents[1]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    env["PYTHONPATH"] = os.pathsep.join([str(root / "tests"), str(root / "examples")])
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(EXAMPLES)])
     return result_of(subprocess.run(command, capture_output=True, text=True, timeout=240, env=env))
 
 

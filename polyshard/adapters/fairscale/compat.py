@@ -40,7 +40,7 @@ def sharded_data_parallel(model: nn.Module, optimizer: OSS, group: Any) -> Shard
 
     sharded_ddp.py:431 compares `dst_rank`, a rank within the group, with `_global_rank`, and drops the gradients that
     this rank owns where the two differ: silently wrong training with any tensor parallelism beside it. The attribute is
-    read nowhere else. `tests/test_fairscale.py` fails when FairScale no longer needs this.
+    read nowhere else. `tests/adapters/test_fairscale.py` fails when FairScale no longer needs this.
     """
     sharded = ShardedDataParallel(model, optimizer, process_group=group)
     sharded._global_rank = sharded._rank

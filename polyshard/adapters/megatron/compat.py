@@ -151,7 +151,7 @@ def current_device_as_cpu(device: torch.device) -> Iterator[None]:
     """Make `torch.cuda.current_device()` and `current_stream()` name the CPU's if a rank computes on the CPU.
 
     Sequence parallel and DDP allocate with `device=torch.cuda.current_device()`: tensor_parallel/mappings.py:91,181,
-    tensor_parallel/layers.py:552, distributed/param_and_grad_buffer.py:806 (0.16.1). `tests/test_megatron.py` fails
+    tensor_parallel/layers.py:552, distributed/param_and_grad_buffer.py:806 (0.16.1). `test_megatron.py` fails
     when Megatron no longer needs this. Gradient synchronisation asks for the current stream, which torch's CUDA builds
     refuse without a GPU: distributed/param_and_grad_buffer.py:632 (0.19.2).
     """
@@ -203,7 +203,7 @@ def cuda_as_cpu(device: torch.device) -> Iterator[None]:
 
     They hold literal `device='cuda'` and compare `tensor.type()` with 'torch.cuda.FloatTensor':
     optimizer/optimizer.py:473,481,690,907, optimizer/clip_grads.py:90,103,115,167, optimizer/distrib_optimizer.py:420
-    (0.16.1). `tests/test_megatron.py` fails when Megatron no longer needs this.
+    (0.16.1). `tests/adapters/test_megatron.py` fails when Megatron no longer needs this.
     """
     if device.type == "cuda":
         yield

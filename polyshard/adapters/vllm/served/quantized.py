@@ -120,7 +120,7 @@ def refuse_quantized_reload(name: str, quantized: QuantizedLayers | None) -> Non
     """Raise `CheckpointError` where a running model is quantized.
 
     vLLM's layers keep codes and scales in the form of their kernels alone, and do not take new ones: vLLM's own int8
-    model answers garbage after `reload_weights`, without a word (0.32.0, CPU; `tests/test_vllm_quantized.py`).
+    model answers garbage after `reload_weights`, without a word (0.32.0, CPU; `tests/serving/test_vllm_quantized.py`).
     """
     if quantized is not None:
         raise CheckpointError(

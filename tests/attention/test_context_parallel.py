@@ -1,0 +1,54 @@
+"""Attention over a context axis of two ranks against one process: Ulysses bit for bit, the ring within rounding."""
+
+import pytest
+import torch
+from support.workers import on_context_ranks
+
+from polyshard.testing import run_ranks
+
+LENGTHS = (3, 40, 1, 0, 13, 7)  # 64 tokens; sequences lie across the pieces
+CASES = {
+    "causal": {},
+    "not causal": {"causal": False},
+    "window": {"sliding_window": 6},
+    "soft-cap and sinks": {"softcap": 2.0, "sinks": True},
+    "alibi": {"alibi_slopes": (0.5, 0.25, 0.1, 0.0)},
+    "dropout": {"dropout": 0.3},
+    "one KV head": {"kv_heads": 1},
+    "a batch": {"lengths": (32, 32), "rows": 2},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("way", ["ulysses", "ring"])
+def test_forward_and_backward_equal_one_process(way, case):
+    options = {"kv_heads": 2, "lengths": LENGTHS, **CASES[case]}
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments = (way, 4, options["kv_heads"], options["lengths"], dtype)
+        rest = {name: value for name, value in options.items() if name not in ("kv_heads", "lengths")}
+        for pairs in run_ranks(call, 2, on_context_ranks.both_ways, arguments, rest):
+            for got, wanted in pairs:
+                if way == "ulysses" and case not in ("one KV head", "soft-cap and sinks"):
+                    assert torch.equal(got, wanted)
+                bound = 16 * torch.finfo(dtype).eps if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+                assert float((got - wanted).abs().max()) <= bound * max(1.0, float(wanted.abs().max()))
+
+
+def call(function, arguments, options):
+    return function(*arguments, **options)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("way", ["ulysses", "ring"])
+def test_a_module_over_two_ranks_equals_the_module_alone(way, packed):
+    for pairs in run_ranks(on_context_ranks.modules, 2, way, packed):
+        for got, wanted in pairs:
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_what_does_not_fit_is_refused_with_the_way_out():
+    for messages in run_ranks(on_context_ranks.misuse, 2):
+        assert "6 tokens cannot be cut for context-parallel size 2: pad them to a multiple of 4" in messages[0]
+        assert "the sequences hold 4 tokens, but 2 ranks with 4 each hold 8" in messages[1]
+        assert "Ulysses spreads 3 query and 3 key-value heads over 2 ranks" in messages[2]
+        assert len(messages) == 3

@@ -1,0 +1,136 @@
+"""The loop of reinforcement learning as a user runs it: generate, score, step, sync."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import decoder
+import pytest
+import torch
+from support.models.tiny import save_tiny
+from support.paths import EXAMPLES
+from support.scripts import one_engine_of_torchruns
+
+import polyshard as ps
+
+pytestmark = pytest.mark.vllm
+
+ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+EXAMPLE = str(EXAMPLES / "rl.py")
+SMALL = ["--prompts", "8", "--samples", "8"]
+
+
+def run(folder: Path, *options: str, ranks: int = 1, **changes) -> list[dict]:
+    """Run the example to its end; the metrics of each step."""
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += [EXAMPLE, str(folder), *SMALL, *options]
+    with one_engine_of_torchruns() if ranks > 1 else contextlib.nullcontext():
+        done = subprocess.run(
+            command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=280, **changes
+        )
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    return metrics_of(folder)
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def is_exact(metrics: list[dict]) -> bool:
+    return all(step["kl"] == 0.0 and step["bits_differ"] == 0.0 and step["ratio"] == 1.0 for step in metrics)
+
+
+def test_rewards_rise_and_trainer_and_sampler_agree_bit_for_bit(tmp_path):
+    """bfloat16 in the engine, float32 parameters in the trainer; started again, the run goes on from its last state."""
+    run(tmp_path, "--steps", "110", "--dtype", "bfloat16", "--every", "50")
+    metrics = run(tmp_path, "--steps", "150", "--dtype", "bfloat16", "--every", "50")
+    assert [step["step"] for step in metrics] == list(range(1, 151))
+    assert is_exact(metrics)
+    first, last = (sum(step["reward"] for step in part) / 20 for part in (metrics[:20], metrics[-20:]))
+    assert first < 0.2
+    assert last > max(2 * first, first + 0.1)  # a mean of 20 steps of 64 answers scatters by 0.01
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--adapter", "megatron", "--tensor-parallel", "2"], ["--adapter", "deepspeed"]],
+    ids=["tensor parallel 2", "data parallel 2"],
+)
+def test_two_ranks_share_their_processes_with_the_engine(tmp_path, options):
+    assert is_exact(run(tmp_path, "--steps", "12", *options, ranks=2))
+
+
+def test_a_dead_engine_is_replaced_and_goes_on_with_the_trainers_weights(tmp_path):
+    """Killed in the middle of a run: the next answers come from the same weights, and still agree bit for bit."""
+    command = [sys.executable, EXAMPLE, str(tmp_path), *SMALL, "--separate", "--steps", "60"]
+    process = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "metrics.jsonl").exists() or len(metrics_of(tmp_path)) < 5:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.05)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        cores = [pid for pid in children if "EngineCore" in Path(f"/proc/{pid}/cmdline").read_text()]
+        assert len(cores) == 1
+        os.kill(int(cores[0]), signal.SIGKILL)
+        _, errors = process.communicate(timeout=150)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors[-3000:]
+    metrics = metrics_of(tmp_path)
+    assert [step["step"] for step in metrics] == list(range(1, 61))
+    assert (metrics[0]["restarted"], metrics[-1]["restarted"]) == (0, 1)
+    assert is_exact(metrics)
+
+
+def test_answers_carry_what_was_sampled(tmp_path):
+    """In this process: every field of a rollout, versions, and what a wrong call is told."""
+    directory = save_tiny(tmp_path / "model", "llama", head_dim=32)
+    context = ps.initialize("torch", exact=True)
+    ps.register_model("Rolled", decoder.build_model, exact=True)
+    model = decoder.build_model(ps.read_config(directory), context)
+    ps.load_checkpoint(model, directory, context)
+    settings = {"max_model_len": 64, "kv_cache_memory_bytes": 64 << 20, "dtype": "float32"}
+    with ps.RolloutEngine(directory, "Rolled", model, context, **settings) as engine:
+        assert engine.sync().version == "1"
+        groups = engine.generate([[1, 2, 3], [5]], samples=3, max_tokens=6, temperature=1.0)
+        assert [len(group) for group in groups] == [3, 3]
+        for prompt, group in zip([(1, 2, 3), (5,)], groups):
+            for answer in group:
+                assert answer.prompt == prompt
+                assert (answer.finished, answer.version) == (False, "1")
+                ids = torch.tensor([*answer.prompt, *answer.tokens])
+                with torch.no_grad():
+                    own = model(ids[:-1], targets=ids[1:])[len(prompt) - 1 :]
+                assert own.tolist() == list(answer.logprobs)
+        with torch.no_grad():
+            model.model.norm.weight.zero_()  # now every token is as likely as any other
+        engine.sync("flat")
+        (answer,) = engine.generate([[1, 2]], max_tokens=3)[0]
+        assert answer.version == "flat"
+        assert len(set(answer.logprobs)) == 1
+        (answer,) = engine.generate([[1, 2]], max_tokens=50, stop_token_ids=list(range(131)))[0]
+        assert answer.finished
+        assert len(answer.tokens) == 1
+        with pytest.raises(ps.ConfigurationError, match="prompt 1 of 2 is empty"):
+            engine.generate([[1], []])
+        for name, value, reason in (
+            ("logprobs", 3, "log-probability of each sampled token and of no other"),
+            ("n", 2, "use samples="),
+            ("prompt_logprobs", 1, "use ps.token_logprobs for prompts"),
+        ):
+            with pytest.raises(ps.ConfigurationError, match=f"does not take {name}={value}: .*{reason}"):
+                engine.generate([[1]], **{name: value})
+        with pytest.raises(ps.ConfigurationError, match="unknown sampling parameter 'temprature': expected samples or"):
+            engine.generate([[1]], temprature=1.0)
+        folder = Path(engine._folder.name)
+        assert folder.is_dir()
+    assert not folder.exists(), "the engine's temporary files were left behind"

@@ -1,0 +1,162 @@
+"""transformers' models by their own code, with polyshard's layers: trained, sharded, saved, served."""
+
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+import transformers
+from support.engines import engine, greedy
+from support.models.transformers_configs import ALL, LFM2, SHARDED, WHOLE
+from support.oracles.greedy import assert_same_generation, greedy_transformers
+from support.scripts import on_engine_ranks
+from support.workers.colocated import serve_all
+from support.workers.on_ranks import transformers_outcome
+
+import polyshard as ps
+from polyshard.core.context import ParallelAxis
+from polyshard.testing import run_ranks
+from polyshard.transformers.gated import GatedMLP
+
+PROMPTS = [[1, 2, 3, 4, 5], [7, 9, 11], list(range(40))]
+TOKENS, BOUND = 6, 2e-5
+IDS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directories = {}
+
+    def save(name):
+        if name not in directories:
+            torch.manual_seed(0)
+            model = transformers.AutoModelForCausalLM.from_config(ALL[name])
+            for weight in model.parameters():
+                torch.nn.init.normal_(weight, std=0.15)  # far from uniform
+            directories[name] = tmp_path_factory.mktemp("transformers") / "model"
+            model.save_pretrained(directories[name])
+        return directories[name]
+
+    return save
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def oracle(directory):
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    output = model(IDS, labels=IDS, use_cache=False)
+    output.loss.backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters()}
+    return output.loss.item(), output.logits.detach(), gradients
+
+
+LIBRARIES = ("megatron", "deepspeed", "fairscale")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "adapter"),
+    [
+        *((name, 1, "torch") for name in ALL),
+        *((name, 2, "torch") for name in SHARDED),
+        ("llama", 4, "torch"),
+        *(("qwen3", 2, library) for library in LIBRARIES),
+    ],
+)
+def test_loss_logits_and_gradients_equal_the_originals(saved, name, tensor, adapter):
+    directory = saved(name)
+    loss, logits, gradients = oracle(directory)
+    got = run_ranks(transformers_outcome, tensor, directory, IDS, adapter)[0]
+    assert got["loss"] == pytest.approx(loss, abs=2e-5)
+    torch.testing.assert_close(got["logits"], logits, rtol=1e-4, atol=2e-4)
+    assert got["packed"] == pytest.approx(loss, abs=2e-5)
+    assert set(got["gradients"]) == set(gradients)
+    for stored, gradient in gradients.items():
+        torch.testing.assert_close(got["gradients"][stored], gradient, rtol=2e-3, atol=2e-5, msg=stored)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", ALL)
+def test_served_by_its_own_code_on_vllms_layers_and_cache(saved, name):
+    directory = saved(name)
+    ps.register_model("ServedAsItIs", "polyshard:transformers_model")
+    with engine(directory, "ServedAsItIs", max_num_batched_tokens=32) as llm:  # the longest prompt comes in chunks
+        assert_same_generation(greedy(llm, PROMPTS, TOKENS), greedy_transformers(directory, PROMPTS, TOKENS), BOUND)
+
+
+@pytest.mark.vllm
+def test_a_model_with_layers_that_carry_state_is_not_served(tmp_path):
+    transformers.AutoModelForCausalLM.from_config(LFM2).save_pretrained(tmp_path)
+    ps.register_model("ServedAsItIs", "polyshard:transformers_model")
+    words = r"Lfm2ForCausalLM cannot be served as it is: Lfm2ShortConv \(model.layers.0.conv\), which carries state"
+    with pytest.raises(ps.RegistrationError, match=words), engine(tmp_path, "ServedAsItIs"):
+        pass
+
+
+@pytest.mark.vllm
+def test_served_on_another_librarys_layers(saved):
+    directory = saved("gemma3")
+    ps.register_model("ServedAsItIs", "polyshard:transformers_model", adapter="torch")
+    with engine(directory, "ServedAsItIs") as llm:
+        assert_same_generation(greedy(llm, PROMPTS, TOKENS), greedy_transformers(directory, PROMPTS, TOKENS), BOUND)
+
+
+@pytest.mark.vllm
+def test_overridden_rotary_parameters_without_a_base_take_that_of_vllms_own_model(saved, tmp_path):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    directory = saved("qwen3")
+    expected = tmp_path / "expected"
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model.config.rope_parameters = {**yarn, "rope_theta": 1e6}  # the file has 10000
+    model.save_pretrained(expected)
+    ps.register_model("ServedAsItIs", "polyshard:transformers_model")
+    with engine(directory, "ServedAsItIs", hf_overrides={"rope_parameters": yarn}) as llm:
+        assert_same_generation(greedy(llm, PROMPTS, TOKENS), greedy_transformers(expected, PROMPTS, TOKENS), BOUND)
+
+
+@pytest.mark.vllm
+def test_served_at_tensor_parallel_2(saved):
+    directory = saved("gemma3")
+    asked = [("vllm", directory, "polyshard:transformers_model")]
+    (result,) = on_engine_ranks(serve_all, 2, asked, PROMPTS, TOKENS)[0]
+    assert_same_generation(result, greedy_transformers(directory, PROMPTS, TOKENS), BOUND)
+
+
+@pytest.mark.parametrize(
+    ("config", "layout", "words"),
+    [
+        (WHOLE["gpt2"], {"tensor": 2}, "not recognised.*tensor-parallel 1 only"),
+        (WHOLE["olmo2"], {"tensor": 2}, "query norm.*tensor-parallel 1 only"),
+        (SHARDED["llama"], {"pipeline": 2}, "no pipeline parallel"),
+        (transformers.T5Config(), {}, "no causal language model of T5Config"),
+        ({"hidden_size": 8}, {}, "needs a transformers config, got dict"),
+    ],
+)
+def test_what_cannot_be_built_says_why(config, layout, words):
+    axes = {
+        axis: ParallelAxis(name=axis, ranks=tuple(range(size)), rank=0, group=None) for axis, size in layout.items()
+    }
+    context = dataclasses.replace(ps.initialize(), layout=ps.ParallelLayout(**layout), axes=axes)
+    with pytest.raises(ps.ConfigurationError, match=words):
+        ps.transformers_model(config, context)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_the_same_layers_are_exchanged_in_half_precision(name):
+    built = []
+    for dtype in (torch.float32, torch.bfloat16):
+        with default_dtype(dtype):
+            built.append(ps.transformers_model(SHARDED[name], ps.initialize()))
+    kinds = [[type(module) for module in model.modules()] for model in built]
+    assert kinds[0] == kinds[1]
+    assert torch.nn.Linear not in kinds[0]
+    assert (GatedMLP in kinds[0]) == (name != "starcoder2")

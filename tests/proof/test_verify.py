@@ -1,0 +1,110 @@
+"""`polyshard verify`: green for a right model, red for one that is not, and a status that says which."""
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from support.command_line import polyshard
+from support.models.tiny import save_tiny
+
+FACTORY = "decoder:build_model"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return save_tiny(
+        tmp_path_factory.mktemp("verify") / "model", "qwen3", hidden_size=64, head_dim=32, tie_word_embeddings=True
+    )
+
+
+@pytest.fixture
+def verify(capfd):
+    return functools.partial(polyshard, capfd, "verify")
+
+
+def test_every_library_is_equal_to_transformers(directory, verify):
+    done = verify("--model", directory, "--factory", FACTORY, "--tensor-parallel", "1,2", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    rows = json.loads(done.stdout)["rows"]
+    assert {(row["adapter"], row["tensor_parallel"]) for row in rows} == {
+        (name, size) for name in ("torch", "megatron", "deepspeed", "fairscale") for size in (1, 2)
+    }
+    for row in rows:
+        assert max(row["loss"], row["logits"], row["gradients"]) < 1e-5
+
+
+@pytest.mark.vllm
+def test_vllm_gives_the_same_log_probabilities(directory):
+    options = ("--adapters", "torch", "--tensor-parallel", "1", "--vllm", "--json")
+    command = [sys.executable, "-c", "from polyshard.cli import main; main()", "verify", "--model", str(directory)]
+    done = subprocess.run([*command, "--factory", FACTORY, *options], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    served = [row for row in json.loads(done.stdout)["rows"] if row["what"] == "serve"]
+    assert {row["adapter"] for row in served} == {"vllm", "torch"}
+    assert all(row["logprobs"] < 2e-5 for row in served)
+
+
+def test_without_a_model_the_built_in_one_is_judged_in_float64(verify):
+    done = verify("--adapters", "torch,fairscale", "--tensor-parallel", "1,2", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    rows = json.loads(done.stdout)["rows"]
+    assert len(rows) == 4
+    assert all(row["gradients"] < 1e-5 for row in rows)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("option", ["--vllm", "--exact"])
+def test_without_a_model_the_small_one_is_served_and_nothing_is_left_behind(option, tmp_path):
+    """Its oracle is written out in float64. Sockets of the engine go with it."""
+    folder = Path(tempfile.mkdtemp(prefix="left-"))
+    command = [sys.executable, "-c", "from polyshard.cli import main; main()", "verify", option, "--json"]
+    try:
+        done = subprocess.run(
+            [*command, "--adapters", "torch", "--tensor-parallel", "1"],
+            env={**os.environ, "TMPDIR": str(folder)},
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+        found = json.loads(done.stdout)
+        if option == "--exact":
+            assert found["holds"]
+            assert all(row["tokens"] > 100 for row in found["comparisons"])
+        else:
+            assert {(row["what"], row["adapter"]) for row in found["rows"]} == {
+                *(("train", "torch"), ("serve", "torch"), ("serve", "vllm")),
+            }
+            assert all(row["logprobs"] < 2e-5 for row in found["rows"] if row["what"] == "serve")
+        assert [path.name for path in folder.iterdir()] == []
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_model_that_differs_is_red(directory, verify):
+    options = ("--adapters", "torch", "--tensor-parallel", "1")
+    done = verify("--model", directory, "--factory", "support.models.different_factory:build_model", *options)
+    assert done.returncode == 1
+    assert "equal" not in done.stdout
+
+
+def test_a_size_that_does_not_divide_is_told_in_its_row(directory, verify):
+    options = ("--adapters", "torch", "--tensor-parallel", "3", "--json")
+    done = verify("--model", directory, "--factory", FACTORY, *options)
+    assert done.returncode == 1
+    (row,) = json.loads(done.stdout)["rows"]
+    assert "cannot be divided by tensor-parallel size 3" in row["error"]
+
+
+def test_bad_arguments(directory, verify):
+    factory = ("--factory", FACTORY)
+    done = verify("--model", directory, *factory, "--tensor-parallel", "two")
+    assert "takes numbers separated by commas, got 'two'" in done.stderr
+    assert "config.json does not exist" in verify("--model", directory / "nowhere", *factory).stderr
+    assert "--model and --factory go together" in verify(*factory).stderr

@@ -1,0 +1,199 @@
+"""What cannot be served ends in an error that says so, out of vLLM's own engine start."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import decoder
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.engines import engine, greedy
+from support.models import broken_factories
+from support.models.tiny import save_tiny
+from support.scripts import run
+
+import polyshard as ps
+from polyshard.registry import ENVIRONMENT_VARIABLE
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return save_tiny(tmp_path / "model", "llama", hidden_size=64, head_dim=32)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (
+            broken_factories.raises,
+            r"its factory support.models.broken_factories:raises raised ZeroDivisionError: the user's bug",
+        ),
+        (broken_factories.gives_none, "returned None; does it lack a return"),
+        (broken_factories.gives_a_dict, "returned dict, expected a torch.nn.Module"),
+        (
+            broken_factories.lacks_compute_logits,
+            r"lacks a method compute_logits\(hidden_states\); a served model needs",
+        ),
+        (broken_factories.wrong_forward, r"lacks a forward that takes \(input_ids, positions\)"),
+    ],
+)
+def test_a_factory_that_will_not_do(directory, factory, message):
+    ps.register_model("Broken", factory)
+    with pytest.raises(ps.RegistrationError, match=message), engine(directory, "Broken"):
+        pass
+
+
+def test_pooling_is_refused(directory):
+    ps.register_model("Pooled", decoder.build_model)
+    with (
+        pytest.raises(ps.RegistrationError, match=r"'Pooled' cannot be served for embeddings.*runner='pooling'"),
+        engine(directory, "Pooled", runner="pooling", convert="embed"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("adapter", ["vllm", "torch"])
+def test_a_checkpoint_that_does_not_fit(directory, adapter):
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    tensors["model.norm.weight"] = torch.ones(3)
+    tensors["model.stray"] = torch.ones(3)
+    save_file(tensors, path, metadata={"format": "pt"})
+    ps.register_model("Unfit", decoder.build_model, adapter=adapter)
+    with pytest.raises(ps.CheckpointError) as caught, engine(directory, "Unfit"):
+        pass
+    for part in (
+        "missing model.layers.0.mlp.up_proj.weight",
+        "model.norm.weight is [3], the model has [64]",
+        "unexpected model.stray",
+    ):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(directory, bad):
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = bad
+    save_file(tensors, path, metadata={"format": "pt"})
+    ps.register_model("NotFinite", decoder.build_model)
+    with (
+        pytest.raises(ps.CheckpointError, match=r"NaN or infinity in \S*layers.1.mlp.\S+ \(1 of \d+ values\)"),
+        engine(directory, "NotFinite"),
+    ):
+        pass
+
+
+WORKERS = """
+import json, sys
+from multiprocessing import resource_tracker
+import polyshard as ps
+
+if __name__ == "__main__":
+    from vllm import LLM
+    import psutil
+
+    directory, factory, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    ps.register_model("Broken", factory)
+    try:
+        with ps.engine_errors():
+            LLM(directory, hf_overrides={"architectures": ["Broken"]}, dtype="float32", max_model_len=256,
+                enforce_eager=True, kv_cache_memory_bytes=64 << 20, skip_tokenizer_init=True,
+                tensor_parallel_size=size)
+    except Exception as error:
+        found = [type(error).__name__, str(error), "".join(error.__notes__)]
+    children = psutil.Process().children(recursive=True)
+    tracker = resource_tracker._resource_tracker._pid  # Python's own; it ends with this process
+    gone, alive = psutil.wait_procs([child for child in children if child.pid != tracker], timeout=20)
+    print("RESULT" + json.dumps([*found, [child.cmdline() for child in alive]]))
+"""
+
+
+def left_behind(before, seconds=20):
+    """Shared memory that came since, and that no living process has: tests beside this one make some of their own."""
+    until = time.monotonic() + seconds
+    while True:
+        found = {name for name in set(os.listdir("/dev/shm")) - before if not in_use(name)}
+        if not found or time.monotonic() > until:
+            return found
+        time.sleep(0.5)
+
+
+def in_use(segment):
+    """By a living process, which maps it or stands in its name: then it is of another engine on this machine."""
+    if any(part.isdigit() and Path(f"/proc/{part}").exists() for part in segment.split("-")):
+        return True
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            if f"/dev/shm/{segment}" in maps.read_text():
+                return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("factory", "size", "kind", "message"),
+    [
+        (
+            "support.models.broken_factories:raises",
+            1,
+            "RegistrationError",
+            "rank 0 of the engine: model 'Broken': its factory support.models.broken_factories:raises raised "
+            "ZeroDivisionError: the user's bug",
+        ),
+        ("support.models.broken_factories:three_heads", 2, "LayoutError", "3"),
+    ],
+)
+def test_a_worker_process_tells_its_parent_why(directory, tmp_path, factory, size, kind, message):
+    """... and nothing of the engine is left: no process, no shared memory."""
+    before = set(os.listdir("/dev/shm"))
+    script = tmp_path / "script.py"
+    script.write_text(WORKERS)
+    found, told, notes, alive = run(
+        [sys.executable, str(script), str(directory), factory, str(size)],
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        VLLM_CPU_KVCACHE_SPACE="1",
+    )
+    assert message in told, told
+    assert found in (kind, "RegistrationError")
+    assert "Traceback" in notes
+    assert not alive
+    assert not left_behind(before)
+
+
+def test_a_head_dimension_that_vllm_does_not_have(tmp_path):
+    directory = save_tiny(tmp_path / "model", "llama", hidden_size=48, head_dim=520)
+    ps.register_model("LargeHeads", decoder.build_model)
+    with pytest.raises(Exception, match=r"(?i)head.*(size|dim).*520"), engine(directory, "LargeHeads"):
+        pass
+
+
+def test_a_reference_that_cannot_be_imported_is_named_by_vllm_itself(directory, monkeypatch):
+    """vLLM swallows a plugin's ImportError and would go on to 'unknown architecture'."""
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, '{"Gone": "nowhere.at.all:build"}')
+    code = f"from vllm import LLM; LLM({str(directory)!r}, hf_overrides={{'architectures': ['Gone']}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert (
+        "RegistrationError: 'nowhere.at.all:build': importing 'nowhere.at.all' raised ModuleNotFoundError"
+        in done.stderr
+    )
+
+
+def test_embeddings_as_prompts(directory):
+    ps.register_model("Embeddings", decoder.build_model)
+    from vllm import SamplingParams
+
+    with engine(directory, "Embeddings", enable_prompt_embeds=True) as llm:
+        ids = [5, 9, 2, 40]
+        want = greedy(llm, [ids], 6)[0][0]
+        table = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
+        prompt = {"prompt_embeds": table[torch.tensor(ids)]}
+        output = llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True), use_tqdm=False)
+        assert list(output[0].outputs[0].token_ids) == want

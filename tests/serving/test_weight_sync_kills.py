@@ -1,0 +1,73 @@
+"""Somebody dies or freezes during a sync: an error in bounded time that names who, and no half-updated model in use."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import support.vllm_required  # noqa: F401
+from support.models.tiny import save_tiny
+from support.workers.killed_sync import TIMEOUT
+
+from polyshard.launch.ranks import free_port
+
+pytestmark = pytest.mark.vllm
+
+SCRIPT = Path(__file__).parent / "support" / "killed_sync.py"
+
+
+def run(scenario, ranks, folder):
+    directory = save_tiny(folder / "old", "qwen3", head_dim=32)
+    port = str(free_port())
+    started = []
+    for rank in range(ranks):
+        environment = dict(os.environ)
+        if ranks > 1:
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, str(SCRIPT), str(directory), str(folder), scenario]
+        log = (folder / f"{rank}.log").open("w")
+        started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
+    try:
+        started[0].wait(240)
+    finally:
+        for process in started:
+            try:
+                os.killpg(process.pid, 9)
+            except ProcessLookupError:
+                continue
+    result = folder / f"{scenario}-0.json"
+    assert result.is_file(), (folder / "0.log").read_text()[-3000:]
+    return json.loads(result.read_text())
+
+
+def test_a_frozen_worker_and_a_frozen_trainer(tmp_path):
+    result = run("frozen", 2, tmp_path)
+    worker = result["worker frozen"]
+    assert worker["error"] == "WeightSyncError"
+    assert "worker 1 (process" in worker["told"]
+    assert "is frozen" in worker["told"]
+    assert worker["seconds"] < 2 * TIMEOUT + 5
+    assert result["after it woke"]["error"] is None, "the next sync mends the engine"
+    assert result["generates again"]["error"] is None
+    trainer = result["trainer frozen"]
+    assert trainer["error"] == "RankFailureError"
+    assert "rank 1 died or froze" in trainer["told"]
+    assert trainer["seconds"] < 20
+    assert result["then"]["error"] is not None, "a half-updated model generated"
+
+
+def test_a_killed_worker_and_a_killed_trainer(tmp_path):
+    result = run("killed", 2, tmp_path)
+    worker = result["worker killed"]
+    assert worker["error"] == "WeightSyncError"
+    assert "worker 0 (process" in worker["told"]
+    assert "is dead" in worker["told"]
+    assert worker["seconds"] < 30
+    assert result["then"]["error"] is not None
+    trainer = result["trainer killed"]
+    assert trainer["error"] == "RankFailureError"
+    assert "rank 1 died or froze" in trainer["told"]
+    assert trainer["seconds"] < 20
