@@ -1,4 +1,4 @@
-"""Weights and training states on disk: plain safetensors and JSON, whatever library and sizes wrote them."""
+"""Checkpoints and training states as safetensors and JSON, independent of the library and sizes that wrote them."""
 
 from polyshard.checkpoint.config import ModelConfig, read_config
 from polyshard.checkpoint.directory import latest_checkpoint

@@ -1,4 +1,4 @@
-"""The files that belong to a model beside its weights: all but weights and training state come along."""
+"""Companion files: the files of a model directory besides its weights and training state."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Mapping
 from pathlib import Path
 
-# Written anew, or of one format alone.
+# Written by the conversion itself, or specific to one format.
 REPLACED = (
     *("config.json", "params.json", "metadata.json", "polyshard.json", "*.index.json", "latest", "latest_universal"),
     *("latest_checkpointed_iteration.txt", "zero_to_fp32.py", "checklist.chk", ".*"),
@@ -21,12 +21,18 @@ TOKENIZERS = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken
 
 
 def companions(directory: Path, *, is_model: bool) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """Files to copy, by their path in the target, and notes on what stays behind.
+    """Return the companion files to copy, keyed by relative path, and notes on files that are left out.
 
     Args:
-        directory: of the source.
-        is_model: the directory is a model's, as on the Hugging Face Hub, and no training run's; all of its folders
-            come along or are named.
+        directory: the source directory.
+        is_model: whether the directory is a model's, as on the Hugging Face Hub, and not a training run's. All
+            folders of a model's directory are then copied, or named in the notes.
+
+    Example:
+        >>> _ = Path("tokenizer.json").write_text("{}")
+        >>> _ = Path("model.safetensors").write_bytes(b"")
+        >>> companions(Path("."), is_model=True)
+        ({'tokenizer.json': PosixPath('tokenizer.json')}, ())
     """
     found: dict[str, Path] = {}
     left: list[str] = []
@@ -35,7 +41,7 @@ def companions(directory: Path, *, is_model: bool) -> tuple[dict[str, Path], tup
             continue
         if entry.is_dir():
             if not is_model and not _matches(entry.name, FOLDERS):
-                continue  # a training run's: its own parts, logs, data
+                continue  # a training run's own parts, logs and data
             inside = [file for file in sorted(entry.rglob("*")) if file.is_file()]
             if inside and not any(_matches(file.name, (*WEIGHTS, ".metadata")) for file in inside):
                 found |= {str(file.relative_to(directory)): file for file in inside}
@@ -50,7 +56,7 @@ def companions(directory: Path, *, is_model: bool) -> tuple[dict[str, Path], tup
 
 
 def has_tokenizer(names: Mapping[str, Path]) -> bool:
-    """Whether a tokenizer is among the files."""
+    """Return whether the files include a tokenizer."""
     return any(_matches(name, TOKENIZERS) for name in names)
 
 

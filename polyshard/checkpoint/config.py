@@ -1,4 +1,4 @@
-"""A model's configuration as its directory states it."""
+"""The configuration of a model, read from its directory."""
 
 from __future__ import annotations
 
@@ -13,37 +13,51 @@ from polyshard.core.errors import CheckpointError
 
 
 class ModelConfig(SimpleNamespace):
-    """The fields of a config.json as attributes, nothing added; `to_dict` gives them back."""
+    """The fields of a config.json as attributes, without added defaults; `to_dict` returns them.
 
-    __slots__ = ("_file",)  # a slot is none of the fields
+    Example:
+        >>> config = ModelConfig(model_type="llama", hidden_size=64)
+        >>> config.hidden_size, config.to_dict()
+        (64, {'model_type': 'llama', 'hidden_size': 64})
+    """
+
+    __slots__ = ("_file",)  # a slot is not part of vars(self), so not a field
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
         file = getattr(self, "_file", "the configuration")
-        raise MissingFieldError(f"{file} is incomplete: {name} is missing, which the model reads. Add it.")
+        raise MissingFieldError(f"{file} is incomplete: {name} is missing, but the model reads it. Add it.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields."""
+        """Return the fields as a dict."""
         return dict(vars(self))
 
 
 def read_config(directory: str | Path) -> ModelConfig:
-    """Read `config.json`. No code is run, and transformers is not needed.
+    """Read `config.json` without running any code and without transformers.
+
+    Args:
+        directory: a Hugging Face model directory.
 
     Raises:
-        CheckpointError: it is missing or is no JSON object.
-        ConfigFileError: a key is no field, or a field that decoders share has a value of another kind.
+        CheckpointError: the file is missing or is not a JSON object.
+        ConfigFileError: a key is not a valid field name, or a field that decoders share has a value of the wrong type.
+
+    Example:
+        >>> _ = ps.save_config("model", {"model_type": "llama", "hidden_size": 64})
+        >>> read_config("model").hidden_size
+        64
     """
     path = find(directory) / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist: expected a Hugging Face model directory")
+        raise CheckpointError(f"{path} does not exist. Pass a Hugging Face model directory.")
     try:
         fields = json.loads(path.read_text())
     except ValueError as error:
-        raise CheckpointError(f"{path} is no valid JSON: {error}") from None
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(fields, dict):
-        raise CheckpointError(f"{path} holds a {type(fields).__name__}, expected a JSON object")
+        raise CheckpointError(f"{path} is invalid: got a {type(fields).__name__}, expected a JSON object")
     check_fields(fields, path)
     config = ModelConfig(**fields)
     object.__setattr__(config, "_file", path)

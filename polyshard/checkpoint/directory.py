@@ -1,7 +1,7 @@
-"""A checkpoint's directory: built beside its final place and put there in one step, so that it is whole or not there.
+"""Atomic replacement of a checkpoint directory: it is built beside its final path and renamed into place.
 
-Where a checkpoint is replaced, old and new change places in one system call (Linux, renameat2); elsewhere in two
-renames, and a process killed between them leaves the old one as `.NAME.replaced-...`, which reading finds.
+An existing checkpoint is exchanged with the new one in one system call (renameat2, Linux). On other systems this takes
+two renames; a process killed between them leaves the old checkpoint as `.NAME.replaced-...`, where `find` looks.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ _RENAME_EXCHANGE = 2
 
 
 def staging_name(target: Path) -> str:
-    """A name beside `target` that says who is writing."""
+    """Return a path name beside `target` that contains the host name and ID of the writing process."""
     return f".{target.name}.saving-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def begin(target: Path, staging: Path) -> None:
-    """Make the staging directory, and remove what killed saves of the same target left behind."""
+    """Create the staging directory, and remove directories that killed saves of the same target left behind."""
     target.parent.mkdir(parents=True, exist_ok=True)
     for stale in target.parent.glob(f".{target.name}.saving-*"):
         if _is_abandoned(stale):
-            logger.warning("removing %s: the process that was saving it is gone", stale)
+            logger.warning("removing %s: the process that was saving it no longer runs", stale)
             shutil.rmtree(stale, ignore_errors=True)
     staging.mkdir()
 
 
 def _forget_replaced(target: Path) -> None:
-    """Once a new one stands, what a killed replacement left aside is of no use."""
+    """Remove the copies that killed replacements left aside; the new checkpoint makes them obsolete."""
     for kept in target.parent.glob(f".{target.name}.replaced-*"):
         shutil.rmtree(kept, ignore_errors=True)
 
 
 def publish(staging: Path, target: Path) -> None:
-    """Put the finished directory into place; what was there is gone afterwards."""
+    """Move the finished directory into place and delete the directory that was there before."""
     for path in (*staging.rglob("*"), staging):
         sync_path(path)
     if not target.exists():
@@ -68,17 +68,17 @@ def publish(staging: Path, target: Path) -> None:
 
 
 def find(directory: str | Path) -> Path:
-    """The directory, or where a save that was killed while it replaced the directory left it."""
+    """Return the directory, or the copy that a save left aside if it was killed while replacing the directory."""
     path = Path(directory)
     if not path.exists():
         for kept in sorted(path.parent.glob(f".{path.name}.replaced-*")):
-            logger.warning("%s is missing, a save was killed while replacing it: reading %s", path, kept)
+            logger.warning("%s is missing because a save was killed while replacing it; reading %s", path, kept)
             return kept
     return path
 
 
-def whole_checkpoints(root: str | Path) -> Iterator[tuple[int, Path]]:
-    """Step and directory of each whole checkpoint directly under `root`; torn ones are told in the log."""
+def complete_checkpoints(root: str | Path) -> Iterator[tuple[int, Path]]:
+    """Yield step and directory of each complete checkpoint directly under `root`; log a warning for the others."""
     for path in sorted(Path(root).iterdir()):
         if path.name.startswith(".") or not (path / MANIFEST).is_file():
             continue
@@ -87,22 +87,29 @@ def whole_checkpoints(root: str | Path) -> Iterator[tuple[int, Path]]:
             assert manifest is not None
             torn = missing_part(path, manifest)
         except CheckpointError as error:
-            logger.warning("passing over %s: %s", path, error)
+            logger.warning("skipping %s: %s", path, error)
             continue
         if torn is not None:
-            logger.warning("passing over %s: %s", path, torn)
+            logger.warning("skipping %s: %s", path, torn)
             continue
         yield int(manifest.state.get("step", -1)), path
 
 
 def latest_checkpoint(root: str | Path) -> Path | None:
-    """The newest whole checkpoint directly under `root`, by its step and then by its time; None where there is none.
+    """Return the newest complete checkpoint directly under `root`, by step and then by time, or None.
 
-    A directory whose save was killed, or whose files are missing or short, is passed over with a warning.
+    A directory whose save was killed, or with missing or truncated files, is skipped with a warning.
+
+    Example:
+        >>> context = ps.initialize("torch")
+        >>> for step in (10, 20):
+        ...     _ = ps.save_checkpoint(torch.nn.Linear(2, 2), f"run/{step}", context, config={})
+        >>> latest_checkpoint("run")
+        PosixPath('run/20')
     """
     if not Path(root).is_dir():
         return None
-    found = [(step, path.stat().st_mtime_ns, path) for step, path in whole_checkpoints(root)]
+    found = [(step, path.stat().st_mtime_ns, path) for step, path in complete_checkpoints(root)]
     return max(found)[2] if found else None
 
 
@@ -115,7 +122,7 @@ def _exchange(first: Path, second: Path) -> bool:
     if rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
         return True
     code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # the file system cannot
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # not supported by the file system
         return False
     raise OSError(code, os.strerror(code), str(second))
 
@@ -134,7 +141,7 @@ def _is_abandoned(staging: Path) -> bool:
 
 
 def sync_path(path: Path) -> None:
-    """Bring a file or a directory's entries to the disk."""
+    """Flush a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The safetensors files of a Hugging Face directory, checked before anything is read from them."""
+"""The safetensors files of a Hugging Face directory, validated before any tensor is read."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors$")
 
 
 def locate_tensors(directory: Path) -> dict[str, Path]:
-    """Which file holds each tensor.
+    """Return the file that holds each tensor, keyed by tensor name.
 
     Raises:
-        CheckpointError: no weights, a shard that is missing or torn, an index that names a file outside the
-            directory, or one that disagrees with its shards.
+        CheckpointError: there are no weights, a file is missing or truncated, the index names a file outside the
+            directory, or the index disagrees with the files.
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory")
@@ -36,13 +36,13 @@ def locate_tensors(directory: Path) -> dict[str, Path]:
     files = [directory / SINGLE] if (directory / SINGLE).is_file() else sorted(directory.glob("*.safetensors"))
     if not files:
         others = sorted(p.name for p in directory.iterdir())[:10]
-        raise CheckpointError(f"{directory} holds no {SINGLE} and no {INDEX}; it holds {others}")
+        raise CheckpointError(f"{directory} holds no weights: expected {SINGLE} or {INDEX}, got {others}")
     _check_parts(directory, files)
     return _in_files(files)
 
 
 def _check_parts(directory: Path, files: Sequence[Path]) -> None:
-    """Without an index the names of the files tell how many there are."""
+    """Check that no file of a numbered set is missing; without an index only the file names state the count."""
     found: dict[str, set[int]] = {}
     for file in files:
         if match := _PART.match(file.name):
@@ -81,34 +81,34 @@ def _from_index(directory: Path, index: Path) -> dict[str, Path]:
         weight_map = json.loads(index.read_text())["weight_map"]
         assert isinstance(weight_map, dict)
     except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise CheckpointError(f"{index} is no valid index ({type(error).__name__}: {error})") from None
+        raise CheckpointError(f"{index} is not a valid index ({type(error).__name__}: {error})") from None
     where: dict[str, Path] = {}
     held: dict[Path, set[str]] = {}
     for name, file_name in weight_map.items():
         path = directory / str(file_name)
         if path.parent != directory or "/" in str(file_name) or "\\" in str(file_name):
-            raise CheckpointError(f"{index} places {name!r} in {file_name!r}, outside its directory")
+            raise CheckpointError(f"{index} places {name!r} in {file_name!r}, which is outside its directory")
         if path not in held:
             if not path.is_file():
                 raise CheckpointError(f"{index} names the shard {file_name!r}, which does not exist")
             with opened(path) as file:
                 held[path] = set(file.keys())
         if name not in held[path]:
-            raise CheckpointError(f"{index} places {name!r} in {file_name!r}, which does not hold it")
+            raise CheckpointError(f"{index} places {name!r} in {file_name!r}, which does not contain it")
         where[name] = path
     for path, names in held.items():
         stray = sorted(names - {n for n, p in where.items() if p == path})
         if stray:
-            raise CheckpointError(f"{path.name} holds tensors that the index does not name: {stray[:5]}")
+            raise CheckpointError(f"{path.name} holds tensors that are missing from the index: {stray[:5]}")
     return where
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """An open safetensors file.
+    """Open a safetensors file.
 
     Raises:
-        CheckpointError: it is truncated or is no safetensors file.
+        CheckpointError: the file is truncated or not a safetensors file.
     """
     with _open(path) as file:
         yield file
@@ -120,12 +120,12 @@ def _open(path: Path) -> Any:
     except SafetensorError as error:
         size = path.stat().st_size
         raise CheckpointError(
-            f"{path} ({size} bytes) is torn or no safetensors file: {error}; copy or save it again"
+            f"{path} ({size} bytes) is truncated or not a safetensors file: {error}. Copy or save it again."
         ) from None
 
 
 class TensorReader:
-    """Tensors by name; each file is mapped once, for as long as the reader lives.
+    """Random access to tensors by name. Each file is mapped once and stays mapped while the reader exists.
 
     Args:
         directory: a Hugging Face directory.
@@ -144,28 +144,28 @@ class TensorReader:
         return self._open[path]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype as stored.
+        """Return the dtype as stored.
 
         Raises:
-            CheckpointError: torch knows none of that name.
+            CheckpointError: torch has no such dtype.
         """
         found = str(self._file(name).get_slice(name).get_dtype())
         for dtype, text in DTYPE_NAMES.items():
             if text == found:
                 return dtype
-        raise CheckpointError(f"tensor {name!r} is stored as {found}, which this polyshard cannot read")
+        raise CheckpointError(f"tensor {name!r} has the unsupported dtype {found}")
 
     def region(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-        """A rectangle of a tensor; nothing else is read."""
+        """Read a rectangle of a tensor and nothing else."""
         part = self._file(name).get_slice(name)
         if not sizes:
             return self._file(name).get_tensor(name)
         return part[tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes))]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape as stored."""
+        """Return the shape as stored."""
         return tuple(self._file(name).get_slice(name).get_shape())
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The whole tensor."""
+        """Read the full tensor."""
         return self._file(name).get_tensor(name)

@@ -1,4 +1,4 @@
-"""Weights from a Hugging Face directory into a model of any adapter and size, through the weight layouts."""
+"""Loading a Hugging Face directory into a model of any adapter and any parallel sizes, through its weight layouts."""
 
 from __future__ import annotations
 
@@ -41,23 +41,32 @@ def load_checkpoint(
     verify: bool = True,
     progress: Progress | None = None,
 ) -> None:
-    """Load every parameter exactly once. Nothing is changed where the checkpoint does not fit.
+    """Load every parameter of the model. If the checkpoint does not match the model, nothing is changed.
 
-    Each rank reads its own elements into its own memory, and nothing else. A collective: every rank calls it.
-    Weights quantized as FP8, as compressed-tensors' int8 or float8, or as MXFP4 are dequantized on the way, and a
-    warning says so.
+    This is a collective: every rank must call it. Each rank reads only its own elements, into its own memory.
+    Weights quantized as FP8, as compressed-tensors int8 or float8, or as MXFP4 are dequantized while they are read,
+    with a warning.
 
     Args:
-        model: a model as its factory built it, or a training engine around one.
-        directory: with config.json and safetensors: of Hugging Face, or a training state.
+        model: a model as its factory built it, or the training engine around one.
+        directory: a Hugging Face directory with config.json and safetensors, or a training state.
         parallel_context: the context that the model was built with.
-        ignore: shell patterns of stored tensors that may be left over.
-        verify: compare each file's checksum, where the checkpoint records one (polyshard's do).
-        progress: called with (elements read, elements in all) of this rank.
+        ignore: shell patterns of stored tensors that the model may leave unused.
+        verify: compare each file's checksum with the manifest, if there is one.
+        progress: called with (elements read, total elements) of this rank.
 
     Raises:
-        CheckpointError: files are missing, torn or altered, tensors are missing, unexpected, of another shape or
-            kind of number (the message lists all of them), or weights are quantized by another rule.
+        CheckpointError: files are missing, truncated or altered; tensors are missing, unexpected, or have the wrong
+            shape or dtype (the message lists all of them); or weights are quantized in an unsupported way.
+
+    Example:
+        >>> context = ps.initialize("torch")
+        >>> model = torch.nn.Linear(2, 2)
+        >>> directory = ps.save_checkpoint(model, "out", context, config={"model_type": "example"})
+        >>> restored = torch.nn.Linear(2, 2)
+        >>> load_checkpoint(restored, directory, context)
+        >>> torch.equal(restored.weight, model.weight)
+        True
     """
     path, ranks = find(directory), Ranks.of(parallel_context)
     view = view_weights(model, parallel_context)
@@ -69,7 +78,7 @@ def load_checkpoint(
 
 
 def _checked(path: Path, table: WeightTable, ignore: Sequence[str], ranks: Ranks, verify: bool) -> TensorReader:
-    """A reader of weights that fit, on every rank; an error of any rank is raised on all."""
+    """Return a reader whose tensors match the model. An error on any rank is raised on every rank."""
 
     def opened() -> tuple[Manifest | None, TensorReader, str | None]:
         manifest = read_manifest(path) if path.is_dir() else None
@@ -93,7 +102,7 @@ def read_pieces(
     tensor_size: int,
     progress: Progress | None = None,
 ) -> None:
-    """Fill each piece from the stored tensors, converting the dtype; padding becomes zero."""
+    """Fill each piece from the stored tensors, converting the dtype. Padding becomes zero."""
     held = list(pieces)
     whole = sum(len(piece.values) for piece in held)
     done = 0
@@ -113,13 +122,13 @@ def read_pieces(
 
 
 def known_names(table: WeightTable) -> set[str]:
-    """Every name under which a checkpoint may store a weight of the model."""
+    """Return every name under which a checkpoint may store a weight of the model."""
     tied = {name for entry in table.values() for name in entry.tied_names}
     return tied | set(table.by_checkpoint_name())
 
 
 def source_name(entry: WeightEntry, region: Region, stored: Mapping[str, object]) -> str:
-    """The stored tensor's name: its own, or that of the weight it is tied to."""
+    """Return the name of the stored tensor: the region's own, or that of a weight it is tied to."""
     return region.name if region.name in stored else next(name for name in entry.tied_names if name in stored)
 
 
@@ -131,7 +140,7 @@ def _buckets(region: Region, target: torch.Tensor) -> Iterable[tuple[torch.Tenso
 
 
 def check_fit(table: WeightTable, reader: TensorReader, ignore: Sequence[str]) -> None:
-    """Raise `CheckpointError` with all that is missing, unexpected, of another shape or kind of number."""
+    """Raise `CheckpointError` listing all tensors that are missing, unexpected, or of the wrong shape or dtype."""
     targets = table.by_checkpoint_name()
     tied = {name: entry for entry in table.values() for name in entry.tied_names}
     problems = []
@@ -152,22 +161,22 @@ def check_fit(table: WeightTable, reader: TensorReader, ignore: Sequence[str]) -
             continue
         expected = stored_shape(entry.layout, len(entry.checkpoint_names), index)
         if reader.shape(source) != expected:
-            misshapen.append(f"{source} is {list(reader.shape(source))}, the model has {list(expected)}")
+            misshapen.append(f"{source}: got {list(reader.shape(source))}, expected {list(expected)}")
         if not (reader.dtype(source).is_floating_point and reader.dtype(source).itemsize > 1):
             numbers.append(f"{source} is {str(reader.dtype(source)).removeprefix('torch.')}")
     if misshapen:
-        problems.append(f"of another shape ({len(misshapen)}): {_some(misshapen)}")
+        problems.append(f"wrong shape ({len(misshapen)}): {_some(misshapen)}")
     if numbers:
         problems.append(
-            f"not stored as float16, bfloat16, float32 or float64 ({len(numbers)}): {_some(numbers)}; "
-            "a quantized checkpoint has to be dequantized first"
+            f"wrong dtype, expected float16, bfloat16, float32 or float64 ({len(numbers)}): {_some(numbers)}. "
+            "Dequantize a quantized checkpoint first"
         )
     for name, entry in tied.items():
         first = entry.checkpoint_names[0]
         if name in reader.where and first in reader.where and not _same(reader, name, first):
-            problems.append(f"{name} and {first} are tied in the model, but differ in the checkpoint")
+            problems.append(f"{name} and {first} are tied in the model but differ in the checkpoint")
     if problems:
-        raise CheckpointError("the checkpoint does not fit the model; nothing was loaded. " + "; ".join(problems))
+        raise CheckpointError("the checkpoint does not match the model; nothing was loaded. " + "; ".join(problems))
 
 
 def _same(reader: TensorReader, first: str, second: str) -> bool:

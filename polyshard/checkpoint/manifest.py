@@ -1,4 +1,4 @@
-"""`polyshard.json`: what a checkpoint consists of, so that a torn or altered one is recognised."""
+"""`polyshard.json`, the manifest of a checkpoint, by which a truncated or altered checkpoint is detected."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileRecord:
-    """Size in bytes and SHA-256 of a file."""
+    """Size in bytes and SHA-256 of one file."""
 
     bytes: int
     sha256: str
@@ -33,10 +33,10 @@ class Manifest:
     """The content of `polyshard.json`.
 
     Attributes:
-        kind: `"weights"`, or `"training-state"`.
-        files: of the checkpoint, by relative path; all but the manifest itself.
-        fingerprints: of each tensor, by slot and name (sixteen hexadecimal digits).
-        state: of a training state: step, optimizer, data positions, layout.
+        kind: `"weights"` or `"training-state"`.
+        files: record of every file but the manifest itself, keyed by relative path.
+        fingerprints: sixteen hexadecimal digits for each tensor, keyed by slot and name.
+        state: of a training state: step, optimizer, data positions and parallel layout.
     """
 
     kind: str
@@ -47,15 +47,15 @@ class Manifest:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """The last file of a checkpoint."""
+    """Write the manifest, which must be the last file of a checkpoint to be written."""
     (directory / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """A directory's manifest; None where it has none (another program wrote it).
+    """Return the manifest of a directory, or None if it has none (another program wrote the directory).
 
     Raises:
-        CheckpointError: it cannot be read, or is of a later version.
+        CheckpointError: the manifest cannot be read or has a newer format version.
     """
     path = directory / MANIFEST
     if not path.is_file():
@@ -65,41 +65,43 @@ def read_manifest(directory: Path) -> Manifest | None:
         version = fields["version"]
         if version > VERSION:
             raise CheckpointError(
-                f"{path} is of format version {version}; this polyshard reads up to {VERSION}: install a newer one"
+                f"{path} has an unsupported version: got {version}, expected at most {VERSION}. Upgrade polyshard."
             )
         files = {name: FileRecord(**record) for name, record in fields.pop("files").items()}
         return Manifest(files=files, **fields)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is torn or no manifest ({type(error).__name__}: {error})") from None
+        raise CheckpointError(f"{path} is truncated or not a manifest ({type(error).__name__}: {error})") from None
 
 
 def missing_part(directory: Path, manifest: Manifest) -> str | None:
-    """What is missing or of another size; None where all files are there in full. Content is not read."""
+    """Describe the first file that is missing or has the wrong size; None if there is none. Contents are not read."""
     for name, record in manifest.files.items():
         path = directory / name
         if not path.is_file():
             return f"{name} is missing"
         size = path.stat().st_size
         if size != record.bytes:
-            return f"{name} has {size} bytes, {record.bytes} were written"
+            return f"{name} has the wrong size: got {size} bytes, expected {record.bytes}"
     return None
 
 
 def record_files(directory: Path, ranks: Ranks) -> dict[str, FileRecord]:
-    """Size and checksum of every file under a directory; the ranks share the reading. A collective."""
+    """Return size and checksum of every file under a directory. A collective: the ranks share the reading."""
     names = ranks.first(sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()))
     mine = _checksums(directory, names[ranks.rank :: ranks.size])
     return {name: record for part in ranks.gather(mine) for name, record in sorted(part.items())}
 
 
 def verify_files(directory: Path, manifest: Manifest, ranks: Ranks) -> None:
-    """Compare every file with its record; the ranks share the reading. A collective.
+    """Compare every file with its record. A collective: the ranks share the reading.
 
     Raises:
-        CheckpointError: on every rank, naming the files that are missing, short or altered.
+        CheckpointError: files are missing, truncated or altered; raised on every rank, naming them.
     """
     torn = missing_part(directory, manifest)
-    error: Exception | None = None if torn is None else CheckpointError(f"{directory} is torn: {torn}; copy it again")
+    error: Exception | None = None
+    if torn is not None:
+        error = CheckpointError(f"{directory} is incomplete: {torn}. Copy it again.")
     altered: list[str] = []
     if error is None:
         names = sorted(manifest.files)[ranks.rank :: ranks.size]
@@ -108,14 +110,13 @@ def verify_files(directory: Path, manifest: Manifest, ranks: Ranks) -> None:
     altered = [name for part in ranks.gather(altered) for name in part]
     if error is None and altered:
         error = CheckpointError(
-            f"{directory}: the content of {', '.join(altered[:5])} is not what was written (SHA-256 differs): "
-            "the file was altered or damaged; copy it again"
+            f"{directory} is damaged: the SHA-256 of {', '.join(altered[:5])} is not the recorded one. Copy it again."
         )
     ranks.agree(error, f"{directory} cannot be loaded")
 
 
 def _checksums(directory: Path, names: list[str]) -> dict[str, FileRecord]:
-    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib releases the GIL
         return dict(zip(names, pool.map(lambda name: _checksum(directory / name), names)))
 
 

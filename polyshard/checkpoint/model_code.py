@@ -1,4 +1,4 @@
-"""The Python files that a model's configurations name (`auto_map`): they are read, never run."""
+"""The Python files that a model's configurations name in `auto_map`. They are parsed, never executed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from polyshard.core.errors import CheckpointError
 
 
 def check_code(config: Mapping[str, Any], names: Mapping[str, Path], advice: str) -> None:
-    """Check that the Python files that a model's configurations name, and the files that these import, are there.
+    """Check that the Python files named in a model's configurations exist, and the files that these import.
 
     Args:
         config: fields of config.json.
-        names: the files beside it; tokenizers' and processors' configurations among them are looked at, too.
-        advice: what to do, for the error.
+        names: the files beside it; configurations of tokenizers and processors among them are checked as well.
+        advice: what to do, appended to the error.
 
     Raises:
-        CheckpointError: one is missing; transformers would look for it in vain.
+        CheckpointError: a file is missing, so that transformers could not load the model.
+
+    Example:
+        >>> check_code({"auto_map": {"AutoModel": "modeling.Model"}}, {"modeling.py": Path("modeling.py")}, "")
     """
     named = [("config.json", config)]
     for name, path in names.items():
@@ -28,7 +31,7 @@ def check_code(config: Mapping[str, Any], names: Mapping[str, Path], advice: str
             named.append((name, _fields(path)))
     for origin, fields in named:
         for reference in _references(fields.get("auto_map")):
-            if "--" not in reference:  # else of another repository
+            if "--" not in reference:  # otherwise the file is in another repository
                 _check_module(reference.rpartition(".")[0], f"{origin}'s auto_map, {reference}", names, advice, set())
 
 
@@ -38,19 +41,19 @@ def _check_module(module: str, by: str, names: Mapping[str, Path], advice: str, 
         return
     seen.add(file)
     if file not in names:
-        raise CheckpointError(f"{file} is missing: it is named by {by}, expected it beside config.json. {advice}")
+        raise CheckpointError(f"{file} is missing: {by} names it, expected it beside config.json. {advice}")
     for imported in _relative_imports(names[file], module):
         _check_module(imported, file, names, advice, seen)
 
 
 def _relative_imports(file: Path, module: str) -> Iterator[str]:
-    """Modules beside a file that it imports as soon as it is imported; none if it cannot be parsed."""
+    """Yield the sibling modules that a file imports at its top level; none if the file cannot be parsed."""
     try:
         body = ast.parse(file.read_text()).body
     except (SyntaxError, ValueError, OSError):
         return
     package = module.split(".")[:-1]
-    for node in body:  # at the top level: others may be alternatives
+    for node in body:  # imports below the top level may be alternatives that never run
         if isinstance(node, ast.ImportFrom) and node.level == 1:
             for name in [node.module] if node.module else [alias.name for alias in node.names]:
                 yield ".".join([*package, name])

@@ -1,4 +1,4 @@
-"""A save that goes on in the background."""
+"""Asynchronous saves."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ from polyshard.core.ranks import Ranks
 
 
 class PendingSave:
-    """An asynchronous save: training goes on, the weights that are written are those of the moment of the call."""
+    """A save that runs in the background. It writes the weights as they were when the save was requested.
+
+    Example:
+        >>> context = ps.initialize("torch")
+        >>> pending = ps.save_checkpoint(torch.nn.Linear(2, 2), "out", context, config={}, asynchronous=True)
+        >>> pending.wait()
+        PosixPath('out')
+    """
 
     def __init__(self, context: ParallelContext, work: Callable[[Ranks], Path]) -> None:
         ranks = Ranks.of(context)
-        # Collectives of two threads must not meet in one group.
+        # Collectives of two threads must not share a process group.
         group: Any = None if ranks.alone else dist.new_group(backend="gloo", timeout=_timeout(context))
         self._group = group
         self._ranks = Ranks(ranks.rank, ranks.size, group, ranks.guard)
@@ -31,19 +38,19 @@ class PendingSave:
     def _run(self, work: Callable[[Ranks], Path]) -> None:
         try:
             self._result = work(self._ranks)
-        except BaseException as error:  # handed to the thread that waits
+        except BaseException as error:  # re-raised by `wait`
             self._error = error
 
     def done(self) -> bool:
-        """Whether this rank has finished, well or not; `wait` then returns at once."""
+        """Return whether this rank has finished, with or without success; `wait` then does not block."""
         return not self._thread.is_alive()
 
     def wait(self) -> Path:
-        """The directory, when it stands. Every rank calls it before the next save.
+        """Wait for the save and return its directory. Every rank must call it before the next save.
 
         Raises:
-            CheckpointError: the save failed; what was there before is untouched.
-            RankFailureError: a rank died.
+            CheckpointError: the save failed; the previous checkpoint is untouched.
+            RankFailureError: a rank crashed or hung.
         """
         self._thread.join()
         if self._group is not None:

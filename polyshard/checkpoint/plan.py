@@ -1,4 +1,4 @@
-"""Which tensor stands where in which file: known before a byte is written, so that all ranks write at once."""
+"""The position of every tensor in the files of a checkpoint, computed up front so that all ranks write in parallel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-# The format's names: https://github.com/huggingface/safetensors#format
+# Names of the safetensors format: https://github.com/huggingface/safetensors#format
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -32,10 +32,10 @@ class StoredTensor:
     """A tensor of a checkpoint.
 
     Attributes:
-        key: unique over all files of the checkpoint.
-        name: in its file.
-        shape: whole.
-        dtype: as stored.
+        key: unique across all files of the checkpoint.
+        name: name in its file.
+        shape: full shape.
+        dtype: dtype as stored.
     """
 
     key: str
@@ -51,7 +51,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """A safetensors file: its header, and the place of each tensor.
+    """A safetensors file: its header and the byte offset of each tensor.
 
     Format: https://github.com/huggingface/safetensors#format
     """
@@ -59,14 +59,14 @@ class PlannedFile:
     path: str  # relative to the checkpoint
     tensors: tuple[StoredTensor, ...]
     header: bytes = field(init=False, repr=False)
-    places: dict[str, int] = field(init=False, repr=False)  # key to the first byte, from the file's start
+    places: dict[str, int] = field(init=False, repr=False)  # key -> offset of the first byte in the file
     size: int = field(init=False)
 
     def __post_init__(self) -> None:
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
         places: dict[str, int] = {}
         end = 0
-        # The widest first, as the library does: every tensor is then aligned to its element.
+        # Widest dtype first, as the safetensors library does: every tensor is then aligned to its element size.
         for tensor in sorted(self.tensors, key=lambda t: -t.dtype.itemsize):
             places[tensor.key] = end
             entries[tensor.name] = {
@@ -84,12 +84,12 @@ class PlannedFile:
 
 
 def plan_files(stem: str, tensors: Iterable[StoredTensor], limit: int) -> list[PlannedFile]:
-    """Tensors in order, over as many files as keep each at `limit` bytes or one tensor.
+    """Distribute tensors over files of at most `limit` bytes each, or one tensor if that is larger.
 
     Args:
-        stem: `model` gives `model.safetensors`, or `model-00001-of-00002.safetensors` and so on.
-        tensors: in the order wanted.
-        limit: bytes.
+        stem: `model` results in `model.safetensors`, or `model-00001-of-00002.safetensors` and so on.
+        tensors: in the order in which they are stored.
+        limit: maximum size of a file in bytes.
     """
     groups: list[list[StoredTensor]] = [[]]
     used = 0
@@ -108,7 +108,7 @@ def plan_files(stem: str, tensors: Iterable[StoredTensor], limit: int) -> list[P
 
 
 def index_of(files: Iterable[PlannedFile]) -> dict[str, object]:
-    """What `model.safetensors.index.json` holds for these files."""
+    """Return the content of `model.safetensors.index.json` for these files."""
     files = list(files)
     return {
         "metadata": {"total_size": sum(tensor.nbytes for file in files for tensor in file.tensors)},

@@ -1,4 +1,4 @@
-"""A model of any adapter and size as a plain Hugging Face directory, written by all ranks, whole or not at all."""
+"""Saving a model of any adapter and any parallel sizes as a Hugging Face directory, written atomically by all ranks."""
 
 from __future__ import annotations
 
@@ -56,32 +56,40 @@ def save_checkpoint(
     asynchronous: bool = False,
     progress: Progress | None = None,
 ) -> Path | PendingSave:
-    """Write weights, config and companions. A collective: every rank calls it.
+    """Write weights, configuration and companion files to a Hugging Face directory.
 
-    Each rank writes the elements that it holds into the final files, through torch's distributed checkpoint; nothing is
-    gathered. The files are written beside `directory`, with their checksums, and put into its place at the end: a
-    failed or killed save leaves what was there before. All ranks must see the same file system.
+    This is a collective: every rank must call it, and all ranks must see the same file system. Each rank writes the
+    elements that it holds into the final files, through torch's distributed checkpoint; nothing is gathered. The files
+    and their checksums are written beside `directory` and moved into place at the end, so a failed or killed save
+    leaves the previous checkpoint untouched.
 
     Args:
-        model: a model as its factory built it, or a training engine around one.
-        directory: replaced where it exists.
+        model: a model as its factory built it, or the training engine around one.
+        directory: the target; replaced if it exists.
         parallel_context: the context that the model was built with.
-        config: fields of config.json: a mapping, a `ModelConfig`, or anything with `to_dict`.
-        architecture: goes into config.json's `architectures`: the name under which a server has the model registered.
-        factory: `module:attribute` of the factory, or what `polyshard.register_model` gave, recorded with all its
-            options in config.json for `polyshard serve --trust-checkpoint`.
-        companions: a directory of the same model, of which all files but weights and training state are copied:
-            tokenizer, chat templates, generation configuration, the Python files that `auto_map` names.
-        dtype: convert the weights; default as they are.
+        config: fields of config.json: a mapping, a `ModelConfig`, or an object with `to_dict`.
+        architecture: entry of `architectures` in config.json, the name under which a server has the model registered.
+        factory: `module:attribute` of the factory, or the result of `polyshard.register_model`. It is recorded in
+            config.json with all its options, for `polyshard serve --trust-checkpoint`.
+        companions: a directory of the same model, from which all files but weights and training state are copied:
+            tokenizer, chat templates, generation configuration, and the Python files that `auto_map` names.
+        dtype: dtype to store; by default that of each parameter.
         max_shard_bytes: size above which weights are split over several files.
-        asynchronous: copy the weights to the host and go on; give a `PendingSave`.
-        progress: called with (elements written, elements in all) of this rank.
+        asynchronous: copy the weights to CPU memory, write them in the background, and return a `PendingSave`.
+        progress: called with (elements written, total elements) of this rank.
 
     Returns:
-        The directory, or the save under way.
+        The directory, or the pending save.
 
     Raises:
-        CheckpointError: a rank could not write; raised on every rank, naming it.
+        CheckpointError: a rank could not write; raised on every rank, naming the rank.
+
+    Example:
+        >>> context = ps.initialize("torch")
+        >>> model = torch.nn.Linear(2, 2)
+        >>> directory = save_checkpoint(model, "out", context, config={"model_type": "example"})
+        >>> sorted(path.name for path in directory.iterdir())
+        ['config.json', 'model.safetensors', 'polyshard.json']
     """
     view = view_weights(model, parallel_context)
     dtypes = {name: dtype or parameter.dtype for name, parameter in view.module.named_parameters()}
@@ -98,7 +106,7 @@ def save_checkpoint(
 
 
 def stored_tensors(table: WeightTable, dtypes: Mapping[str, torch.dtype], slot: str = WEIGHT) -> list[StoredTensor]:
-    """The tensors that a checkpoint holds for these parameters, in the model's order."""
+    """Return the tensors that a checkpoint stores for these parameters, in the model's order."""
     return [
         StoredTensor(
             key=storage_key(slot, name),
@@ -113,8 +121,8 @@ def stored_tensors(table: WeightTable, dtypes: Mapping[str, torch.dtype], slot: 
 
 
 def weight_files(table: WeightTable, dtypes: Mapping[str, torch.dtype], limit: int) -> list[PlannedFile]:
-    """The files of a Hugging Face directory."""
-    table.by_checkpoint_name()  # raises where two parameters claim one name
+    """Return the planned files of a Hugging Face directory."""
+    table.by_checkpoint_name()  # raises an error if two parameters have the same checkpoint name
     return plan_files("model", stored_tensors(table, dtypes), limit)
 
 
@@ -129,13 +137,11 @@ def model_documents(
 ) -> dict[str, Any]:
     """Return `config.json` as fields, without `quantization_config` unless the tensors are `copied` from the source.
 
-    `own_architecture` is the model's, for a config that names none.
+    `own_architecture` is that of the model, used if the config names none.
     """
     fields = config_fields(config)
     if not copied and fields.pop("quantization_config", None):
-        logger.warning(
-            "config.json is written without quantization_config: the weights beside it are floating-point ones"
-        )
+        logger.warning("quantization_config is left out of config.json because the weights beside it are not quantized")
     if not fields.get("model_type"):
         fields["model_type"] = MODEL_TYPE
     if architecture is not None:
@@ -152,7 +158,7 @@ def model_documents(
         json.dumps(fields)
     except (TypeError, ValueError) as error:
         raise CheckpointError(
-            f"the config is not plain JSON: {error}, expected numbers, strings, lists and dicts. Convert its values"
+            f"the config is not plain JSON: {error}, expected numbers, strings, lists and dicts. Convert its values."
         ) from None
     return {"config.json": fields}
 
@@ -164,19 +170,25 @@ def save_config(
     architecture: str | None = None,
     factory: str | RegisteredModel | None = None,
 ) -> Path:
-    """Write `config.json` alone: what a serving engine asks of a model that has no checkpoint.
+    """Write `config.json` only, for serving a model that has no checkpoint.
 
     Args:
-        directory: made where it does not exist; other files in it stay.
-        config: fields of config.json, as of `save_checkpoint`.
+        directory: created if it does not exist; other files in it are kept.
+        config: fields of config.json, as in `save_checkpoint`.
         architecture: the name under which a server has the model registered.
-        factory: as of `save_checkpoint`.
+        factory: as in `save_checkpoint`.
 
     Returns:
         The directory.
 
     Raises:
-        CheckpointError: the config is no mapping of plain JSON.
+        CheckpointError: the config is not a mapping of plain JSON.
+
+    Example:
+        >>> save_config("out", {"hidden_size": 64}, architecture="MyModel")
+        PosixPath('out')
+        >>> ps.read_config("out").architectures
+        ['MyModel']
     """
     path = Path(directory)
     for name, fields in model_documents(config, architecture, factory, {}).items():
@@ -190,16 +202,16 @@ def save_config(
 
 @dataclass(frozen=True, kw_only=True)
 class SaveJob:
-    """Everything that a save needs, known before it starts.
+    """All inputs of a save, collected before it starts.
 
     Attributes:
-        kind: as in the manifest.
-        pieces: of this rank.
-        files: of all tensors.
-        documents: JSON files of the first rank, by name.
-        companions: a directory of the same model, for the files beside its weights.
-        state: for the manifest.
-        blobs: further safetensors files of the first rank, by relative path.
+        kind: kind of the manifest.
+        pieces: the pieces of this rank.
+        files: the planned files of all tensors.
+        documents: JSON files that the first rank writes, by name.
+        companions: a directory of the same model, to copy companion files from.
+        state: state of the manifest.
+        blobs: further safetensors files that the first rank writes, by relative path.
     """
 
     directory: Path
@@ -213,7 +225,7 @@ class SaveJob:
     blobs: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
     def start(self, context: ParallelContext, asynchronous: bool, progress: Progress | None) -> Path | PendingSave:
-        """Run here, or in the background on a copy of the pieces."""
+        """Save now, or in the background from a copy of the pieces."""
         tensor = context.axis("tensor")
         if not asynchronous:
             return self._run(Ranks.of(context), tensor.rank, tensor.size, progress)
@@ -222,7 +234,7 @@ class SaveJob:
         return PendingSave(context, lambda ranks: job._run(ranks, tensor.rank, tensor.size, progress))
 
     def _run(self, ranks: Ranks, tensor_rank: int, tensor_size: int, progress: Progress | None) -> Path:
-        what = f"saving {self.directory} failed, and nothing was changed"
+        what = f"saving {self.directory} failed; nothing was changed"
         staging = self.directory.parent / ranks.first(staging_name(self.directory))
         writer = LayoutWriter(staging, self.files, progress)
         stored = {tensor.key: tensor for file in self.files for tensor in file.tensors}
@@ -231,10 +243,10 @@ class SaveJob:
             ranks.agree(_attempt(begin, self.directory, staging) if ranks.rank == 0 else None, what)
             try:
                 with ranks.guard("world checkpoint write"), warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as meant, in one process
+                    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended in one process
                     save({}, storage_writer=writer, planner=planner, process_group=ranks.group, no_dist=ranks.alone)
             except CheckpointException as failure:
-                raise CheckpointError(f"{what}: {_told(failure)}") from failure
+                raise CheckpointError(f"{what}: {_describe(failure)}") from failure
             ranks.agree(_attempt(self._add_documents, staging) if ranks.rank == 0 else None, what)
             with ThreadPoolExecutor(1) as pool:
                 flushed = pool.submit(_attempt, writer.flush)
@@ -260,7 +272,7 @@ class SaveJob:
             path = staging / name
             path.parent.mkdir(exist_ok=True)
             save_file(dict(tensors), path)
-            path.chmod(staging.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
+            path.chmod(staging.stat().st_mode & 0o666)  # safetensors creates files that only their owner can read
         weights = [file for file in self.files if "/" not in file.path]
         if len(weights) > 1:
             (staging / INDEX).write_text(json.dumps(index_of(weights), indent=2))
@@ -285,7 +297,7 @@ def _attempt(action: Callable[..., None], *arguments: Any) -> Exception | None:
     return None
 
 
-def _told(failure: CheckpointException) -> str:
+def _describe(failure: CheckpointException) -> str:
     return "; ".join(f"rank {rank}: {error}" for rank, (error, _) in sorted(failure.failures.items()))
 
 

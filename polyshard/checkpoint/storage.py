@@ -1,9 +1,9 @@
-"""torch's distributed checkpoint over weight layouts: each rank writes its own elements into the final files.
+"""Writer and planner for torch's distributed checkpoint: each rank writes its own elements into the final files.
 
-Torch's `HuggingFaceStorageWriter` lets every rank write a file of its own, which one rank then merges: all bytes are
-written twice, a shard that is missing is filled with zeros, and a rank can hold one box of a tensor only. The writer
-here is that writer with another `write_data`: the files are laid out and allocated first, and each rank puts its
-rectangles into place. Planning, validation (nothing missing, nothing twice) and the exchange of errors are torch's.
+Torch's `HuggingFaceStorageWriter` lets every rank write its own file, and one rank merges these. All bytes are then
+written twice, a missing shard is filled with zeros, and a rank can hold only one box of a tensor. The writer below
+overrides `write_data`: files are laid out and allocated first, and each rank writes its rectangles into them. Planning,
+validation (nothing missing, nothing written twice) and the exchange of errors are torch's.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from polyshard.weights.fingerprint import fingerprint, total
 from polyshard.weights.movement import shared_run
 from polyshard.weights.regions import regions
 
-BUCKET_BYTES = 16 << 20  # what a conversion or a copy from a device takes beside the weights
+BUCKET_BYTES = 16 << 20  # extra memory that a dtype conversion or a copy from a device may take
 
 Progress = Callable[[int, int], None]
 
 
 def storage_key(slot: str, name: str) -> str:
-    """The name under which torch's planner knows a tensor: weights and optimizer slots bear the same names."""
+    """Return the key of a tensor in torch's planner, since weights and optimizer slots have the same names."""
     return f"{slot}/{name}"
 
 
 class LayoutPlanner(DefaultSavePlanner):
-    """Offers a rank's pieces as rectangles of the stored tensors."""
+    """A planner that offers a rank's pieces as rectangles of the stored tensors."""
 
     def __init__(
         self,
@@ -63,12 +63,12 @@ class LayoutPlanner(DefaultSavePlanner):
                     self._values[index] = region.view(piece.values, piece.start)
 
     def create_local_plan(self) -> SavePlan:
-        """One write for each rectangle."""
+        """Return a plan with one write for each rectangle."""
         self.plan = SavePlan([self._item(index, values) for index, values in self._values.items()])
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        """The live values."""
+        """Return the live values."""
         index = write_item.index
         return self._values[MetadataIndex(index.fqn, index.offset)]
 
@@ -87,10 +87,10 @@ class LayoutPlanner(DefaultSavePlanner):
 
 
 class LayoutWriter(HuggingFaceStorageWriter):
-    """Writes rectangles into files that were laid out before.
+    """A writer of rectangles into files with a precomputed layout.
 
     Attributes:
-        fingerprints: of every stored tensor by key, as written; on the coordinator, after the save.
+        fingerprints: fingerprint of every stored tensor as written, by key; set on the coordinator after the save.
     """
 
     def __init__(self, directory: Path, files: Sequence[PlannedFile], progress: Progress | None = None) -> None:
@@ -103,16 +103,16 @@ class LayoutWriter(HuggingFaceStorageWriter):
         self._written: list[Path] = []
 
     def flush(self) -> None:
-        """Bring what this rank wrote to the disk; apart, so that checksums can be taken meanwhile."""
+        """Flush this rank's writes to disk; separate, so that checksums can be computed at the same time."""
         for path in self._written:
             sync_path(path)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """The directory was made before."""
+        """Return the plan unchanged; the directory already exists."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Check that every element is written, and allocate the files: a full disk shows here."""
+        """Check that every element is written, and allocate the files, so that a full disk is detected here."""
         written = dict.fromkeys(self._where, 0)
         for plan in plans:
             for item in plan.items:
@@ -121,13 +121,13 @@ class LayoutWriter(HuggingFaceStorageWriter):
         for key, count in written.items():
             expected = math.prod(self._where[key][1].shape)
             if count != expected:
-                raise CheckpointError(f"{key}: the ranks hold {count} of its {expected} elements")
+                raise CheckpointError(f"{key} is incomplete: the ranks hold {count} of its {expected} elements")
         for file in self._files:
             allocate(self._directory / file.path, file)
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Put this rank's rectangles into place, and fingerprint what is written."""
+        """Write this rank's rectangles and compute their fingerprints."""
         by_file: dict[str, list[WriteItem]] = {}
         for item in plan.items:
             by_file.setdefault(self._where[item.index.fqn][0].path, []).append(item)
@@ -178,7 +178,7 @@ class LayoutWriter(HuggingFaceStorageWriter):
 
 
 def allocate(path: Path, file: PlannedFile) -> None:
-    """Make a file of its full size, with its header."""
+    """Create a file of its full size, with its header."""
     path.parent.mkdir(exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
@@ -189,9 +189,9 @@ def allocate(path: Path, file: PlannedFile) -> None:
 
 
 def put(descriptor: int, place: int, tensor: StoredTensor, values: torch.Tensor, offsets: Sequence[int]) -> int:
-    """Write a rectangle of `tensor`, whose first byte stands at `place`; gives the bytes written.
+    """Write a rectangle of `tensor`, whose data begins at byte `place`, and return the number of bytes written.
 
-    The trailing dimensions that the rectangle fills are written in one run.
+    Trailing dimensions that the rectangle fills completely are written contiguously.
     """
     if values.numel() == 0:
         return 0
@@ -199,11 +199,11 @@ def put(descriptor: int, place: int, tensor: StoredTensor, values: torch.Tensor,
         return _write_all(descriptor, values.reshape(1), place)
     strides = [math.prod(tensor.shape[dim + 1 :]) for dim in range(values.dim())]
     start = place + values.element_size() * sum(o * s for o, s in zip(offsets, strides))
-    # `full`: from this dimension on the rectangle is as wide as the tensor.
+    # `full`: the first dimension from which on the rectangle is as wide as the tensor.
     full = values.dim()
     while full > 0 and values.shape[full - 1] == tensor.shape[full - 1]:
         full -= 1
-    outer = max(full - 1, 0)  # dimensions walked one by one
+    outer = max(full - 1, 0)  # number of dimensions to iterate over
     written = 0
     for index in _indices(values.shape[:outer]):
         where = start + values.element_size() * sum(i * s for i, s in zip(index, strides))

@@ -1,4 +1,4 @@
-"""A Hugging Face directory from whole tensors, one at a time, written whole or not at all."""
+"""Atomic writing of a Hugging Face directory from full tensors, one at a time."""
 
 from __future__ import annotations
 
@@ -32,18 +32,23 @@ def write_tensors(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, int]:
-    """Write a model's directory; gives the fingerprint of each tensor as written.
+    """Write a model directory, and return the fingerprint of each tensor as written.
 
     Args:
-        directory: replaced where it exists.
-        tensors: name, shape, dtype to store, and what loads the tensor; one is held at a time.
+        directory: the target; replaced if it exists.
+        tensors: name, shape, dtype to store, and a function that loads the tensor; one is held in memory at a time.
         config: fields of config.json.
         companions: files to copy, by their path in the directory.
         max_shard_bytes: size above which weights are split over several files.
-        progress: called with (bytes written, bytes in all).
+        progress: called with (bytes written, total bytes).
 
     Raises:
         CheckpointError: a tensor could not be read or written; nothing is left behind.
+
+    Example:
+        >>> tensors = [("a.weight", (2,), torch.float32, lambda: torch.ones(2))]
+        >>> sorted(write_tensors(Path("out"), tensors, {"model_type": "example"}))
+        ['a.weight']
     """
     listed = list(tensors)
     stored = [StoredTensor(key=name, name=name, shape=shape, dtype=dtype) for name, shape, dtype, _ in listed]
@@ -61,7 +66,7 @@ def write_tensors(
             file, tensor = where[name]
             values = load().to(device="cpu", dtype=dtype)
             if tuple(values.shape) != shape:
-                raise CheckpointError(f"{name} was announced as {list(shape)} and came as {list(values.shape)}")
+                raise CheckpointError(f"{name} has the wrong shape: got {list(values.shape)}, expected {list(shape)}")
             descriptor = os.open(staging / file.path, os.O_WRONLY)
             try:
                 put(descriptor, file.places[name], tensor, values.contiguous(), (0,) * values.dim())
@@ -83,7 +88,7 @@ def write_tensors(
         write_manifest(staging, Manifest(kind="weights", files=records, fingerprints=fingerprints))
         publish(staging, directory)
     except OSError as error:
-        raise CheckpointError(f"writing {directory} failed, and nothing was changed: {error}") from error
+        raise CheckpointError(f"writing {directory} failed; nothing was changed: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return prints

@@ -1,11 +1,11 @@
-"""The full state of a training run: weights, optimizer, step, random states and data positions.
+"""The training state: weights, optimizer, step, random states and data positions.
 
-A training state is a Hugging Face directory (any program reads its weights) with the optimizer's tensors beside it,
-under the weights' names and in their logical shapes: it loads into any adapter and any size.
+A training state is a Hugging Face directory, so any program can read its weights. The optimizer's tensors are stored
+beside them, under the weights' names and in their logical shapes, so the state loads into any adapter and any sizes.
 
     step-00000100/
-      config.json  model.safetensors  ...     as `save_checkpoint` writes
-      training/exp_avg.safetensors  ...       a file, or several, for each slot of the optimizer
+      config.json  model.safetensors  ...     as written by `save_checkpoint`
+      training/exp_avg.safetensors  ...       one or more files for each optimizer slot
       training/random.safetensors             generator states of every rank
       polyshard.json                          checksums, step, optimizer, data positions
 """
@@ -55,13 +55,19 @@ RANDOM = "random"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingState:
-    """What a loaded state says beside the weights.
+    """The result of loading a training state, besides the weights.
 
     Attributes:
-        step: as it was saved.
-        data: this data-parallel rank's position; None where the number of these ranks changed and they differed.
-        data_positions: of every data-parallel rank, as it was saved.
-        carried: what was taken over: of `"weights"`, `"optimizer"` and `"random"`.
+        step: the step as saved.
+        data: the data position of this data-parallel rank; None if the number of data-parallel ranks changed and their
+            positions differed.
+        data_positions: the saved positions of all data-parallel ranks.
+        carried: the parts that were restored: a subset of `"weights"`, `"optimizer"` and `"random"`.
+
+    Example:
+        >>> state = TrainingState(step=9, data=None, data_positions=(), carried=frozenset({"weights"}))
+        >>> "optimizer" in state.carried
+        False
     """
 
     step: int
@@ -85,23 +91,29 @@ def save_training_state(
     asynchronous: bool = False,
     progress: Progress | None = None,
 ) -> Path | PendingSave:
-    """Write everything that the run needs to go on. A collective: every rank calls it.
+    """Write everything that is needed to resume training. A collective: every rank must call it.
 
     Args:
         engine: the training engine.
-        directory: such as `runs/a/step-00000100`: `latest_checkpoint("runs/a")` finds the newest. Replaced where it
-            exists, in one step.
+        directory: the target, such as `runs/a/step-00000100`; `latest_checkpoint("runs/a")` finds the newest.
+            An existing directory is replaced atomically.
         parallel_context: the context of the engine.
-        step: of the run; `latest_checkpoint` goes by it.
-        config: fields of config.json: a mapping, a `ModelConfig`, or anything with `to_dict`.
-        data: this data-parallel rank's position in its data: anything that JSON holds (a loader's `state_dict()`).
-        architecture: as in `save_checkpoint`; so are the others.
+        step: the training step, by which `latest_checkpoint` orders.
+        config: fields of config.json: a mapping, a `ModelConfig`, or an object with `to_dict`.
+        data: this data-parallel rank's position in its data, as JSON (such as a loader's `state_dict()`).
+        architecture: this and the remaining arguments are those of `save_checkpoint`.
 
     Returns:
-        The directory, or the save under way.
+        The directory, or the pending save.
 
     Raises:
-        CheckpointError: a rank could not write, or `data` is no JSON; raised on every rank, naming it.
+        CheckpointError: a rank could not write, or `data` is not JSON; raised on every rank, naming the rank.
+
+    Example:
+        >>> context = ps.initialize("torch")
+        >>> engine = ps.load_adapter("torch").engine(torch.nn.Linear(2, 2), ps.AdamW(), context)
+        >>> save_training_state(engine, "run/step-100", context, step=100, config={}, data={"row": 7})
+        PosixPath('run/step-100')
     """
     ranks = Ranks.of(parallel_context)
     table = engine.table
@@ -113,7 +125,7 @@ def save_training_state(
     for slot, by_name in slot_dtypes.items():
         files += _in_folder(plan_files(slot, stored_tensors(table, by_name, slot), max_shard_bytes))
 
-    data = ranks.together(lambda: _plain_json(data), f"saving {directory} failed, and nothing was changed")
+    data = ranks.together(lambda: _plain_json(data), f"saving {directory} failed; nothing was changed")
     first_of_replica = all(parallel_context.axis(a).rank == 0 for a in ("tensor", "context", "pipeline"))
     mine = (parallel_context.axis("data").rank, data) if first_of_replica else None
     positions = [d for _, d in sorted((x for x in ranks.gather(mine) if x is not None), key=lambda x: x[0])]
@@ -141,7 +153,9 @@ def _plain_json(data: Any) -> Any:
     try:
         return json.loads(json.dumps(data))
     except (TypeError, ValueError) as problem:
-        raise CheckpointError(f"data has to be plain JSON (numbers, strings, lists, dicts): {problem}") from problem
+        raise CheckpointError(
+            f"data is not plain JSON: {problem}, expected numbers, strings, lists and dicts."
+        ) from problem
 
 
 def load_training_state(
@@ -153,23 +167,31 @@ def load_training_state(
     verify: bool = True,
     progress: Progress | None = None,
 ) -> TrainingState:
-    """Set an engine to a saved state, of any adapter and any size. Nothing is changed where it does not fit.
+    """Restore a saved state into an engine of any adapter and any sizes. If it does not match, nothing is changed.
 
-    Each rank reads its own elements into its own memory. A collective: every rank calls it. At the sizes of the save,
-    random states are restored too, and the run goes on bit for bit. At other sizes a data-parallel rank takes the
-    states that its position had, and a warning says so.
+    This is a collective: every rank must call it. Each rank reads only its own elements, into its own memory. At the
+    sizes of the save, random states are restored as well, and training continues bit for bit. At other sizes a
+    data-parallel rank takes the random states of its position, with a warning.
 
     Args:
         engine: the training engine, built as for a new run.
-        directory: of `save_training_state`.
+        directory: a directory written by `save_training_state`.
         parallel_context: the context of the engine.
-        optimizer: False takes the weights alone, and begins with a new optimizer.
-        verify: compare each file's checksum.
-        progress: called with (elements read, elements in all) of this rank.
+        optimizer: False to load only the weights and start with a new optimizer.
+        verify: compare each file's checksum with the manifest.
+        progress: called with (elements read, total elements) of this rank.
 
     Raises:
-        CheckpointError: the checkpoint is torn or altered, does not fit the model, or its optimizer's state means
-            something else than this engine's; the message says what can be carried over.
+        CheckpointError: the checkpoint is truncated or altered, does not match the model, or its optimizer state is
+            incompatible with the engine's optimizer; the message says what can be restored.
+
+    Example:
+        >>> context = ps.initialize("torch")
+        >>> engine = ps.load_adapter("torch").engine(torch.nn.Linear(2, 2), ps.AdamW(), context)
+        >>> directory = ps.save_training_state(engine, "run/step-100", context, step=100, config={}, data={"row": 7})
+        >>> state = load_training_state(engine, directory, context)
+        >>> state.step, state.data, sorted(state.carried)
+        (100, {'row': 7}, ['optimizer', 'random', 'weights'])
     """
     path, ranks = find(directory), Ranks.of(parallel_context)
     axis = parallel_context.axis("tensor")
@@ -193,7 +215,7 @@ def load_training_state(
     engine.weights_written()
     saved = opened.manifest.state
     if optimizer:
-        state = engine.optimizer_state()  # after the weights: its fp32 copies were refreshed from them
+        state = engine.optimizer_state()  # after `weights_written`, which refreshes the fp32 copies
         for pieces in _by_reader(list(state.pieces), opened):
             read_pieces(*pieces, table, axis.rank, axis.size, progress)
         engine.optimizer_written(saved["optimizer"]["step"], saved["optimizer"]["lr"])
@@ -220,9 +242,9 @@ def _open(path: Path, table: WeightTable) -> _Opened:
         raise CheckpointError(f"{path} is not a directory")
     manifest = read_manifest(path)
     if manifest is None:
-        raise CheckpointError(f"{path} has no {MANIFEST}: it is no training state, or its save was cut off")
+        raise CheckpointError(f"{path} is not a complete training state: {MANIFEST} is missing")
     if manifest.kind != KIND:
-        raise CheckpointError(f"{path} holds {manifest.kind} alone; load it with load_checkpoint")
+        raise CheckpointError(f"{path} holds only {manifest.kind}. Load it with load_checkpoint.")
     weights = TensorReader(path)
     refuse_quantized(path, weights, known_names(table), IGNORED_TENSORS)
     check_fit(table, weights, IGNORED_TENSORS)
@@ -231,7 +253,7 @@ def _open(path: Path, table: WeightTable) -> _Opened:
 
 
 def _by_reader(pieces: list[Piece], opened: _Opened) -> list[tuple[TensorReader, list[Piece]]]:
-    """Where each piece is read from: fp32 copies stand in for weights in a narrower dtype, and the other way round."""
+    """Group pieces by reader. fp32 masters stand in for weights of a narrower dtype, and the other way round."""
     groups: dict[int, tuple[TensorReader, list[Piece]]] = {}
     for piece in pieces:
         if piece.slot in (WEIGHT, MASTER):
@@ -248,14 +270,14 @@ def _check_optimizer(manifest: Manifest, kind: str, slots: set[str]) -> None:
     mine, held = slots - {MASTER}, set(saved["slots"]) - {MASTER}
     if saved["kind"] != kind or mine != held:
         raise CheckpointError(
-            f"the checkpoint's optimizer is {saved['kind']!r} with {sorted(held)}, this engine's is {kind!r} "
-            f"with {sorted(mine)}: their states mean different things. Weights, step, data positions and random "
-            "states can be carried over: pass optimizer=False to begin with a new optimizer"
+            f"the optimizer state is incompatible: got {saved['kind']!r} with {sorted(held)}, expected {kind!r} with "
+            f"{sorted(mine)}. Pass optimizer=False to restore weights, step, data positions and random states and to "
+            "start with a new optimizer."
         )
 
 
 def _slot_dtypes(pieces: list[Piece], ranks: Ranks) -> dict[str, dict[str, torch.dtype]]:
-    """For each slot the dtype of each parameter's state; a rank may hold no part of some."""
+    """Return the dtype of each parameter's state for each slot; a rank may hold no part of some parameters."""
     mine: dict[str, dict[str, torch.dtype]] = {}
     for piece in pieces:
         mine.setdefault(piece.slot, {})[piece.parameter] = piece.values.dtype
@@ -276,12 +298,11 @@ def _random_states(ranks: Ranks) -> dict[str, torch.Tensor]:
 
 
 def _restore_random(path: Path, saved: Mapping[str, Any], context: ParallelContext, ranks: Ranks) -> bool:
-    """Set the generators; False where this rank's could not be carried over.
+    """Restore the random generators; return False if this rank's states could not be restored.
 
-    At the sizes of the save every rank takes its own states. At other tensor-parallel and context-parallel sizes it
-    takes those of the first rank that had its data-parallel position: with `polyshard.manual_seed` all of these were
-    equal. A data-parallel position that the save did not have gets a seed from the first rank's next draw and its
-    number.
+    At the sizes of the save every rank takes its own states. At other tensor-parallel or context-parallel sizes it
+    takes those of the first rank with its data-parallel position; with `polyshard.manual_seed` these were all equal.
+    A data-parallel position that was not saved gets a seed from the first rank's next draw and its own number.
     """
     now, reader = context.layout, TensorReader(path / FOLDER, stem=RANDOM)
     same = dict(saved) == {"tensor": now.tensor, "data": now.data, "context": now.context}
@@ -290,11 +311,11 @@ def _restore_random(path: Path, saved: Mapping[str, Any], context: ParallelConte
     source = ranks.rank
     if not same:
         layout = ParallelLayout(**saved)
-        source = layout.groups("data")[0][data if known else 0]  # the first group's other coordinates are all 0
+        source = layout.groups("data")[0][data if known else 0]  # the other coordinates of the first group are all 0
         if ranks.rank == 0:
             logger.warning(
-                "random states were saved at tensor %s, data %s, context %s: each data-parallel rank goes on with "
-                "those of the first rank at its position, and the run is not that of one that was not interrupted",
+                "random states were saved at tensor %s, data %s, context %s: each data-parallel rank takes those of "
+                "the first rank at its position, so the run differs from an uninterrupted one",
                 *(saved[name] for name in ("tensor", "data", "context")),
             )
     prefix = f"{source:05d}."

@@ -1,1 +1,1 @@
-"""Model configurations: the fields of config.json, by family, and the errors that name file and field."""
+"""Model configurations: the fields of config.json by family, and errors that name the file and the field."""

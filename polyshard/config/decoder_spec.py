@@ -1,4 +1,4 @@
-"""A Llama-like decoder as its config.json describes it: sizes, and every field that changes the function.
+"""A Llama-like decoder as described by its config.json: sizes, and every field that changes its output.
 
 Missing fields take the defaults of the family's class in transformers (`LlamaConfig` and so on), which is what
 `from_pretrained` gives them; `tests/config/test_decoder_spec.py` compares the two with each field left out.
@@ -21,8 +21,8 @@ _REQUIRED = {
 }
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
-# Fields of other families, and the values with which they change nothing. A config of one of our families that holds
-# one of them describes a model that only its own code computes.
+# Fields of other families, with the values at which they have no effect. A config of one of the supported families that
+# sets one of them to another value describes a model that only its own code can compute.
 FOREIGN_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "attention_multiplier": (None,),
     "attn_logit_softcapping": (None,),
@@ -49,7 +49,7 @@ FOREIGN_FIELDS: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rope:
-    """A rotary embedding: its type as transformers names it, its base, and the type's own parameters, sorted."""
+    """A rotary embedding: its type as named in transformers, its base, and the type's own parameters, sorted."""
 
     kind: str
     theta: float
@@ -57,7 +57,11 @@ class Rope:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Rope:
-        """From `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before)."""
+        """Read `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (earlier versions).
+
+        Raises:
+            CheckpointError: the fields have the wrong type, are incomplete, or differ by layer type.
+        """
         fields: dict[str, Any] = {}
         for name in ("rope_scaling", "rope_parameters"):
             if not isinstance(config.get(name) or {}, Mapping):
@@ -76,10 +80,10 @@ class Rope:
         partial = fields.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor")
         if kind == "default":
             fields = {}
-        lacking = [name for name in _REQUIRED.get(kind, ()) if name not in fields]
-        if lacking:
+        missing = [name for name in _REQUIRED.get(kind, ()) if name not in fields]
+        if missing:
             raise CheckpointError(
-                f"the configuration's rotary scaling {kind} is incomplete: {', '.join(lacking)} is missing. Add it to "
+                f"the configuration's rotary scaling {kind} is incomplete: {', '.join(missing)} is missing. Add it to "
                 "config.json."
             )
         if kind in ("llama3", "yarn", "longrope"):
@@ -93,22 +97,22 @@ class Rope:
         return cls(kind=kind, theta=float(theta), parameters=tuple(sorted(plain.items())))
 
     def get(self, name: str, default: Any = None) -> Any:
-        """One of the parameters."""
+        """Return one of the parameters."""
         return dict(self.parameters).get(name, default)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderSpec:
-    """Sizes and function of a Llama-like decoder.
+    """Sizes and output-relevant settings of a Llama-like decoder.
 
     Attributes:
-        family: `model_type`; see `FAMILIES`.
+        family: `model_type`; one of `FAMILIES`.
         vocabulary: rows of the embedding, without padding.
-        tied: the head is the embedding.
-        qkv_bias: q, k and v have biases.
-        output_bias: the attention's output projection has one.
-        mlp_bias: gate, up and down have biases.
-        qk_norm: queries and keys are normalized, one weight for each channel of a head.
+        tied: whether the head shares the embedding's weight.
+        qkv_bias: whether the q, k and v projections have biases.
+        output_bias: whether the attention's output projection has a bias.
+        mlp_bias: whether the gate, up and down projections have biases.
+        qk_norm: whether queries and keys are normalized, with one weight for each channel of a head.
         windows: sliding window of each layer; None for full attention.
     """
 
@@ -132,10 +136,10 @@ class DecoderSpec:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> DecoderSpec:
-        """From the fields of a config.json.
+        """Read the fields of a config.json.
 
         Raises:
-            CheckpointError: a field is missing, or the model is not of one of the families.
+            CheckpointError: a field is missing or invalid, or the family is unsupported.
         """
         family = config.get("model_type")
         if family not in FAMILIES:
@@ -145,7 +149,7 @@ class DecoderSpec:
                 "Convert between Hugging Face directories, which copies every tensor, or with the model's own tools."
             )
         if "self" in config:
-            raise CheckpointError("the configuration is wrong: got a key 'self', which is no field. Take it out.")
+            raise CheckpointError("the configuration is wrong: got a key 'self', which is not a field. Remove it.")
         try:
             heads, hidden, layers = (
                 _size(config, n) for n in ("num_attention_heads", "hidden_size", "num_hidden_layers")
@@ -179,18 +183,18 @@ class DecoderSpec:
             ) from None
 
     def same_function(self, other: DecoderSpec) -> bool:
-        """Whether both describe one function of the same tensors; the family's name is not part of it."""
+        """Return whether both describe the same function of the same tensors. The family's name is not compared."""
         return not self.differences(other)
 
     def differences(self, other: DecoderSpec) -> list[str]:
-        """Fields in which the two differ, as `field: ours, theirs`."""
+        """Return the fields in which the two differ, as `field: ours, theirs`."""
         names = [name for name in self.__slots__ if name != "family"]
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
         return [f"{name}: {ours}, {theirs}" for name, ours, theirs in pairs if ours != theirs]
 
 
 def foreign_fields(config: Mapping[str, Any]) -> list[str]:
-    """Fields of other families with values that change the function there, as `field=value`."""
+    """Return the fields of other families whose values change the output there, as `field=value`."""
     return [
         f"{name}={config[name]!r}"
         for name, same in FOREIGN_FIELDS.items()
@@ -199,7 +203,7 @@ def foreign_fields(config: Mapping[str, Any]) -> list[str]:
 
 
 def expected_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
-    """Names and logical shapes of a Llama-like decoder's tensors, as Hugging Face stores them."""
+    """Return names and logical shapes of a Llama-like decoder's tensors, as Hugging Face stores them."""
     if spec.heads % spec.kv_heads:
         raise CheckpointError(
             f"the configuration's num_key_value_heads is wrong: got {spec.kv_heads}, expected a divisor of "

@@ -1,7 +1,7 @@
-"""Config fields of decoder families as their Hugging Face config classes fill them in.
+"""Default values of decoder families' config fields, as their Hugging Face config classes define them.
 
-A trainer reads config.json's fields, a server reads them through a config class with defaults. `complete_config` gives
-both the same fields. Source: transformers 5, `configuration_llama.py` and the same for the other families.
+A trainer reads the fields of config.json, a server reads them through a config class with defaults. `complete_config`
+gives both the same fields. Source: transformers 5, `configuration_llama.py` and the same file of the other families.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MISTRAL = {
     **{"num_key_value_heads": 8, "head_dim": None, "max_position_embeddings": 131072, "sliding_window": 4096},
 }
 
-# Defaults by model type: of the fields that the family's class has. A field of another family changes nothing.
+# Defaults by model type, for the fields that the family's class has. Fields of other families have no effect.
 OPTIONAL: Mapping[str, Mapping[str, Any]] = {
     "llama": {
         **{**_ALL, **_NO_BIAS},
@@ -41,10 +41,10 @@ OPTIONAL: Mapping[str, Mapping[str, Any]] = {
 }
 _ROTARY = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 _SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
-_STRETCHED = ("llama3", "yarn", "longrope")  # scalings that ask for the original number of positions
+_STRETCHED = ("llama3", "yarn", "longrope")  # scalings that require the original number of positions
 _BASE = 10_000.0
 
-# The base that vLLM's own model takes if rotary parameters (of `hf_overrides`) name none; for others 10000.
+# Base that vLLM's own model uses if the rotary parameters (of `hf_overrides`) have none; 10000 for other models.
 # Source: vLLM 0.32, `set_default_rope_theta` in vllm/model_executor/models.
 SERVED_BASES: Mapping[str, float] = {
     "ernie4_5_moe": 500_000.0,
@@ -57,25 +57,25 @@ SERVED_BASES: Mapping[str, float] = {
 
 
 def served_base(model_type: str | None) -> float:
-    """Return the rotary base of vLLM's own model for rotary parameters that name none."""
+    """Return the rotary base that vLLM's own model uses if the rotary parameters have none."""
     return SERVED_BASES.get(model_type or "", _BASE)
 
 
 def complete_config(config: Any) -> SimpleNamespace:
-    """Return the fields of a config with those that its family's Hugging Face class fills in.
+    """Return the fields of a config, completed with the defaults of its family's Hugging Face class.
 
-    The result is the same for a config.json's fields (`polyshard.read_config`) and for the config class's object that
-    a server has. It has the fields in `REQUIRED`, those of `OPTIONAL` for every family, and
+    The result is the same for the fields of a config.json (`polyshard.read_config`) and for the config object that a
+    server holds. It has the fields in `REQUIRED`, those in `OPTIONAL` for every family, and
 
-    - `rope_parameters`: a dict with `rope_type` and `rope_theta` and the scaling's own parameters;
+    - `rope_parameters`: a dict with `rope_type`, `rope_theta` and the scaling's own parameters;
     - `layer_windows`: one window, or None, for each layer.
 
     Args:
-        config: a Hugging Face config, a `ModelConfig`, a mapping or any object with attributes; its `model_type` is
+        config: a Hugging Face config, a `ModelConfig`, a mapping or an object with attributes. Its `model_type` must be
             one of `OPTIONAL`.
 
     Raises:
-        ConfigurationError: another model type, or a field that is missing or has a value of another kind.
+        ConfigurationError: the model type is unsupported, or a field is missing or has a value of the wrong type.
 
     Example:
         >>> sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
@@ -85,13 +85,13 @@ def complete_config(config: Any) -> SimpleNamespace:
     """
     given = config_fields(config)
     model_type = getattr(config, "model_type", None) or given.get("model_type")
-    filled = bool(getattr(type(config), "model_type", None))  # by a config class, which leaves nothing out
+    filled = bool(getattr(type(config), "model_type", None))  # a config class has filled in its defaults
     if model_type == "mistral" and "layer_types" in given and not filled:
-        model_type = "ministral"  # transformers' AutoConfig reads such a file so
+        model_type = "ministral"  # as transformers' AutoConfig reads such a file
     if model_type not in OPTIONAL:
         raise ConfigurationError(
             f"model_type is unsupported: got {model_type!r}, expected one of {', '.join(sorted(OPTIONAL))}. "
-            "Read the config's fields yourself"
+            "Read the fields of the config in your factory."
         )
     file = getattr(config, "_file", None)  # of `polyshard.read_config`
     if file is not None:
@@ -99,7 +99,8 @@ def complete_config(config: Any) -> SimpleNamespace:
     missing = [name for name in REQUIRED if given.get(name) is None]
     if missing:
         raise ConfigurationError(
-            f"the config of model_type {model_type!r} is incomplete: {', '.join(missing)} missing. Complete config.json"
+            f"the config of model_type {model_type!r} is incomplete: {', '.join(missing)} missing. Add them to "
+            "config.json."
         )
     optional = OPTIONAL[model_type]
     fields: dict[str, Any] = {**{name: None for other in OPTIONAL.values() for name in other}, **_ALL, **_NO_BIAS}
@@ -124,18 +125,18 @@ def _check_kind(name: str, value: Any, known: bool) -> None:
     switch = name in _SWITCHES
     if isinstance(value, bool) != switch or not isinstance(value, (int, float)):
         expected = "true or false" if switch else "a number"
-        raise ConfigurationError(f"{name} is invalid: got {value!r}, expected {expected}. Correct config.json")
+        raise ConfigurationError(f"{name} is invalid: got {value!r}, expected {expected}. Correct config.json.")
 
 
 def _check_size(name: str, value: Any, required: bool) -> None:
     if value is None and not required:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{name} is invalid: got {value!r}, expected a positive integer. Correct config.json")
+        raise ConfigurationError(f"{name} is invalid: got {value!r}, expected a positive integer. Correct config.json.")
 
 
 def _rotary(given: Mapping[str, Any], positions: int, filled: bool) -> dict[str, Any]:
-    """Rotary parameters in one dict, as transformers 5 keeps them; older files have them apart."""
+    """Return the rotary parameters in one dict, as in transformers 5; older files store them separately."""
     rope = (
         dict(given["rope_parameters"] or {})
         if filled
@@ -146,7 +147,7 @@ def _rotary(given: Mapping[str, Any], positions: int, filled: bool) -> dict[str,
     if nested:
         raise ConfigurationError(
             f"rope_parameters are unsupported: got parameters for each kind of layer ({', '.join(nested)}), expected "
-            "one set for all. Read them in your factory"
+            "one set for all. Read them in your factory."
         )
     if given["rope_theta"] is not None and not filled:
         rope.setdefault("rope_theta", given["rope_theta"])
@@ -158,9 +159,8 @@ def _rotary(given: Mapping[str, Any], positions: int, filled: bool) -> dict[str,
         beside = given["original_max_position_embeddings"]
         if beside is not None and beside != length:
             raise ConfigurationError(
-                f"original_max_position_embeddings is ambiguous: got {beside} beside the rotary parameters and "
-                f"{length} in them, of which vLLM takes the first and transformers the second. Make both the same in "
-                "config.json"
+                f"original_max_position_embeddings is ambiguous: got {beside} beside the rotary parameters (which vLLM "
+                f"uses) and {length} in them (which transformers uses). Set both to the same value in config.json."
             )
     return rope
 
@@ -176,6 +176,6 @@ def _layer_windows(model_type: str, fields: Mapping[str, Any]) -> tuple[int | No
     if len(types) != layers or unknown or (window is None and "sliding_attention" in types):
         raise ConfigurationError(
             f"layer_types is invalid: got {types} with a window of {window}, expected full_attention or (with a "
-            f"window) sliding_attention for each of {layers} layers. Correct config.json"
+            f"window) sliding_attention for each of {layers} layers. Correct config.json."
         )
     return tuple(window if kind == "sliding_attention" else None for kind in types)

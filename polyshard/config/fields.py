@@ -1,4 +1,4 @@
-"""A model's configuration as plain fields, whatever holds it."""
+"""Conversion of configuration objects to plain fields."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 from polyshard.core.errors import ConfigurationError
 
-MODEL_TYPE = "polyshard"  # in a config.json that names none; servers are taught to read it
+MODEL_TYPE = "polyshard"  # written to a config.json that has no model_type; servers learn to read it
 
 
 def config_fields(config: Any) -> dict[str, Any]:
-    """Return the fields of a config object; mappings inside become dicts.
+    """Return the fields of a config object as a dict; nested mappings become dicts.
 
     Args:
         config: a Hugging Face config, a mapping, a dataclass, a named tuple, a pydantic model, or an object with
-            attributes, those of its class included.
+            attributes, including those of its class.
 
     Raises:
-        ConfigurationError: it is none of these.
+        ConfigurationError: the config is none of these.
 
     Example:
         >>> config_fields({"model_type": "llama", "num_hidden_layers": 2})
@@ -28,19 +28,19 @@ def config_fields(config: Any) -> dict[str, Any]:
     fields = None if isinstance(config, type) else _fields(config)
     if fields is None:
         raise ConfigurationError(
-            f"the config is no set of fields: got {config!r}, expected a Hugging Face config, a dataclass, a dict, or "
-            "an object with attributes. Pass one of these"
+            f"the config has no fields: got {config!r}, expected a Hugging Face config, a dataclass, a dict, or an "
+            "object with attributes."
         )
     model_type = None if isinstance(config, Mapping) else getattr(config, "model_type", None)
     if not fields.get("model_type") and isinstance(model_type, str) and model_type:
-        fields["model_type"] = model_type  # an attribute of the class
+        fields["model_type"] = model_type  # a class attribute
     return _plain(fields)
 
 
 def _fields(config: Any) -> dict[str, Any] | None:
     if isinstance(config, Mapping):
         return dict(config)
-    for method in ("to_dict", "model_dump", "_asdict"):  # before dataclasses, which transformers' configs are, too
+    for method in ("to_dict", "model_dump", "_asdict"):  # before dataclasses, which transformers' configs also are
         own = getattr(config, method, None)
         if callable(own):
             return dict(own())
@@ -52,7 +52,7 @@ def _fields(config: Any) -> dict[str, Any] | None:
 
 
 def _attributes(config: Any) -> dict[str, Any]:
-    """Attributes of an object and of its classes, without methods and what begins with an underscore."""
+    """Return the attributes of an object and of its classes, without methods and names with a leading underscore."""
     classes = [kind for kind in reversed(type(config).__mro__) if kind is not object]
     names = [name for kind in classes for name in vars(kind)] + list(getattr(config, "__dict__", {}))
     found = {}
@@ -70,17 +70,22 @@ def _plain(value: Any) -> Any:
 
 
 def typed_config(config: Any, config_type: type) -> Any:
-    """A dataclass filled from a config's attributes; fields that it lacks take their defaults.
+    """Return a dataclass filled from a config's attributes; fields that the config does not define take their defaults.
 
     Raises:
-        ConfigurationError: `config_type` is no dataclass, or fields without a default are missing.
+        ConfigurationError: `config_type` is not a dataclass, or fields without a default are missing.
+
+    Example:
+        >>> Sizes = dataclasses.make_dataclass("Sizes", [("hidden_size", int)])
+        >>> typed_config(ps.ModelConfig(hidden_size=64, vocab_size=96), Sizes)
+        Sizes(hidden_size=64)
     """
     if not (isinstance(config_type, type) and dataclasses.is_dataclass(config_type)):
-        raise ConfigurationError(f"config_type has to be a dataclass, got {config_type!r}")
+        raise ConfigurationError(f"config_type is invalid: got {config_type!r}, expected a dataclass.")
     wanted = [field for field in dataclasses.fields(config_type) if field.init]
     given = {field.name: getattr(config, field.name) for field in wanted if hasattr(config, field.name)}
     absent = (dataclasses.MISSING, dataclasses.MISSING)
     missing = [f.name for f in wanted if f.name not in given and (f.default, f.default_factory) == absent]
     if missing:
-        raise ConfigurationError(f"{config_type.__name__} needs {', '.join(missing)}, which the config has not")
+        raise ConfigurationError(f"{config_type.__name__} needs {', '.join(missing)}, which the config does not define")
     return config_type(**given)

@@ -1,4 +1,4 @@
-"""What a config.json must hold before anything is built from it: every error names the file and the field."""
+"""Validation of a config.json before anything is built from it. Every error names the file and the field."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ SIZES = (
 )
 NUMBERS = ("rms_norm_eps", "layer_norm_eps", "rope_theta", "partial_rotary_factor", "attention_dropout")
 SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
-NO_FIELDS = ("self", "cls", "to_dict")  # names that classes of configurations need for themselves
+NO_FIELDS = ("self", "cls", "to_dict")  # names that configuration classes use themselves
 
 
 class ConfigFileError(ConfigurationError, CheckpointError):
-    """A config.json that describes no model."""
+    """A config.json that does not describe a model."""
 
 
 class MissingFieldError(ConfigFileError, AttributeError):
-    """A field that a model reads and its config.json lacks; `getattr` with a default and `hasattr` work as always."""
+    """A field that a model reads but its config.json does not define; `hasattr` and `getattr` defaults keep working."""
 
 
 def check_fields(fields: Mapping[str, Any], file: object) -> None:
-    """Check names of fields, and the kind of value of those that decoders share.
+    """Check the names of fields, and the value types of the fields that decoders share.
 
     Args:
-        fields: of a config.json.
-        file: it, for errors.
+        fields: the fields of a config.json.
+        file: its path, for errors.
 
     Raises:
-        ConfigFileError: a key is no field, or a value is of another kind. Other families may have lists where a
-            decoder has one number, and null everywhere.
+        ConfigFileError: a key is not a valid field name, or a value has the wrong type. Lists and mappings are
+            accepted where other families have them, and null everywhere.
 
     Example:
         >>> check_fields({"sliding_window": 2.5}, "out/config.json")
@@ -48,7 +48,7 @@ integer. Correct the file.
     """
     for name in fields:
         if name in NO_FIELDS or name.startswith("__"):
-            raise ConfigFileError(f"{file} is wrong: got a key {name!r}, which is no field. Take it out.")
+            raise ConfigFileError(f"{file} is wrong: got a key {name!r}, which is not a field. Remove it.")
     for names, kinds, expected in (
         (SIZES, int, "an integer"),
         (NUMBERS, (int, float), "a number"),
@@ -62,13 +62,13 @@ integer. Correct the file.
 
 
 def check_complete(fields: Mapping[str, Any], file: object) -> None:
-    """Check that a decoder of one of polyshard's families lacks no field; others are left to their own code.
+    """Check that the config of a supported decoder family is complete; configs of other families are not checked.
 
-    A server would fill in the defaults of the family's class, which are those of another model.
+    A server would fill missing fields with the defaults of the family's class, which belong to another model.
 
     Args:
-        fields: of a config.json.
-        file: it, for errors.
+        fields: the fields of a config.json.
+        file: its path, for errors.
 
     Raises:
         ConfigFileError: fields are missing.
@@ -76,6 +76,6 @@ def check_complete(fields: Mapping[str, Any], file: object) -> None:
     missing = [name for name in REQUIRED if fields.get(name) is None]
     if missing and fields.get("model_type") in FAMILIES:
         raise ConfigFileError(
-            f"{file} is incomplete: got no {', '.join(missing)}, expected every size of the model and the epsilon of "
-            "its norms. Add it, with the value that the model was trained with."
+            f"{file} is incomplete: {', '.join(missing)} missing, expected every size of the model and the epsilon of "
+            "its norms. Add them, with the values that the model was trained with."
         )

@@ -1,4 +1,4 @@
-"""Checkpoints of other programs: detected, read into Hugging Face names and logical tensors, and written again."""
+"""Conversion of checkpoints between formats: detection, reading as logical tensors with Hugging Face names, writing."""
 
 from polyshard.convert.convert import Conversion, convert
 from polyshard.convert.formats import format_named, formats

@@ -1,4 +1,4 @@
-"""Every tensor of a source is carried, known to be redundant, or the conversion fails and lists it."""
+"""Accounting for every tensor of a source: it is carried or redundant, or the conversion fails and lists it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,25 @@ import torch
 from polyshard.config.decoder_spec import DecoderSpec
 from polyshard.core.errors import CheckpointError
 
-# Buffers that every library computes from the configuration. Their values are not read, so nothing else may match:
-# a mask or a table that was learned has another name.
+# Buffers that every library computes from the configuration. Their values are not read, so the pattern must not match a
+# learned mask or table.
 REDUNDANT = re.compile(
     r"(^|\.)(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|rope\.freqs|rotary_pos_emb\.inv_freq"
     r"|self_attn\.(causal_mask|attn_mask))$"
 )
 FREQUENCIES = re.compile(r"(rotary_emb\.inv_freq|rope\.freqs|rotary_pos_emb\.inv_freq)$")
 
-# What a wrapper puts before every name: DistributedDataParallel, torch.compile, Lightning, DeepSpeed and Accelerate.
+# Prefixes that wrappers add to every name: DistributedDataParallel, torch.compile, Lightning, DeepSpeed and Accelerate.
 PREFIXES = ("", "module.", "model.", "app.model.", "_orig_mod.", "module.module.", "state_dict.model.", "app.")
 
 
 def some(names: Iterable[str], at_most: int = 5) -> str:
-    """Names in an error: the first few, and how many more there are."""
+    """Format names for an error: the first few, and the number of the others.
+
+    Example:
+        >>> some(["c", "a", "b"], at_most=2)
+        'a, b and 1 more'
+    """
     listed = sorted(names)
     more = f" and {len(listed) - at_most} more" if len(listed) > at_most else ""
     return ", ".join(listed[:at_most]) + more
@@ -35,12 +40,15 @@ def account(where: object, held: Iterable[str], carried: Iterable[str], what_to_
 
     Args:
         where: the source, for the error.
-        held: names in the source.
-        carried: those that the target gets.
-        what_to_do: the end of the error, in the imperative.
+        held: the names in the source.
+        carried: the names that the target gets.
+        what_to_do: the last sentence of the error, in the imperative.
 
     Raises:
-        CheckpointError: some would be dropped.
+        CheckpointError: some tensors would be dropped.
+
+    Example:
+        >>> account("source", ["a.weight", "rotary_emb.inv_freq"], ["a.weight"])
     """
     left = [name for name in set(held) - set(carried) if not REDUNDANT.search(name)]
     if left:
@@ -57,10 +65,10 @@ _ADVICE = (
 
 
 def check_shapes(where: object, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Check logical tensors against the configuration's.
+    """Check logical tensors against the shapes that the configuration implies.
 
     Raises:
-        CheckpointError: some are missing, or of another shape.
+        CheckpointError: tensors are missing or have the wrong shape.
     """
     missing = set(expected) - set(found)
     if missing:
@@ -80,17 +88,17 @@ def check_shapes(where: object, found: Mapping[str, tuple[int, ...]], expected: 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Expected names to those found, which differ by a wrapper's prefix, and that prefix."""
+    """The mapping from expected to found names, which differ by a wrapper's prefix, and the prefix."""
 
     found: dict[str, str]
     prefix: str
 
 
 def named(where: object, names: Iterable[str], expected: Iterable[str]) -> Names:
-    """Find the expected tensors, under one prefix for all of them.
+    """Find the expected tensors, all under the same prefix.
 
     Raises:
-        CheckpointError: names are missing, whatever the prefix; the nearest miss is told.
+        CheckpointError: names are missing under every prefix; the message reports the prefix with the fewest.
     """
     held, wanted = set(names), list(expected)
     best: list[str] = wanted
@@ -107,23 +115,23 @@ def named(where: object, names: Iterable[str], expected: Iterable[str]) -> Names
 
 
 def joined(name: str, parts: Sequence[torch.Tensor], logical: tuple[int, ...], *, padded: bool = False) -> torch.Tensor:
-    """Join ranks' parts of a tensor along the dimension in which they are short of it.
+    """Join the ranks' parts of a tensor along the one dimension in which they are smaller than the tensor.
 
     Args:
-        name: for errors.
-        parts: one of each rank.
+        name: the tensor's name, for errors.
+        parts: one part from each rank.
         logical: shape of the full tensor.
-        padded: the first dimension may be padded with zeros.
+        padded: whether the first dimension may be padded with zeros.
 
     Raises:
-        CheckpointError: no single dimension explains the parts, or ranks disagree about a replicated tensor.
+        CheckpointError: no single dimension explains the parts, or the ranks' copies of a replicated tensor differ.
     """
     first = tuple(parts[0].shape)
     if first == logical:
         if any(not torch.equal(parts[0], part) for part in parts[1:]):
             raise CheckpointError(
                 f"{name} is replicated, but its ranks disagree: got different values, expected equal ones. Find out "
-                "which rank is right; training let them drift apart."
+                "which rank is right; the copies diverged during training."
             )
         return parts[0]
     if len(first) == len(logical):
@@ -140,10 +148,10 @@ def joined(name: str, parts: Sequence[torch.Tensor], logical: tuple[int, ...], *
 
 
 def without_padding(name: str, full: torch.Tensor, rows: int, dim: int = 0) -> torch.Tensor:
-    """The first `rows` of a padded vocabulary.
+    """Return the first `rows` rows of a padded vocabulary.
 
     Raises:
-        CheckpointError: the others are not zeros, so they may be tokens.
+        CheckpointError: the other rows are not zeros, so they may be tokens.
     """
     if full.shape[dim] == rows:
         return full
@@ -157,10 +165,10 @@ def without_padding(name: str, full: torch.Tensor, rows: int, dim: int = 0) -> t
 
 
 def check_frequencies(where: object, name: str, stored: torch.Tensor, spec: DecoderSpec) -> None:
-    """Check a stored table of rotary frequencies against the configuration, which replaces it.
+    """Check a stored table of rotary frequencies against the configuration, from which the target computes its own.
 
     Raises:
-        CheckpointError: it is of another rotary embedding.
+        CheckpointError: the table belongs to a different rotary embedding.
     """
     expected = rotary_frequencies(spec)
     if expected is None:
@@ -168,14 +176,14 @@ def check_frequencies(where: object, name: str, stored: torch.Tensor, spec: Deco
     stored = stored.float().flatten()
     if stored.shape != expected.shape or not torch.allclose(stored, expected, rtol=2e-2, atol=1e-9):
         raise CheckpointError(
-            f"{where}: {name} is of another rotary embedding: got frequencies from {stored.max():.4g} to "
-            f"{stored.min():.4g}, expected {expected.max():.4g} to {expected.min():.4g} by the configuration's "
-            f"{spec.rope.kind} embedding with base {spec.rope.theta:g}. Correct the configuration."
+            f"{where}: {name} belongs to a different rotary embedding: got frequencies from {stored.max():.4g} to "
+            f"{stored.min():.4g}, expected {expected.max():.4g} to {expected.min():.4g} for a {spec.rope.kind} "
+            f"embedding with base {spec.rope.theta:g}. Correct the configuration."
         )
 
 
 def rotary_frequencies(spec: DecoderSpec) -> torch.Tensor | None:
-    """Inverse frequencies `[head_dim / 2]` in float32; None for types whose table depends on the sequence's length.
+    """Return inverse frequencies, float32 `[head_dim / 2]`; None for types whose table depends on the sequence length.
 
     Source: transformers' `modeling_rope_utils` for `linear` and `llama3`.
     """

@@ -1,4 +1,4 @@
-"""Casts of weights to another dtype that lose no value in silence."""
+"""Casts of weights to another dtype that report every loss of values."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from polyshard.convert.format import Foreign
 from polyshard.core.errors import CheckpointError
 from polyshard.weights.lazy_tensor import LazyTensor
 
-# A value, or a row of a matrix, may lose this much of itself: the spacing of bfloat16, the coarsest dtype of weights.
+# Relative error that a value, or a row of a matrix, may have: the spacing of bfloat16, the coarsest dtype of weights.
 PRECISION = 2.0**-8
 
 
 @dataclass(slots=True)
 class Casts:
-    """What casting has rounded away so far."""
+    """Counts of the values that casting has rounded to zero or to subnormals."""
 
     dtype: torch.dtype
     underflows: int = 0
@@ -25,7 +25,7 @@ class Casts:
     where: set[str] = field(default_factory=set)
 
     def notes(self) -> tuple[str, ...]:
-        """For the user."""
+        """Return the counts as notes for the user."""
         if not self.where:
             return ()
         return (
@@ -35,11 +35,11 @@ class Casts:
 
 
 def cast(foreign: Foreign, dtype: torch.dtype) -> tuple[Foreign, Casts]:
-    """The checkpoint with its floating-point tensors in another dtype; each is checked when it is loaded.
+    """Return the checkpoint with its floating-point tensors cast to a dtype. Casts are checked when tensors are loaded.
 
     Args:
         foreign: the checkpoint.
-        dtype: floating-point.
+        dtype: a floating-point dtype.
     """
     casts = Casts(dtype)
     tensors = {
@@ -57,6 +57,10 @@ def checked_cast(name: str, values: torch.Tensor, casts: Casts) -> torch.Tensor:
     Raises:
         CheckpointError: a finite value overflows; an element of a vector, or a row of a matrix as a whole, becomes
             subnormal and loses more than bfloat16 would; or the whole tensor becomes zero.
+
+    Example:
+        >>> checked_cast("a.weight", torch.tensor([1.0, 2.0]), Casts(torch.bfloat16))
+        tensor([1., 2.], dtype=torch.bfloat16)
     """
     dtype = casts.dtype
     result = values.to(dtype)
@@ -78,22 +82,20 @@ def checked_cast(name: str, values: torch.Tensor, casts: Casts) -> torch.Tensor:
 
 
 def _check_rows(name: str, values: torch.Tensor, result: torch.Tensor, dtype: torch.dtype) -> None:
-    """A small value among larger ones is rounding; an element of a vector or a row of a matrix stands for itself."""
+    """Check each element of a vector and each row of a matrix; small values in a row of larger ones may be rounded."""
     before, after = (t.double().reshape(-1, t.shape[-1] if t.dim() > 1 else 1) for t in (values, result))
-    vanished = (after == 0).all(dim=1)  # next to nothing beside the others: reported
+    vanished = (after == 0).all(dim=1)  # negligible beside the other rows, so reported only
     wrong = ((after - before).norm(dim=1) > PRECISION * before.norm(dim=1)) & ~vanished
     if vanished.all():
         raise CheckpointError(
             f"{name} becomes zero in {_short(dtype)}: got values up to {values.abs().max().item():.3g}, expected at "
-            "least "
-            f"{torch.finfo(dtype).smallest_normal:.3g}. {_advice(values.dtype)}"
+            f"least {torch.finfo(dtype).smallest_normal:.3g}. {_advice(values.dtype)}"
         )
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise CheckpointError(
             f"{name} becomes subnormal in {_short(dtype)}: got values up to {before[row].abs().max().item():.3g} in "
-            "row "
-            f"{row}, expected at least {torch.finfo(dtype).smallest_normal:.3g}. {_advice(values.dtype)}"
+            f"row {row}, expected at least {torch.finfo(dtype).smallest_normal:.3g}. {_advice(values.dtype)}"
         )
 
 
@@ -107,7 +109,7 @@ def _floating(tensor: LazyTensor) -> bool:
 
 def _advice(dtype: torch.dtype) -> str:
     kept = "bfloat16" if dtype != torch.float64 else "float32 or bfloat16"
-    return f"Use --dtype {kept}, which has the range, or leave --dtype out."
+    return f"Use --dtype {kept}, which has the range, or omit --dtype."
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""From any format that can be read to any that can be written, with proof."""
+"""Conversion of a checkpoint from any readable to any writable format, with optional verification."""
 
 from __future__ import annotations
 
@@ -32,29 +32,29 @@ from polyshard.core.errors import CheckpointError
 from polyshard.weights.lazy_tensor import LazyTensor
 
 _ADVICE = (
-    "Pass --dtype to dequantize FP8, compressed-tensors' int8 and float8, and MXFP4; dequantize others with the "
-    "library that wrote them. Between Hugging Face directories all are copied as they are without --dtype."
+    "Pass --dtype to dequantize FP8, compressed-tensors' int8 and float8, and MXFP4; dequantize other formats with the "
+    "library that wrote them. Without --dtype, Hugging Face directories are copied as they are."
 )
-_CODE_ADVICE = "Copy it into the source, or take auto_map out of the configuration."
+_CODE_ADVICE = "Copy it into the source, or remove auto_map from the configuration."
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
-    """What was done.
+    """The result of a conversion.
 
     Attributes:
-        found: the source, in words.
-        source: its format.
-        target: the format written.
-        tensors: how many.
-        nbytes: of the tensors, as read.
+        found: description of the source.
+        source: format of the source.
+        target: format of the target.
+        tensors: number of tensors.
+        nbytes: size of the tensors as read.
         notes: what was left out or changed.
-        verified: how many tensors were read back and compared; None where that was not asked for.
-        logits: the largest difference of logits, where it could be computed.
-        compared: what `verify` compared, in words.
-        not_compared: what it could not compare, and why.
+        verified: number of tensors that were read back and compared; None without verification.
+        logits: the largest difference of logits; None if they were not compared.
+        compared: descriptions of what was compared.
+        not_compared: descriptions of what was not compared, with reasons.
     """
 
     found: str
@@ -80,32 +80,39 @@ def convert(
     verify: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Convert a checkpoint: every tensor is carried, or the conversion fails and lists what it would drop.
+    """Convert a checkpoint. Every tensor is carried, or the conversion fails and lists the tensors it would drop.
 
     Args:
-        source: file or directory.
-        target: a directory that does not exist yet; it is there whole afterwards, or not at all.
-        from_format: by name; default what is detected.
-        to_format: by name.
+        source: a file or directory.
+        target: a directory that is new or empty; it is written atomically.
+        from_format: name of the source's format; detected by default.
+        to_format: name of the target's format.
         options: see `Options`.
-        dtype: of the tensors written; default as they are.
-        verify: read the target back and compare every tensor's fingerprint; and compare the logits of source and target
-            by readers that took no part in the conversion.
-        progress: called with (bytes done, bytes in all).
+        dtype: dtype to store; by default that of each tensor.
+        verify: read the target back and compare the fingerprint of every tensor, and compare the logits of source and
+            target with readers that took no part in the conversion.
+        progress: called with (bytes written, total bytes).
 
     Raises:
-        CheckpointError: the source cannot be read, holds what the target would not, the target exists or cannot be
-            written, a value does not fit the dtype, or the proof fails. Nothing is left behind.
+        CheckpointError: the source cannot be read or holds data that the target would lose, the target is not empty or
+            cannot be written, a value does not fit the dtype, or the verification fails. Nothing is left behind.
+
+    Example:
+        >>> context = ps.initialize("torch")
+        >>> source = ps.save_checkpoint(torch.nn.Linear(2, 2), "source", context, config={"model_type": "example"})
+        >>> done = convert(source, Path("target"), dtype=torch.bfloat16)
+        >>> done.tensors, ps.read_config("target").dtype
+        (2, 'bfloat16')
     """
     options = options or Options()
     if dtype is not None and dtype not in FLOATS:
-        raise CheckpointError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
+        raise CheckpointError(f"dtype is unsupported: got {dtype}, expected one of {', '.join(map(str, FLOATS))}")
     reader, found = detect(source) if from_format is None else (format_named(from_format), from_format)
     writer = format_named(to_format)
     if not writer.writes:
-        writer.write(Foreign(tensors={}), target, options)  # says what to write instead
+        writer.write(Foreign(tensors={}), target, options)  # raises an error that names a format to write instead
     if target.exists() and any(target.iterdir()):
-        raise CheckpointError(f"{target} exists and is not empty: name a new directory")
+        raise CheckpointError(f"{target} exists and is not empty. Name a new directory.")
     foreign = reader.read(source, options)
     copies = isinstance(writer, HuggingFaceFormat)
     if not (copies and reader.name.startswith("huggingface") and dtype is None):
@@ -127,11 +134,11 @@ def convert(
         notes += casts.notes() if casts is not None else ()
         if verify:
             ours = Side(format=reader, path=source, options=replace(options, allow_pickle=True, config=foreign.config))
-            theirs = Side(format=writer, path=place, options=Options(allow_pickle=True))  # written a moment ago
+            theirs = Side(format=writer, path=place, options=Options(allow_pickle=True))  # written by this process
             proof = prove(written, ours, theirs, rounded=dtype)
         publish(place, target)
     except OSError as error:
-        raise CheckpointError(f"writing {target} failed, and nothing was changed: {error}") from error
+        raise CheckpointError(f"writing {target} failed; nothing was changed: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return Conversion(
@@ -157,7 +164,7 @@ def _without_codes(foreign: Foreign, source: Path, dtype: torch.dtype | None) ->
 
 
 def _completed(foreign: Foreign, dtype: torch.dtype | None) -> Mapping[str, Any] | None:
-    """The configuration with the dtype asked for, and with the class that servers look for where the family has one."""
+    """Return the configuration with the requested dtype, and with `architectures` if the family implies it."""
     if foreign.config is None:
         return None
     fields = dict(foreign.config)
@@ -172,10 +179,10 @@ def _completed(foreign: Foreign, dtype: torch.dtype | None) -> Mapping[str, Any]
 def _write(
     foreign: Foreign, writer: CheckpointFormat, place: Path, options: Options, source: str, progress: Progress | None
 ) -> list[str]:
-    """Write weights, configuration and companions; gives notes.
+    """Write weights, configuration and companion files, and return notes.
 
     Raises:
-        CheckpointError: the writer passed over a tensor, besides what it says itself.
+        CheckpointError: the writer skipped a tensor without reporting it.
     """
     if foreign.config is None:
         options.need_config(source)
@@ -190,7 +197,7 @@ def _write(
             notes += foreign.tokenizer(Path(folder))
             files |= {file.name: file for file in Path(folder).iterdir()}
         if not has_tokenizer(files):
-            notes.append("the source holds no tokenizer that could come along: copy the model's own beside the weights")
+            notes.append("the source has no tokenizer that can be converted; copy the model's own beside the weights")
         check_code(foreign.config, files, _CODE_ADVICE)
         if isinstance(writer, HuggingFaceFormat):
             listed = [(name, tensor.shape, tensor.dtype, tensor.load) for name, tensor in watched.tensors.items()]
@@ -202,17 +209,16 @@ def _write(
             for name, file in files.items():
                 (place / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, place / name)
-    passed_over = set(foreign.tensors) - loaded
-    if passed_over:
+    skipped = set(foreign.tensors) - loaded
+    if skipped:
         raise CheckpointError(
-            f"{writer.name} has no place for {len(passed_over)} tensors: {some(passed_over)}. Write huggingface "
-            "instead."
+            f"{writer.name} cannot store {len(skipped)} tensors: {some(skipped)}. Write huggingface instead."
         )
     return notes
 
 
 def _watched(foreign: Foreign) -> tuple[Foreign, set[str]]:
-    """The checkpoint, and the names of tensors that were loaded from it so far."""
+    """Return the checkpoint and a set that collects the names of the tensors loaded from it."""
     loaded: set[str] = set()
 
     def watch(name: str, tensor: LazyTensor) -> LazyTensor:

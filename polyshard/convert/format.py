@@ -1,4 +1,4 @@
-"""What a reader of another program's checkpoints gives: logical tensors under Hugging Face names, one at a time."""
+"""The protocol of checkpoint formats: reading and writing logical tensors under Hugging Face names, one at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from polyshard.config.file import check_complete, check_fields
 from polyshard.core.errors import CheckpointError
 from polyshard.weights.lazy_tensor import LazyTensor
 
-Shape = DecoderSpec  # its name before it knew more than sizes
+Shape = DecoderSpec  # the former name of the class
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,10 +23,10 @@ class Foreign:
     """A checkpoint as logical tensors.
 
     Attributes:
-        tensors: by Hugging Face name.
-        config: fields of config.json, where they are known.
-        companions: a directory with the files that belong to the model beside its weights, where there is one.
-        tokenizer: writes the tokenizer that the source holds in a form of its own into a directory; gives notes.
+        tensors: the tensors, by Hugging Face name.
+        config: fields of config.json, if known.
+        companions: a directory with companion files, if there is one.
+        tokenizer: writes a tokenizer that the source holds in its own format into a directory, and returns notes.
         notes: what was left out or changed, for the user.
     """
 
@@ -39,15 +39,17 @@ class Foreign:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Independent:
-    """A checkpoint as a reader other than `CheckpointFormat.read` understands it, for `--verify`.
+    """A checkpoint as understood by a reader other than `CheckpointFormat.read`, for `--verify`.
+
+    One of `state`, `logits` and `directory` is set.
 
     Attributes:
-        by: that reader, in words.
-        state: tensors under Hugging Face names, which transformers computes logits from.
-        logits: or what computes them itself, in float32 or more: token ids `[1, tokens]` to `[tokens, vocabulary]`;
-            weights are first rounded to the dtype, where one is given.
-        directory: or a Hugging Face directory, which transformers loads; with `gguf` the name of a GGUF file in it.
-        gguf: see `directory`.
+        by: description of the reader.
+        state: tensors under Hugging Face names, from which transformers computes logits.
+        logits: a function from token IDs `[1, tokens]` to logits `[tokens, vocabulary]` in float32 or wider. If a dtype
+            is given, weights are rounded to it first.
+        directory: a Hugging Face directory that transformers loads.
+        gguf: name of a GGUF file in `directory`, to load instead of safetensors.
     """
 
     by: str
@@ -58,19 +60,23 @@ class Independent:
 
 
 class NotComparableError(Exception):
-    """No independent reader can compute what `--verify` asks for; the message is the reason."""
+    """No independent reader can compute what `--verify` needs; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the user says about a conversion.
+    """The user's settings for a conversion.
 
     Attributes:
-        config: fields of config.json, for formats that hold none.
-        allow_pickle: files that are pickles may be read. Tensors are read with `weights_only=True`, and other types
-            as inert objects; DeepSpeed's own code, which joins ZeRO's files, can run code.
-        tensor_parallel: ranks to write for, in formats with a file for each.
-        padded_vocabulary: multiple that the vocabulary is padded to, in formats that pad.
+        config: fields of config.json, for formats without a configuration.
+        allow_pickle: whether pickle files may be read. Tensors are read with `weights_only=True`, and objects of other
+            types as inert stand-ins; but DeepSpeed's own code, which joins ZeRO files, can run code.
+        tensor_parallel: number of ranks to write for, in formats with one file for each.
+        padded_vocabulary: multiple to which the vocabulary is padded, in formats that pad.
+
+    Example:
+        >>> Options(config={"model_type": "llama"}, tensor_parallel=2).tensor_parallel
+        2
     """
 
     config: Mapping[str, Any] | None = None
@@ -79,94 +85,99 @@ class Options:
     padded_vocabulary: int = 1
 
     def need_config(self, name: str, *places: Path) -> Mapping[str, Any]:
-        """The configuration: the user's, or a config.json that stands beside the checkpoint.
+        """Return the configuration: the user's, or that of a config.json beside the checkpoint.
 
         Args:
-            name: the format's, for the error.
-            places: directories that may hold one.
+            name: name of the format, for the error.
+            places: directories that may contain a config.json.
 
         Raises:
-            CheckpointError: there is none, or the two describe different models.
+            CheckpointError: there is no configuration, or the two describe different models.
         """
         beside = next((place / "config.json" for place in places if (place / "config.json").is_file()), None)
         stored = None if beside is None else config_fields_of(beside)
         if self.config is None and stored is None:
             raise CheckpointError(
-                f"{name} checkpoints do not hold the model's configuration: pass --config DIRECTORY, a Hugging Face "
-                "directory (or its config.json) of the same architecture"
+                f"{name} checkpoints do not hold the model's configuration. Pass --config DIRECTORY, a Hugging Face "
+                "directory (or its config.json) of the same architecture."
             )
         if self.config is not None and stored is not None:
             differences = DecoderSpec.of(self.config).differences(DecoderSpec.of(stored))
             if differences:
                 raise CheckpointError(
                     f"--config describes another model than {beside}: got {'; '.join(differences)}, expected equal "
-                    "fields. Leave --config out, or remove the file if it is wrong."
+                    "fields. Omit --config, or remove the file if it is wrong."
                 )
         return self.config if self.config is not None else stored or {}
 
     def need_pickle(self, path: Path) -> None:
-        """Raise where a pickle would have to be read and the user has not allowed it."""
+        """Raise `CheckpointError` if a pickle must be read and the user has not allowed it."""
         if not self.allow_pickle:
             raise CheckpointError(
-                f"{path} is a pickle, which can run code when it is read: pass --allow-pickle if you trust its origin"
+                f"{path} is a pickle, which can run code when it is read. Pass --allow-pickle if you trust its origin."
             )
 
 
 class CheckpointFormat(Protocol):
-    """One way in which checkpoints stand on disk."""
+    """A format of checkpoints on disk."""
 
     name: str
     writes: bool
 
     def detect(self, path: Path) -> str | None:
-        """What stands at `path`, in words; None where it is of another format. Nothing is unpickled."""
+        """Describe the checkpoint at `path`, or return None if it has another format. Nothing is unpickled."""
         ...
 
     def read(self, path: Path, options: Options) -> Foreign:
-        """The checkpoint as logical tensors.
+        """Read the checkpoint as logical tensors.
 
         Raises:
-            CheckpointError: it is torn, cannot be understood, needs what the options do not give, or holds a tensor
-                or a field that the result would not carry.
+            CheckpointError: the checkpoint is truncated or malformed, needs an option that is not set, or holds a
+                tensor or field that the result would lose.
         """
         ...
 
     def write(self, foreign: Foreign, path: Path, options: Options) -> tuple[str, ...]:
-        """Write logical tensors in this format, into an empty directory; gives notes.
+        """Write logical tensors in this format into an empty directory, and return notes.
 
         Raises:
-            CheckpointError: the format has no place for a tensor or for a field of the configuration.
+            CheckpointError: the format cannot store a tensor or a field of the configuration.
         """
         ...
 
     def independent(self, path: Path, options: Options) -> Independent:
-        """The checkpoint by another reader than `read`.
+        """Return the checkpoint as understood by another reader than `read`.
 
         Raises:
-            NotComparableError: there is none.
+            NotComparableError: there is no such reader.
         """
         ...
 
 
 def config_fields_of(path: Path) -> dict[str, Any]:
-    """config.json's fields, of a directory or a file.
+    """Return the fields of config.json from a directory or a file.
 
     Raises:
-        CheckpointError: it is missing or is no JSON object.
-        ConfigFileError: a field is missing or wrong.
+        CheckpointError: the file is missing or is not a JSON object.
+        ConfigFileError: a field is missing or invalid.
     """
     file = path / "config.json" if path.is_dir() else path
     try:
         fields = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is no readable config.json: {error}") from None
+        raise CheckpointError(f"{file} is not a readable config.json: {error}") from None
     if not isinstance(fields, dict):
-        raise CheckpointError(f"{file} holds a {type(fields).__name__}, expected a JSON object")
+        raise CheckpointError(f"{file} is invalid: got a {type(fields).__name__}, expected a JSON object")
     check_fields(fields, file)
     check_complete(fields, file)
     return fields
 
 
 def lazy(tensor: torch.Tensor) -> LazyTensor:
-    """A tensor that is there already."""
+    """Wrap a tensor that is already in memory.
+
+    Example:
+        >>> lazy(torch.ones(2, 3)).shape
+        (2, 3)
+    """
     return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)

@@ -1,4 +1,4 @@
-"""Every format that is known: Hugging Face's, GGUF, and those in the rooms of the libraries' adapters."""
+"""All known checkpoint formats: Hugging Face, GGUF, and those of the libraries' adapters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from polyshard.core.errors import CheckpointError
 
 
 def formats() -> list[CheckpointFormat]:
-    """All of them, in the order in which they are asked. No library is imported for it."""
+    """Return all formats, in the order in which they are tried. No library is imported.
+
+    Example:
+        >>> [entry.name for entry in formats()][:3]
+        ['huggingface', 'huggingface-bin', 'gguf']
+    """
     found: list[CheckpointFormat] = [HuggingFaceFormat(), HuggingFaceBinFormat(), GgufFormat()]
     for name in adapter_names():
         found += getattr(load_adapter(name), "formats", ())
@@ -20,22 +25,26 @@ def formats() -> list[CheckpointFormat]:
 
 
 def format_named(name: str) -> CheckpointFormat:
-    """The format of a name.
+    """Return the format of a name.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no such format.
+
+    Example:
+        >>> format_named("gguf").writes
+        False
     """
     known = {entry.name: entry for entry in formats()}
     if name not in known:
-        raise CheckpointError(f"unknown format {name!r}; known: {', '.join(sorted(known))}")
+        raise CheckpointError(f"unknown format {name!r}, expected one of {', '.join(sorted(known))}")
     return known[name]
 
 
 def detect(path: Path) -> tuple[CheckpointFormat, str]:
-    """The format of what stands at `path`, and what it is in words.
+    """Return the format of the checkpoint at `path`, and a description of it.
 
     Raises:
-        CheckpointError: nothing is there, or it is of no known format, or of several.
+        CheckpointError: the path does not exist, or the checkpoint is of an unknown format or of several.
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
@@ -43,9 +52,9 @@ def detect(path: Path) -> tuple[CheckpointFormat, str]:
     if not found:
         held = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else [path.name]
         raise CheckpointError(
-            f"{path} is of no known format; it holds {held}. Known: {', '.join(entry.name for entry in formats())}"
+            f"{path} has an unknown format: got {held}, expected one of {', '.join(entry.name for entry in formats())}"
         )
     if len(found) > 1:
         names = ", ".join(f"{entry.name} ({told})" for entry, told in found)
-        raise CheckpointError(f"{path} could be {names}: say which with --from")
+        raise CheckpointError(f"{path} is ambiguous: it could be {names}. Pass --from.")
     return found[0]

@@ -1,4 +1,4 @@
-"""GGUF files: Llama-like decoders tensor by tensor, other architectures through transformers."""
+"""GGUF files: Llama-like decoders are read tensor by tensor, other architectures through transformers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-# Keys of other architectures, and fields of transformers' configurations that must agree with them.
+# Keys of other architectures, and the field of transformers' configuration that must agree with each.
 _STATED = {
     "attention.key_length": "head_dim",
     "attention.value_length": "head_dim",
@@ -52,13 +52,13 @@ _HF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)$")
 
 
 class GgufFormat:
-    """One `.gguf` file; quantized weights are dequantized to float32."""
+    """A single `.gguf` file. Quantized weights are dequantized to float32."""
 
     name = "gguf"
     writes = False
 
     def detect(self, path: Path) -> str | None:
-        """By the file's first bytes."""
+        """Detect the format by the first bytes of the file."""
         files = _files(path)
         if not files:
             return None
@@ -66,19 +66,18 @@ class GgufFormat:
         return f"a GGUF file of {size:.0f} MB" if len(files) == 1 else f"{len(files)} GGUF files of {size:.0f} MB"
 
     def read(self, path: Path, options: Options) -> Foreign:
-        """Weights, configuration and tokenizer."""
+        """Read weights, configuration and tokenizer."""
         file = _file(path)
         reader = _reader(file)
         fields = {key: field.contents() for key, field in reader.fields.items()}
         if fields.get("split.count", 1) > 1:
             raise CheckpointError(
                 f"{file} is one part of several: got part {fields.get('split.no', 0) + 1} of {fields['split.count']}, "
-                "expected "
-                "one file. Merge them first: llama-gguf-split --merge FIRST_PART OUT.gguf."
+                "expected one file. Merge them first: llama-gguf-split --merge FIRST_PART OUT.gguf."
             )
         if fields.get("general.type", "model") != "model":
             raise CheckpointError(
-                f"{file} holds no model: got general.type={fields['general.type']!r}, expected 'model'. Merge adapters "
+                f"{file} is not a model: got general.type={fields['general.type']!r}, expected 'model'. Merge adapters "
                 "into the model first."
             )
         if fields.get("general.architecture") not in ARCHITECTURES:
@@ -103,11 +102,11 @@ class GgufFormat:
         return Foreign(tensors=tensors, config=config, tokenizer=partial(_write_tokenizer, file, fields))
 
     def write(self, foreign: Foreign, path: Path, options: Options) -> tuple[str, ...]:
-        """Never."""
-        raise CheckpointError("GGUF is read, not written: llama.cpp's convert_hf_to_gguf.py writes it")
+        """Raise `CheckpointError`: GGUF is read only."""
+        raise CheckpointError("GGUF cannot be written. Use llama.cpp's convert_hf_to_gguf.py instead.")
 
     def independent(self, path: Path, options: Options) -> Independent:
-        """transformers' own reading of GGUF."""
+        """Return transformers' own reading of GGUF."""
         file = _file(path)
         return Independent(by="transformers' GGUF loader", directory=file.parent, gguf=file.name)
 
@@ -128,8 +127,7 @@ def _file(path: Path) -> Path:
         names = ", ".join(file.name for file in files[:5])
         raise CheckpointError(
             f"{path} holds {len(files)} GGUF files: got {names}, expected one. Name the file; merge the parts of one "
-            "model "
-            "first with llama-gguf-split --merge."
+            "model first with llama-gguf-split --merge."
         )
     return files[0]
 
@@ -143,7 +141,7 @@ def _reader(file: Path) -> Any:
         return GGUFReader(str(file))
     except (ValueError, KeyError, IndexError, OSError, OverflowError) as error:
         told = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{file} is torn or no GGUF file: {told}. Copy it again.") from None
+        raise CheckpointError(f"{file} is truncated or not a GGUF file: {told}. Copy it again.") from None
 
 
 def _gguf_name(name: str) -> str:
@@ -153,7 +151,7 @@ def _gguf_name(name: str) -> str:
 
 
 def _turned(name: str, family: str, spec: DecoderSpec) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """llama.cpp's files of `llama` have q and k for its interleaved rotary embedding."""
+    """Return the permutation of q and k that undoes llama.cpp's interleaved rotary layout, or None if there is none."""
     if family != "llama" or not re.search(r"self_attn\.[qk]_proj\.", name):
         return None
     heads = spec.heads if ".q_proj." in name else spec.kv_heads
@@ -186,14 +184,14 @@ def _agreed(file: Path, made: dict[str, Any], options: Options) -> Mapping[str, 
     differences = DecoderSpec.of(made).differences(replace(theirs, norm_eps=stored))
     if differences:
         raise CheckpointError(
-            f"--config describes another model than {file}: got {'; '.join(differences)}, expected equal fields. Leave "
-            "--config out."
+            f"--config describes another model than {file}: got {'; '.join(differences)}, expected equal fields. Omit "
+            "--config."
         )
     return options.config
 
 
 def _by_transformers(file: Path, fields: Mapping[str, Any], held: set[str], options: Options) -> Foreign:
-    """Architectures that transformers knows; what it would pass over is refused."""
+    """Read an architecture through transformers; reject files from which it would drop something."""
     try:
         import transformers
         from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
@@ -217,11 +215,9 @@ def _by_transformers(file: Path, fields: Mapping[str, Any], held: set[str], opti
     missing = sorted(set(told["missing_keys"]) - tied)
     if unread or dropped or missing or _FACTORS in held:
         raise CheckpointError(
-            f"transformers does not carry all of {file}: metadata {[f'{k}={fields[k]!r}' for k in unread][:5]}, "
-            "tensors "
-            f"{[*dropped, *(n for n in held if n == _FACTORS)][:5]}, and it would initialize {missing[:5]} anew. "
-            "Convert the "
-            "model's Hugging Face directory instead."
+            f"transformers does not read all of {file}: metadata {[f'{k}={fields[k]!r}' for k in unread][:5]} and "
+            f"tensors {[*dropped, *(n for n in held if n == _FACTORS)][:5]} would be dropped, and {missing[:5]} "
+            "randomly initialized. Convert the model's Hugging Face directory instead."
         )
     config = dict(options.config or model.config.to_dict())
     for name in ("quantization_config", "_name_or_path"):
@@ -232,13 +228,13 @@ def _by_transformers(file: Path, fields: Mapping[str, Any], held: set[str], opti
 
 
 def _stated(config: Any, key: str, value: Any) -> bool:
-    """Whether a key that transformers does not read is what its configuration has by default."""
+    """Return whether a key that transformers does not read agrees with its configuration."""
     field = _STATED.get(key)
     return field is not None and getattr(config, field, None) == value
 
 
 def _write_tokenizer(file: Path, fields: Mapping[str, Any], directory: Path) -> tuple[str, ...]:
-    """Write the tokenizer that GGUF holds as transformers converts it; gives notes."""
+    """Write the tokenizer of the GGUF file as transformers converts it, and return notes."""
     tokens = fields.get("tokenizer.ggml.tokens")
     if not tokens:
         return ()
@@ -249,13 +245,12 @@ def _write_tokenizer(file: Path, fields: Mapping[str, Any], directory: Path) -> 
         found = tokenizer.convert_ids_to_tokens(list(range(len(tokens))))
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        return (f"the GGUF file's tokenizer does not come along, transformers cannot convert it: {lines[0][:200]}",)
+        return (f"the GGUF file's tokenizer is left out because transformers cannot convert it: {lines[0][:200]}",)
     if list(found) != list(tokens):
         index = next(i for i, (ours, theirs) in enumerate(zip(found, tokens)) if ours != theirs)
         return (
-            f"the GGUF file's tokenizer does not come along: transformers gives id {index} the token "
-            f"{found[index]!r}, the "
-            f"file {tokens[index]!r}",
+            f"the GGUF file's tokenizer is left out because it differs in transformers: id {index} is "
+            f"{found[index]!r} there and {tokens[index]!r} in the file",
         )
     tokenizer.save_pretrained(directory)
     kind = f"{fields.get('tokenizer.ggml.model')}, {fields.get('tokenizer.ggml.pre', 'default')}"

@@ -1,4 +1,4 @@
-"""GGUF's metadata as config.json's fields: every key is carried, known to change nothing, or refused by its name.
+"""GGUF metadata as fields of config.json. Every key is carried, known to have no effect, or rejected by name.
 
 Source: llama.cpp's `gguf-py/gguf/constants.py` and `convert_hf_to_gguf.py`, and GGUF's specification.
 """
@@ -16,7 +16,7 @@ from polyshard.convert.accounting import rotary_frequencies
 from polyshard.core.errors import CheckpointError
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-# Keys after the architecture's name, and the fields that they are.
+# Keys without the architecture's prefix, and the corresponding fields.
 _CARRIED = {
     "context_length": "max_position_embeddings",
     "block_count": "num_hidden_layers",
@@ -32,7 +32,7 @@ _HANDLED = {
     *("rope.dimension_count", "attention.key_length", "attention.value_length", "rope.scaling.type"),
     *("rope.scaling.factor", "rope.scale_linear", "rope.scaling.original_context_length", "rope.scaling.finetuned"),
 }
-# Keys of other models, with the values that change nothing.
+# Keys of other models, with the values at which they have no effect.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),
@@ -49,15 +49,15 @@ _TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padd
 
 
 def config_of(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """config.json's fields of a GGUF file.
+    """Return the fields of config.json for a GGUF file.
 
     Args:
         path: the file, for errors.
         fields: its metadata.
-        tensors: names and shapes of its tensors, which tell about biases and the head.
+        tensors: names and shapes of its tensors, which show whether there are biases and an untied head.
 
     Raises:
-        CheckpointError: a key is unknown, or says what the configuration cannot.
+        CheckpointError: a key is unknown or has a value that the configuration cannot express.
     """
     family = fields["general.architecture"]
     own = {key.removeprefix(f"{family}."): value for key, value in fields.items() if key.startswith(f"{family}.")}
@@ -67,12 +67,11 @@ def config_of(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, tuple
     if unknown or lists:
         raise CheckpointError(
             f"{path} has unsupported metadata: got {', '.join((unknown + lists)[:5])}, expected that of a dense "
-            f"{family}. "
-            "Convert the model's Hugging Face directory instead."
+            f"{family}. Convert the model's Hugging Face directory instead."
         )
     missing = [key for key in _CARRIED if key not in own and key not in ("vocab_size", "rope.freq_base")]
     if missing and missing != ["attention.head_count_kv"]:
-        raise CheckpointError(f"{path} is incomplete: its metadata lacks {family}.{missing[0]}. Copy it again.")
+        raise CheckpointError(f"{path} is incomplete: {family}.{missing[0]} is missing in its metadata. Copy it again.")
     config: dict[str, Any] = {field: own[key] for key, field in _CARRIED.items() if key in own}
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     config.setdefault("rope_theta", 10000.0)  # llama.cpp's default
@@ -97,7 +96,7 @@ def config_of(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, tuple
 
 
 def scaling_of_factors(path: Path, config: Mapping[str, Any], factors: torch.Tensor) -> dict[str, Any] | None:
-    """The rotary scaling of `rope_freqs.weight`, by whose values llama.cpp divides the frequencies.
+    """Return the rotary scaling that `rope_freqs.weight` encodes; llama.cpp divides the frequencies by its values.
 
     Args:
         path: the file, for errors.
@@ -105,7 +104,7 @@ def scaling_of_factors(path: Path, config: Mapping[str, Any], factors: torch.Ten
         factors: the tensor.
 
     Raises:
-        CheckpointError: no llama3 scaling gives these factors.
+        CheckpointError: no llama3 scaling has these factors.
     """
     if bool((factors == 1).all()):
         return None
@@ -125,8 +124,8 @@ def scaling_of_factors(path: Path, config: Mapping[str, Any], factors: torch.Ten
             return scaling
     raise CheckpointError(
         f"{path}: rope_freqs.weight is unsupported: got factors from {float(factors.min()):.4g} to "
-        f"{float(factors.max()):.4g}, "
-        "expected those of a llama3 scaling. Convert the model's Hugging Face directory instead."
+        f"{float(factors.max()):.4g}, expected those of a llama3 scaling. Convert the model's Hugging Face directory "
+        "instead."
     )
 
 
@@ -136,7 +135,7 @@ def _head_dim(path: Path, family: str, own: Mapping[str, Any], config: Mapping[s
     for key in ("attention.value_length", "rope.dimension_count"):
         if own.get(key, size) != size:
             if "attention.key_length" not in own and key == "rope.dimension_count":
-                size = own[key]  # files before key_length was written; a partial embedding shows in the weights' shapes
+                size = own[key]  # a file without key_length; shapes of the weights reveal a partial embedding
                 continue
             raise CheckpointError(
                 f"{path} has unsupported metadata: got {family}.{key}={own[key]}, expected the head size {size}."
@@ -158,6 +157,5 @@ def _scaling(path: Path, family: str, own: Mapping[str, Any]) -> dict[str, Any] 
         return scaling
     raise CheckpointError(
         f"{path} has unsupported metadata: got {family}.rope.scaling.type={kind!r}, expected none, linear or yarn. "
-        "Convert "
-        "the model's Hugging Face directory instead."
+        "Convert the model's Hugging Face directory instead."
     )

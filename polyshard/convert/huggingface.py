@@ -1,4 +1,4 @@
-"""Hugging Face directories: safetensors, or pickles (`.bin`) with the user's leave."""
+"""Hugging Face directories: safetensors, or pickles (`.bin`) if the user allows them."""
 
 from __future__ import annotations
 
@@ -26,32 +26,31 @@ _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.bin$")
 
 
 class HuggingFaceFormat:
-    """`model*.safetensors` and `config.json`; a polyshard training state is one too."""
+    """`model*.safetensors` and `config.json`, which includes polyshard's checkpoints and training states."""
 
     name = "huggingface"
     writes = True
 
     def detect(self, path: Path) -> str | None:
-        """Files by name."""
+        """Detect the format by file names."""
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
         return f"a Hugging Face directory, {len(files)} safetensors files" if files else None
 
     def read(self, path: Path, options: Options) -> Foreign:
-        """Tensors as they are, one at a time."""
+        """Read the tensors unchanged, one at a time."""
         _refuse_adapter(path)
         reader = TensorReader(path)
         notes: list[str] = []
         for file in sorted(set(path.glob("*.safetensors")) - set(reader.where.values())):
             if not file.name.startswith("consolidated"):  # Mistral's: the same weights in its own format
                 raise CheckpointError(
-                    f"{file} is not part of the model: got a file of weights that the index or model.safetensors does "
-                    "not "
-                    "name. Move it out of the directory, or name its tensors in the index."
+                    f"{file} is not part of the model: got a file of weights that is missing from the index. Move "
+                    "it out of the directory, or add its tensors to the index."
                 )
-            notes.append(f"left out {file.name}: weights in another format, which the index does not name")
+            notes.append(f"left out {file.name}: weights in another format, which are not in the index")
         left = [file.name for pattern in ("*.bin", "*.pth", "*.gguf") for file in sorted(path.glob(pattern))]
         if left:
-            notes.append(f"left out {', '.join(left)}: the weights in safetensors are read")
+            notes.append(f"left out {', '.join(left)}: the safetensors files are read instead")
         tensors = {
             name: LazyTensor(reader.shape(name), reader.dtype(name), partial(reader.tensor, name))
             for name in reader.where
@@ -59,11 +58,11 @@ class HuggingFaceFormat:
         return Foreign(tensors=tensors, config=_config(path, options), companions=find(path), notes=tuple(notes))
 
     def write(self, foreign: Foreign, path: Path, options: Options) -> tuple[str, ...]:
-        """Written by `convert` itself, which streams."""
+        """Raise `AssertionError`: `convert` itself writes this format, tensor by tensor."""
         raise AssertionError
 
     def independent(self, path: Path, options: Options) -> Independent:
-        """transformers' own loading."""
+        """Return transformers' own loading."""
         return Independent(by="transformers", directory=path)
 
 
@@ -74,27 +73,26 @@ class HuggingFaceBinFormat:
     writes = False
 
     def detect(self, path: Path) -> str | None:
-        """Files by name."""
+        """Detect the format by file names."""
         files = sorted(path.glob("pytorch_model*.bin")) if path.is_dir() else []
         return f"a Hugging Face directory, {len(files)} pickles" if files else None
 
     def read(self, path: Path, options: Options) -> Foreign:
-        """Tensors, read with `weights_only=True`."""
+        """Read the tensors with `weights_only=True`."""
         _refuse_adapter(path)
         tensors: dict[str, LazyTensor] = {}
         files = self._files(path)
         others = sorted(file.name for file in set(path.glob("pytorch_model*.bin")) - set(files))
         if others:
             raise CheckpointError(
-                f"{path / others[0]} is not part of the model: got a file that the index does not name. Move it out "
-                "of the "
-                "directory, or name its tensors in the index."
+                f"{path / others[0]} is not part of the model: got a file that is missing from the index. Move it out "
+                "of the directory, or add its tensors to the index."
             )
         for file in files:
             content = load_pickle(file, options)
             for name, tensor in content.items():
                 if not isinstance(tensor, torch.Tensor):
-                    raise CheckpointError(f"{file}: {name} is a {type(tensor).__name__}, expected a tensor")
+                    raise CheckpointError(f"{file}: got a {type(tensor).__name__} as {name}, expected a tensor")
                 if name in tensors:
                     raise CheckpointError(f"tensor {name!r} is in two files of {path}")
                 tensors[name] = lazy(tensor)
@@ -102,19 +100,19 @@ class HuggingFaceBinFormat:
         return Foreign(tensors=tensors, config=_config(path, options), companions=path)
 
     def write(self, foreign: Foreign, path: Path, options: Options) -> tuple[str, ...]:
-        """Never."""
-        raise CheckpointError("pickles are not written: write huggingface, which is safetensors")
+        """Raise `CheckpointError`: pickles are read only."""
+        raise CheckpointError("pickles cannot be written. Write huggingface (safetensors) instead.")
 
     def independent(self, path: Path, options: Options) -> Independent:
-        """transformers' own loading."""
+        """Return transformers' own loading."""
         return Independent(by="transformers", directory=path)
 
     def _check_index(self, path: Path, held: set[str]) -> None:
         index = path / BIN_INDEX
         named = set(json.loads(index.read_text())["weight_map"]) if index.is_file() else held
         if named != held:
-            lacking = sorted(named ^ held)
-            raise CheckpointError(f"{index} and its files disagree about {len(lacking)} tensors, such as {lacking[0]}")
+            differing = sorted(named ^ held)
+            raise CheckpointError(f"{index} and its files disagree on {len(differing)} tensors, such as {differing[0]}")
 
     def _files(self, path: Path) -> list[Path]:
         index = path / BIN_INDEX
@@ -135,14 +133,13 @@ class HuggingFaceBinFormat:
         if counts != {len(files)}:
             raise CheckpointError(
                 f"{path} is incomplete: got {len(files)} of {max(counts, default=1)} files pytorch_model*.bin. Copy "
-                "all of "
-                f"them, and {BIN_INDEX}."
+                f"all of them, and {BIN_INDEX}."
             )
         return files
 
 
 def _config(path: Path, options: Options) -> Mapping[str, Any]:
-    """The directory's own, which the user's must not contradict."""
+    """Return the directory's own configuration, which that of the user must not contradict."""
     if options.config is not None:
         return options.need_config("Hugging Face", find(path))
     fields = read_config(path).to_dict()
@@ -154,6 +151,5 @@ def _refuse_adapter(path: Path) -> None:
     if (path / ADAPTER).is_file():
         raise CheckpointError(
             f"{path} holds an adapter: got {ADAPTER}, which transformers applies to the model when it loads it. Merge "
-            "the "
-            "adapter into the model first (peft's merge_and_unload), or move its files out."
+            "the adapter into the model first (peft's merge_and_unload), or move its files out."
         )

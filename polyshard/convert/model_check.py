@@ -1,4 +1,4 @@
-"""A checkpoint's tensors against the model that its configuration describes, before anything is written."""
+"""Checks of a checkpoint's tensors against the model that its configuration describes, before anything is written."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from polyshard.core.errors import CheckpointError
 
 
 def check_model(foreign: Foreign, where: Path, *, given: bool) -> tuple[str, ...]:
-    """Check that the target will hold the model that its configuration describes; gives notes.
+    """Check that the target will hold the model that its configuration describes, and return notes.
 
     Args:
         foreign: the checkpoint.
-        where: it stands, for errors.
-        given: the configuration is the user's, not the checkpoint's own.
+        where: its path, for errors.
+        given: whether the configuration is the user's and not the checkpoint's own.
 
     Raises:
-        CheckpointError: a tensor of the model is missing or has another shape, names carry a wrapper's prefix, or the
-            user's configuration leaves tensors out.
+        CheckpointError: a tensor of the model is missing or has the wrong shape, names have a wrapper's prefix, or the
+            user's configuration does not cover all tensors.
     """
     _refuse_prefix(foreign, where)
     config = foreign.config or {}
@@ -40,8 +40,7 @@ def check_model(foreign: Foreign, where: Path, *, given: bool) -> tuple[str, ...
         if given:
             raise CheckpointError(
                 f"--config cannot be checked against {where}: got model_type={family!r} with {architectures[0]}, "
-                "expected a "
-                f"causal model of {', '.join(FAMILIES)}. Put config.json into the source's directory."
+                f"expected a causal model of {', '.join(FAMILIES)}. Put config.json into the source's directory."
             )
         return ()
     try:
@@ -56,7 +55,7 @@ def check_model(foreign: Foreign, where: Path, *, given: bool) -> tuple[str, ...
         others.discard("lm_head.weight")
         head, embedding = (foreign.tensors[name].load() for name in ("lm_head.weight", "model.embed_tokens.weight"))
         if not torch.equal(head, embedding):
-            notes = ("lm_head.weight is not the embedding, though the configuration says tie_word_embeddings=true",)
+            notes = ("lm_head.weight differs from the embedding, though tie_word_embeddings=true",)
             if given:
                 others.add("lm_head.weight")
     if others and given:
@@ -73,30 +72,30 @@ def _refuse_prefix(foreign: Foreign, where: Path) -> None:
     for prefix in PREFIXES:
         if prefix not in ("", "model.") and foreign.tensors and all(n.startswith(prefix) for n in foreign.tensors):
             raise CheckpointError(
-                f"{where} holds names of a wrapper: got {prefix!r} before every tensor, such as "
-                f"{next(iter(foreign.tensors))}, which no loader expects. Save the inner module's state_dict."
+                f"{where} holds the names of a wrapper: got {prefix!r} before every tensor, such as "
+                f"{next(iter(foreign.tensors))}, which no loader accepts. Save the inner module's state_dict."
             )
 
 
 def with_embedding(foreign: Foreign) -> Foreign:
-    """A tied model of which the head was stored instead of the embedding, under the embedding's name."""
+    """Rename the head of a tied model to the embedding if only the head is stored."""
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     tied = (foreign.config or {}).get("tie_word_embeddings") and (foreign.config or {}).get("model_type") in FAMILIES
     if not tied or embedding in foreign.tensors or head not in foreign.tensors:
         return foreign
     tensors = {embedding if name == head else name: tensor for name, tensor in foreign.tensors.items()}
-    return replace(foreign, tensors=tensors, notes=(*foreign.notes, f"{head} of a tied model became {embedding}"))
+    return replace(foreign, tensors=tensors, notes=(*foreign.notes, f"renamed {head} of a tied model to {embedding}"))
 
 
 def narrowed(foreign: Foreign, where: Path) -> tuple[Foreign, tuple[str, ...]]:
-    """The checkpoint without what a format of a decoder's tensors alone does not need, and notes.
+    """Return the checkpoint without tensors that a format for decoder weights does not need, and notes.
 
     Args:
         foreign: a Llama-like decoder.
-        where: it stands, for errors.
+        where: its path, for errors.
 
     Raises:
-        CheckpointError: a tensor is unexpected, or a table or tied head is not what the configuration says.
+        CheckpointError: a tensor is unexpected, or a frequency table or tied head contradicts the configuration.
     """
     if foreign.config is None:
         return foreign, ()
@@ -107,8 +106,7 @@ def narrowed(foreign: Foreign, where: Path) -> tuple[Foreign, tuple[str, ...]]:
     if tied and not torch.equal(foreign.tensors[tied[0]].load(), foreign.tensors["model.embed_tokens.weight"].load()):
         raise CheckpointError(
             f"{where} holds a head that is not the embedding: got tie_word_embeddings=true, expected false. Correct "
-            "the "
-            "configuration."
+            "the configuration."
         )
     account(where, foreign.tensors, {*expected, *tied}, "Write huggingface instead, which carries every tensor.")
     for name in left:
@@ -118,5 +116,5 @@ def narrowed(foreign: Foreign, where: Path) -> tuple[Foreign, tuple[str, ...]]:
         return foreign, ()
     kept = {name: tensor for name, tensor in foreign.tensors.items() if name in expected}
     return replace(foreign, tensors=kept), (
-        f"left out {len(left)} tensors that follow from the others or from the configuration: {some(left)}",
+        f"left out {len(left)} tensors that derive from the others or from the configuration: {some(left)}",
     )

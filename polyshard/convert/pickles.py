@@ -1,7 +1,7 @@
-"""Pickles of tensors and plain data, read without running what they name.
+"""Safe reading of pickles of tensors and plain data.
 
-Training checkpoints hold more than tensors: random states of numpy and Python, enums, parsed arguments. Such a type is
-never imported. An inert stand-in takes its place, which keeps what the pickle gives it and does nothing.
+Training checkpoints also hold random states of numpy and Python, enums and parsed arguments. Such types are never
+imported: an inert stand-in takes the place of each object and only stores its data.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from polyshard.convert.format import Options
 from polyshard.core.errors import CheckpointError
 
-# Packages whose types a training checkpoint may name. Everything else is refused by its name.
+# Packages whose types a training checkpoint may name. All other types are rejected by name.
 INERT_PACKAGES = (
     *("numpy", "enum", "pathlib", "signal", "types", "random", "datetime", "decimal", "io", "_io", "copyreg"),
     *("torch", "megatron", "deepspeed", "transformer_engine", "apex", "nemo", "omegaconf", "pytorch_lightning"),
@@ -29,12 +29,12 @@ INERT_BUILTINS = ("set", "frozenset", "complex", "slice", "range", "bytearray", 
 
 
 class Inert:
-    """Stands for an object of a type that was not imported."""
+    """A stand-in for an object whose type was not imported."""
 
     name = "?"
 
     def __new__(cls, *arguments: Any) -> Inert:
-        """Keep the arguments; run nothing."""
+        """Store the arguments without running anything."""
         made = super().__new__(cls)
         made.__dict__["arguments"] = arguments
         return made
@@ -56,17 +56,22 @@ class Inert:
 
 
 def load_pickle(path: Path, options: Options) -> Any:
-    """A `torch.save` file of tensors, plain data and inert objects, mapped and not executed.
+    """Load a `torch.save` file of tensors, plain data and inert objects. The file is mapped into memory.
 
     Args:
         path: the file.
         options: must allow pickles.
 
     Returns:
-        Its content; an object of a package in `INERT_PACKAGES` is an `Inert`.
+        The content; an object of a package in `INERT_PACKAGES` is an `Inert`.
 
     Raises:
-        CheckpointError: it is torn, names a type that is not allowed, or pickles are not allowed.
+        CheckpointError: the file is truncated or names a type that is not allowed, or pickles are not allowed.
+
+    Example:
+        >>> torch.save({"a": torch.ones(2)}, "weights.pt")
+        >>> load_pickle(Path("weights.pt"), Options(allow_pickle=True))
+        {'a': tensor([1., 1.])}
     """
     options.need_pickle(path)
     with _no_types_of_others():
@@ -75,7 +80,7 @@ def load_pickle(path: Path, options: Options) -> Any:
 
 @contextmanager
 def _no_types_of_others() -> Iterator[None]:
-    """Take away the types that libraries add to torch's process-wide list on import: stand-ins take their place."""
+    """Clear torch's process-wide list of safe types, to which libraries add on import, and restore it afterwards."""
     added = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
@@ -88,13 +93,13 @@ def _load(path: Path) -> Any:
     try:
         found = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
     except Exception:
-        found = set()  # torn, or written by torch before 1.6: loading tells
+        found = set()  # truncated, or written by torch before 1.6: loading raises the error
     while True:
         refused = sorted(name for name in found if not _may_stand_in(name))
         if refused:
             raise CheckpointError(
                 f"{path} cannot be read as tensors and plain data: it names {', '.join(refused[:5])}, which polyshard "
-                "does not load, because reading it can run code. Save the weights alone, in the program that wrote "
+                "does not load because reading it can run code. Save only the weights, in the program that wrote "
                 "the file: torch.save({'model': torch.load(FILE, weights_only=False)['model']}, FILE), with 'module' "
                 "for 'model' in DeepSpeed's files."
             )
@@ -109,7 +114,7 @@ def _load(path: Path) -> Any:
                 lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
                 raise CheckpointError(
                     f"{path} cannot be read as tensors and plain data: {type(error).__name__}: {lines[0][:300]}. Copy "
-                    "it again if it may be torn; otherwise save the weights alone, in the program that wrote it."
+                    "it again if it may be truncated; otherwise save only the weights, in the program that wrote it."
                 ) from None
             found.add(name)
 

@@ -1,4 +1,4 @@
-"""What `--verify` does: source and target, read by readers that took no part in the conversion, compared."""
+"""Verification of a conversion (`--verify`): source and target are compared through independent readers."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from polyshard.core.errors import CheckpointError
 from polyshard.weights.fingerprint import fingerprint
 from polyshard.weights.lazy_tensor import LazyTensor
 
-TOKENS = 320  # more than a rotary scaling's or a window's first periods in a tiny model
+TOKENS = 320  # longer than the first periods of a rotary scaling or a window in a tiny model
 FLOAT64_LIMIT = 400_000_000  # elements; larger models are compared in float32
-CLOSE = {torch.float64: 2e-5, torch.float32: 2e-3}  # of the largest logit; norms and tables are float32 in transformers
+CLOSE = {torch.float64: 2e-5, torch.float32: 2e-3}  # relative to the largest logit; transformers' norms are float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """The outcome.
+    """The result of a verification.
 
     Attributes:
-        tensors: how many are equal bit for bit.
-        logits: the largest difference of logits; None where they were not compared.
-        compared: what was compared, in words.
-        not_compared: what was not, and why.
+        tensors: number of tensors that are equal bit for bit.
+        logits: the largest difference of logits; None if they were not compared.
+        compared: descriptions of what was compared.
+        not_compared: descriptions of what was not compared, with reasons.
     """
 
     tensors: int
@@ -55,12 +55,12 @@ class Side:
 
 
 def prove(expected: Foreign, source: Side, target: Side, *, rounded: torch.dtype | None) -> Proof:
-    """Compare what was written with what was meant, and with what was there.
+    """Compare the written tensors with the intended ones, and the logits of the target with those of the source.
 
     Args:
-        expected: the tensors that were written.
-        source: what was converted.
-        target: what was written.
+        expected: the tensors that should have been written.
+        source: the source of the conversion.
+        target: the target of the conversion.
         rounded: dtype that the conversion cast to.
 
     Raises:
@@ -70,18 +70,18 @@ def prove(expected: Foreign, source: Side, target: Side, *, rounded: torch.dtype
     tensors = compare(expected, again)
     compared = [f"{tensors} tensors read back, bit for bit"]
     if expected.config is None or not isinstance(expected.config.get("vocab_size"), int):
-        why = ("logits: the configuration does not say the vocabulary's size",)
+        why = ("logits: the configuration does not define vocab_size",)
         return Proof(tensors=tensors, logits=None, compared=tuple(compared), not_compared=why)
     ids = _ids(expected.config)
     float64 = sum(torch.Size(t.shape).numel() for t in expected.tensors.values()) <= FLOAT64_LIMIT
     told: list[str] = []
-    for dtype in (torch.float64, torch.float32)[0 if float64 else 1 :]:  # some models compute in float32 only
+    for dtype in (torch.float64, torch.float32)[0 if float64 else 1 :]:  # some models only support float32
         told = []
         try:
             first = _reading("the source", source, expected, ids, dtype, rounded)
         except NotComparableError as reason:
             told, first = [f"the source's logits by another reader than polyshard's: {reason}"], None
-            if expected.config.get("model_type") not in FAMILIES:  # whose names in transformers may be others
+            if expected.config.get("model_type") not in FAMILIES:  # transformers may use other names for its tensors
                 continue
         try:
             ours = Independent(by="polyshard's own reader", state=_Loading(expected.tensors))
@@ -99,7 +99,7 @@ def prove(expected: Foreign, source: Side, target: Side, *, rounded: torch.dtype
 
 
 class _Loading(Mapping[str, torch.Tensor]):
-    """Lazy tensors as a mapping of tensors."""
+    """A mapping that loads lazy tensors on access."""
 
     def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
         self._tensors = tensors
@@ -116,7 +116,7 @@ class _Loading(Mapping[str, torch.Tensor]):
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Logits `[tokens, vocabulary]`, by whom, and tensors that this reader passes over."""
+    """Logits `[tokens, vocabulary]`, the reader, and the tensors that this reader ignores."""
 
     logits: torch.Tensor
     by: str
@@ -135,11 +135,10 @@ def _difference(first: Reading, second: Reading, close: float) -> float:
     if not ours.isfinite().all():
         raise CheckpointError(
             f"verification failed: the source's logits by {first.by}, with weights in the dtype written, are not "
-            "finite, so "
-            "nothing can be compared. Look for NaN and infinity in them, or convert without --verify."
+            "finite, so nothing can be compared. Look for NaN and infinity in the weights, or omit --verify."
         )
     difference, limit = float((ours - theirs).abs().max()), close * float(ours.abs().max())
-    if not difference <= limit:  # NaN fails
+    if not difference <= limit:  # also fails for NaN
         raise CheckpointError(
             f"verification failed: logits differ by up to {difference:.2e}, expected at most {limit:.2e}: the source "
             f"by {first.by}, the target by {second.by}. Nothing was written."
@@ -148,17 +147,22 @@ def _difference(first: Reading, second: Reading, close: float) -> float:
 
 
 def compare(first: Foreign, second: Foreign) -> int:
-    """How many tensors are equal, bit for bit.
+    """Return the number of tensors, which must be equal bit for bit.
 
     Raises:
-        CheckpointError: some differ, or are on one side only.
+        CheckpointError: tensors differ, or exist on one side only.
+
+    Example:
+        >>> from polyshard.convert.format import lazy
+        >>> compare(Foreign(tensors={"a": lazy(torch.ones(2))}), Foreign(tensors={"a": lazy(torch.ones(2))}))
+        1
     """
     only = sorted(set(first.tensors) ^ set(second.tensors))
     if only:
-        raise CheckpointError(f"verification failed: {len(only)} tensors are on one side alone: {', '.join(only[:5])}")
+        raise CheckpointError(f"verification failed: {len(only)} tensors exist on one side only: {', '.join(only[:5])}")
     for name, tensor in first.tensors.items():
         if fingerprint(tensor.load()) != fingerprint(second.tensors[name].load()):
-            raise CheckpointError(f"verification failed: {name} was written otherwise than it was read")
+            raise CheckpointError(f"verification failed: the written {name} differs from the one that was read")
     return len(first.tensors)
 
 
@@ -170,19 +174,19 @@ def logits_of(
     rounded: torch.dtype | None,
     what: str,
 ) -> Reading:
-    """Logits by the independent reader.
+    """Return the logits computed by an independent reader.
 
     Args:
         independent: see `CheckpointFormat.independent`.
-        config: fields of config.json, for a reader that gives tensors alone.
-        ids: token ids `[1, tokens]`.
-        dtype: to compute in.
-        rounded: dtype that weights are rounded to first.
-        what: source or target, for errors.
+        config: fields of config.json, for a reader that only provides tensors.
+        ids: token IDs `[1, tokens]`.
+        dtype: dtype to compute in.
+        rounded: dtype to which weights are rounded first.
+        what: "the source" or "the target", for errors.
 
     Raises:
-        NotComparableError: transformers is missing or does not know the model.
-        CheckpointError: a tensor is missing, or is not the model's.
+        NotComparableError: transformers is missing or does not support the model.
+        CheckpointError: a tensor is missing or unexpected.
     """
     if independent.logits is not None:
         return Reading(independent.logits(ids, rounded), independent.by)
@@ -193,9 +197,9 @@ def logits_of(
                 for parameter in model.parameters():
                     parameter.data = parameter.data.to(rounded).to(dtype)
             return Reading(model.eval()(ids)[0][0], independent.by, unread)
-    except Exception as error:  # a model that takes other inputs, or another dtype
+    except Exception as error:  # the model takes other inputs, or does not support the dtype
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise NotComparableError(f"{type(model).__name__} does not run on token ids: {lines[0][:200]}") from None
+        raise NotComparableError(f"{type(model).__name__} does not accept token ids: {lines[0][:200]}") from None
 
 
 def _loaded(
@@ -214,7 +218,7 @@ def _loaded(
             dequantizing = _dequantizing(transformers, independent.directory)
             options |= dequantizing
             model, told = _class(transformers, config).from_pretrained(independent.directory, **options)
-            if dequantizing:  # its weights in a plain model, which does not quantize activations
+            if dequantizing:  # move the weights into a plain model, which does not quantize activations
                 state = {n: v for n, v in model.state_dict().items() if not n.endswith(("_scale", "_zero_point"))}
                 model, told = _plain(transformers, config, state, dtype)
         else:
@@ -222,7 +226,7 @@ def _loaded(
             model, told = _plain(transformers, config, independent.state, dtype)
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = f"transformers does not load {what}: {lines[0][:200]}"
+        reason = f"transformers cannot load {what}: {lines[0][:200]}"
         if independent.gguf is None and config.get("model_type") in FAMILIES:
             raise CheckpointError(f"verification failed: {reason}") from None
         raise NotComparableError(reason) from None
@@ -232,14 +236,14 @@ def _loaded(
     unexpected = sorted(n for n in told["unexpected_keys"] if not REDUNDANT.search(n) and not (tied and "lm_head" in n))
     if missing or wrong or (unexpected and independent.directory is None):
         raise CheckpointError(
-            f"verification failed: {what} by {independent.by} is not the configuration's model: missing tensors "
-            f"{some(missing)}; unexpected tensors {some(unexpected)}; of another shape {some(wrong)}."
+            f"verification failed: {what} by {independent.by} does not match the configuration: missing tensors "
+            f"{some(missing)}; unexpected tensors {some(unexpected)}; wrong shape {some(wrong)}."
         )
     return model, tuple(unexpected)
 
 
 def _dequantizing(transformers: Any, directory: Path) -> dict[str, Any]:
-    """Options with which transformers dequantizes a directory, in float32 as the rule is stated."""
+    """Return the options with which transformers dequantizes a directory, in float32 as the formats define it."""
     file = directory / "config.json"
     stated = (config_fields_of(file).get("quantization_config") or {}) if file.is_file() else {}
     makers = {
@@ -252,14 +256,14 @@ def _dequantizing(transformers: Any, directory: Path) -> dict[str, Any]:
 
 
 def _class(transformers: Any, config: Mapping[str, Any]) -> Any:
-    """The class that the configuration names: a classifier is compared as such."""
+    """Return the class that the configuration names, such as that of a classifier."""
     named = (config.get("architectures") or [""])[0]
     found = getattr(transformers, named, None) if isinstance(named, str) else None
     return transformers.AutoModelForCausalLM if found is None else found
 
 
 def _plain(transformers: Any, config: Mapping[str, Any], state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Any:
-    """A model of the configuration with these weights, and what did not fit."""
+    """Return a model of the configuration with these weights, and the names that did not match."""
     known = transformers.AutoConfig.for_model(**_for_transformers(config))
     model = transformers.AutoModelForCausalLM.from_config(known, attn_implementation="eager").to(dtype)
     return model, _load_state(model, state, dtype)
@@ -267,7 +271,7 @@ def _plain(transformers: Any, config: Mapping[str, Any], state: Mapping[str, tor
 
 def _load_state(model: Any, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, Any]:
     wanted = set(model.state_dict())
-    # The wrapper's prefix that fits most names; what does not fit is told as missing or unexpected.
+    # The wrapper prefix that matches most names; other names are reported as missing or unexpected.
     prefix = max(PREFIXES, key=lambda p: len(wanted & {n.removeprefix(p) for n in state if n.startswith(p)}))
     named = {name.removeprefix(prefix): value.to(dtype) for name, value in state.items() if name.startswith(prefix)}
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -278,7 +282,7 @@ def _load_state(model: Any, state: Mapping[str, torch.Tensor], dtype: torch.dtyp
 
 
 def _ids(config: Mapping[str, Any]) -> torch.Tensor:
-    """Tokens to compare logits of: longer than windows where that is affordable, within the model's positions."""
+    """Return token IDs for the logits: longer than the window if that is affordable, within the model's positions."""
     window = config.get("sliding_window")
     wanted = max(TOKENS, window + 16 if isinstance(window, int) and window <= 1024 else 0)
     most = config.get("max_position_embeddings")

@@ -1,4 +1,4 @@
-"""Models by name: how a factory reaches every process of a serving engine."""
+"""The model registry: factories by name, and the way they reach every process of a server."""
 
 from polyshard.registry.models import (
     ENTRY_POINT_GROUP,
@@ -10,7 +10,7 @@ from polyshard.registry.models import (
 )
 from polyshard.registry.names import renamer
 from polyshard.registry.reference import reference_of, resolve
-from polyshard.registry.worker_errors import engine_errors, told_to_parent
+from polyshard.registry.worker_errors import engine_errors, report_to_parent
 
 __all__ = [
     "ENTRY_POINT_GROUP",
@@ -22,6 +22,6 @@ __all__ = [
     "register_model",
     "registered_models",
     "renamer",
+    "report_to_parent",
     "resolve",
-    "told_to_parent",
 ]

@@ -1,6 +1,6 @@
-"""Factories that have no name by which another process could find them: lambdas, closures, bound objects.
+"""Factories without a name by which another process could find them: lambdas, closures, bound objects.
 
-They serve engines of this process alone, which is checked when they are registered, and again in every worker.
+They serve engines in this process only, which is checked at registration and again in every worker.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from polyshard.core.errors import RegistrationError
 from polyshard.core.serving import ModelFactory, describe
 
 _MARK = "<process>"
-_KEPT: dict[str, ModelFactory] = {}  # by reference; an object without a name can be kept nowhere else
+_KEPT: dict[str, ModelFactory] = {}  # by reference; module state, because the objects have no importable name
 
 _WAY_OUT = (
     "set VLLM_ENABLE_V1_MULTIPROCESSING=0 before vLLM is imported (one process, or torchrun with "
@@ -21,15 +21,15 @@ _WAY_OUT = (
 
 
 def keep(name: str, factory: ModelFactory) -> str:
-    """Keep a factory for the engines of this process, and give its reference.
+    """Keep a factory for the engines of this process, and return its reference.
 
     Raises:
-        RegistrationError: engines of this process would start others.
+        RegistrationError: vLLM would run its engine in other processes.
     """
     if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
         raise RegistrationError(
-            f"model {name!r}: {describe(factory)} has no name by which another process could find it, and vLLM would "
-            f"build it in one: {_WAY_OUT}"
+            f"model {name!r}: {describe(factory)} has no name by which another process could find it, but vLLM would "
+            f"build it in another process: {_WAY_OUT}"
         )
     reference = f"{_MARK}:{name}"
     _KEPT[reference] = factory
@@ -37,19 +37,19 @@ def keep(name: str, factory: ModelFactory) -> str:
 
 
 def is_kept(reference: str) -> bool:
-    """Whether it is the reference of an object without a name."""
+    """Return whether the reference is that of a factory kept in one process."""
     return reference.startswith(_MARK)
 
 
 def kept(reference: str) -> Any:
-    """The factory that this process keeps.
+    """Return the factory that this process keeps.
 
     Raises:
-        RegistrationError: another process keeps it.
+        RegistrationError: the factory is kept by another process.
     """
     if reference not in _KEPT:
         name = reference.rpartition(":")[2]
         raise RegistrationError(
-            f"model {name!r} was registered with this_process=True in another process, and this is a worker: {_WAY_OUT}"
+            f"model {name!r} was registered with this_process=True in another process, but this is a worker: {_WAY_OUT}"
         )
     return _KEPT[reference]

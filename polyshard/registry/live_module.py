@@ -1,7 +1,7 @@
-"""A module that exists in this process, made ready for an engine: the same parameters, the engine's attention.
+"""Serving a live module: the engine's copy shares the module's parameters and uses the engine's attention.
 
-The engine gets a copy of the module's structure. Its parameters are other objects over the same memory, without
-gradient; so the trainer goes on with its own module, hooks, optimizer and autograd, and the engine sees its steps.
+The engine gets a copy of the module's structure. Its parameters are separate objects over the same memory, without
+gradients. The trainer keeps its own module, hooks, optimizer and autograd, and the engine sees the updated weights.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from polyshard.core.weight_table import collect_layouts
 from polyshard.layers.token_ids import IdCheck
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_INSTEAD = "register its factory, and bring the trainer's weights to the engine with polyshard.WeightSync"
+_INSTEAD = "register its factory, and send the trainer's weights to the engine with polyshard.WeightSync"
 
 
 @dataclass(frozen=True, slots=True)
 class ExistingModel:
-    """A "factory" that gives a module which is there already."""
+    """A factory that returns a copy of a live module."""
 
     module: nn.Module
 
     def __call__(self, config: Any, parallel_context: ParallelContext) -> nn.Module:
-        """The module for an engine; see `served_copy`."""
+        """Return the module for an engine; see `served_copy`."""
         del config  # the module was built from its own
         return served_copy(self.module, parallel_context)
 
 
 def served_copy(model: nn.Module, context: ParallelContext) -> nn.Module:
-    """A module of the same structure over the same memory, in evaluation mode, with the engine's attention.
+    """Return a module of the same structure over the same memory, in evaluation mode, with the engine's attention.
 
     Args:
-        model: as its factory built it; a training engine's `module`.
-        context: of the engine.
+        model: a model as its factory built it, or the `module` of a training engine.
+        context: the engine's parallel context.
 
     Raises:
-        RegistrationError: its parameters lie elsewhere or are another rank's, its forward is not its class's own, or no
-            attention in it can be taken over; the message names the module.
+        RegistrationError: the parameters are on another device or belong to another rank, a module's forward was
+            replaced, or no attention module can be served; the message names the module.
     """
     _check_parameters(model, context)
     _check_state(model)
@@ -54,8 +54,8 @@ def served_copy(model: nn.Module, context: ParallelContext) -> nn.Module:
     attentions: list[EngineAttention] = [m for m in modules if callable(getattr(m, "serve_in", None))]
     if not attentions:
         raise RegistrationError(
-            f"{type(model).__name__} has no attention that an engine can take over: expected TrainableFlashAttention "
-            "or TrainableMLA (ps.replace_with_trainable_attention puts them into other models)"
+            f"{type(model).__name__} has no attention that an engine can serve: expected TrainableFlashAttention or "
+            "TrainableMLA. Call ps.replace_with_trainable_attention on models of transformers."
         )
     for attention in attentions:
         attention.serve_in(context)
@@ -63,26 +63,26 @@ def served_copy(model: nn.Module, context: ParallelContext) -> nn.Module:
 
 
 def _check_state(model: nn.Module) -> None:
-    """Refuse what would keep no cache in an engine: layers with a state, and attention that was not replaced."""
+    """Reject modules that could not use an engine's cache: layers with a state, and attention that was not replaced."""
     for name, module in model.named_modules():
         refusal = getattr(module, "packed_refusal", None)
         if refusal is not None:
-            raise RegistrationError(f"{refusal}, and an engine packs sequences: serve another model")
+            raise RegistrationError(f"{refusal}, and an engine packs sequences. Serve another model.")
         kept = "Attention" in type(module).__name__ and isinstance(getattr(module, "layer_idx", None), int)
         if kept and not callable(getattr(module, "serve_in", None)):
             raise RegistrationError(
-                f"{name} ({type(module).__name__}) is attention that an engine cannot take over, and would attend "
-                "without a cache: replace all attention modules, or register a factory"
+                f"{name} ({type(module).__name__}) is unsupported attention, which would run without the engine's "
+                "cache. Replace all attention modules, or register a factory."
             )
 
 
 def _copy_module(module: nn.Module, name: str, copied: dict[int, Any]) -> nn.Module:
-    """`copied` holds what was copied before, so that what is shared in the one is shared in the other."""
+    """Copy a module; `copied` maps original IDs to copies, so that shared objects stay shared."""
     if id(module) in copied:
         return copied[id(module)]
     shown = name or type(module).__name__
     if "forward" in vars(module):
-        raise RegistrationError(f"{shown} has a forward of its own (compiled, or wrapped): {_INSTEAD}")
+        raise RegistrationError(f"{shown} has a replaced forward (compiled or wrapped): {_INSTEAD}")
     hooks = (hook for kind in _HOOKS for hook in getattr(module, kind).values())
     if not all(isinstance(hook, IdCheck) for hook in hooks):
         raise RegistrationError(f"{shown} has forward hooks, which an engine would run or lose: {_INSTEAD}")
@@ -110,13 +110,13 @@ def _copy_parameter(parameter: nn.Parameter | None, copied: dict[int, Any]) -> n
         return None
     if id(parameter) not in copied:
         new = nn.Parameter(parameter.detach(), requires_grad=False)
-        vars(new).update(vars(parameter))  # what a library has noted on it
+        vars(new).update(vars(parameter))  # attributes that a library has set on it
         copied[id(parameter)] = new
     return copied[id(parameter)]
 
 
 def _copy_value(value: Any, name: str, copied: dict[int, Any]) -> Any:
-    """Containers anew, modules in them copied, all else as it is."""
+    """Copy containers, and modules in them; return other values unchanged."""
     if isinstance(value, nn.Parameter):
         return _copy_parameter(value, copied)
     if isinstance(value, nn.Module):
@@ -135,15 +135,15 @@ def _check_parameters(model: nn.Module, context: ParallelContext) -> None:
         parameter, expected = parameters[name], entry.layout.local_shape(rank, size)
         if type(parameter) is not nn.Parameter or hasattr(parameter, "ds_id") or tuple(parameter.shape) != expected:
             raise RegistrationError(
-                f"{name} is a {type(parameter).__name__} {list(parameter.shape)}, and the engine's rank {rank} of "
-                f"{size} holds a Parameter {list(expected)} of it: an engine can use the memory of an unsharded "
-                f"trainer of its own tensor-parallel size alone. Else {_INSTEAD}"
+                f"{name} is incompatible: got a {type(parameter).__name__} {list(parameter.shape)}, expected a "
+                f"Parameter {list(expected)} on rank {rank} of {size}. An engine can only share the memory of an "
+                f"unsharded trainer with its own tensor-parallel size. Otherwise {_INSTEAD}"
             )
         if parameter.device.type != context.device.type:
-            raise RegistrationError(f"{name} lies on {parameter.device}, the engine computes on {context.device}")
+            raise RegistrationError(f"{name} is on {parameter.device}, but the engine runs on {context.device}")
         if parameter.dtype != default:
             raise RegistrationError(
-                f"{name} is {str(parameter.dtype).removeprefix('torch.')}, the engine's weights are "
-                f"{str(default).removeprefix('torch.')}: start it with dtype="
+                f"{name} has the wrong dtype: got {str(parameter.dtype).removeprefix('torch.')}, expected "
+                f"{str(default).removeprefix('torch.')}. Start the engine with dtype="
                 f"{str(parameter.dtype).removeprefix('torch.')!r}, or {_INSTEAD}"
             )

@@ -1,4 +1,4 @@
-"""The registered models: an environment variable, which child processes inherit, and an entry-point group."""
+"""The registered models, stored in an environment variable that child processes inherit and in entry points."""
 
 from __future__ import annotations
 
@@ -40,40 +40,45 @@ def register_model(
     exact: bool = False,
     exact_shards: int | None = None,
 ) -> RegisteredModel:
-    """Make a model known to serving engines of this process and of all processes that it starts.
+    """Make a model available to serving engines of this process and of all its child processes.
 
-    Registering the same factory again does nothing; another one under the same name replaces it. Needs no serving
-    engine to be installed.
+    The call is idempotent; another factory under the same name replaces the first. No server has to be installed.
 
     Args:
-        name: the architecture: what stands in a config.json's `architectures`. The name of a model that the engine
-            ships takes its place.
+        name: the architecture, as in `architectures` of config.json. It takes precedence over a model of the same name
+            that the engine ships.
         factory: `(config, parallel_context) -> torch.nn.Module`: a function or class at the top level of an importable
             module or of the script, `module:attribute` or `file.py:attribute`, or a `functools.partial` of one with
-            keyword arguments of plain JSON. Or a module that is there already: engines of this process that are started
-            with `load_format="polyshard"` use its layers and its parameters' own memory, and no checkpoint.
-        adapter: whose layers serve it: `"vllm"` for the engine's own, or another adapter's on the engine's groups.
-        inputs: `"packed"`: forward takes token ids and positions `[tokens]`; `"batched"`: `[1, tokens]`, for a model
-            that knows nothing of packing. Attention is the engine's in both.
-        outputs: `"hidden"`: forward gives hidden states, and compute_logits makes logits of some; `"logits"`: forward
-            gives logits of all tokens, which costs more.
-        names: of weights in a checkpoint, made the model's own: `{regular expression: replacement}`, each applied in
-            turn, or a function of a name.
-        config_type: a dataclass: the factory is given one, filled from the config.json's fields.
-        model_type: what stands in a config.json's `model_type`, where transformers does not know it. A config saved
-            without one needs nothing.
-        this_process: the factory may be a lambda, a closure or a bound object, and serves engines of this process.
-        exact: serve in exact mode: log-probabilities are, bit for bit, those of a trainer with
-            `initialize(..., exact=True)`. Whose layers hold the weights makes no difference to it.
-        exact_shards: from how many partial products a row-parallel layer is summed: a multiple of the tensor-parallel
-            sizes of trainer and engine, the same on both; default the engine's size.
+            keyword arguments of plain JSON. Or a live module: engines of this process that are started with
+            `load_format="polyshard"` use its layers and its parameters' memory, and no checkpoint.
+        adapter: adapter whose layers serve the model: `"vllm"` for the engine's own layers, or another adapter, which
+            uses the engine's process groups.
+        inputs: `"packed"` if forward takes token IDs and positions as `[tokens]`; `"batched"` for `[1, tokens]`, for a
+            model that does not support packing. Attention is the engine's in both cases.
+        outputs: `"hidden"` if forward returns hidden states, from which compute_logits computes logits of selected
+            tokens; `"logits"` if forward returns logits of all tokens, which is more expensive.
+        names: conversion of checkpoint names to the model's own: `{regular expression: replacement}`, applied in order,
+            or a function of a name.
+        config_type: a dataclass that is filled from the fields of config.json and passed to the factory.
+        model_type: `model_type` of config.json, if transformers does not know it. Not needed for a config saved without
+            a model_type.
+        this_process: allow a lambda, a closure or a bound object as the factory, for engines of this process.
+        exact: serve in exact mode: log-probabilities equal, bit for bit, those of a trainer with
+            `initialize(..., exact=True)`, whichever adapter's layers hold the weights.
+        exact_shards: number of partial products that a row-parallel layer is summed from: a multiple of the
+            tensor-parallel sizes of trainer and engine, equal on both; the engine's size by default.
 
     Raises:
-        RegistrationError: the name or the factory will not do, or workers could not find it.
-        AdapterError: no such adapter.
+        RegistrationError: the name or the factory is invalid, or workers could not find the factory.
+        AdapterError: there is no such adapter.
+
+    Example:
+        >>> model = register_model("TinyModel", "polyshard.proof.small_model:build_model")
+        >>> model.reference, model.adapter
+        ('polyshard.proof.small_model:build_model', 'vllm')
     """
     if not isinstance(name, str) or not name.isidentifier():
-        raise RegistrationError(f"a model's name has to be an identifier, as in 'MyDecoder', got {name!r}")
+        raise RegistrationError(f"the model's name is invalid: got {name!r}, expected an identifier like 'MyDecoder'")
     if adapter not in adapter_names():
         raise AdapterError(f"unknown adapter {adapter!r}; available: {', '.join(adapter_names())}")
     _check_choices(inputs, outputs)
@@ -81,7 +86,7 @@ def register_model(
     arguments: dict[str, Any] = {}
     if isinstance(factory, nn.Module):
         if adapter != "vllm":
-            raise RegistrationError(f"model {name!r} is a module with layers of its own: leave out adapter={adapter!r}")
+            raise RegistrationError(f"model {name!r} is a module with its own layers: remove adapter={adapter!r}")
         factory, adapter, this_process = ExistingModel(factory), "torch", True
     if isinstance(factory, str):
         reference = _absolute(factory)
@@ -117,10 +122,10 @@ def register_model(
 
 
 def factory_of(model: RegisteredModel) -> ModelFactory:
-    """What builds a registered model, with its further arguments.
+    """Return the factory of a registered model, with its extra arguments bound.
 
     Raises:
-        RegistrationError: it cannot be found in this process.
+        RegistrationError: the factory cannot be found in this process.
     """
     found = kept(model.reference) if is_kept(model.reference) else resolve(model.reference)
     build = functools.partial(found, **model.arguments) if model.arguments else found
@@ -131,10 +136,15 @@ def factory_of(model: RegisteredModel) -> ModelFactory:
 
 
 def registered_models() -> dict[str, RegisteredModel]:
-    """All registered models by name; the environment's take precedence over installed packages'.
+    """Return all registered models by name. The environment variable takes precedence over installed packages.
 
     Raises:
         RegistrationError: the environment variable is malformed.
+
+    Example:
+        >>> _ = ps.register_model("TinyModel", "polyshard.proof.small_model:build_model")
+        >>> "TinyModel" in registered_models()
+        True
     """
     found = {
         point.name: RegisteredModel(name=point.name, reference=point.value)
@@ -152,29 +162,29 @@ def _from_environment() -> dict[str, RegisteredModel]:
     try:
         entries = json.loads(text)
     except ValueError as error:
-        raise RegistrationError(f"{ENVIRONMENT_VARIABLE} is no valid JSON ({error}); {expected}") from None
+        raise RegistrationError(f"{ENVIRONMENT_VARIABLE} is not valid JSON ({error}); {expected}") from None
     if not isinstance(entries, dict):
-        raise RegistrationError(f"{ENVIRONMENT_VARIABLE} holds a {type(entries).__name__}; {expected}")
+        raise RegistrationError(f"{ENVIRONMENT_VARIABLE} is invalid: got a {type(entries).__name__}; {expected}")
     return {name: model_from_entry(name, entry, f"{ENVIRONMENT_VARIABLE}: {name!r}") for name, entry in entries.items()}
 
 
 def model_from_entry(name: str, entry: Any, where: str) -> RegisteredModel:
-    """A registered model from JSON: the reference of its factory, or an object with that and its options.
+    """Return a registered model from its JSON form: the factory's reference, or an object with reference and options.
 
     Args:
         name: the architecture.
-        entry: as `polyshard.core.serving.as_entry` gives it.
-        where: it was read, for messages.
+        entry: as returned by `polyshard.core.serving.as_entry`.
+        where: the origin of the entry, for messages.
 
     Raises:
-        RegistrationError: it is malformed.
+        RegistrationError: the entry is malformed.
     """
     fields = {"factory": entry} if isinstance(entry, str) else entry
     known = isinstance(fields, dict) and not set(fields) - {"factory", *OPTIONS}
     if not known or not isinstance(fields.get("factory"), str):
         raise RegistrationError(
-            f'{where} is {entry!r}; expected "module:factory", or {{"factory": "module:factory"}} with any of '
-            f"{', '.join(OPTIONS)}"
+            f'{where} is invalid: got {entry!r}, expected "module:factory", or {{"factory": "module:factory"}} with '
+            f"any of {', '.join(OPTIONS)}"
         )
     options: dict[str, Any] = {option: fields[option] for option in OPTIONS if option in fields}
     model = RegisteredModel(name=name, reference=fields["factory"], **options)
@@ -184,25 +194,25 @@ def model_from_entry(name: str, entry: Any, where: str) -> RegisteredModel:
     except RegistrationError as error:
         raise RegistrationError(f"{where}: {error}") from None
     if not isinstance(model.arguments, dict) or not isinstance(model.names, (dict, str)):
-        raise RegistrationError(f"{where}: arguments is an object, names one or a string")
+        raise RegistrationError(f"{where}: expected arguments to be an object, and names to be an object or a string")
     return model
 
 
 def _check_choices(inputs: str, outputs: str) -> None:
     for option, value, known in (("inputs", inputs, get_args(Inputs)), ("outputs", outputs, get_args(Outputs))):
         if value not in known:
-            raise RegistrationError(f"{option} must be one of {', '.join(map(repr, known))}, got {value!r}")
+            raise RegistrationError(f"{option} is invalid: got {value!r}, expected {' or '.join(map(repr, known))}")
 
 
 def _check_exact(exact: Any, shards: Any) -> None:
     if not isinstance(exact, bool):
-        raise RegistrationError(f"exact must be true or false, got {exact!r}")
+        raise RegistrationError(f"exact is invalid: got {exact!r}, expected true or false")
     if shards is None:
         return
     if not exact:
-        raise RegistrationError(f"exact_shards={shards!r} belongs to exact mode: add exact=True")
+        raise RegistrationError(f"exact_shards={shards!r} requires exact mode. Add exact=True.")
     if not isinstance(shards, int) or isinstance(shards, bool) or shards < 1:
-        raise RegistrationError(f"exact_shards must be a positive integer, got {shards!r}")
+        raise RegistrationError(f"exact_shards is invalid: got {shards!r}, expected a positive integer")
 
 
 def _dataclass_reference(name: str, config_type: type | str | None) -> str | None:
@@ -211,12 +221,12 @@ def _dataclass_reference(name: str, config_type: type | str | None) -> str | Non
     reference = _absolute(config_type) if isinstance(config_type, str) else reference_of(config_type)
     found = resolve(reference)
     if not (isinstance(found, type) and is_dataclass(found)):
-        raise RegistrationError(f"model {name!r}: config_type has to be a dataclass, got {found!r}")
+        raise RegistrationError(f"model {name!r}: config_type is invalid: got {found!r}, expected a dataclass")
     return reference
 
 
 def _taken_apart(name: str, factory: Any) -> tuple[Any, dict[str, Any]]:
-    """A partial's function and arguments; anything else as it is."""
+    """Split a partial into its function and keyword arguments; return other factories unchanged."""
     if not isinstance(factory, functools.partial):
         return factory, {}
     inner, arguments = _taken_apart(name, factory.func)
@@ -227,13 +237,13 @@ def _taken_apart(name: str, factory: Any) -> tuple[Any, dict[str, Any]]:
         travelled = None
     if factory.args or travelled != arguments:
         raise RegistrationError(
-            f"model {name!r}: a partial reaches a worker with keyword arguments of plain JSON alone, got "
-            f"{factory.args} and {arguments}; put the rest into the config, or into a function of a module"
+            f"model {name!r}: a partial can only be sent to a worker with keyword arguments of plain JSON, got "
+            f"{factory.args} and {arguments}. Put the rest into the config, or into a function of a module."
         )
     return inner, arguments
 
 
 def _absolute(reference: str) -> str:
-    """A file's reference with its full path: workers may run elsewhere."""
+    """Return a reference with an absolute file path, because workers may run in another directory."""
     module, _, attribute = reference.rpartition(":")
     return f"{Path(module).resolve()}:{attribute}" if module.endswith(".py") else reference

@@ -1,4 +1,4 @@
-"""A user's own names of weights: from those of a checkpoint to those of the model's layers."""
+"""Conversion of checkpoint names to the names of the model's own parameters."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ NameMap = Mapping[str, str] | Callable[[str], str] | str
 
 
 def check_names(names: NameMap) -> dict[str, str] | str:
-    """A map as it travels to workers: regular expressions, or the reference of a function.
+    """Return a name map in the form that is sent to workers: regular expressions, or the reference of a function.
 
     Raises:
-        RegistrationError: an expression is malformed, or no worker could find the function.
+        RegistrationError: an expression is malformed, or workers could not find the function.
     """
     if isinstance(names, Mapping):
         renamer(names)
@@ -27,18 +27,22 @@ def check_names(names: NameMap) -> dict[str, str] | str:
 
 
 def renamer(names: Mapping[str, str] | str) -> Callable[[str], str]:
-    """The function from a stored name to the model's.
+    """Return the function from a checkpoint name to the model's own.
 
     Args:
-        names: `{regular expression: replacement}`, each applied in turn by `re.sub`, or `module:function`.
+        names: `{regular expression: replacement}`, applied in order by `re.sub`, or `module:function`.
 
     Raises:
-        RegistrationError: it is neither.
+        RegistrationError: the value is neither.
+
+    Example:
+        >>> renamer({"^transformer": "model"})("transformer.norm.weight")
+        'model.norm.weight'
     """
     if isinstance(names, str):
         function: Any = resolve(names)
         if not callable(function):
-            raise RegistrationError(f"names: {names} is a {type(function).__name__}, expected a function of a name")
+            raise RegistrationError(f"names is invalid: {names} is a {type(function).__name__}, expected a function")
         return function
     rules = []
     for pattern, replacement in names.items():
@@ -47,7 +51,7 @@ def renamer(names: Mapping[str, str] | str) -> Callable[[str], str]:
             re.sub(pattern, replacement, "")
         except (re.error, IndexError, TypeError) as error:
             raise RegistrationError(
-                f"names: {pattern!r} -> {replacement!r} is no regular expression with its replacement: {error}"
+                f"names is invalid: {pattern!r} -> {replacement!r} is not a regular expression and replacement: {error}"
             ) from None
 
     def rename(name: str) -> str:

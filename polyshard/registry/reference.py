@@ -1,4 +1,4 @@
-"""Factories as text, `module:attribute` or `path/to/file.py:attribute`, so that another process finds them."""
+"""References to factories, `module:attribute` or `path/to/file.py:attribute`, by which another process finds them."""
 
 from __future__ import annotations
 
@@ -14,39 +14,47 @@ from polyshard.core.errors import RegistrationError
 
 
 def resolve(reference: str) -> Any:
-    """The object that a reference names.
+    """Return the object that a reference names.
 
     Raises:
-        RegistrationError: it cannot be imported or found; the cause is chained.
+        RegistrationError: the object cannot be imported or found; the cause is chained.
+
+    Example:
+        >>> resolve("math:sqrt")(9)
+        3.0
     """
     module_name, _, attribute = reference.rpartition(":")
     if not module_name or not attribute:
-        raise RegistrationError(f"{reference!r} is no reference: expected 'module:attribute' or 'file.py:attribute'")
+        raise RegistrationError(f"{reference!r} is invalid: expected 'module:attribute' or 'file.py:attribute'")
     try:
         found: Any = _load_file(Path(module_name)) if module_name.endswith(".py") else _load_module(module_name)
     except Exception as error:
         raise RegistrationError(
             f"{reference!r}: importing {module_name!r} raised {type(error).__name__}: {error}. "
-            "The module has to be importable in every process of the engine (installed, or on PYTHONPATH)"
+            "Make the module importable in every process of the engine (installed, or on PYTHONPATH)."
         ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise RegistrationError(f"{reference!r}: {module_name!r} has no {attribute!r}")
+            raise RegistrationError(f"{reference!r} does not exist: {module_name!r} has no {attribute!r}")
         found = getattr(found, part)
     return found
 
 
 def reference_of(factory: Any) -> str:
-    """The reference under which another process finds `factory`.
+    """Return the reference by which another process finds `factory`.
 
     Raises:
-        RegistrationError: it has none (a lambda, a closure, an object made at run time).
+        RegistrationError: there is none (a lambda, a closure, an object created at run time).
+
+    Example:
+        >>> reference_of(resolve)
+        'polyshard.registry.reference:resolve'
     """
     module_name = getattr(factory, "__module__", None)
     qualname = getattr(factory, "__qualname__", None)
     way_out = (
-        "A serving engine's workers are fresh processes: define the factory at the top level of an importable "
-        "module, or pass 'module:attribute'"
+        "Workers of a serving engine are new processes. Define the factory at the top level of an importable module, "
+        "or pass 'module:attribute'."
     )
     if not module_name or not qualname:
         raise RegistrationError(f"{factory!r} has no module and name by which a worker could find it. {way_out}")
@@ -59,13 +67,13 @@ def reference_of(factory: Any) -> str:
             module_name = spec.name.removesuffix(".__main__") if spec.name != "__main__" else module_name
         elif not getattr(module, "__file__", None):
             raise RegistrationError(
-                f"__main__:{qualname} was typed at a prompt, where workers cannot import it. {way_out}"
+                f"__main__:{qualname} was defined at a prompt, where workers cannot import it. {way_out}"
             )
     found: Any = module
     for part in qualname.split("."):
         found = getattr(found, part, None)
     if found is not factory:
-        raise RegistrationError(f"{module_name}:{qualname} names another object than the one given. {way_out}")
+        raise RegistrationError(f"{module_name}:{qualname} names a different object from the one given. {way_out}")
     return f"{module_name}:{qualname}"
 
 

@@ -1,7 +1,7 @@
-"""Errors of an engine's processes, told to the one that started it.
+"""Forwarding of errors from a server's worker processes to the process that started the server.
 
-A serving engine that runs in processes of its own reports a failed start as "initialization failed, see above": the
-reason stands in a worker's log alone. Here each worker leaves its reason in a file, and the parent raises it.
+A vLLM engine that runs in child processes reports a failed start as "initialization failed, see above", and only the
+worker's log shows the reason. Each worker writes its error to a file, and the parent process raises it.
 """
 
 from __future__ import annotations
@@ -31,21 +31,25 @@ _DIRECTORY = FAILURES.name  # inherited by workers
 
 @contextlib.contextmanager
 def engine_errors() -> Iterator[None]:
-    """Raise what went wrong in a worker of a serving engine, in place of the engine's own "see above".
+    """Raise the error of a vLLM engine's worker process in place of the engine's own "see above".
 
-    Use it around what starts the engine: `with polyshard.engine_errors(): llm = LLM(...)`.
+    Use it around the code that starts the engine: `with polyshard.engine_errors(): llm = LLM(...)`.
 
     Raises:
-        PolyshardError: of the class that the first failing worker raised (`RegistrationError` for an error that is
-            not polyshard's), with its rank, message and traceback; the engine's own exception is its cause. An
-            exception that no worker explained passes through as it is.
+        PolyshardError: the class that the first failing worker raised (`RegistrationError` for an error that is not
+            polyshard's), with the worker's rank, message and traceback. The engine's own exception is its cause. An
+            exception without a worker's report is re-raised unchanged.
+
+    Example:
+        >>> with engine_errors():
+        ...     pass  # llm = vllm.LLM(...)
     """
     before = os.environ.get(_DIRECTORY)
     with tempfile.TemporaryDirectory(prefix="polyshard-failures-") as directory:
         os.environ[_DIRECTORY] = directory
         try:
             yield
-        except PolyshardError:  # an engine in this very process
+        except PolyshardError:  # the engine runs in this process
             raise
         except Exception as error:
             reports = sorted(Path(directory).glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
@@ -60,8 +64,8 @@ def engine_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_to_parent(rank: int) -> Iterator[None]:
-    """In a worker: leave the reason of an exception where `engine_errors` looks for it."""
+def report_to_parent(rank: int) -> Iterator[None]:
+    """Write this worker's exception to the file that `engine_errors` reads."""
     try:
         yield
     except Exception as error:
@@ -73,7 +77,7 @@ def told_to_parent(rank: int) -> Iterator[None]:
                 "message": str(error),
                 "traceback": "".join(traceback.format_exception(error)),
             }
-            with contextlib.suppress(OSError):  # the parent may be gone; the error itself goes on
+            with contextlib.suppress(OSError):  # the parent may be gone; the error itself is re-raised
                 part = Path(directory) / f"{rank}.part"
                 part.write_text(json.dumps(report))
                 part.rename(part.with_suffix(".json"))

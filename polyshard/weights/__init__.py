@@ -1,1 +1,1 @@
-"""How parameters move between shards, buffers and files, and how they are fingerprinted."""
+"""Movement of parameters between shards, buffers and files, and their fingerprints."""

@@ -1,4 +1,4 @@
-"""From a rank's shard to the full tensor."""
+"""Gathering of shards into a full tensor."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from polyshard.core.weight_layout import WeightLayout
 
 
 def gather_shards(shard: torch.Tensor, layout: WeightLayout, tensor_axis: ParallelAxis) -> torch.Tensor:
-    """The full tensor of which each rank of the axis holds a shard; on every rank.
+    """Return, on every rank, the full tensor of which each rank of the axis holds a shard.
 
-    A collective where the layout is sharded and the axis has several ranks.
+    This is a collective if the layout is sharded and the axis has more than one rank.
+
+    Example:
+        >>> from polyshard.core.context import ParallelAxis
+        >>> layout = ps.WeightLayout(shape=(4, 2), dim=0)
+        >>> gather_shards(torch.ones(4, 2), layout, ParallelAxis(name="tensor")).shape
+        torch.Size([4, 2])
     """
     if layout.dim is None or tensor_axis.size == 1:
         return layout.assemble([shard])

@@ -1,4 +1,4 @@
-"""A tensor of a file that is read when it is needed."""
+"""Tensors that are read from a file on demand."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
-    """A tensor that is read when it is wanted.
+    """A tensor that is read on demand.
 
     Attributes:
-        load: reads it.
-        read_region: reads a rectangle of it, by offsets and sizes, where that is less than `load`.
+        load: reads the full tensor.
+        read_region: reads a rectangle by offsets and sizes, if that is cheaper than `load`.
     """
 
     shape: tuple[int, ...]
@@ -26,7 +26,8 @@ class LazyTensor:
         """Read a rectangle.
 
         Example:
-            >>> lazy(torch.arange(6).view(2, 3)).part((0, 1), (2, 1))
+            >>> values = torch.arange(6).view(2, 3)
+            >>> LazyTensor((2, 3), torch.int64, lambda: values).part((0, 1), (2, 1))
             tensor([[1],
                     [4]])
         """

@@ -1,4 +1,4 @@
-"""Values from the shards of one side to the whole tensors of a buffer, and from there into the shards of another."""
+"""Copies from shards into buffers of full tensors, and from these into the shards of another model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from polyshard.weights.regions import Region, regions
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """A rectangle that was written, with the fingerprint of what then stood there.
+    """A rectangle that was written into a shard, with the fingerprint of the result.
 
     Attributes:
-        name: of the stored tensor.
-        offsets: in it.
-        sizes: of the rectangle.
+        name: name of the stored tensor.
+        offsets: offsets of the rectangle in the stored tensor.
+        sizes: sizes of the rectangle.
         first: whether this rank is the first of those that hold it.
         print: the fingerprint.
     """
@@ -36,27 +36,27 @@ class Moved:
 
 
 def module_pieces(module: nn.Module, context: ParallelContext) -> Iterator[Piece]:
-    """A model's parameters as pieces; its replicas hold them alike."""
+    """Yield the parameters of a model as pieces, which are identical on all replicas."""
     axis = replica_axis(context)
     for name, parameter in module.named_parameters():
         yield held_alike(name, WEIGHT, parameter.detach().contiguous(), axis)
 
 
 def shared_run(piece: Piece, shape: Sequence[int]) -> tuple[int, int]:
-    """The part of a piece that this rank writes where several hold it alike: whole rows, in turn."""
+    """Return the run of a piece that this rank writes; replicas of a piece share the work by whole rows."""
     start, stop = piece.start, piece.start + len(piece.values)
     row = math.prod(shape[1:])
     rows = len(piece.values) // row if row else 0
     if piece.holders == 1:
         return start, stop
     if rows * row != len(piece.values) or rows < piece.holders or piece.values.nbytes < 1 << 16:
-        return (start, stop) if piece.holder == 0 else (start, start)  # not worth cutting
+        return (start, stop) if piece.holder == 0 else (start, start)  # too small to split
     first, last = (rows * i // piece.holders for i in (piece.holder, piece.holder + 1))
     return start + first * row, start + last * row
 
 
 def rectangle(tensor: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
-    """A view of a part of a tensor."""
+    """Return a view of a rectangle of a tensor."""
     return tensor[tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes))]
 
 
@@ -67,17 +67,17 @@ def put_pieces(
     tensor_size: int,
     buffers: Mapping[str, torch.Tensor],
 ) -> dict[str, int]:
-    """Write what this rank holds of each buffered tensor into it, converting the dtype.
+    """Copy this rank's part of each buffered tensor into its buffer, converting the dtype.
 
     Args:
-        pieces: with the run of each that this rank is to write (first element, one past the last).
-        table: of the model.
+        pieces: each with the run that this rank writes (first element, one past the last).
+        table: the model's weight table.
         tensor_rank: position along the tensor axis.
-        tensor_size: of the tensor axis.
-        buffers: whole tensors by stored name; others are passed over.
+        tensor_size: size of the tensor axis.
+        buffers: full tensors, by checkpoint name; tensors without a buffer are skipped.
 
     Returns:
-        For each tensor the fingerprint of this rank's part as it stands in the buffer.
+        For each tensor, the fingerprint of this rank's part as stored in the buffer.
     """
     prints: dict[str, list[int]] = {}
     for piece, start, stop in pieces:
@@ -96,5 +96,5 @@ def take_region(region: Region, shard: torch.Tensor, values: torch.Tensor) -> Mo
     """Write one rectangle into a flattened shard."""
     target = region.view(shard)
     target.copy_(values)
-    stands = target if target.dtype == values.dtype else target.to(values.dtype)  # a server may keep a bias wider
+    stands = target if target.dtype == values.dtype else target.to(values.dtype)  # a server may keep a bias in fp32
     return Moved(region.name, region.offsets, region.sizes, region.first, fingerprint(stands, region.offsets))

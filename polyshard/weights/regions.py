@@ -1,8 +1,8 @@
-"""Which rectangles of stored tensors a run of a rank's shard consists of.
+"""The rectangles of stored tensors that make up a run of a rank's shard.
 
-Data-parallel libraries cut a tensor-parallel shard further: FSDP2 by rows, ZeRO as a run of the flattened shard. Any of
-these is a run of consecutive elements; with the `WeightLayout` it becomes rectangles of the tensors that a checkpoint
-holds, so that each rank reads and writes its own elements and no others, at any sizes.
+Data-parallel libraries cut a tensor-parallel shard further: FSDP2 by rows, ZeRO into runs of the flattened shard. Each
+part is a run of consecutive elements. The `WeightLayout` maps it to rectangles of the tensors in a checkpoint, so each
+rank reads and writes only its own elements, at any parallel sizes.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from polyshard.core.weight_table import WeightEntry, stored_shape
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Region:
-    """A rectangle of a stored tensor, and where its elements lie in a rank's shard.
+    """A rectangle of a stored tensor, and the position of its elements in a rank's shard.
 
     Attributes:
-        name: the stored tensor's.
-        shape: the stored tensor's, whole.
-        offsets: of the rectangle in the stored tensor.
-        sizes: of the rectangle.
+        name: name of the stored tensor.
+        shape: full shape of the stored tensor.
+        offsets: offsets of the rectangle in the stored tensor.
+        sizes: sizes of the rectangle.
         run: start, in the flattened shard, of the box that contains the rectangle.
-        box: that box's shape; its elements are consecutive.
+        box: shape of that box; its elements are consecutive.
         inner: offsets of the rectangle in the box.
-        first: whether this rank is the first of those that hold these elements alike (shared KV heads, whole weights).
+        first: whether this rank is the first of those that hold these elements (shared KV heads, replicated weights).
     """
 
     name: str
@@ -46,7 +46,7 @@ class Region:
         return math.prod(self.sizes)
 
     def view(self, values: torch.Tensor, start: int = 0) -> torch.Tensor:
-        """The rectangle inside `values`, the flattened shard's elements from `start` on; a view of them."""
+        """Return a view of the rectangle in `values`, the elements of the flattened shard from `start` on."""
         begin = self.run - start
         result = values[begin : begin + math.prod(self.box)].view(self.box)
         for dim, (offset, size) in enumerate(zip(self.inner, self.sizes)):
@@ -56,14 +56,19 @@ class Region:
 
 
 def regions(entry: WeightEntry, rank: int, size: int, start: int = 0, stop: int | None = None) -> list[Region]:
-    """The rectangles that elements `start` to `stop` of a rank's flattened shard cover; padding is left out.
+    """Return the rectangles that elements `start` to `stop` of a rank's flattened shard cover, without padding.
 
     Args:
-        entry: of the parameter.
+        entry: entry of the parameter in the weight table.
         rank: position along the tensor axis.
-        size: of the tensor axis.
+        size: size of the tensor axis.
         start: first element.
-        stop: one past the last; default the shard's end.
+        stop: one past the last element; the end of the shard by default.
+
+    Example:
+        >>> table = ps.collect_layouts(torch.nn.Linear(2, 3, bias=False))
+        >>> [(region.offsets, region.sizes) for region in regions(table["weight"], 0, 1, start=1, stop=4)]
+        [((0, 1), (1, 1)), ((1, 0), (1, 2))]
     """
     shape = entry.layout.local_shape(rank, size)
     stop = math.prod(shape) if stop is None else stop
@@ -75,7 +80,7 @@ def regions(entry: WeightEntry, rank: int, size: int, start: int = 0, stop: int 
 
 
 def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
-    """Boxes of consecutive elements that make up a run: first element, offsets and sizes."""
+    """Yield the boxes of consecutive elements that make up a run, as first element, offsets and sizes."""
     if start >= stop:
         return
     if not shape:
@@ -89,7 +94,7 @@ def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int,
         return
     row = math.prod(shape[1:])
     first, last = -(-start // row), stop // row  # whole rows
-    if first > last:  # inside one row
+    if first > last:  # the run is inside one row
         yield from _in_row(shape, start // row, row, start, stop)
         return
     yield from _in_row(shape, first - 1, row, start, first * row)
@@ -122,12 +127,12 @@ def _in_stored(
         )
         return
     dim = layout.dim
-    before = 0  # logical length of the segments before, where they are stored as one tensor
+    before = 0  # logical length of the preceding segments, if all are stored as one tensor
     for index, segment in enumerate(layout.segments):
         local, length = layout.local_offset(index, rank, size)
         logical = segment.local_range(rank, size)[0]
         begin, end = max(offsets[dim], local), min(offsets[dim] + sizes[dim], local + length)
-        end = min(end, local + segment.size - logical)  # padding is stored nowhere
+        end = min(end, local + segment.size - logical)  # padding is not stored
         if begin < end:
             place = logical + begin - local + (before if count == 1 else 0)
             yield Region(

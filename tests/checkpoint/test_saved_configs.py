@@ -123,7 +123,7 @@ def test_a_config_without_a_model_type_is_polyshards(tmp_path):
 
 def test_what_is_no_config_and_no_json_is_named(tmp_path):
     for wrong in (3, "llama", transformers.LlamaConfig):
-        with pytest.raises(ps.ConfigurationError, match="the config is no set of fields: got"):
+        with pytest.raises(ps.ConfigurationError, match="the config has no fields: got"):
             ps.save_config(tmp_path, wrong)
     with pytest.raises(ps.CheckpointError, match="the config is not plain JSON: .*device"):
         ps.save_config(tmp_path, {"device": torch.device("cpu")})

@@ -156,16 +156,19 @@ def truncate(directory):
 
 
 FAULTS = {
-    "altered": (damage_shard, r"training/exp_avg.safetensors is not what was written \(SHA-256 differs\)"),
-    "truncated": (truncate, "torn"),
-    "missing": (lambda d: (d / "training" / "exp_avg_sq.safetensors").unlink(), "torn|missing"),
-    "no manifest": (lambda d: (d / "polyshard.json").unlink(), "no training state, or its save was cut off"),
-    "manifest": (lambda d: (d / "polyshard.json").write_text('{"version": 1, "fi'), "torn or no manifest"),
+    "altered": (damage_shard, r"is damaged: the SHA-256 of training/exp_avg.safetensors is not the recorded one"),
+    "truncated": (truncate, "is truncated"),
+    "missing": (lambda d: (d / "training" / "exp_avg_sq.safetensors").unlink(), "exp_avg_sq.*is missing"),
+    "no manifest": (
+        lambda d: (d / "polyshard.json").unlink(),
+        "is not a complete training state: polyshard.json is missing",
+    ),
+    "manifest": (lambda d: (d / "polyshard.json").write_text('{"version": 1, "fi'), "truncated or not a manifest"),
     "later": (
         lambda d: (d / "polyshard.json").write_text(
             (d / "polyshard.json").read_text().replace('"version": 1', '"version": 9')
         ),
-        "is of format version 9; this polyshard reads up to 1",
+        "has an unsupported version: got 9, expected at most 1",
     ),
 }
 
@@ -188,7 +191,7 @@ def test_another_optimizer_is_refused_with_what_can_be_carried_over(state):
         return torch.optim.SGD([p for _, p in named], lr=0.1, momentum=0.9)
 
     context, engine = engine_alone(sgd)
-    with pytest.raises(ps.CheckpointError, match=r"is 'adam'.*'torch.optim.sgd.SGD'.*pass optimizer=False"):
+    with pytest.raises(ps.CheckpointError, match=r"got 'adam'.*expected 'torch.optim.sgd.SGD'.*Pass optimizer=False"):
         ps.load_training_state(engine, state, context)
     found = ps.load_training_state(engine, state, context, optimizer=False)
     assert found.carried == {"weights", "random"}
@@ -227,13 +230,13 @@ def test_the_latest_whole_one_is_found(state, tmp_path, caplog):
     shutil.copytree(state, tmp_path / ".step-11.saving-host-1-ab")
     with caplog.at_level(logging.WARNING):
         assert ps.latest_checkpoint(tmp_path) == tmp_path / "step-9"
-    assert "passing over" in caplog.text
-    assert "exp_avg.safetensors has" in caplog.text
+    assert "skipping" in caplog.text
+    assert "exp_avg.safetensors has the wrong size" in caplog.text
 
 
 def test_positions_that_json_cannot_hold_are_refused(tmp_path):
     context, engine = engine_alone()
-    with pytest.raises(ps.CheckpointError, match="data has to be plain JSON"):
+    with pytest.raises(ps.CheckpointError, match="data is not plain JSON"):
         ps.save_training_state(engine, tmp_path / "x", context, step=1, config={}, data={1, 2})
     assert not (tmp_path / "x").exists()
 

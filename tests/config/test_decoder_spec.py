@@ -72,7 +72,7 @@ REFUSED = {
         {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
         "low_freq_factor, high_freq_factor is",
     ),
-    "no field": ({"self": 1}, "got a key 'self', which is no field"),
+    "no field": ({"self": 1}, "got a key 'self', which is not a field"),
     "nested rope": ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "rope_parameters are unsupported"),
 }
 

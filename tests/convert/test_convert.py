@@ -131,7 +131,7 @@ def test_pickles_need_the_users_leave_and_run_nothing(original, tmp_path):
     old.mkdir()
     shutil.copy(original / "config.json", old)
     torch.save(load_file(original / "model.safetensors"), old / "pytorch_model.bin")
-    with pytest.raises(ps.CheckpointError, match=r"pytorch_model.bin is a pickle.*pass --allow-pickle"):
+    with pytest.raises(ps.CheckpointError, match=r"pytorch_model.bin is a pickle.*Pass --allow-pickle"):
         convert(old, tmp_path / "a")
     convert(old, tmp_path / "b", options=Options(allow_pickle=True))
     assert_same_tensors(tmp_path / "b", load_file(original / "model.safetensors"))
@@ -177,10 +177,10 @@ def test_the_command_line(original, tmp_path):
 
 REFUSED = {
     "nothing": (lambda d: d / "nowhere", {}, "does not exist"),
-    "unknown": (lambda d: _made(d, "unknown", {"notes.txt": "x"}), {}, "is of no known format; it holds"),
-    "no such format": (lambda d: d, {"to_format": "pdf"}, "unknown format 'pdf'; known: "),
+    "unknown": (lambda d: _made(d, "unknown", {"notes.txt": "x"}), {}, "has an unknown format: got"),
+    "no such format": (lambda d: d, {"to_format": "pdf"}, "unknown format 'pdf', expected one of "),
     "not written": (lambda d: d, {"to_format": "deepspeed"}, "is read, not written: write huggingface"),
-    "torn": (lambda d: _torn(d), {}, "torn or no safetensors file"),
+    "torn": (lambda d: _torn(d), {}, "truncated or not a safetensors file"),
     "foreign config": (
         lambda d: d,
         {"to_format": "llama", "options": Options(config={"a": 1})},
@@ -229,7 +229,7 @@ def test_missing_tensors_and_missing_configurations_are_named(original, tmp_path
     ):
         convert(broken, tmp_path / "m", to_format="megatron-torch-dist")
     run_ranks(save_dcp, 2, tmp_path / "dcp")
-    with pytest.raises(ps.CheckpointError, match="do not hold the model's configuration: pass --config"):
+    with pytest.raises(ps.CheckpointError, match="do not hold the model's configuration. Pass --config"):
         convert(tmp_path / "dcp", tmp_path / "x", options=Options(allow_pickle=True))
     other = Options(config=config().to_dict() | {"num_hidden_layers": 3}, allow_pickle=True)
     with pytest.raises(ps.CheckpointError, match=r"9 of the model's 30 tensors are missing: model.layers.2"):
@@ -239,6 +239,6 @@ def test_missing_tensors_and_missing_configurations_are_named(original, tmp_path
 def test_a_target_that_is_there_is_not_touched(original, tmp_path):
     target = save_tiny(tmp_path / "there", "llama")
     before = (target / "model.safetensors").read_bytes()
-    with pytest.raises(ps.CheckpointError, match="exists and is not empty: name a new directory"):
+    with pytest.raises(ps.CheckpointError, match="exists and is not empty. Name a new directory"):
         convert(original, target)
     assert (target / "model.safetensors").read_bytes() == before

@@ -154,7 +154,7 @@ def test_a_wrappers_prefix_is_refused_in_hugging_face_directories(tmp_path, pref
         save_file(state, file)
     if kind == "of an unknown family":
         (tmp_path / "a" / "config.json").write_text('{"model_type": "mine", "vocab_size": 3}')
-    with pytest.raises(ps.CheckpointError, match=f"holds names of a wrapper: got '{prefix}' before every tensor"):
+    with pytest.raises(ps.CheckpointError, match=f"holds the names of a wrapper: got '{prefix}' before every tensor"):
         convert(tmp_path / "a", tmp_path / "b", options=ALLOW)
 
 
@@ -182,7 +182,7 @@ def test_a_table_of_frequencies_is_redundant_only_where_the_configuration_gives_
         done = convert(source, tmp_path / "out", options=with_config(model.config))
         assert any("left out 2 tables that follow from the configuration" in note for note in done.notes)
     else:
-        with pytest.raises(ps.CheckpointError, match="inv_freq is of another rotary embedding"):
+        with pytest.raises(ps.CheckpointError, match="inv_freq belongs to a different rotary embedding"):
             convert(source, tmp_path / "out", options=with_config(model.config))
 
 

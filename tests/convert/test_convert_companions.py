@@ -52,7 +52,7 @@ def test_all_but_weights_and_training_state_comes_along(tmp_path, source, throug
 
 def test_a_source_without_a_tokenizer_is_told(tmp_path):
     done = convert(save_tiny(tmp_path / "a", "llama"), tmp_path / "b")
-    assert any("holds no tokenizer" in note for note in done.notes)
+    assert any("has no tokenizer" in note for note in done.notes)
 
 
 def _words(count):
@@ -90,7 +90,7 @@ def test_a_tokenizer_of_gguf_that_cannot_be_converted_is_told(tmp_path):
     metadata = {"tokenizer.ggml.model": "rwkv", "tokenizer.ggml.tokens": _words(128)}
     file = save_gguf(tmp_path / "m.gguf", tiny_model(tiny_config("llama", **SHAPE)), "llama", metadata)
     done = convert(file, tmp_path / "out")
-    assert any("tokenizer does not come along" in note for note in done.notes), done.notes
+    assert any("tokenizer is left out" in note for note in done.notes), done.notes
 
 
 def named_code(place, files, tokenizer=False):
@@ -109,16 +109,16 @@ def named_code(place, files, tokenizer=False):
 
 END = "raise SystemExit"
 LACKING = {
-    "a module": ({"configuration_mine.py": END}, False, "modeling_mine.py is missing: it is named by config.json's"),
+    "a module": ({"configuration_mine.py": END}, False, "modeling_mine.py is missing: config.json's auto_map, "),
     "an import of a module": (
         {"configuration_mine.py": END, "modeling_mine.py": f"from .layers import A\n{END}"},
-        *(False, "layers.py is missing: it is named by modeling_mine.py"),
+        *(False, "layers.py is missing: modeling_mine.py names it"),
     ),
     "an import of an import": (
         {"configuration_mine.py": f"from . import a\n{END}", "a.py": "from .b import c", "modeling_mine.py": END},
-        *(False, "b.py is missing: it is named by a.py"),
+        *(False, "b.py is missing: a.py names it"),
     ),
-    "a tokenizer's module": ({}, True, "configuration_mine.py is missing: it is named by tokenizer_config.json's"),
+    "a tokenizer's module": ({}, True, "configuration_mine.py is missing: tokenizer_config.json's auto_map, "),
 }
 
 
@@ -163,4 +163,4 @@ def test_a_configuration_directory_of_a_format_without_one_gives_no_tokenizer_in
     model = tiny_model(tiny_config("llama", **SHAPE))
     torch.distributed.checkpoint.save(model.state_dict(), checkpoint_id=tmp_path / "dcp", no_dist=True)
     done = convert(tmp_path / "dcp", tmp_path / "b", options=with_config(model.config))
-    assert any("holds no tokenizer" in note for note in done.notes)
+    assert any("has no tokenizer" in note for note in done.notes)

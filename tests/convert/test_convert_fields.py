@@ -317,5 +317,5 @@ def test_an_architecture_that_transformers_reads_loses_nothing_in_silence(tmp_pa
     assert (logits(tmp_path / "out-plain") - logits(tmp_path / "hf")).abs().max() < 1e-4
     metadata = {"gemma2.attn_logit_softcapping": 30.0}
     file = save_gguf(tmp_path / "m.gguf", model, "gemma2", metadata)
-    with pytest.raises(ps.CheckpointError, match=r"does not carry all of .*attn_logit_softcapping"):
+    with pytest.raises(ps.CheckpointError, match=r"does not read all of .*attn_logit_softcapping"):
         convert(file, tmp_path / "out")

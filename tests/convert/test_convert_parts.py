@@ -100,7 +100,7 @@ def test_safetensors_and_pickles_of_one_model_are_the_users_choice(tmp_path, hug
     source = tmp_path / "source"
     shutil.copytree(hugging_face, source)
     torch.save(model.state_dict(), source / "pytorch_model.bin")
-    _refused(source, tmp_path, "could be .*: say which with --from")
+    _refused(source, tmp_path, "could be .*Pass --from")
     done = convert(source, tmp_path / "out", from_format="huggingface")
     assert any("left out pytorch_model.bin" in note for note in done.notes)
 
@@ -218,7 +218,7 @@ def test_each_ranks_file_of_torch_and_deepspeed(tmp_path, saved_by_two, kind):
     for file in needed:
         file.rename(tmp_path / "away")
         _refused(
-            source, tmp_path, "missing|incomplete|cannot be read|could be|of no known format", with_config(config())
+            source, tmp_path, "missing|incomplete|cannot be read|could be|has an unknown format", with_config(config())
         )
         (tmp_path / "away").rename(file)
     convert(source, tmp_path / "whole", options=with_config(config()))

@@ -78,7 +78,7 @@ NAMED = {
 def test_other_types_are_refused_by_name_with_the_way_out(tmp_path, case, zipped):
     value, message = NAMED[case]
     torch.save({"model": {}, "x": value}, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ps.CheckpointError, match=message + r".*Save the weights alone, .*torch.save\(") as caught:
+    with pytest.raises(ps.CheckpointError, match=message + r".*Save only the weights, .*torch.save\(") as caught:
         load_pickle(tmp_path / "x.pt", ALLOWED)
     assert "x.pt" in str(caught.value)
 
@@ -100,7 +100,7 @@ def test_without_leave_nothing_is_read(tmp_path, model):
     from polyshard.convert import convert
 
     with pytest.raises(
-        ps.CheckpointError, match="is a pickle, which can run code when it is read: pass --allow-pickle"
+        ps.CheckpointError, match="is a pickle, which can run code when it is read. Pass --allow-pickle"
     ):
         convert(source, tmp_path / "out", options=Options(config=model.config.to_dict()))
 

@@ -96,7 +96,7 @@ def test_scales_of_activations_are_left_out_with_a_note(tmp_path, name):
     file = tmp_path / "a" / "model.safetensors"
     save_file(load_file(file) | {f"model.layers.0.self_attn.{name}": torch.ones(1)}, file)
     done = convert(tmp_path / "a", tmp_path / "b", dtype=torch.bfloat16)
-    assert any("left out 1 scales of activations" in note for note in done.notes)
+    assert any("left out 1 activation scales" in note for note in done.notes)
     assert not any("scale" in stored for stored in load_file(tmp_path / "b" / "model.safetensors"))
 
 

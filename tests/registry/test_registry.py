@@ -68,11 +68,11 @@ def local_function_factory():
     [
         (
             lambda config, context: None,
-            "cannot be found by name in a worker. .*define the factory at the top level",
+            "cannot be found by name in a worker. .*Define the factory at the top level",
         ),
         (local_function_factory(), "cannot be found by name in a worker"),
         (Factory(), "has no module and name by which a worker could find it"),
-        ("decoder", "is no reference: expected 'module:attribute'"),
+        ("decoder", "is invalid: expected 'module:attribute'"),
         ("nowhere.to.be.found:f", "importing 'nowhere.to.be.found' raised ModuleNotFoundError"),
         ("decoder:nothing", "'decoder' has no 'nothing'"),
         ("/nowhere/file.py:f", "does not exist"),
@@ -86,7 +86,7 @@ def test_what_a_worker_could_not_find_is_refused_before_an_engine_starts(factory
 
 
 def test_bad_names_and_adapters():
-    with pytest.raises(ps.RegistrationError, match="has to be an identifier"):
+    with pytest.raises(ps.RegistrationError, match="expected an identifier"):
         ps.register_model("my model", decoder.build_model)
     with pytest.raises(ps.AdapterError, match="unknown adapter 'jax'; available: .*torch, vllm"):
         ps.register_model("My", decoder.build_model, adapter="jax")
@@ -102,7 +102,7 @@ def test_a_factory_in_a_file_is_found_by_its_path(tmp_path):
 def test_a_factory_typed_at_a_prompt_is_refused():
     code = "import polyshard as ps\ndef f(c, p): ...\nps.register_model('A', f)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "RegistrationError: __main__:f was typed at a prompt" in done.stderr
+    assert "RegistrationError: __main__:f was defined at a prompt" in done.stderr
 
 
 def test_a_function_knows_its_reference():

@@ -70,10 +70,10 @@ def test_a_worker_that_lacks_the_closure_says_so(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"inputs": "rows"}, "inputs must be one of 'packed', 'batched', got 'rows'"),
-        ({"outputs": "tokens"}, "outputs must be one of 'hidden', 'logits', got 'tokens'"),
-        ({"names": {"(": "x"}}, r"'\(' -> 'x' is no regular expression"),
-        ({"names": {"a": r"\1"}}, "is no regular expression"),
+        ({"inputs": "rows"}, "inputs is invalid: got 'rows', expected 'packed' or 'batched'"),
+        ({"outputs": "tokens"}, "outputs is invalid: got 'tokens', expected 'hidden' or 'logits'"),
+        ({"names": {"(": "x"}}, r"'\(' -> 'x' is not a regular expression"),
+        ({"names": {"a": r"\1"}}, "is not a regular expression"),
         ({"names": "support.models.plain:nothing"}, "has no 'nothing'"),
         ({"names": lambda name: name}, "cannot be found by name in a worker"),
     ],
@@ -89,7 +89,7 @@ def test_bad_options_are_refused(options, message):
     "factory", [functools.partial(plain.Plain, temperature=object()), functools.partial(plain.Plain, 3)]
 )
 def test_a_partial_that_cannot_travel_is_refused(factory):
-    with pytest.raises(ps.RegistrationError, match="keyword arguments of plain JSON alone"):
+    with pytest.raises(ps.RegistrationError, match="can only be sent to a worker with keyword arguments of plain JSON"):
         ps.register_model("Refused", factory)
 
 
@@ -143,5 +143,5 @@ def test_a_model_type_of_transformers_own_is_refused():
 
 
 def test_a_config_type_that_is_no_dataclass_is_refused():
-    with pytest.raises(ps.RegistrationError, match="config_type has to be a dataclass"):
+    with pytest.raises(ps.RegistrationError, match="config_type is invalid: got .*, expected a dataclass"):
         ps.register_model("ServedOwn", plain.build_own, config_type=plain.Plain)

@@ -170,10 +170,10 @@ def without_attention(trained):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (compiled, r"model\.layers\.0 has a forward of its own \(compiled, or wrapped\): register its factory"),
+        (compiled, r"model\.layers\.0 has a replaced forward \(compiled or wrapped\): register its factory"),
         (hooked, r"model\.layers\.1 has forward hooks"),
-        (halved, r"is bfloat16, the engine's weights are float32: start it with dtype='bfloat16'"),
-        (without_attention, r"Refused has no attention that an engine can take over"),
+        (halved, r"has the wrong dtype: got bfloat16, expected float32. Start the engine with dtype='bfloat16'"),
+        (without_attention, r"Refused has no attention that an engine can serve"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -195,7 +195,7 @@ def test_nothing_writes_over_the_trainers_weights(tmp_path):
     ):
         with pytest.raises(ps.RegistrationError, match=reason), engine(trained.config_alone, name, **options):
             pass
-    with pytest.raises(ps.RegistrationError, match="leave out adapter='torch'"):
+    with pytest.raises(ps.RegistrationError, match="remove adapter='torch'"):
         ps.register_model("Existing", trained.model, adapter="torch")
 
 
@@ -208,7 +208,7 @@ def test_layers_that_would_keep_no_cache_in_an_engine_are_named():
     lfm2 = transformers.Lfm2Config(**sizes, num_hidden_layers=2, layer_types=["conv", "full_attention"])
     words = {
         "Lfm2ShortConv .model.layers.0.conv., which carries state": lfm2,
-        "model.layers.0.self_attn .CohereAttention. is attention that an engine": transformers.CohereConfig(
+        "model.layers.0.self_attn .CohereAttention. is unsupported attention": transformers.CohereConfig(
             **sizes, num_hidden_layers=2
         ),
     }

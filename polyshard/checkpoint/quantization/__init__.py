@@ -1,1 +1,1 @@
-"""Quantized files: detected, dequantized region by region, or refused."""
+"""Quantized checkpoints: detection and dequantization, region by region."""

@@ -1,8 +1,8 @@
-"""Quantized weights as floating-point ones, for formats with a public and simple rule.
+"""Dequantization of weights, for formats with a public and simple rule.
 
-FP8 in blocks or per tensor (DeepSeek-V3, Qwen3-FP8), compressed-tensors' float8 and int8 per tensor or channel, and
-gpt-oss's MXFP4. A region of a tensor needs the codes of that region and the tensor's scales, so a tensor-parallel rank
-dequantizes its own shard. The oracle of the tests is transformers' own dequantized model, bit for bit.
+Supported are FP8 in blocks or per tensor (DeepSeek-V3, Qwen3-FP8), compressed-tensors float8 and int8 per tensor or
+per channel, and gpt-oss's MXFP4. A region needs only its own codes and the tensor's scales, so each tensor-parallel
+rank dequantizes its own shard. Tests compare with the model that transformers dequantizes, bit for bit.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _OTHERS = "Dequantize it with the library that wrote it."
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dequantized:
-    """A checkpoint without codes.
+    """A checkpoint with its quantized tensors replaced by floating-point ones.
 
     Attributes:
-        tensors: in float32 where they were codes; scales are taken out.
-        config: without `quantization_config`.
+        tensors: the tensors by name; dequantized ones are float32, and scales are removed.
+        config: the fields of config.json without `quantization_config`.
         notes: what was left out or changed, for the user.
     """
 
@@ -48,17 +48,17 @@ def dequantized(
     advice: str = CONVERT,
     known: Collection[str] = (),
 ) -> Dequantized:
-    """Return the checkpoint in float32 where it was quantized; nothing is read until a tensor is.
+    """Return the checkpoint with quantized tensors as float32. A tensor is read only when it is loaded.
 
     Args:
-        tensors: of the checkpoint, by name.
-        config: fields of config.json, where they are known.
+        tensors: the checkpoint's tensors, by name.
+        config: fields of config.json, if known.
         where: the checkpoint, for errors.
-        advice: what to do about codes without a rule here, for errors.
-        known: names of the model's own weights, which are no scales whatever they are called.
+        advice: what to do about unsupported quantization, for errors.
+        known: names of the model's own weights, which are never treated as scales.
 
     Raises:
-        CheckpointError: its quantization has no rule here; the tensors are named.
+        CheckpointError: the quantization is unsupported; the message names the tensors.
 
     Example:
         >>> from polyshard.convert.format import lazy
@@ -91,14 +91,14 @@ def dequantized(
     if not count:
         raise CheckpointError(
             f"{where} contradicts its configuration: got quantization_config with "
-            f"quant_method={stated.get('quant_method')!r} and no quantized tensor, expected codes with scales. Take "
-            "quantization_config out of config.json if the weights are floating-point ones."
+            f"quant_method={stated.get('quant_method')!r} and no quantized tensor, expected codes with scales. Remove "
+            "quantization_config from config.json if the weights are not quantized."
         )
     notes = [f"dequantized {count} tensors"]
     if inputs:
-        notes.append(f"left out {len(inputs)} scales of activations, which a model without quantization does not use")
+        notes.append(f"left out {len(inputs)} activation scales, which an unquantized model does not use")
     if stated.get("activation_scheme") or any(group.get("input_activations") for group in _groups(stated)):
-        notes.append("the source quantizes activations while it computes; the result does not")
+        notes.append("the source quantizes activations at run time; the result does not")
     return Dequantized(tensors=found, config=None if config is None else fields, notes=tuple(notes))
 
 
@@ -107,7 +107,7 @@ def _groups(stated: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _refuse_other_transforms(stated: Mapping[str, Any], where: object) -> None:
-    """compressed-tensors can rotate or sparsify weights, too: codes times scales are not the weight then."""
+    """Reject the rotations and sparsity of compressed-tensors, with which codes times scales are not the weight."""
     sparsity = (stated.get("sparsity_config") or {}).get("format", "dense")
     transform = stated.get("transform_config") or {}
     if sparsity != "dense" or transform:
@@ -125,12 +125,12 @@ def _scale(tensors: dict[str, LazyTensor], name: str, where: object) -> LazyTens
     raise CheckpointError(
         f"{where} holds codes without scales: got {name} in "
         f"{str(tensors[name].dtype) if name in tensors else 'blocks'}, "
-        f"expected {stem}{_SCALES[0]} or its like beside it. Copy the whole checkpoint."
+        f"expected {stem}{_SCALES[0]} or a similar tensor beside it. Copy the whole checkpoint."
     )
 
 
 def _of_codes(name: str, codes: LazyTensor, scale: LazyTensor, stated: Mapping[str, Any], where: object) -> LazyTensor:
-    """`weight * scale`, the scale grown to the weight's rows and columns."""
+    """Return `codes * scale`, with the scale expanded to the rows and columns of the weight."""
     rows, columns = codes.shape
     structures = [(group.get("weights") or {}).get("block_structure") for group in _groups(stated)]
     blocks = stated.get("weight_block_size") or next((found for found in structures if found), None) or (0, 0)
@@ -159,7 +159,7 @@ def _of_codes(name: str, codes: LazyTensor, scale: LazyTensor, stated: Mapping[s
 
 
 def _of_mxfp4(name: str, blocks: LazyTensor, scales: LazyTensor, where: object) -> LazyTensor:
-    """`[experts, out, in / 32, 16]` bytes of two codes, low first, to `[experts, in, out]`."""
+    """Convert bytes `[experts, out, in / 32, 16]` of two codes each, low nibble first, to `[experts, in, out]`."""
     shape, exponents = tuple(blocks.shape), tuple(scales.shape)
     if len(shape) != 4 or exponents != shape[:3] or {blocks.dtype, scales.dtype} != {torch.uint8}:
         raise CheckpointError(
@@ -170,7 +170,7 @@ def _of_mxfp4(name: str, blocks: LazyTensor, scales: LazyTensor, where: object) 
     each = 2 * half
 
     def region(offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-        (expert, row, column), (count, width, height) = offsets, sizes  # of the result: its rows are input channels
+        (expert, row, column), (count, width, height) = offsets, sizes  # of the result, whose rows are input channels
         first, last = row // each, -(-(row + width) // each)
         values = torch.tensor([*_MXFP4, *(-value for value in _MXFP4)])
         packed = blocks.part((expert, column, first, 0), (count, height, last - first, half))

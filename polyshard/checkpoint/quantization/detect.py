@@ -1,4 +1,4 @@
-"""Quantized weights: recognized, so that codes are never taken for weights."""
+"""Detection of quantized weights, so that integer codes are never loaded as weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KIN = re.compile(
     r"input_scale|input_global_scale|qweight|qzeros|scales|g_idx|SCB|absmax|quant_map|nested_absmax|nested_quant_map)|"
     r"\.weight_scale_\d|\.quant_state\..+|_(blocks|scales))$"
 )
-# What loading and serving say; conversion has its own way out.
+# The advice of loading and serving; conversion passes its own.
 CONVERT = (
     "Write floating-point weights first: `polyshard convert --dtype bfloat16` does so for FP8, MXFP4 and "
     "compressed-tensors' int8 and float8; for others use the library that wrote them."
@@ -27,12 +27,12 @@ CONVERT = (
 def signs_of_quantization(
     tensors: Mapping[str, LazyTensor], config: Mapping[str, Any] | None, known: Collection[str] = ()
 ) -> list[str]:
-    """Return what says that tensors are codes: the configuration, names, dtypes.
+    """Return the evidence that tensors are quantized: from the configuration, names and dtypes.
 
     Args:
-        tensors: of the checkpoint, by name.
+        tensors: the checkpoint's tensors, by name.
         config: fields of config.json.
-        known: names of the model's own weights, which are no scales whatever they are called.
+        known: names of the model's own weights, which are never treated as scales.
 
     Example:
         >>> from polyshard.convert.format import lazy
@@ -52,12 +52,12 @@ def signs_of_quantization(
 
 
 def is_codes(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Whether a tensor is a matrix of integers or eight-bit floats, which is never a weight."""
+    """Return whether a tensor is a matrix of integers or eight-bit floats, which is never a plain weight."""
     return len(shape) > 1 and dtype not in FLOATS
 
 
 def short(dtype: torch.dtype) -> str:
-    """A dtype's name without `torch.`."""
+    """Return the name of a dtype without `torch.`."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -68,14 +68,14 @@ def refuse_codes(
     advice: str = CONVERT,
     known: Collection[str] = (),
 ) -> None:
-    """Raise if tensors are codes that would be taken for weights.
+    """Raise an error if a checkpoint is quantized.
 
     Args:
-        tensors: of the checkpoint, by name.
+        tensors: the checkpoint's tensors, by name.
         config: fields of config.json.
         where: the checkpoint, for the error.
-        advice: what to do, for the error.
-        known: as of `signs_of_quantization`.
+        advice: what to do, appended to the error.
+        known: as in `signs_of_quantization`.
 
     Raises:
         CheckpointError: the checkpoint is quantized.

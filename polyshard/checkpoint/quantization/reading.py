@@ -1,4 +1,4 @@
-"""A model's weights as loading reads them: quantized tensors come as the floating-point ones that they stand for."""
+"""Readers of a model's weights that dequantize quantized tensors as they are read."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ logger = logging.getLogger(__name__)
 
 
 class DequantizedReader(TensorReader):
-    """The tensors of a quantized directory in float32, read region by region: a rank dequantizes its own elements.
+    """A reader of a quantized directory, with tensors in float32. A rank dequantizes only the regions that it reads.
 
     Args:
-        reader: of the files.
-        tensors: what the names stand for.
+        reader: the reader of the files.
+        tensors: the dequantized tensors, by name.
     """
 
     def __init__(self, reader: TensorReader, tensors: Mapping[str, LazyTensor]) -> None:
@@ -35,32 +35,32 @@ class DequantizedReader(TensorReader):
         self.where = {name: reader.where[stem] for name, stem in stems.items()}
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype as read."""
+        """Return the dtype as read."""
         return self._tensors[name].dtype
 
     def region(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-        """A rectangle of a tensor; nothing else is read."""
+        """Read a rectangle of a tensor and nothing else."""
         return self._tensors[name].part(offsets, sizes) if sizes else self.tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape as read."""
+        """Return the shape as read."""
         return self._tensors[name].shape
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The whole tensor."""
+        """Read the full tensor."""
         return self._tensors[name].load()
 
 
 def weights_reader(directory: Path, known: Collection[str], ignore: Sequence[str]) -> tuple[TensorReader, str | None]:
-    """Return a reader of floating-point weights, and a note where it dequantizes them.
+    """Return a reader of floating-point weights, and a note if it dequantizes them.
 
     Args:
-        directory: a Hugging Face directory; it may have no config.json.
+        directory: a Hugging Face directory; config.json is optional.
         known: names of the model's own weights.
-        ignore: shell patterns of tensors that may be left over, whatever they hold.
+        ignore: shell patterns of tensors that the model may leave unused, whatever they contain.
 
     Raises:
-        CheckpointError: files are missing or torn, or the weights are quantized by a rule that polyshard lacks.
+        CheckpointError: files are missing or truncated, or the quantization is unsupported.
     """
     reader = TensorReader(directory)
     tensors, config = lazy_tensors(reader, ignore), stated_quantization(directory)
@@ -72,19 +72,19 @@ def weights_reader(directory: Path, known: Collection[str], ignore: Sequence[str
 
 
 def refuse_quantized(directory: Path, reader: TensorReader, known: Collection[str], ignore: Sequence[str]) -> None:
-    """Raise where stored tensors are codes; the configuration is not asked.
+    """Check that the stored tensors are not quantized, regardless of the configuration.
 
     Raises:
-        CheckpointError: they are.
+        CheckpointError: they are quantized.
     """
     refuse_codes(lazy_tensors(reader, ignore), None, directory, known=known)
 
 
 def refuse_stored_codes(directory: Path) -> None:
-    """Raise where safetensors files hold matrices of integers or eight-bit floats, whatever they are called.
+    """Check that no safetensors file holds a matrix of integers or eight-bit floats under any name.
 
     Raises:
-        CheckpointError: they do, or the files are torn.
+        CheckpointError: a file holds one, or a file is truncated.
     """
     if directory.is_dir() and next(directory.glob("*.safetensors"), None) is not None:
         reader = TensorReader(directory)
@@ -92,10 +92,10 @@ def refuse_stored_codes(directory: Path) -> None:
 
 
 def lazy_tensors(reader: TensorReader, ignore: Sequence[str]) -> dict[str, LazyTensor]:
-    """The tensors of a directory, each read when it is wanted.
+    """Return the tensors of a directory, each read on demand.
 
     Args:
-        reader: of the files.
+        reader: the reader of the files.
         ignore: shell patterns of names to leave out.
     """
     names = [name for name in reader.where if not any(fnmatch.fnmatch(name, pattern) for pattern in ignore)]
@@ -108,7 +108,7 @@ def lazy_tensors(reader: TensorReader, ignore: Sequence[str]) -> dict[str, LazyT
 
 
 def stated_quantization(directory: Path) -> dict[str, Any]:
-    """What config.json says of quantization, as fields; empty where there is no such file or it cannot be read."""
+    """Return `quantization_config` of config.json as a field; empty if the file is missing or unreadable."""
     try:
         fields = json.loads((directory / "config.json").read_text())
     except (OSError, ValueError):

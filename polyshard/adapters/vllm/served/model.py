@@ -31,7 +31,7 @@ from polyshard.core.serving import ModelFactory, RegisteredModel, build_model, c
 from polyshard.core.weight_table import collect_layouts
 from polyshard.exact.trace import recorder_of
 from polyshard.layers.vocabulary import gather_logits
-from polyshard.registry import renamer, told_to_parent
+from polyshard.registry import renamer, report_to_parent
 from polyshard.registry.live_module import ExistingModel
 from polyshard.weights.view import parameter_changes
 
@@ -61,7 +61,7 @@ class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        with told_to_parent(get_world_group().rank):
+        with report_to_parent(get_world_group().rank):
             self.build(vllm_config)
 
     def build(self, vllm_config: VllmConfig) -> None:
@@ -171,7 +171,7 @@ class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
         if reloading:
             self.weights.refuse("a reload of its weights has begun and is not finished")
             refuse_quantized_reload(self.registered.name, self.quantized)
-        with told_to_parent(self.context.rank):
+        with report_to_parent(self.context.rank):
             names = load_weights(
                 self.model, self.table, weights, self.registered.name, self.rename, self.elsewhere, self.quantized
             )

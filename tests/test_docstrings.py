@@ -1,0 +1,55 @@
+"""The examples in docstrings, run in one process with `torch` and `polyshard as ps` at hand.
+
+An example may use the names of its module. It runs in an empty directory, on one rank, without torchrun. A docstring is
+allowed to skip an example (`+SKIP`) only if a comment beside it says what it needs: a vLLM engine, a GPU or torchrun.
+"""
+
+import doctest
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import polyshard as ps
+
+PACKAGE = Path(ps.__file__).parent
+VENDORS = {f"polyshard.adapters.{name}": name for name in ("vllm", "megatron", "deepspeed", "fairscale")}
+VENDORS |= {"polyshard.transformers": "transformers", "polyshard.cli": "typer"}
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+def module_names() -> list[str]:
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if ">>> " in path.read_text():
+            parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+            found.append(".".join(part for part in parts if part != "__init__"))
+    return found
+
+
+@pytest.mark.parametrize("name", module_names())
+def test_examples_of_a_module(name, tmp_path, monkeypatch):
+    for prefix, vendor in VENDORS.items():
+        if name.startswith(prefix) and importlib.util.find_spec(vendor) is None:
+            pytest.skip(f"needs {vendor}")
+    module = importlib.import_module(name)
+    runner = doctest.DocTestRunner(optionflags=FLAGS)
+    failures: list[str] = []
+    for number, example in enumerate(doctest.DocTestFinder(exclude_empty=True).find(module)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        example.globs.update(torch=torch, ps=ps)
+        torch.manual_seed(0)
+        runner.run(example, out=failures.append)
+    assert not failures, "".join(failures)
+
+
+def test_a_skipped_example_says_what_it_needs():
+    for path in PACKAGE.rglob("*.py"):
+        for line in path.read_text().splitlines():
+            if "+SKIP" in line:
+                assert re.search(r"\+SKIP.*(vLLM|GPU|torchrun)", line), f"{path}: {line}"
