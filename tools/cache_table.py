@@ -1,4 +1,4 @@
-"""Write docs/attention-caches.md: replaced attention with each cache, mask and packing against transformers' own.
+"""Write docs/reference/attention-caches.md: replaced attention against transformers' own.
 
 python tools/cache_table.py
 """
@@ -17,7 +17,7 @@ from transformers.cache_utils import QuantizedLayer
 
 import polyshard as ps
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "attention-caches.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "attention-caches.md"
 EQUAL, REFUSED, DIFFERS = "equal", "refused", "DIFFERS"
 LENGTH, WINDOW = 18, 5
 

@@ -1,4 +1,4 @@
-"""Write docs/transformers-models.md: what `polyshard.transformers_model` does with each model of transformers.
+"""Write docs/reference/transformers-models.md: what polyshard does with each model of transformers.
 
 python tools/transformers_models.py
 """
@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import polyshard as ps
 from polyshard.transformers.trial.simulation import Exchange, Schedule, simulated_context
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "transformers-models.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "transformers-models.md"
 YES = "yes"
 _WAYS = {"rows": (1, False), "sharded": (2, False), "served": (1, True)}  # tensor-parallel size, in an engine
 

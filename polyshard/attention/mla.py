@@ -35,8 +35,8 @@ class TrainableMLA(nn.Module):
     """Queries and keys-and-values through low-rank bottlenecks; a rotary part of the key that all heads share.
 
     Heads are sharded over the tensor axis of `parallel_context`; the bottlenecks are whole on every rank. A serving
-    engine may cache latents by a layer of its own (docs/attention.md says when); else keys and values are cached
-    written out, head by head, as an ordinary attention's: right everywhere, at the memory of full heads.
+    engine may cache latents by a layer of its own (docs/explanation/attention.md says when); else keys and values are
+    cached written out, head by head, as an ordinary attention's: right everywhere, at the memory of full heads.
 
     Args:
         hidden_size: size of the hidden states.

@@ -1,6 +1,6 @@
 """Protocols and plain data. Imports the standard library and torch, and no parallelism library.
 
-These are the names that an adapter outside of this package implements and uses. `docs/adapters.md` says how.
+These are the names that an adapter outside of this package implements and uses: docs/how-to/write-an-adapter.md.
 """
 
 from polyshard.core.adapter import AdamW, Adapter, OptimizerFactory, StepResult, TrainingEngine

@@ -19,7 +19,7 @@ class UntestedVersionWarning(UserWarning):
 class Requirement:
     """What an adapter needs.
 
-    `pyproject.toml`, `polyshard doctor` and docs/adapters.md take the supported range from here.
+    `pyproject.toml`, `polyshard doctor` and docs/how-to/write-an-adapter.md take the supported range from here.
 
     Attributes:
         title: the library's name.

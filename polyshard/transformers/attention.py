@@ -48,7 +48,7 @@ def exchange_attention(model: Any, context: ParallelContext) -> None:
         raise ConfigurationError(
             f"{type(model).__name__} does not compute attention by transformers' attention interface"
             + ("" if apart is None else f" in {apart} ({type(rest[apart][0]).__name__})")
-            + ": write its factory (docs/models.md)"
+            + ": write its factory (docs/how-to/bring-a-model.md)"
         )
     register()
     model.set_attn_implementation(IMPLEMENTATION)

@@ -173,7 +173,7 @@ def transformers_model(config: Any, parallel_context: ParallelContext) -> Transf
     Attention that `replace_with_trainable_attention` recognises is replaced, gated MLPs are fused, and every other
     linear layer follows transformers' own tensor-parallel plan. Attention that is not recognised keeps its code, and
     takes the engine's cache, at tensor-parallel 1. A small model of the same configuration is compared as a whole with
-    transformers' own, once for each configuration (docs/transformers-models.md has the outcome for every family).
+    transformers' own, once for each configuration; docs/reference/transformers-models.md has the outcomes.
 
     Args:
         config: a transformers config, or the fields of one (`polyshard.read_config`).
@@ -209,7 +209,7 @@ def transformers_model(config: Any, parallel_context: ParallelContext) -> Transf
     if others:
         raise ConfigurationError(
             f"{name} is built of other layers than the small model that was compared with transformers' own: got "
-            f"{others[0]} in only one of the two. Write its factory (docs/models.md)"
+            f"{others[0]} in only one of the two. Write its factory (docs/how-to/bring-a-model.md)"
         )
     built.packed_refusal = verdict.packed
     return built

@@ -264,7 +264,7 @@ def loaded_and_drawn(directory, tensor):
 
 
 def test_a_resumed_run_draws_what_the_unbroken_one_would_have(tmp_path):
-    """At other sizes by the rule of docs/random.md: from the position's own states, or from a seed of its own."""
+    """At other sizes by the documented rule: from the position's own states, or from a seed of its own."""
     (unbroken,) = run_ranks(saved_and_drawn, 1, tmp_path / "state")
     everything, but_random = ["optimizer", "random", "weights"], ["optimizer", "weights"]
     assert run_ranks(loaded_and_drawn, 1, tmp_path / "state", 1) == [(unbroken, everything, {"row": 2})]

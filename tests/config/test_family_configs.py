@@ -125,7 +125,7 @@ def test_a_required_field_that_is_missing_or_no_number_is_named(kind):
 
 
 def test_every_family_of_transformers_model_is_read_alike_with_each_field_left_out(tmp_path):
-    page = (Path(families.__file__).parents[1] / "docs" / "transformers-models.md").read_text()
+    page = (Path(families.__file__).parents[1] / "docs" / "reference" / "transformers-models.md").read_text()
     supported = [name for name in families.families() if f"| `{name}`" in page]  # without variants
     tried = 0
     for name in supported:

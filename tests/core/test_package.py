@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from support.paths import TOOLS
+from support.paths import ROOT
 
 import polyshard as ps
 from polyshard.core.capabilities import FEATURES
@@ -99,14 +99,18 @@ def test_vllm_absent_is_said_with_the_command_that_installs_it(monkeypatch):
         ps.initialize("megatron")
 
 
-def test_the_table_of_capabilities_in_the_docs_is_current():
-    import importlib.util
+def test_pages_that_are_made_from_the_code_are_current():
+    done = subprocess.run([sys.executable, "-m", "tools.pages", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
-    path = TOOLS / "capabilities.py"
-    spec = importlib.util.spec_from_file_location("capabilities_tool", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    assert tool.page() == tool.PAGE.read_text(), "run python tools/capabilities.py"
+
+def test_the_api_reference_has_every_public_name_once():
+    sys.path.insert(0, str(ROOT))
+    from tools.pages.api import TOPICS
+
+    named = [name for _, _, names in TOPICS.values() for name in names]
+    assert len(set(named)) == len(named)
+    assert {name for name in named if "." not in name} == set(ps.__all__) - {"__version__"}
 
 
 def test_the_command_line_tells_the_version(capfd):

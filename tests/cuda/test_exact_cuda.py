@@ -1,4 +1,4 @@
-"""Exact mode on CUDA: what its operators promise, and a real engine. Never run where no GPU is lent: docs/gpu.md."""
+"""Exact mode on CUDA: what its operators promise, and a real engine. Not yet run: docs/how-to/gpu.md."""
 
 import os
 

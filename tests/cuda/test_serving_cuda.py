@@ -1,4 +1,4 @@
-"""Serving on CUDA: sleep and wake, CUDA graphs, vLLM's latent cache. Never run where no GPU is lent: docs/gpu.md."""
+"""Serving on CUDA: sleep and wake, CUDA graphs, vLLM's latent cache. Not yet run: docs/how-to/gpu.md."""
 
 import decoder
 import pytest

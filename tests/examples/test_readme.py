@@ -90,6 +90,6 @@ def test_every_command_does_what_the_readme_says(newcomer):
 
 
 def test_every_link_leads_to_a_file():
-    for folder, text in [(ROOT, README), *((p.parent, p.read_text()) for p in (ROOT / "docs").glob("*.md"))]:
+    for folder, text in [(ROOT, README), *((p.parent, p.read_text()) for p in (ROOT / "docs").rglob("*.md"))]:
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (folder / target).exists(), f"{target} in {folder}"

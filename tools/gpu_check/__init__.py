@@ -1,1 +1,1 @@
-"""Verify on one GPU what polyshard has written for CUDA: `make gpu-check` prepares it, `docs/gpu.md` explains it."""
+"""Verify on one GPU what is written for CUDA: `make gpu-check` prepares it, docs/how-to/gpu.md explains it."""

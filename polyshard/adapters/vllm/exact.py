@@ -1,6 +1,6 @@
 """What exact mode computes with: vLLM's operators, where a row's bits do not depend on the batch that it stands in.
 
-The measurements behind each choice are in docs/exactness.md.
+The measurements behind each choice are in docs/explanation/exactness.md.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def no_product(dtype: torch.dtype) -> str:
 
 
 class CudaOperators:
-    """`ExactOperators` on CUDA, by vLLM's batch-invariant Triton operators. Unverified: docs/gpu.md."""
+    """`ExactOperators` on CUDA, by vLLM's batch-invariant Triton operators. Unverified: docs/how-to/gpu.md."""
 
     attention_kernel = "vllm_exact"
     products = "Triton"

@@ -14,7 +14,7 @@ from polyshard.transformers.trial.kinds import fewest_layers
 from polyshard.transformers.trial.reduced import VOCABULARY, reduced_config, with_fewer_tokens, with_short_windows
 
 LENGTHS = (24, 11)  # tokens of the two sequences
-INSTEAD = "Train it with transformers, or write its factory (docs/models.md)."
+INSTEAD = "Train it with transformers, or write its factory (docs/how-to/bring-a-model.md)."
 _FULL_SIZE = 4_000_000  # parameters up to which a model itself is run
 _TOO_LARGE = 200_000_000
 

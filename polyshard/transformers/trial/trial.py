@@ -148,7 +148,7 @@ def _tried(config: Any, parameters: int, build: Build, size: int, served: bool) 
             return Verdict(kept=run.kept)
         raise ConfigurationError(
             f"{name} cannot be served as it is: {run.culprits(first, second) or 'it is not what it is alone'} "
-            f"({apart}). Serve vLLM's own model of the family, or write a factory (docs/models.md)."
+            f"({apart}). Serve vLLM's own model of the family, or write a factory (docs/how-to/bring-a-model.md)."
         )
     apart = _apart(run.rows, (rows,), expected[0], name, "on rows of one sequence")
     if apart is not None:

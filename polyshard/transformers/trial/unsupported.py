@@ -12,7 +12,7 @@ from polyshard.core.errors import ConfigurationError
 from polyshard.core.weight_table import collect_layouts
 
 _EXPERTS = re.compile(r"Experts|MoE|Moe(?!l)|MixtureOfExperts|SparseMLP")
-_WRITE = "write its factory (docs/models.md)"
+_WRITE = "write its factory (docs/how-to/bring-a-model.md)"
 
 
 def refuse_unsupported(model: Any, config: Any) -> None:

@@ -154,7 +154,8 @@ def queries_of_a_piece(isa: str, heads_per_kv: int) -> int:
 class PinnedMetadataBuilder(CPUAttentionMetadataBuilder):
     """Hands vLLM's kernel a batch as pieces of queries that are alike in every batch, and never splits keys.
 
-    Why: `_HEADS_AT_A_TIME`, and docs/exactness.md. A piece is a sequence to the kernel, over the same cache blocks.
+    Why: `_HEADS_AT_A_TIME`, and docs/explanation/exactness.md. A piece is a sequence to the kernel, over the same
+    cache blocks.
     """
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
