@@ -36,7 +36,7 @@ def stored_elsewhere(name: str, table: WeightTable) -> frozenset[str]:
     if all(stage == mine for stage in stages):
         raise RegistrationError(
             f"model {name!r}: its factory built the whole model on each of {len(stages)} pipeline stages: let it build "
-            "polyshard.pipeline_stage(num_layers, parallel_context), as docs/how-to/bring-a-model.md shows, or serve it "
-            "without pipeline parallel"
+            "polyshard.pipeline_stage(num_layers, parallel_context), as docs/how-to/bring-a-model.md shows, or serve "
+            "it without pipeline parallel"
         )
     return frozenset(set().union(*stages) - mine)
