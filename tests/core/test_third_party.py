@@ -3,9 +3,10 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-PACKAGE = Path(__file__).parent / "thirdparty"
+from support.paths import ROOT
+
+PACKAGE = ROOT / "tests" / "thirdparty"
 
 
 def run(command, **environment):

@@ -4,18 +4,18 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import support.vllm_required  # noqa: F401
 from support.models.tiny import save_tiny
+from support.paths import WORKERS
 from support.workers.killed_sync import TIMEOUT
 
 from polyshard.launch.ranks import free_port
 
 pytestmark = pytest.mark.vllm
 
-SCRIPT = Path(__file__).parent / "support" / "killed_sync.py"
+SCRIPT = WORKERS / "killed_sync.py"
 
 
 def run(scenario, ranks, folder):
