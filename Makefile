@@ -7,13 +7,14 @@ READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-fast docs lint format lock bench gpu-check gpu-check-vllm test-torch-2.11 test-transformers test-newest clean
+.PHONY: help setup demo test test-fast docs release lint format lock bench gpu-check gpu-check-vllm test-torch-2.11 test-transformers test-newest clean
 
 help:
 	@echo "make demo    train a real model, serve it in vLLM, prove that both are the same (about six minutes, set-up included)"
 	@echo "make test    the test suite"
 	@echo "make test-fast   the tests without vLLM engines, in three minutes"
 	@echo "make docs    the documentation's site, into site/"
+	@echo "make release   build the wheel and check it in an empty environment"
 	@echo "make lint    ruff, pyrefly, import-linter"
 	@echo "make bench   the benchmarks"
 	@echo "make test-transformers   the tests of transformers' models on the newest supported transformers"
@@ -39,6 +40,10 @@ demo: $(READY)
 # longest files come first (tests/conftest.py).
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# For daily work: no vLLM engine, and only the files that take less than ten seconds.
+test-fast: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --fast
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -98,6 +103,9 @@ $(DOCS_READY): requirements/docs.lock
 	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/pip install --quiet --no-deps -r requirements/docs.lock
 	touch $(DOCS_READY)
+
+release: $(READY)
+	$(BIN)/python tools/release.py --keep dist
 
 lock: $(READY)
 	$(BIN)/python tools/lock.py

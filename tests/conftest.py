@@ -59,11 +59,23 @@ DURATIONS = Path(__file__).with_name("durations.json")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="Leave out vLLM engines and files that take long.")
     parser.addoption("--record-durations", action="store_true", help="Write tests/durations.json from this run.")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+LONG = 10  # seconds of a file that --fast leaves out
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     seconds = json.loads(DURATIONS.read_text())
+
+    def takes_long(item: pytest.Item) -> bool:
+        name = item.path.relative_to(ROOT / "tests").as_posix()
+        return item.get_closest_marker("vllm") is not None or seconds.get(name, 0) >= LONG
+
+    if config.getoption("--fast"):
+        config.hook.pytest_deselected(items=[item for item in items if takes_long(item)])
+        items[:] = [item for item in items if not takes_long(item)]
     if importlib.util.find_spec("vllm") is None:
         for item in items:
             if item.get_closest_marker("vllm"):
