@@ -14,6 +14,7 @@ from torch import nn
 from polyshard.adapters.deepspeed.compat import (
     accelerator,
     base_optimizer,
+    count_gradients,
     deepspeed,
     forget_mpu,
     gather_persistent,
@@ -24,8 +25,7 @@ from polyshard.adapters.deepspeed.compat import (
 from polyshard.adapters.deepspeed.context import Mpu
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
-from polyshard.adapters.shared.grad_norm import counted_square
-from polyshard.adapters.shared.library_norm import prepare_for_library_norm
+from polyshard.adapters.shared.grad_norm import clip_factor, counted_parts, counted_square
 from polyshard.adapters.shared.quiet import printing_as_log
 from polyshard.adapters.shared.weights import check_shard
 from polyshard.core.adapter import OptimizerFactory, StepResult
@@ -51,8 +51,6 @@ class DeepspeedEngine(BaseEngine):
 
     Raises:
         ConfigurationError: an unknown stage, or `gradient_accumulation_steps` in `config`.
-        AdapterError: KV heads are shared by tensor-parallel ranks and clipping is asked for: DeepSpeed's norm would
-            count each of them several times.
     """
 
     def __init__(
@@ -76,8 +74,8 @@ class DeepspeedEngine(BaseEngine):
         _check_accelerator(context.device)
         super().__init__(model, context, max_grad_norm=max_grad_norm, check_random=check_random)
         self._stage = zero_stage
+        self._norm: torch.Tensor | None = None  # of the step under way, at stage 0
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        prepare_for_library_norm(model, self.table, context, "DeepSpeed", max_grad_norm is not None)
         settings = {
             "train_micro_batch_size_per_gpu": 1,  # names the unit of DeepSpeed's own throughput log, nothing else
             "gradient_accumulation_steps": 1,
@@ -97,6 +95,17 @@ class DeepspeedEngine(BaseEngine):
                 mpu=Mpu(context),
                 dist_init_required=False,
             )
+        axis = context.axis("tensor")
+        if zero_stage:
+            count_gradients(
+                self.optimizer,
+                zero_stage,
+                dict(model.named_parameters()),
+                lambda name, values, start: counted_parts(self.table[name], values, start, axis.rank, axis.size),
+                (replica_axis(context).group, axis.group),
+            )
+        else:
+            self._wrapped.clip_fp32_gradients = self._clip
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients, averaged over the replicas."""
@@ -108,10 +117,9 @@ class DeepspeedEngine(BaseEngine):
         self.updates += 1
         with self._guard("data step"):
             self._generators.compare()
-            norm = self._unsharded_norm() if self._stage == 0 else None
+            self._norm = self._unsharded_norm() if self._stage == 0 else None
             self._wrapped.step()
-            if norm is None:
-                norm = self._wrapped.get_global_grad_norm()
+            norm = self._wrapped.get_global_grad_norm() if self._norm is None else self._norm
         value = None if norm is None else float(norm)
         finite = value is None or (math.isfinite(value) and value != -1.0)
         if not finite:
@@ -190,6 +198,15 @@ class DeepspeedEngine(BaseEngine):
 
     def _base_optimizer(self) -> Any:
         return base_optimizer(self.optimizer)
+
+    def _clip(self) -> None:
+        """Clip at stage 0, where DeepSpeed's own norm counts shared KV heads several times."""
+        assert self._norm is not None
+        assert self._max_grad_norm is not None
+        factor = clip_factor(self._norm, self._max_grad_norm)
+        for parameter in self._module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
 
     def _unsharded_norm(self) -> torch.Tensor:
         """At stage 0 DeepSpeed clips, but keeps no norm."""

@@ -9,7 +9,7 @@ import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,6 +22,8 @@ from polyshard.adapters.shared.quiet import printing_as_log
 from polyshard.core.errors import AdapterError
 
 logger = logging.getLogger(__name__)
+
+CountedParts = Callable[[str, torch.Tensor, int], list[torch.Tensor]]
 
 with warnings.catch_warnings(record=True) as _warned, printing_as_log(logger, "Megatron"):
     warnings.simplefilter("always")
@@ -43,6 +45,7 @@ __all__ = [
     "RowParallelLinear",
     "VocabParallelEmbedding",
     "base_optimizer",
+    "count_gradients",
     "cuda_as_cpu",
     "current_device_as_cpu",
     "get_megatron_optimizer",
@@ -144,6 +147,36 @@ def optimizer_part(optimizer: Any, base: Any, parameter: torch.nn.Parameter) -> 
     group, order = place
     run = holder._get_model_param_range_map(parameter)["param"]
     return OptimizerPart(base.param_groups[group]["params"][order], run.start)
+
+
+def count_gradients(optimizer: Any, named: Mapping[str, torch.nn.Parameter], parts: CountedParts) -> None:
+    """Let Megatron's gradient norm count each logical element once.
+
+    Megatron tells shards from copies by an attribute of the parameter (optimizer.py, get_main_grads_for_grad_norm), and
+    no attribute says that a part of a parameter is a copy, such as a KV head that tensor-parallel ranks share.
+
+    Args:
+        optimizer: Megatron's.
+        named: the model's parameters.
+        parts: `(name, values, start) -> the views of a run of the flattened shard that count on this rank`.
+    """
+
+    def main_gradients() -> list[torch.Tensor]:
+        base = base_optimizer(optimizer)
+        counted: list[torch.Tensor] = []
+        for name, parameter in named.items():
+            part = optimizer_part(optimizer, base, parameter)
+            if part is not None and part.main.grad is not None:
+                counted += parts(name, part.main.grad.reshape(-1), part.start or 0)
+        return counted
+
+    for holder in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not hasattr(holder, "get_main_grads_for_grad_norm"):
+            raise AdapterError(
+                f"{type(holder).__name__} of this Megatron-Core has no get_main_grads_for_grad_norm: its gradient norm "
+                "cannot be corrected. Install a supported version"
+            )
+        holder.get_main_grads_for_grad_norm = main_gradients
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch import nn
 from polyshard.adapters.megatron import compat
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
-from polyshard.adapters.shared.library_norm import prepare_for_library_norm
+from polyshard.adapters.shared.grad_norm import counted_parts
 from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import AdamW, OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, replica_axis
@@ -40,7 +40,7 @@ class MegatronEngine(BaseEngine):
             of several ranks; see `polyshard.manual_seed`.
 
     Raises:
-        AdapterError: another optimizer; or KV heads are shared by tensor-parallel ranks and clipping is asked for.
+        AdapterError: another optimizer.
     """
 
     def __init__(
@@ -60,7 +60,6 @@ class MegatronEngine(BaseEngine):
                 f"Megatron makes its own optimizer: pass polyshard.AdamW(...), not {type(optimizer).__name__}"
             )
         super().__init__(model, context, max_grad_norm=max_grad_norm, check_random=check_random)
-        prepare_for_library_norm(model, self.table, context, "Megatron", max_grad_norm is not None)
         groups = compat.process_groups(
             context.get_tensor_parallel_group(),
             replica_axis(context).group,
@@ -91,6 +90,12 @@ class MegatronEngine(BaseEngine):
             self.optimizer = compat.get_megatron_optimizer(
                 settings, [self._wrapped], use_gloo_process_groups=False, pg_collection=groups
             )
+        axis = context.axis("tensor")
+        compat.count_gradients(
+            self.optimizer,
+            dict(model.named_parameters()),
+            lambda name, values, start: counted_parts(self.table[name], values, start, axis.rank, axis.size),
+        )
         for group in self.optimizer.param_groups:
             # Megatron leaves this to its OptimizerParamScheduler; without it norms and biases would be decayed too.
             group["weight_decay"] = optimizer.weight_decay * group.get("wd_mult", 1.0)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.weight_layout import WeightLayout
+from polyshard.core.weight_table import WeightEntry
+from polyshard.weights.regions import regions
 
 
 def check_max_grad_norm(max_grad_norm: float | None) -> None:
@@ -36,6 +40,24 @@ def counted_square(gradient: torch.Tensor, layout: WeightLayout, rank: int, size
     if layout.dim is None and rank != 0:
         return torch.zeros((), device=gradient.device)
     return torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
+
+
+def counted_parts(entry: WeightEntry, values: torch.Tensor, start: int, rank: int, size: int) -> list[torch.Tensor]:
+    """Return views of the elements that count, so that each logical element counts on one rank only.
+
+    Elements of replicated weights count on the first rank, those of shared KV heads on the first rank that holds them,
+    and padding nowhere.
+
+    Args:
+        entry: of the parameter.
+        values: a run of this rank's flattened shard, 1-D; a library's own padding may follow it.
+        start: position of its first element in the flattened shard.
+        rank: position along the tensor axis.
+        size: of the tensor axis.
+    """
+    held = max(0, min(values.numel(), math.prod(entry.layout.local_shape(rank, size)) - start))
+    parts = regions(entry, rank, size, start, start + held)
+    return [region.view(values, start) for region in parts if region.first]
 
 
 def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
