@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     )
     from polyshard.core.layout import ParallelLayout
     from polyshard.core.linear_adapter import LinearAdapter
+    from polyshard.core.precision import Precision
     from polyshard.core.weight_layout import Segment, WeightLayout
     from polyshard.core.weight_table import collect_layouts
     from polyshard.exact import exact_context
@@ -116,6 +117,7 @@ _HOMES = {
     "polyshard.core.linear_adapter": ("LinearAdapter",),
     "polyshard.layers.norm": ("rms_norm",),
     "polyshard.layers.vocabulary": ("gather_logits", "lm_head", "vocab_embedding", "vocab_parallel_cross_entropy"),
+    "polyshard.core.precision": ("Precision",),
     "polyshard.core.weight_layout": ("Segment", "WeightLayout"),
     "polyshard.core.weight_table": ("collect_layouts",),
     "polyshard.exact": ("exact_context",),

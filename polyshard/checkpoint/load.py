@@ -75,6 +75,9 @@ def load_checkpoint(
     pieces = list(view.pieces())
     read_pieces(reader, pieces, view.table, axis.rank, axis.size, progress)
     view.written(pieces)
+    if view.has_masters:
+        read_pieces(reader, view.masters(), view.table, axis.rank, axis.size, progress)
+        view.masters_written()
 
 
 def _checked(path: Path, table: WeightTable, ignore: Sequence[str], ranks: Ranks, verify: bool) -> TensorReader:

@@ -24,6 +24,7 @@ from polyshard.core.errors import (
 from polyshard.core.layout import Axis, ParallelLayout
 from polyshard.core.linear_adapter import FullLinearAdapter, LinearAdapter
 from polyshard.core.pieces import OptimizerState, Piece
+from polyshard.core.precision import Precision
 from polyshard.core.requirement import Requirement, UntestedVersionWarning
 from polyshard.core.weight_layout import Segment, WeightLayout
 from polyshard.core.weight_table import WeightEntry, WeightTable
@@ -57,6 +58,7 @@ __all__ = [
     "ParallelLayout",
     "Piece",
     "PolyshardError",
+    "Precision",
     "RankFailureError",
     "RegistrationError",
     "Rejected",

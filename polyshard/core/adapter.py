@@ -15,6 +15,7 @@ from polyshard.core.capabilities import Capabilities
 from polyshard.core.context import ParallelContext
 from polyshard.core.layout import ParallelLayout
 from polyshard.core.pieces import OptimizerState, Piece
+from polyshard.core.precision import Precision
 from polyshard.core.requirement import Requirement
 from polyshard.core.weight_table import WeightTable
 
@@ -72,6 +73,8 @@ class TrainingEngine(Protocol):
         """The model as the factory built it."""
         ...
 
+    precision: Precision
+
     updates: int  # how often the weights have changed: by steps that were not skipped, and by loading
 
     @property
@@ -81,6 +84,10 @@ class TrainingEngine(Protocol):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, with whatever the library does around it."""
+        ...
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """A context in which the model's operations compute in the dtype that the engine's precision names."""
         ...
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -59,7 +59,8 @@ def train_batch(
     for index, micro_batch in enumerate(micro_batches):
         arguments = {name: value for name, value in micro_batch.items() if name != "labels"}
         with nullcontext() if index == last else engine.accumulate():
-            value = sum_loss(engine(**arguments), micro_batch)
+            with engine.computing():
+                value = sum_loss(engine(**arguments), micro_batch)
             if value.dim():
                 raise ConfigurationError(f"the loss must be a scalar sum over tokens: got shape {tuple(value.shape)}")
             engine.backward(value * factor.to(value.dtype))

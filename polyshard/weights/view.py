@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from polyshard.core.context import ParallelContext
-from polyshard.core.pieces import Piece
+from polyshard.core.pieces import MASTER, Piece
 from polyshard.core.weight_table import WeightTable, collect_layouts
 from polyshard.weights.movement import module_pieces
 
@@ -24,6 +24,9 @@ class WeightView:
         table: the layouts of its parameters.
         pieces: `() -> this rank's runs of elements of all parameters`, without communication.
         shards: `() -> name and tensor-parallel shard of each parameter`, full over the data axis. A collective.
+        has_masters: whether an optimizer keeps wider copies of parameters.
+        masters: `() -> this rank's runs of the optimizer's wider copies of parameters`; empty without masters.
+        masters_written: called after values were written into pieces of `masters()`.
         changes: `() -> a count that grows with each change of the weights`.
         written: called after values were written into pieces of `pieces()`. A collective.
     """
@@ -32,6 +35,9 @@ class WeightView:
     table: WeightTable
     pieces: Callable[[], Iterable[Piece]]
     shards: Callable[[], Iterable[tuple[str, torch.Tensor]]]
+    has_masters: bool = False
+    masters: Callable[[], list[Piece]]
+    masters_written: Callable[[], None]
     changes: Callable[[], int]
     written: Callable[[Iterable[Piece]], None]
 
@@ -50,6 +56,9 @@ def view_weights(model: nn.Module | Any, parallel_context: ParallelContext) -> W
         table=model.table,
         pieces=model.weight_pieces,
         shards=model.weights,
+        has_masters=model.precision.has_masters,
+        masters=lambda: _masters(model),
+        masters_written=lambda: _masters_written(model),
         changes=lambda: model.updates,
         written=lambda _: model.weights_written(),
     )
@@ -67,9 +76,20 @@ def _module_view(module: nn.Module, parallel_context: ParallelContext) -> Weight
         table=collect_layouts(module),
         pieces=lambda: module_pieces(module, parallel_context),
         shards=lambda: _shards(module),
+        masters=list,
+        masters_written=lambda: None,
         changes=parameter_changes(module),
         written=lambda pieces: _copy_back(module, pieces),
     )
+
+
+def _masters(engine: Any) -> list[Piece]:
+    return [piece for piece in engine.optimizer_state().pieces if piece.slot == MASTER]
+
+
+def _masters_written(engine: Any) -> None:
+    state = engine.optimizer_state()
+    engine.optimizer_written(state.step, state.lr)
 
 
 def _shards(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -33,7 +33,7 @@ TOPICS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "training": (
         "Training",
         "Engines, optimizers, and one training step.",
-        ("TrainingEngine", "AdamW", "train_batch", "BatchResult", "StepResult"),
+        ("TrainingEngine", "AdamW", "Precision", "train_batch", "BatchResult", "StepResult"),
     ),
     "checkpoints": (
         "Configurations and checkpoints",

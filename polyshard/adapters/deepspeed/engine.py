@@ -32,6 +32,7 @@ from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, held_alike
+from polyshard.core.precision import Precision
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,8 @@ class DeepspeedEngine(BaseEngine):
         context: where this process stands.
         zero_stage: 0 to 3.
         max_grad_norm: clip the whole model's gradient to this norm; None does not clip.
+        precision: dtypes of the run. Float32 parameters are cast by DeepSpeed's `torch_autocast`; bfloat16 parameters
+            get float32 masters at stages 1 to 3.
         check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
             of several ranks; see `polyshard.manual_seed`.
         config: further settings of DeepSpeed's own configuration.
@@ -62,6 +65,7 @@ class DeepspeedEngine(BaseEngine):
         zero_stage: int = 1,
         max_grad_norm: float | None = 1.0,
         check_random: bool = True,
+        precision: Precision | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
         if zero_stage not in (0, 1, 2, 3):
@@ -72,7 +76,8 @@ class DeepspeedEngine(BaseEngine):
                 "with train_batch(micro_batches), or around micro-batches with accumulate()"
             )
         _check_accelerator(context.device)
-        super().__init__(model, context, max_grad_norm=max_grad_norm, check_random=check_random)
+        super().__init__(model, context, max_grad_norm=max_grad_norm, check_random=check_random, precision=precision)
+        _check_precision(self.precision, zero_stage, config or {})
         self._stage = zero_stage
         self._norm: torch.Tensor | None = None  # of the step under way, at stage 0
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -83,6 +88,7 @@ class DeepspeedEngine(BaseEngine):
             "zero_optimization": {"stage": zero_stage},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**12,
+            **_autocast(self.precision),
             **(config or {}),
         }
         with self._guard("data parallel setup"), printing_as_log(logger, "DeepSpeed"):
@@ -152,7 +158,13 @@ class DeepspeedEngine(BaseEngine):
             partitioned = [parameters[name]] if self._stage == 3 else []
             with torch.no_grad(), self._guard("data load"), gathered(partitioned, modifier_rank=0):
                 parameters[name].copy_(value)
-        if self._stage:
+            if self.precision.has_masters:
+                # Refreshing would round the masters to the parameters: they get the values that were given.
+                flat = value.reshape(-1)
+                for slot, start, master in self._fragments(parameters[name]):
+                    if slot == MASTER:
+                        master.copy_(flat[start : start + master.numel()])
+        if self._stage and not self.precision.has_masters:
             self._wrapped.optimizer.refresh_fp32_params()
 
     def weight_pieces(self) -> Iterator[Piece]:
@@ -199,6 +211,10 @@ class DeepspeedEngine(BaseEngine):
     def _base_optimizer(self) -> Any:
         return base_optimizer(self.optimizer)
 
+    def _fragments(self, parameter: nn.Parameter) -> Iterator[tuple[str, int, torch.Tensor]]:
+        base, rank = base_optimizer(self.optimizer), replica_axis(self.context).rank
+        return zero_fragments(self._wrapped.optimizer, base, parameter, self._stage, rank)
+
     def _clip(self) -> None:
         """Clip at stage 0, where DeepSpeed's own norm counts shared KV heads several times."""
         assert self._norm is not None
@@ -227,6 +243,38 @@ class DeepspeedEngine(BaseEngine):
             yield
         finally:
             self._wrapped.set_gradient_accumulation_boundary(True)
+
+
+def _autocast(precision: Precision) -> dict[str, Any]:
+    if not precision.casts:
+        return {}
+    return {"torch_autocast": {"enabled": True, "dtype": str(precision.compute_dtype).removeprefix("torch.")}}
+
+
+def _check_precision(precision: Precision, stage: int, config: dict[str, Any]) -> None:
+    """Raise `ConfigurationError` for what DeepSpeed 0.19 lacks, or gets wrong."""
+    if config.keys() & {"bf16", "fp16", "torch_autocast"}:
+        # Stage 0 with "bf16" steps once while it is built, and keeps its masters where no checkpoint finds them.
+        raise ConfigurationError(
+            f"config sets the precision: got {', '.join(sorted(config.keys() & {'bf16', 'fp16', 'torch_autocast'}))}. "
+            "Pass precision=polyshard.Precision(...) instead."
+        )
+    if precision.scales_loss:
+        raise ConfigurationError(
+            "float16 is unsupported with DeepSpeed: its loss scaling does not run on CPU and has not been tested. "
+            "Compute in bfloat16."
+        )
+    if precision.parameters == torch.bfloat16 and (stage == 0 or not precision.has_masters):
+        raise ConfigurationError(
+            f"DeepSpeed's ZeRO stage {stage} keeps no masters of bfloat16 parameters: got {precision}. Use stages 1 to "
+            "3 with optimizer=torch.float32, or build the model in float32 and pass "
+            "precision=Precision(compute=torch.bfloat16)."
+        )
+    if precision.reduce != torch.float32:
+        raise ConfigurationError(
+            f"DeepSpeed's engine reduces gradients in float32 here: got reduce={precision.reduce}, expected "
+            "torch.float32."
+        )
 
 
 def _check_accelerator(device: torch.device) -> None:

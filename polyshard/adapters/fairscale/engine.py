@@ -14,14 +14,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from polyshard.adapters.fairscale.compat import OSS, sharded_data_parallel
+from polyshard.adapters.fairscale.masters import OptimizerWithMasters
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
-from polyshard.adapters.shared.grad_norm import clip_factor, counted_square
+from polyshard.adapters.shared.grad_norm import counted_square, scale_gradients
+from polyshard.adapters.shared.loss_scale import LossScale
 from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.pieces import OptimizerState, Piece
+from polyshard.core.pieces import MASTER, OptimizerState, Piece
+from polyshard.core.precision import Precision
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,8 @@ class FairscaleEngine(BaseEngine):
         context: where this process stands.
         zero_stage: 1 for OSS with torch's DDP, 2 for OSS with ShardedDataParallel.
         max_grad_norm: clip the whole model's gradient to this norm; None does not clip.
+        precision: dtypes of the run. Float32 parameters are cast by autocast; bfloat16 parameters get float32 masters,
+            and their gradients are reduced in bfloat16.
         check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
             of several ranks; see `polyshard.manual_seed`.
     """
@@ -48,17 +53,23 @@ class FairscaleEngine(BaseEngine):
         zero_stage: int = 2,
         max_grad_norm: float | None = 1.0,
         check_random: bool = True,
+        precision: Precision | None = None,
     ) -> None:
         if zero_stage not in (1, 2):
             raise ConfigurationError(
                 f"zero_stage must be 1 (OSS with DDP) or 2 (OSS with ShardedDDP), got {zero_stage!r}"
             )
-        super().__init__(model, context, max_grad_norm=max_grad_norm, check_random=check_random)
+        super().__init__(model, context, max_grad_norm=max_grad_norm, check_random=check_random, precision=precision)
+        _check_precision(self.precision)
+        self._scale = LossScale(self.precision.loss_scale) if self.precision.scales_loss else None
         template = optimizer(model.named_parameters())
         group = replica_axis(context).group
         optimizer_class: Any = type(template)
         accepted = inspect.signature(optimizer_class).parameters  # defaults hold more than the constructor takes
         settings = {name: value for name, value in template.defaults.items() if name in accepted}
+        if self.precision.has_masters:
+            settings |= {"inner": optimizer_class, "dtype": self.precision.optimizer}
+            optimizer_class = OptimizerWithMasters
         self.optimizer = OSS(template.param_groups, optim=optimizer_class, group=group, **settings)
         # Stage 2 leaves each gradient with the rank that owns its optimizer state.
         self._owned_only = zero_stage == 2 and replica_axis(context).size > 1
@@ -69,23 +80,26 @@ class FairscaleEngine(BaseEngine):
                 else DistributedDataParallel(model, process_group=group)
             )
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate gradients, averaged over the replicas."""
+        super().backward(loss if self._scale is None else loss * self._scale.factor)
+
     def step(self) -> StepResult:
         """Clip, update, clear. A gradient that is not finite leaves the weights as they are, with a warning."""
         with self._guard("data step"):
             self._generators.compare()
             norm = self._grad_norm()
-            value = float(norm)
+            scale = 1.0 if self._scale is None else self._scale.factor
+            value = float(norm) / scale
             finite = math.isfinite(value)
             if finite:
                 self.updates += 1  # before the update: an error in it may leave weights changed
-                if self._max_grad_norm is not None:
-                    factor = clip_factor(norm, self._max_grad_norm)
-                    for parameter in self._module.parameters():
-                        if parameter.grad is not None:
-                            parameter.grad.mul_(factor)
+                scale_gradients(self._module.parameters(), norm, self._max_grad_norm, scale)
                 self.optimizer.step()
             else:
                 logger.warning("gradient norm is %s: this step is skipped", value)
+            if self._scale is not None:
+                self._scale.update(overflowed=not finite)
         self.zero_grad()
         return StepResult(grad_norm=value, skipped=not finite)
 
@@ -100,21 +114,43 @@ class FairscaleEngine(BaseEngine):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Set parameters from tensor-parallel shards."""
         self.updates += 1
-        load_shards(dict(self._module.named_parameters()), weights)
+        inner, parameters = self.optimizer.optim, dict(self._module.named_parameters())
+        for name, value in weights:
+            load_shards(parameters, ((name, value),))
+            if isinstance(inner, OptimizerWithMasters) and parameters[name] in inner.masters:
+                with torch.no_grad():
+                    inner.masters[parameters[name]].copy_(value)
+
+    def weights_written(self) -> None:
+        """Count the update, and refresh the masters."""
+        self.updates += 1
+        if isinstance(self.optimizer.optim, OptimizerWithMasters):
+            self.optimizer.optim.read_parameters()
+
+    def optimizer_written(self, step: int, lr: float) -> None:
+        """Continue from update `step`; the parameters are the masters, rounded, on every rank."""
+        super().optimizer_written(step, lr)
+        if isinstance(self.optimizer.optim, OptimizerWithMasters):
+            self.optimizer.optim.write_parameters()
+            self.optimizer._broadcast_params()
 
     def optimizer_state(self) -> OptimizerState:
         """OSS keeps the state of whole parameters, each on the rank that owns it."""
-        inner = self.optimizer.optim
-        optimizer_state.materialize(inner)
-        pieces = [
-            Piece(parameter=name, slot=slot, start=0, values=value.view(-1))
-            for name, parameter in self._module.named_parameters()
-            for slot, value in optimizer_state.slots(inner, parameter).items()
-        ]
-        return optimizer_state.state(inner, self.optimizer, pieces)
+        base, outer = self._base_optimizer(), self.optimizer.optim
+        masters = outer.masters if isinstance(outer, OptimizerWithMasters) else {}
+        optimizer_state.materialize(base)
+        pieces: list[Piece] = []
+        for name, parameter in self._module.named_parameters():
+            updated = masters.get(parameter, parameter)
+            tensors = optimizer_state.slots(base, updated)
+            if updated is not parameter:
+                tensors[MASTER] = updated.detach()
+            pieces += [Piece(parameter=name, slot=s, start=0, values=value.view(-1)) for s, value in tensors.items()]
+        return optimizer_state.state(base, self.optimizer, pieces)
 
     def _base_optimizer(self) -> Any:
-        return self.optimizer.optim
+        inner = self.optimizer.optim
+        return inner.inner if isinstance(inner, OptimizerWithMasters) else inner
 
     def _grad_norm(self) -> torch.Tensor:
         tensor_axis, replicas = self.context.axis("tensor"), replica_axis(self.context)
@@ -131,3 +167,16 @@ class FairscaleEngine(BaseEngine):
             assert replicas.collectives is not None
             total = replicas.collectives.all_reduce(total)
         return total.sqrt()
+
+
+def _check_precision(precision: Precision) -> None:
+    if precision.parameters == torch.float16:
+        raise ConfigurationError(
+            "float16 parameters are unsupported with FairScale: torch refuses to unscale their gradients. Build the "
+            "model in float32, and pass precision=Precision(compute=torch.float16)."
+        )
+    if precision.reduce != precision.parameters:
+        raise ConfigurationError(
+            f"FairScale reduces gradients in the dtype of the parameters: got reduce={precision.reduce}, expected "
+            f"{precision.parameters}."
+        )

@@ -57,7 +57,9 @@ __all__ = [
 ]
 
 
-def layer_config(tensor_size: int, sequence_parallel: bool, initialize: bool) -> ModelParallelConfig:
+def layer_config(
+    tensor_size: int, sequence_parallel: bool, initialize: bool, dtype: torch.dtype | None = None
+) -> ModelParallelConfig:
     """What Megatron's layers and DDP read.
 
     Weights are initialised on the CPU, whole and then sliced: alike at every tensor-parallel size, which Megatron's
@@ -68,7 +70,7 @@ def layer_config(tensor_size: int, sequence_parallel: bool, initialize: bool) ->
         sequence_parallel=sequence_parallel and tensor_size > 1,
         use_cpu_initialization=True,
         perform_initialization=initialize,
-        params_dtype=torch.get_default_dtype(),
+        params_dtype=dtype or torch.get_default_dtype(),
     )
     # DistributedDataParallel and the optimizer read two fields of TransformerConfig on any model's config.
     for name, value in (("num_moe_experts", None), ("calculate_per_token_loss", False)):

@@ -6,7 +6,7 @@ Both run on any module, with an explicit collection of process groups.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,6 +23,7 @@ from polyshard.core.adapter import AdamW, OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import AdapterError, ConfigurationError
 from polyshard.core.pieces import MASTER, OptimizerState, Piece, held_alike
+from polyshard.core.precision import Precision
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class MegatronEngine(BaseEngine):
         context: where this process stands, as this adapter made or adopted it.
         zero_stage: 0 for FP32Optimizer, 1 for DistributedOptimizer.
         max_grad_norm: clip the whole model's gradient to this norm; None does not clip.
+        precision: dtypes of the run. Parameters in bfloat16 or float16 get float32 masters; float16 scales the loss.
         check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
             of several ranks; see `polyshard.manual_seed`.
 
@@ -52,6 +54,7 @@ class MegatronEngine(BaseEngine):
         zero_stage: int = 1,
         max_grad_norm: float | None = 1.0,
         check_random: bool = True,
+        precision: Precision | None = None,
     ) -> None:
         if zero_stage not in (0, 1):
             raise ConfigurationError(f"zero_stage must be 0 or 1, got {zero_stage!r}")
@@ -59,7 +62,9 @@ class MegatronEngine(BaseEngine):
             raise AdapterError(
                 f"Megatron makes its own optimizer: pass polyshard.AdamW(...), not {type(optimizer).__name__}"
             )
-        super().__init__(model, context, max_grad_norm=max_grad_norm, check_random=check_random)
+        super().__init__(model, context, max_grad_norm=max_grad_norm, check_random=check_random, precision=precision)
+        _check_precision(self.precision)
+        parameters = self.precision.parameters
         groups = compat.process_groups(
             context.get_tensor_parallel_group(),
             replica_axis(context).group,
@@ -68,7 +73,9 @@ class MegatronEngine(BaseEngine):
         )
         sharded = zero_stage == 1
         ddp_config = compat.DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=sharded
+            grad_reduce_in_fp32=self.precision.reduce == torch.float32,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=sharded,
         )
         settings = compat.OptimizerConfig(
             optimizer="adam",
@@ -78,11 +85,17 @@ class MegatronEngine(BaseEngine):
             adam_eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
             clip_grad=max_grad_norm or 0.0,
-            params_dtype=torch.get_default_dtype(),
+            params_dtype=parameters,
+            bf16=parameters == torch.bfloat16,
+            fp16=parameters == torch.float16,
+            initial_loss_scale=self.precision.loss_scale,
             use_distributed_optimizer=sharded,
         )
         config = compat.layer_config(
-            context.get_tensor_parallel_world_size(), context.layout.sequence_parallel, initialize=False
+            context.get_tensor_parallel_world_size(),
+            context.layout.sequence_parallel,
+            initialize=False,
+            dtype=parameters,
         )
         with self._guard("data parallel setup"), compat.cuda_as_cpu(self.context.device):
             wrap: Any = compat.DistributedDataParallel  # typed for a TransformerConfig; reads what layer_config has
@@ -100,6 +113,12 @@ class MegatronEngine(BaseEngine):
             # Megatron leaves this to its OptimizerParamScheduler; without it norms and biases would be decayed too.
             group["weight_decay"] = optimizer.weight_decay * group.get("wd_mult", 1.0)
         self.zero_grad()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate gradients in Megatron's buffers (`main_grad`); `grad` stays None."""
+        if self.precision.scales_loss:
+            loss = self.optimizer.scale_loss(loss)
+        super().backward(loss)
 
     def step(self) -> StepResult:
         """Average over the replicas, clip, update, clear."""
@@ -126,9 +145,19 @@ class MegatronEngine(BaseEngine):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Set parameters, and the optimizer's own copies of them, from tensor-parallel shards."""
         self.updates += 1
-        load_shards(dict(self._module.named_parameters()), weights)
-        with compat.cuda_as_cpu(self.context.device):
-            self.optimizer.reload_model_params()
+        if not self.precision.has_masters:
+            load_shards(dict(self._module.named_parameters()), weights)
+            with compat.cuda_as_cpu(self.context.device):
+                self.optimizer.reload_model_params()
+            return
+        # Reloading would round the masters to the parameters: they get the values that were given.
+        masters = {name: (main, start) for name, main, start in self._masters()}
+        parameters = dict(self._module.named_parameters())
+        for name, value in weights:
+            load_shards(parameters, ((name, value),))
+            if name in masters:
+                main, start = masters[name]
+                main.view(-1).copy_(value.to(main.device).reshape(-1)[start : start + main.numel()])
 
     def weights_written(self) -> None:
         """Refresh the optimizer's copies."""
@@ -155,5 +184,30 @@ class MegatronEngine(BaseEngine):
                     pieces.append(Piece(parameter=name, slot=slot, start=found.start, values=value.view(-1)))
         return optimizer_state.state(base, self.optimizer, pieces)
 
+    def _masters(self) -> Iterator[tuple[str, torch.Tensor, int]]:
+        """Yield this rank's part of each master: name, values, and the position of the first in the shard."""
+        base = compat.base_optimizer(self.optimizer)
+        for name, parameter in self._module.named_parameters():
+            part = compat.optimizer_part(self.optimizer, base, parameter)
+            if part is not None and part.main.dtype != parameter.dtype:
+                yield name, part.main.detach(), part.start or 0
+
     def _base_optimizer(self) -> Any:
         return compat.base_optimizer(self.optimizer)
+
+
+def _check_precision(precision: Precision) -> None:
+    if precision.casts:
+        raise ConfigurationError(
+            f"Megatron casts no parameters for computation: got compute={precision.compute_dtype} for parameters in "
+            f"{precision.parameters}. Build the model in {precision.compute_dtype}: Megatron keeps float32 masters."
+        )
+    if precision.parameters != torch.float32 and precision.optimizer != torch.float32:
+        raise ConfigurationError(
+            f"Megatron's optimizer updates float32 values: got optimizer={precision.optimizer}, expected torch.float32."
+        )
+    if precision.reduce not in (torch.float32, precision.parameters):
+        raise ConfigurationError(
+            f"Megatron reduces gradients in float32 or in the dtype of the parameters: got reduce={precision.reduce}, "
+            f"expected torch.float32 or {precision.parameters}."
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from polyshard.core.adapter import StepResult
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.pieces import WEIGHT, OptimizerState, Piece, held_alike
+from polyshard.core.precision import Precision, precision_of
 from polyshard.core.weight_table import collect_layouts
 from polyshard.training.batch import train_batch
 from polyshard.training.generators import GeneratorCheck
@@ -32,6 +33,7 @@ class BaseEngine(ABC):
         context: where this process stands.
         max_grad_norm: clip the model's gradient to this norm; None does not clip.
         check_random: compare random generators over the ranks before the first update.
+        precision: dtypes of the run; default that of the parameters, with float32 in the optimizer.
 
     Raises:
         ConfigurationError: a norm that is not positive, or parameters on another device than the context's.
@@ -40,10 +42,17 @@ class BaseEngine(ABC):
     optimizer: Any  # the library's
 
     def __init__(
-        self, model: nn.Module, context: ParallelContext, *, max_grad_norm: float | None, check_random: bool
+        self,
+        model: nn.Module,
+        context: ParallelContext,
+        *,
+        max_grad_norm: float | None,
+        check_random: bool,
+        precision: Precision | None = None,
     ) -> None:
         check_max_grad_norm(max_grad_norm)
         check_devices(model, context)
+        self.precision = precision_of(model, precision)
         self.context = context
         self.updates = 0
         self.table = collect_layouts(model)
@@ -59,9 +68,23 @@ class BaseEngine(ABC):
         return self._module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's forward inside the library's wrapper."""
-        with self._guard("data forward"), self._generators.watching():
+        """Run the model's forward inside the library's wrapper, in the dtype of computation."""
+        with self._guard("data forward"), self._generators.watching(), self.computing():
             return self._wrapped(*args, **kwargs)
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Return a context in which the model's operations compute in `precision.compute`.
+
+        `__call__` enters it. Enter it around a loss that the model computes outside of its forward, too.
+        """
+        if not self._autocasts:
+            return nullcontext()
+        return torch.autocast(self.context.device.type, dtype=self.precision.compute_dtype)
+
+    @property
+    def _autocasts(self) -> bool:
+        """Whether `torch.autocast` casts the parameters for each operation; a library may cast by its own means."""
+        return self.precision.casts
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients of `loss`, averaged over the replicas."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+from torch import nn
 
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.weight_layout import WeightLayout
@@ -63,3 +66,29 @@ def counted_parts(entry: WeightEntry, values: torch.Tensor, start: int, rank: in
 def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
     """What to scale gradients with so that their norm is at most `max_norm`; as torch's clip_grad_norm_."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def scale_gradients(
+    parameters: Iterable[nn.Parameter],
+    norm: torch.Tensor,
+    max_norm: float | None,
+    scale: float = 1.0,
+    local: Callable[[Any], torch.Tensor] = lambda gradient: gradient,
+) -> None:
+    """Divide gradients by the factor on the loss, and scale them so that their norm is at most `max_norm`, in place.
+
+    Args:
+        parameters: with gradients.
+        norm: of the gradients as they are, scalar.
+        max_norm: None does not clip.
+        scale: the factor that the loss had.
+        local: gives this rank's part of a gradient.
+    """
+    if max_norm is None and scale == 1.0:
+        return
+    factor = torch.ones_like(norm) / scale
+    if max_norm is not None:
+        factor = factor * clip_factor(norm / scale, max_norm)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            local(parameter.grad).mul_(factor)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from polyshard.adapters.shared.grad_norm import clip_factor, counted_square
+from polyshard.adapters.shared.grad_norm import counted_square, scale_gradients
 from polyshard.adapters.torch.compat import full_tensor, is_dtensor, local_tensor
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.weight_table import WeightTable
@@ -42,9 +42,8 @@ def global_grad_norm(
     return (over_replicas + everywhere).sqrt()
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], norm: torch.Tensor, max_norm: float) -> None:
-    """Scale gradients in place so that their norm is at most `max_norm`."""
-    factor = clip_factor(norm, max_norm)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            local_tensor(parameter.grad).mul_(factor)
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], norm: torch.Tensor, max_norm: float | None, scale: float = 1.0
+) -> None:
+    """Scale gradients in place, DTensors too; see `scale_gradients`."""
+    scale_gradients(parameters, norm, max_norm, scale, local_tensor)

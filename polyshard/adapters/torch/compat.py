@@ -9,6 +9,7 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
@@ -45,6 +46,13 @@ def fsdp_function() -> Callable[..., Any]:
     from torch.distributed.fsdp import fully_shard
 
     return fully_shard
+
+
+def mixed_precision_policy(compute: torch.dtype | None, reduce: torch.dtype | None) -> Any:
+    """FSDP2's policy: dtype of gathered parameters and inputs, and of the reduction of gradients."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
 
 
 def all_gather_flat(output: Tensor, source: Tensor, group: dist.ProcessGroup) -> None:

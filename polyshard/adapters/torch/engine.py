@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,19 +15,24 @@ from torch.nn.parallel import DistributedDataParallel
 
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
+from polyshard.adapters.shared.loss_scale import LossScale
+from polyshard.adapters.shared.masters import Masters, broadcast_parameters
 from polyshard.adapters.shared.weights import check_shard
 from polyshard.adapters.torch.clip import clip_gradients, global_grad_norm
 from polyshard.adapters.torch.compat import (
     fsdp_function,
     full_tensor,
     is_dtensor,
+    mixed_precision_policy,
     sharded_rows,
     unshard_gradient_sync,
 )
+from polyshard.adapters.torch.reducer import GradientReducer
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.pieces import WEIGHT, OptimizerState, Piece, held_alike
+from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, held_alike
+from polyshard.core.precision import Precision
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +48,12 @@ class TorchEngine(BaseEngine):
         max_grad_norm: clip the whole model's gradient to this norm; None does not clip.
         check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
             of several ranks; see `polyshard.manual_seed`.
+        precision: dtypes of the run. Float32 parameters with a narrower `compute` are cast by autocast under `"ddp"`
+            and by FSDP2's own policy under `"fsdp"`; narrower parameters get masters, under `"ddp"` only.
         shard_modules: for FSDP2, which modules to gather one at a time; default: the items of every ModuleList.
 
     Raises:
-        ConfigurationError: an unknown `data_parallel`, or a norm that is not positive.
+        ConfigurationError: an unknown `data_parallel`, a norm that is not positive, or a precision that does not fit.
     """
 
     def __init__(
@@ -57,48 +65,97 @@ class TorchEngine(BaseEngine):
         data_parallel: Literal["ddp", "fsdp"] = "ddp",
         max_grad_norm: float | None = 1.0,
         check_random: bool = True,
+        precision: Precision | None = None,
         shard_modules: Callable[[nn.Module], bool] | None = None,
     ) -> None:
         if data_parallel not in ("ddp", "fsdp"):
             raise ConfigurationError(f"data_parallel must be 'ddp' or 'fsdp', got {data_parallel!r}")
-        super().__init__(model, context, max_grad_norm=max_grad_norm, check_random=check_random)
-        self._sharded = data_parallel == "fsdp" and replica_axis(context).size > 1
+        super().__init__(model, context, max_grad_norm=max_grad_norm, check_random=check_random, precision=precision)
+        replicas = replica_axis(context)
+        self._sharded = data_parallel == "fsdp" and replicas.size > 1
+        self._masters: Masters | None = None
+        self._reducer: GradientReducer | None = None
+        self._scale = LossScale(self.precision.loss_scale) if self.precision.scales_loss else None
+        self._check_precision()
         if data_parallel == "fsdp" and not self._sharded:
             logger.warning("fsdp does nothing at data-parallel size 1: the model is trained unsharded")
         if self._sharded:
-            _fully_shard(model, context, shard_modules or _is_list_item(model))
-        elif replica_axis(context).size > 1:
+            _fully_shard(model, context, shard_modules or _is_list_item(model), self.precision)
+        elif self.precision.has_masters:
+            with self._guard("data parallel setup"):
+                broadcast_parameters(model, replicas.group, replicas.ranks)
+            self._masters = Masters(model.named_parameters(), self.precision.optimizer)
+            self._reducer = GradientReducer(
+                model.named_parameters(), self._masters, self.precision.reduce, replicas.group
+            )
+        elif replicas.size > 1:
             with self._guard("data parallel setup"):
                 self._wrapped = DistributedDataParallel(
-                    model, process_group=replica_axis(context).group, gradient_as_bucket_view=True
+                    model, process_group=replicas.group, gradient_as_bucket_view=True
                 )
-        self.optimizer = optimizer(model.named_parameters())
+        self.optimizer = optimizer(self._updated())
+
+    @property
+    def _autocasts(self) -> bool:
+        return self.precision.casts and not self._sharded
+
+    def _check_precision(self) -> None:
+        precision = self.precision
+        if self._sharded and precision.has_masters:
+            raise ConfigurationError(
+                f"FSDP2 keeps no masters of {precision.parameters} parameters: build the model in float32, and pass "
+                f"precision=Precision(compute={precision.compute_dtype})."
+            )
+        if not self._sharded and not precision.has_masters and precision.reduce != precision.parameters:
+            raise ConfigurationError(
+                f"DistributedDataParallel reduces gradients in the dtype of the parameters: got reduce="
+                f"{precision.reduce}, expected {precision.parameters}."
+            )
+
+    def _updated(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The tensors that the optimizer updates: the parameters, or their masters."""
+        return self._module.named_parameters() if self._masters is None else self._masters.named()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate gradients, averaged over the replicas."""
+        with self._guard("data backward"):
+            (loss if self._scale is None else loss * self._scale.factor).backward()
+            if self._reducer is not None and self._reducer.sends:
+                self._reducer.finish()
 
     def step(self) -> StepResult:
         """Clip, update, clear. A gradient that is not finite leaves the weights as they are, with a warning."""
         with self._guard("data step"):
             self._generators.compare()
-            norm = global_grad_norm(self._module.named_parameters(), self.table, self.context)
-        value = float(norm)
+            norm = global_grad_norm(self._updated(), self.table, self.context)
+        scale = 1.0 if self._scale is None else self._scale.factor
+        value = float(norm) / scale
         finite = math.isfinite(value)
         if finite:
             self.updates += 1  # before the update: an error in it may leave weights changed
-            if self._max_grad_norm is not None:
-                clip_gradients(self._module.parameters(), norm, self._max_grad_norm)
+            clip_gradients((parameter for _, parameter in self._updated()), norm, self._max_grad_norm, scale)
             self.optimizer.step()
+            if self._masters is not None:
+                self._masters.write_parameters()
         else:
             logger.warning("gradient norm is %s: this step is skipped", value)
+        if self._scale is not None:
+            self._scale.update(overflowed=not finite)
         self.zero_grad()
         return StepResult(grad_norm=value, skipped=not finite)
 
     def zero_grad(self) -> None:
         """Forget accumulated gradients."""
         self.optimizer.zero_grad(set_to_none=True)
+        if self._reducer is not None:
+            self._reducer.clear()
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Around all micro-batches but the last."""
         if isinstance(self._wrapped, DistributedDataParallel):
             return self._wrapped.no_sync()
+        if self._reducer is not None:
+            return self._without_sending(self._reducer)
         return self._without_sync() if self._sharded else nullcontext()
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -116,6 +173,8 @@ class TorchEngine(BaseEngine):
                 parameter = parameters[name]
                 check_shard(name, value, tuple(parameter.shape))
                 parameter.copy_(_like(value, parameter))
+                if self._masters is not None and name in self._masters:
+                    self._masters[name].copy_(value)
 
     def weight_pieces(self) -> Iterator[Piece]:
         """This rank's run of every parameter."""
@@ -127,16 +186,38 @@ class TorchEngine(BaseEngine):
         optimizer_state.materialize(self.optimizer)
         pieces = [
             self._piece(name, slot, value)
-            for name, parameter in self._module.named_parameters()
+            for name, parameter in self._updated()
             for slot, value in optimizer_state.slots(self.optimizer, parameter).items()
         ]
+        if self._masters is not None:
+            pieces += [self._piece(name, MASTER, master.detach()) for name, master in self._masters.narrow()]
         return optimizer_state.state(self.optimizer, self.optimizer, pieces)
+
+    def weights_written(self) -> None:
+        """Count the update, and refresh the masters."""
+        self.updates += 1
+        if self._masters is not None:
+            self._masters.read_parameters()
+
+    def optimizer_written(self, step: int, lr: float) -> None:
+        """Continue from update `step`; the parameters are the masters, rounded."""
+        super().optimizer_written(step, lr)
+        if self._masters is not None:
+            self._masters.write_parameters()
 
     def _piece(self, name: str, slot: str, tensor: Any) -> Piece:
         if is_dtensor(tensor):
             start, local = sharded_rows(tensor)
             return Piece(parameter=name, slot=slot, start=start, values=local.view(-1))
         return held_alike(name, slot, tensor, replica_axis(self.context))
+
+    @contextmanager
+    def _without_sending(self, reducer: GradientReducer) -> Iterator[None]:
+        reducer.sends = False
+        try:
+            yield
+        finally:
+            reducer.sends = True
 
     @contextmanager
     def _without_sync(self) -> Iterator[None]:
@@ -152,10 +233,18 @@ def _is_list_item(model: nn.Module) -> Callable[[nn.Module], bool]:
     return lambda module: id(module) in items
 
 
-def _fully_shard(model: nn.Module, context: ParallelContext, chosen: Callable[[nn.Module], bool]) -> None:
+def _fully_shard(
+    model: nn.Module, context: ParallelContext, chosen: Callable[[nn.Module], bool], precision: Precision
+) -> None:
     from torch.distributed.device_mesh import DeviceMesh
 
-    fully_shard = fsdp_function()
+    fully_shard = partial(
+        fsdp_function(),
+        mp_policy=mixed_precision_policy(
+            precision.compute_dtype if precision.casts else None,
+            precision.reduce if precision.reduce != precision.parameters or precision.casts else None,
+        ),
+    )
     group = replica_axis(context).group
     assert group is not None
     mesh = DeviceMesh.from_group(group, context.device.type)

@@ -1,0 +1,111 @@
+"""Training in a given precision, on each rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import polyshard as ps
+from support.models.tiny import VOCAB
+from support.workers.on_ranks import build
+
+STEPS = 30
+ADAMW = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def learnable_rows(step: int, rows: int = 4, length: int = 33) -> torch.Tensor:
+    """Each token follows from the one before; one in ten is noise."""
+    generator = torch.Generator().manual_seed(100 + step)
+    ids = torch.randint(VOCAB, (rows, 1), generator=generator)
+    for _ in range(length - 1):
+        following = (ids[:, -1:] * 5 + 3) % VOCAB
+        noise = torch.randint(VOCAB, following.shape, generator=generator)
+        ids = torch.cat((ids, torch.where(torch.rand(following.shape, generator=generator) < 0.1, noise, following)), 1)
+    return ids
+
+
+def run(engine: ps.TrainingEngine, context: ps.ParallelContext, first: int, steps: int, parts: int = 1) -> list[float]:
+    """Mean loss of each step over all ranks."""
+    rank, size = context.get_data_parallel_rank(), context.get_data_parallel_world_size()
+    losses = []
+    for step in range(first, first + steps):
+        mine = learnable_rows(step)[rank::size]
+        batches = [{"input_ids": part[:, :-1], "labels": part[:, 1:]} for part in mine.chunk(parts)]
+        losses.append(float(engine.train_batch(batches).loss))
+        assert not engine.step().skipped
+    return losses
+
+
+def start(directory: Path, context: ps.ParallelContext, precision: ps.Precision, engine: dict) -> ps.TrainingEngine:
+    model = build(directory, context).to(precision.parameters)
+    adapter = ps.load_adapter(type(context.linear).__name__.removesuffix("LinearAdapter").lower())
+    return adapter.engine(model, ps.AdamW(**ADAMW), context, max_grad_norm=None, precision=precision, **engine)
+
+
+def curves(directory: Path, adapter: str, cases: list[tuple[ps.Precision, dict, int]], tensor: int = 1) -> list:
+    """The losses of each case."""
+    context = ps.initialize(adapter, tensor=tensor, timeout=60)
+    results = []
+    for precision, options, parts in cases:
+        engine = start(directory, context, precision, options)
+        results.append(run(engine, context, 0, STEPS, parts))
+        engine.close()
+    ps.shutdown(context)
+    return results
+
+
+class One(nn.Module):
+    """A weight that every step moves by the learning rate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8, 8))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.weight.float().sum() * input_ids.float().mean()
+
+
+def small_updates(adapter: str, cases: list[tuple[ps.Precision, dict, int]]) -> list[float]:
+    """The optimizer's value of a weight of 1 after a thousand updates of 1e-4, for each case."""
+    context = ps.initialize(adapter, timeout=60)
+    values = []
+    for precision, options, _ in cases:
+        model = One().to(precision.parameters)
+        optimizer = ps.AdamW(lr=1e-4, weight_decay=0.0)
+        engine = ps.load_adapter(adapter).engine(
+            model, optimizer, context, max_grad_norm=None, precision=precision, **options
+        )
+        for _ in range(1000):
+            engine.backward(engine(torch.ones(1, 1, dtype=torch.int64)))
+            engine.step()
+        pieces = engine.weight_pieces()
+        if precision.has_masters:
+            pieces = [piece for piece in engine.optimizer_state().pieces if piece.slot == "master"]
+        held = [float(piece.values.double().mean()) for piece in pieces if piece.values.numel()]
+        values.append(held[0] if held else None)
+        engine.close()
+    ps.shutdown(context)
+    return values
+
+
+Kind = tuple[str, ps.Precision, dict]  # adapter, precision, options of the engine
+
+
+def saved_and_moved(directory: Path, states: list[Path], kinds: list[Kind]) -> list[list[float]]:
+    """Train and save by the first kind; load, save and train on by each of the others. Losses after each start."""
+    losses = []
+    for index, (adapter, precision, options) in enumerate(kinds):
+        context = ps.initialize(adapter, timeout=60)
+        engine = start(directory, context, precision, options)
+        if index:
+            ps.load_training_state(engine, states[index - 1], context)
+        else:
+            run(engine, context, 0, 3)
+        config = {"model_type": "llama"}
+        ps.save_training_state(engine, states[index], context, step=3, config=config)
+        losses.append(run(engine, context, 3, 3))
+        engine.close()
+        ps.shutdown(context)
+    return losses
