@@ -14,11 +14,14 @@ import torch
 
 from polyshard.checkpoint.files import TensorReader
 from polyshard.core.dequantize import dequantized
+from polyshard.core.errors import CheckpointError
 from polyshard.core.foreign import LazyTensor
-from polyshard.core.quantized import refuse_codes
+from polyshard.core.quantized import CONVERT, refuse_codes
 from polyshard.core.weight_table import IGNORED_TENSORS
 
 logger = logging.getLogger(__name__)
+
+_UNSERVED = ("mxfp4", "bitsandbytes")
 
 
 class DequantizedReader(TensorReader):
@@ -71,13 +74,42 @@ def weights_reader(directory: Path, known: Collection[str], ignore: Sequence[str
     return DequantizedReader(reader, {**plain.tensors, **left}), "; ".join(plain.notes)
 
 
-def refuse_quantized(directory: Path, reader: TensorReader, known: Collection[str], ignore: Sequence[str]) -> None:
+def refuse_quantized(
+    directory: Path,
+    reader: TensorReader,
+    known: Collection[str],
+    ignore: Sequence[str],
+    taken: Collection[str] = (),
+) -> None:
     """Raise where stored tensors are codes; the configuration is not asked.
+
+    Args:
+        directory: for the error.
+        reader: of the files.
+        known: names of the model's own weights, which are no scales whatever they are called.
+        ignore: shell patterns of tensors that may be left over, whatever they hold.
+        taken: names of tensors that layers load as codes and scales.
 
     Raises:
         CheckpointError: they are.
     """
-    refuse_codes(lazy_tensors(reader, ignore), None, directory, known=known)
+    tensors = {name: tensor for name, tensor in lazy_tensors(reader, ignore).items() if name not in taken}
+    refuse_codes(tensors, None, directory, known=known)
+
+
+def refuse_unserved_method(directory: Path) -> None:
+    """Raise if config.json states a quantization that no layer of a served model takes.
+
+    Raises:
+        CheckpointError: it is MXFP4, whose codes are those of gpt-oss's experts, or bitsandbytes.
+    """
+    stated = stated_quantization(directory).get("quantization_config")
+    method = stated.get("quant_method") if isinstance(stated, Mapping) else stated
+    if method in _UNSERVED:
+        raise CheckpointError(
+            f"{directory} holds quantized weights that cannot be served: got quantization_config with "
+            f"quant_method={method!r}, expected a method that vLLM applies to linear layers. {CONVERT}"
+        )
 
 
 def refuse_stored_codes(directory: Path) -> None:

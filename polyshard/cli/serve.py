@@ -13,7 +13,7 @@ import typer
 
 from polyshard.adapters.vllm import adapter as vllm_adapter
 from polyshard.checkpoint import read_config
-from polyshard.checkpoint.dequantized import refuse_stored_codes
+from polyshard.checkpoint.dequantized import refuse_stored_codes, refuse_unserved_method
 from polyshard.core.config_fields import MODEL_TYPE
 from polyshard.core.config_file import check_complete
 from polyshard.core.errors import RegistrationError
@@ -87,15 +87,18 @@ def server_command(
 
     Raises:
         RegistrationError: no factory is known for the checkpoint, or an option is malformed.
-        CheckpointError: the directory has no config.json, or holds codes that it does not speak of.
+        CheckpointError: the directory has no config.json, holds codes that it does not speak of, or states a
+            quantization that cannot be served.
         ConfigFileError: a field of config.json is missing or wrong.
         MissingDependencyError: vLLM is not installed.
     """
     vllm_adapter.requirement.require()
     config = read_config(directory)
     check_complete(config.to_dict(), directory / "config.json")
-    if getattr(config, "quantization_config", None) is None and not _given(arguments) & _LOADING:
-        refuse_stored_codes(directory)
+    if not _given(arguments) & _LOADING:
+        refuse_unserved_method(directory)
+        if getattr(config, "quantization_config", None) is None:
+            refuse_stored_codes(directory)
     architectures = list(getattr(config, "architectures", None) or [])
     recorded = getattr(config, "polyshard", None) or {}
     if isinstance(options.get("names"), str) and options["names"].lstrip().startswith("{"):

@@ -19,7 +19,7 @@ from polyshard.core.quantized import CONVERT, refuse_codes, signs_of_quantizatio
 
 _CODES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 _SCALES = (".weight_scale_inv", ".weight_scale")
-_OF_ACTIVATIONS = (".input_scale", ".activation_scale", ".output_scale", ".q_scale", ".k_scale", ".v_scale")
+ACTIVATION_SCALES = (".input_scale", ".activation_scale", ".output_scale", ".q_scale", ".k_scale", ".v_scale")
 _MXFP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _METHODS = (None, "fp8", "compressed-tensors", "mxfp4")
 _OTHERS = "Dequantize it with the library that wrote it."
@@ -83,7 +83,7 @@ def dequantized(
         elif name.endswith(".weight") and tensor.dtype in _CODES and len(tensor.shape) == 2:
             found[name] = _of_codes(name, tensor, _scale(found, name, where), stated, where)
             count += 1
-    inputs = [name for name in found if name.endswith(_OF_ACTIVATIONS) and name not in known]
+    inputs = [name for name in found if name.endswith(ACTIVATION_SCALES) and name not in known]
     for name in inputs:
         del found[name]
     fields = {name: value for name, value in (config or {}).items() if name != "quantization_config"}

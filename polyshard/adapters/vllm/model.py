@@ -23,7 +23,7 @@ from polyshard.adapters.vllm.context import serving_context
 from polyshard.adapters.vllm.existing import check_load_format
 from polyshard.adapters.vllm.finish import finished_later
 from polyshard.adapters.vllm.loading import attach_loaders, keep_buffers, load_weights, packed_names
-from polyshard.adapters.vllm.quantized import quantize_layers, refuse_quantized_reload, refuse_unstated_codes
+from polyshard.adapters.vllm.quantized import quantize_layers, refuse_quantized_reload, refuse_unserved_codes
 from polyshard.adapters.vllm.stages import HIDDEN, check_pipeline, stored_elsewhere
 from polyshard.adapters.vllm.transfer.guard import WeightGuard, parameter_changes, shared_memory_watch
 from polyshard.core.errors import CheckpointError, RegistrationError
@@ -73,7 +73,6 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
             self.vocab_size = vllm_config.model_config.get_vocab_size()
             self.table = collect_layouts(self.model)
             self.quantized = None
-            refuse_unstated_codes(registered.name, vllm_config, self.table, rename)
             if vllm_config.quant_config is not None or vllm_config.lora_config is not None:
                 self.packed_modules_mapping = packed_names(self.table, registered.name)
             if vllm_config.quant_config is not None:
@@ -83,6 +82,7 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
             if vllm_config.lora_config is not None and on_cpu and self.context.rank == 0:
                 logger.warning(_LORA_ON_CPU)
             self.elsewhere = stored_elsewhere(registered.name, self.table)
+            refuse_unserved_codes(registered.name, vllm_config, self.table, rename, self.elsewhere, self.quantized)
             self.hidden_size = vllm_config.model_config.get_hidden_size()
             attach_loaders(self.model, self.table, self.context)
             keep_buffers(self.model)
