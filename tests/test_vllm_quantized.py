@@ -133,15 +133,17 @@ def test_four_bits_give_what_their_values_give(tmp_path, method):
     assert_same_generation(found[0], found[1], 0.05)
 
 
-def test_groups_out_of_order_are_refused(tmp_path):
-    """vLLM's own model leaves g_idx out where the configuration says desc_act=false, whatever it holds."""
+def test_groups_out_of_order_and_biases_that_the_model_lacks_are_refused(tmp_path):
+    """vLLM's own model leaves both out: g_idx where the configuration says desc_act=false, whatever they hold."""
     save_four_bits(tmp_path / "codes", tmp_path / "values", "gptq")
+    changes = {"1.mlp.up_proj.g_idx": lambda value: value.flip(0), "1.mlp.up_proj.bias": torch.ones_like}
     edit_tensors(
-        tmp_path / "codes", lambda name, value: value.flip(0) if name.endswith("1.mlp.up_proj.g_idx") else value
+        tmp_path / "codes",
+        lambda name, value: changes.get(name.removeprefix("model.layers."), lambda same: same)(value),
     )
     ps.register_model("ServedFourBits", decoder.build_model)
     with (
-        pytest.raises(Exception, match=r"unexpected model.layers.1.mlp.up_proj.g_idx"),
+        pytest.raises(Exception, match=r"unexpected (\S+.up_proj).bias; unexpected \1.g_idx$"),
         engine(tmp_path / "codes", "ServedFourBits", **SHORT),
     ):
         pass

@@ -1,6 +1,6 @@
 """Quantized weights as floating-point ones, for formats with a public and simple rule.
 
-FP8 in blocks or per tensor (DeepSeek-V3, Qwen3-FP8), compressed-tensors' float8 and int8 per tensor or channel, and
+FP8 in blocks or per tensor (DeepSeek-V3, Qwen3-FP8), compressed-tensors' float8 (also in blocks) and int8, and
 gpt-oss's MXFP4. A region of a tensor needs the codes of that region and the tensor's scales, so a tensor-parallel rank
 dequantizes its own shard. The oracle of the tests is transformers' own dequantized model, bit for bit.
 """
@@ -106,6 +106,14 @@ def _groups(stated: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [group or {} for group in (stated.get("config_groups") or {}).values()]
 
 
+def _block_sizes(stated: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Rows and columns of a block, each size once; compressed-tensors writes `[128, 128]`, or once wrote `128x128`."""
+    found = [stated.get("weight_block_size")]
+    found += [(group.get("weights") or {}).get("block_structure") for group in _groups(stated)]
+    sizes = [size.split("x") if isinstance(size, str) else size for size in found if size]
+    return list(dict.fromkeys((int(height), int(width)) for height, width in sizes))
+
+
 def _refuse_other_transforms(stated: Mapping[str, Any], where: object) -> None:
     """compressed-tensors can rotate or sparsify weights, too: codes times scales are not the weight then."""
     sparsity = (stated.get("sparsity_config") or {}).get("format", "dense")
@@ -132,16 +140,17 @@ def _scale(tensors: dict[str, LazyTensor], name: str, where: object) -> LazyTens
 def _of_codes(name: str, codes: LazyTensor, scale: LazyTensor, stated: Mapping[str, Any], where: object) -> LazyTensor:
     """`weight * scale`, the scale grown to the weight's rows and columns."""
     rows, columns = codes.shape
-    structures = [(group.get("weights") or {}).get("block_structure") for group in _groups(stated)]
-    blocks = stated.get("weight_block_size") or next((found for found in structures if found), None) or (0, 0)
+    structures = _block_sizes(stated)
+    fitting = [(h, w) for h, w in structures if tuple(scale.shape) == (-(-rows // h), -(-columns // w))]
     single = torch.Size(scale.shape).numel() == 1
     by_row = tuple(scale.shape) in ((rows, 1), (rows,))
-    by_block = all(blocks) and tuple(scale.shape) == (-(-rows // blocks[0]), -(-columns // blocks[1]))
-    if not (single or by_row or by_block):
+    if not (single or by_row or len(fitting) == 1):
         raise CheckpointError(
             f"{where}: the scale of {name} has an unsupported shape: got {list(scale.shape)} for {[rows, columns]} and "
-            f"blocks of {blocks}, expected one scale, one for each row, or one for each block. {_OTHERS}"
+            f"blocks of {structures}, expected one scale, one for each row, or one for each block of one size. "
+            f"{_OTHERS}"
         )
+    blocks = fitting[0] if fitting else (1, 1)
 
     def region(offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
         (row, column), (height, width) = offsets, sizes

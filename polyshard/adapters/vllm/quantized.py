@@ -60,8 +60,10 @@ class QuantizedLoading:
         """Load a tensor; problems, or None where it belongs to no quantized layer."""
         layer_name, _, kind = stored_name.rpartition(".")
         part = self._parts.get(layer_name)
-        if part is None or kind == "bias":
+        if part is None:
             return None
+        if kind == "bias":  # AutoGPTQ writes a bias of zeros for layers that have none; vLLM's own models skip any
+            return [] if part.layer._parameters.get("bias") is None and not tensor.any() else None
         parameter = part.layer._parameters.get(kind)
         if parameter is None:
             return [] if kind == "g_idx" and _in_order(tensor) else [f"unexpected {stored_name}"]
