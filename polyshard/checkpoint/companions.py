@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 # Written anew, or of one format alone.
@@ -17,7 +17,8 @@ WEIGHTS = (
 )
 TRAINING_STATE = ("trainer_state.json", "events.out.tfevents*", "*.log", "wandb")
 FOLDERS = ("*chat_templates*",)
-TOKENIZERS = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken", "*.model", "added_tokens.json")
+# Files that hold a tokenizer, by the names that transformers and vLLM know.
+TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "*tiktoken*", "*.model", "*.spm", "tekken*.json", "sentencepiece*")
 
 
 def companions(directory: Path, *, is_model: bool) -> tuple[dict[str, Path], tuple[str, ...]]:
@@ -49,8 +50,8 @@ def companions(directory: Path, *, is_model: bool) -> tuple[dict[str, Path], tup
     return found, notes
 
 
-def has_tokenizer(names: Mapping[str, Path]) -> bool:
-    """Whether a tokenizer is among the files."""
+def has_tokenizer(names: Iterable[str]) -> bool:
+    """Whether a tokenizer of any kind is among the files."""
     return any(_matches(name, TOKENIZERS) for name in names)
 
 

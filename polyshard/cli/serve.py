@@ -13,6 +13,7 @@ import typer
 
 from polyshard.adapters.vllm import adapter as vllm_adapter
 from polyshard.checkpoint import read_config
+from polyshard.checkpoint.companions import has_tokenizer
 from polyshard.checkpoint.dequantized import refuse_stored_codes, refuse_unserved_method
 from polyshard.core.config_fields import MODEL_TYPE
 from polyshard.core.config_file import check_complete
@@ -21,9 +22,6 @@ from polyshard.core.host import as_entry
 from polyshard.registry import model_from_entry, register_model, registered_models, resolve
 
 SERVED_NAME = "PolyshardModel"
-# Files that hold a tokenizer, by the names that transformers and vLLM know.
-TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "*tiktoken*", "spiece.model", "*.spm", "tekken*.json")
-TOKENIZERS += ("sentencepiece*",)
 # Options of vLLM that say how weights are read: then each tensor is checked when the worker reads it.
 _LOADING = {"--quantization", "-q", "--hf-overrides", "--load-format"}
 
@@ -107,7 +105,7 @@ def server_command(
         except ValueError as error:
             raise RegistrationError(f"--names {options['names']!r} is no valid JSON: {error}") from None
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
-    if not has_tokenizer(directory) and not _names_tokenizer(arguments):
+    if not has_tokenizer(file.name for file in directory.glob("*")) and not _names_tokenizer(arguments):
         command.append("--skip-tokenizer-init")
     known = registered_models()
     arguments_of_factory: dict[str, Any] = {}
@@ -134,11 +132,6 @@ def server_command(
         f"no model is registered for {directory}, whose architectures are {architectures}; registered: "
         f"{sorted(known) or 'none'}. Pass --factory module:attribute, or set POLYSHARD_MODELS.{hint}"
     )
-
-
-def has_tokenizer(directory: Path) -> bool:
-    """Whether a model directory holds a tokenizer of any kind that transformers or vLLM reads."""
-    return any(next(directory.glob(pattern), None) is not None for pattern in TOKENIZERS)
 
 
 def _given(arguments: list[str]) -> set[str]:
