@@ -15,7 +15,7 @@ import torch
 
 from polyshard.core.errors import CheckpointError
 from polyshard.core.foreign import LazyTensor
-from polyshard.core.quantized import CONVERT, refuse_codes, signs_of_quantization
+from polyshard.core.quantized import CONVERT, refuse_codes, short, signs_of_quantization
 
 _CODES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 _SCALES = (".weight_scale_inv", ".weight_scale")
@@ -139,6 +139,12 @@ def _scale(tensors: dict[str, LazyTensor], name: str, where: object) -> LazyTens
 
 def _of_codes(name: str, codes: LazyTensor, scale: LazyTensor, stated: Mapping[str, Any], where: object) -> LazyTensor:
     """`weight * scale`, the scale grown to the weight's rows and columns."""
+    if not scale.dtype.is_floating_point or (codes.dtype == torch.int8 and stated.get("quant_method") == "fp8"):
+        raise CheckpointError(  # exponents of MXFP8, and two codes of FP4 to a byte
+            f"{where}: {name} is in an unsupported format: got {short(codes.dtype)} with scales in "
+            f"{short(scale.dtype)} and quant_method={stated.get('quant_method')!r}, expected float8 or "
+            f"compressed-tensors' int8 with floating-point scales. {_OTHERS}"
+        )
     rows, columns = codes.shape
     structures = _block_sizes(stated)
     fitting = [(h, w) for h, w in structures if tuple(scale.shape) == (-(-rows // h), -(-columns // w))]

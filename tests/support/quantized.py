@@ -90,8 +90,11 @@ def dequantized_by_transformers(directory, kind, dtype):
 
 
 def save_fp8_by_transformers(directory, plain):
-    """As transformers quantizes and writes a model; it asks for a GPU, which its rounding does not need."""
-    tiny_model(tiny_config("llama", **SHAPE)).save_pretrained(plain)
+    """As transformers quantizes and writes a model; it asks for a GPU, which its rounding does not need.
+
+    Every matrix divides into blocks: beside one that does not, transformers 5.24 writes a scale that it never set.
+    """
+    tiny_model(tiny_config("llama", **SHAPE | {"num_key_value_heads": 4})).save_pretrained(plain)
     with mock.patch.object(quantizer_finegrained_fp8.FineGrainedFP8HfQuantizer, "validate_environment"):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             plain, dtype=torch.bfloat16, quantization_config=transformers.FineGrainedFP8Config()
@@ -145,6 +148,18 @@ OTHERS = {
             "weight_zero_point": torch.ones(128, 1).to(torch.int8),
         },
         _scheme("int", "channel"),
+    ),
+    "a scale beside a float weight": ({"weight": torch.ones(128, 128), "weight_scale_inv": torch.ones(1, 1)}, FP8),
+    "exponents for scales": (
+        {
+            **{"weight": torch.ones(128, 128).to(torch.float8_e4m3fn)},
+            "weight_scale_inv": torch.full((128, 4), 127).to(torch.uint8),
+        },
+        FP8 | {"weight_block_size": [1, 32]},
+    ),
+    "two codes to a byte": (
+        {"weight": torch.ones(128, 64).to(torch.int8), "weight_scale_inv": torch.ones(1, 1)},
+        FP8 | {"expert_dtype": "fp4"},
     ),
     "silent": ({"weight": torch.ones(128, 128).to(torch.float8_e4m3fn)}, None),
     "other blocks": (
