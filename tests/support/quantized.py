@@ -89,7 +89,7 @@ def dequantized_by_transformers(directory, kind, dtype):
     return loaded.state_dict()
 
 
-def save_fp8_by_transformers(directory, plain):
+def save_fp8_by_transformers(directory, plain, **settings):
     """As transformers quantizes and writes a model; it asks for a GPU, which its rounding does not need.
 
     Every matrix divides into blocks: beside one that does not, transformers 5.24 writes a scale that it never set.
@@ -97,7 +97,7 @@ def save_fp8_by_transformers(directory, plain):
     tiny_model(tiny_config("llama", **SHAPE | {"num_key_value_heads": 4})).save_pretrained(plain)
     with mock.patch.object(quantizer_finegrained_fp8.FineGrainedFP8HfQuantizer, "validate_environment"):
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            plain, dtype=torch.bfloat16, quantization_config=transformers.FineGrainedFP8Config()
+            plain, dtype=torch.bfloat16, quantization_config=transformers.FineGrainedFP8Config(**settings)
         )
     model.save_pretrained(directory)
 
