@@ -114,15 +114,18 @@ def nothing_of_a_file_is_kept():
     gc.collect()
 
 
-@pytest.fixture(autouse=True)
-def polyshards_loggers_are_as_they_were():
-    """A library that a test runs may configure logging for the process; the next test still sees warnings."""
-    logging.disable(logging.NOTSET)
-    for name in [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "polyshard"]:
-        logger = logging.getLogger(name)
-        logger.disabled, logger.propagate = False, True
-        logger.setLevel(logging.NOTSET)
-        logger.filters.clear()
+@pytest.fixture(scope="module", autouse=True)
+def polyshards_warnings_still_reach_the_user():
+    """No file, and no library that it imports, silences polyshard's loggers for the files after it."""
+    yield
+    names = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "polyshard"]
+    silenced = [name for name in ["polyshard", *names] if not _warns(logging.getLogger(name))]
+    assert not silenced, f"silenced loggers: {silenced}"
+
+
+def _warns(logger: logging.Logger) -> bool:
+    enabled = logger.isEnabledFor(logging.WARNING) and not logger.disabled and not logger.filters
+    return enabled and (logger.parent is None or (logger.propagate and _warns(logger.parent)))
 
 
 @pytest.fixture

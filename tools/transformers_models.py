@@ -5,9 +5,11 @@ python tools/transformers_models.py
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,11 +132,24 @@ def reason(message: str) -> str:
 
 def outcomes() -> dict[str, Outcome]:
     """All families."""
-    logging.getLogger("polyshard").setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         return {name: _family(name) for name in families()}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the warnings of polyshard and transformers; both loggers get their levels back."""
+    loggers = {name: logging.getLogger(name) for name in ("polyshard", "transformers")}
+    levels = {name: logger.level for name, logger in loggers.items()}
+    for logger in loggers.values():
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, logger in loggers.items():
+            logger.setLevel(levels[name])
 
 
 def _family(name: str) -> Outcome:

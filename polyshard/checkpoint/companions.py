@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 # Written by the conversion itself, or specific to one format.
@@ -17,7 +17,8 @@ WEIGHTS = (
 )
 TRAINING_STATE = ("trainer_state.json", "events.out.tfevents*", "*.log", "wandb")
 FOLDERS = ("*chat_templates*",)
-TOKENIZERS = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken", "*.model", "added_tokens.json")
+# Files that hold a tokenizer, by the names that transformers and vLLM know.
+TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "*tiktoken*", "*.model", "*.spm", "tekken*.json", "sentencepiece*")
 
 
 def companions(directory: Path, *, is_model: bool) -> tuple[dict[str, Path], tuple[str, ...]]:
@@ -55,8 +56,8 @@ def companions(directory: Path, *, is_model: bool) -> tuple[dict[str, Path], tup
     return found, notes
 
 
-def has_tokenizer(names: Mapping[str, Path]) -> bool:
-    """Return whether the files include a tokenizer."""
+def has_tokenizer(names: Iterable[str]) -> bool:
+    """Return whether the files include a tokenizer of any kind."""
     return any(_matches(name, TOKENIZERS) for name in names)
 
 

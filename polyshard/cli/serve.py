@@ -13,7 +13,8 @@ import typer
 
 from polyshard.adapters.vllm import adapter as vllm_adapter
 from polyshard.checkpoint import read_config
-from polyshard.checkpoint.quantization.reading import refuse_stored_codes
+from polyshard.checkpoint.companions import has_tokenizer
+from polyshard.checkpoint.quantization.reading import refuse_stored_codes, refuse_unserved_method
 from polyshard.config.fields import MODEL_TYPE
 from polyshard.config.file import check_complete
 from polyshard.core.errors import RegistrationError
@@ -21,9 +22,6 @@ from polyshard.core.serving import as_entry
 from polyshard.registry import model_from_entry, register_model, registered_models, resolve
 
 SERVED_NAME = "PolyshardModel"
-# Files that hold a tokenizer, by the names that transformers and vLLM know.
-TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "*tiktoken*", "spiece.model", "*.spm", "tekken*.json")
-TOKENIZERS += ("sentencepiece*",)
 # Options of vLLM that say how weights are read: then each tensor is checked when the worker reads it.
 _LOADING = {"--quantization", "-q", "--hf-overrides", "--load-format"}
 
@@ -87,15 +85,18 @@ def server_command(
 
     Raises:
         RegistrationError: no factory is known for the checkpoint, or an option is malformed.
-        CheckpointError: the directory has no config.json, or holds codes that it does not speak of.
+        CheckpointError: the directory has no config.json, holds codes that it does not speak of, or states a
+            quantization that cannot be served.
         ConfigFileError: a field of config.json is missing or wrong.
         MissingDependencyError: vLLM is not installed.
     """
     vllm_adapter.requirement.require()
     config = read_config(directory)
     check_complete(config.to_dict(), directory / "config.json")
-    if getattr(config, "quantization_config", None) is None and not _given(arguments) & _LOADING:
-        refuse_stored_codes(directory)
+    if not _given(arguments) & _LOADING:
+        refuse_unserved_method(directory)
+        if getattr(config, "quantization_config", None) is None:
+            refuse_stored_codes(directory)
     architectures = list(getattr(config, "architectures", None) or [])
     recorded = getattr(config, "polyshard", None) or {}
     if isinstance(options.get("names"), str) and options["names"].lstrip().startswith("{"):
@@ -104,7 +105,7 @@ def server_command(
         except ValueError as error:
             raise RegistrationError(f"--names {options['names']!r} is no valid JSON: {error}") from None
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
-    if not has_tokenizer(directory) and not _names_tokenizer(arguments):
+    if not has_tokenizer(file.name for file in directory.glob("*")) and not _names_tokenizer(arguments):
         command.append("--skip-tokenizer-init")
     known = registered_models()
     arguments_of_factory: dict[str, Any] = {}
@@ -131,11 +132,6 @@ def server_command(
         f"no model is registered for {directory}, whose architectures are {architectures}; registered: "
         f"{sorted(known) or 'none'}. Pass --factory module:attribute, or set POLYSHARD_MODELS.{hint}"
     )
-
-
-def has_tokenizer(directory: Path) -> bool:
-    """Whether a model directory holds a tokenizer of any kind that transformers or vLLM reads."""
-    return any(next(directory.glob(pattern), None) is not None for pattern in TOKENIZERS)
 
 
 def _given(arguments: list[str]) -> set[str]:

@@ -182,8 +182,9 @@ def load_experts(source, target, tensor):
     ps.shutdown(context)
 
 
-def test_a_directory_that_transformers_wrote_is_loaded(tmp_path):
-    save_fp8_by_transformers(tmp_path / "a", tmp_path / "plain")
+@pytest.mark.parametrize("scales", ["float", "ue8m0"])
+def test_a_directory_that_transformers_wrote_is_loaded(tmp_path, scales):
+    save_fp8_by_transformers(tmp_path / "a", tmp_path / "plain", scale_fmt=scales)
     model = load(tmp_path / "a", torch.bfloat16)
     wanted = dequantized_by_transformers(tmp_path / "a", "fp8", torch.bfloat16)
     down = model.model.layers[1].mlp.down_proj.weight

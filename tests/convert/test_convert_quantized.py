@@ -18,7 +18,9 @@ from support.oracles.quantized_files import (
 )
 
 import polyshard as ps
+from polyshard.checkpoint.quantization.dequantize import dequantized
 from polyshard.convert import convert
+from polyshard.convert.format import lazy
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -42,13 +44,48 @@ def test_simple_rules_are_applied_as_transformers_applies_them(tmp_path, kind, d
     assert any("dequantized 14 tensors" in note for note in done.notes)
 
 
-def test_blocks_at_the_edge_of_a_matrix_are_cut(tmp_path):
+@pytest.mark.parametrize("kind", ["fp8 in blocks", "float8 in blocks"])
+def test_blocks_at_the_edge_of_a_matrix_are_cut(tmp_path, kind):
     """Like DeepSeek-V3's kv_a_proj of 576 rows; transformers stretches them, so the original is the oracle."""
-    model = save_quantized(tmp_path / "a", "fp8 in blocks", intermediate_size=200, hidden_size=160)
+    model = save_quantized(tmp_path / "a", kind, intermediate_size=200, hidden_size=160)
     convert(tmp_path / "a", tmp_path / "b", dtype=torch.float32)
     found = load_file(tmp_path / "b" / "model.safetensors")
     for name, value in model.state_dict().items():
         assert (found[name] - value).abs().max() <= 2.0**-4 * value.abs().max(), name  # e4m3fn has three bits
+
+
+def test_codes_of_compressed_tensors_own_compressor_are_its_decompressed_weights(tmp_path):
+    """Also where the size of a block is written as text, as its older files have it."""
+    library = pytest.importorskip("compressed_tensors")
+    compressor = library.compressors.NaiveQuantizationCompressor
+    weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": "128x64", "symmetric": True}
+    scheme = library.quantization.QuantizationScheme(targets=["Linear"], weights=weights)
+    value = torch.randn(256, 192)
+    scale = value.reshape(2, 128, 3, 64).abs().amax((1, 3)) / 448
+    codes = compressor.compress({"weight": value, "weight_scale": scale}, scheme)
+    wanted = compressor.decompress(codes, scheme)["weight"]
+    tensors = {f"up.{name}": lazy(tensor) for name, tensor in codes.items()}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    stated = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
+    found = dequantized(tensors, stated, "here").tensors
+    assert list(found) == ["up.weight"]
+    assert torch.equal(found["up.weight"].load(), wanted)
+    assert torch.equal(found["up.weight"].part((100, 50), (100, 100)), wanted[100:200, 50:150])
+
+
+def test_blocks_of_two_sizes_that_fit_the_same_scales_are_refused():
+    """Nothing but the targets of the groups tells which of them a matrix has."""
+    groups = {
+        f"group_{width}": {"targets": ["Linear"], "weights": {"strategy": "block", "block_structure": [128, width]}}
+        for width in (128, 96)
+    }
+    tensors = {
+        "up.weight": lazy(torch.ones(128, 192).to(torch.float8_e4m3fn)),
+        "up.weight_scale": lazy(torch.ones(1, 2)),
+    }
+    stated = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
+    with pytest.raises(ps.CheckpointError, match=r"scale of up.weight .* blocks of \[\(128, 128\), \(128, 96\)\]"):
+        dequantized(tensors, stated, "here")
 
 
 @pytest.mark.parametrize("to_format", ["llama", "megatron-torch-dist"])

@@ -2,16 +2,18 @@
 
 import contextlib
 import json
+import shutil
 
 import decoder
 import pytest
 import support.vllm_required  # noqa: F401
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from support.engines import engine, greedy
 from support.models.tiny import save_tiny
 from support.oracles.greedy import assert_same_generation, greedy_transformers
-from support.oracles.quantized_files import save_four_bits, save_quantized
+from support.oracles.quantized_files import save_four_bits, save_gpt_oss, save_other, save_quantized
 
 import polyshard as ps
 from polyshard.adapters.vllm import compat
@@ -131,15 +133,17 @@ def test_four_bits_give_what_their_values_give(tmp_path, method):
     assert_same_generation(found[0], found[1], 0.05)
 
 
-def test_groups_out_of_order_are_refused(tmp_path):
-    """vLLM's own model leaves g_idx out where the configuration says desc_act=false, whatever it holds."""
+def test_groups_out_of_order_and_biases_that_the_model_lacks_are_refused(tmp_path):
+    """vLLM's own model leaves both out: g_idx where the configuration says desc_act=false, whatever they hold."""
     save_four_bits(tmp_path / "codes", tmp_path / "values", "gptq")
+    changes = {"1.mlp.up_proj.g_idx": lambda value: value.flip(0), "1.mlp.up_proj.bias": torch.ones_like}
     edit_tensors(
-        tmp_path / "codes", lambda name, value: value.flip(0) if name.endswith("1.mlp.up_proj.g_idx") else value
+        tmp_path / "codes",
+        lambda name, value: changes.get(name.removeprefix("model.layers."), lambda same: same)(value),
     )
     ps.register_model("ServedFourBits", decoder.build_model)
     with (
-        pytest.raises(Exception, match=r"unexpected model.layers.1.mlp.up_proj.g_idx"),
+        pytest.raises(Exception, match=r"unexpected (\S+.up_proj).bias; unexpected \1.g_idx$"),
         engine(tmp_path / "codes", "ServedFourBits", **SHORT),
     ):
         pass
@@ -162,6 +166,66 @@ def test_a_scheme_without_a_kernel_is_refused_by_name_before_weights_are_loaded(
         engine(tmp_path / "a", "ServedFloat8", **SHORT),
     ):
         pass
+
+
+def without_experts(config, parallel_context):
+    fields = {name: getattr(config, name) for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    return decoder.build_model(transformers.LlamaConfig(**fields, vocab_size=config.vocab_size), parallel_context)
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch):
+    def load(*arguments):
+        raise AssertionError("a weight was loaded")
+
+    monkeypatch.setattr("polyshard.adapters.vllm.model.load_weights", load)
+
+
+def test_experts_in_mxfp4_are_refused_by_name_before_weights_are_loaded(tmp_path, nothing_is_loaded):
+    save_gpt_oss(tmp_path / "a")
+    ps.register_model("ServedExperts", without_experts)
+    expected = r"'ServedExperts' cannot be served: .*experts.down_proj_blocks in uint8.*convert --dtype bfloat16"
+    with pytest.raises(Exception, match=expected), engine(tmp_path / "a", "ServedExperts", **SHORT):
+        pass
+
+
+def test_scales_of_the_kv_cache_are_refused_by_name_before_weights_are_loaded(directories, tmp_path, nothing_is_loaded):
+    tensors = load_file(directories[0] / "model.safetensors")
+    tensors["model.layers.1.self_attn.attn.k_scale"] = torch.ones(1)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((directories[0] / "config.json").read_text())
+    ps.register_model("ServedInt8", decoder.build_model)
+    expected = r"'ServedInt8' cannot be served: .*got model.layers.1.self_attn.attn.k_scale, 1 in all"
+    with pytest.raises(Exception, match=expected), engine(tmp_path, "ServedInt8"):
+        pass
+
+
+def test_codes_of_another_scheme_are_refused_by_name_before_weights_are_loaded(tmp_path, nothing_is_loaded):
+    save_other(tmp_path / "a", "packed")
+    ps.register_model("ServedPacked", decoder.build_model)
+    expected = r"'ServedPacked' cannot be served: .*layers.0.self_attn.q_proj.weight_packed in int32"
+    with pytest.raises(Exception, match=expected), engine(tmp_path / "a", "ServedPacked", **SHORT):
+        pass
+
+
+def test_scales_of_another_shape_are_named(directories, tmp_path):
+    shutil.copytree(directories[0], tmp_path / "a")
+    name = "model.layers.1.self_attn.k_proj.weight_scale"
+    edit_tensors(tmp_path / "a", lambda found, value: value[:8] if found == name else value)
+    ps.register_model("ServedInt8", decoder.build_model)
+    expected = rf"does not fit model 'ServedInt8': {name} is \[8, 1\], which this scheme does not take"
+    with pytest.raises(Exception, match=expected), engine(tmp_path / "a", "ServedInt8"):
+        pass
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "bitsandbytes"])
+def test_a_method_that_cannot_be_served_is_refused_before_vllm_starts(tmp_path, method):
+    if method == "mxfp4":
+        save_gpt_oss(tmp_path / "a")
+    else:
+        save_other(tmp_path / "a", method)
+    with pytest.raises(ps.CheckpointError, match=f"cannot be served: got .*quant_method='{method}'.*polyshard convert"):
+        server_command(tmp_path / "a", "decoder:build_model", False, [])
 
 
 def silent(directory, kind):

@@ -1,8 +1,8 @@
 """Dequantization of weights, for formats with a public and simple rule.
 
-Supported are FP8 in blocks or per tensor (DeepSeek-V3, Qwen3-FP8), compressed-tensors float8 and int8 per tensor or
-per channel, and gpt-oss's MXFP4. A region needs only its own codes and the tensor's scales, so each tensor-parallel
-rank dequantizes its own shard. Tests compare with the model that transformers dequantizes, bit for bit.
+Supported are FP8 in blocks or per tensor (DeepSeek-V3, Qwen3-FP8), compressed-tensors float8 (also in blocks) and int8,
+and gpt-oss's MXFP4. A region needs only its own codes and the tensor's scales, so each tensor-parallel rank dequantizes
+its own shard. Tests compare with the model that transformers dequantizes, bit for bit.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from polyshard.checkpoint.quantization.detect import CONVERT, refuse_codes, signs_of_quantization
+from polyshard.checkpoint.quantization.detect import CONVERT, refuse_codes, short, signs_of_quantization
 from polyshard.core.errors import CheckpointError
 from polyshard.weights.lazy_tensor import LazyTensor
 
 _CODES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 _SCALES = (".weight_scale_inv", ".weight_scale")
-_OF_ACTIVATIONS = (".input_scale", ".activation_scale", ".output_scale", ".q_scale", ".k_scale", ".v_scale")
+ACTIVATION_SCALES = (".input_scale", ".activation_scale", ".output_scale", ".q_scale", ".k_scale", ".v_scale")
 _MXFP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _METHODS = (None, "fp8", "compressed-tensors", "mxfp4")
 _OTHERS = "Dequantize it with the library that wrote it."
@@ -83,7 +83,7 @@ def dequantized(
         elif name.endswith(".weight") and tensor.dtype in _CODES and len(tensor.shape) == 2:
             found[name] = _of_codes(name, tensor, _scale(found, name, where), stated, where)
             count += 1
-    inputs = [name for name in found if name.endswith(_OF_ACTIVATIONS) and name not in known]
+    inputs = [name for name in found if name.endswith(ACTIVATION_SCALES) and name not in known]
     for name in inputs:
         del found[name]
     fields = {name: value for name, value in (config or {}).items() if name != "quantization_config"}
@@ -104,6 +104,14 @@ def dequantized(
 
 def _groups(stated: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [group or {} for group in (stated.get("config_groups") or {}).values()]
+
+
+def _block_sizes(stated: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Rows and columns of a block, each size once; compressed-tensors writes `[128, 128]`, or once wrote `128x128`."""
+    found = [stated.get("weight_block_size")]
+    found += [(group.get("weights") or {}).get("block_structure") for group in _groups(stated)]
+    sizes = [size.split("x") if isinstance(size, str) else size for size in found if size]
+    return list(dict.fromkeys((int(height), int(width)) for height, width in sizes))
 
 
 def _refuse_other_transforms(stated: Mapping[str, Any], where: object) -> None:
@@ -131,17 +139,24 @@ def _scale(tensors: dict[str, LazyTensor], name: str, where: object) -> LazyTens
 
 def _of_codes(name: str, codes: LazyTensor, scale: LazyTensor, stated: Mapping[str, Any], where: object) -> LazyTensor:
     """Return `codes * scale`, with the scale expanded to the rows and columns of the weight."""
+    if not scale.dtype.is_floating_point or (codes.dtype == torch.int8 and stated.get("quant_method") == "fp8"):
+        raise CheckpointError(  # exponents of MXFP8, and two codes of FP4 to a byte
+            f"{where}: {name} is in an unsupported format: got {short(codes.dtype)} with scales in "
+            f"{short(scale.dtype)} and quant_method={stated.get('quant_method')!r}, expected float8 or "
+            f"compressed-tensors' int8 with floating-point scales. {_OTHERS}"
+        )
     rows, columns = codes.shape
-    structures = [(group.get("weights") or {}).get("block_structure") for group in _groups(stated)]
-    blocks = stated.get("weight_block_size") or next((found for found in structures if found), None) or (0, 0)
+    structures = _block_sizes(stated)
+    fitting = [(h, w) for h, w in structures if tuple(scale.shape) == (-(-rows // h), -(-columns // w))]
     single = torch.Size(scale.shape).numel() == 1
     by_row = tuple(scale.shape) in ((rows, 1), (rows,))
-    by_block = all(blocks) and tuple(scale.shape) == (-(-rows // blocks[0]), -(-columns // blocks[1]))
-    if not (single or by_row or by_block):
+    if not (single or by_row or len(fitting) == 1):
         raise CheckpointError(
             f"{where}: the scale of {name} has an unsupported shape: got {list(scale.shape)} for {[rows, columns]} and "
-            f"blocks of {blocks}, expected one scale, one for each row, or one for each block. {_OTHERS}"
+            f"blocks of {structures}, expected one scale, one for each row, or one for each block of one size. "
+            f"{_OTHERS}"
         )
+    blocks = fitting[0] if fitting else (1, 1)
 
     def region(offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
         (row, column), (height, width) = offsets, sizes

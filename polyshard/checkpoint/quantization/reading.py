@@ -14,11 +14,14 @@ import torch
 
 from polyshard.checkpoint.files import TensorReader
 from polyshard.checkpoint.quantization.dequantize import dequantized
-from polyshard.checkpoint.quantization.detect import refuse_codes
+from polyshard.checkpoint.quantization.detect import CONVERT, refuse_codes
+from polyshard.core.errors import CheckpointError
 from polyshard.core.weight_table import IGNORED_TENSORS
 from polyshard.weights.lazy_tensor import LazyTensor
 
 logger = logging.getLogger(__name__)
+
+_UNSERVED = ("mxfp4", "bitsandbytes")
 
 
 class DequantizedReader(TensorReader):
@@ -71,13 +74,42 @@ def weights_reader(directory: Path, known: Collection[str], ignore: Sequence[str
     return DequantizedReader(reader, {**plain.tensors, **left}), "; ".join(plain.notes)
 
 
-def refuse_quantized(directory: Path, reader: TensorReader, known: Collection[str], ignore: Sequence[str]) -> None:
+def refuse_quantized(
+    directory: Path,
+    reader: TensorReader,
+    known: Collection[str],
+    ignore: Sequence[str],
+    taken: Collection[str] = (),
+) -> None:
     """Check that the stored tensors are not quantized, regardless of the configuration.
+
+    Args:
+        directory: for the error.
+        reader: of the files.
+        known: names of the model's own weights, which are no scales whatever they are called.
+        ignore: shell patterns of tensors that may be left over, whatever they hold.
+        taken: names of tensors that layers load as codes and scales.
 
     Raises:
         CheckpointError: they are quantized.
     """
-    refuse_codes(lazy_tensors(reader, ignore), None, directory, known=known)
+    tensors = {name: tensor for name, tensor in lazy_tensors(reader, ignore).items() if name not in taken}
+    refuse_codes(tensors, None, directory, known=known)
+
+
+def refuse_unserved_method(directory: Path) -> None:
+    """Raise if config.json states a quantization that no layer of a served model takes.
+
+    Raises:
+        CheckpointError: it is MXFP4, whose codes are those of gpt-oss's experts, or bitsandbytes.
+    """
+    stated = stated_quantization(directory).get("quantization_config")
+    method = stated.get("quant_method") if isinstance(stated, Mapping) else stated
+    if method in _UNSERVED:
+        raise CheckpointError(
+            f"{directory} holds quantized weights that cannot be served: got quantization_config with "
+            f"quant_method={method!r}, expected a method that vLLM applies to linear layers. {CONVERT}"
+        )
 
 
 def refuse_stored_codes(directory: Path) -> None:

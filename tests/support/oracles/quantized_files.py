@@ -27,6 +27,8 @@ def _blocks(value, size=128):
 
 def _scheme(kind, strategy):
     weights = {"num_bits": 8, "type": kind, "strategy": strategy, "symmetric": True, "dynamic": False}
+    if strategy == "block":
+        weights["block_structure"] = [128, 128]
     group = {"targets": ["Linear"], "weights": weights}
     if kind == "int":
         group["input_activations"] = weights | {"strategy": "token", "dynamic": True}
@@ -43,18 +45,22 @@ KINDS = {
     "int8 by channel": _scheme("int", "channel"),
     "float8 by tensor": _scheme("float", "tensor"),
     "float8 by channel": _scheme("float", "channel"),
+    "float8 in blocks": _scheme("float", "block"),
 }
 
 
 def save_quantized(directory, kind, **changes):
-    """A Llama as the format's files are published; the rules are those of docs/how-to/checkpoints.md."""
+    """A Llama as the format's files are published; the rules are those of docs/how-to/convert.md."""
+    if kind == "float8 in blocks":  # compressed-tensors takes the scales of one column of blocks for those of rows
+        changes = {"hidden_size": 256} | changes
     model = tiny_model(tiny_config("llama", **SHAPE | changes))
     state = dict(model.state_dict())
     for name, value in model.state_dict().items():
         if "_proj" not in name:
             continue
-        if kind == "fp8 in blocks":
-            state[name], state[name.replace("weight", "weight_scale_inv")] = _blocks(value)
+        if kind.endswith("in blocks"):
+            state[name], scale = _blocks(value)
+            state[f"{name}_scale" if kind.startswith("float8") else f"{name}_scale_inv"] = scale
             continue
         top = 127 if kind.startswith("int8") else 448
         scale = (value.abs().amax(1, keepdim=True) if "channel" in kind else value.abs().amax().reshape(1)) / top
@@ -83,12 +89,15 @@ def dequantized_by_transformers(directory, kind, dtype):
     return loaded.state_dict()
 
 
-def save_fp8_by_transformers(directory, plain):
-    """As transformers quantizes and writes a model; it asks for a GPU, which its rounding does not need."""
-    tiny_model(tiny_config("llama", **SHAPE)).save_pretrained(plain)
+def save_fp8_by_transformers(directory, plain, **settings):
+    """As transformers quantizes and writes a model; it asks for a GPU, which its rounding does not need.
+
+    Every matrix divides into blocks: beside one that does not, transformers 5.24 writes a scale that it never set.
+    """
+    tiny_model(tiny_config("llama", **SHAPE | {"num_key_value_heads": 4})).save_pretrained(plain)
     with mock.patch.object(quantizer_finegrained_fp8.FineGrainedFP8HfQuantizer, "validate_environment"):
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            plain, dtype=torch.bfloat16, quantization_config=transformers.FineGrainedFP8Config()
+            plain, dtype=torch.bfloat16, quantization_config=transformers.FineGrainedFP8Config(**settings)
         )
     model.save_pretrained(directory)
 
@@ -123,13 +132,35 @@ def gpt_oss_by_transformers(directory):
 
 
 OTHERS = {
-    "gptq": ({"qweight": torch.ones(20, 8, dtype=torch.int32), "scales": torch.ones(2, 8)}, {"quant_method": "gptq"}),
+    "gptq": (
+        {"qweight": torch.ones(20, 8, dtype=torch.int32), "scales": torch.ones(2, 8), "bias": torch.zeros(128)},
+        {"quant_method": "gptq"},
+    ),
     "awq": (
         {"qweight": torch.ones(20, 8, dtype=torch.int32), "qzeros": torch.ones(2, 1).int()},
         {"quant_method": "awq"},
     ),
     "bitsandbytes": ({"weight.absmax": torch.ones(9)}, {"quant_method": "bitsandbytes"}),
     "packed": ({"weight_packed": torch.ones(8, 8).int(), "weight_scale": torch.ones(8, 1)}, _scheme("int", "channel")),
+    "zero points": (
+        {
+            **{"weight": torch.ones(128, 128).to(torch.int8), "weight_scale": torch.ones(128, 1)},
+            "weight_zero_point": torch.ones(128, 1).to(torch.int8),
+        },
+        _scheme("int", "channel"),
+    ),
+    "a scale beside a float weight": ({"weight": torch.ones(128, 128), "weight_scale_inv": torch.ones(1, 1)}, FP8),
+    "exponents for scales": (
+        {
+            **{"weight": torch.ones(128, 128).to(torch.float8_e4m3fn)},
+            "weight_scale_inv": torch.full((128, 4), 127).to(torch.uint8),
+        },
+        FP8 | {"weight_block_size": [1, 32]},
+    ),
+    "two codes to a byte": (
+        {"weight": torch.ones(128, 64).to(torch.int8), "weight_scale_inv": torch.ones(1, 1)},
+        FP8 | {"expert_dtype": "fp4"},
+    ),
     "silent": ({"weight": torch.ones(128, 128).to(torch.float8_e4m3fn)}, None),
     "other blocks": (
         {"weight": torch.ones(128, 128).to(torch.float8_e4m3fn), "weight_scale_inv": torch.ones(3, 3)},
@@ -186,8 +217,8 @@ def _stored(codes, scales, method):
     zeros = torch.full((inputs // 32, outputs // 8), zero, dtype=torch.int32)
     stored = {"qzeros": zeros, "scales": scales.t().half()}
     if method == "gptq":
-        order = (torch.arange(inputs) // 32).int()
-        return stored | {"qweight": _pack(codes.unflatten(1, (-1, 8))).t(), "g_idx": order}
+        order, bias = (torch.arange(inputs) // 32).int(), torch.zeros(outputs).half()  # AutoGPTQ writes one everywhere
+        return stored | {"qweight": _pack(codes.unflatten(1, (-1, 8))).t(), "g_idx": order, "bias": bias}
     return stored | {"qweight": _pack(codes.t().unflatten(1, (-1, 8))[..., [0, 2, 4, 6, 1, 3, 5, 7]])}
 
 

@@ -24,7 +24,7 @@ from polyshard.adapters.vllm.served.forward import make_body, traced_whole
 from polyshard.adapters.vllm.served.live_module import check_load_format
 from polyshard.adapters.vllm.served.loading import attach_loaders, keep_buffers, load_weights, packed_names
 from polyshard.adapters.vllm.served.pipeline import HIDDEN, check_pipeline, stored_elsewhere
-from polyshard.adapters.vllm.served.quantized import quantize_layers, refuse_quantized_reload, refuse_unstated_codes
+from polyshard.adapters.vllm.served.quantized import quantize_layers, refuse_quantized_reload, refuse_unserved_codes
 from polyshard.adapters.vllm.transfer.guard import WeightGuard, shared_memory_watch
 from polyshard.core.errors import CheckpointError, RegistrationError
 from polyshard.core.serving import ModelFactory, RegisteredModel, build_model, check_served_interface
@@ -81,7 +81,6 @@ class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
         self.table = collect_layouts(self.model)
         self.quantized = None
         rename = self.rename = renamer(self.registered.names)
-        refuse_unstated_codes(self.registered.name, vllm_config, self.table, rename)
         if vllm_config.quant_config is not None or vllm_config.lora_config is not None:
             self.packed_modules_mapping = packed_names(self.table, self.registered.name)
         if vllm_config.quant_config is not None:
@@ -91,6 +90,7 @@ class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
         if vllm_config.lora_config is not None and on_cpu and self.context.rank == 0:
             logger.warning(_LORA_ON_CPU)
         self.elsewhere = stored_elsewhere(self.registered.name, self.table)
+        refuse_unserved_codes(self.registered.name, vllm_config, self.table, rename, self.elsewhere, self.quantized)
         self.hidden_size = vllm_config.model_config.get_hidden_size()
         attach_loaders(self.model, self.table, self.context)
         keep_buffers(self.model)

@@ -16,7 +16,8 @@ from torch import nn
 
 from polyshard.adapters.vllm.compat import UnquantizedLinearMethod, VllmConfig
 from polyshard.checkpoint.files import TensorReader
-from polyshard.checkpoint.quantization.detect import FLOATS, short
+from polyshard.checkpoint.quantization.dequantize import ACTIVATION_SCALES
+from polyshard.checkpoint.quantization.detect import CONVERT, FLOATS, short
 from polyshard.checkpoint.quantization.reading import refuse_quantized
 from polyshard.core.errors import CheckpointError, RegistrationError
 from polyshard.core.weight_table import IGNORED_TENSORS, WeightTable
@@ -59,8 +60,10 @@ class QuantizedLoading:
         """Load a tensor; problems, or None where it belongs to no quantized layer."""
         layer_name, _, kind = stored_name.rpartition(".")
         part = self._parts.get(layer_name)
-        if part is None or kind == "bias":
+        if part is None:
             return None
+        if kind == "bias":  # AutoGPTQ writes a bias of zeros for layers that have none; vLLM's own models skip any
+            return [] if part.layer._parameters.get("bias") is None and not tensor.any() else None
         parameter = part.layer._parameters.get(kind)
         if parameter is None:
             return [] if kind == "g_idx" and _in_order(tensor) else [f"unexpected {stored_name}"]
@@ -69,8 +72,12 @@ class QuantizedLoading:
         if tensor.dtype != parameter.dtype and not {tensor.dtype, parameter.dtype} <= set(FLOATS):
             return [f"{stored_name} is {short(tensor.dtype)}, this scheme has {short(parameter.dtype)}"]
         loader: Any = parameter.weight_loader  # pyrefly: ignore  # set by vLLM's quantization methods
-        loader(parameter, tensor, *(() if part.shard is None else (part.shard,)))
         self._loaded.add(stored_name)
+        try:
+            loader(parameter, tensor, *(() if part.shard is None else (part.shard,)))
+        except (RuntimeError, ValueError, AssertionError, IndexError) as error:  # of vLLM's own loaders
+            reason = " ".join(str(error).split()) or type(error).__name__
+            return [f"{stored_name} is {list(tensor.shape)}, which this scheme does not take ({reason})"]
         return []
 
     def missing(self) -> list[str]:
@@ -90,28 +97,63 @@ def _in_order(groups: torch.Tensor) -> bool:
     return length > 0 and torch.equal(groups.long(), torch.arange(len(groups)) // length)
 
 
-def refuse_unstated_codes(name: str, vllm_config: VllmConfig, table: WeightTable, rename: Callable[[str], str]) -> None:
-    """Raise before weights are loaded where a directory holds codes and its configuration does not say so.
+def _layer(stored_name: str) -> str:
+    return stored_name.rpartition(".")[0]
+
+
+def _is_taken(stored_name: str, parts: Mapping[str, Part]) -> bool:
+    """Whether a quantized layer has a parameter for a tensor; GPTQ's `g_idx` is looked at when it comes."""
+    part, kind = parts.get(_layer(stored_name)), stored_name.rpartition(".")[2]
+    return part is not None and (kind == "g_idx" or part.layer._parameters.get(kind) is not None)
+
+
+def refuse_unserved_codes(
+    name: str,
+    vllm_config: VllmConfig,
+    table: WeightTable,
+    rename: Callable[[str], str],
+    elsewhere: frozenset[str],
+    quantized: QuantizedLayers | None,
+) -> None:
+    """Raise before weights are loaded if a directory holds codes or scales that no layer of the model takes.
 
     Args:
         name: the architecture, for messages.
         vllm_config: vLLM's.
         table: the model's layouts.
         rename: from a stored name to that of the model's layers.
+        elsewhere: names of the weights that other pipeline stages hold.
+        quantized: layers that load codes and scales in place of weights.
 
     Raises:
-        CheckpointError: tensors are codes; vLLM, which goes by the configuration, would cast them to weights.
+        CheckpointError: the configuration does not speak of them, so vLLM would cast them to weights; or they belong to
+            a layer that is not quantized, such as gpt-oss's experts in MXFP4, which are no linear layers.
     """
     directory = Path(vllm_config.model_config.model)
-    if vllm_config.quant_config is not None or vllm_config.load_config.load_format not in ("auto", "safetensors"):
+    if vllm_config.load_config.load_format not in ("auto", "safetensors"):
         return
     if not directory.is_dir() or next(directory.glob("*.safetensors"), None) is None:
         return  # of the Hub, or pickles: each tensor is looked at when it comes
     reader = TensorReader(directory)
-    known = {other for entry in table.values() for other in (*entry.checkpoint_names, *entry.tied_names)}
+    known = {other for entry in table.values() for other in (*entry.checkpoint_names, *entry.tied_names)} | elsewhere
     own = {stored for stored in reader.where if rename(stored) in known}
+    taken: set[str] = set()
+    if quantized is not None:
+        others = {stored.removesuffix(".weight") for stored in elsewhere}
+        taken = {
+            stored
+            for stored in reader.where
+            if _is_taken(rename(stored), quantized.parts) or _layer(rename(stored)) in others
+        }
+        scales = [stored for stored in reader.where if stored.endswith(ACTIVATION_SCALES) and stored not in own | taken]
+        if scales:
+            raise CheckpointError(
+                f"model {name!r} cannot be served: {directory} holds scales of activations or of the KV cache that no "
+                f"quantized linear layer takes: got {', '.join(scales[:3])}, {len(scales)} in all, expected none. "
+                f"{CONVERT}"
+            )
     try:
-        refuse_quantized(directory, reader, own, IGNORED_TENSORS)
+        refuse_quantized(directory, reader, own, IGNORED_TENSORS, taken)
     except CheckpointError as error:
         raise CheckpointError(f"model {name!r} cannot be served: {error}") from None
 
