@@ -33,6 +33,7 @@ from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, held_alike
 from polyshard.core.precision import Precision
+from polyshard.training.recompute import Recompute
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ class DeepspeedEngine(BaseEngine):
         max_grad_norm: clip the whole model's gradient to this norm; None does not clip.
         precision: dtypes of the run. Float32 parameters are cast by DeepSpeed's `torch_autocast`; bfloat16 parameters
             get float32 masters at stages 1 to 3.
+        recompute: activations that are recomputed in the backward pass: `"none"`, `"selective"`, `"full"`, or a
+            function that chooses modules.
         check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
             of several ranks; see `polyshard.manual_seed`.
         config: further settings of DeepSpeed's own configuration.
@@ -66,6 +69,7 @@ class DeepspeedEngine(BaseEngine):
         max_grad_norm: float | None = 1.0,
         check_random: bool = True,
         precision: Precision | None = None,
+        recompute: Recompute = "none",
         config: dict[str, Any] | None = None,
     ) -> None:
         if zero_stage not in (0, 1, 2, 3):
@@ -76,7 +80,14 @@ class DeepspeedEngine(BaseEngine):
                 "with train_batch(micro_batches), or around micro-batches with accumulate()"
             )
         _check_accelerator(context.device)
-        super().__init__(model, context, max_grad_norm=max_grad_norm, check_random=check_random, precision=precision)
+        super().__init__(
+            model,
+            context,
+            max_grad_norm=max_grad_norm,
+            check_random=check_random,
+            precision=precision,
+            recompute=recompute,
+        )
         _check_precision(self.precision, zero_stage, config or {})
         self._stage = zero_stage
         self._norm: torch.Tensor | None = None  # of the step under way, at stage 0
@@ -205,6 +216,7 @@ class DeepspeedEngine(BaseEngine):
 
     def close(self) -> None:
         """Destroy the engine, and forget its mpu."""
+        self._undo_recomputation()
         self._wrapped.destroy()
         forget_mpu()
 

@@ -25,6 +25,7 @@ from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, OptimizerState, Piece
 from polyshard.core.precision import Precision
+from polyshard.training.recompute import Recompute
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ class FairscaleEngine(BaseEngine):
         max_grad_norm: clip the whole model's gradient to this norm; None does not clip.
         precision: dtypes of the run. Float32 parameters are cast by autocast; bfloat16 parameters get float32 masters,
             and their gradients are reduced in bfloat16.
+        recompute: activations that are recomputed in the backward pass: `"none"`, `"selective"`, `"full"`, or a
+            function that chooses modules.
         check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
             of several ranks; see `polyshard.manual_seed`.
     """
@@ -54,12 +57,20 @@ class FairscaleEngine(BaseEngine):
         max_grad_norm: float | None = 1.0,
         check_random: bool = True,
         precision: Precision | None = None,
+        recompute: Recompute = "none",
     ) -> None:
         if zero_stage not in (1, 2):
             raise ConfigurationError(
                 f"zero_stage must be 1 (OSS with DDP) or 2 (OSS with ShardedDDP), got {zero_stage!r}"
             )
-        super().__init__(model, context, max_grad_norm=max_grad_norm, check_random=check_random, precision=precision)
+        super().__init__(
+            model,
+            context,
+            max_grad_norm=max_grad_norm,
+            check_random=check_random,
+            precision=precision,
+            recompute=recompute,
+        )
         _check_precision(self.precision)
         self._scale = LossScale(self.precision.loss_scale) if self.precision.scales_loss else None
         template = optimizer(model.named_parameters())

@@ -24,6 +24,7 @@ from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import AdapterError, ConfigurationError
 from polyshard.core.pieces import MASTER, OptimizerState, Piece, held_alike
 from polyshard.core.precision import Precision
+from polyshard.training.recompute import Recompute
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ class MegatronEngine(BaseEngine):
         zero_stage: 0 for FP32Optimizer, 1 for DistributedOptimizer.
         max_grad_norm: clip the whole model's gradient to this norm; None does not clip.
         precision: dtypes of the run. Parameters in bfloat16 or float16 get float32 masters; float16 scales the loss.
+        recompute: activations that are recomputed in the backward pass: `"none"`, `"selective"`, `"full"`, or a
+            function that chooses modules.
         check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
             of several ranks; see `polyshard.manual_seed`.
 
@@ -55,6 +58,7 @@ class MegatronEngine(BaseEngine):
         max_grad_norm: float | None = 1.0,
         check_random: bool = True,
         precision: Precision | None = None,
+        recompute: Recompute = "none",
     ) -> None:
         if zero_stage not in (0, 1):
             raise ConfigurationError(f"zero_stage must be 0 or 1, got {zero_stage!r}")
@@ -62,7 +66,14 @@ class MegatronEngine(BaseEngine):
             raise AdapterError(
                 f"Megatron makes its own optimizer: pass polyshard.AdamW(...), not {type(optimizer).__name__}"
             )
-        super().__init__(model, context, max_grad_norm=max_grad_norm, check_random=check_random, precision=precision)
+        super().__init__(
+            model,
+            context,
+            max_grad_norm=max_grad_norm,
+            check_random=check_random,
+            precision=precision,
+            recompute=recompute,
+        )
         _check_precision(self.precision)
         parameters = self.precision.parameters
         groups = compat.process_groups(

@@ -21,6 +21,7 @@ from polyshard.core.precision import Precision, precision_of
 from polyshard.core.weight_table import collect_layouts
 from polyshard.training.batch import train_batch
 from polyshard.training.generators import GeneratorCheck
+from polyshard.training.recompute import Recompute, apply_recomputation
 
 
 class BaseEngine(ABC):
@@ -33,6 +34,7 @@ class BaseEngine(ABC):
         context: where this process stands.
         max_grad_norm: clip the model's gradient to this norm; None does not clip.
         check_random: compare random generators over the ranks before the first update.
+        recompute: which activations are recomputed in the backward pass; see `apply_recomputation`.
         precision: dtypes of the run; default that of the parameters, with float32 in the optimizer.
 
     Raises:
@@ -49,6 +51,7 @@ class BaseEngine(ABC):
         max_grad_norm: float | None,
         check_random: bool,
         precision: Precision | None = None,
+        recompute: Recompute = "none",
     ) -> None:
         check_max_grad_norm(max_grad_norm)
         check_devices(model, context)
@@ -59,6 +62,7 @@ class BaseEngine(ABC):
         self._module = model
         self._wrapped: Any = model
         self._guard = context.guard
+        self._undo_recomputation = apply_recomputation(model, recompute)
         self._max_grad_norm = max_grad_norm
         self._generators = GeneratorCheck(model, context, check_random)
 
@@ -144,6 +148,7 @@ class BaseEngine(ABC):
 
     def close(self) -> None:
         """Release the wrapper, and with it the process group that it holds."""
+        self._undo_recomputation()
         self._wrapped = self._module
 
     def _base_optimizer(self) -> Any:

@@ -33,6 +33,7 @@ from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, held_alike
 from polyshard.core.precision import Precision
+from polyshard.training.recompute import Recompute
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ class TorchEngine(BaseEngine):
             of several ranks; see `polyshard.manual_seed`.
         precision: dtypes of the run. Float32 parameters with a narrower `compute` are cast by autocast under `"ddp"`
             and by FSDP2's own policy under `"fsdp"`; narrower parameters get masters, under `"ddp"` only.
+        recompute: activations that are recomputed in the backward pass: `"none"`, `"selective"`, `"full"`, or a
+            function that chooses modules.
         shard_modules: for FSDP2, which modules to gather one at a time; default: the items of every ModuleList.
 
     Raises:
@@ -66,11 +69,19 @@ class TorchEngine(BaseEngine):
         max_grad_norm: float | None = 1.0,
         check_random: bool = True,
         precision: Precision | None = None,
+        recompute: Recompute = "none",
         shard_modules: Callable[[nn.Module], bool] | None = None,
     ) -> None:
         if data_parallel not in ("ddp", "fsdp"):
             raise ConfigurationError(f"data_parallel must be 'ddp' or 'fsdp', got {data_parallel!r}")
-        super().__init__(model, context, max_grad_norm=max_grad_norm, check_random=check_random, precision=precision)
+        super().__init__(
+            model,
+            context,
+            max_grad_norm=max_grad_norm,
+            check_random=check_random,
+            precision=precision,
+            recompute=recompute,
+        )
         replicas = replica_axis(context)
         self._sharded = data_parallel == "fsdp" and replicas.size > 1
         self._masters: Masters | None = None

@@ -16,6 +16,7 @@ from polyshard.attention.kernels.arguments import Arguments, TensorArguments, na
 from polyshard.attention.kernels.protocol import AttentionCall, BlockKernel
 from polyshard.attention.kernels.softmax import sinks_gradient, wide, with_sinks
 
+NAME = "attention"  # in the namespace `polyshard`
 _QKV = "Tensor q, Tensor k, Tensor v"
 _OUTPUT = "Tensor out, Tensor logsumexp, Tensor saved"
 # By name, as the operator's arguments are plain values. `polyshard.attention.selection` registers the kernels.
@@ -43,7 +44,7 @@ def attend(
 
 
 @torch.library.custom_op(
-    "polyshard::attention", mutates_args=(), schema=f"({_QKV}, {schema()}) -> (Tensor, Tensor, Tensor)"
+    f"polyshard::{NAME}", mutates_args=(), schema=f"({_QKV}, {schema()}) -> (Tensor, Tensor, Tensor)"
 )
 def _attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *flat: Any

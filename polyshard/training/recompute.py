@@ -1,0 +1,92 @@
+"""Recomputation of activations: a block keeps its input, and its forward runs again in the backward pass."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from polyshard.attention.kernels import operator  # registers `polyshard::attention`
+from polyshard.core.errors import ConfigurationError
+
+Mode = Literal["none", "selective", "full"]
+Recompute = Mode | Callable[[nn.Module], bool]
+
+_SAVED = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.linear.default,
+    getattr(torch.ops.polyshard, operator.NAME).default,
+)
+
+
+def apply_recomputation(model: nn.Module, recompute: Recompute) -> Callable[[], None]:
+    """Recompute the activations of blocks in the backward pass; gradients stay equal bit for bit, dropout included.
+
+    Blocks are the items of every `ModuleList`. Their `forward` is replaced on the instance, so that parameters keep
+    their names. Call it before a model is wrapped for data parallelism.
+
+    Args:
+        model: as built.
+        recompute: `"full"` keeps only the input of each block. `"selective"` also keeps the outputs of matrix products
+            and attention, and recomputes the rest. `"none"` changes nothing. A function chooses modules that are
+            recomputed in full.
+
+    Returns:
+        A function that undoes it.
+
+    Raises:
+        ConfigurationError: an unknown mode, or no module to recompute.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+        >>> undo = apply_recomputation(model, lambda module: isinstance(module, torch.nn.Linear))
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> undo()
+    """
+    if isinstance(recompute, str) and recompute not in get_args(Mode):
+        raise ConfigurationError(
+            f"recompute is invalid: got {recompute!r}, expected one of {', '.join(map(repr, get_args(Mode)))}, or a "
+            "function of a module."
+        )
+    if recompute == "none":
+        return lambda: None
+    blocks = {id(item) for module in model.modules() if isinstance(module, nn.ModuleList) for item in module}
+    chosen = [m for m in model.modules() if (recompute(m) if callable(recompute) else id(m) in blocks)]
+    if not chosen:
+        raise ConfigurationError(
+            f"recompute={recompute!r} finds nothing to recompute in {type(model).__name__}: it has no ModuleList, or "
+            "the function chose no module. Pass a function that returns True for the modules to recompute."
+        )
+    for module in chosen:
+        module.forward = _recomputed(module.forward, recompute == "selective")
+
+    def undo() -> None:
+        for module in chosen:
+            module.__dict__.pop("forward", None)
+
+    return undo
+
+
+def _recomputed(forward: Callable[..., Any], selective: bool) -> Callable[..., Any]:
+    options: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, **options, **kwargs)
+
+    return run
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    del context, args, kwargs
+    return CheckpointPolicy.MUST_SAVE if op in _SAVED else CheckpointPolicy.PREFER_RECOMPUTE
