@@ -26,7 +26,7 @@ from vllm.platforms import current_platform
 
 from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.layers.matmul import chosen
-from polyshard.native.matmul import PackedProduct, rejects
+from polyshard.native.matmul import PackedProduct, unsupported_reason
 
 LAYERS = ((960, 576), (576, 576), (3072, 576), (576, 1536))  # [out, in]: qkv, output, gate and up, down
 DEPTH = 30
@@ -45,7 +45,7 @@ def main(
     torch.set_num_threads(threads)
     current_platform.import_kernels()
     kind: torch.dtype = getattr(torch, dtype)
-    if (reason := rejects(kind)) is not None:
+    if (reason := unsupported_reason(kind)) is not None:
         raise typer.BadParameter(f"the compiled product {reason}")
     weights = [torch.randn(shape).to(kind) / shape[1] ** 0.5 for shape in LAYERS * DEPTH]
     packed = compat.has_packed_product(kind)

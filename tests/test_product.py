@@ -8,13 +8,13 @@ import torch
 import polyshard as ps
 from polyshard.native import build
 from polyshard.native.build import KINDS
-from polyshard.native.matmul import SOURCE, PackedProduct, rejects
+from polyshard.native.matmul import SOURCE, PackedProduct, unsupported_reason
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # rows, inputs, outputs: of one tile, of parts of tiles and panels, of several depths and blocks
 SIZES = ((1, 7, 5), (3, 64, 33), (16, 576, 960), (13, 257, 64), (600, 1536, 100), (150, 4100, 31), (0, 8, 8))
 
-LACKS = rejects(torch.float32) or ""  # what does not compile is no reason to skip
+LACKS = unsupported_reason(torch.float32) or ""  # what does not compile is no reason to skip
 pytestmark = pytest.mark.skipif(LACKS.startswith("needs"), reason=f"the product {LACKS}")
 
 
@@ -156,4 +156,4 @@ def test_another_processor_gives_the_same_bits(dtype, tmp_path, monkeypatch):
 
 
 def test_a_dtype_that_it_does_not_have_is_named():
-    assert "not torch.float64" in str(rejects(torch.float64))
+    assert "not torch.float64" in str(unsupported_reason(torch.float64))

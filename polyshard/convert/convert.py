@@ -55,6 +55,11 @@ class Conversion:
         logits: the largest difference of logits; None if they were not compared.
         compared: descriptions of what was compared.
         not_compared: descriptions of what was not compared, with reasons.
+
+    Example:
+        >>> done = Conversion(found="a file", source="gguf", target="huggingface", tensors=9, nbytes=36, notes=())
+        >>> done.verified is None
+        True
     """
 
     found: str

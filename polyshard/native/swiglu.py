@@ -1,4 +1,4 @@
-"""`silu(gate) * up` on CPU in one pass over memory."""
+"""Native `silu(gate) * up` for CPUs, in one pass over memory."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
-from polyshard.native.build import KINDS, NUMBER, POINTER, SIZE, function, reads, rows_of, unavailable
+from polyshard.native.build import KINDS, NUMBER, POINTER, SIZE, function, rows_of, supports_tensor, unavailable
 
 SOURCE = Path(__file__).with_name("swiglu.cpp")
 
 
-def takes(gate_up: torch.Tensor) -> bool:
-    """Whether `swiglu` computes a tensor like this one here. The first call may compile."""
-    return reads(gate_up) and unavailable(SOURCE) is None
+def supports(gate_up: torch.Tensor) -> bool:
+    """Return whether `swiglu` supports a tensor like this one on this machine. The first call may compile."""
+    return supports_tensor(gate_up) and unavailable(SOURCE) is None
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """`[..., 2 size]`, gates before what they gate, to `[..., size]`. Not differentiable."""
+    """Compute `[..., 2 size]`, gate half first and up half second, to `[..., size]`. Not differentiable."""
     size = gate_up.shape[-1] // 2
     rows, stride = rows_of(gate_up)
     out = gate_up.new_empty((*gate_up.shape[:-1], size))

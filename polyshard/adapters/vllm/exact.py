@@ -24,7 +24,7 @@ from polyshard.core.exact_mode import ExactOperators, Product
 from polyshard.core.serving import RegisteredModel
 from polyshard.exact.context import check_shards, exact_mode
 from polyshard.exact.linear import ExactLinear
-from polyshard.native.matmul import PackedProduct, rejects
+from polyshard.native.matmul import PackedProduct, unsupported_reason
 
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 _NO_PRODUCT = "exact mode has no product of {} on this CPU, but of {}: use one of them on both sides"
@@ -79,7 +79,7 @@ def products() -> dict[torch.dtype, str]:
         if dtype in ONEDNN_DTYPES and chosen(dtype) == "vllm":
             if compat.has_packed_product(dtype):
                 found[dtype] = "vllm"
-        elif rejects(dtype) is None:
+        elif unsupported_reason(dtype) is None:
             found[dtype] = "compiled"
     return found
 

@@ -20,7 +20,7 @@ from polyshard.adapters.vllm.compat import (
 )
 from polyshard.core.errors import ConfigurationError
 from polyshard.layers.fused import FusedProducts
-from polyshard.native.matmul import PackedProduct, rejects
+from polyshard.native.matmul import PackedProduct, unsupported_reason
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def chosen(dtype: torch.dtype) -> Kind:
         raise ConfigurationError(f"{ENVIRONMENT_VARIABLE} must be 'compiled' or 'vllm', got {asked!r}")
     if asked == "vllm" or (not asked and has_product_of_processor(dtype)):
         return "vllm"  # before anything is compiled
-    reason = rejects(dtype)
+    reason = unsupported_reason(dtype)
     if reason is None:
         return "compiled"
     if asked:
