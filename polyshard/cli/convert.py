@@ -67,7 +67,7 @@ def convert(
             options=options,
             dtype=_dtype(dtype),
             verify=verify,
-            progress=lambda done, whole: bar.update(task, completed=done, total=whole),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     for note in result.notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)

@@ -194,8 +194,8 @@ def _write(
     assert foreign.config is not None
     watched, loaded = _watched(foreign)
     notes: list[str] = []
-    beside, whole = foreign.companions, source.startswith("huggingface")
-    files, left = companions(beside, is_model=whole) if beside is not None else ({}, ())
+    beside, is_model = foreign.companions, source.startswith("huggingface")
+    files, left = companions(beside, is_model=is_model) if beside is not None else ({}, ())
     notes += left
     with tempfile.TemporaryDirectory(prefix="polyshard-tokenizer-") as folder:
         if foreign.tokenizer is not None:

@@ -14,7 +14,7 @@ from polyshard.core.errors import AdapterError, ConfigurationError, LayoutError
 from polyshard.core.exact_mode import ExactMode, Product
 from polyshard.core.linear_adapter import adapter_with, name_of
 from polyshard.core.weight_layout import WeightLayout, qkv_segments
-from polyshard.exact.matmul import exact_product
+from polyshard.exact.matmul import exact_matmul
 from polyshard.exact.norm import ExactRMSNorm
 from polyshard.exact.reduction import sum_in_order
 from polyshard.layers.differentiable import (
@@ -52,7 +52,7 @@ class ExactLinear(nn.Module):
         """Pack copies of the current weights for all further calls; for servers, which know when weights change."""
         self.packed = tuple(self.exact.operators.pack(part) for part in self.parts())
 
-    def product(self, x: torch.Tensor, weight: torch.Tensor, index: int) -> torch.Tensor:
+    def matmul(self, x: torch.Tensor, weight: torch.Tensor, index: int) -> torch.Tensor:
         """Multiply by one of the parts."""
         dtype = self.exact.compute_dtype or weight.dtype
         if x.dtype != dtype:
@@ -62,7 +62,7 @@ class ExactLinear(nn.Module):
                 "exact_dtype=torch.bfloat16."
             )
         packed = None if self.packed is None else self.packed[index]
-        return exact_product(x, weight.to(dtype), self.exact.operators, packed)
+        return exact_matmul(x, weight.to(dtype), self.exact.operators, packed)
 
 
 class ExactReplicatedLinear(ExactLinear):
@@ -70,7 +70,7 @@ class ExactReplicatedLinear(ExactLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer: `[..., in]` to `[..., out]`."""
-        y = self.product(x, self.weight, 0)
+        y = self.matmul(x, self.weight, 0)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -95,7 +95,7 @@ class ExactColumnParallelLinear(ExactLinear):
             add_up = partial(sum_replicas, layout=self.shared, axis=self.axis)
             weight = transform_gradient(weight, add_up)
             bias = None if bias is None else transform_gradient(bias, add_up)
-        y = self.product(x, weight, 0)
+        y = self.matmul(x, weight, 0)
         return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -123,8 +123,8 @@ class ExactRowParallelLinear(ExactLinear):
         if self.sequence_parallel:
             require_divisible_sequence(x, self.axis, x.dim() - 2)
         inputs = x.chunk(self.count, dim=-1)
-        products = [self.product(one, part, i) for i, (one, part) in enumerate(zip(inputs, self.parts()))]
-        y = sum_in_order(products, self.axis, self.sequence_parallel)
+        partial_sums = [self.matmul(one, part, i) for i, (one, part) in enumerate(zip(inputs, self.parts()))]
+        y = sum_in_order(partial_sums, self.axis, self.sequence_parallel)
         if self.bias is None:
             return y
         bias = sum_gradient(self.bias, self.axis) if self.sequence_parallel else self.bias

@@ -9,7 +9,7 @@ import torch
 from polyshard.core.exact_mode import ExactOperators, Product
 
 
-class _Product(torch.autograd.Function):
+class _Matmul(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, operators: ExactOperators, packed: Product | None
@@ -26,7 +26,7 @@ class _Product(torch.autograd.Function):
         return to_x, to_weight, None, None
 
 
-def exact_product(
+def exact_matmul(
     x: torch.Tensor, weight: torch.Tensor, operators: ExactOperators, packed: Product | None = None
 ) -> torch.Tensor:
     """Compute `x Wᵀ`, for x `[..., in]` and W `[out, in]`; differentiable.
@@ -37,4 +37,4 @@ def exact_product(
     flat = x.reshape(-1, x.shape[-1])
     if not torch.is_grad_enabled():
         return (packed or operators.pack(weight))(flat).view(*x.shape[:-1], -1)
-    return _Product.apply(flat, weight, operators, packed).view(*x.shape[:-1], -1)
+    return _Matmul.apply(flat, weight, operators, packed).view(*x.shape[:-1], -1)

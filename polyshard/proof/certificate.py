@@ -151,8 +151,8 @@ def compare(
     arguments = (case, sequences, directory, factory, dtype, shards, exact)
     try:
         own = run_ranks(trainer_logprobs, case.tensor, *arguments, timeout=900)[0]
-        told = torch.tensor([value for answer in answers for value in answer.logprobs], dtype=torch.float32)
-        differ = own != told
+        reported = torch.tensor([value for answer in answers for value in answer.logprobs], dtype=torch.float32)
+        differ = own != reported
         first = None
         if bool(differ.any()) and trace is not None:
             with tempfile.TemporaryDirectory(prefix="polyshard-trace-") as folder:
@@ -168,9 +168,9 @@ def compare(
         adapter=case.adapter,
         tensor=case.tensor,
         masters=case.masters,
-        tokens=len(told),
+        tokens=len(reported),
         differ=int(differ.sum()),
-        largest=float((own - told).abs().max()),
+        largest=float((own - reported).abs().max()),
         first=first,
     )
 
