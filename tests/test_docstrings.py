@@ -7,7 +7,9 @@ allowed to skip an example (`+SKIP`) only if a comment beside it says what it ne
 import doctest
 import importlib
 import importlib.util
+import inspect
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ import polyshard as ps
 PACKAGE = Path(ps.__file__).parent
 VENDORS = {f"polyshard.adapters.{name}": name for name in ("vllm", "megatron", "deepspeed", "fairscale")}
 VENDORS |= {"polyshard.transformers": "transformers", "polyshard.cli": "typer"}
+# Packages whose public names do not all have examples.
+INCOMPLETE = ("polyshard.adapters", "polyshard.attention", "polyshard.core")
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -35,6 +39,7 @@ def test_examples_of_a_module(name, tmp_path, monkeypatch):
     for prefix, vendor in VENDORS.items():
         if name.startswith(prefix) and importlib.util.find_spec(vendor) is None:
             pytest.skip(f"needs {vendor}")
+    monkeypatch.setattr(sys, "argv", [*sys.argv])  # an example sets it
     module = importlib.import_module(name)
     runner = doctest.DocTestRunner(optionflags=FLAGS)
     failures: list[str] = []
@@ -46,6 +51,20 @@ def test_examples_of_a_module(name, tmp_path, monkeypatch):
         torch.manual_seed(0)
         runner.run(example, out=failures.append)
     assert not failures, "".join(failures)
+
+
+def test_public_names_have_examples():
+    packages = ["polyshard", *(f"polyshard.{path.parent.name}" for path in sorted(PACKAGE.glob("*/__init__.py")))]
+    missing = set()
+    for package in packages:
+        module = importlib.import_module(package)
+        for name in getattr(module, "__all__", ()):
+            found = getattr(module, name)
+            home = getattr(found, "__module__", "")
+            documented = ">>> " in (found.__doc__ or "") or not (inspect.isclass(found) or inspect.isfunction(found))
+            if home.startswith("polyshard.") and not home.startswith(INCOMPLETE) and not documented:
+                missing.add(f"{home}.{name}")
+    assert not missing, f"public names without an example: {sorted(missing)}"
 
 
 def test_a_skipped_example_says_what_it_needs():

@@ -29,24 +29,24 @@ _WAYS = {"rows": (1, False), "sharded": (2, False), "served": (1, True)}  # tens
 # What a refusal says, and how the table says it.
 _REASONS = {
     "has a mixture of experts": "experts",
-    "is not the config of a text decoder only": "more than a text decoder",
+    "is not the config of a plain text decoder": "more than a text decoder",
     "in another form than its parameters": "checkpoints in another form",
     "shares weights between layers": "shared layers",
     "buffers beside its parameters": "weights in buffers",
-    "does not compute attention by transformers' attention interface": "own attention code",
-    "attention modules are not recognised": "attention not recognised",
+    "does not use transformers' attention interface": "own attention code",
+    "are not recognised (": "attention not recognised",
     "has no tensor-parallel plan": "no plan",
     "is not causal": "not causal",
-    "does not compute what transformers' own code does": "differs",
+    "differs from transformers' own code": "differs",
     "cannot be run on rows": "cannot be run",
     "on rows of one sequence: the attention mask": "mask not supported",
     "cannot be reduced to a size": "cannot be compared",
     "transformers cannot build the model": "transformers cannot build it",
-    "transformers builds no causal language model": "an encoder's config",
+    "transformers has no causal language model": "an encoder's config",
     "carries state from token to token": "state",
     "that depends on the longest sequence": "rotary embedding by length",
-    "it is not what it is alone": "differs",
-    "is sharded in a way": "plan not supported",
+    "its logits depend on the batch": "differs",
+    "the plan of": "plan not supported",
 }
 
 _INTRODUCTION = f"""# Models of transformers, one by one

@@ -85,12 +85,12 @@ def complete_checkpoints(root: str | Path) -> Iterator[tuple[int, Path]]:
         try:
             manifest = read_manifest(path)
             assert manifest is not None
-            torn = missing_part(path, manifest)
+            problem = missing_part(path, manifest)
         except CheckpointError as error:
             logger.warning("skipping %s: %s", path, error)
             continue
-        if torn is not None:
-            logger.warning("skipping %s: %s", path, torn)
+        if problem is not None:
+            logger.warning("skipping %s: %s", path, problem)
             continue
         yield int(manifest.state.get("step", -1)), path
 

@@ -107,7 +107,7 @@ def read_pieces(
 ) -> None:
     """Fill each piece from the stored tensors, converting the dtype. Padding becomes zero."""
     held = list(pieces)
-    whole = sum(len(piece.values) for piece in held)
+    total = sum(len(piece.values) for piece in held)
     done = 0
     for piece in held:
         entry = table[piece.parameter]
@@ -121,7 +121,7 @@ def read_pieces(
                     target.copy_(reader.region(source, offsets, tuple(target.shape)))
         done += len(piece.values)
         if progress is not None:
-            progress(done, whole)
+            progress(done, total)
 
 
 def known_names(table: WeightTable) -> set[str]:

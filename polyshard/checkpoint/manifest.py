@@ -98,10 +98,10 @@ def verify_files(directory: Path, manifest: Manifest, ranks: Ranks) -> None:
     Raises:
         CheckpointError: files are missing, truncated or altered; raised on every rank, naming them.
     """
-    torn = missing_part(directory, manifest)
+    problem = missing_part(directory, manifest)
     error: Exception | None = None
-    if torn is not None:
-        error = CheckpointError(f"{directory} is incomplete: {torn}. Copy it again.")
+    if problem is not None:
+        error = CheckpointError(f"{directory} is incomplete: {problem}. Copy it again.")
     altered: list[str] = []
     if error is None:
         names = sorted(manifest.files)[ranks.rank :: ranks.size]

@@ -131,7 +131,7 @@ class LayoutWriter(HuggingFaceStorageWriter):
         by_file: dict[str, list[WriteItem]] = {}
         for item in plan.items:
             by_file.setdefault(self._where[item.index.fqn][0].path, []).append(item)
-        whole = sum(planner.resolve_data(item).numel() for item in plan.items)  # pyrefly: ignore  # tensors alone
+        elements = sum(planner.resolve_data(item).numel() for item in plan.items)  # pyrefly: ignore  # always tensors
         results: list[WriteResult] = []
         done = 0
         for path, items in by_file.items():
@@ -143,7 +143,7 @@ class LayoutWriter(HuggingFaceStorageWriter):
                     results.append(WriteResult(index=item.index, size_in_bytes=size, storage_data=print_))
                     done += values.numel()
                     if self._progress is not None:
-                        self._progress(done, whole)
+                        self._progress(done, elements)
             finally:
                 os.close(descriptor)
             self._written.append(self._directory / path)

@@ -57,7 +57,7 @@ def write_tensors(
     dtypes = {name: dtype for name, _, dtype, _ in listed}
     staging = directory.parent / staging_name(directory)
     prints: dict[str, int] = {}
-    done, whole = 0, sum(tensor.nbytes for tensor in stored)
+    done, total = 0, sum(tensor.nbytes for tensor in stored)
     try:
         begin(directory, staging)
         for file in files:
@@ -75,7 +75,7 @@ def write_tensors(
             prints[name] = fingerprint(values)
             done += tensor.nbytes
             if progress is not None:
-                progress(done, whole)
+                progress(done, total)
         if len(files) > 1:
             (staging / INDEX).write_text(json.dumps(index_of(files), indent=2))
         for name, fields in model_documents(config, None, None, dtypes, copied=True).items():

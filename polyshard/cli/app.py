@@ -1,4 +1,4 @@
-"""`polyshard`: one file per command."""
+"""The `polyshard` command; each subcommand has its own file."""
 
 from __future__ import annotations
 
@@ -45,7 +45,15 @@ app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options"
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends in one line, not in a traceback."""
+    """Run the command line; a user error prints one line instead of a traceback.
+
+    Example:
+        >>> import sys
+        >>> sys.argv = ["polyshard", "--version"]
+        >>> main()
+        Traceback (most recent call last):
+        SystemExit: 0
+    """
     try:
         app()
     except PolyshardError as error:

@@ -1,4 +1,4 @@
-"""`polyshard verify --exact`: the certificate, on the user's own machine and model."""
+"""`polyshard verify --exact`: create the certificate for the user's own machine and model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from polyshard.checkpoint import read_config
 from polyshard.core.errors import ConfigurationError
 from polyshard.proof.certificate import Certificate, Comparison, TrainerCase, compare
 
-DTYPES = ("float32", "bfloat16", "float16")  # the last on CUDA alone
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def certify(
@@ -28,9 +28,9 @@ def certify(
     path: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare every trainer with one engine; print, write, and end with status 1 where a bit differs.
+    """Compare every trainer with one engine; print and write the result, and exit with status 1 if a bit differs.
 
-    In half precision each library is tried with float32 parameters too, as it would train.
+    In half precision each library also runs with float32 parameters, as in training.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -38,9 +38,9 @@ def certify(
     from polyshard.adapters.vllm import adapter as vllm_adapter
 
     if dtype not in DTYPES:
-        raise ConfigurationError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise ConfigurationError(f"--dtype is invalid: got {dtype!r}, expected one of {', '.join(DTYPES)}")
     if server_size < 1:
-        raise ConfigurationError(f"--server-tensor-parallel must be positive, got {server_size}")
+        raise ConfigurationError(f"--server-tensor-parallel is invalid: got {server_size}, expected 1 or more")
     vllm_adapter.requirement.require()
     from polyshard.adapters.vllm.engines.sampling import SamplingJob, sample
 
@@ -94,14 +94,14 @@ def certify(
 
 
 def random_prompts(vocab_size: int) -> list[list[int]]:
-    """Of one token and of many, more than a chunk; two begin alike, so that a cached prefix is hit."""
+    """Return prompts of one token to more than one chunk; two share a prefix, to hit the prefix cache."""
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in (5, 1, 64, 130, 17)]
     return [*prompts, prompts[3][:96] + prompts[2], prompts[3]]
 
 
 def show(certificate: Certificate) -> None:
-    """As a table, with what it holds for."""
+    """Print the certificate as a table."""
     from rich.console import Console
     from rich.table import Table
 
@@ -122,9 +122,9 @@ def show(certificate: Certificate) -> None:
     console.print(table)
     for row in certificate.comparisons:
         if row.first is not None:
-            console.print(f"[red]{row.adapter} at tensor-parallel {row.tensor} parts first in {row.first}[/red]")
+            console.print(f"[red]{row.adapter} at tensor-parallel {row.tensor} differs first in {row.first}[/red]")
         elif row.error is None and row.differ:
             console.print(
-                f"[red]{row.adapter} at tensor-parallel {row.tensor}: all modules' recorded values are equal: the head "
-                "or the log-probabilities part[/red]"
+                f"[red]{row.adapter} at tensor-parallel {row.tensor}: the recorded values of all modules are equal, so "
+                "the head or the log-probabilities differ[/red]"
             )

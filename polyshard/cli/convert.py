@@ -1,4 +1,4 @@
-"""`polyshard convert`: checkpoints from one format to another."""
+"""`polyshard convert`: convert a checkpoint from one format to another."""
 
 from __future__ import annotations
 
@@ -18,27 +18,25 @@ from polyshard.core.errors import ConfigurationError
 def convert(
     source: Annotated[Path, typer.Argument(help="A checkpoint: a file or a directory.")],
     target: Annotated[Path, typer.Argument(help="A new directory.")],
-    from_format: Annotated[str | None, typer.Option("--from", help="Its format; default what is detected.")] = None,
+    from_format: Annotated[str | None, typer.Option("--from", help="Format of SOURCE; detected by default.")] = None,
     to_format: Annotated[str, typer.Option("--to", help="huggingface, megatron-torch-dist, or llama.")] = "huggingface",
     tensor_parallel: Annotated[int, typer.Option(help="Ranks to write for (llama), or to pad for (Megatron).")] = 1,
     pad_vocabulary: Annotated[
-        int, typer.Option(help="Multiple that Megatron's vocabulary is padded to: written, and cut off when read.")
+        int, typer.Option(help="Multiple to which Megatron's vocabulary is padded; the padding is removed on reading.")
     ] = 1,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, bfloat16 or float16; default as it is. A value that does not fit is an error."),
+        typer.Option(help="float32, bfloat16 or float16; unchanged by default. A value out of range is an error."),
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(
-            help="config.json of the model, for formats that hold none. One that contradicts the source is an error."
-        ),
+        typer.Option(help="config.json of the model, for formats without one. It must not contradict the source."),
     ] = None,
     allow_pickle: Annotated[
-        bool, typer.Option(help="Read files that are pickles: tensors and plain data; other types are not imported.")
+        bool, typer.Option(help="Read pickle files: only tensors and plain data; other types are not imported.")
     ] = False,
     verify: Annotated[
-        bool, typer.Option(help="Read back, and compare every tensor, and logits by readers that took no part.")
+        bool, typer.Option(help="Read the target back, and compare every tensor, and logits with independent readers.")
     ] = False,
 ) -> None:
     """Convert SOURCE, of any format that polyshard reads, to TARGET."""
@@ -46,7 +44,9 @@ def convert(
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     if tensor_parallel < 1 or pad_vocabulary < 1:
-        raise ConfigurationError(f"--tensor-parallel and --pad-vocabulary must be positive, got {tensor_parallel}")
+        raise ConfigurationError(
+            f"--tensor-parallel and --pad-vocabulary must be 1 or more: got {tensor_parallel} and {pad_vocabulary}"
+        )
     console = Console(stderr=True)
     if from_format is None:
         console.print(f"found {detect(source)[1]}", markup=False, highlight=False, soft_wrap=True)
@@ -67,7 +67,7 @@ def convert(
             options=options,
             dtype=_dtype(dtype),
             verify=verify,
-            progress=lambda done, whole: bar.update(task, completed=done, total=whole),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     for note in result.notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
@@ -88,5 +88,5 @@ def _dtype(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
     if name not in known:
-        raise ConfigurationError(f"unknown dtype {name!r}; known: {', '.join(known)}")
+        raise ConfigurationError(f"--dtype is invalid: got {name!r}, expected one of {', '.join(known)}")
     return known[name]

@@ -1,4 +1,4 @@
-"""`polyshard doctor`: what of polyshard can be used on this machine, and why the rest cannot."""
+"""`polyshard doctor`: report which parts of polyshard can be used on this machine, and why others cannot."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Finding:
 
     Attributes:
         kind: `adapter`, `models`, `kernel`, `engine on CPU`, `serving` or `platform`.
-        name: of the adapter, kernel, engine or fact.
-        usable: whether it can be used here.
-        version: found; None where there is none.
-        detail: known versions, or why it cannot be used and what installs it.
+        name: name of the adapter, kernel, engine or fact.
+        usable: whether it can be used on this machine.
+        version: the installed version; None if there is none.
+        detail: supported versions, or why it cannot be used and how to install it.
     """
 
     kind: str
@@ -42,12 +42,10 @@ class Finding:
 
 
 def doctor(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Adapters, kernels or engines that have to be usable.")
-    ] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Adapters, kernels or engines that must be usable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Report on every adapter, attention kernel, product and engine. Status 1 where one of NAMES is not usable."""
+    """Report on every adapter, attention kernel and engine; exit status 1 if one of NAMES is not usable."""
     findings = [*platform_facts(), *adapters(), *kernels(), *compiled_parts()]
     known = {f.name for f in findings}
     unknown = [name for name in names or [] if name not in known]
@@ -56,7 +54,7 @@ def doctor(
     else:
         show(findings)
     if unknown:
-        typer.secho(f"unknown: {', '.join(unknown)}; known: {', '.join(sorted(known))}", fg="red", err=True)
+        typer.secho(f"unknown: {', '.join(unknown)}. Pass one of: {', '.join(sorted(known))}", fg="red", err=True)
         sys.exit(1)
     missing = [f for name in names or [] for f in findings if f.name == name and not f.usable]
     for finding in missing:
@@ -66,7 +64,7 @@ def doctor(
 
 
 def platform_facts() -> list[Finding]:
-    """Python, torch, the device, and what ranks can talk through."""
+    """Return the findings about Python, torch, the device and the communication backends."""
     cuda = torch.cuda.is_available()
     distributed = torch.distributed.is_available()
     gloo = distributed and torch.distributed.is_gloo_available()
@@ -81,7 +79,7 @@ def platform_facts() -> list[Finding]:
 
 
 def adapters() -> list[Finding]:
-    """Every registered adapter; an adapter that cannot even be loaded is reported, not raised."""
+    """Return a finding for every registered adapter; an adapter that cannot be loaded is reported, not raised."""
     findings = []
     for name in adapter_names():
         try:
@@ -94,13 +92,13 @@ def adapters() -> list[Finding]:
 
 
 def installed(kind: str, name: str, requirement: Requirement) -> Finding:
-    """Whether a library is installed, and what is known of its version."""
+    """Return a finding about a library: whether it is installed, and whether its version is supported."""
     version = requirement.version()
     if version is None:
         return Finding(kind, name, False, None, f"not installed: {requirement.install}")
     reason = requirement.refusal(version)
     if reason is not None:
-        return Finding(kind, name, False, version, f"refused: {reason}; supported: {requirement.supported}")
+        return Finding(kind, name, False, version, f"unsupported: {reason}; supported: {requirement.supported}")
     if version.split("+")[0] in requirement.tested:
         return Finding(kind, name, True, version, "a version that polyshard is tested with")
     within = "in" if requirement.supports(version) else "outside of"
@@ -109,7 +107,7 @@ def installed(kind: str, name: str, requirement: Requirement) -> Finding:
 
 
 def kernels() -> list[Finding]:
-    """Each attention kernel's verdict on a plain request here."""
+    """Return each attention kernel's verdict on a plain request on this machine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     spec = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=64, scale=0.125)
@@ -124,20 +122,20 @@ def kernels() -> list[Finding]:
 
 
 def compiled_parts() -> list[Finding]:
-    """The compiled matrix product and attention of engines and of exact mode on CPU."""
+    """Return findings about the native matmul and attention of engines and exact mode on CPU."""
     heads = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=64, scale=0.125)
     parts = {
-        "compiled product": (unsupported_reason(torch.float32), "multiplies"),
-        "compiled attention": (paged.unsupported_reason(heads), "attends"),
+        "native matmul": unsupported_reason(torch.float32),
+        "native attention": paged.unsupported_reason(heads),
     }
     return [
-        Finding("engine on CPU", name, reason is None, None, reason or f"{does} where it is faster than vLLM's own")
-        for name, (reason, does) in parts.items()
+        Finding("engine on CPU", name, reason is None, None, reason or "used if it is faster than vLLM's own kernel")
+        for name, reason in parts.items()
     ]
 
 
 def show(findings: list[Finding]) -> None:
-    """The findings as a table."""
+    """Print the findings as a table."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -32,19 +32,17 @@ def serve(
     factory: Annotated[
         str | None, typer.Option(help="The model's factory: module:attribute or file.py:attribute.")
     ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="Whose layers serve it: vllm (the default), or another's adopted into it.")
-    ] = None,
-    inputs: Annotated[str | None, typer.Option(help="What its forward takes: packed (the default) or batched.")] = None,
-    outputs: Annotated[str | None, typer.Option(help="What its forward gives: hidden (the default) or logits.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Adapter whose layers serve the model; vllm by default.")] = None,
+    inputs: Annotated[str | None, typer.Option(help="Input layout of forward: packed (default) or batched.")] = None,
+    outputs: Annotated[str | None, typer.Option(help="Output of forward: hidden (default) or logits.")] = None,
     names: Annotated[
         str | None,
-        typer.Option(help='Stored names to the model\'s: {"regular expression": "replacement"}, or module:function.'),
+        typer.Option(help='Renaming of checkpoint tensors: {"regular expression": "replacement"}, or module:function.'),
     ] = None,
     config_type: Annotated[str | None, typer.Option(help="module:Class of a dataclass that the factory takes.")] = None,
-    exact: Annotated[bool, typer.Option(help="Serve in exact mode: the bits of a trainer in exact mode.")] = False,
+    exact: Annotated[bool, typer.Option(help="Serve in exact mode, bit for bit equal to an exact trainer.")] = False,
     exact_shards: Annotated[
-        int | None, typer.Option(help="Shards of row-parallel sums in exact mode; default vLLM's tensor-parallel size.")
+        int | None, typer.Option(help="Shards of exact row-parallel sums; vLLM's tensor-parallel size by default.")
     ] = None,
     trust_checkpoint: Annotated[
         bool, typer.Option(help="Run the factory that the checkpoint's config.json names.")
@@ -64,8 +62,8 @@ def serve(
     command = server_command(directory, factory, trust_checkpoint, context.args, **chosen)
     if "--skip-tokenizer-init" in command and not _names_tokenizer(context.args):
         typer.secho(
-            f"{directory} holds no tokenizer: requests give token IDs as the prompt, and answers hold them with "
-            '"return_token_ids": true and "detokenize": false. Pass --tokenizer to serve text.',
+            f"{directory} has no tokenizer: requests must pass token IDs as the prompt, with "
+            '"return_token_ids": true and "detokenize": false to receive them. Pass --tokenizer to serve text.',
             err=True,
         )
     os.execv(command[0], command)
@@ -74,20 +72,19 @@ def serve(
 def server_command(
     directory: Path, factory: str | None, trust_checkpoint: bool, arguments: list[str], **options: Any
 ) -> list[str]:
-    """Register the model in this process's environment, and give the command that serves it.
+    """Register the model in this process's environment, and return the command that serves it.
 
     Args:
-        directory: the model.
-        factory: by default that of the checkpoint, if it is trusted, or of a model that is registered already.
+        directory: the model directory.
+        factory: reference of the factory; by default that of the checkpoint if it is trusted, or of a registered model.
         trust_checkpoint: whether the factory that config.json names may run.
-        arguments: vLLM's own.
-        options: of `register_model`; they go before what config.json says.
+        arguments: options of vLLM.
+        options: options of `register_model`; they override those in config.json.
 
     Raises:
-        RegistrationError: no factory is known for the checkpoint, or an option is malformed.
-        CheckpointError: the directory has no config.json, holds codes that it does not speak of, or states a
-            quantization that cannot be served.
-        ConfigFileError: a field of config.json is missing or wrong.
+        RegistrationError: there is no factory for the checkpoint, or an option is malformed.
+        CheckpointError: the directory has no config.json, or its weights are quantized without a quantization_config.
+        ConfigFileError: a field of config.json is missing or invalid.
         MissingDependencyError: vLLM is not installed.
     """
     vllm_adapter.requirement.require()
@@ -103,7 +100,7 @@ def server_command(
         try:
             options["names"] = json.loads(options["names"])
         except ValueError as error:
-            raise RegistrationError(f"--names {options['names']!r} is no valid JSON: {error}") from None
+            raise RegistrationError(f"--names {options['names']!r} is not valid JSON: {error}") from None
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
     if not has_tokenizer(file.name for file in directory.glob("*")) and not _names_tokenizer(arguments):
         command.append("--skip-tokenizer-init")
@@ -121,8 +118,8 @@ def server_command(
         return [*command, "--hf-overrides", json.dumps({"architectures": [name]}), *arguments]
     if options:
         raise RegistrationError(
-            f"{', '.join('--' + option.replace('_', '-') for option in options)}: these belong to a model that this "
-            "command registers: pass --factory too, or --trust-checkpoint"
+            f"{', '.join('--' + option.replace('_', '-') for option in options)} only apply to a model that this "
+            "command registers. Pass --factory as well, or --trust-checkpoint."
         )
     if any(architecture in known for architecture in architectures):
         return [*command, *arguments]
@@ -145,7 +142,7 @@ def _names_tokenizer(arguments: list[str]) -> bool:
 
 
 def _foreign_type(config: Any) -> str | None:
-    """The model type, where transformers has no class for it."""
+    """Return the model type if transformers has no class for it."""
     from polyshard.adapters.vllm.config import known_config
 
     model_type = getattr(config, "model_type", None)

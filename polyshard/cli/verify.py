@@ -1,4 +1,4 @@
-"""`polyshard verify`: the proof, on the user's own machine and model."""
+"""`polyshard verify`: check parity on the user's own machine and model."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from polyshard.core.errors import ConfigurationError, LayoutError, PolyshardErro
 
 def verify(
     model: Annotated[
-        Path | None, typer.Option(help="Hugging Face directory; default: a small model with its own oracle in float64.")
+        Path | None, typer.Option(help="Hugging Face directory; by default a small model with a float64 reference.")
     ] = None,
     factory: Annotated[
         str | None, typer.Option(help="The model's factory: module:attribute or file.py:attribute.")
     ] = None,
-    adapters: Annotated[str, typer.Option(help="Separated by commas; default: all that can train here.")] = "",
+    adapters: Annotated[str, typer.Option(help="Names separated by commas; by default all that can train here.")] = "",
     tensor_parallel: Annotated[str, typer.Option(help="Sizes, separated by commas.")] = "1,2",
     vllm: Annotated[
-        bool, typer.Option(help="Compare log-probabilities with vLLM on each adapter's layers too.")
+        bool, typer.Option(help="Also compare log-probabilities with vLLM on each adapter's layers.")
     ] = False,
     tokens: Annotated[int, typer.Option(help="Length of the random sequence.")] = 24,
     tolerance: Annotated[float, typer.Option(help="Largest difference that counts as rounding in float32.")] = 1e-4,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
     exact: Annotated[
-        bool, typer.Option(help="Compare each trainer's log-probabilities with vLLM's bit for bit, in exact mode.")
+        bool, typer.Option(help="Compare each trainer's log-probabilities with vLLM's, bit for bit, in exact mode.")
     ] = False,
     server_tensor_parallel: Annotated[int, typer.Option(help="vLLM's tensor-parallel size (with --exact).")] = 1,
     dtype: Annotated[str, typer.Option(help="vLLM's dtype (with --exact): float32, bfloat16, float16.")] = "bfloat16",
@@ -42,17 +42,17 @@ def verify(
         Path | None, typer.Option(help="Write the certificate here, as JSON (with --exact).")
     ] = None,
 ) -> None:
-    """Compare loss, logits and gradients with transformers, on each adapter at each size; status 1 on a difference.
+    """Compare loss, logits and gradients with transformers on each adapter and size; exit status 1 if they differ.
 
-    Without --model a small model is compared with its own oracle in float64, and served for --vllm and --exact.
+    Without --model, a small model is compared with its float64 reference, and served for --vllm and --exact.
     """
     names = [n.strip() for n in adapters.split(",") if n.strip()] or trainable()
     sizes = parse_sizes(tensor_parallel)
     if (model is None) != (factory is None):
-        raise ConfigurationError("--model and --factory go together: one builds what the other holds")
+        raise ConfigurationError("--model and --factory must be passed together")
     with tempfile.TemporaryDirectory(prefix="polyshard-verify-") as work:
         oracle: Callable[[list[int]], dict[str, Any]] | None = None
-        if (vllm or exact) and model is None:  # an engine loads a checkpoint: the small model becomes one
+        if (vllm or exact) and model is None:  # an engine loads a checkpoint, so save the small model
             from polyshard.proof import small_model
 
             model, factory, oracle = (
@@ -119,7 +119,7 @@ def _verify(
 
 
 def trainable() -> list[str]:
-    """Adapters that train on this machine."""
+    """Return the adapters that can train on this machine."""
     names = []
     for name in adapter_names():
         adapter: Any = load_adapter(name)
@@ -129,13 +129,17 @@ def trainable() -> list[str]:
 
 
 def parse_sizes(text: str) -> list[int]:
-    """`"1,2,4"` to numbers; `LayoutError` for anything else."""
+    """Parse `"1,2,4"` to numbers.
+
+    Raises:
+        LayoutError: the text is anything else.
+    """
     try:
         sizes = [int(part) for part in text.split(",")]
     except ValueError:
-        raise LayoutError(f"--tensor-parallel takes numbers separated by commas, got {text!r}") from None
+        raise LayoutError(f"--tensor-parallel is invalid: got {text!r}, expected numbers separated by commas") from None
     if any(size < 1 for size in sizes):
-        raise LayoutError(f"tensor-parallel sizes must be positive, got {text!r}")
+        raise LayoutError(f"--tensor-parallel is invalid: got {text!r}, expected sizes of 1 or more")
     return sizes
 
 
@@ -149,7 +153,7 @@ def judge(
     reference: dict[str, Any],
     tolerance: float,
 ) -> dict[str, Any]:
-    """One row: the differences, or the error."""
+    """Return one row of the result: the differences, or the error."""
     from polyshard.launch.ranks import RankError, run_ranks
     from polyshard.proof.parity import compare, run_built_in, run_model
 
@@ -173,7 +177,7 @@ def judge(
 
 
 def show(rows: list[dict[str, Any]], tolerance: float) -> None:
-    """The rows as a table, green or red."""
+    """Print the rows as a table, in green or red."""
     from rich.console import Console
     from rich.table import Table
 

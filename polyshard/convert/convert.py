@@ -55,6 +55,11 @@ class Conversion:
         logits: the largest difference of logits; None if they were not compared.
         compared: descriptions of what was compared.
         not_compared: descriptions of what was not compared, with reasons.
+
+    Example:
+        >>> done = Conversion(found="a file", source="gguf", target="huggingface", tensors=9, nbytes=36, notes=())
+        >>> done.verified is None
+        True
     """
 
     found: str
@@ -189,8 +194,8 @@ def _write(
     assert foreign.config is not None
     watched, loaded = _watched(foreign)
     notes: list[str] = []
-    beside, whole = foreign.companions, source.startswith("huggingface")
-    files, left = companions(beside, is_model=whole) if beside is not None else ({}, ())
+    beside, is_model = foreign.companions, source.startswith("huggingface")
+    files, left = companions(beside, is_model=is_model) if beside is not None else ({}, ())
     notes += left
     with tempfile.TemporaryDirectory(prefix="polyshard-tokenizer-") as folder:
         if foreign.tokenizer is not None:

@@ -48,13 +48,13 @@ def detect(path: Path) -> tuple[CheckpointFormat, str]:
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
-    found = [(entry, told) for entry in formats() if (told := entry.detect(path)) is not None]
+    found = [(entry, description) for entry in formats() if (description := entry.detect(path)) is not None]
     if not found:
         held = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else [path.name]
         raise CheckpointError(
             f"{path} has an unknown format: got {held}, expected one of {', '.join(entry.name for entry in formats())}"
         )
     if len(found) > 1:
-        names = ", ".join(f"{entry.name} ({told})" for entry, told in found)
+        names = ", ".join(f"{entry.name} ({description})" for entry, description in found)
         raise CheckpointError(f"{path} is ambiguous: it could be {names}. Pass --from.")
     return found[0]

@@ -140,8 +140,8 @@ def _reader(file: Path) -> Any:
     try:
         return GGUFReader(str(file))
     except (ValueError, KeyError, IndexError, OSError, OverflowError) as error:
-        told = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{file} is truncated or not a GGUF file: {told}. Copy it again.") from None
+        detail = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{file} is truncated or not a GGUF file: {detail}. Copy it again.") from None
 
 
 def _gguf_name(name: str) -> str:
@@ -200,7 +200,7 @@ def _by_transformers(file: Path, fields: Mapping[str, Any], held: set[str], opti
         raise MissingDependencyError("GGUF needs transformers and gguf: pip install 'polyshard[examples]'") from None
     architecture = str(fields.get("general.architecture"))
     try:
-        model, told = transformers.AutoModelForCausalLM.from_pretrained(
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
         )
     except (ValueError, OSError, KeyError, RuntimeError, NotImplementedError, TypeError) as error:
@@ -212,7 +212,7 @@ def _by_transformers(file: Path, fields: Mapping[str, Any], held: set[str], opti
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
     dropped = sorted(held - set(get_gguf_hf_weights_map(model, processor)) - {_FACTORS})
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
-    missing = sorted(set(told["missing_keys"]) - tied)
+    missing = sorted(set(report["missing_keys"]) - tied)
     if unread or dropped or missing or _FACTORS in held:
         raise CheckpointError(
             f"transformers does not read all of {file}: metadata {[f'{k}={fields[k]!r}' for k in unread][:5]} and "

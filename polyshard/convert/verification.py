@@ -74,13 +74,13 @@ def prove(expected: Foreign, source: Side, target: Side, *, rounded: torch.dtype
         return Proof(tensors=tensors, logits=None, compared=tuple(compared), not_compared=why)
     ids = _ids(expected.config)
     float64 = sum(torch.Size(t.shape).numel() for t in expected.tensors.values()) <= FLOAT64_LIMIT
-    told: list[str] = []
+    skipped: list[str] = []
     for dtype in (torch.float64, torch.float32)[0 if float64 else 1 :]:  # some models only support float32
-        told = []
+        skipped = []
         try:
             first = _reading("the source", source, expected, ids, dtype, rounded)
         except NotComparableError as reason:
-            told, first = [f"the source's logits by another reader than polyshard's: {reason}"], None
+            skipped, first = [f"the source's logits by another reader than polyshard's: {reason}"], None
             if expected.config.get("model_type") not in FAMILIES:  # transformers may use other names for its tensors
                 continue
         try:
@@ -88,14 +88,14 @@ def prove(expected: Foreign, source: Side, target: Side, *, rounded: torch.dtype
             first = first or logits_of(ours, expected.config, ids, dtype, None, "the source")
             second = _reading("the target", target, expected, ids, dtype, rounded)
         except NotComparableError as reason:
-            told.append(f"logits: {reason}")
+            skipped.append(f"logits: {reason}")
             continue
         difference = _difference(first, second, CLOSE[dtype])
         compared.append(f"logits of {ids.shape[1]} tokens: the source by {first.by}, the target by {second.by}")
         if first.unread:
-            told.append(f"tensors that {first.by} does not load: {some(first.unread)}")
-        return Proof(tensors=tensors, logits=difference, compared=tuple(compared), not_compared=tuple(told))
-    return Proof(tensors=tensors, logits=None, compared=tuple(compared), not_compared=tuple(told))
+            skipped.append(f"tensors that {first.by} does not load: {some(first.unread)}")
+        return Proof(tensors=tensors, logits=difference, compared=tuple(compared), not_compared=tuple(skipped))
+    return Proof(tensors=tensors, logits=None, compared=tuple(compared), not_compared=tuple(skipped))
 
 
 class _Loading(Mapping[str, torch.Tensor]):
@@ -217,13 +217,13 @@ def _loaded(
                 options["gguf_file"] = independent.gguf
             dequantizing = _dequantizing(transformers, independent.directory)
             options |= dequantizing
-            model, told = _class(transformers, config).from_pretrained(independent.directory, **options)
+            model, report = _class(transformers, config).from_pretrained(independent.directory, **options)
             if dequantizing:  # move the weights into a plain model, which does not quantize activations
                 state = {n: v for n, v in model.state_dict().items() if not n.endswith(("_scale", "_zero_point"))}
-                model, told = _plain(transformers, config, state, dtype)
+                model, report = _plain(transformers, config, state, dtype)
         else:
             assert independent.state is not None
-            model, told = _plain(transformers, config, independent.state, dtype)
+            model, report = _plain(transformers, config, independent.state, dtype)
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = f"transformers cannot load {what}: {lines[0][:200]}"
@@ -231,9 +231,11 @@ def _loaded(
             raise CheckpointError(f"verification failed: {reason}") from None
         raise NotComparableError(reason) from None
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    missing = sorted(set(told["missing_keys"]) - ({"lm_head.weight"} if tied else set()))
-    wrong = sorted(str(key) for key in told.get("mismatched_keys") or ())
-    unexpected = sorted(n for n in told["unexpected_keys"] if not REDUNDANT.search(n) and not (tied and "lm_head" in n))
+    missing = sorted(set(report["missing_keys"]) - ({"lm_head.weight"} if tied else set()))
+    wrong = sorted(str(key) for key in report.get("mismatched_keys") or ())
+    unexpected = sorted(
+        n for n in report["unexpected_keys"] if not REDUNDANT.search(n) and not (tied and "lm_head" in n)
+    )
     if missing or wrong or (unexpected and independent.directory is None):
         raise CheckpointError(
             f"verification failed: {what} by {independent.by} does not match the configuration: missing tensors "

@@ -1,8 +1,8 @@
 """Exact mode: the trainer's log-probabilities equal the server's, bit for bit.
 
-Every operator of a forward is exchanged, on both sides, for one that gives a row the same bits in whatever batch it
-stands; sums over the tensor axis are taken in one order at every size. docs/explanation/exactness.md says which
-operators are replaced, and why.
+On both sides, every operator of the forward pass is replaced by one whose result for a row does not depend on the
+batch, and sums over the tensor axis are computed in the same order at every size. docs/explanation/exactness.md lists
+the replaced operators and the reasons.
 """
 
 from polyshard.exact.context import exact_context

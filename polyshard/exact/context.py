@@ -1,4 +1,4 @@
-"""A training context in exact mode."""
+"""The parallel context of a trainer in exact mode."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.discovery import adapter_names, load_adapter
 from polyshard.core.errors import AdapterError, ConfigurationError, LayoutError
 from polyshard.core.exact_mode import ExactMode, ExactOperators
-from polyshard.exact.linear import ExactLinearAdapter, ExactWholeLinear, OnBuilt
+from polyshard.exact.linear import ExactLinearAdapter, ExactReplicatedLinear, OnBuilt
 from polyshard.exact.rotary import exact_rotate
 
 
@@ -23,23 +23,28 @@ def exact_context(
     shards: int | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> GroupContext:
-    """The same context in exact mode; a model built with it gives the bits of a server registered with `exact=True`.
+    """Return the context in exact mode, for models that equal, bit for bit, a server registered with `exact=True`.
 
     Args:
-        parallel_context: of any training adapter.
-        shards: how many partial products a row-parallel layer is summed from: a multiple of the tensor-parallel
-            sizes of trainer and server, the same on both; default this context's tensor-parallel size.
-        compute_dtype: the server's, where the parameters are to stay in float32.
+        parallel_context: a context of any training adapter.
+        shards: number of partial products that a row-parallel layer is summed from: a multiple of the tensor-parallel
+            sizes of trainer and server, equal on both; this context's tensor-parallel size by default.
+        compute_dtype: the server's dtype, if the parameters stay in float32.
 
     Raises:
-        LayoutError: `shards` is no multiple of the tensor-parallel size.
-        ConfigurationError: `compute_dtype` is no dtype of a server; a ring over the context axis.
+        LayoutError: `shards` is not a multiple of the tensor-parallel size.
+        ConfigurationError: `compute_dtype` is not one that servers use, or the context axis uses ring attention.
         AdapterError: no serving engine with exact operators is installed.
+
+    Example:
+        >>> context = ps.exact_context(ps.initialize("torch"), shards=2)
+        >>> context.exact.shards
+        2
     """
     if not isinstance(parallel_context, GroupContext):
-        raise AdapterError(f"exact mode needs a polyshard.GroupContext, got {type(parallel_context).__name__}")
+        raise AdapterError(f"exact mode needs a polyshard.GroupContext: got {type(parallel_context).__name__}")
     if compute_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-        raise ConfigurationError(f"exact_dtype must be float32, bfloat16 or float16, got {compute_dtype}")
+        raise ConfigurationError(f"exact_dtype is invalid: got {compute_dtype}, expected float32, bfloat16 or float16")
     mode = exact_mode(
         check_shards(shards, parallel_context.layout.tensor), server_operators(parallel_context.device), compute_dtype
     )
@@ -52,13 +57,13 @@ def exact_mode(
     compute_dtype: torch.dtype | None = None,
     on_built: OnBuilt = lambda layer: None,
 ) -> ExactMode:
-    """The mode as data, with the adapter that goes around every library's layers."""
+    """Return exact mode as data, with the adapter that wraps the layers of any library."""
 
     def around(adapter: Any) -> Any:
         return adapter if isinstance(adapter, ExactLinearAdapter) else ExactLinearAdapter(adapter, mode, on_built)
 
     def whole(layer: nn.Linear, context: ParallelContext) -> nn.Module:
-        exact = ExactWholeLinear(layer, context, mode)
+        exact = ExactReplicatedLinear(layer, context, mode)
         on_built(exact)
         return exact
 
@@ -74,25 +79,29 @@ def exact_mode(
 
 
 def check_shards(shards: int | None, tensor: int) -> int:
-    """The number of shards, by default the tensor-parallel size; `LayoutError` where the size does not divide it."""
+    """Return the number of shards, the tensor-parallel size by default.
+
+    Raises:
+        LayoutError: the number is not a multiple of the tensor-parallel size.
+    """
     if shards is None:
         return tensor
     if not isinstance(shards, int) or isinstance(shards, bool) or shards < 1 or shards % tensor:
         raise LayoutError(
-            f"exact_shards must be a multiple of the tensor-parallel size {tensor}, and the same on trainer and "
-            f"server, got {shards!r}"
+            f"exact_shards is invalid: got {shards!r}, expected a multiple of the tensor-parallel size {tensor}. Pass "
+            "the same value to trainer and server."
         )
     return shards
 
 
 def server_operators(device: torch.device) -> ExactOperators:
-    """Those of the installed serving engine.
+    """Return the operators of the installed serving engine.
 
     Raises:
-        AdapterError: no adapter has any.
+        AdapterError: no adapter has exact operators.
     """
     for name in adapter_names():
         make = getattr(load_adapter(name), "exact_operators", None)
         if make is not None:
             return make(device)
-    raise AdapterError("exact mode computes by a serving engine's operators, and no adapter offers any: install vLLM")
+    raise AdapterError("exact mode needs the operators of a serving engine, but no adapter has any. Install vLLM.")

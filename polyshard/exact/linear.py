@@ -1,4 +1,4 @@
-"""Any library's parallel layers in exact mode: its parameters, multiplied by the server's operator."""
+"""Parallel layers in exact mode: the parameters of any library's layers, multiplied by the server's operator."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from polyshard.core.errors import AdapterError, ConfigurationError, LayoutError
 from polyshard.core.exact_mode import ExactMode, Product
 from polyshard.core.linear_adapter import adapter_with, name_of
 from polyshard.core.weight_layout import WeightLayout, qkv_segments
-from polyshard.exact.matmul import exact_product
+from polyshard.exact.matmul import exact_matmul
 from polyshard.exact.norm import ExactRMSNorm
 from polyshard.exact.reduction import sum_in_order
 from polyshard.layers.differentiable import (
@@ -32,7 +32,7 @@ OnBuilt = Callable[[nn.Module], None]
 
 
 class ExactLinear(nn.Module):
-    """The parameters of a library's layer, and how they are multiplied."""
+    """The parameters of a library's layer, with an exact matmul."""
 
     def __init__(self, owner: nn.Module, context: ParallelContext, exact: ExactMode) -> None:
         super().__init__()
@@ -43,41 +43,43 @@ class ExactLinear(nn.Module):
         self.axis = context.axis("tensor")
         self.sequence_parallel = context.layout.sequence_parallel and self.axis.size > 1
         self.exact = exact
-        self.packed: tuple[Product, ...] | None = None  # a server's, once its weights are loaded
+        self.packed: tuple[Product, ...] | None = None  # set by a server after its weights are loaded
 
     def parts(self) -> list[torch.Tensor]:
-        """Matrices to be packed, in the order in which the forward multiplies by them."""
+        """Return the matrices to be packed, in the order in which the forward pass multiplies by them."""
         return [self.weight]
 
     def pack(self) -> None:
-        """Multiply by copies of the weights as they are now; for a server, which is told when they change."""
+        """Pack copies of the current weights for all further calls; for servers, which know when weights change."""
         self.packed = tuple(self.exact.operators.pack(part) for part in self.parts())
 
-    def product(self, x: torch.Tensor, weight: torch.Tensor, index: int) -> torch.Tensor:
-        """By one of the parts."""
+    def matmul(self, x: torch.Tensor, weight: torch.Tensor, index: int) -> torch.Tensor:
+        """Multiply by one of the parts."""
         dtype = self.exact.compute_dtype or weight.dtype
         if x.dtype != dtype:
             raise ConfigurationError(
-                f"exact mode: a layer with weights of {dtype} was given {x.dtype}. Autocast is not exact: build the "
-                "model in the server's dtype, or keep float32 parameters with exact_dtype=torch.bfloat16"
+                f"the input of a layer has the wrong dtype for exact mode: got {x.dtype}, expected {dtype}. Autocast "
+                "is not exact: build the model in the server's dtype, or keep float32 parameters with "
+                "exact_dtype=torch.bfloat16."
             )
         packed = None if self.packed is None else self.packed[index]
-        return exact_product(x, weight.to(dtype), self.exact.operators, packed)
+        return exact_matmul(x, weight.to(dtype), self.exact.operators, packed)
 
 
-class ExactWholeLinear(ExactLinear):
-    """`y = x Wᵀ + b`, whole on every rank."""
+class ExactReplicatedLinear(ExactLinear):
+    """`y = x Wᵀ + b`, replicated on every rank."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., in]` to `[..., out]`."""
-        y = self.product(x, self.weight, 0)
+        """Apply the layer: `[..., in]` to `[..., out]`."""
+        y = self.matmul(x, self.weight, 0)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class ExactColumnParallelLinear(ExactLinear):
     """`y = x Wᵀ + b` with the rows of `W` sharded; shapes are those of `polyshard.column_parallel`.
 
-    An output feature is a sum over all inputs whatever the shard: a rank's product is the whole one's columns.
+    Every output feature is a sum over all inputs, so a rank's result equals the corresponding columns of the full
+    product.
     """
 
     def __init__(
@@ -94,14 +96,14 @@ class ExactColumnParallelLinear(ExactLinear):
             add_up = partial(sum_replicas, layout=self.shared, axis=self.axis)
             weight = transform_gradient(weight, add_up)
             bias = None if bias is None else transform_gradient(bias, add_up)
-        y = self.product(x, weight, 0)
+        y = self.matmul(x, weight, 0)
         return y if bias is None else y + bias.to(y.dtype)
 
 
 class ExactRowParallelLinear(ExactLinear):
     """`y = x Wᵀ + b` with the columns of `W` sharded; shapes are those of `polyshard.row_parallel`.
 
-    The input features are cut into `exact.shards`; the products of all shards are added in their order.
+    The input features are divided into `exact.shards` shards, whose partial products are added in order.
     """
 
     def __init__(self, owner: nn.Module, context: ParallelContext, exact: ExactMode) -> None:
@@ -109,12 +111,12 @@ class ExactRowParallelLinear(ExactLinear):
         self.count = exact.shards // self.axis.size
         if self.weight.shape[1] % self.count:
             raise LayoutError(
-                f"exact mode: {self.weight.shape[1] * self.axis.size} input features of a row-parallel layer cannot "
-                f"be cut into exact_shards={exact.shards}"
+                f"exact_shards={exact.shards} does not divide the {self.weight.shape[1] * self.axis.size} input "
+                "features of a row-parallel layer"
             )
 
     def parts(self) -> list[torch.Tensor]:
-        """One matrix for each shard of input features that this rank holds."""
+        """Return one matrix for each shard of input features on this rank."""
         return list(self.weight.chunk(self.count, dim=1))
 
     @override
@@ -122,8 +124,8 @@ class ExactRowParallelLinear(ExactLinear):
         if self.sequence_parallel:
             require_divisible_sequence(x, self.axis, x.dim() - 2)
         inputs = x.chunk(self.count, dim=-1)
-        products = [self.product(one, part, i) for i, (one, part) in enumerate(zip(inputs, self.parts()))]
-        y = sum_in_order(products, self.axis, self.sequence_parallel)
+        partial_sums = [self.matmul(one, part, i) for i, (one, part) in enumerate(zip(inputs, self.parts()))]
+        y = sum_in_order(partial_sums, self.axis, self.sequence_parallel)
         if self.bias is None:
             return y
         bias = sum_gradient(self.bias, self.axis) if self.sequence_parallel else self.bias
@@ -131,12 +133,17 @@ class ExactRowParallelLinear(ExactLinear):
 
 
 class ExactLinearAdapter:
-    """A `LinearAdapter` around another: parameters are made by that one, and multiplied exactly.
+    """A `LinearAdapter` that wraps another one, which creates the parameters, and multiplies them exactly.
 
     Args:
-        inner: its layers have to be products and sums alone (`plain_products`).
-        exact: the mode.
-        on_built: told of every layer; a server has it packed when its weights are loaded.
+        inner: the wrapped adapter; its layers must compute `x Wᵀ + b` and nothing else (`plain_products`).
+        exact: the exact mode.
+        on_built: called with every layer; a server packs the layer after its weights are loaded.
+
+    Example:
+        >>> context = ps.exact_context(ps.initialize("torch"))
+        >>> ps.column_parallel(16, 32, context)(torch.ones(3, 16)).shape
+        torch.Size([3, 32])
     """
 
     plain_outputs = True
@@ -145,25 +152,25 @@ class ExactLinearAdapter:
     def __init__(self, inner: Any, exact: ExactMode, on_built: OnBuilt = lambda layer: None) -> None:
         if not getattr(inner, "plain_products", False):
             raise AdapterError(
-                f"exact mode multiplies by an operator of its own, but {name_of(inner)} does not say that its layers "
-                "are x Wᵀ + b and no more: set plain_products = True on it if they are"
+                f"exact mode replaces the matmul of layers, but {name_of(inner)} does not declare that its layers "
+                "compute x Wᵀ + b and nothing else. Set plain_products = True on it if they do."
             )
         self.inner, self._exact, self._on_built = inner, exact, on_built
 
     @property
     def vocab_padding(self) -> int:
-        """As the inner adapter pads."""
+        """Padding of the inner adapter."""
         return getattr(self.inner, "vocab_padding", 1)
 
     @property
     def smooths_labels(self) -> bool:
-        """As the inner adapter's loss does."""
+        """Whether the inner adapter's loss smooths labels."""
         return getattr(self.inner, "smooths_labels", True)
 
     def create_column_parallel(
         self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
-        """One projection, or several."""
+        """Create a column-parallel layer for one or more projections."""
         return self._column(
             self.inner.create_column_parallel(input_size, output_size, parallel_context, bias=bias), parallel_context
         )
@@ -171,7 +178,7 @@ class ExactLinearAdapter:
     def create_merged_column_parallel(
         self, input_size: int, output_sizes: list[int], parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
-        """Several projections, each sharded on its own; one where the inner adapter has no such layer."""
+        """Create a layer for several projections that are sharded separately, if the inner adapter has one."""
         create = getattr(self.inner, "create_merged_column_parallel", None)
         if create is None:
             return self.create_column_parallel(input_size, sum(output_sizes), parallel_context, bias)
@@ -186,7 +193,7 @@ class ExactLinearAdapter:
         parallel_context: ParallelContext,
         bias: bool = False,
     ) -> nn.Module:
-        """Query, key and value; the gradient of KV heads that ranks share is summed in the forward's graph."""
+        """Create the fused query, key and value projection; gradients of shared KV heads are summed in autograd."""
         segments = qkv_segments(num_heads, num_kv_heads, head_dim)
         layout = WeightLayout(shape=(sum(s.size for s in segments), hidden_size), dim=0, segments=segments)
         axis = parallel_context.axis("tensor")
@@ -201,17 +208,17 @@ class ExactLinearAdapter:
     def create_row_parallel(
         self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
-        """The counterpart of a column-parallel layer."""
+        """Create a row-parallel layer."""
         create = getattr(self.inner, "create_row_parallel", None)
         if create is None:
-            raise AdapterError(f"{name_of(self.inner)} makes no row-parallel layers")
+            raise AdapterError(f"{name_of(self.inner)} has no row-parallel layers")
         layer = create(input_size, output_size, parallel_context, bias=bias)
         return self._built(ExactRowParallelLinear(_owner(layer), parallel_context, self._exact))
 
     def create_vocab_embedding(
         self, num_embeddings: int, embedding_dim: int, parallel_context: ParallelContext
     ) -> nn.Module:
-        """The inner adapter's: a row is copied, and other ranks add zeros."""
+        """Create the inner adapter's embedding, which is exact: it copies a row, and other ranks add zeros."""
         adapter = adapter_with(self.inner, "create_vocab_embedding")
         layer = adapter.create_vocab_embedding(num_embeddings, embedding_dim, parallel_context)
         dtype = self._exact.compute_dtype
@@ -227,7 +234,7 @@ class ExactLinearAdapter:
         bias: bool = False,
         tied_to: nn.Module | None = None,
     ) -> nn.Module:
-        """The output projection; columns that only pad the vocabulary are -inf."""
+        """Create the output projection; padding columns of the vocabulary are -inf."""
         adapter = adapter_with(self.inner, "create_lm_head")
         layer = adapter.create_lm_head(hidden_size, vocab_size, parallel_context, bias=bias, tied_to=tied_to)
         return PaddedHead(self._column(layer, parallel_context), vocab_size, parallel_context.axis("tensor"))
@@ -235,13 +242,13 @@ class ExactLinearAdapter:
     def create_norm(
         self, hidden_size: int, parallel_context: ParallelContext, eps: float, partial_gradient: bool
     ) -> nn.Module:
-        """RMS norm by the server's operator."""
+        """Create an RMS norm with the server's operator."""
         return ExactRMSNorm(hidden_size, parallel_context, eps, partial_gradient, self._exact)
 
     def vocab_parallel_cross_entropy(
         self, logits: torch.Tensor, targets: torch.Tensor, parallel_context: ParallelContext, **options: Any
     ) -> torch.Tensor:
-        """The inner adapter's: no server computes a loss."""
+        """Compute the inner adapter's loss; it need not be exact, since servers compute none."""
         adapter = adapter_with(self.inner, "vocab_parallel_cross_entropy")
         return adapter.vocab_parallel_cross_entropy(logits, targets, parallel_context, **options)
 
@@ -254,8 +261,10 @@ class ExactLinearAdapter:
 
 
 def _owner(layer: nn.Module) -> nn.Module:
-    """The module inside a library's layer that holds the weight."""
+    """Return the module inside a library's layer that holds the weight."""
     owners = [module for module in layer.modules() if isinstance(module._parameters.get("weight"), nn.Parameter)]
     if len(owners) != 1:
-        raise AdapterError(f"exact mode: {type(layer).__name__} has {len(owners)} weights, expected one")
+        raise AdapterError(
+            f"{type(layer).__name__} is unsupported in exact mode: got {len(owners)} weights, expected one"
+        )
     return owners[0]

@@ -1,4 +1,4 @@
-"""A matrix product by the server's operator, with torch's backward."""
+"""A matmul with the server's operator in forward and torch's in backward."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from polyshard.core.exact_mode import ExactOperators, Product
 
 
-class _Product(torch.autograd.Function):
+class _Matmul(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, operators: ExactOperators, packed: Product | None
@@ -26,15 +26,15 @@ class _Product(torch.autograd.Function):
         return to_x, to_weight, None, None
 
 
-def exact_product(
+def exact_matmul(
     x: torch.Tensor, weight: torch.Tensor, operators: ExactOperators, packed: Product | None = None
 ) -> torch.Tensor:
-    """`x Wᵀ`, for x `[..., in]` and W `[out, in]`; differentiable.
+    """Compute `x Wᵀ`, for x `[..., in]` and W `[out, in]`; differentiable.
 
-    The weight is packed anew at each call, since nothing tells that an optimizer has written into it (some write into
-    flat buffers, which changes no version); a server hands over what it packed when it loaded.
+    The weight is packed in every call, since an optimizer's update cannot be detected (updates of flat buffers do not
+    change the version counter). A server passes the weight that it packed after loading.
     """
     flat = x.reshape(-1, x.shape[-1])
     if not torch.is_grad_enabled():
         return (packed or operators.pack(weight))(flat).view(*x.shape[:-1], -1)
-    return _Product.apply(flat, weight, operators, packed).view(*x.shape[:-1], -1)
+    return _Matmul.apply(flat, weight, operators, packed).view(*x.shape[:-1], -1)

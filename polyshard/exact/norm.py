@@ -1,4 +1,4 @@
-"""RMS norm by the server's operator, with its backward written out."""
+"""RMS norm with the server's operator in forward and an explicit backward."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ExactRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size, device=context.device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., hidden]` to the same shape."""
+        """Apply the norm: `[..., hidden]` to the same shape."""
         weight = self.weight.to(x.dtype)
         if not torch.is_grad_enabled():
             return self.exact.operators.rms_norm(x, weight, self.eps)

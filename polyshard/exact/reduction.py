@@ -1,7 +1,7 @@
-"""The sum of a row-parallel layer's partial products, in one order at every tensor-parallel size.
+"""The sum of a row-parallel layer's partial products, in the same order at every tensor-parallel size.
 
-A reduction by the backend adds ranks in an order of its own, and a rank that holds two shards would add them inside its
-product. Here all partial products are laid side by side and added one after the other, in float32, and rounded once.
+A reduction of the communication backend adds ranks in its own order, and a rank with two shards would add them inside
+its matmul. Here all partial products are gathered, added one by one in float32, and rounded once.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from polyshard.core.context import ParallelAxis
 
 
 def sum_in_order(parts: Sequence[torch.Tensor], axis: ParallelAxis, scattered: bool) -> torch.Tensor:
-    """The sum over all ranks' partial products; differentiable.
+    """Return the sum of all ranks' partial products; differentiable.
 
     Args:
-        parts: this rank's, in the order of their input features; each `[..., tokens, out]`.
-        axis: the tensor axis; its ranks hold equally many.
-        scattered: give this rank's part of the tokens alone (sequence parallel).
+        parts: this rank's partial products, in the order of their input features, each `[..., tokens, out]`.
+        axis: the tensor axis, whose ranks have equal numbers of parts.
+        scattered: return only this rank's part of the tokens (sequence parallel).
 
     Returns:
         `[..., tokens, out]`, or `[..., tokens / size, out]`.

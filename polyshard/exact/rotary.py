@@ -1,4 +1,4 @@
-"""The rotary embedding by the server's operator; backward it turns the other way."""
+"""Rotary embedding with the server's operator in forward; the backward rotates in the opposite direction."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ class _Rotate(torch.autograd.Function):
 def exact_rotate(
     operators: ExactOperators, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`polyshard.attention.rotary.rotate_heads`, exactly."""
+    """Rotate queries and keys like `polyshard.attention.rotary.rotate_heads`, but with the server's operator."""
     return _Rotate.apply(q, k, cos, sin, operators)

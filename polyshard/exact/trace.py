@@ -1,4 +1,4 @@
-"""Where two forwards part: what every module of each was given and gave, token by token, and the first that differs."""
+"""Traces of two forward passes: inputs and outputs of every module for each token, and the first difference."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import nn
 
 from polyshard.core.environment import TRACE
 
-_KEYS = "tokens"  # int64 [tokens, 2]: position and token id
+_KEYS = "tokens"  # int64 [tokens, 2]: position and token ID
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FirstDifference:
-    """The first operator, in the order of the first forward, whose values differ.
+    """The first operator whose values differ, in the order of the first forward pass.
 
     Attributes:
-        module: its qualified name in the model as built.
-        what: `"output"`, or `"input"`: then the operations between the last equal module and this one differ.
-        after: the last module whose output is equal; empty where there is none.
-        position: of the first token that differs.
-        token: its id.
-        rows: tokens that differ.
-        compared: tokens that both sides computed.
+        module: qualified name in the model as built.
+        what: `"output"`, or `"input"` if the operations between the last equal module and this one differ.
+        after: the last module whose output is equal; empty if there is none.
+        position: position of the first token that differs.
+        token: ID of that token.
+        rows: number of tokens that differ.
+        compared: number of tokens that both sides computed.
         largest: largest absolute difference.
     """
 
@@ -50,10 +50,10 @@ class FirstDifference:
 
 
 class Recorder:
-    """Writes what every module of a model is given and gives into one file for each forward, until it is closed.
+    """Records the inputs and outputs of every module of a model into one file per forward pass, until it is closed.
 
-    For a model whose forward takes `(input_ids, positions)`, packed or a batch. Values of modules that do not have one
-    row for each token (a head that is given some tokens only) are left out.
+    The model's forward must accept `(input_ids, positions)`, packed or batched. Values of modules without one row for
+    each token (such as a head that receives selected tokens) are skipped.
     """
 
     def __init__(self, model: nn.Module, folder: str | Path, rank: int = 0) -> None:
@@ -71,7 +71,7 @@ class Recorder:
                 self._handles.append(module.register_forward_hook(self._gave(name)))
 
     def close(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -102,21 +102,21 @@ class Recorder:
 
 
 def recorder_of(model: nn.Module, rank: int) -> Recorder | None:
-    """A served model's recorder, where the environment variable asks for one."""
+    """Return a recorder for a served model if the environment variable is set."""
     folder = TRACE.read()
     return Recorder(model, folder, rank) if folder else None
 
 
 def first_difference(one: str | Path, other: str | Path, rank: int = 0) -> FirstDifference | None:
-    """The first module whose values differ between two recordings; None where none does.
+    """Return the first module whose values differ between two recordings, or None.
 
-    Tokens are told apart by position and id; where several have both in common, they are left out. Modules that only
-    one side has, or that have another width there (shards of another tensor-parallel size), are passed over.
+    Tokens are identified by position and ID; tokens that share both are skipped. Modules that exist on one side only,
+    or have another width there (shards of another tensor-parallel size), are skipped as well.
 
     Args:
-        one: a folder that a `Recorder` wrote; the order is that of this side.
-        other: another.
-        rank: of both.
+        one: a folder written by a `Recorder`; modules are compared in its order.
+        other: another such folder.
+        rank: the rank of both.
     """
     mine, theirs = _read(one, rank), _read(other, rank)
     after = ""
@@ -151,7 +151,7 @@ Recorded = dict[tuple[str, str], tuple[dict[tuple[int, int], int], torch.Tensor]
 
 
 def _read(folder: str | Path, rank: int) -> Recorded:
-    """By what and module: the row of each token that occurs once, and the rows."""
+    """Return, for each kind of value and module, the row of each token that occurs once, and the rows."""
     tokens: dict[tuple[str, str], list[tuple[int, int]]] = {}
     rows: dict[tuple[str, str], list[torch.Tensor]] = {}
     for path in sorted(Path(folder).glob(f"{rank:03d}-*.safetensors")):

@@ -1,4 +1,4 @@
-"""Starting: `initialize` and `shutdown` in a rank, and `run_ranks`, which starts ranks of a function."""
+"""Starting a run: `initialize` and `shutdown` in each rank, and `run_ranks`, which runs a function on several ranks."""
 
 from polyshard.launch.ranks import RankError, run_ranks
 from polyshard.launch.start import initialize, shutdown

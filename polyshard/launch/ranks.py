@@ -1,4 +1,4 @@
-"""Run a function on several ranks of this machine."""
+"""Running a function on several ranks of this machine."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
-# Before the fork server asks whether there is a GPU: CUDA's own answer would keep its children from using one.
+# Set before the fork server checks for a GPU: the check through CUDA would prevent its children from using one.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
-# What every rank would import; torch._dynamo comes with the first optimizer.
+# Modules that every rank imports; the first optimizer imports torch._dynamo.
 PRELOAD = [
     "torch._dynamo",
     "torch.distributed.checkpoint",
@@ -29,25 +29,32 @@ PRELOAD = [
 
 
 class RankError(AssertionError):
-    """Some ranks failed; the message holds each one's traceback, or says how it ended."""
+    """Failure of one or more ranks; the message contains each rank's traceback, or how it ended.
+
+    Example:
+        >>> import math
+        >>> run_ranks(math.sqrt, 1, -1.0)
+        Traceback (most recent call last):
+        polyshard.launch.ranks.RankError: ...
+    """
 
 
 def free_port() -> int:
-    """A TCP port that was free a moment ago."""
+    """Return a TCP port that was free at the time of the call."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def _agent_store() -> dist.TCPStore:
-    """The store that ranks meet in, kept by this process as torchrun's agent does, at a port that nobody else has."""
+    """Return a store hosted by this process, as by torchrun's agent, on a port that no other process can take."""
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def _environment_of_ranks(
     world_size: int, store: dist.TCPStore | None, gpus: bool | Literal["shared"]
 ) -> list[dict[str, str]]:
-    """What torchrun tells each rank of one machine; without a store, what a launcher says that leaves it to rank 0."""
+    """Return each rank's environment variables, as set by torchrun, or without a store by a simple launcher."""
     shared = {
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
@@ -72,22 +79,28 @@ def run_ranks(
     """Call `function(*args)` on each rank, in processes with torchrun's environment variables.
 
     Args:
-        function: at the top level of a module.
+        function: a function at the top level of a module.
         world_size: number of processes.
-        args: the same for all; picklable.
+        args: picklable arguments, the same for all ranks.
         timeout: seconds after which all ranks are killed.
-        silent: ranks that are meant to die or freeze; they are not waited for.
-        agent: this process keeps the store that they meet in, as torchrun's agent does; else rank 0 does.
+        silent: ranks that are expected to crash or hang; their results are not awaited.
+        agent: whether this process hosts the store, as torchrun's agent does; otherwise rank 0 hosts it.
         gpus: whether the ranks see this machine's GPUs; with `"shared"` they also use gloo, so that several ranks can
             share one GPU.
 
     Returns:
-        What each rank returned, in rank order (picklable; tensors as CPU tensors); None for those that gave no answer.
+        The result of each rank, in rank order (picklable; tensors on the CPU); None for ranks without a result.
 
     Raises:
-        RankError: a rank raised, died, or did not finish in time.
+        RankError: a rank raised an error, crashed, or did not finish in time.
+
+    Example:
+        >>> from polyshard.testing import run_ranks
+        >>> import math
+        >>> run_ranks(math.sqrt, 2, 16.0)
+        [4.0, 4.0]
     """
-    # A fork server that has imported torch starts a rank in milliseconds, and holds no threads yet.
+    # A fork server that has imported torch starts a rank in milliseconds, and has no threads yet.
     spawn = multiprocessing.get_context("forkserver")
     spawn.set_forkserver_preload(PRELOAD)
     store = _agent_store() if agent else None
@@ -126,7 +139,7 @@ def _run(
         answer = ("returned", tree_map_only(torch.Tensor, torch.Tensor.cpu, function(*args)))
     except BaseException:
         answer = ("raised", traceback.format_exc())
-    # Plain pickle: multiprocessing's own would share tensors with a process that is about to end.
+    # Plain pickle: that of multiprocessing would share tensors with a process that is about to exit.
     pipe.send_bytes(pickle.dumps(answer))
     pipe.close()
 
@@ -148,10 +161,10 @@ def _collect(processes: list[Any], pipes: list[Connection], timeout: float, sile
                 answers[rank] = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 processes[rank].join(5)
-                answers[rank] = ("died", f"ended with exit code {processes[rank].exitcode} and no answer")
+                answers[rank] = ("died", f"exited with code {processes[rank].exitcode} without a result")
             failed = answers[rank][0] != "returned" and rank not in silent
             if failed and grace is None:
-                grace = time.monotonic() + 10.0  # let the others say what they saw
+                grace = time.monotonic() + 10.0  # wait for the errors of the other ranks
     troubles = []
     for rank in range(len(processes)):
         kind, content = answers.get(rank, ("hung", f"did not finish within {timeout:.0f} s"))

@@ -1,4 +1,4 @@
-"""The two calls around a training script."""
+"""Start and end of a training script: `initialize` and `shutdown`."""
 
 from __future__ import annotations
 
@@ -26,25 +26,34 @@ def initialize(
     exact_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> ParallelContext:
-    """Make the parallel context of this process, from torchrun's environment or alone; data parallel takes the rest.
+    """Create the parallel context of this process, from torchrun's environment or for a single process.
+
+    The data axis gets all ranks that the other axes leave.
 
     Args:
-        adapter: the parallelism library, by name.
-        tensor: ranks that share each layer.
-        pipeline: stages.
-        context: ranks that share one sequence.
-        expert: ranks over which experts are spread.
+        adapter: name of the parallelism library.
+        tensor: number of ranks that share each layer.
+        pipeline: number of stages.
+        context: number of ranks that share one sequence.
+        expert: number of ranks over which experts are distributed.
         sequence_parallel: shard activations along the sequence between tensor-parallel regions.
-        exact: exact mode: a model's forward gives the bits of a server registered with `exact=True`. Needs vLLM.
-        exact_shards: from how many partial products a row-parallel layer is summed in exact mode: a multiple of the
-            tensor-parallel sizes of trainer and server, the same on both; default `tensor`.
-        exact_dtype: the server's dtype in exact mode, where the parameters stay in float32.
-        options: the adapter's own, such as `device` and `timeout` (seconds).
+        exact: exact mode: the forward pass equals, bit for bit, that of a server registered with `exact=True`. Needs
+            vLLM.
+        exact_shards: number of partial products that a row-parallel layer is summed from in exact mode: a multiple of
+            the tensor-parallel sizes of trainer and server, equal on both; `tensor` by default.
+        exact_dtype: the server's dtype in exact mode, if the parameters stay in float32.
+        options: options of the adapter, such as `device` and `timeout` (seconds).
 
     Raises:
-        AdapterError: no such adapter, or it cannot do what is asked.
-        ConfigurationError: settings of exact mode without it, or a dtype that no server has.
-        LayoutError: the sizes do not fit the number of processes.
+        AdapterError: there is no such adapter, or it does not support the request.
+        ConfigurationError: options of exact mode are set without it, or the dtype is not one that servers use.
+        LayoutError: the sizes do not match the number of processes.
+
+    Example:
+        >>> context = ps.initialize("torch", device="cpu")
+        >>> context.layout.world_size, context.device
+        (1, device(type='cpu'))
+        >>> ps.shutdown(context)
     """
     layout = ParallelLayout.for_world(
         int(os.environ.get("WORLD_SIZE", "1")),
@@ -55,7 +64,7 @@ def initialize(
         sequence_parallel=sequence_parallel,
     )
     if not exact and (exact_shards is not None or exact_dtype is not None):
-        raise ConfigurationError("exact_shards and exact_dtype belong to exact mode: add exact=True")
+        raise ConfigurationError("exact_shards and exact_dtype require exact mode. Add exact=True.")
     made = load_adapter(adapter).initialize(layout, **options)
     if not exact:
         return made
@@ -65,6 +74,11 @@ def initialize(
 
 
 def shutdown(parallel_context: ParallelContext) -> None:
-    """Wait for all ranks, and destroy what `initialize` made; it may then be called again."""
+    """Wait for all ranks, and destroy what `initialize` created; `initialize` may then be called again.
+
+    Example:
+        >>> context = ps.initialize("torch")
+        >>> ps.shutdown(context)
+    """
     for undo in parallel_context.on_shutdown:
         undo()

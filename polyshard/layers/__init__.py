@@ -1,1 +1,1 @@
-"""The layers and functions that a model is written with."""
+"""Parallel layers and the functions that models are written with."""

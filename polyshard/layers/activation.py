@@ -10,27 +10,31 @@ from torch.nn import functional as F
 
 from polyshard.core.errors import ConfigurationError
 from polyshard.layers.fused import fused_products
-from polyshard.native import swiglu as loops
+from polyshard.native import swiglu as native
 
 
 def swiglu(x: torch.Tensor, layer: nn.Module | None = None) -> torch.Tensor:
-    """`silu(gate) * up` (Shazeer 2020, "GLU Variants Improve Transformer"), differentiable.
+    """Compute `silu(gate) * up` (Shazeer 2020, "GLU Variants Improve Transformer"); differentiable.
 
-    On CPU one pass over memory in float32, the same for trainer and server; elsewhere, and in what torch.compile
-    fuses by itself, torch's operations.
+    On CPU a native kernel computes it in one pass over memory in float32, the same in training and serving. On other
+    devices and under torch.compile, torch's operators are used.
 
     Args:
-        x: `[..., 2 size]`, the gates before what they gate, as `column_parallel(h, [f, f], ...)` gives them. With a
-            layer, what that is given, `[..., h]`.
-        layer: makes gates and what they gate: `swiglu(x, layer)` is `swiglu(layer(x))`. In an engine on CPU the
-            activation is then taken inside the matrix product, before it is written, bit for bit; on a GPU, where
-            nothing is compiled, by vLLM's operator.
+        x: `[..., 2 size]`, gate half first and up half second, as returned by `column_parallel(h, [f, f], ...)`. With
+            `layer`, the input of that layer, `[..., h]`.
+        layer: a merged gate/up projection; `swiglu(x, layer)` equals `swiglu(layer(x))`. In a vLLM engine on CPU the
+            activation is then computed inside the matmul before its result is written, bit for bit; on a GPU without
+            torch.compile, by vLLM's operator.
 
     Returns:
         `[..., size]`.
 
     Raises:
-        ConfigurationError: the last dimension of gates and what they gate is odd.
+        ConfigurationError: the last dimension of the gate/up tensor is odd.
+
+    Example:
+        >>> ps.swiglu(torch.tensor([[0.0, 1.0, 2.0, 3.0]]))
+        tensor([[0.0000, 2.1932]])
     """
     if layer is None:
         return _of(x)
@@ -40,19 +44,19 @@ def swiglu(x: torch.Tensor, layer: nn.Module | None = None) -> torch.Tensor:
 
 def _of(gate_up: torch.Tensor) -> torch.Tensor:
     if gate_up.shape[-1] % 2:
-        raise ConfigurationError(f"swiglu halves the last dimension, which is {gate_up.shape[-1]}")
-    if torch.compiler.is_compiling() or not loops.supports(gate_up):
+        raise ConfigurationError(f"swiglu needs an even last dimension: got {gate_up.shape[-1]}")
+    if torch.compiler.is_compiling() or not native.supports(gate_up):
         return _plain(gate_up)
     if torch.is_grad_enabled() and gate_up.requires_grad:
         return _Swiglu.apply(gate_up)
-    return loops.swiglu(gate_up)
+    return native.swiglu(gate_up)
 
 
 class _Swiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate_up)
-        return loops.swiglu(gate_up)
+        return native.swiglu(gate_up)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:

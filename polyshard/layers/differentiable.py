@@ -1,4 +1,4 @@
-"""The autograd pairs that parallel layers are made of: a communication forward, and the one backward that fits it."""
+"""Autograd functions that communicate: each pairs a communication in forward with the corresponding one in backward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _collectives(axis: ParallelAxis) -> Any:
 
 
 class _Communicate(torch.autograd.Function):
-    """A forward and a backward communication, each a function of the tensor alone."""
+    """An autograd function with one communication in forward and one in backward."""
 
     @staticmethod
     def forward(
@@ -40,21 +40,21 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def copy_to_region(tensor: torch.Tensor, axis: ParallelAxis) -> torch.Tensor:
-    """Identity forward, sum over the axis backward: the entry of a tensor-parallel region."""
+    """Return the tensor, and sum its gradient over the axis: the entry of a tensor-parallel region."""
     if axis.size == 1:
         return tensor
     return _Communicate.apply(tensor, _same, _collectives(axis).all_reduce)
 
 
 def reduce_from_region(tensor: torch.Tensor, axis: ParallelAxis) -> torch.Tensor:
-    """Sum over the axis forward, identity backward: the exit of a tensor-parallel region."""
+    """Return the sum over the axis, and pass the gradient through: the exit of a tensor-parallel region."""
     if axis.size == 1:
         return tensor
     return _Communicate.apply(tensor, _collectives(axis).all_reduce, _same)
 
 
 def gather_sequence(tensor: torch.Tensor, axis: ParallelAxis, dim: int = -2) -> torch.Tensor:
-    """All-gather forward, reduce-scatter backward: entry of a tensor-parallel region under sequence parallel."""
+    """All-gather forward, reduce-scatter backward: the entry of a tensor-parallel region under sequence parallel."""
     if axis.size == 1:
         return tensor
     group = _collectives(axis)
@@ -63,7 +63,7 @@ def gather_sequence(tensor: torch.Tensor, axis: ParallelAxis, dim: int = -2) -> 
 
 
 def scatter_sum_sequence(tensor: torch.Tensor, axis: ParallelAxis, dim: int = -2) -> torch.Tensor:
-    """Reduce-scatter forward, all-gather backward: exit of a tensor-parallel region under sequence parallel."""
+    """Reduce-scatter forward, all-gather backward: the exit of a tensor-parallel region under sequence parallel."""
     if axis.size == 1:
         return tensor
     group = _collectives(axis)
@@ -73,7 +73,7 @@ def scatter_sum_sequence(tensor: torch.Tensor, axis: ParallelAxis, dim: int = -2
 
 
 def gather_last(tensor: torch.Tensor, axis: ParallelAxis) -> torch.Tensor:
-    """All-gather along the last dimension forward; backward this rank's part of a gradient that all ranks hold."""
+    """All-gather along the last dimension forward; return this rank's part of the replicated gradient backward."""
     if axis.size == 1:
         return tensor
     group, length = _collectives(axis), tensor.shape[-1]
@@ -85,23 +85,23 @@ def gather_last(tensor: torch.Tensor, axis: ParallelAxis) -> torch.Tensor:
 
 
 def require_divisible_sequence(tensor: torch.Tensor, axis: ParallelAxis, dim: int) -> None:
-    """Raise `LayoutError` where sequence parallel cannot cut the sequence evenly."""
+    """Raise `LayoutError` if sequence parallel cannot divide the sequence evenly."""
     if tensor.shape[dim] % axis.size:
         raise LayoutError(
             f"sequence parallel: {tensor.shape[dim]} tokens (dimension {dim} of {tuple(tensor.shape)}) cannot be "
-            f"divided by tensor-parallel size {axis.size}; pad the sequence to a multiple of it"
+            f"divided by tensor-parallel size {axis.size}. Pad the sequence to a multiple of it."
         )
 
 
 def sum_gradient(parameter: torch.Tensor, axis: ParallelAxis) -> torch.Tensor:
-    """Identity forward; the gradient is summed over the axis.
+    """Return the parameter, and sum its gradient over the axis.
 
-    For a whole parameter that each rank applies to a part of the activations. Done in autograd, so that the gradient
-    is right however it is used afterwards (hooks of DDP and FSDP included).
+    Use it for a replicated parameter that each rank applies to a part of the activations. The sum is part of autograd,
+    so the gradient is correct for every later use, including the hooks of DDP and FSDP.
     """
     return copy_to_region(parameter, axis)
 
 
 def transform_gradient(parameter: torch.Tensor, transform: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Identity forward; `transform` is applied to the gradient."""
+    """Return the parameter, and apply `transform` to its gradient."""
     return _Communicate.apply(parameter, _same, transform)

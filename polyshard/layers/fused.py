@@ -1,4 +1,4 @@
-"""What an engine can compute together with a layer's matrix product, for the functions of models that ask for it."""
+"""Matmuls that a serving engine fuses with the following operation, for `swiglu` and `add_residual`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True)
 class FusedProducts:
-    """Set on a layer as `fused_products`, by an engine whose product the layer's forward is.
+    """Attached to a layer as `fused_products` by a serving engine that runs the layer's matmul itself.
 
     Attributes:
-        added_to: `(residual, x) -> residual + layer(x)`, of tensors like the layer's weight in dtype; None where the
-            engine has no such product.
+        added_to: `(residual, x) -> residual + layer(x)`, for tensors of the weight's dtype; None if unsupported.
         out_features: size of the layer's output, for `added_to`.
-        swiglu: `x -> swiglu(layer(x))`; None where its outputs are not gates and what they gate.
+        swiglu: `x -> swiglu(layer(x))`; None if the layer is not a merged gate/up projection.
     """
 
     added_to: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
@@ -26,9 +25,9 @@ class FusedProducts:
 
 
 def fused_products(layer: nn.Module) -> FusedProducts | None:
-    """Those of a layer, unless hooks want to see its output.
+    """Return the fused products attached to a layer, or None if the layer has hooks, which need its output.
 
-    The layer's own, since wrappers (LoRA's) hand on what they wrap.
+    Only attributes of the layer itself count, since wrappers (LoRA) forward the attributes of the wrapped layer.
     """
     found = layer.__dict__.get("fused_products")
     return None if layer._forward_hooks or layer._forward_pre_hooks else found

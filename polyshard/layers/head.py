@@ -1,4 +1,4 @@
-"""An output projection of any library under polyshard's contract: columns that only pad the vocabulary are -inf."""
+"""An output projection of any library whose padding columns return -inf, as polyshard's interface requires."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from polyshard.core.weight_layout import Segment
 
 
 class PaddedHead(nn.Module):
-    """Around a column-parallel layer over the padded vocabulary."""
+    """A wrapper around a column-parallel layer over the padded vocabulary."""
 
     def __init__(self, layer: nn.Module, vocab_size: int, axis: ParallelAxis) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class PaddedHead(nn.Module):
         self.present = max(0, min(vocab_size - start, self.length))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Local logits `[..., padded vocabulary / size]`."""
+        """Return local logits `[..., padded vocabulary / size]`."""
         output = self.layer(hidden)
         logits = output[0] if isinstance(output, tuple) else output
         if self.present == self.length:
@@ -30,13 +30,15 @@ class PaddedHead(nn.Module):
 
 
 def padded_size(vocab_size: int, axis: ParallelAxis) -> int:
-    """Rows of the padded vocabulary."""
+    """Return the number of rows of the padded vocabulary."""
     return Segment(size=vocab_size, pad_multiple=1).padded_size(axis.size)
 
 
 def tied_weight(embedding: nn.Module) -> nn.Parameter:
-    """The one parameter of an embedding that a head is tied to."""
+    """Return the parameter of an embedding that a head can be tied to."""
     weights = [p for name, p in embedding.named_parameters() if name.rsplit(".", 1)[-1] == "weight"]
     if len(weights) != 1:
-        raise AdapterError(f"{type(embedding).__name__} has {len(weights)} weights; a head can be tied to one alone")
+        raise AdapterError(
+            f"{type(embedding).__name__} cannot be tied to a head: got {len(weights)} weights, expected one"
+        )
     return weights[0]

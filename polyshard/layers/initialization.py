@@ -1,7 +1,7 @@
 """Initial weights that are the same full tensors at every tensor-parallel size and in every library.
 
-A full tensor is drawn for each name of the checkpoint from a generator seeded by that name, then sliced. Fused and
-separate projections therefore start alike too.
+A full tensor is drawn for each checkpoint name from a generator seeded by that name, and then sliced. Fused and
+separate projections therefore start with equal weights.
 """
 
 from __future__ import annotations
@@ -19,13 +19,19 @@ Initializer = Callable[[str, tuple[int, ...], torch.Generator], torch.Tensor]
 
 
 def generator_for(name: str, seed: int) -> torch.Generator:
-    """A CPU generator that depends on the name and the seed alone."""
+    """Return a CPU generator that depends only on the name and the seed."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def normal_initializer(std: float = 0.02) -> Initializer:
-    """Matrices from N(0, std²), biases and attention sinks 0, other vectors (norms) 1, all in float32."""
+    """Return an initializer: matrices from N(0, std²), biases and sinks 0, other vectors (norms) 1, in float32.
+
+    Example:
+        >>> draw = ps.normal_initializer(std=0.02)
+        >>> draw("norm.weight", (2,), torch.Generator())
+        tensor([1., 1.])
+    """
 
     def initialize(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
         if name.endswith(("bias", "sinks")):
@@ -44,13 +50,21 @@ def initialize_weights(
     seed: int = 0,
     initializer: Initializer | None = None,
 ) -> None:
-    """Fill every parameter of `model` in place; no communication, and nothing depends on torch's global state.
+    """Fill every parameter of `model` in place, without communication and independently of torch's global random state.
 
     Args:
-        model: as its factory built it, before an engine wraps it.
-        parallel_context: the context that it was built with.
+        model: a model as its factory built it, before an engine wraps it.
+        parallel_context: the context that the model was built with.
         seed: the same on all ranks.
-        initializer: `(checkpoint name, logical shape, generator) -> full tensor`; default `normal_initializer()`.
+        initializer: `(checkpoint name, logical shape, generator) -> full tensor`; `normal_initializer()` by default.
+
+    Example:
+        >>> context = ps.initialize("torch")
+        >>> first, second = (ps.column_parallel(4, 8, context) for _ in range(2))
+        >>> for layer in (first, second):
+        ...     ps.initialize_weights(layer, context, seed=1)
+        >>> torch.equal(first.weight, second.weight)
+        True
     """
     draw = initializer or normal_initializer()
     rank = parallel_context.get_tensor_parallel_rank()

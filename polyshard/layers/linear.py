@@ -1,4 +1,4 @@
-"""Column-parallel, row-parallel and fused query-key-value layers, as functions of a context."""
+"""Column-parallel, row-parallel and fused query/key/value layers, as functions of a parallel context."""
 
 from __future__ import annotations
 
@@ -25,29 +25,36 @@ def column_parallel(
     linear: Any = None,
     **options: Any,
 ) -> nn.Module:
-    """A linear layer whose output features are sharded over the tensor axis.
+    """Create a linear layer whose output features are sharded over the tensor axis.
 
     Args:
-        input_size: size of the input's last dimension; the input is whole on every rank (under sequence parallel:
-            sharded along the sequence, and gathered inside).
-        output_size: features, or the features of several fused projections, each sharded on its own: `[f, f]`.
-        parallel_context: where this process stands.
+        input_size: size of the input's last dimension. The input is replicated; under sequence parallel it is sharded
+            along the sequence and gathered by the layer.
+        output_size: number of output features, or one number for each of several fused projections, such as `[f, f]`,
+            which are sharded separately.
+        parallel_context: the parallel context.
         bias: add a bias, sharded like the output.
-        names: of the fused projections in a checkpoint (`["gate_proj", "up_proj"]`); without them the fused
-            tensor is stored as one.
-        linear: another library's layers for this one layer; default `parallel_context.linear`.
-        options: passed on to the adapter.
+        names: checkpoint names of the fused projections (`["gate_proj", "up_proj"]`); without names, the fused tensor
+            is stored as one.
+        linear: the linear adapter of another library for this layer; `parallel_context.linear` by default.
+        options: further arguments of the adapter.
 
     Returns:
-        A module `[..., input_size] -> [..., sum(output sizes) / tensor size]`; with several sizes the local output
-        holds the local part of each, one after the other.
+        A module `[..., input_size] -> [..., sum(output sizes) / tensor size]`. With several sizes, the output
+        concatenates the local part of each.
 
     Raises:
         LayoutError: a size is not divisible by the tensor-parallel size.
+
+    Example:
+        >>> context = ps.initialize("torch")
+        >>> layer = ps.column_parallel(16, [32, 32], context, names=["gate_proj", "up_proj"])
+        >>> layer(torch.ones(5, 16)).shape
+        torch.Size([5, 64])
     """
     sizes = (output_size,) if isinstance(output_size, int) else tuple(output_size)
     if names is not None and len(names) != len(sizes):
-        raise LayoutError(f"{len(sizes)} output sizes need as many names, got {list(names)}")
+        raise LayoutError(f"names is invalid: got {list(names)}, expected {len(sizes)} names, one for each output size")
     segments = tuple(
         Segment(size=size, name=name) for size, name in zip(sizes, names or [None] * len(sizes), strict=True)
     )
@@ -72,15 +79,20 @@ def row_parallel(
     linear: Any = None,
     **options: Any,
 ) -> nn.Module:
-    """A linear layer whose input features are sharded: the counterpart of `column_parallel`.
+    """Create a linear layer whose input features are sharded: the counterpart of `column_parallel`.
 
     Returns:
-        A module `[..., input_size / tensor size] -> [..., output_size]`, summed over the tensor axis (under sequence
-        parallel: and scattered along the sequence). The bias is added once.
+        A module `[..., input_size / tensor size] -> [..., output_size]`. The output is summed over the tensor axis and,
+        under sequence parallel, scattered along the sequence. The bias is added once.
 
     Raises:
         LayoutError: `input_size` is not divisible by the tensor-parallel size.
-        AdapterError: the adapter makes no row-parallel layers.
+        AdapterError: the adapter has no row-parallel layers.
+
+    Example:
+        >>> context = ps.initialize("torch")
+        >>> ps.row_parallel(32, 16, context)(torch.ones(5, 32)).shape
+        torch.Size([5, 16])
     """
     segments = (Segment(size=input_size),)
     rank, size = tensor_rank_and_size(parallel_context)
@@ -89,8 +101,8 @@ def row_parallel(
     create = getattr(adapter, "create_row_parallel", None)
     if create is None:
         raise AdapterError(
-            f"{name_of(adapter)} makes no row-parallel layers: give it a method "
-            "create_row_parallel(input_size, output_size, parallel_context, bias=False)"
+            f"{name_of(adapter)} has no row-parallel layers. Add a method "
+            "create_row_parallel(input_size, output_size, parallel_context, bias=False)."
         )
     layer = create(input_size, output_size, parallel_context, bias=bias, **options)
     unwrap_tuples(layer, adapter)
@@ -114,18 +126,23 @@ def qkv_parallel(
     linear: Any = None,
     **options: Any,
 ) -> nn.Module:
-    """The fused query, key and value projection, sharded by heads.
+    """Create a fused query, key and value projection that is sharded by heads.
 
-    Where the tensor axis has more ranks than there are KV heads, each KV head is held by several ranks, and its
-    gradient is summed over them. Value heads have `value_dim`, by default `head_dim`. In a checkpoint each of the three
-    has its name of `names`; with None they are stored as one tensor, under the layer's own.
+    If the tensor axis has more ranks than there are KV heads, each KV head is replicated on several ranks and its
+    gradient is summed over them. Value heads have size `value_dim`, `head_dim` by default. The three projections have
+    the checkpoint names `names`; with None they are stored as one tensor under the layer's own name.
 
     Returns:
         A module `[..., hidden_size] -> [..., (q + kv) head_dim + kv value_dim]`, with this rank's
         `q = num_heads / tensor size` and `kv = max(1, num_kv_heads / tensor size)`.
 
     Raises:
-        LayoutError: the heads do not divide.
+        LayoutError: the heads cannot be divided.
+
+    Example:
+        >>> context = ps.initialize("torch")
+        >>> ps.qkv_parallel(32, 4, 2, 8, context)(torch.ones(5, 32)).shape
+        torch.Size([5, 64])
     """
     if num_heads % num_kv_heads:
         raise LayoutError(f"{num_heads} query heads cannot share {num_kv_heads} key-value heads evenly")
@@ -149,12 +166,18 @@ def qkv_parallel(
 def replicated_linear(
     input_size: int, output_size: int, parallel_context: ParallelContext, *, bias: bool = False
 ) -> nn.Module:
-    """A linear layer that every rank holds whole (a bottleneck, a router): `nn.Linear`, and exact in exact mode.
+    """Create a linear layer that is replicated on every rank (a bottleneck, a router); exact in exact mode.
 
-    Its input has to be alike on all tensor-parallel ranks, and its output used alike, or gradients summed by the user.
+    All tensor-parallel ranks must pass the same input and use the output in the same way; otherwise the caller must sum
+    the gradients.
 
     Returns:
         A module `[..., input_size] -> [..., output_size]`.
+
+    Example:
+        >>> context = ps.initialize("torch")
+        >>> ps.replicated_linear(8, 4, context)(torch.ones(2, 8)).shape
+        torch.Size([2, 4])
     """
     layer = nn.Linear(input_size, output_size, bias=bias, device=parallel_context.device)
     exact = parallel_context.exact

@@ -1,4 +1,4 @@
-"""Norms, as a function of a context."""
+"""Norms, as functions of a parallel context."""
 
 from __future__ import annotations
 
@@ -18,18 +18,23 @@ def rms_norm(
     partial_gradient: bool | None = None,
     linear: Any = None,
 ) -> nn.Module:
-    """Root mean square norm over the last dimension, its weight held whole by every rank.
+    """Create a root mean square norm over the last dimension; its weight is replicated on every rank.
 
     Args:
         hidden_size: size of the last dimension.
-        parallel_context: where this process stands.
+        parallel_context: the parallel context.
         eps: added to the mean square.
-        partial_gradient: whether each tensor-parallel rank normalises only part of the activations, so that the
-            weight's gradients have to be summed. Default: whether the layout is sequence parallel. True for a norm
+        partial_gradient: whether each tensor-parallel rank normalizes only a part of the activations, so that the
+            weight's gradients must be summed. By default, whether the layout is sequence parallel. Pass True for a norm
             over the heads of one rank (QK norm).
-        linear: another library's norm.
+        linear: the linear adapter of another library.
 
     Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
+
+    Example:
+        >>> norm = ps.rms_norm(2, ps.initialize("torch"))
+        >>> norm(torch.tensor([[3.0, 4.0]]))
+        tensor([[0.8485, 1.1314]], grad_fn=...)
     """
     if partial_gradient is None:
         partial_gradient = parallel_context.layout.sequence_parallel

@@ -1,4 +1,4 @@
-"""Which layers of a model a pipeline stage holds."""
+"""Distribution of a model's layers over pipeline stages."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from polyshard.core.errors import LayoutError
 
 @dataclass(frozen=True, slots=True)
 class PipelineStage:
-    """One stage, of a model whose layers are cut into runs.
+    """One pipeline stage, a contiguous run of a model's layers.
 
     Attributes:
-        layers: indices of its layers in the whole model.
-        first: whether it embeds tokens; the others are given hidden states in place of embeddings.
-        last: whether it has the last norm and the head; the others give hidden states as they are.
+        layers: indices of its layers in the full model.
+        first: whether it embeds tokens; other stages receive hidden states in place of embeddings.
+        last: whether it has the final norm and the head; other stages return hidden states.
+
+    Example:
+        >>> PipelineStage(range(0, 2), first=True, last=False).layers
+        range(0, 2)
     """
 
     layers: range
@@ -27,28 +31,43 @@ class PipelineStage:
 
 
 def pipeline_stage(num_layers: int, parallel_context: ParallelContext) -> PipelineStage:
-    """The stage of this process: all layers where the pipeline axis has one rank.
+    """Return the stage of this process; it has all layers if the pipeline axis has one rank.
 
     Raises:
         LayoutError: there are fewer layers than stages.
+
+    Example:
+        >>> ps.pipeline_stage(4, ps.initialize("torch"))
+        PipelineStage(layers=range(0, 4), first=True, last=True)
     """
     axis = parallel_context.axis("pipeline")
     if num_layers < axis.size:
-        raise LayoutError(f"{num_layers} layers cannot be cut into {axis.size} pipeline stages")
+        raise LayoutError(f"{num_layers} layers cannot be divided into {axis.size} pipeline stages")
     divide = parallel_context.pipeline_layers or even_stages
     start, stop = divide(num_layers, axis.rank, axis.size)
     return PipelineStage(range(start, stop), first=axis.rank == 0, last=axis.rank == axis.size - 1)
 
 
 def even_stages(num_layers: int, rank: int, size: int) -> tuple[int, int]:
-    """First layer of a stage, and one past its last: as even as can be, the first stages having more."""
+    """Return a stage's first layer and one past its last, distributed evenly; the first stages have one more.
+
+    Example:
+        >>> [even_stages(5, rank, 2) for rank in range(2)]
+        [(0, 3), (3, 5)]
+    """
     each, more = divmod(num_layers, size)
     start = rank * each + min(rank, more)
     return start, start + each + (rank < more)
 
 
 def stage_layers(stage: PipelineStage, make: Callable[[int], nn.Module]) -> nn.ModuleList:
-    """The stage's layers, named by their index in the whole model, as a checkpoint names them."""
+    """Create the layers of a stage, named by their index in the full model as in a checkpoint.
+
+    Example:
+        >>> stage = ps.pipeline_stage(2, ps.initialize("torch"))
+        >>> list(ps.stage_layers(stage, lambda index: torch.nn.Linear(2, 2)).state_dict())
+        ['0.weight', '0.bias', '1.weight', '1.bias']
+    """
     layers = nn.ModuleList()
     for index in stage.layers:
         layers.add_module(str(index), make(index))

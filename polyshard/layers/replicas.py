@@ -1,4 +1,4 @@
-"""Gradients of parts that several tensor-parallel ranks hold alike."""
+"""Gradients of segments that are replicated on several tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from polyshard.core.weight_layout import WeightLayout
 
 
 def sum_replicas(gradient: torch.Tensor, layout: WeightLayout, axis: ParallelAxis) -> torch.Tensor:
-    """A shard's gradient with each replicated segment summed over the ranks that hold it.
+    """Return a shard's gradient with each replicated segment summed over the ranks that hold it.
 
     Args:
-        gradient: local gradient, sharded along dimension 0 as `layout` says (a weight's or its bias's).
-        layout: of the weight.
+        gradient: local gradient of a weight or its bias, sharded along dimension 0 as in `layout`.
+        layout: the weight's layout.
         axis: the tensor axis.
     """
     result = gradient.clone()

@@ -1,4 +1,4 @@
-"""The sum of a residual and what is added to it."""
+"""Addition of a layer's output to a residual."""
 
 from __future__ import annotations
 
@@ -9,17 +9,23 @@ from polyshard.layers.fused import fused_products
 
 
 def add_residual(residual: torch.Tensor | None, x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """`residual + layer(x)`, bit for bit, differentiable.
+    """Compute `residual + layer(x)`; differentiable.
 
-    In an engine on CPU the sum is taken inside the layer's matrix product, before it is written.
+    In a vLLM engine on CPU the addition is part of the layer's matmul, before its result is written, bit for bit.
 
     Args:
-        residual: `[..., out]`; None: nothing is added.
-        x: what the layer is given, `[..., in]`.
-        layer: any; a row-parallel layer's ranks are summed first.
+        residual: `[..., out]`, or None to add nothing.
+        x: the layer's input, `[..., in]`.
+        layer: any layer; a row-parallel layer is summed over its ranks first.
 
     Returns:
         `[..., out]`.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> x = torch.ones(3, 2)
+        >>> torch.equal(ps.add_residual(x, x, layer), x + layer(x))
+        True
     """
     if residual is None:
         return layer(x)

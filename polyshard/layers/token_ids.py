@@ -1,4 +1,4 @@
-"""Token IDs and labels are checked before they are used: one outside the vocabulary is an error, never a zero."""
+"""Validation of token IDs and labels: one outside the vocabulary is an error instead of a silent zero."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ from torch import nn
 
 
 def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
-    """Refuse token IDs outside `[0, vocab_size)`.
+    """Check that token IDs are in `[0, vocab_size)`.
 
-    On the CPU the error names the ID. On a GPU and in a compiled graph it is an asynchronous assertion, which does not
-    wait for the device.
+    On the CPU the error names the ID. On a GPU and under torch.compile the check is an asynchronous assertion, which
+    does not wait for the device.
 
     Args:
-        input_ids: integers, any shape.
+        input_ids: integers of any shape.
         vocab_size: logical size, without padding.
 
     Raises:
-        IndexError: on the CPU.
+        IndexError: an ID is outside the vocabulary (on the CPU).
+
+    Example:
+        >>> check_ids(torch.tensor([0, 5]), vocab_size=5)
+        Traceback (most recent call last):
+        IndexError: token ID 5 is outside the vocabulary: expected 0 to 4
     """
     if not input_ids.numel() or input_ids.device.type == "meta":
         return
@@ -32,10 +37,10 @@ def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
 
 
 def check_labels(labels: torch.Tensor, vocab_size: int, ignore_index: int | None) -> None:
-    """Refuse labels that are neither in `[0, vocab_size)` nor `ignore_index`; see `check_ids`.
+    """Check that labels are in `[0, vocab_size)` or equal to `ignore_index`; see `check_ids`.
 
     Raises:
-        ValueError: on the CPU.
+        ValueError: a label is neither (on the CPU).
     """
     if not labels.numel() or labels.device.type == "meta":
         return
@@ -52,14 +57,14 @@ def check_labels(labels: torch.Tensor, vocab_size: int, ignore_index: int | None
 
 
 def check_present(losses: torch.Tensor, labels: torch.Tensor) -> None:
-    """Refuse labels whose logit is -inf: those of columns that only pad the vocabulary; see `check_ids`.
+    """Check that no label has a logit of -inf, which padding columns of the vocabulary have; see `check_ids`.
 
     Args:
-        losses: `[...]`, of each label.
+        losses: `[...]`, the loss of each label.
         labels: `[...]`.
 
     Raises:
-        ValueError: on the CPU.
+        ValueError: a label has one (on the CPU).
     """
     if not losses.numel() or losses.device.type == "meta":
         return
@@ -74,16 +79,16 @@ def check_present(losses: torch.Tensor, labels: torch.Tensor) -> None:
 
 
 def check_ids_of(layer: nn.Module, vocab_size: int) -> None:
-    """Have an embedding check its token IDs at every call."""
+    """Make an embedding check its token IDs in every call."""
     layer.register_forward_pre_hook(IdCheck(vocab_size))
 
 
 class IdCheck:
-    """The hook of an embedding; an engine, which checks the IDs of its requests, leaves it out."""
+    """A forward pre-hook of an embedding. Engines omit it, since they check the IDs of their requests."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
     def __call__(self, module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        """Check the first argument; as torch calls a forward pre-hook."""
+        """Check the first argument of the forward."""
         check_ids(arguments[0], self.vocab_size)

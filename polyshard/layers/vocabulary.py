@@ -21,19 +21,24 @@ logger = logging.getLogger(__name__)
 def vocab_embedding(
     num_embeddings: int, embedding_dim: int, parallel_context: ParallelContext, *, linear: Any = None
 ) -> nn.Module:
-    """A token embedding whose rows are sharded over the tensor axis (padded where they do not divide).
+    """Create a token embedding whose rows are sharded over the tensor axis, padded if they do not divide evenly.
 
     Returns:
-        A module: token ids `[...]` to `[..., embedding_dim]`, replicated on every rank (under sequence parallel:
-        sharded along the sequence). In training an ID outside `[0, num_embeddings)` is an IndexError that names it; on
-        a GPU an asynchronous assertion.
+        A module from token IDs `[...]` to `[..., embedding_dim]`, replicated on every rank, or sharded along the
+        sequence under sequence parallel. In training, an ID outside `[0, num_embeddings)` raises an IndexError that
+        names it; on a GPU, an asynchronous assertion fails.
+
+    Example:
+        >>> embedding = ps.vocab_embedding(10, 4, ps.initialize("torch"))
+        >>> embedding(torch.tensor([1, 9])).shape
+        torch.Size([2, 4])
     """
     adapter = adapter_with(choose_adapter(linear, parallel_context), "create_vocab_embedding")
     rank, size = tensor_rank_and_size(parallel_context)
     layer = adapter.create_vocab_embedding(num_embeddings, embedding_dim, parallel_context)
     layout = vocab_layout((num_embeddings, embedding_dim), adapter)
     attach_layouts(layer, {"weight": layout}, rank, size)
-    if parallel_context.attention is None:  # a serving engine checks the IDs of its requests itself
+    if parallel_context.attention is None:  # a serving engine checks the IDs of its requests
         check_ids_of(layer, num_embeddings)
     return layer
 
@@ -47,19 +52,24 @@ def lm_head(
     tied_to: nn.Module | None = None,
     linear: Any = None,
 ) -> nn.Module:
-    """The output projection onto the vocabulary, sharded over the tensor axis.
+    """Create the output projection onto the vocabulary, sharded over the tensor axis.
 
     Args:
         hidden_size: size of the hidden states.
         vocab_size: logical vocabulary size.
-        parallel_context: where this process stands.
+        parallel_context: the parallel context.
         bias: add a bias.
-        tied_to: the embedding, of the same adapter, whose weight this head shares.
-        linear: another library's layer for this one.
+        tied_to: the embedding whose weight this head shares, created by the same adapter.
+        linear: the linear adapter of another library for this layer.
 
     Returns:
-        A module `[..., hidden_size] -> [..., local vocabulary]`; columns that only pad the vocabulary are -inf.
-        Feed it to `vocab_parallel_cross_entropy`, or to `gather_logits` for the full logits.
+        A module `[..., hidden_size] -> [..., local vocabulary]`; padding columns are -inf. Pass the output to
+        `vocab_parallel_cross_entropy`, or to `gather_logits` for full logits.
+
+    Example:
+        >>> head = ps.lm_head(4, 10, ps.initialize("torch"))
+        >>> head(torch.ones(3, 4)).shape
+        torch.Size([3, 10])
     """
     adapter = adapter_with(choose_adapter(linear, parallel_context), "create_lm_head")
     rank, size = tensor_rank_and_size(parallel_context)
@@ -82,37 +92,43 @@ def vocab_parallel_cross_entropy(
     label_smoothing: float = 0.0,
     linear: Any = None,
 ) -> torch.Tensor:
-    """Cross-entropy of logits that are sharded over the vocabulary, by the contract of torch's `cross_entropy`.
+    """Compute the cross-entropy of vocabulary-parallel logits, with the semantics of torch's `cross_entropy`.
 
     Args:
-        logits: `[..., local vocabulary]`, any float dtype, left untouched; computed in float32 or wider.
-        targets: `[...]` token ids; `ignore_index` is left out of loss, gradient and mean.
-        parallel_context: where this process stands.
-        vocab_size: logical size, where the vocabulary is padded; default the local size times the tensor size, less
+        logits: `[..., local vocabulary]`, any float dtype, not modified; computed in float32 or wider.
+        targets: `[...]`, token IDs; targets equal to `ignore_index` do not count in loss, gradient and mean.
+        parallel_context: the parallel context.
+        vocab_size: logical size, if the vocabulary is padded; by default the local size times the tensor size, without
             the columns whose logits are -inf.
         ignore_index: as in torch.
-        reduction: `"mean"`, `"sum"` or `"none"`. The mean is over the labels of this call: under context parallel
-            those of all ranks of the context axis, but never those of other data-parallel ranks or micro-batches. If
-            these hold unequal numbers of labels, train with `engine.train_batch`, which weights by tokens. The mean of
-            no label is 0, with gradients of 0. Sums and single losses are of this rank's tokens.
+        reduction: `"mean"`, `"sum"` or `"none"`. The mean is over the labels of this call, including those of all ranks
+            of the context axis, but not of other data-parallel ranks or micro-batches. If these have different numbers
+            of labels, train with `engine.train_batch`, which weights by tokens. The mean over no label is 0 with
+            gradients of 0. Sums and unreduced losses cover this rank's tokens.
         label_smoothing: as in torch, over the logical vocabulary.
-        linear: another library's loss.
+        linear: the linear adapter whose loss is used.
 
     Returns:
-        A scalar, or `[...]` with `"none"`; the same on every tensor-parallel rank. float32 (float64 for float64).
+        A scalar, or `[...]` with `"none"`, the same on every tensor-parallel rank; float32 (float64 for float64
+        logits).
 
     Raises:
-        ValueError: an unknown reduction, a label smoothing outside [0, 1], or a label that is neither in the
-            vocabulary nor `ignore_index` (on a GPU an asynchronous assertion).
+        ValueError: the reduction is unknown, the label smoothing is outside [0, 1], or a label is neither in the
+            vocabulary nor `ignore_index` (on a GPU, an asynchronous assertion).
+
+    Example:
+        >>> context = ps.initialize("torch")
+        >>> ps.vocab_parallel_cross_entropy(torch.zeros(3, 8), torch.tensor([1, 2, -100]), context)
+        tensor(2.0794)
     """
     if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        raise ValueError(f"reduction is invalid: got {reduction!r}, expected 'mean', 'sum' or 'none'")
     if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+        raise ValueError(f"label_smoothing is invalid: got {label_smoothing}, expected a number in [0, 1]")
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
-            f"targets {tuple(targets.shape)} must have the shape of logits {tuple(logits.shape)} "
-            "without the last dimension"
+            f"targets have the wrong shape: got {tuple(targets.shape)}, expected {tuple(logits.shape[:-1])}, that of "
+            "the logits without the last dimension"
         )
     check_labels(targets, vocab_size or logits.shape[-1] * _tensor_size(parallel_context), ignore_index)
     losses = token_losses(
@@ -141,11 +157,11 @@ def token_losses(
     label_smoothing: float = 0.0,
     linear: Any = None,
 ) -> torch.Tensor:
-    """The loss of each token, `[...]`; arguments as of `vocab_parallel_cross_entropy`, whose checks come before."""
+    """Return the loss of each token, `[...]`; see `vocab_parallel_cross_entropy`, which checks the arguments first."""
     adapter = adapter_with(choose_adapter(linear, parallel_context), "vocab_parallel_cross_entropy")
     if label_smoothing and not getattr(adapter, "smooths_labels", True):
         logger.info(
-            "%s smooths no labels over the whole vocabulary: the torch adapter's loss is used", name_of(adapter)
+            "%s cannot smooth labels over the full vocabulary; the torch adapter's loss is used", name_of(adapter)
         )
         adapter = load_adapter("torch").linear
     losses = adapter.vocab_parallel_cross_entropy(
@@ -156,7 +172,7 @@ def token_losses(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
     )
-    if vocab_size is None:  # then a label may be one of the columns that pad the vocabulary
+    if vocab_size is None:  # then a label may select a padding column
         check_present(losses, targets)
     return losses
 
@@ -166,9 +182,9 @@ def _tensor_size(context: ParallelContext) -> int:
 
 
 def _mean(total: torch.Tensor, count: torch.Tensor, axis: ParallelAxis) -> torch.Tensor:
-    """The mean over the labels of all ranks of the context axis, from this rank's sum; 0 of no label.
+    """Return the mean over the labels of all ranks of the context axis, from this rank's sum; 0 if there are none.
 
-    Its gradient is that of this rank's tokens times the axis's size, since engines average over the replicas.
+    The gradient is that of this rank's tokens times the size of the axis, because engines average over the replicas.
     """
     if axis.size == 1:
         return total / count.clamp_min(1)
@@ -180,7 +196,12 @@ def _mean(total: torch.Tensor, count: torch.Tensor, axis: ParallelAxis) -> torch
 
 
 def gather_logits(logits: torch.Tensor, parallel_context: ParallelContext, vocab_size: int) -> torch.Tensor:
-    """Full logits `[..., vocab_size]` from a vocabulary-parallel head's, on every rank; no gradient flows back."""
+    """Return full logits `[..., vocab_size]` from those of a vocabulary-parallel head, on every rank, without gradient.
+
+    Example:
+        >>> ps.gather_logits(torch.zeros(2, 8), ps.initialize("torch"), vocab_size=7).shape
+        torch.Size([2, 7])
+    """
     axis = parallel_context.axis("tensor")
     if axis.size > 1:
         assert axis.collectives is not None
@@ -189,6 +210,6 @@ def gather_logits(logits: torch.Tensor, parallel_context: ParallelContext, vocab
 
 
 def vocab_layout(shape: tuple[int, ...], adapter: Any) -> WeightLayout:
-    """Rows sharded over the tensor axis, padded as the adapter pads."""
+    """Return a layout with rows sharded over the tensor axis and the padding of the adapter."""
     padding = getattr(adapter, "vocab_padding", 1)
     return WeightLayout(shape=shape, dim=0, segments=(Segment(size=shape[0], pad_multiple=padding),))

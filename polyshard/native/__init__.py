@@ -1,1 +1,1 @@
-"""C++ that the machine's own compiler builds at its first use: loops for which torch has no fast operator on CPU."""
+"""Native CPU kernels: C++ that is built with the user's compiler at first use, where torch has no fast operator."""

@@ -1,11 +1,11 @@
 // Attention of packed sequences in float32, forward and backward, in blocks of rows that stay in registers.
 //
-// For short sequences: a processor's library spends more on starting a 64 x 64 matrix product, and torch on writing
-// its result down, than the product takes. Here the scores of a few rows are multiplied, masked, exponentiated and
-// multiplied again before they leave the first cache, and no product is taken that a mask would throw away.
+// Meant for short sequences: a BLAS library takes longer to start a 64 x 64 matmul, and torch to write its result, than
+// the matmul itself takes. Here the scores of a few rows are multiplied, masked, exponentiated and multiplied again
+// before they leave the L1 cache, and blocks that are masked completely are skipped.
 //
-// The backward computes the weights again from the logsumexp (FlashAttention, arXiv:2205.14135, appendix B).
-// One task is one key-value head of one sequence with all of its query heads, so tasks share no memory.
+// The backward pass recomputes the weights from the logsumexp (FlashAttention, arXiv:2205.14135, appendix B).
+// A task is one key/value head of one sequence with all of its query heads, so tasks share no output memory.
 
 #include <algorithm>
 #include <cmath>
@@ -17,13 +17,13 @@
 
 namespace {
 
-constexpr int64_t TILE = 16 * ROWS;  // queries whose weights are kept at once in the backward
+constexpr int64_t TILE = 16 * ROWS;  // queries whose weights the backward pass keeps at the same time
 
 }  // namespace
 
 extern "C" {
 
-// `count` neighbouring sequences of equal lengths; what a query sees is `seen`'s affair.
+// `count` consecutive sequences of equal lengths; `seen` defines which keys a query sees.
 struct Run {
   int64_t count, rows, keys, shift, heads, kv_heads, dim, value_dim, causal, window, threads;
   float scale;
@@ -32,7 +32,7 @@ struct Run {
 
 namespace {
 
-// `[keys, dim]` to `[dim, columns]`, multiplied by `factor` and filled up with zeros.
+// `[keys, dim]` to `[dim, columns]`, multiplied by `factor` and padded with zeros.
 void transpose(const float* from, int64_t row, int64_t keys, int64_t dim, float factor, float* to, int64_t columns) {
   for (int64_t k = 0; k < keys; k += WIDTH)
     for (int64_t d = 0; d < dim; d += WIDTH) {
@@ -43,7 +43,7 @@ void transpose(const float* from, int64_t row, int64_t keys, int64_t dim, float 
     }
 }
 
-// A thread's memory in the forward.
+// Scratch memory of one thread in the forward pass.
 struct Forward {
   Buffer keys, weights, sums;
 
@@ -159,7 +159,7 @@ void backward_task(const Run& run, Packed grad, Packed q, Packed k, Packed v, Pa
             store(p + c, x);
             store(g + c, (load(g + c) - delta) * x * run.scale);
           }
-          // A block of keys may begin or end in the register beside, and read there.
+          // A block of keys may extend into the adjacent register, which must therefore be zero.
           for (const int64_t c : {all.low - WIDTH, up(all.high, WIDTH)})
             if (c >= 0 && c < columns) store(p + c, Vec{}), store(g + c, Vec{});
         }
@@ -167,7 +167,7 @@ void backward_task(const Run& run, Packed grad, Packed q, Packed k, Packed v, Pa
         product<float>(rows, {gradients + all.low, columns, 1}, keys + all.low * k.token, k.token,
                        all.high - all.low, to_q, grad_q.token, false, run.dim);
       }
-      // Both gradients of a key are sums over the rows that see it; the first head's first tile begins them.
+      // Both gradients of a key are sums over the rows that see it; the first tile of the first head overwrites them.
       const bool add = head != kv * group || tile != 0;
       if (!add) clear(0, std::min(low, run.keys)), clear(std::max(low, high), run.keys);
       for (int64_t j = low; j < high; j += ROWS) {
@@ -196,7 +196,7 @@ void backward_task(const Run& run, Packed grad, Packed q, Packed k, Packed v, Pa
 
 extern "C" {
 
-// Fills `out` and `lse`.
+// Writes `out` and `lse`.
 void polyshard_attention_forward(const Run* run, const Packed* q, const Packed* k, const Packed* v, const Packed* out,
                                  const Packed* lse) {
 #pragma omp parallel num_threads(run->threads)
@@ -208,7 +208,7 @@ void polyshard_attention_forward(const Run* run, const Packed* q, const Packed* 
   }
 }
 
-// Fills the three gradients; `out` and `lse` are those of the whole softmax, of which these keys may be a part.
+// Writes the three gradients; `out` and `lse` are those of the full softmax, of which these keys may be a part.
 void polyshard_attention_backward(const Run* run, const Packed* grad, const Packed* q, const Packed* k, const Packed* v,
                                   const Packed* out, const Packed* lse, const Packed* grad_q, const Packed* grad_k,
                                   const Packed* grad_v) {

@@ -1,4 +1,4 @@
-// Attention of a few rows that stay in registers: their products, the keys that they see, and their softmax.
+// Building blocks of attention for a few rows in registers: matmuls, visible keys and softmax.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +14,8 @@ namespace {
 
 constexpr int ROWS = 6;
 
-// Registers of a row that a product sums at once: as many as there are for so many rows, or the processor would wait
-// for each sum before the next.
+// Registers per row that a matmul accumulates at the same time: enough independent sums to hide the latency of an
+// addition, without exceeding the register file.
 constexpr int panel(int rows) {
   if (rows <= 2) return WIDTH == 16 || rows == 1 ? 8 : 4;
   if (WIDTH == 16) return rows == 3 ? 6 : 4;
@@ -31,13 +31,13 @@ struct StridedOf {
   int64_t rows, columns;
 };
 
-// What is asked for while a product is summed: nothing.
+// A prefetch policy: none.
 struct Nothing {
   void fetch(int64_t) const {}
   Nothing after(int64_t) const { return {}; }
 };
 
-// Memory that is wanted next: `step` bytes further with each input.
+// A prefetch policy: memory that is needed next, `step` bytes for each input.
 struct Ahead {
   const char* bytes;
   int64_t step;
@@ -48,8 +48,8 @@ struct Ahead {
   Ahead after(int64_t inputs) const { return {bytes + inputs * step, step}; }
 };
 
-// out[0..R)[0..V * WIDTH) (+)= a[0..R)[0..depth) b[0..depth)[0..V * WIDTH): floats by numbers of any kind, or pairs.
-// Terms are added one by one: a sum that goes on from `out` has the bits of one product over all.
+// out[0..R)[0..V * WIDTH) (+)= a[0..R)[0..depth) b[0..depth)[0..V * WIDTH), with b of any dtype, or pairs. Terms are
+// added one by one, so a sum that continues from `out` equals that of a single matmul, bit for bit.
 template <int R, int V, typename T, typename B, typename Wanted>
 inline void multiply(StridedOf<T> a, const B* b, int64_t b_row, int64_t depth, float* out, int64_t out_row, bool add,
                      Wanted wanted) {
@@ -86,7 +86,7 @@ void multiply_rows(StridedOf<T> a, const B* b, int64_t b_row, int64_t depth, flo
     if (c < columns) multiply_rows<R, V / 2>(a, b + c, b_row, depth, out + c, out_row, add, columns - c, wanted);
 }
 
-// The same for up to ROWS rows and any number of columns that fills whole registers.
+// The same for up to ROWS rows and any number of columns that is a multiple of WIDTH.
 template <typename T, typename B, typename Wanted = Nothing>
 void product(int64_t rows, StridedOf<T> a, const B* b, int64_t b_row, int64_t depth, float* out, int64_t out_row,
              bool add, int64_t columns, Wanted wanted = {}) {
@@ -106,7 +106,7 @@ inline float sum_of(Vec x) {
   return x[0];
 }
 
-// of(c) for each register of the columns [from, to) is added to the sums of these columns.
+// Adds of(c), for each register of the columns [from, to), to the sums of these columns.
 template <typename Of>
 inline void add_columns(Sums& sums, int64_t from, int64_t to, Of of) {
   constexpr int PARTS = Sums::PARTS;
@@ -142,7 +142,7 @@ Buffer buffer(int64_t floats) {
 
 }  // namespace
 
-// A packed tensor [tokens, heads, dim] at the first token of a run; its last dimension is contiguous.
+// A packed tensor [tokens, heads, dim] at the first token of a run; the last dimension is contiguous.
 template <typename T>
 struct PackedOf {
   T* data;
@@ -158,10 +158,10 @@ struct Seen {
   int64_t low, high;
 };
 
-static_assert(ROWS <= WIDTH, "a block of keys lies in two registers");
+static_assert(ROWS <= WIDTH, "a block of keys spans two registers");
 
-// The keys that any of `rows` rows from `first` on sees: row i those of (i + shift - window, i + shift] if causal, of
-// (i + shift - window, i + shift + window) if not, where a window of 0 is none.
+// The keys seen by any of `rows` rows from `first` on: row i sees those in (i + shift - window, i + shift] if causal
+// and those in (i + shift - window, i + shift + window) otherwise; a window of 0 means no window.
 template <typename Run>
 inline Seen seen(const Run& run, int64_t first, int64_t rows = 1) {
   const int64_t from = first + run.shift, last = from + rows - 1;
@@ -174,23 +174,23 @@ inline Seen seen(const Run& run, int64_t first, int64_t rows = 1) {
   return low < high ? Seen{low, high} : Seen{0, 0};
 }
 
-// The same from a whole register on.
+// The same, starting at a full register.
 template <typename Run>
 inline Seen seen_by(const Run& run, int64_t first, int64_t rows) {
   const Seen all = seen(run, first, rows);
   return {all.low / WIDTH * WIDTH, all.high};
 }
 
-// Which lanes of the register at `column` a row sees.
+// Mask of the lanes of the register at `column` that a row sees.
 inline Int visible(Seen one, int64_t column) {
   return (lanes() >= (int32_t)(one.low - column)) & (lanes() < (int32_t)(one.high - column));
 }
 
 inline Vec where(Int keep, Vec x) { return (Vec)((Int)x & keep); }
 
-// Scores of one row, times `factor`, to weights that are not yet divided by their sum; `largest` only grows.
+// Turns the scores of one row, times `factor`, into weights that are not yet normalized; `largest` never decreases.
 inline void softmax(float* row, float factor, Seen all, Seen one, float& largest, float& total) {
-  // Registers before and after these are seen in part.
+  // Registers before `begin` and from `end` on are seen in part.
   const int64_t begin = std::min(up(one.low, WIDTH), all.high), end = std::max(one.high / WIDTH * WIDTH, begin);
   const Vec none = Vec{} - std::numeric_limits<float>::infinity();
   Vec top = Vec{} + largest;
@@ -210,14 +210,14 @@ inline void softmax(float* row, float factor, Seen all, Seen one, float& largest
   total = sums.total();
 }
 
-// Ask for `rows` rows of `dim` numbers, so that they are in the cache when they are multiplied.
+// Prefetches `rows` rows of `dim` numbers before they are multiplied.
 template <typename T>
 inline void prefetch(const T* from, int64_t row, int64_t rows, int64_t dim) {
   for (int64_t r = 0; r < rows; r++)
     for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(from + r * row + d);
 }
 
-// Rows as float32, without gaps.
+// Converts rows to contiguous float32.
 template <typename T>
 inline void widen(const T* from, int64_t row, int64_t rows, int64_t dim, float* to) {
   for (int64_t r = 0; r < rows; r++)

@@ -1,6 +1,6 @@
-"""A C++ file of polyshard's, built once per machine by the user's own compiler, and kept.
+"""Building of native kernels: a C++ file is built once per machine with the user's compiler, and cached.
 
-No torch header is needed, so that building takes a second; it links to torch's OpenMP and shares its threads.
+It includes no torch headers, so that building takes a second. It links to torch's OpenMP and shares its threads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "POLYSHARD_CACHE"
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of numbers in memory; computed is in float32
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # storage dtypes; computation is in float32
 
 NUMBER, POINTER, SIZE = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
 
@@ -33,42 +33,42 @@ _PROCESSORS = {
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
 }
 _WIDTHS = {"AVX512": 16, "AVX2": 8}
-_MORE = {"AVX512": {"avx512_bf16": "-mavx512bf16"}}  # instructions that only some of them have
-_SECONDS = 120  # to compile
+_MORE = {"AVX512": {"avx512_bf16": "-mavx512bf16"}}  # instructions that only some of these processors have
+_SECONDS = 120  # timeout of a compilation
 
 
 def width() -> int:
-    """Floats of a vector register; 0 where the processor has none that is known."""
+    """Return the number of floats in a vector register; 0 for an unsupported processor."""
     return _WIDTHS.get(torch.backends.cpu.get_cpu_capability(), 0)
 
 
 def unavailable_reason(source: Path) -> str | None:
-    """Why the library of a file cannot be had, and what to do; None where it is loaded. The first call may compile."""
+    """Return why the library of a source file is unavailable_reason, or None. The first call may compile."""
     found = _load_or_reason(source)
     return found if isinstance(found, str) else None
 
 
 def library(source: Path) -> ctypes.CDLL:
-    """The library of this processor, where it is available."""
+    """Return the library of an available source file, built for this processor."""
     found = _load_or_reason(source)
     assert not isinstance(found, str), found
     return found
 
 
 def supports_tensor(x: torch.Tensor) -> bool:
-    """Whether the loops of these files read a tensor of this device and dtype."""
+    """Return whether native kernels support the device and dtype of a tensor."""
     return x.device.type == "cpu" and x.dtype in KINDS
 
 
 def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """`x` as `[rows, size]` whose last dimension is contiguous, where it lies if it can be, and its row stride."""
+    """Return `x` as `[rows, size]` with a contiguous last dimension, and its row stride; copies only if needed."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     stride, step = rows.stride()
     return (rows, stride) if step == 1 else (rows.contiguous(), x.shape[-1])
 
 
 def function(source: Path, name: str, *arguments: Any) -> Any:
-    """A function of an available library that gives nothing back, told the C types of its arguments."""
+    """Return a function of an available library that has no return value, with the C types of its arguments set."""
     found = getattr(library(source), name)
     found.argtypes, found.restype = arguments, None
     return found
@@ -78,11 +78,11 @@ def function(source: Path, name: str, *arguments: Any) -> Any:
 def _load_or_reason(source: Path) -> ctypes.CDLL | str:
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in _PROCESSORS:
-        return f"needs a processor with {' or '.join(_PROCESSORS)}, and torch calls this one {capability}"
+        return f"needs a processor with {' or '.join(_PROCESSORS)}; torch reports {capability}"
     named = shlex.split(os.environ.get("CXX", "g++"))
     compiler = shutil.which(named[0]) if named else None
     if compiler is None:
-        return f"needs the C++ compiler {' '.join(named) or 'of CXX'}, which is not there: install g++ or set CXX"
+        return f"needs a C++ compiler: {' '.join(named) or 'that of CXX'} was not found. Install g++ or set CXX"
     command = [compiler, *named[1:], *_FLAGS, *_flags_of_processor(capability)]
     headers = sorted(NATIVE.glob("*.h"))
     texts = [file.read_text() for file in (*headers, source)]
@@ -93,28 +93,28 @@ def _load_or_reason(source: Path) -> ctypes.CDLL | str:
             _compile([*command, "-I", str(NATIVE)], source, built)
         return ctypes.CDLL(str(built))
     except subprocess.TimeoutExpired:
-        return f"{compiler} did not end within {_SECONDS} s"
+        return f"{compiler} did not finish within {_SECONDS} s"
     except subprocess.CalledProcessError as error:
         return f"{compiler} could not compile {source.name}: {error.stderr.strip()[-400:]}"
-    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
-        return f"cannot be built or loaded ({error}): name another folder in {ENVIRONMENT_VARIABLE}"
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home directory
+        return f"cannot be built or loaded ({error}). Set {ENVIRONMENT_VARIABLE} to another folder"
 
 
 def _flags_of_processor(capability: str) -> list[str]:
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # younger than the oldest torch that polyshard takes
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # missing in the oldest supported torch
     more = [flag for name, flag in _MORE.get(capability, {}).items() if able.get(name, False)]
     return [*_PROCESSORS[capability], *more]
 
 
 def _cache() -> Path:
-    """`$POLYSHARD_CACHE`, else the user's own cache folder."""
+    """Return `$POLYSHARD_CACHE`, or by default a folder in the user's cache directory."""
     if named := os.environ.get(ENVIRONMENT_VARIABLE):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polyshard"
 
 
 def _compile(command: list[str], source: Path, built: Path) -> None:
-    """Compile into a file beside `built` and rename it: ranks that start together each do so, and none waits."""
+    """Compile into a temporary file and rename it, so that ranks that start together need not wait for each other."""
     built.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         part = Path(folder) / built.name
@@ -122,4 +122,4 @@ def _compile(command: list[str], source: Path, built: Path) -> None:
             [*command, "-o", str(part), str(source)], check=True, capture_output=True, text=True, timeout=_SECONDS
         )
         part.replace(built)
-    logger.info("compiled %s for this processor: %s", source.name, built)
+    logger.info("built %s for this processor: %s", source.name, built)

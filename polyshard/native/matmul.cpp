@@ -1,13 +1,13 @@
-// out = x Wᵀ + bias by weights that were packed once. Sums are taken in float32. Of a gate and what it gates, packed
-// together, out may be silu(gate) * up; and a residual may be added. Both are taken while the product is in registers, of
-// the numbers that would have been written.
+// out = x Wᵀ + bias with weights that were packed once; sums are in float32. For a gate/up projection packed together,
+// out may be silu(gate) * up, and a residual may be added. Both use the rounded results while they are in registers, so
+// they equal the separate operations bit for bit.
 //
-// An output is the sum, in their order, of the sums of parts of its inputs, added up one by one: its bits depend on its
-// row and its column alone, and on neither the other rows, nor the threads, nor the processor.
+// An output is a sum of partial sums over parts of the inputs; within a part, and over the parts, terms are added one
+// by one. Its bits depend only on its row and column, not on other rows, the number of threads or the processor.
 //
-// Packed weights lie in panels of COLUMNS output features, neighbours or of two halves WIDTH each, input by input (pair by
-// pair where the processor multiplies pairs of bfloat16), so that a tile of ROWS rows and a panel stays in registers while
-// it is summed (Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication").
+// Packed weights are stored in panels of COLUMNS output features, either adjacent or WIDTH from each half, input by
+// input (pair by pair if the processor multiplies pairs of bfloat16). A tile of ROWS rows by one panel stays in
+// registers while it is summed (Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication").
 
 #include <algorithm>
 #include <cstring>
@@ -18,11 +18,11 @@
 namespace {
 
 constexpr int COLUMNS = 2 * WIDTH;
-constexpr int ROWS = WIDTH == 16 ? 12 : 6;      // with COLUMNS and a panel's row it fills the register file
-constexpr int64_t DEPTH = 1024;                 // inputs of a part at most
-constexpr int64_t MOST_ROWS = 24 * ROWS;        // of a block
-constexpr int64_t BLOCK_TERMS = 100 * 1024;     // of a block of rows, which stays in the second cache
-constexpr int64_t LINE = 64, FURTHER = 16 * 1024;  // bytes
+constexpr int ROWS = WIDTH == 16 ? 12 : 6;      // with COLUMNS and one row of a panel this fills the register file
+constexpr int64_t DEPTH = 1024;                 // maximum number of inputs of a part
+constexpr int64_t MOST_ROWS = 24 * ROWS;        // maximum number of rows of a block
+constexpr int64_t BLOCK_TERMS = 100 * 1024;     // maximum number of terms of a block, so that it stays in the L2 cache
+constexpr int64_t LINE = 64, FURTHER = 16 * 1024;  // bytes: cache line, prefetch distance
 
 inline float number(float x) { return x; }
 inline float number(Bfloat16 x) {
@@ -33,8 +33,7 @@ inline float number(Bfloat16 x) {
 }
 inline float number(Float16 x) { return _cvtsh_ss(x.bits); }
 
-// Memory to be fetched into the second cache while a tile is summed: `step` bytes further with each term, at most two
-// lines.
+// Memory to prefetch into the L2 cache while a tile is summed: `step` bytes for each term, at most two cache lines.
 struct Ahead {
   const char* bytes;
   int64_t step;
@@ -45,13 +44,13 @@ struct Ahead {
   }
 };
 
-// A panel's part of each row of what is written, or read to be added: asked for while the panel is summed, since a row's
-// line seldom follows another's.
+// The part of each output row, or residual row, that belongs to a panel. It is prefetched while the panel is summed,
+// because the cache lines of consecutive rows are rarely adjacent.
 template <int WRITTEN>
 struct Touched {
-  const char* bytes;  // of the first row; null where nothing is, or more is to be summed first
-  int64_t stride;     // between rows
-  int64_t size;       // of a row
+  const char* bytes;  // of the first row; null if there is none, or if further parts are to be summed first
+  int64_t stride;     // bytes between rows
+  int64_t size;       // bytes of a row
 
   void fetch(int64_t row, int64_t rows) const {
     if (!bytes) return;
@@ -60,7 +59,7 @@ struct Touched {
   }
 };
 
-// sums[0..R)[0..COLUMNS) (+)= the tile's rows, laid term by term, by a panel.
+// sums[0..R)[0..COLUMNS) (+)= the tile's rows, stored term by term, times a panel.
 template <int R, typename Row, typename Weight>
 inline void tile(const Row* __restrict rows, const Weight* __restrict panel, Ahead ahead, int64_t depth,
                  float* __restrict sums, bool add) {
@@ -90,10 +89,10 @@ void tile_of(int64_t count, const Row* rows, const Weight* panel, Ahead ahead, i
   if constexpr (R > 1) tile_of<R - 1>(count, rows, panel, ahead, depth, sums, add);
 }
 
-// A block's rows by `depth` terms of a panel. The first tile brings the panel from memory, and where it computes long
-// enough to wait for less asks for what lies FURTHER on; the tiles after it, up to eight, fetch in parts the `size`
-// bytes at `next` that follow. The others name what they are about to read: one address over and over was measured to
-// cost a fifth in a tile alone.
+// Multiplies a block's rows by `depth` terms of a panel. The first tile loads the panel from memory; if it computes
+// long enough to hide the latency, it prefetches the memory FURTHER ahead. The following tiles, up to eight, each
+// prefetch a part of the `size` bytes at `next`. Other tiles prefetch what they are about to read: prefetching the same
+// address repeatedly was measured to cost a fifth of the time of a tile.
 template <typename Row, typename Weight>
 void block_of(int64_t count, int64_t height, const Row* rows, int64_t terms, int64_t first, const Weight* panel,
               const void* next, int64_t size, int64_t depth, float* sums, Touched<1> written, Touched<0> read) {
@@ -120,13 +119,13 @@ inline Pair term(const Bfloat16* x, int64_t inputs) { return {inputs > 1 ? x[1] 
 inline Vec terms_at(const Bfloat16* x) { return exchanged(x); }
 #endif
 
-// `rows` rows of `x`, at most ROWS, term by term.
+// Stores `rows` rows of `x`, at most ROWS, term by term.
 template <typename T, typename Row>
 inline void lay(const T* x, int64_t stride, int64_t rows, int64_t inputs, Row* out) {
   constexpr int64_t IN = Term<T>::INPUTS;
   const int64_t terms = (inputs + IN - 1) / IN;
   int64_t k = 0;
-  // A register at a time. Its lanes beyond `rows` are written over by the next, the last of which must end here.
+  // One register at a time. Lanes beyond `rows` are overwritten by the next register; the last one must end here.
   for (; (k + WIDTH) * IN <= inputs && (terms - k - WIDTH + 1) * rows >= WIDTH; k += WIDTH) {
     Vec block[WIDTH] = {};
 #pragma GCC unroll 16
@@ -140,11 +139,11 @@ inline void lay(const T* x, int64_t stride, int64_t rows, int64_t inputs, Row* o
     for (int64_t r = 0; r < rows; r++) out[k * rows + r] = term(x + r * stride + k * IN, inputs - k * IN);
 }
 
-// A panel's output features: of each of its registers the first, and how many.
+// The output features of a panel: the first feature of each of its two registers, and their numbers.
 struct Features {
   int64_t left, right, lefts, rights;
 
-  // `half` of the outputs are gates, or 0.
+  // The first `half` of the outputs are gates; 0 if there are none.
   static Features of(int64_t panel, int64_t outputs, int64_t half) {
     const int64_t left = panel * (half ? WIDTH : COLUMNS), right = left + (half ? half : WIDTH);
     const auto within = [](int64_t first, int64_t end) { return std::clamp<int64_t>(end - first, 0, WIDTH); };
@@ -178,10 +177,10 @@ inline Vec rounded(Vec x) {
   return load(row);
 }
 
-// Rows of numbers, `stride` of them apart.
+// A matrix with `stride` elements between rows.
 template <typename T>
 struct Matrix {
-  T* first;  // null: there is none
+  T* first;  // null if there is no matrix
   int64_t stride;
 
   Matrix from(int64_t row) const { return {first ? first + row * stride : nullptr, stride}; }
@@ -206,7 +205,7 @@ void write(const float* sums, int64_t rows, Features at, const T* bias, Matrix<c
   }
 }
 
-// Inputs of a part: of parts alike, and whole pairs.
+// Number of inputs of a part, so that parts are of equal size and contain full pairs.
 inline int64_t part_of(int64_t inputs) {
   const int64_t parts = (inputs + DEPTH - 1) / DEPTH;
   return ((inputs + parts - 1) / parts + 15) / 16 * 16;
@@ -230,12 +229,12 @@ void multiply(const T* x, int64_t stride, const T* weights, const T* bias, Matri
     alignas(64) float wide[WIDEN ? DEPTH * COLUMNS : 1];
     for (int64_t from = 0; from < rows; from += most) {
       const int64_t count = std::min(most, rows - from), tiles = (count + ROWS - 1) / ROWS;
-      const int64_t height = (count + tiles - 1) / tiles;  // of tiles alike: the first of them alone waits for memory
+      const int64_t height = (count + tiles - 1) / tiles;  // tiles of equal size; only the first waits for memory
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < count; r += height) {
         const int64_t here = std::min(height, count - r);
         const T* first = x + (from + r) * stride;
-        if (here == ROWS)  // a number that the compiler knows: in registers
+        if (here == ROWS)  // a compile-time constant, so that the rows stay in registers
           lay(first, stride, ROWS, inputs, laid.get() + r * terms);
         else
           lay(first, stride, here, inputs, laid.get() + r * terms);
@@ -256,7 +255,7 @@ void multiply(const T* x, int64_t stride, const T* weights, const T* bias, Matri
                                    int64_t(row_size * sizeof(T)), width};
           const Touched<0> read{reinterpret_cast<const char*>(add), int64_t(residual.stride * sizeof(T)), width};
           if constexpr (WIDEN) {
-            if (count > height) {  // once for all tiles
+            if (count > height) {  // widen once for all tiles
               for (int64_t i = 0; i < depth * COLUMNS; i += WIDTH) store(wide + i, load(panel + i));
               block_of(count, height, laid.get(), terms, k, wide, next, size, depth, sums, written, read);
               continue;
@@ -270,7 +269,7 @@ void multiply(const T* x, int64_t stride, const T* weights, const T* bias, Matri
   }
 }
 
-// A register of terms of WIDTH columns, which are numbers of T exactly.
+// Stores a register of terms of WIDTH columns, whose values are exact in T.
 template <typename T>
 inline void keep(T* to, Vec terms) {
   if constexpr (Term<T>::INPUTS == 1)
@@ -290,14 +289,14 @@ void pack(const T* weight, int64_t stride, T* packed, int64_t inputs, int64_t ou
       const T* from = weight + (right ? at.right : at.left) * stride;
       const int64_t count = right ? at.rights : at.lefts;
       T* to = packed + p * COLUMNS * filled + (right ? WIDTH * IN : 0);
-      int64_t done = 0;  // inputs, by registers
+      int64_t done = 0;  // inputs packed a register at a time
       for (; count == WIDTH && done + WIDTH * IN <= inputs; done += WIDTH * IN) {
         Vec block[WIDTH];
         for (int64_t i = 0; i < WIDTH; i++) block[i] = terms_at(from + i * stride + done);
         transpose_block(block);
         for (int64_t i = 0; i < WIDTH; i++) keep(to + (done + i * IN) * COLUMNS, block[i]);
       }
-      for (int64_t part = done; part < filled; part += 64)  // what is written stays in the first cache
+      for (int64_t part = done; part < filled; part += 64)  // so that the written memory stays in the L1 cache
         for (int64_t column = 0; column < WIDTH; column++)
           for (int64_t k = part; k < std::min(filled, part + 64); k++)
             to[k / IN * IN * COLUMNS + column * IN + IN - 1 - k % IN] =
@@ -327,22 +326,23 @@ extern "C" {
 
 int polyshard_panel_columns() { return COLUMNS; }
 
-// Inputs of a term, by kind: 0 float32, 1 bfloat16, 2 float16.
+// Number of inputs of a term, by dtype: 0 float32, 1 bfloat16, 2 float16.
 int polyshard_term_inputs(int kind) {
   constexpr int kinds[] = {Term<float>::INPUTS, Term<Bfloat16>::INPUTS, Term<Float16>::INPUTS};
   return kinds[kind];
 }
 
-// weight [outputs, inputs] with `stride` elements between rows, of which the first `half` are gates of the others (0: none
-// are); packed [panels, terms, COLUMNS, inputs of a term].
+// weight [outputs, inputs] with `stride` elements between rows, of which the first `half` are gates of the others (0 if
+// there are none); packed [panels, terms, COLUMNS, inputs of a term].
 void polyshard_pack(int kind, const void* weight, int64_t stride, void* packed, int64_t inputs, int64_t outputs,
                     int64_t half, int threads) {
   constexpr decltype(&pack_as<float>) kinds[] = {pack_as<float>, pack_as<Bfloat16>, pack_as<Float16>};
   kinds[kind](weight, stride, packed, inputs, outputs, half, threads);
 }
 
-// x [rows, inputs] with `stride` elements between rows; out [rows, outputs] without gaps, or if gated [rows, half];
-// bias [outputs], or null; residual [rows, outputs] with `residual_stride` elements between rows, or null; not if gated.
+// x [rows, inputs] with `stride` elements between rows; out [rows, outputs], or [rows, half] if gated, contiguous;
+// bias [outputs] or null; residual [rows, outputs] with `residual_stride` elements between rows, or null; null if
+// gated.
 void polyshard_product(int kind, const void* x, int64_t stride, const void* packed, const void* bias,
                        const void* residual, int64_t residual_stride, void* out, int64_t rows, int64_t inputs,
                        int64_t outputs, int64_t half, int gated, int threads) {

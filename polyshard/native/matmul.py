@@ -1,4 +1,4 @@
-"""The packed matrix product on CPU: `x Wᵀ + b`, where a row's bits depend on that row and the weight alone."""
+"""The packed native matmul for CPUs: `x Wᵀ + b`, in which the bits of a row depend only on that row and the weight."""
 
 from __future__ import annotations
 
@@ -15,21 +15,26 @@ SOURCE = Path(__file__).with_name("matmul.cpp")
 
 
 def unsupported_reason(dtype: torch.dtype) -> str | None:
-    """Why a weight of this dtype cannot be packed here; None where it can. The first call may compile."""
+    """Return why a weight of this dtype cannot be packed on this machine; None if it can. The first call may compile.
+
+    Example:
+        >>> unsupported_reason(torch.int8)
+        'supports float32, bfloat16, float16, not torch.int8'
+    """
     if dtype not in KINDS:
-        return f"multiplies {', '.join(str(d).removeprefix('torch.') for d in KINDS)}, not {dtype}"
+        return f"supports {', '.join(str(d).removeprefix('torch.') for d in KINDS)}, not {dtype}"
     return unavailable_reason(SOURCE)
 
 
 class PackedProduct:
-    """`x Wᵀ + b` by a copy of the weight.
+    """`x Wᵀ + b` with a packed copy of the weight.
 
-    The bits of an output depend on its row of `x` and its row of the weight: not on the other rows, their number, a
-    part of the weight's rows being elsewhere, or threads. Sums are taken in float32.
+    The bits of an output depend only on its row of `x` and its row of the weight, and not on the number or content of
+    other rows, the sharding of the weight's rows, or the number of threads. Sums are in float32.
 
     Args:
-        weight: `[out, in]`, neither of them 0, of a dtype that `unsupported_reason` has nothing against, on CPU.
-        gated: its first half are the gates of its second, as `swiglu` wants them.
+        weight: nonempty `[out, in]` on CPU, of a dtype for which `unsupported_reason` returns None.
+        gated: whether the first half of its rows are the gates of the second, as in `swiglu`.
 
     Attributes:
         packed: the copy, `[panels, terms, columns, inputs of a term]`.
@@ -52,16 +57,16 @@ class PackedProduct:
         pack(KINDS[weight.dtype], *pointers, *sizes, torch.get_num_threads())
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """`[..., in]` to `[..., out]`; `bias` `[out]`. Not differentiable."""
+        """Multiply `[..., in]` to `[..., out]`; `bias` is `[out]`. Not differentiable."""
         return self._multiply(x, bias, None, False)
 
     def swiglu(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """`[..., in]` to `[..., out / 2]`: the bits of `polyshard.native.swiglu` of the product."""
+        """Map `[..., in]` to `[..., out / 2]`, equal bit for bit to `polyshard.native.swiglu` of the matmul."""
         assert self._half, "packed without gates"
         return self._multiply(x, bias, None, True)
 
     def added_to(self, residual: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """`residual` `[..., out]` and the product of `x` `[..., in]`: the bits of torch's sum of both."""
+        """Add the matmul of `x` `[..., in]` to `residual` `[..., out]`, equal bit for bit to torch's addition."""
         assert residual.shape == (*x.shape[:-1], self.out_features), (residual.shape, x.shape, self.out_features)
         return self._multiply(x, bias, residual, False)
 
@@ -121,5 +126,5 @@ def _panel_columns() -> int:
 
 @functools.cache
 def _inputs_of_a_term(dtype: torch.dtype) -> int:
-    """2 where the processor multiplies pairs of this dtype."""
+    """Return 2 if the processor multiplies pairs of this dtype, otherwise 1."""
     return library(SOURCE).polyshard_term_inputs(KINDS[dtype])

@@ -1,6 +1,6 @@
 // out = x / sqrt(mean(x²) + eps) * weight, computed in float32 and rounded once.
 //
-// Squares are added up in sixteen sums: the same bits everywhere.
+// Squares are accumulated in sixteen sums, so the result is the same on every processor.
 
 #include <algorithm>
 #include <cmath>
@@ -46,8 +46,8 @@ void norm_as(const void* x, int64_t stride, const void* weight, void* out, int64
 
 }  // namespace
 
-// x [rows, size] with `stride` elements between rows; weight [size]; out [rows, size] without gaps. kind: as of
-// product.cpp.
+// x [rows, size] with `stride` elements between rows; weight [size]; out [rows, size], contiguous. kind: the dtype, as
+// in matmul.cpp.
 extern "C" void polyshard_norm(int kind, const void* x, int64_t stride, const void* weight, void* out, int64_t rows,
                                int64_t size, float eps, int threads) {
   constexpr decltype(&norm_as<float>) kinds[] = {norm_as<float>, norm_as<Bfloat16>, norm_as<Float16>};

@@ -1,4 +1,4 @@
-"""Root mean square norm on CPU, computed in float32 and rounded once."""
+"""Native RMS norm for CPUs, computed in float32 and rounded once."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ SOURCE = Path(__file__).with_name("norm.cpp")
 
 
 def supports(x: torch.Tensor) -> bool:
-    """Whether `rms_norm` computes a tensor like this one here. The first call may compile."""
+    """Return whether `rms_norm` supports a tensor like `x` on this machine. The first call may compile."""
     return supports_tensor(x) and _available()
 
 
-@torch.compiler.assume_constant_result  # Dynamo must not trace into the build, and before 2.12 takes no Path either
+@torch.compiler.assume_constant_result  # Dynamo must not trace the build; before 2.12 it does not support Path
 def _available() -> bool:
     return unavailable_reason(SOURCE) is None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`x / sqrt(mean(x²) + eps) · weight` over the last dimension; `weight` is `[size]` of the dtype of `x`.
+    """Compute `x / sqrt(mean(x²) + eps) · weight` over the last dimension; `weight` is `[size]` in the dtype of `x`.
 
-    A row's bits depend on that row alone. Not differentiable.
+    The bits of a row depend only on that row. Not differentiable.
     """
     return (_operator if torch.compiler.is_compiling() else _rms_norm)(x, weight, eps)
 
@@ -44,7 +44,7 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
     return out
 
 
-# In a graph too: its compiler's own loops take longer.
+# Also used under torch.compile, whose generated loops are slower.
 _operator = bare_operator(
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm, lambda x, weight, eps: x.new_empty(x.shape)
 )

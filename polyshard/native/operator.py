@@ -1,4 +1,4 @@
-"""Operators that a compiled graph calls by name: its compiler looks at tensors, and not into them."""
+"""Operators that torch.compile calls by name without tracing into them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ _LIBRARY = torch.library.Library("polyshard", "FRAGMENT")
 
 
 def bare_operator(schema: str, compute: Callable[..., Any], shape: Callable[..., Any], key: str = "CPU") -> Any:
-    """An operator without a backward. Bare: `torch.library.custom_op` takes as long for each call as a small product.
+    """Register an operator without backward.
+
+    The overhead per call of `torch.library.custom_op` would be that of a small matmul.
 
     Args:
-        schema: as torch writes it, without a namespace: `name(Tensor x) -> Tensor`.
-        compute: what it does.
-        shape: gives tensors without data of the outputs' shapes, of the same arguments.
+        schema: torch schema without a namespace: `name(Tensor x) -> Tensor`.
+        compute: the implementation.
+        shape: returns tensors without data in the outputs' shapes, from the same arguments.
         key: the dispatch key of `compute`.
     """
     name = schema.partition("(")[0]

@@ -1,15 +1,15 @@
-// Attention of a batch of requests over the pages of their keys and values, forward alone and causal, in float32.
+// Attention of a batch of requests over a paged KV cache; forward only, causal, in float32.
 //
-// The keys of a page lie transposed, `[dim, tokens]`, as a product by them wants them, and its values `[tokens, dim]`.
-// Keys are taken in blocks that stay in the second cache while all of a task's queries pass over them; what a query has
-// summed before is scaled to the largest score so far (Milakov and Gimelshein 2018, "Online normalizer calculation for
-// softmax"; FlashAttention-2, arXiv:2307.08691). For few queries, as decoding has them, pages are read where they lie.
+// The keys of a page are stored transposed, `[dim, tokens]`, as the matmul reads them, and its values as `[tokens,
+// dim]`. Keys are processed in blocks that stay in the L2 cache while all queries of a task pass over them; the
+// previous sums of a query are rescaled to the largest score so far (Milakov and Gimelshein 2018, "Online normalizer
+// calculation for softmax"; FlashAttention-2, arXiv:2307.08691). For few queries, as in decoding, pages are read in
+// place.
 //
-// What a query gives follows from its sequence alone, bit for bit, whatever the width of the registers: blocks are cut
-// by the positions of keys, sums are added key by key, and what a query does not see counts as zero. So exact mode
-// attends by these loops.
+// The result of a query depends only on its sequence, bit for bit, for every register width: blocks are aligned to key
+// positions, sums are added key by key, and masked keys contribute zero. Exact mode therefore uses this kernel.
 //
-// One task is a key-value head of a slab of a request's queries, with all of its query heads.
+// A task is one key/value head of a slab of a request's queries, with all of its query heads.
 
 #include <algorithm>
 #include <cmath>
@@ -23,8 +23,8 @@
 
 extern "C" {
 
-// A query sees the last `window` keys up to itself; 0 for all. A score is `scale` q·k; then bounded by `softcap`, 0
-// for not; then less its head's slope times the distance, where there are slopes.
+// A query sees the last `window` keys up to its own position; 0 means all. A score is `scale` q·k, then bounded by
+// `softcap` (0 for none), then reduced by the head's slope times the distance, if there are slopes.
 struct Heads {
   int64_t heads, kv_heads, dim, window;
   float scale, softcap;
@@ -34,24 +34,24 @@ struct Heads {
 
 namespace {
 
-// What else a call may ask for, or null: a term of each head's sum that no key has, `[heads]`; the logsumexp, to
+// Optional arguments of a call, or null: a logit of each head without a value, `[heads]`; the output for the logsumexp,
 // `[queries, heads]`.
 struct Extras {
   const float* sinks;
   const Packed* logsumexp;
 };
 
-constexpr int64_t SLAB = 1536;         // rows of a task at most: queries times heads
-constexpr int64_t THIN = 384;          // the same where threads would be idle
-constexpr int64_t BLOCK = 32 * 1024;   // numbers of a block's keys, about
-constexpr int64_t FEW = 2 * ROWS;      // rows for which nothing is laid
+constexpr int64_t SLAB = 1536;         // maximum number of rows of a task: queries times heads
+constexpr int64_t THIN = 384;          // the same if threads would otherwise be idle
+constexpr int64_t BLOCK = 32 * 1024;   // approximate number of elements of a block's keys
+constexpr int64_t FEW = 2 * ROWS;      // number of rows up to which blocks are not copied
 
-// Queries of a request.
+// A range of queries of a request.
 struct Slab {
   int64_t request, first, rows;
 };
 
-// What `seen` asks for.
+// The arguments of `seen`.
 struct Mask {
   int64_t shift, keys, window, causal;
 };
@@ -59,7 +59,7 @@ struct Mask {
 template <typename T>
 constexpr bool PAIRS = Term<T>::INPUTS == 2;
 
-// A thread's memory.
+// Scratch memory of one thread.
 struct Scratch {
   Buffer keys, values, weights, queries, sums, outs, largest, totals;
 
@@ -74,10 +74,10 @@ struct Scratch {
         totals(buffer(rows)) {}
 };
 
-// The rows of a slab are (query, head), and a tile of them has one head, or one query where queries are few.
+// The rows of a slab are (query, head) pairs. A tile of rows has one head, or one query if there are few queries.
 struct Tile {
   int64_t query, head, rows;
-  bool across;  // heads
+  bool across;  // whether the rows are heads of one query
 
   int64_t query_of(int64_t r) const { return across ? query : query + r; }
   int64_t head_of(int64_t r) const { return across ? head + r : head; }
@@ -131,7 +131,7 @@ class Task {
  private:
   using Row = typename Term<T>::Row;
 
-  // How a block is multiplied: its keys `[terms, columns]` and values `[keys, dim]` laid together, or in their pages.
+  // Sources of a block: keys `[terms, columns]` and values `[keys, dim]` copied together, or read in their pages.
   template <typename B>
   struct Laid {
     const B* keys;
@@ -141,7 +141,7 @@ class Task {
 
   bool laid_in_pairs() const { return PAIRS<T> && heads_.dim % (2 * WIDTH) == 0; }
 
-  // A block's keys and values, page by page, as they are multiplied; keys up to a whole register.
+  // Copies a block's keys and values, page by page, into the layout of the matmul; keys up to a full register.
   void lay(Seen block) {
     const int64_t dim = heads_.dim, size = pages_.cache.tokens;
     pages_.by_page(block, [&](int64_t token, int64_t count) {
@@ -158,7 +158,7 @@ class Task {
     });
   }
 
-  // All rows over a block.
+  // Processes all rows over a block.
   template <typename A, typename Source>
   void pass(Seen block, Source source) {
     const bool across = slab_.rows < ROWS && group_ > slab_.rows;
@@ -237,7 +237,7 @@ class Task {
     }
   }
 
-  // The scores of a row where they are more than scaled products; `distance` is its query's from column 0.
+  // Completes the scores of a row with softcap or slopes; `distance` is that of its query from column 0.
   void finish(float* row, Seen all, int64_t head, int64_t distance) const {
     const float slope = heads_.slopes ? heads_.slopes[kv_ * group_ + head] : 0;
     for (int64_t c = all.low; c < all.high; c += WIDTH) {
@@ -247,7 +247,7 @@ class Task {
     }
   }
 
-  // Weights of columns `all` of a block: products of queries and keys.
+  // Computes the scores of columns `all` of a block: queries times keys.
   template <typename B>
   void score(int64_t rows, StridedOf<B> queries, Laid<B> laid, Seen, Seen all) {
     const int64_t terms = std::is_same_v<B, float> ? heads_.dim : heads_.dim / 2;
@@ -264,7 +264,7 @@ class Task {
     });
   }
 
-  // Sums of a block's values by those weights.
+  // Sums a block's values with those weights.
   template <typename B>
   void add_up(int64_t rows, Laid<B> laid, Seen, Seen all) {
     product<float>(rows, {scratch_.weights.get() + all.low, columns_, 1}, laid.values + all.low * heads_.dim,
@@ -280,14 +280,14 @@ class Task {
     });
   }
 
-  // A product; while it is summed it asks for the page of token `next`, if no tile has asked for those of this block.
+  // Runs a matmul and prefetches the page of token `next`, unless a tile has already prefetched this block's pages.
   template <typename At, typename Product>
   void fetching(int64_t rows, int64_t next, At at, Product product) const {
     if (!fetches_ || end_ - next <= pages_.cache.tokens / 2) return product(Nothing{});
     product(Ahead{reinterpret_cast<const char*>(at(next)), panel(rows) * WIDTH * (int64_t)sizeof(T)});
   }
 
-  // A tile's queries as a product takes them.
+  // The queries of a tile in the layout of the matmul.
   template <typename A>
   StridedOf<A> rows_of(Tile tile) {
     const T* first = q_.at(slab_.first + tile.query, tile.head);
@@ -305,8 +305,8 @@ class Task {
     }
   }
 
-  bool fetches_ = false;  // until a tile has asked for a block's pages
-  int64_t end_ = 0;       // of the keys that any query sees
+  bool fetches_ = false;  // until a tile has prefetched a block's pages
+  int64_t end_ = 0;       // one past the last key that any query sees
   const Heads& heads_;
   Slab slab_;
   Scratch& scratch_;
@@ -349,8 +349,8 @@ void forward(const Requests& requests, const Heads& heads, const Cache& cache, c
 
 extern "C" {
 
-// Fills `out` `[queries, heads, dim]`, Packed as q is. kind, of both and of the cache: 0 float32, 1 bfloat16, 2 float16.
-// `sinks` and `logsumexp`: see Extras.
+// Writes `out` `[queries, heads, dim]`, packed like q. kind: dtype of both and of the cache: 0 float32, 1 bfloat16,
+// 2 float16. `sinks` and `logsumexp`: see Extras.
 void polyshard_attention_paged(int kind, const Requests* requests, const Heads* heads, const Cache* cache,
                                const void* q, const void* out, const float* sinks, const Packed* logsumexp,
                                int64_t threads) {

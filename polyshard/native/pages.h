@@ -1,4 +1,4 @@
-// Where the keys and values of requests lie in a paged cache.
+// The layout of requests' keys and values in a paged KV cache.
 #pragma once
 
 #include <algorithm>
@@ -8,14 +8,14 @@
 
 extern "C" {
 
-// Pages `[pages, kv_heads, ...]` of keys and of values, both with these strides, in numbers.
+// Pages `[pages, kv_heads, ...]` of keys and of values, both with these strides, in elements.
 struct Cache {
   const void *keys, *values;
-  int64_t page, head, tokens;  // `tokens` of a page: a multiple of 32
+  int64_t page, head, tokens;  // `tokens` per page: a multiple of 32
 };
 
-// Request i has the queries `bounds[i]..bounds[i + 1]`, the last of its `seen[i]` keys. These lie in the pages of row i
-// of `table`.
+// Request i has queries `bounds[i]..bounds[i + 1]`, which are the last of its `seen[i]` keys. Its keys are in the pages
+// of row i of `table`.
 struct Requests {
   const int32_t *bounds, *seen, *table;
   int64_t count, row;
@@ -24,9 +24,9 @@ struct Requests {
 
 namespace {
 
-constexpr int64_t WHOLE = 32;  // tokens of whole registers in a page
+constexpr int64_t WHOLE = 32;  // number of tokens in a page is a multiple of this, which fills whole registers
 
-// A key-value head in the pages of one request.
+// One key/value head in the pages of one request.
 template <typename T>
 struct PagesOf {
   const Cache& cache;
@@ -36,7 +36,7 @@ struct PagesOf {
   const T* keys_at(int64_t token) const { return page(cache.keys, token) + token % cache.tokens; }
   const T* values_at(int64_t token) const { return page(cache.values, token) + token % cache.tokens * dim; }
 
-  // each(token, count) for what of `tokens` stands in each page.
+  // Calls each(token, count) for the part of `tokens` in each page.
   template <typename Each>
   void by_page(Seen tokens, Each each) const {
     for (int64_t token = tokens.low; token < tokens.high;) {

@@ -1,4 +1,4 @@
-// A vector register of floats, and how numbers of other kinds get into one and out.
+// A vector register of floats, and conversion from and to other dtypes.
 #pragma once
 
 #include <immintrin.h>
@@ -13,7 +13,7 @@ namespace {
 #elif !defined(POLYSHARD_WIDTH)
 #define POLYSHARD_WIDTH 8
 #endif
-constexpr int WIDTH = POLYSHARD_WIDTH;  // floats of a register
+constexpr int WIDTH = POLYSHARD_WIDTH;  // floats per register
 
 typedef float Vec __attribute__((vector_size(4 * WIDTH)));
 typedef float VecAnywhere __attribute__((vector_size(4 * WIDTH), aligned(4)));
@@ -35,10 +35,10 @@ inline Vec load(const Bfloat16* p) {
   return (Vec)(__builtin_convertvector(*reinterpret_cast<const Half*>(p), Word) << 16);
 }
 
-// To the nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even; NaN stays NaN.
 inline void store(Bfloat16* p, Vec x) {
 #ifdef __AVX512BF16__
-  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);  // numbers below 2^-126 to zeros
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);  // flushes numbers below 2^-126 to zero
   __builtin_memcpy(p, &rounded, 32);
 #else
   const Word bits = (Word)x;
@@ -76,18 +76,18 @@ inline void store(Float16* p, Vec x) {
 inline Vec multiply_add(float x, Vec y, Vec sum) { return x * y + sum; }
 
 #ifdef __AVX512BF16__
-// Neighbours in memory, exchanged: the processor adds the product of the upper halves to a sum, then that of the lower,
-// each in one rounding (Intel 64 and IA-32 manual, VDPBF16PS). So a sum has the bits of one by one, but for numbers
-// below 2^-126, which count as zeros.
+// Neighbouring elements, stored swapped: the processor adds the product of the upper halves to a sum first, then that
+// of the lower, each with one rounding (Intel 64 and IA-32 manual, VDPBF16PS). Swapping restores sequential summation
+// order, except that numbers below 2^-126 count as zero.
 struct Pair {
   Bfloat16 second, first;
 };
 typedef __m512i Pairs;
 
 inline Pairs load(const Pair* p) { return _mm512_loadu_si512(p); }
-// A register of pairs.
+// Loads a register of pairs.
 inline Vec exchanged(const Bfloat16* p) { return (Vec)_mm512_rol_epi32(_mm512_loadu_si512(p), 16); }
-// The same of numbers that lie apart.
+// The same for elements that are not adjacent.
 inline Vec paired(const Bfloat16* first, const Bfloat16* second) {
   const auto word = [](const Bfloat16* p) { return __builtin_convertvector(*reinterpret_cast<const Half*>(p), Word); };
   return (Vec)(word(first) << 16 | word(second));
@@ -99,8 +99,8 @@ inline Vec multiply_add(Pair x, Pairs y, Vec sum) {
 }
 #endif
 
-// What numbers of memory are multiplied as: `INPUTS` of a row in a Row, of what it is multiplied by in a Weight. One
-// such, and its product, is a term.
+// The types in which elements are multiplied: `INPUTS` elements of a row form a Row, and those of a weight a Weight.
+// One such product is a term.
 template <typename T>
 struct Term {
   using Row = float;
@@ -118,7 +118,8 @@ struct Term<Bfloat16> {
 
 inline Vec at_least(Vec x, float bound) { return x < bound ? Vec{} + bound : x; }  // NaN stays NaN
 
-// exp(x) for x <= 88, to about one unit in the last place (polynomial of Cephes, expf.c); 0 for what is below 2^-126.
+// exp(x) for x <= 88, to about one unit in the last place (polynomial of Cephes, expf.c); 0 if the result is below
+// 2^-126.
 inline Vec exponential(Vec x) {
   const Int least = x < -87.3f;
   x = at_least(x, -87.3f);
@@ -132,8 +133,8 @@ inline Vec exponential(Vec x) {
   y = y * rest + 1.6666665459e-1f;
   y = y * rest + 5.0000001201e-1f;
   y = y * (rest * rest) + (rest + 1.0f);
-  const Vec power = (Vec)((((Int)shifted) << 23) + 0x3f800000);  // the low bits of the shifted number are the integer
-  return (Vec)((Int)(y * power) & ~least);  // a product, so that NaN stays NaN
+  const Vec power = (Vec)((((Int)shifted) << 23) + 0x3f800000);  // the low bits of `shifted` are the integer
+  return (Vec)((Int)(y * power) & ~least);  // multiplied last, so that NaN stays NaN
 }
 
 // tanh(x), to about one unit in the last place (Cephes, tanhf.c).
@@ -149,7 +150,7 @@ inline Vec tangent(Vec x) {
   return square < 0.390625f ? near : far;
 }
 
-// x * sigmoid(x). Below -88 it stays that of -88, which is -5e-37.
+// x * sigmoid(x). Below -88 it returns the value at -88, which is -5e-37.
 inline Vec silu(Vec x) {
   x = at_least(x, -88.0f);
   return x / (1.0f + exponential(-x));
@@ -162,7 +163,7 @@ inline Int lanes() {
   return x;
 }
 
-// Sixteen sums, whatever the width of the registers, and these added by halves: the same bits everywhere.
+// Sixteen sums for every register width, added pairwise by halves, so the result is the same on every processor.
 struct Sums {
   static constexpr int LANES = 16, PARTS = LANES / WIDTH;
   Vec parts[PARTS] = {};
@@ -176,7 +177,7 @@ struct Sums {
   }
 };
 
-// Rows of a square block become its columns, by exchanging ever larger halves.
+// Transposes a square block by exchanging ever larger halves.
 inline void transpose_block(Vec (&x)[WIDTH]) {
 #pragma GCC unroll 4
   for (int half = 1; half < WIDTH; half *= 2) {
@@ -192,7 +193,7 @@ inline void transpose_block(Vec (&x)[WIDTH]) {
   }
 }
 
-// out[0..size) = of(left[0..size), right[0..size)), a register at a time.
+// out[0..size) = of(left[0..size), right[0..size)), one register at a time.
 template <typename T, typename Of>
 inline void combine(const T* left, const T* right, T* out, int64_t size, Of of) {
   int64_t i = 0;

@@ -17,7 +17,7 @@ void swiglu_as(const void* gate_up, int64_t stride, void* out, int64_t rows, int
 
 }  // namespace
 
-// gate_up [rows, 2 * size] with `stride` elements between rows; out [rows, size] without gaps. kind: as of product.cpp.
+// gate_up [rows, 2 * size] with `stride` elements between rows; out [rows, size], contiguous. kind: as in matmul.cpp.
 extern "C" void polyshard_swiglu(int kind, const void* gate_up, int64_t stride, void* out, int64_t rows, int64_t size,
                                  int threads) {
   constexpr decltype(&swiglu_as<float>) kinds[] = {swiglu_as<float>, swiglu_as<Bfloat16>, swiglu_as<Float16>};

@@ -1,4 +1,4 @@
-"""`silu(gate) * up` on CPU in one pass over memory."""
+"""Native `silu(gate) * up` for CPUs, in one pass over memory."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ SOURCE = Path(__file__).with_name("swiglu.cpp")
 
 
 def supports(gate_up: torch.Tensor) -> bool:
-    """Whether `swiglu` computes a tensor like this one here. The first call may compile."""
+    """Return whether `swiglu` supports a tensor like this one on this machine. The first call may compile."""
     return supports_tensor(gate_up) and unavailable_reason(SOURCE) is None
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """`[..., 2 size]`, gates before what they gate, to `[..., size]`. Not differentiable."""
+    """Compute `[..., 2 size]`, gate half first and up half second, to `[..., size]`. Not differentiable."""
     size = gate_up.shape[-1] // 2
     rows, stride = rows_of(gate_up)
     out = gate_up.new_empty((*gate_up.shape[:-1], size))

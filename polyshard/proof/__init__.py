@@ -1,1 +1,1 @@
-"""What `polyshard verify` runs: parity of libraries and sizes, and the certificate of exact mode."""
+"""Implementation of `polyshard verify`: parity across libraries and sizes, and the certificate of exact mode."""

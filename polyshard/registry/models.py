@@ -126,6 +126,11 @@ def factory_of(model: RegisteredModel) -> ModelFactory:
 
     Raises:
         RegistrationError: the factory cannot be found in this process.
+
+    Example:
+        >>> model = register_model("TinyModel", "polyshard.proof.small_model:build_model")
+        >>> factory_of(model).__name__
+        'build_model'
     """
     found = kept(model.reference) if is_kept(model.reference) else resolve(model.reference)
     build = functools.partial(found, **model.arguments) if model.arguments else found
@@ -178,6 +183,10 @@ def model_from_entry(name: str, entry: Any, where: str) -> RegisteredModel:
 
     Raises:
         RegistrationError: the entry is malformed.
+
+    Example:
+        >>> model_from_entry("TinyModel", {"factory": "decoder:build_model", "outputs": "logits"}, "a test").outputs
+        'logits'
     """
     fields = {"factory": entry} if isinstance(entry, str) else entry
     known = isinstance(fields, dict) and not set(fields) - {"factory", *OPTIONS}

@@ -65,7 +65,14 @@ def engine_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def report_to_parent(rank: int) -> Iterator[None]:
-    """Write this worker's exception to the file that `engine_errors` reads."""
+    """Write this worker's exception to the file that `engine_errors` reads.
+
+    Example:
+        >>> with engine_errors(), report_to_parent(rank=1):
+        ...     raise RegistrationError("no such factory")
+        Traceback (most recent call last):
+        polyshard.core.errors.RegistrationError: no such factory
+    """
     try:
         yield
     except Exception as error:

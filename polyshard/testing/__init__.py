@@ -1,4 +1,4 @@
-"""For authors of adapters and models: the conformance suite, and functions run on several ranks with hard timeouts."""
+"""Tools for testing adapters and models: the conformance suite, and functions on several ranks."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ __all__ = ["AdapterSuite", "RankError", "run_ranks"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "AdapterSuite":  # needs pytest; processes of ranks do not
+    if name == "AdapterSuite":  # needs pytest, which processes of ranks do not import
         from polyshard.testing.suite import AdapterSuite
 
         return AdapterSuite

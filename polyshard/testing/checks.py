@@ -1,4 +1,4 @@
-"""What the conformance suite runs on each rank. Every function returns data; the suite judges it."""
+"""Functions of the conformance suite that run on each rank. Each returns data, which the suite checks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Named = dict[str, torch.Tensor]
 
 
 def tokens(config: SuiteConfig, rows: int = 4, length: int = 8, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input ids and labels `[rows, length]`, the labels with one ignored place."""
+    """Return input IDs and labels `[rows, length]`; one label is ignored."""
     ids = torch.randint(0, config.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(seed))
     labels = ids[:, 1:].clone()
     labels[0, 0] = -100
@@ -36,7 +36,7 @@ def tokens(config: SuiteConfig, rows: int = 4, length: int = 8, seed: int = 1) -
 
 
 def batches(config: SuiteConfig, steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """A rule that can be learnt: each token is the one before it plus seven."""
+    """Return batches that follow a learnable rule: each token is the previous one plus seven."""
     generator = torch.Generator().manual_seed(2)
     result = []
     for _ in range(steps):
@@ -48,12 +48,12 @@ def batches(config: SuiteConfig, steps: int) -> list[tuple[torch.Tensor, torch.T
 
 
 def placed(context: ParallelContext, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """On the device that this rank computes on."""
+    """Move tensors to this rank's device."""
     return [tensor.to(context.device) for tensor in tensors]
 
 
 def build(config: SuiteConfig, context: ParallelContext) -> SuiteModel:
-    """The suite's model with the reference's weights."""
+    """Build the suite's model with the reference's weights."""
     model = SuiteModel(config, context)
     full = reference_weights(config, dtype=torch.float32)
     rank, size = context.get_tensor_parallel_rank(), context.get_tensor_parallel_world_size()
@@ -66,7 +66,7 @@ def build(config: SuiteConfig, context: ParallelContext) -> SuiteModel:
 
 
 def gathered(shards: Any, model: SuiteModel, context: ParallelContext) -> Named:
-    """Full tensors by checkpoint name, from (name as built, shard) pairs."""
+    """Return full tensors by checkpoint name, from pairs of name and shard."""
     axis, table = context.axis("tensor"), collect_layouts(model)
     result: Named = {}
     for name, shard in shards:
@@ -77,7 +77,7 @@ def gathered(shards: Any, model: SuiteModel, context: ParallelContext) -> Named:
 
 
 def layers(adapter: str, tensor: int, sequence_parallel: bool, context_size: int = 1) -> dict[str, Named]:
-    """Loss, logits and gradients with untied and tied embeddings, the loss under autocast, and initial weights."""
+    """Return loss, logits and gradients, untied and tied, the loss under autocast, and initial weights."""
     context = initialize(adapter, tensor=tensor, context=context_size, sequence_parallel=sequence_parallel, timeout=60)
     results: dict[str, Named] = {}
     for tied in (False, True):
@@ -104,7 +104,7 @@ def layers(adapter: str, tensor: int, sequence_parallel: bool, context_size: int
 def training(
     adapter: str, tensor: int, context_size: int, engine: dict[str, Any], steps: int, settings: dict[str, float]
 ) -> dict[str, Any]:
-    """Losses, gradient norms and the weights at the end; half of the steps in two micro-batches."""
+    """Return losses, gradient norms and the final weights; every other step uses two micro-batches."""
     context = initialize(adapter, tensor=tensor, context=context_size, timeout=60)
     config = SuiteConfig()
     model = build(config, context)
@@ -133,12 +133,12 @@ def training(
     return {"losses": losses, "norms": norms, "weights": weights}
 
 
-# Labels that are left in each of four rows, by step: unequal over ranks and micro-batches; ranks with none; one label.
+# Number of labels in each of four rows, by step: unequal over ranks and micro-batches, ranks without labels, one label.
 UNEVEN = ((8, 1, 0, 3), (5, 0, 8, 0), (0, 0, 0, 1))
 
 
 def uneven_batches(config: SuiteConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Input ids and labels `[4, 8]`; the first labels of each row are ignored, as in `UNEVEN`."""
+    """Return input IDs and labels `[4, 8]`; only the last labels of each row count, as many as in `UNEVEN`."""
     result = []
     for step, kept in enumerate(UNEVEN):
         ids, labels = tokens(config, seed=10 + step)
@@ -150,11 +150,11 @@ def uneven_batches(config: SuiteConfig) -> list[tuple[torch.Tensor, torch.Tensor
 
 
 def uneven(adapter: str, tensor: int, context_size: int, engine: dict[str, Any]) -> dict[str, Any]:
-    """Steps whose labels are spread unequally over ranks and micro-batches of one row: losses and weights."""
+    """Return losses and weights of steps with unequal numbers of labels on ranks and micro-batches of one row."""
     context = initialize(adapter, tensor=tensor, context=context_size, timeout=60)
     config = SuiteConfig()
     model = build(config, context)
-    # With this epsilon a wrong factor of the gradient shows in the weights; with the usual one AdamW hides it.
+    # With this epsilon a wrong gradient scale changes the weights; with the usual one AdamW hides it.
     optimizer = AdamW(lr=1.0, eps=1.0, weight_decay=0.0)
     trainer = load_adapter(adapter).engine(model, optimizer, context, max_grad_norm=None, **engine)
     share, rank = context.get_data_parallel_world_size(), context.get_data_parallel_rank()
@@ -184,7 +184,7 @@ def _mean(value: Any, axis: ParallelAxis) -> Any:
 
 
 def pieces(adapter: str) -> dict[str, Any]:
-    """On two tensor-parallel ranks: the loss's contract, dropout, foreign groups, wrong sizes, another size."""
+    """Run small checks on two ranks: loss, dropout, foreign groups, invalid sizes, another parallel size."""
     library = load_adapter(adapter)
     results: dict[str, Any] = {}
     context = initialize(adapter, tensor=2, timeout=60)
@@ -200,7 +200,7 @@ def pieces(adapter: str) -> dict[str, Any]:
     results["adopted"] = build(SuiteConfig(), adopted)(*placed(adopted, tokens(SuiteConfig()))).detach()
     shutdown(adopted)
 
-    context = initialize(adapter, timeout=60)  # the same world, another size
+    context = initialize(adapter, timeout=60)  # the same processes, another tensor-parallel size
     ids = placed(context, tokens(SuiteConfig()))
     results["again"] = build(SuiteConfig(), context)(*ids).detach()
     results["dropout alone"] = _dropout(context)
@@ -211,7 +211,7 @@ def pieces(adapter: str) -> dict[str, Any]:
 
 
 def dies(adapter: str, timeout: float) -> tuple[float, str, tuple[int, ...]] | None:
-    """The last rank dies; what the first is told, and after how many seconds."""
+    """Let the last rank crash; return the first rank's error, and the seconds until it was raised."""
     context = initialize(adapter, tensor=2, timeout=timeout)
     model = build(SuiteConfig(), context)
     input_ids, labels = placed(context, tokens(SuiteConfig()))
@@ -220,7 +220,7 @@ def dies(adapter: str, timeout: float) -> tuple[float, str, tuple[int, ...]] | N
         os._exit(7)
     started = time.monotonic()
     try:
-        # Collectives inside a library's layers are not ours to guard: an engine guards them all.
+        # polyshard cannot guard collectives inside a library's layers; an engine guards its whole step.
         trainer = load_adapter(adapter).engine(model, AdamW(), context, **({"max_grad_norm": 1.0}))
         trainer.backward(trainer(input_ids, labels))
     except RankFailureError as error:
@@ -280,7 +280,7 @@ def _dropout(context: ParallelContext) -> torch.Tensor:
 
 
 def _wrong_ids(context: ParallelContext) -> dict[str, str]:
-    """What is told of IDs and labels outside the vocabulary, those of its padding included."""
+    """Return the errors for IDs and labels outside the vocabulary, including those of its padding."""
     config = SuiteConfig()
     model = build(config, context)
     ids = placed(context, tokens(config))[0]

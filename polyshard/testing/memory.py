@@ -1,4 +1,4 @@
-"""The most memory that a piece of code took."""
+"""Measurement of peak memory."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 class PeakMemory:
-    """Samples this process's own memory (anonymous and shared; mapped files can be dropped, and do not count).
+    """A context manager that samples the memory of this process (anonymous and shared; mapped files are not counted).
 
     Attributes:
-        bytes: the most above the level at the start; after the block.
+        bytes: the peak above the level at the start; set at the end of the block.
     """
 
     def __init__(self, interval: float = 0.001) -> None:
@@ -36,6 +36,6 @@ class PeakMemory:
 
 
 def _resident() -> int:
-    """Bytes, from Linux's /proc."""
+    """Return the resident memory in bytes, from Linux's /proc."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))

@@ -1,4 +1,4 @@
-"""The conformance suite's model: every kind of layer, at sizes that divide by 1, 2, 4 (the vocabulary by none)."""
+"""The conformance suite's model: every kind of layer, with sizes divisible by 1, 2 and 4, except for the vocabulary."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from polyshard.layers.vocabulary import lm_head, vocab_embedding, vocab_parallel
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteConfig:
-    """Sizes; with two KV heads, four tensor-parallel ranks have to share them."""
+    """Sizes of the model. It has two KV heads, so that four tensor-parallel ranks must share them."""
 
     vocab_size: int = 29
     hidden_size: int = 32
@@ -55,7 +55,7 @@ class SuiteBlock(nn.Module):
     def forward(
         self, x: torch.Tensor, positions: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`[batch, seq, hidden]` or packed `[tokens, hidden]`, sharded along seq under sequence parallel."""
+        """Map `[batch, seq, hidden]` or packed `[tokens, hidden]` to the same shape."""
         x = x + self.attention(self.norm1(x), positions, cu_seqlens)
         gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
@@ -74,7 +74,7 @@ class SuiteModel(nn.Module):
         self.head = lm_head(config.hidden_size, config.vocab_size, context, tied_to=tied_to)
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Local logits `[batch, seq, local vocabulary]`, or with labels the mean loss."""
+        """Return local logits `[batch, seq, local vocabulary]`, or the mean loss if labels are given."""
         x = self.embed(input_ids)
         for block in self.blocks:
             x = block(x)

@@ -1,6 +1,6 @@
-"""The suite's oracle: the same model written out with plain torch operations over full tensors, in any float dtype.
+"""The suite's reference: the same model in plain torch operations on full tensors, in any float dtype.
 
-It shares no code with the layers that it judges.
+It shares no code with the layers under test.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Weights = Mapping[str, torch.Tensor]
 def reference_weights(
     config: SuiteConfig, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> dict[str, torch.Tensor]:
-    """Full weights by checkpoint name; biases and norms are not trivial, so that one in the wrong place shows."""
+    """Return full weights by checkpoint name; biases and norms are random, so that a misplaced one has an effect."""
     h, f, d = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.num_heads * d, config.num_kv_heads * d
     shapes: dict[str, tuple[int, ...]] = {"embed.weight": (config.vocab_size, h), "norm.weight": (h,)}
@@ -49,7 +49,7 @@ def reference_weights(
 
 
 def reference_logits(weights: Weights, input_ids: torch.Tensor, config: SuiteConfig) -> torch.Tensor:
-    """`[batch, seq, vocabulary]`."""
+    """Return logits `[batch, seq, vocabulary]`."""
     x = weights["embed.weight"][input_ids]
     for i in range(config.num_layers):
         w = {name.removeprefix(f"blocks.{i}."): t for name, t in weights.items() if name.startswith(f"blocks.{i}.")}
@@ -63,14 +63,14 @@ def reference_logits(weights: Weights, input_ids: torch.Tensor, config: SuiteCon
 def reference_loss(
     weights: Weights, input_ids: torch.Tensor, labels: torch.Tensor, config: SuiteConfig
 ) -> torch.Tensor:
-    """Mean cross-entropy."""
+    """Return the mean cross-entropy."""
     return F.cross_entropy(reference_logits(weights, input_ids, config).flatten(0, 1), labels.flatten())
 
 
 def reference_run(
     config: SuiteConfig, input_ids: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype = torch.float64
 ) -> dict[str, torch.Tensor]:
-    """`loss`, `logits`, and the gradient of every weight by its name."""
+    """Return `loss`, `logits`, and the gradient of every weight by name."""
     leaves = {name: w.requires_grad_() for name, w in reference_weights(config, dtype=dtype).items()}
     loss = reference_loss(leaves, input_ids, labels, config)
     loss.backward()
@@ -87,7 +87,7 @@ def reference_training(
     weight_decay: float,
     max_grad_norm: float,
 ) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of torch's AdamW and `clip_grad_norm_` in one process, in float64."""
+    """Return losses and gradient norms of torch's AdamW and `clip_grad_norm_` in one process, in float64."""
     leaves = {name: w.requires_grad_() for name, w in reference_weights(config).items()}
     groups = [
         {"params": [w for w in leaves.values() if w.dim() >= 2], "weight_decay": weight_decay},
@@ -108,7 +108,7 @@ def reference_training(
 def reference_updates(
     config: SuiteConfig, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], *, lr: float, eps: float
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses, and the weights after AdamW's updates without decay or clipping, in one process, in float64."""
+    """Return losses, and the weights after AdamW updates without decay or clipping, in one process, in float64."""
     leaves = {name: w.requires_grad_() for name, w in reference_weights(config).items()}
     optimizer = torch.optim.AdamW(leaves.values(), lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0)
     losses = []
@@ -130,7 +130,7 @@ def _linear(x: torch.Tensor, w: Weights, name: str) -> torch.Tensor:
 
 
 def _rotate(x: torch.Tensor) -> torch.Tensor:
-    """Heads `[batch, heads, seq, dim]` as complex numbers, turned by position: pairs are (i, i + dim / 2)."""
+    """Rotate heads `[batch, heads, seq, dim]` by position, as complex numbers of pairs (i, i + dim / 2)."""
     half = x.shape[-1] // 2
     frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
     angles = torch.arange(x.shape[-2], dtype=torch.float64)[:, None] * frequencies

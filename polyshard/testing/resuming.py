@@ -1,4 +1,4 @@
-"""Training that is interrupted, saved and gone on with: run on each rank, judged by the suite."""
+"""Training that is saved, interrupted and resumed; it runs on each rank, and the suite checks the results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make(
     dtype: torch.dtype = torch.float32,
     context_size: int = 1,
 ) -> tuple[ParallelContext, Any]:
-    """A context, and an engine around the suite's model."""
+    """Return a context, and an engine around the suite's model."""
     context = initialize(adapter, tensor=tensor, context=context_size, timeout=90)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -44,7 +44,7 @@ def make(
 
 
 def steps(engine: Any, context: ParallelContext, first: int, last: int) -> list[float]:
-    """Losses of steps `first` to `last`, averaged over the data axis; each rank takes its part of the batch."""
+    """Run steps `first` to `last` on each rank's part of the batch; return losses averaged over the data axis."""
     losses = []
     batches = checks.batches(SuiteConfig(), last)
     axis = context.axis("data")
@@ -64,7 +64,7 @@ def steps(engine: Any, context: ParallelContext, first: int, last: int) -> list[
 def straight(
     adapter: str, tensor: int, options: Options, count: int, dropout: float = 0.0, context_size: int = 1
 ) -> tuple[list[float], checks.Named]:
-    """The run that is not interrupted: losses, and the weights at the end."""
+    """Run without interruption; return losses and the final weights."""
     context, engine = make(adapter, tensor, options, dropout, context_size=context_size)
     torch.manual_seed(5 + context.get_data_parallel_rank())
     losses = steps(engine, context, 0, count)
@@ -83,7 +83,7 @@ def first_half(
     asynchronous: bool = False,
     context_size: int = 1,
 ) -> list[float]:
-    """Train, and save the state."""
+    """Train, save the training state, and return the losses."""
     context, engine = make(adapter, tensor, options, dropout, context_size=context_size)
     torch.manual_seed(5 + context.get_data_parallel_rank())
     losses = steps(engine, context, 0, half)
@@ -97,7 +97,7 @@ def first_half(
         asynchronous=asynchronous,
     )
     if isinstance(saved, PendingSave):
-        steps(engine, context, half, half + 2)  # must not show in what is written
+        steps(engine, context, half, half + 2)  # must not affect the saved state
         saved.wait()
     shutdown(context)
     return losses
@@ -113,11 +113,12 @@ def all_in_one(
     dropout: float,
     context_size: int = 1,
 ) -> tuple[Any, list[float], Any]:
-    """The run that is not interrupted, and the one that is; each initialises anew."""
-    whole = straight(adapter, tensor, options, count, dropout, context_size)
+    """Return the results of the uninterrupted and of the interrupted run, each of which initializes again."""
+    uninterrupted = straight(adapter, tensor, options, count, dropout, context_size)
     begun = first_half(adapter, tensor, options, half, directory, dropout, context_size=context_size)
     torch.manual_seed(99)
-    return whole, begun, second_half(adapter, tensor, options, half, count, directory, dropout, context_size)
+    resumed = second_half(adapter, tensor, options, half, count, directory, dropout, context_size)
+    return uninterrupted, begun, resumed
 
 
 def second_half(
@@ -130,9 +131,9 @@ def second_half(
     dropout: float = 0.0,
     context_size: int = 1,
 ) -> tuple[list[float], checks.Named, int, Any, list[str]]:
-    """Load the state into an engine whose weights are spoilt, and go on."""
+    """Load the state into an engine with overwritten weights, and continue."""
     context, engine = make(adapter, tensor, options, dropout, context_size=context_size)
-    with torch.no_grad():  # nothing of the new run's own weights may survive
+    with torch.no_grad():  # every weight must come from the saved state
         for piece in engine.weight_pieces():
             piece.values.fill_(7.0)
     engine.weights_written()

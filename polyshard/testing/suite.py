@@ -1,6 +1,6 @@
-"""The conformance suite: what every adapter has to do, as tests that ask for capabilities and never for names.
+"""The conformance suite: requirements for every adapter, as tests that depend on capabilities and never on names.
 
-An adapter's author writes:
+The author of an adapter writes:
 
     from polyshard.testing import AdapterSuite
 
@@ -8,9 +8,9 @@ An adapter's author writes:
         adapter = "my_adapter"                                # as in the entry-point group polyshard.adapters
         engines = ({"zero_stage": 1}, {"zero_stage": 2})      # options of its engine, each tested
 
-and runs pytest. The oracle is the same model written out in float64 in one process (`polyshard.testing.reference`).
-Bounds are measured, not guessed: the oracle in float32 shows how far rounding alone moves each quantity, and the
-adapter may be four times as far, since it sums in another order.
+and runs pytest. The reference is the same model in float64 in one process (`polyshard.testing.reference`). Bounds are
+measured: the reference in float32 shows how far rounding alone moves each quantity, and the adapter may deviate four
+times as far, because it sums in a different order.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from polyshard.testing.model import SuiteConfig
 from polyshard.testing.reference import reference_run, reference_training, reference_updates
 
 MARGIN = 4.0
-FLOOR = 1e-6  # relative; some eight roundings of float32
+FLOOR = 1e-6  # relative; about eight roundings of float32
 STEPS = 20
 SETTINGS = {"lr": 3e-3, "weight_decay": 0.05, "max_grad_norm": 0.5}
 SIZES = (1, 2, 4)
@@ -76,14 +76,20 @@ def _oracle_updates() -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 class AdapterSuite:
-    """Subclass it, and name the adapter.
+    """Base class of an adapter's tests; a subclass names the adapter.
 
     Attributes:
-        adapter: its name.
+        adapter: the adapter's name.
         engines: options of its training engine, each tested.
-        gpus: whether ranks compute on GPUs. True: each rank has its own GPU and tests that need more GPUs than this
+        gpus: whether ranks compute on GPUs. True: each rank has its own GPU, and tests that need more GPUs than this
             machine has are skipped. `"shared"`: ranks share the GPUs and communicate through gloo.
         max_ranks: tests that need more ranks are skipped; None runs all.
+
+    Example:
+        >>> class TestMyAdapter(AdapterSuite):
+        ...     adapter = "torch"
+        >>> TestMyAdapter().need("training")["training"].available
+        True
     """
 
     adapter: ClassVar[str]
@@ -92,12 +98,12 @@ class AdapterSuite:
     max_ranks: ClassVar[int | None] = None
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Each subclass's engines parametrise its training tests."""
+        """Parametrize the training tests with the subclass's engines."""
         if "engine" in metafunc.fixturenames:
             metafunc.parametrize("engine", [pytest.param(dict(e), id=_label(e)) for e in self.engines])
 
     def need(self, *features: str, ranks: int = 1) -> Capabilities:
-        """Skip, with the recorded reason, if the adapter lacks a feature or there are too few GPUs or ranks."""
+        """Skip the test, with a reason, if the adapter lacks a feature or there are too few GPUs or ranks."""
         if self.max_ranks is not None and ranks > self.max_ranks:
             pytest.skip(f"needs {ranks} ranks; this suite runs at most {self.max_ranks}")
         if self.gpus is True and torch.cuda.device_count() < ranks:
@@ -110,7 +116,7 @@ class AdapterSuite:
         return capabilities
 
     def test_every_capability_is_answered(self) -> None:
-        """Each 'no' has a reason."""
+        """Every feature has an answer."""
         capabilities = load_adapter(self.adapter).capabilities
         assert {name for name, _ in capabilities} == set(FEATURES)
 
@@ -131,7 +137,7 @@ class AdapterSuite:
     @pytest.mark.parametrize("tied", ["untied", "tied"])
     @pytest.mark.parametrize("tensor", [1, 2])
     def test_context_parallel(self, tensor: int, tied: str) -> None:
-        """Each sequence over two ranks: one loss for all, though they hold unequally many targets."""
+        """Sequences are sharded over two ranks with different numbers of targets; the loss is the same on both."""
         self.need("training", "tensor", "context", ranks=2 * tensor)
         self._judge(_layers(self.adapter, self.gpus, tensor, False, 2), tied)
 
@@ -144,7 +150,7 @@ class AdapterSuite:
             assert abs(result["untied"]["autocast"].double() - exact) < 0.01 * exact
 
     def test_initial_weights_are_the_same_at_every_size(self) -> None:
-        """Bit for bit."""
+        """Initial weights are equal bit for bit."""
         self.need("training", "tensor", ranks=max(SIZES))
         first, *others = [_layers(self.adapter, self.gpus, tensor, False)[0]["initial"] for tensor in SIZES]
         for other in others:
@@ -153,7 +159,7 @@ class AdapterSuite:
 
     @pytest.mark.parametrize("world", WORLDS)
     def test_training(self, world: str, engine: dict[str, Any]) -> None:
-        """Twenty steps with clipping against one process, half of them in micro-batches."""
+        """Compare twenty steps with clipping, half of them with micro-batches, to a single process."""
         ranks, tensor, context = WORLDS[world]
         self.need("training", "tensor", "data", *(["context"] if context > 1 else []), ranks=ranks)
         losses, norms = (torch.tensor(x) for x in _oracle_training())
@@ -162,7 +168,7 @@ class AdapterSuite:
         results = run_ranks(checks.training, ranks, *arguments, gpus=self.gpus)
         for result in results:
             got = torch.tensor(result["losses"], dtype=losses.dtype)
-            # AdamW magnifies rounding where the second moment is tiny: close at first, less so later.
+            # AdamW amplifies rounding if the second moment is tiny, so later steps get a wider bound.
             assert torch.allclose(got[:5], losses[:5], rtol=1e-5, atol=0)
             assert torch.allclose(got, losses, rtol=1e-3, atol=0)
             assert torch.allclose(torch.tensor(result["norms"]), norms, rtol=5e-3)
@@ -172,7 +178,7 @@ class AdapterSuite:
 
     @pytest.mark.parametrize("world", ["1", "data 2, context 2"])
     def test_unequal_numbers_of_labels(self, world: str, engine: dict[str, Any]) -> None:
-        """`train_batch` gives one process's gradient of the whole batch, wherever its labels are."""
+        """`train_batch` computes the gradient of a single process with the full batch, wherever its labels are."""
         ranks, tensor, context = WORLDS[world]
         self.need("training", "data", *(["context"] if context > 1 else []), ranks=ranks)
         losses, weights = _oracle_updates()
@@ -187,22 +193,22 @@ class AdapterSuite:
     def test_a_run_goes_on_bit_for_bit_from_its_saved_state(
         self, world: str, engine: dict[str, Any], tmp_path: Path
     ) -> None:
-        """At the same sizes: weights, optimizer, random states (dropout) and data positions are all there."""
+        """At the same sizes, weights, optimizer, random states (dropout) and data positions are restored."""
         ranks, tensor, context = WORLDS[world]
         self.need("training", "data", *(["context"] if context > 1 else []), ranks=ranks)
         half, steps = STEPS // 2, STEPS
         arguments = (self.adapter, tensor, engine, half, steps, tmp_path / "state", 0.1, context)
         results = run_ranks(resuming.all_in_one, ranks, *arguments, gpus=self.gpus)
-        for rank, (whole, begun, (losses, weights, step, data, carried)) in enumerate(results):
-            assert begun + losses == whole[0]
-            assert all(torch.equal(weights[name], value) for name, value in whole[1].items())
+        for rank, (uninterrupted, begun, (losses, weights, step, data, carried)) in enumerate(results):
+            assert begun + losses == uninterrupted[0]
+            assert all(torch.equal(weights[name], value) for name, value in uninterrupted[1].items())
             assert (step, data) == (half, {"row": half, "rank": rank // context})
             assert carried == ["optimizer", "random", "weights"]
 
     @pytest.mark.parametrize("smoothing", [0.0, 0.1])
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
     def test_cross_entropy(self, reduction: str, smoothing: float) -> None:
-        """torch's contract over a sharded and padded vocabulary; the logits are left untouched; no label gives 0."""
+        """The loss over a sharded, padded vocabulary equals torch's; logits are not modified; no labels give 0."""
         self.need("training", "tensor", ranks=2)
         for rank, result in enumerate(_pieces(self.adapter, self.gpus)):
             found = result["loss"]
@@ -220,7 +226,7 @@ class AdapterSuite:
                 assert not gradient.any(), f"{name} of no label has the gradient {gradient}"
 
     def test_dropout(self) -> None:
-        """The same seed gives the same loss, at tensor-parallel 1 and 2; the next draw gives another."""
+        """The same seed gives the same loss at tensor-parallel 1 and 2; the next draw gives a different one."""
         self.need("training", "tensor", ranks=2)
         results = _pieces(self.adapter, self.gpus)
         for result in results:
@@ -228,22 +234,22 @@ class AdapterSuite:
             assert first == second != third
             assert torch.allclose(result["dropout"], results[0]["dropout alone"], rtol=1e-5)
         replicas = [result["dropout of a replica"] for result in results]
-        assert replicas[0] != replicas[1], "data-parallel ranks that were seeded apart draw alike"
+        assert replicas[0] != replicas[1], "data-parallel ranks with different seeds draw the same numbers"
 
     def test_groups_that_another_library_made(self) -> None:
-        """Adopted on foreign groups, the loss is the same."""
+        """The loss is the same on the process groups of another library."""
         self.need("training", "tensor", ranks=2)
         exact = _oracle(False, torch.float64)["loss"].float()
         assert all(torch.allclose(result["adopted"], exact, rtol=1e-5) for result in _pieces(self.adapter, self.gpus))
 
     def test_initialise_again_with_another_size(self) -> None:
-        """Shut down and started again in the same processes, the loss is the same."""
+        """The loss is the same after shutting down and initializing again in the same processes."""
         self.need("training", "tensor", ranks=2)
         exact = _oracle(False, torch.float64)["loss"].float()
         assert all(torch.allclose(result["again"], exact, rtol=1e-5) for result in _pieces(self.adapter, self.gpus))
 
     def test_wrong_sizes_are_refused_by_name(self) -> None:
-        """Before the library sees them."""
+        """The error is raised before the library sees the sizes."""
         self.need("training", "tensor", ranks=2)
         for result in _pieces(self.adapter, self.gpus):
             column, row, qkv = result["refused"]
@@ -252,7 +258,7 @@ class AdapterSuite:
             assert "q_proj: 3 blocks of 4 cannot be divided" in qkv
 
     def test_ids_and_labels_outside_the_vocabulary_are_refused_by_name(self) -> None:
-        """On the CPU; those of the padding too, with and without `vocab_size`. A GPU asserts without waiting."""
+        """On the CPU, with and without `vocab_size`, including those of the padding; a GPU asserts asynchronously."""
         self.need("training", "tensor", ranks=2)
         if self.gpus:
             pytest.skip("on a GPU the assertion ends the process")
@@ -263,7 +269,7 @@ class AdapterSuite:
                 assert f"token ID {wrong} is outside" in message or f"label {wrong} " in message, f"{what}: {message}"
 
     def test_a_dead_rank_is_named_in_time(self) -> None:
-        """Within the timeout."""
+        """A crashed rank is identified within the timeout."""
         self.need("training", "tensor", ranks=2)
         timeout = 20.0
         result = run_ranks(checks.dies, 2, self.adapter, timeout, silent=(1,), gpus=self.gpus)[0]

@@ -1,4 +1,4 @@
-"""One training step's gradient: the mean over the tokens of all micro-batches and all ranks."""
+"""The gradient of one training step: the mean over the tokens of all micro-batches and all ranks."""
 
 from __future__ import annotations
 
@@ -24,35 +24,45 @@ def train_batch(
     loss: SumLoss | None = None,
     tokens: CountTokens | None = None,
 ) -> BatchResult:
-    """Run forward and backward of one step's micro-batches; `engine.step()` then updates the weights.
+    """Run forward and backward for one step's micro-batches; `engine.step()` then updates the weights.
 
-    The gradient is that of one process that holds the whole batch: the sum of the losses of all tokens, divided by the
+    The gradient equals that of a single process with the full batch: the sum of all tokens' losses, divided by the
     number of tokens of all micro-batches and all data-parallel and context-parallel ranks. Micro-batches and ranks may
-    hold unequal numbers of labels, or none. The number of tokens is exchanged before the first backward pass, in one
-    small all-reduce; the loss in another after the last.
+    have different numbers of labels, or none. One small all-reduce before the first backward pass exchanges the number
+    of tokens, and another one after the last exchanges the loss.
 
     Args:
-        engine: a training engine around a model, which averages gradients over the replicas.
-        context: the engine's.
-        micro_batches: this rank's: keyword arguments of the model's forward, and `labels`, which the loss alone reads:
-            `[batch, seq]` or `[tokens]`, the token after each token, -100 where none counts. As many on every rank;
-            all ranks that share an activation pass the same.
-        loss: `(output of the model's forward, micro-batch)` to the **sum** of this rank's losses, a scalar. Default:
-            cross-entropy of `module.compute_logits(output)` with `labels`. With a `loss` and `tokens` of your own,
-            `labels` may hold whatever they need.
-        tokens: how many tokens of a micro-batch count, a scalar tensor; default the labels other than -100.
+        engine: a training engine, which averages gradients over the replicas.
+        context: the engine's parallel context.
+        micro_batches: this rank's micro-batches: keyword arguments of the model's forward, and `labels`, which only the
+            loss reads: `[batch, seq]` or `[tokens]`, the token after each token, or -100 to ignore it. Every rank must
+            pass the same number; ranks that share an activation must pass the same data.
+        loss: `(output of the model's forward, micro-batch)` to the **sum** of this rank's losses, a scalar. By default
+            the cross-entropy of `module.compute_logits(output)` with `labels`. With your own `loss` and `tokens`,
+            `labels` may contain anything.
+        tokens: returns the number of tokens of a micro-batch that count, a scalar tensor; by default the number of
+            labels other than -100.
 
     Raises:
-        ConfigurationError: no micro-batch, unequal numbers of them over the ranks, a micro-batch without labels whose
-            tokens are not counted by `tokens`, or a model without `compute_logits` and no `loss`.
+        ConfigurationError: there is no micro-batch, ranks have different numbers of them, a micro-batch has no labels
+            and `tokens` is not given, or the model has no `compute_logits` and `loss` is not given.
+
+    Example:
+        >>> context = ps.initialize("torch")
+        >>> engine = ps.load_adapter("torch").engine(torch.nn.Linear(4, 2), ps.AdamW(), context)
+        >>> batch = {"input": torch.ones(3, 4), "labels": torch.tensor([1, 0, -100])}
+        >>> def loss(output, batch):
+        ...     return torch.nn.functional.cross_entropy(output, batch["labels"], reduction="sum")
+        >>> train_batch(engine, context, [batch, batch], loss=loss).tokens
+        tensor(4., dtype=torch.float64)
     """
     if not micro_batches:
-        raise ConfigurationError("train_batch needs at least one micro-batch: got none")
+        raise ConfigurationError("micro_batches is empty. Pass at least one micro-batch.")
     sum_loss = _cross_entropy(engine, context) if loss is None else loss
     counted = [(tokens or _labelled)(micro_batch) for micro_batch in micro_batches]
     replicas = replica_axis(context)
     total = _total(counted, context)
-    # Engines average over the replicas, so the share of one replica counts that many times.
+    # Engines average over the replicas, so the sum is multiplied by their number.
     factor = replicas.size / total.clamp_min(1.0)
     summed = torch.zeros((), dtype=torch.float64, device=context.device)
     last = len(micro_batches) - 1
@@ -62,7 +72,9 @@ def train_batch(
             with engine.computing():
                 value = sum_loss(engine(**arguments), micro_batch)
             if value.dim():
-                raise ConfigurationError(f"the loss must be a scalar sum over tokens: got shape {tuple(value.shape)}")
+                raise ConfigurationError(
+                    f"the loss has the wrong shape: got {tuple(value.shape)}, expected a scalar sum"
+                )
             engine.backward(value * factor.to(value.dtype))
         summed += value.detach().double()
     if replicas.size > 1:
@@ -72,20 +84,24 @@ def train_batch(
 
 
 def _total(counted: Sequence[torch.Tensor], context: ParallelContext) -> torch.Tensor:
-    """Tokens that count over all micro-batches and replicas, float64; refuse unequal numbers of micro-batches."""
+    """Return the number of tokens that count over all micro-batches and replicas, in float64.
+
+    Raises:
+        ConfigurationError: ranks have different numbers of micro-batches.
+    """
     mine = torch.stack([torch.as_tensor(count, device=context.device).double() for count in counted]).sum()
     replicas = replica_axis(context)
     if replicas.size == 1:
         return mine
     assert replicas.collectives is not None
-    # n is the same on all ranks if and only if ranks * sum(n²) = sum(n)²: every rank comes to the same verdict.
+    # n is the same on all ranks if and only if ranks * sum(n²) = sum(n)²: every rank reaches the same decision.
     number = float(len(counted))
     figures = replicas.collectives.all_reduce(torch.stack((mine, *mine.new_tensor((number, number**2)))))
     tokens, first, second = figures.unbind()
     if bool(replicas.size * second != first**2):
         raise ConfigurationError(
             f"ranks have unequal numbers of micro-batches: got {len(counted)} on this rank, {float(first):.0f} on all "
-            f"{replicas.size}. Pass as many on every rank; one whose labels are all {IGNORED} adds nothing."
+            f"{replicas.size}. Pass the same number on every rank; labels of {IGNORED} only contribute nothing."
         )
     return tokens
 
@@ -93,17 +109,17 @@ def _total(counted: Sequence[torch.Tensor], context: ParallelContext) -> torch.T
 def _labelled(micro_batch: MicroBatch) -> torch.Tensor:
     if "labels" not in micro_batch:
         raise ConfigurationError(
-            f"a micro-batch has no labels: got {', '.join(micro_batch)}. Add labels, or count its tokens with tokens="
+            f"a micro-batch has no labels: got {', '.join(micro_batch)}. Add labels, or pass tokens=."
         )
     return (micro_batch["labels"] != IGNORED).sum()
 
 
 def _cross_entropy(engine: TrainingEngine, context: ParallelContext) -> SumLoss:
-    """The default loss of a model with `compute_logits`."""
+    """Return the default loss of a model with `compute_logits`."""
     module: Any = engine.module
     if not callable(getattr(module, "compute_logits", None)):
         raise ConfigurationError(
-            f"{type(module).__name__} has no compute_logits: pass loss=, the summed losses of a micro-batch's tokens"
+            f"{type(module).__name__} has no compute_logits. Pass loss=, which sums the losses of a micro-batch."
         )
 
     def summed(hidden: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:

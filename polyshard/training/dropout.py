@@ -1,4 +1,4 @@
-"""Dropout whose mask is a function of a seed, a token's place and a channel's place: the same at every layout."""
+"""Dropout whose mask depends only on seed, token position and channel position, not on the parallel layout."""
 
 from __future__ import annotations
 
@@ -16,28 +16,27 @@ Region = Literal["residual", "parallel"]
 
 
 class Dropout(nn.Module):
-    """Drop activations in training; every layout drops what one process would.
+    """Drop activations in training; every parallel layout drops the same elements as a single process.
 
-    The seed is drawn from torch's CPU generator at each call, so that recomputation draws the same mask. Ranks that
-    share an activation must hold that generator in one state: see `polyshard.manual_seed`. A slice of the input gets
-    that slice of the mask: replicated activations have one mask on all tensor-parallel ranks, and tokens and channels
-    that are cut over ranks have different ones.
+    The seed is drawn from torch's CPU generator at each call, so recomputation draws the same mask. Ranks that share an
+    activation must have that generator in the same state: see `polyshard.manual_seed`. A slice of the input gets that
+    slice of the mask: replicated activations have the same mask on all tensor-parallel ranks, and sharded tokens or
+    channels have different ones.
 
     Args:
         p: probability of dropping an element, in [0, 1].
-        parallel_context: where this process stands.
-        region: `"residual"` for hidden states between blocks: replicated over tensor-parallel ranks, or cut along the
-            tokens under sequence parallelism. `"parallel"` for activations between a column-parallel and a row-parallel
-            layer: all tokens, and this rank's channels.
+        parallel_context: the parallel context.
+        region: `"residual"` for hidden states between blocks, which are replicated over tensor-parallel ranks, or
+            sharded along the tokens under sequence parallelism. `"parallel"` for activations between a column-parallel
+            and a row-parallel layer, which have all tokens and this rank's channels.
 
     Shape:
-        `[batch, seq, channels]` or packed `[tokens, channels]`, this rank's part, to the same shape and dtype.
+        This rank's part, `[batch, seq, channels]` or packed `[tokens, channels]`, to the same shape and dtype.
 
     Raises:
         ConfigurationError: `p` is outside [0, 1], or the region is unknown.
 
     Example:
-        >>> import polyshard as ps, torch
         >>> context = ps.initialize("torch", device="cpu")
         >>> ps.manual_seed(0, context)
         >>> dropout = ps.Dropout(0.5, context)
@@ -50,13 +49,13 @@ class Dropout(nn.Module):
     def __init__(self, p: float, parallel_context: ParallelContext, *, region: Region = "residual") -> None:
         super().__init__()
         if not 0.0 <= p <= 1.0:
-            raise ConfigurationError(f"dropout probability must be in [0, 1]: got {p}")
+            raise ConfigurationError(f"the dropout probability is invalid: got {p}, expected a number in [0, 1]")
         if region not in get_args(Region):
             raise ConfigurationError(f"region is unsupported: got {region!r}, expected one of {get_args(Region)}")
         self.p, self.region, self.context = p, region, parallel_context
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Drop, and scale what is kept by `1 / (1 - p)`."""
+        """Drop elements, and scale the others by `1 / (1 - p)`."""
         if not self.training or self.p == 0.0:
             return x
         seed = torch.randint(2**62, (), device="cpu")
@@ -70,19 +69,19 @@ class Dropout(nn.Module):
         return torch.where(keep, x * (1.0 / (1.0 - self.p)), x.new_zeros(()))
 
     def extra_repr(self) -> str:
-        """What is printed."""
+        """Return the settings shown in the module's repr."""
         return f"p={self.p}, region={self.region!r}"
 
 
 def token_numbers(
     lead: torch.Size, context: ParallelContext, device: torch.device, region: Region = "residual"
 ) -> torch.Tensor:
-    """Return the number of each of this rank's tokens among those of all ranks that share the batch, int64 `[tokens]`.
+    """Return the indices of this rank's tokens among those of all ranks that share the batch, int64 `[tokens]`.
 
     Args:
         lead: `[batch, seq]` or `[tokens]` of this rank's part.
-        context: where this process stands.
-        device: of the result.
+        context: the parallel context.
+        device: device of the result.
         region: see `Dropout`.
     """
     axis = context.axis("tensor")

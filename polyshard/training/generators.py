@@ -1,7 +1,7 @@
-"""Random number generators of a process: seeding by place, states to save, and a check over ranks.
+"""Random number generators of a process: seeding, states to save, and a consistency check over ranks.
 
-One rule: ranks that share an activation (tensor, context and pipeline ranks of one data-parallel rank) hold generators
-in one state; each data-parallel rank has its own. `polyshard.manual_seed` sets them so.
+Ranks that share an activation (the tensor, context and pipeline ranks of one data-parallel rank) must have generators
+in the same state; data-parallel ranks have different states. `polyshard.manual_seed` sets them accordingly.
 """
 
 from __future__ import annotations
@@ -25,25 +25,24 @@ logger = logging.getLogger(__name__)
 
 States = dict[str, torch.Tensor]
 
-_MIX = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: multiples are far apart
+_MIX = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: multiples are far apart
 _SEEDS = 2**63
 
 
 def manual_seed(seed: int, parallel_context: ParallelContext) -> None:
-    """Seed the generators of Python, NumPy (if it is imported) and torch, on CPU and GPU, for this rank's place.
+    """Seed the generators of Python, NumPy (if it is imported) and torch, on CPU and GPU, for this rank.
 
-    Ranks that share an activation get the same state; each data-parallel rank gets its own, and rank 0 that of
-    `torch.manual_seed(seed)`.
+    Ranks that share an activation get the same state and data-parallel ranks different ones; that of rank 0 is the
+    state after `torch.manual_seed(seed)`.
 
     Args:
-        seed: the run's, 0 or more; the same on every rank.
-        parallel_context: where this process stands.
+        seed: the seed of the run, 0 or more; the same on every rank.
+        parallel_context: the parallel context.
 
     Raises:
-        ConfigurationError: the seed is negative or no integer.
+        ConfigurationError: the seed is negative or not an integer.
 
     Example:
-        >>> import polyshard as ps, torch
         >>> context = ps.initialize("torch", device="cpu")
         >>> ps.manual_seed(7, context)
         >>> first = torch.rand(3)
@@ -51,7 +50,7 @@ def manual_seed(seed: int, parallel_context: ParallelContext) -> None:
         True
     """
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise ConfigurationError(f"seed must be an integer of 0 or more: got {seed!r}")
+        raise ConfigurationError(f"the seed is invalid: got {seed!r}, expected an integer of 0 or more")
     seed_all(mixed(seed, parallel_context.axis("data").rank))
 
 
@@ -65,17 +64,24 @@ def seed_all(seed: int) -> None:
 
 
 def mixed(seed: int, number: int) -> int:
-    """Return a seed for a numbered part of what has a seed; part 0 keeps it."""
+    """Return the seed of a numbered part of a seeded whole; part 0 keeps the seed."""
     return (seed + _MIX * number) % _SEEDS
 
 
 @contextmanager
 def sharded_random(parallel_context: ParallelContext) -> Iterator[None]:
-    """Inside, torch's random operations draw other numbers on each tensor-parallel and context-parallel rank.
+    """Draw different random numbers on each tensor-parallel and context-parallel rank inside the context manager.
 
-    For operations on activations that are cut over these ranks, such as `torch.nn.Dropout` under sequence parallelism.
-    The seed of the region is drawn from torch's generator, so that recomputation (`torch.utils.checkpoint`) draws the
-    same numbers again. `polyshard.Dropout` needs no such region.
+    Use it for operations on activations that are sharded over these ranks, such as `torch.nn.Dropout` under sequence
+    parallelism. The seed of the region is drawn from torch's generator, so recomputation (`torch.utils.checkpoint`)
+    draws the same numbers. `polyshard.Dropout` does not need it.
+
+    Example:
+        >>> context = ps.initialize("torch")
+        >>> with ps.sharded_random(context):
+        ...     y = torch.nn.functional.dropout(torch.ones(4), 0.5)
+        >>> y.shape
+        torch.Size([4])
     """
     seed = int(torch.randint(_SEEDS - 1, (), device="cpu"))
     before = torch_states()
@@ -88,7 +94,7 @@ def sharded_random(parallel_context: ParallelContext) -> Iterator[None]:
 
 
 def torch_states() -> States:
-    """Return the states of torch's generators: of the CPU, and of this process's GPU if CUDA is in use."""
+    """Return the states of torch's generators: of the CPU, and of this process's GPU if CUDA is initialized."""
     found = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         found["cuda"] = torch.cuda.get_rng_state()
@@ -105,14 +111,14 @@ def all_states() -> States:
     numpy: Any = sys.modules.get("numpy")
     if numpy is not None:
         kind, keys, position, has_gauss, cached = numpy.random.get_state()
-        if kind == "MT19937":  # NumPy's global generator; nothing else can be set as it
+        if kind == "MT19937":  # only this kind can be restored
             found["numpy"] = torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64)
             found["numpy_gauss"] = torch.tensor([cached], dtype=torch.float64)
     return found
 
 
 def restore(states: Mapping[str, torch.Tensor]) -> None:
-    """Set the generators to states that `torch_states` or `all_states` gave; those that are missing are left alone."""
+    """Set the generators to states returned by `torch_states` or `all_states`; missing ones are left unchanged."""
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
@@ -129,7 +135,7 @@ def restore(states: Mapping[str, torch.Tensor]) -> None:
 
 
 def digest(states: Mapping[str, torch.Tensor]) -> int:
-    """Return 48 bits that stand for states."""
+    """Return a 48-bit hash of generator states."""
     hashed = hashlib.blake2b(digest_size=6)
     for name in sorted(states):
         hashed.update(states[name].numpy().tobytes())
@@ -137,19 +143,19 @@ def digest(states: Mapping[str, torch.Tensor]) -> int:
 
 
 class GeneratorCheck:
-    """Compares torch's generators over the ranks once, before an engine's first update.
+    """A check that compares torch's generators over the ranks once, before an engine's first update.
 
-    Ranks that share an activation and drop it with different masks hold other gradients of replicated weights, which
-    then drift apart. Nothing is compared if the model drew no random number.
+    Ranks that share an activation but drop it with different masks compute different gradients of replicated weights,
+    which then diverge. Nothing is compared if the model draws no random number.
 
     Args:
-        model: the engine's.
-        context: the engine's.
-        enabled: False checks nothing.
+        model: the engine's model.
+        context: the engine's parallel context.
+        enabled: False disables the check.
 
     Raises:
-        ConfigurationError: activations are cut over ranks along the tokens, and the model has a `torch.nn.Dropout`,
-            which would draw one mask for the tokens of all of them.
+        ConfigurationError: activations are sharded along the tokens, and the model has a `torch.nn.Dropout`, which
+            would draw the same mask for the tokens of every rank.
     """
 
     def __init__(self, model: nn.Module, context: ParallelContext, enabled: bool) -> None:
@@ -160,7 +166,7 @@ class GeneratorCheck:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Around each forward: whether it draws."""
+        """Record whether a forward pass inside the context manager draws a random number."""
         if not self._left:
             yield
             return
@@ -169,7 +175,7 @@ class GeneratorCheck:
         self._drew = self._drew or digest(torch_states()) != before
 
     def compare(self) -> None:
-        """Before each update; only the first one communicates.
+        """Compare the generators; call it before each update. Only the first call communicates.
 
         Raises:
             ConfigurationError: generators that must agree differ; raised on every rank that is compared.
@@ -181,18 +187,18 @@ class GeneratorCheck:
             if self._differs(name) is True:
                 raise ConfigurationError(
                     f"random generators differ over the {name}-parallel ranks, and the model draws from them: "
-                    "activations that these ranks share are dropped differently, and replicated weights drift apart. "
+                    "activations that these ranks share are dropped differently, and replicated weights diverge. "
                     "Call polyshard.manual_seed(seed, context) with the same seed on every rank, or pass "
-                    "check_random=False to the engine"
+                    "check_random=False to the engine."
                 )
         if self._differs("data") is False:
             logger.warning(
-                "all data-parallel ranks draw the same random numbers, as if by torch.manual_seed(seed): call "
-                "polyshard.manual_seed(seed, context) for masks of their own"
+                "all data-parallel ranks draw the same random numbers, as after torch.manual_seed(seed). Call "
+                "polyshard.manual_seed(seed, context) for different masks."
             )
 
     def _differs(self, name: Axis) -> bool | None:
-        """Whether the states differ over an axis; None if no rank drew, or the axis has one rank."""
+        """Return whether the states differ over an axis; None if no rank drew, or the axis has one rank."""
         axis = self._context.axis(name)
         if axis.size == 1:
             return None
@@ -209,5 +215,5 @@ def _refuse_plain_dropout(model: nn.Module) -> None:
             raise ConfigurationError(
                 f"{name} is a torch.nn.{type(module).__name__}, which would draw the same mask for the tokens of every "
                 "sequence-parallel or context-parallel rank. Use polyshard.Dropout(p, context), or run it under "
-                "polyshard.sharded_random(context) and pass check_random=False to the engine"
+                "polyshard.sharded_random(context) and pass check_random=False to the engine."
             )

@@ -1,4 +1,4 @@
-"""transformers' causal language models as they are: their layers exchanged for parallel ones, their code unchanged."""
+"""transformers' causal language models with parallel layers in place of their own; the models' code runs unchanged."""
 
 from polyshard.transformers.model import TransformersModel, transformers_model
 

@@ -1,4 +1,4 @@
-"""Attention of a transformers model: exchanged where it is recognised, else given the engine's cache as it stands."""
+"""Attention of a transformers model: replaced if it is recognised, and otherwise connected to the engine's cache."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from polyshard.transformers.replaced.surgery import replace_attention
 
 
 def exchange_attention(model: Any, context: ParallelContext) -> None:
-    """Exchange what is recognised; in a server, the rest calls the engine's attention by transformers' interface.
+    """Replace the attention that is recognised; in a server, the rest calls the engine through transformers' interface.
 
     Args:
-        model: on the meta device.
-        context: where this process stands.
+        model: a transformers model on the meta device.
+        context: the parallel context.
 
     Raises:
-        ConfigurationError: attention that is not recognised, at a tensor-parallel size above 1, or that does not go
-            through transformers' attention interface.
+        ConfigurationError: attention is not recognised at a tensor-parallel size above 1, or does not use transformers'
+            attention interface.
     """
     try:
-        kept = replace_attention(model, context, None, False, whole=False).kept
-    except ConfigurationError:  # no projections under their usual names
+        kept = replace_attention(model, context, None, False, compare_model=False).kept
+    except ConfigurationError:  # there are no projections with the usual names
         kept = ()
     config = model.config.get_text_config()
     rest = {
@@ -40,15 +40,15 @@ def exchange_attention(model: Any, context: ParallelContext) -> None:
     if context.get_tensor_parallel_world_size() > 1:
         reasons = "; ".join(f"{item.name}: {item.reason}" for item in kept[:1]) or "its projections have other names"
         raise ConfigurationError(
-            f"{type(model).__name__}: its attention modules are not recognised ({reasons}), and run at tensor-parallel "
-            "1 only"
+            f"the attention modules of {type(model).__name__} are not recognised ({reasons}), so it is only supported "
+            "at tensor-parallel 1"
         )
     apart = next((name for name, (_, seen) in rest.items() if seen is None), None)
     if apart is not None or not getattr(model, "_supports_attention_backend", False):
         raise ConfigurationError(
-            f"{type(model).__name__} does not compute attention by transformers' attention interface"
+            f"{type(model).__name__} does not use transformers' attention interface"
             + ("" if apart is None else f" in {apart} ({type(rest[apart][0]).__name__})")
-            + ": write its factory (docs/how-to/bring-a-model.md)"
+            + ". Write its factory (docs/how-to/bring-a-model.md)."
         )
     register()
     model.set_attn_implementation(IMPLEMENTATION)
@@ -66,7 +66,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _spec(module: Any, seen: Observed) -> AttentionSpec:
-    """What the module passes to attention."""
+    """Return the attention spec for the arguments that the module passes to attention."""
     return AttentionSpec(
         num_heads=seen.num_heads,
         num_kv_heads=seen.num_kv_heads,

@@ -1,4 +1,4 @@
-"""Gated MLPs, `down(act(gate x) * up x)`: recognised by trying them, and built with gate and up as one product."""
+"""Gated MLPs, `down(act(gate x) * up x)`: recognised by running them, and built with a merged gate/up projection."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from polyshard.layers.linear import column_parallel, row_parallel
 
 _APART = {"gate_proj", "up_proj", "down_proj"}
 _FUSED = {"gate_up_proj", "down_proj"}
-_TRIED = (4, 6)  # hidden and intermediate size of the trial
+_TRIED = (4, 6)  # hidden and intermediate size of the trial run
 
 
 class GatedMLP(nn.Module):
-    """`down(act(gate x) * up x)`; stored as the module that it replaces stored it."""
+    """`down(act(gate x) * up x)`, with the checkpoint names of the module that it replaces."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class GatedMLP(nn.Module):
             self.is_silu = torch.equal(act(tried), F.silu(tried))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., hidden]` to the same shape."""
+        """Apply the MLP: `[..., hidden]` to the same shape."""
         if self.is_silu:
             return self.down_proj(swiglu(x, self.gate_up_proj))
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
@@ -49,7 +49,7 @@ class GatedMLP(nn.Module):
 
 
 def gated_mlp(module: nn.Module, context: ParallelContext) -> GatedMLP | None:
-    """The fused and sharded form of a module; None where it is no gated MLP of plain linear layers."""
+    """Return the merged and sharded form of a module, or None if it is not a gated MLP of plain linear layers."""
     children = dict(module.named_children())
     linear = {name for name, child in children.items() if type(child) is nn.Linear}
     activations = [child for name, child in children.items() if name not in linear]
@@ -67,7 +67,7 @@ def gated_mlp(module: nn.Module, context: ParallelContext) -> GatedMLP | None:
 
 @torch.no_grad()
 def _agrees(module: nn.Module, linear: set[str], act: nn.Module) -> bool:
-    """Whether the module's own forward, around small layers, gives what `GatedMLP` would."""
+    """Return whether the module's own forward, with small layers, computes the same as `GatedMLP`."""
     hidden, intermediate = _TRIED
     trial = copy.copy(module)
     trial._modules = dict(module._modules)

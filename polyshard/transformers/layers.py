@@ -1,4 +1,4 @@
-"""Linear layers, gated MLPs and norms, exchanged by transformers' own plan."""
+"""Replacement of linear layers, gated MLPs and norms according to transformers' own tensor-parallel plan."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from polyshard.transformers.gated import gated_mlp
 
 logger = logging.getLogger(__name__)
 
-_WHOLE = ("colwise_gather_output", "rowwise_split_input", "replicated_with_grad_allreduce")  # right on whole tensors
+_REPLICATED = ("colwise_gather_output", "rowwise_split_input", "replicated_with_grad_allreduce")  # right if replicated
 
 
 def exchange_layers(model: Any, context: ParallelContext) -> None:
-    """Exchange gated MLPs, norms and linear layers.
+    """Replace gated MLPs, norms and linear layers by parallel ones.
 
     Raises:
-        ConfigurationError: at a tensor-parallel size above 1, there is no plan, or it names a way that is not known.
+        ConfigurationError: at a tensor-parallel size above 1, there is no plan, or it has an unsupported entry.
     """
     size = context.get_tensor_parallel_world_size()
     plan: dict[str, str] = dict(model.tp_plan)
     if size > 1 and not plan:
         raise ConfigurationError(
-            f"{type(model).__name__} has no tensor-parallel plan in transformers, so it runs at tensor-parallel 1 only"
+            f"{type(model).__name__} has no tensor-parallel plan in transformers. Run it at tensor-parallel 1."
         )
-    plain: dict[type, bool] = {}  # whether a class of norms is the plain one
-    whole: list[str] = []
+    plain: dict[type, bool] = {}  # whether a class of norms is a plain RMSNorm
+    left: list[str] = []
 
     def exchanged(path: str, module: Any) -> nn.Module | None:
         mlp = gated_mlp(module, context)
@@ -53,7 +53,7 @@ def exchange_layers(model: Any, context: ParallelContext) -> None:
         if style in ("colwise", "rowwise") or size == 1:
             make = row_parallel if style == "rowwise" else column_parallel
             return make(module.in_features, module.out_features, context, bias=module.bias is not None)
-        whole.append(path)
+        left.append(path)
         return None
 
     def walk(prefix: str, parent: nn.Module) -> None:
@@ -67,19 +67,19 @@ def exchange_layers(model: Any, context: ParallelContext) -> None:
     walk("", model)
     if size == 1:
         return
-    unknown = sorted(set(plan.values()) - {"colwise", "rowwise", *_WHOLE, "embedding_rowwise"})
+    unknown = sorted(set(plan.values()) - {"colwise", "rowwise", *_REPLICATED, "embedding_rowwise"})
     held = [path for path, module in model.named_modules() if _style(plan, path) in unknown]
     if held:
         raise ConfigurationError(
-            f"{type(model).__name__}: {held[0]} is sharded in a way that is not there yet ({', '.join(unknown)}): "
-            "run it at tensor-parallel 1"
+            f"{type(model).__name__}: the plan of {held[0]} is unsupported ({', '.join(unknown)}). Run the model at "
+            "tensor-parallel 1."
         )
-    if whole and context.get_tensor_parallel_rank() == 0:
-        logger.warning("%d linear layers are held whole by every rank: %s", len(whole), ", ".join(whole[:4]))
+    if left and context.get_tensor_parallel_rank() == 0:
+        logger.warning("%d linear layers are replicated on every rank: %s", len(left), ", ".join(left[:4]))
 
 
 def is_plain_norm(module: nn.Module) -> bool:
-    """Whether a norm multiplies by its weight only (Gemma's adds 1, a gated norm takes a gate), found by trying it."""
+    """Return whether a norm only multiplies by its weight, found by running it (Gemma's adds 1 to the weight)."""
     if [name for name, _ in module.named_parameters()] != ["weight"] or len(signature(module.forward).parameters) != 1:
         return False
     generator = torch.Generator().manual_seed(0)
@@ -87,7 +87,7 @@ def is_plain_norm(module: nn.Module) -> bool:
         probe: Any = copy.deepcopy(module).to_empty(device="cpu").float()
         probe.weight.copy_(torch.randn(probe.weight.shape, generator=generator, dtype=torch.float32))
         x = torch.randn(3, probe.weight.numel(), generator=generator, dtype=torch.float32)
-        for scale in (1.0, 1e-3):  # of small numbers the result depends on eps
+        for scale in (1.0, 1e-3):  # for small inputs the result depends on eps
             wanted = F.rms_norm(scale * x, (x.shape[-1],), probe.weight, _eps(module))
             try:
                 if not torch.allclose(probe(scale * x), wanted, rtol=1e-5, atol=1e-5):
@@ -102,5 +102,5 @@ def _eps(module: Any) -> float:
 
 
 def _style(plan: dict[str, str], path: str) -> str | None:
-    """A plan's word on a module; its stars stand for numbers."""
+    """Return the plan's entry for a module; a star in the plan stands for a layer number."""
     return next((style for pattern, style in plan.items() if fnmatch.fnmatchcase(path, pattern)), None)

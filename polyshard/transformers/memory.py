@@ -1,4 +1,4 @@
-"""Memory for what was built without: the parameters and buffers of the modules that were kept."""
+"""Memory for the modules of a model on the meta device that were not replaced."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import nn
 
 @torch.no_grad()
 def give_memory(model: Any, device: torch.device) -> None:
-    """Give every tensor on the meta device memory, and its first values as transformers itself sets them.
+    """Allocate every tensor on the meta device, and initialize it as transformers does.
 
     Args:
-        model: a transformers model; layers that have memory stay as they are. Weights that were shared stay shared.
-        device: where.
+        model: a transformers model. Layers that have memory are left unchanged, and shared weights stay shared.
+        device: the target device.
     """
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():

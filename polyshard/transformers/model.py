@@ -32,26 +32,36 @@ from polyshard.transformers.vocabulary import exchange_vocabulary
 
 
 class TransformersModel(nn.Module):
-    """A causal language model of transformers as training and serving call it; its weights keep their names.
+    """A causal language model of transformers with the interface of training and serving; weights keep their names.
 
-    What its class does to the logits after the head (a soft-cap, a factor) is done by its own code.
+    Operations of the model class after the head (a soft-cap, a factor) run in the class's own code.
+
+    Example:
+        >>> import transformers
+        >>> config = transformers.LlamaConfig(
+        ...     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> model = ps.transformers_model(config, ps.initialize("torch"))
+        >>> hidden = model(torch.tensor([3, 1, 4, 1, 5]))
+        >>> hidden.shape, model.compute_logits(hidden).shape
+        (torch.Size([5, 32]), torch.Size([5, 96]))
     """
 
     def __init__(self, model: Any, context: ParallelContext, stored: Mapping[str, str]) -> None:
         super().__init__()
         self.config, self.parallel_context = model.config, context
-        self.architecture = type(model).__name__  # of the checkpoints that it is saved as
+        self.architecture = type(model).__name__  # `architectures` of its checkpoints
         own: str = model.base_model_prefix
         self._body = stored.get(own, own)
-        self.packed_refusal: str | None = None  # why it takes no packed sequences
+        self.packed_refusal: str | None = None  # why packed sequences are unsupported
         for name, child in model.named_children():
             self.add_module(stored.get(name, name), child)
         self._given = _Given(getattr(model, own))
         setattr(model, own, self._given)
-        self._whole = (model,)  # in a tuple, so that its modules do not count twice
+        self._model = (model,)  # in a tuple, so that its modules are not registered twice
 
     def _apply(self, fn: Any, recurse: bool = True) -> TransformersModel:
-        """Move with the rest, but keep what is computed from the config (rotary frequencies) in its own dtype."""
+        """Apply `fn`, but keep the dtype of buffers that are computed from the config (rotary frequencies)."""
         kept = [
             (module, name, buffer)
             for module in self.modules()
@@ -74,17 +84,17 @@ class TransformersModel(nn.Module):
         labels: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states, or the loss.
+        """Return hidden states, or the loss if labels are given.
 
         Args:
             input_ids: `[batch, seq]`, or packed `[tokens]`.
-            positions: of the same shape; default from 0 in each sequence.
-            cu_seqlens: int32 `[sequences + 1]` for packed input; default one sequence.
-            labels: the token after each token, -100 where none; of the same shape.
-            inputs_embeds: in place of `input_ids`, `[..., hidden]`.
+            positions: same shape; by default they start at 0 in each sequence.
+            cu_seqlens: int32 `[sequences + 1]` for packed input; one sequence by default.
+            labels: same shape; the token after each token, or -100 to ignore a token.
+            inputs_embeds: `[..., hidden]`, in place of `input_ids`.
 
         Returns:
-            Hidden states `[..., hidden]`, or with labels the mean loss.
+            Hidden states `[..., hidden]`, or the mean loss.
         """
         if positions is None:
             positions = sequence_positions(input_ids, cu_seqlens, self.parallel_context)
@@ -110,29 +120,29 @@ class TransformersModel(nn.Module):
     def _refuse_packed(self, positions: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None:
         several = cu_seqlens is not None and len(cu_seqlens) > 2
         if several or bool((positions[..., 1:] == 0).any()):
-            raise ConfigurationError(f"{self.packed_refusal}. Pass one sequence in each row, [batch, seq]")
+            raise ConfigurationError(f"{self.packed_refusal}. Pass one sequence in each row, [batch, seq].")
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Token ids to embeddings."""
+        """Return the embeddings of token IDs."""
         return getattr(self, self._body).get_input_embeddings()(input_ids)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """This rank's shard of the logits, or all of them; `[..., hidden]` to `[..., vocabulary]`."""
+        """Return logits, `[..., hidden]` to `[..., vocabulary]`, or this rank's shard of them."""
         self._given.hidden = hidden if hidden.dim() == 3 else hidden.unsqueeze(0)
         try:
-            logits = self._whole[0](inputs_embeds=self._given.hidden, return_dict=True).logits
+            logits = self._model[0](inputs_embeds=self._given.hidden, return_dict=True).logits
         finally:
             self._given.hidden = None
         return logits if hidden.dim() == 3 else logits.squeeze(0)
 
 
 class _Given(nn.Module):
-    """Stands where the decoder stood in the whole model, so that its forward is the head only."""
+    """A stand-in for the decoder inside the full model, so that the model's forward runs only the head."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
         self.hidden: torch.Tensor | None = None  # [batch, seq, hidden]
-        self._body = (body,)  # in a tuple, so that its modules do not count twice
+        self._body = (body,)  # in a tuple, so that its modules are not registered twice
 
     def __getattr__(self, name: str) -> Any:
         if name == "decoder":  # OPT's head calls the decoder of its model
@@ -140,13 +150,13 @@ class _Given(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            value = getattr(self._body[0], name)  # Falcon H1 scales logits by a number of its body
+            value = getattr(self._body[0], name)  # Falcon H1 scales logits by an attribute of its decoder
             if isinstance(value, (bool, int, float, str)):
                 return value
             raise
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The hidden states that were given; no argument can change what was computed."""
+        """Return the hidden states that were set; arguments have no effect."""
         return _output_class()(last_hidden_state=self.hidden)
 
 
@@ -155,7 +165,7 @@ def _output_class() -> Any:
     from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
     class HiddenStates(BaseModelOutputWithPastAndCrossAttentions):
-        """Hidden states; whatever else a head asks for (caches of many kinds) is None."""
+        """Hidden states; every other attribute that a head reads (such as caches) is None."""
 
         def __getattr__(self, name: str) -> None:
             if name.startswith("__"):
@@ -167,25 +177,34 @@ def _output_class() -> Any:
 def transformers_model(config: Any, parallel_context: ParallelContext) -> TransformersModel:
     """Build the causal language model of a transformers config, with polyshard's layers in place of its own.
 
-    A factory: `register_model("LlamaForCausalLM", "polyshard:transformers_model")` serves a checkpoint of that
-    architecture by transformers' own code, and training builds the same model on any adapter.
+    This is a factory: `register_model("LlamaForCausalLM", "polyshard:transformers_model")` serves a checkpoint of that
+    architecture with transformers' own code, and training builds the same model with any adapter.
 
-    Attention that `replace_with_trainable_attention` recognises is replaced, gated MLPs are fused, and every other
-    linear layer follows transformers' own tensor-parallel plan. Attention that is not recognised keeps its code, and
-    takes the engine's cache, at tensor-parallel 1. A small model of the same configuration is compared as a whole with
-    transformers' own, once for each configuration; docs/reference/transformers-models.md has the outcomes.
+    Attention that `replace_with_trainable_attention` recognises is replaced, gated MLPs are merged, and other linear
+    layers follow transformers' own tensor-parallel plan. Attention that is not recognised keeps its code and uses the
+    engine's cache, at tensor-parallel 1 only. A trial model of the same configuration is compared with transformers'
+    own, once for each configuration (docs/reference/transformers-models.md lists the result for every family).
 
     Args:
         config: a transformers config, or the fields of one (`polyshard.read_config`).
-        parallel_context: this process's position; its tensor axis may have any size.
+        parallel_context: the parallel context; its tensor axis may have any size.
 
     Returns:
-        The model. If a layer carries state from token to token, the model refuses packed sequences and names the layer.
+        The model. If a layer carries state from token to token, the model rejects packed sequences and names the layer.
 
     Raises:
-        ConfigurationError: it has no causal language model, or one with parts that polyshard does not build, or one
-            whose logits would differ from transformers'; or the layout asks for pipeline, context or sequence parallel.
-            No memory was taken.
+        ConfigurationError: transformers has no causal language model for the config, the model has unsupported parts or
+            logits that differ from transformers', or the layout uses pipeline, context or sequence parallel. The error
+            is raised before memory is allocated.
+
+    Example:
+        >>> import transformers
+        >>> config = transformers.LlamaConfig(
+        ...     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> model = transformers_model(config, ps.initialize("torch"))
+        >>> model(torch.tensor([[3, 1, 4]]), labels=torch.tensor([[1, 4, -100]])).shape
+        torch.Size([])
     """
     TRANSFORMERS.require()
     config = _transformers_config(config)
@@ -193,10 +212,12 @@ def transformers_model(config: Any, parallel_context: ParallelContext) -> Transf
     asked = {"pipeline": layout.pipeline > 1, "context": layout.context > 1, "sequence": layout.sequence_parallel}
     for way, wanted in asked.items():
         if wanted:
-            raise ConfigurationError(f"transformers models have no {way} parallel here: tensor and data parallel only")
+            raise ConfigurationError(
+                f"{way} parallel is unsupported for transformers models. Use tensor and data parallel only."
+            )
     model = _on_meta(config)
     refuse_unsupported(model, config)
-    verdict = try_model(  # before memory is taken
+    verdict = try_model(  # before memory is allocated
         config,
         sum(parameter.numel() for parameter in model.parameters()),
         lambda small, context: _built(_on_meta(small), context),
@@ -208,28 +229,28 @@ def transformers_model(config: Any, parallel_context: ParallelContext) -> Transf
     others = sorted(kept_modules(built) ^ verdict.kept)
     if others:
         raise ConfigurationError(
-            f"{name} is built of other layers than the small model that was compared with transformers' own: got "
-            f"{others[0]} in only one of the two. Write its factory (docs/how-to/bring-a-model.md)"
+            f"{name} has other layers than the trial model that was compared with transformers' own: got {others[0]} "
+            "in only one of the two. Write its factory (docs/how-to/bring-a-model.md)."
         )
     built.packed_refusal = verdict.packed
     return built
 
 
 def _on_meta(config: Any) -> Any:
-    """transformers' own model, without memory."""
+    """Build transformers' own model without allocating memory."""
     from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())
-    except Exception as error:  # of whatever transformers' code raises
+    except Exception as error:  # transformers' code may raise anything
         if isinstance(error, ValueError) and "Unrecognized configuration class" in str(error):
             raise ConfigurationError(
-                f"transformers builds no causal language model of {type(config).__name__}: use the config of one"
+                f"transformers has no causal language model for {type(config).__name__}. Use the config of one."
             ) from error
         raise ConfigurationError(
             f"transformers cannot build the model of this {type(config).__name__}: {type(error).__name__}: {error}. "
-            "Complete the config"
+            "Complete the config."
         ) from error
 
 
@@ -245,7 +266,7 @@ def _built(model: Any, context: ParallelContext) -> TransformersModel:
 
 
 def _transformers_config(config: Any) -> Any:
-    """The config itself, or the one that transformers makes of a checkpoint's config.json, as a server does."""
+    """Return the config itself, or the one that transformers creates from the fields of a config.json."""
     from transformers import AutoConfig, PretrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -254,17 +275,17 @@ def _transformers_config(config: Any) -> Any:
     fields = config.to_dict() if callable(getattr(config, "to_dict", None)) else {}
     if fields.get("model_type") not in CONFIG_MAPPING:
         raise ConfigurationError(
-            f"transformers_model needs a transformers config, got {type(config).__name__} with model_type "
-            f"{fields.get('model_type')!r}: transformers.AutoConfig.from_pretrained(directory) reads one"
+            f"the config is unsupported: got {type(config).__name__} with model_type {fields.get('model_type')!r}, "
+            "expected a transformers config. Read one with transformers.AutoConfig.from_pretrained(directory)."
         )
     with tempfile.TemporaryDirectory(prefix="polyshard-config-") as folder:
         try:
             (Path(folder) / "config.json").write_text(json.dumps(fields))
             found = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # of whatever a config class raises
+        except Exception as error:  # a config class may raise anything
             raise ConfigurationError(
-                f"transformers refuses the fields of this {fields['model_type']!r} config: {type(error).__name__}: "
-                f"{error}. Correct config.json"
+                f"transformers rejects the fields of this {fields['model_type']!r} config: {type(error).__name__}: "
+                f"{error}. Correct config.json."
             ) from error
     found._name_or_path = ""
     return found

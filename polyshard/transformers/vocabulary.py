@@ -15,38 +15,38 @@ from polyshard.layers.vocabulary import lm_head, vocab_embedding
 
 
 class WrappedEmbedding(nn.Module):
-    """A sharded embedding times a number (Gemma's), of which a padding token's row gets no gradient."""
+    """A sharded embedding with a scale (Gemma), which sends no gradient to the row of a padding token."""
 
     def __init__(self, embedding: nn.Module, scale: float, padding: int | None) -> None:
         super().__init__()
         self.embedding = embedding
         self.scale, self.padding = scale, padding
-        known: dict[str, Any] = vars(embedding).pop("weight_layouts")  # stored as if it stood here
+        known: dict[str, Any] = vars(embedding).pop("weight_layouts")  # its checkpoint name is that of this module
         self.weight_layouts = {f"embedding.{name}": entry for name, entry in known.items()}
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """`[...]` to `[..., hidden]`."""
+        """Return embeddings: `[...]` to `[..., hidden]`."""
         x = self.embedding(input_ids)
         if self.padding is not None and torch.is_grad_enabled():
             x = torch.where((input_ids == self.padding).unsqueeze(-1), x.detach(), x)
         if self.scale == 1.0:
             return x
-        return x * torch.tensor(self.scale, dtype=x.dtype, device="cpu")  # rounded as the weights are
+        return x * torch.tensor(self.scale, dtype=x.dtype, device="cpu")  # rounded to the dtype of the weights
 
 
 def exchange_vocabulary(model: Any, context: ParallelContext) -> None:
-    """Shard embedding and head, tied where they were.
+    """Shard the embedding and the head, tied if they were tied.
 
     Raises:
-        ConfigurationError: they are of a kind that cannot be sharded, at a tensor-parallel size above 1.
+        ConfigurationError: their classes cannot be sharded, at a tensor-parallel size above 1.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     scale = _scale(embedding)
     if scale is None or type(head) is not nn.Linear:
         if context.get_tensor_parallel_world_size() > 1:
             raise ConfigurationError(
-                f"{type(model).__name__}: its {type(embedding).__name__} and {type(head).__name__} cannot be sharded "
-                "over the vocabulary: run it at tensor-parallel 1"
+                f"{type(embedding).__name__} and {type(head).__name__} of {type(model).__name__} cannot be sharded "
+                "over the vocabulary. Run the model at tensor-parallel 1."
             )
         return
     tied = head.weight is embedding.weight
@@ -54,14 +54,15 @@ def exchange_vocabulary(model: Any, context: ParallelContext) -> None:
     new_head = lm_head(
         head.in_features, head.out_features, context, bias=head.bias is not None, tied_to=new if tied else None
     )
-    padding = embedding.padding_idx if context.attention is None else None  # a server trains nothing
+    # A server computes no gradients.
+    padding = embedding.padding_idx if context.attention is None else None
     plain = scale == 1.0 and padding is None
     model.set_input_embeddings(new if plain else WrappedEmbedding(new, scale, padding))
     model.set_output_embeddings(new_head)
 
 
 def _scale(embedding: Any) -> float | None:
-    """The number that an embedding multiplies by, found by trying it; None where it does anything else."""
+    """Return the factor that an embedding multiplies by, found by running it; None if it does anything else."""
     if type(embedding) is nn.Embedding:
         return 1.0
     scale = getattr(embedding, "scalar_embed_scale", None)

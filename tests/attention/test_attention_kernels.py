@@ -259,7 +259,7 @@ def no_library_yet(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("compiler", "reason"),
     [
-        ("no-such-compiler", "no-such-compiler, which is not there: install g.. or set CXX"),
+        ("no-such-compiler", "no-such-compiler was not found. Install g.. or set CXX"),
         ("false", "false could not compile attention.cpp"),
     ],
 )

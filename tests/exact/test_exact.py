@@ -380,13 +380,13 @@ def test_wrong_settings_are_named():
     five = ps.initialize("torch", exact=True, exact_shards=5)
     attention = ps.TrainableFlashAttention(64, 2, parallel_context=context, kernel="chunked")
     column, half = ps.column_parallel(8, 8, context), torch.randn(2, 8).bfloat16()
-    with pytest.raises(ps.ConfigurationError, match="add exact=True"):
+    with pytest.raises(ps.ConfigurationError, match="Add exact=True"):
         ps.initialize("torch", exact_shards=2)
     with pytest.raises(ps.ConfigurationError, match="float32, bfloat16 or float16"):
         ps.initialize("torch", exact=True, exact_dtype=torch.float64)
     with pytest.raises(ps.LayoutError, match="exact_shards=5"):
         ps.row_parallel(32, 8, five)
-    with pytest.raises(ps.RegistrationError, match="add exact=True"):
+    with pytest.raises(ps.RegistrationError, match="Add exact=True"):
         ps.register_model("Exactly", decoder.build_model, exact_shards=2)
     with pytest.raises(ps.RegistrationError, match="positive integer"):
         ps.register_model("Exactly", decoder.build_model, exact=True, exact_shards=0)

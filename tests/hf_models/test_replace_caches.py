@@ -80,7 +80,7 @@ def test_generation_continues_a_prompt_that_is_padded_on_the_right():
 def test_a_last_query_that_sees_nothing_is_told_of(monkeypatch, caplog):
     monkeypatch.setattr("polyshard.transformers.replaced.dense._told", set())
     model_pair("Mistral")[1](IDS, attention_mask=table.masks()["left and right"])
-    assert "a row ends in more masked tokens than the sliding window holds" in caplog.text
+    assert "a row ends with more masked tokens than the sliding window holds" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma 2"])
@@ -181,8 +181,8 @@ def test_a_prescribed_kernel_refuses_what_it_cannot_compute():
     mask[0, 3] = False
     dense = torch.ones(1, 1, 8, 8, dtype=torch.bool)
     for given, reason in (
-        (mask, "one with gaps in rows longer than the sliding window"),
-        (dense, "one for every pair"),
+        (mask, "a mask with gaps in rows longer than the sliding window"),
+        (dense, "a mask for every pair"),
     ):
         with pytest.raises(ps.ConfigurationError, match=f"not supported by kernel 'cpu_flash': got {reason}"):
             attend_batch(q, q, q, given, None, sliding_window=4, kernel="cpu_flash")

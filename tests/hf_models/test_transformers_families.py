@@ -117,8 +117,8 @@ def test_the_same_at_tensor_parallel_2(outcomes, saved, originals):
         ("llama4_text", "Llama4ForCausalLM has a mixture of experts"),
         ("qwen3_next", "Qwen3NextForCausalLM has a mixture of experts"),
         ("mixtral", "MixtralForCausalLM has a mixture of experts"),
-        ("recurrent_gemma", "RecurrentGemmaForCausalLM with polyshard's layers does not compute what transformers'"),
-        ("gemma3", "Gemma3Config is not the config of a text decoder only: it has text_config, vision_config"),
+        ("recurrent_gemma", "RecurrentGemmaForCausalLM with polyshard's layers differs from transformers'"),
+        ("gemma3", "Gemma3Config is not the config of a plain text decoder: it has text_config, vision_config"),
         ("apertus", "stores .* buffers beside its parameters .model.layers.0.mlp.act_fn.beta"),
     ],
 )

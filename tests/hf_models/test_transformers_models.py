@@ -97,7 +97,7 @@ def test_served_by_its_own_code_on_vllms_layers_and_cache(saved, name):
 def test_a_model_with_layers_that_carry_state_is_not_served(tmp_path):
     transformers.AutoModelForCausalLM.from_config(LFM2).save_pretrained(tmp_path)
     ps.register_model("ServedAsItIs", "polyshard:transformers_model")
-    words = r"Lfm2ForCausalLM cannot be served as it is: Lfm2ShortConv \(model.layers.0.conv\), which carries state"
+    words = r"Lfm2ForCausalLM cannot be served: Lfm2ShortConv \(model.layers.0.conv\), which carries state"
     with pytest.raises(ps.RegistrationError, match=words), engine(tmp_path, "ServedAsItIs"):
         pass
 
@@ -134,11 +134,11 @@ def test_served_at_tensor_parallel_2(saved):
 @pytest.mark.parametrize(
     ("config", "layout", "words"),
     [
-        (WHOLE["gpt2"], {"tensor": 2}, "not recognised.*tensor-parallel 1 only"),
-        (WHOLE["olmo2"], {"tensor": 2}, "query norm.*tensor-parallel 1 only"),
-        (SHARDED["llama"], {"pipeline": 2}, "no pipeline parallel"),
-        (transformers.T5Config(), {}, "no causal language model of T5Config"),
-        ({"hidden_size": 8}, {}, "needs a transformers config, got dict"),
+        (WHOLE["gpt2"], {"tensor": 2}, "not recognised.*only supported at tensor-parallel 1"),
+        (WHOLE["olmo2"], {"tensor": 2}, "query norm.*only supported at tensor-parallel 1"),
+        (SHARDED["llama"], {"pipeline": 2}, "pipeline parallel is unsupported"),
+        (transformers.T5Config(), {}, "no causal language model for T5Config"),
+        ({"hidden_size": 8}, {}, "the config is unsupported: got dict"),
     ],
 )
 def test_what_cannot_be_built_says_why(config, layout, words):

@@ -62,5 +62,5 @@ def test_of_a_layer_it_is_the_activation_of_its_output():
 
 
 def test_an_odd_size_is_refused():
-    with pytest.raises(ps.ConfigurationError, match="which is 5"):
+    with pytest.raises(ps.ConfigurationError, match="last dimension: got 5"):
         ps.swiglu(torch.ones(2, 5))

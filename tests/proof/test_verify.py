@@ -105,6 +105,6 @@ def test_a_size_that_does_not_divide_is_told_in_its_row(directory, verify):
 def test_bad_arguments(directory, verify):
     factory = ("--factory", FACTORY)
     done = verify("--model", directory, *factory, "--tensor-parallel", "two")
-    assert "takes numbers separated by commas, got 'two'" in done.stderr
+    assert "--tensor-parallel is invalid: got 'two', expected numbers separated by commas" in done.stderr
     assert "config.json does not exist" in verify("--model", directory / "nowhere", *factory).stderr
-    assert "--model and --factory go together" in verify(*factory).stderr
+    assert "--model and --factory must be passed together" in verify(*factory).stderr

@@ -123,7 +123,7 @@ def test_serving_a_checkpoint_without_a_registered_model_says_so(tmp_path, capfd
     assert "pass --trust-checkpoint to run it" in polyshard(capfd, "serve", directory).stderr
     assert "has no 'nothing'" in polyshard(capfd, "serve", directory, "--factory", "decoder:nothing").stderr
     assert "config.json does not exist" in polyshard(capfd, "serve", tmp_path / "nowhere").stderr
-    assert "--outputs: these belong to a model" in polyshard(capfd, "serve", directory, "--outputs", "logits").stderr
+    assert "--outputs only apply to a model" in polyshard(capfd, "serve", directory, "--outputs", "logits").stderr
 
 
 @pytest.mark.vllm
@@ -150,7 +150,7 @@ def test_a_checkpoint_records_how_its_model_is_registered(tmp_path, monkeypatch)
     assert ps.registered_models()[SERVED_NAME] == dataclasses.replace(registered, name=SERVED_NAME, names={"^c": "d"})
     fields["polyshard"]["stray"] = 1
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ps.RegistrationError, match=r"config.json: polyshard is .*stray.* expected"):
+    with pytest.raises(ps.RegistrationError, match=r"config.json: polyshard is invalid: got .*stray.* expected"):
         server_command(tmp_path, None, True, [])
 
 

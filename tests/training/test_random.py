@@ -114,7 +114,7 @@ def test_the_share_that_is_dropped_and_its_independence():
     assert not ps.Dropout(1.0, context)(torch.ones(3, 3)).any()
     assert torch.equal(ps.Dropout(0.0, context)(x), x)
     for wrong in (-0.1, 1.1):
-        with pytest.raises(ps.ConfigurationError, match=r"must be in \[0, 1\]: got"):
+        with pytest.raises(ps.ConfigurationError, match=r"the dropout probability is invalid: got"):
             ps.Dropout(wrong, context)
     with pytest.raises(ps.ConfigurationError, match="region is unsupported: got 'all', expected one of"):
         ps.Dropout(0.1, context, region="all")
@@ -188,7 +188,7 @@ def test_all_generators_are_seeded_and_their_states_saved():
     assert draws() == second
     restore(before)
     for wrong in (-1, 1.5, True):
-        with pytest.raises(ps.ConfigurationError, match="seed must be an integer of 0 or more: got"):
+        with pytest.raises(ps.ConfigurationError, match="the seed is invalid: got"):
             ps.manual_seed(wrong, context)
 
 

@@ -167,14 +167,14 @@ def test_train_batch_takes_packed_rows_and_names_what_is_missing(directory):
     found = engine.train_batch([packed])
     assert float(found.tokens) == 16
     assert float(found.loss) == pytest.approx(model(ids[:, :-1], labels=ids[:, 1:]).item(), rel=1e-6)
-    with pytest.raises(ps.ConfigurationError, match="at least one micro-batch: got none"):
+    with pytest.raises(ps.ConfigurationError, match="micro_batches is empty"):
         engine.train_batch([])
     with pytest.raises(ps.ConfigurationError, match="has no labels: got input_ids"):
         engine.train_batch([{"input_ids": ids}])
-    with pytest.raises(ps.ConfigurationError, match=r"must be a scalar sum over tokens: got shape \(2, 8"):
+    with pytest.raises(ps.ConfigurationError, match=r"the loss has the wrong shape: got \(2, 8"):
         engine.train_batch([{"input_ids": ids[:, :-1], "labels": ids[:, 1:]}], lambda out, batch: out)
     bare = ps.load_adapter("torch").engine(torch.nn.Linear(2, 2), ps.AdamW(), context)
-    with pytest.raises(ps.ConfigurationError, match="Linear has no compute_logits: pass loss="):
+    with pytest.raises(ps.ConfigurationError, match="Linear has no compute_logits. Pass loss="):
         bare.train_batch([{"labels": ids}])
 
 

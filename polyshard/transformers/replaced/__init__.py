@@ -1,4 +1,4 @@
-"""Module surgery: trainable attention put into models that were written without polyshard."""
+"""Module surgery: trainable attention for models that were written without polyshard."""
 
 from polyshard.transformers.replaced.surgery import Kept, Replacement, replace_with_trainable_attention
 

@@ -1,4 +1,4 @@
-"""The module that takes an attention's place, called as transformers' decoder layers call theirs."""
+"""The module that replaces an attention module, with the calling convention of transformers' decoder layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from polyshard.transformers.replaced.recognize import Found
 class ReplacedAttention(TrainableFlashAttention):
     """`TrainableFlashAttention` with another module's weights and calling convention.
 
-    Its checkpoint names are those of the module replaced. In a serving engine it takes that engine's cache.
+    Its checkpoint names are those of the replaced module. In a serving engine it uses the engine's cache.
     """
 
     def __init__(self, found: Found, context: ParallelContext | None, kernel: str | None) -> None:
@@ -51,7 +51,7 @@ class ReplacedAttention(TrainableFlashAttention):
             )
         self.to(device=device, dtype=first.dtype)
         self.uses_rotary = found.rotary
-        self.rotary_doubled = True  # whether cosine and sine come twice over, as in all but gpt-oss
+        self.rotary_doubled = True  # whether cosine and sine are repeated for both halves, as in all but gpt-oss
         if found.norms is not None:
             alone = self.context.get_tensor_parallel_world_size() == 1 or self.core is not None
             for name, norm in zip(("q_norm", "k_norm"), found.norms):
@@ -70,23 +70,23 @@ class ReplacedAttention(TrainableFlashAttention):
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """Attend.
+        """Compute attention.
 
         Args:
             hidden_states: `[batch, seq, hidden]`.
-            position_embeddings: cosine and sine, each `[batch, seq, rotary_dim]`, its halves alike, or one.
-            attention_mask: `[batch, keys]`, True or 1 where a token counts; `[batch, 1, seq, keys]` as transformers
-                takes it; None where all tokens count.
-            past_key_values: transformers' cache, to which this layer's keys and values are added.
-            position_ids: `[batch, seq]`; where they do not grow another sequence begins.
-            cu_seq_lens_q: boundaries of the sequences in the batch laid end to end.
-            cu_seq_lens_k: the same for keys; has to be equal.
-            cache: `past_key_values`, as transformers 5.24 and later call it.
-            is_causal: has to be what the module was built with.
-            kwargs: those that say nothing about attention are ignored.
+            position_embeddings: cosine and sine, each `[batch, seq, rotary_dim]` with equal halves, or only one half.
+            attention_mask: `[batch, keys]`, True or 1 for tokens that count; `[batch, 1, seq, keys]` as in
+                transformers; None if all tokens count.
+            past_key_values: a transformers cache, to which this layer's keys and values are added.
+            position_ids: `[batch, seq]`; a new sequence starts where they do not increase.
+            cu_seq_lens_q: boundaries of the sequences in the flattened batch.
+            cu_seq_lens_k: boundaries of the keys; must be equal to `cu_seq_lens_q`.
+            cache: the name of `past_key_values` in transformers 5.24 and later.
+            is_causal: must equal the setting that the module was built with.
+            kwargs: ignored if they do not affect attention.
 
         Returns:
-            `[batch, seq, hidden]`, and None for the weights, which no flash kernel has.
+            `[batch, seq, hidden]`, and None for the attention weights, which no flash kernel computes.
 
         Raises:
             ConfigurationError: an argument is unknown, or asks for attention weights.
@@ -97,14 +97,14 @@ class ReplacedAttention(TrainableFlashAttention):
         elif cache is not None and cache is not past_key_values:
             raise ConfigurationError(
                 f"ReplacedAttention was given two caches: got {type(past_key_values).__name__} as past_key_values and "
-                f"{type(cache).__name__} as cache, expected one. Pass one of them"
+                f"{type(cache).__name__} as cache, expected one. Pass one of them."
             )
         batch, length = hidden_states.shape[:2]
         spec = self.spec
         if is_causal is not None and bool(is_causal) != spec.causal:
             raise ConfigurationError(
-                f"ReplacedAttention of layer {spec.layer_index} got is_causal={is_causal}, expected {spec.causal}, as "
-                "it was built. Leave it out"
+                f"is_causal of attention layer {spec.layer_index} is wrong: got {is_causal}, expected {spec.causal}, "
+                "with which it was built. Omit it."
             )
         q, k, v = self.heads(hidden_states)
         if position_embeddings is not None and self.uses_rotary:
@@ -147,7 +147,7 @@ class ReplacedAttention(TrainableFlashAttention):
 
 
 class SummedNorm(nn.Module):
-    """A head norm of ranks that each see some of the heads: its weights' gradients are summed over them."""
+    """A norm of heads that are sharded over ranks: the gradients of its weights are summed over the ranks."""
 
     def __init__(self, norm: nn.Module, context: ParallelContext) -> None:
         super().__init__()
@@ -157,6 +157,6 @@ class SummedNorm(nn.Module):
         attach_layouts(self, layouts, self.axis.rank, self.axis.size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., head_dim]` to the same shape."""
+        """Apply the norm: `[..., head_dim]` to the same shape."""
         weights = {name: sum_gradient(weight, self.axis) for name, weight in self.norm.named_parameters()}
         return torch.func.functional_call(self.norm, weights, (x,))

@@ -1,4 +1,4 @@
-"""Attention of a batch as transformers' models lay it out: padded rows, packed rows, keys from a cache."""
+"""Attention of a batch in the layouts of transformers' models: padded rows, packed rows, keys from a cache."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ def attend_batch(
     last_counts: bool = False,
     **features: Any,
 ) -> torch.Tensor:
-    """Attention of a padded batch, or of one row that holds several sequences.
+    """Compute attention of a padded batch, or of rows that hold several sequences.
 
     Args:
         q: `[batch, seq, heads, head_dim]`.
-        k: `[batch, keys, kv_heads, head_dim]`; where there are more keys than queries, the queries are the last.
-        v: as `k`.
-        mask: `[batch, keys]`, where a token counts; `[batch or 1, heads or 1, seq, keys]`, True where a key is seen or
-            what is added to scores, in place of causality and window; None where all tokens count.
-        cu_seqlens: boundaries in the batch laid end to end; None for one sequence a row.
+        k: `[batch, keys, kv_heads, head_dim]`; if there are more keys than queries, the queries are the last tokens.
+        v: same shape as `k`.
+        mask: `[batch, keys]`, True for tokens that count; or `[batch or 1, heads or 1, seq, keys]`, True for visible
+            keys or a float that is added to scores, which replaces causality and window; None if all tokens count.
+        cu_seqlens: boundaries in the flattened batch; None for one sequence in each row.
         last_counts: also compute the last query of a row if it is masked.
-        features: of `packed_attention`.
+        features: keyword arguments of `packed_attention`.
 
     Returns:
-        `[batch, seq, heads, head_dim]`; queries that the mask leaves out may be 0.
+        `[batch, seq, heads, head_dim]`; masked queries may be 0.
 
     Raises:
-        ConfigurationError: the mask is not of that shape, or there are boundaries beside a mask or a cache.
+        ConfigurationError: the mask has another shape, or boundaries are combined with a mask or a cache.
     """
     batch, length, keys = q.shape[0], q.shape[1], k.shape[1]
     if cu_seqlens is not None and (mask is not None or keys != length):
         beside = "an attention mask" if mask is not None else f"{keys - length} cached tokens"
         raise ConfigurationError(
-            f"boundaries of packed sequences cannot be combined with {beside}: got both, expected one of them. Leave "
-            "masked tokens out of the row and pass no mask, and give sequences that continue rows of their own"
+            f"boundaries of packed sequences cannot be combined with {beside}: got both, expected one of them. Remove "
+            "masked tokens from the row instead of passing a mask, and put sequences that continue into separate rows."
         )
     if mask is None:
         if cu_seqlens is None:
@@ -55,20 +55,20 @@ def attend_batch(
         return packed_attention(q, k, v, cu_seqlens, keys=key_bounds, **features).unflatten(0, (batch, length))
     if mask.dim() == 4:
         kernel = features.pop("kernel", None)
-        allow_dense(kernel, "one for every pair of query and key")
+        allow_dense(kernel, "a mask for every pair of query and key")
         named = {name: features[name] for name in ("scale", "softcap", "sinks", "dropout") if name in features}
         return masked_attention(q, k, v, mask, **named)
     if mask.dim() != 2 or mask.shape != (batch, keys):
         raise ConfigurationError(
             f"the attention mask has the wrong shape: got {tuple(mask.shape)}, expected [batch, keys] = {(batch, keys)}"
-            ". Give one entry for each token of the cache and the call"
+            ". Pass one entry for each token of the cache and the call."
         )
     counts = mask.bool()
     rows = counts[:, keys - length :]
     window = features.get("sliding_window")
     if window is not None and _gaps_matter(counts, window):
         kernel = features.pop("kernel", None)
-        allow_dense(kernel, "one with gaps in rows longer than the sliding window")
+        allow_dense(kernel, "a mask with gaps in rows longer than the sliding window")
         named = {name: value for name, value in features.items() if name != "sliding_window"}
         if last_counts:
             _tell_of_empty_windows(counts, counts[:, -window:])
@@ -87,7 +87,7 @@ def _with_last(
     counts: torch.Tensor,
     features: dict[str, Any],
 ) -> torch.Tensor:
-    """Add the last query of rows whose last token is masked: `generate` goes on from it after right padding."""
+    """Also compute the last query of rows whose last token is masked; `generate` needs it after right padding."""
     window = features.get("sliding_window")
     seen = counts.clone()
     if window is not None:
@@ -109,7 +109,7 @@ def _with_last(
 
 
 def _gaps_matter(counts: torch.Tensor, window: int) -> bool:
-    """Whether some row has tokens left out between others and is longer than the window."""
+    """Return whether some row is longer than the window and has masked tokens between others."""
     columns = torch.arange(counts.shape[1], device=counts.device)
     first = torch.where(counts, columns, counts.shape[1]).amin(1)
     span = torch.where(counts, columns, -1).amax(1) - first + 1
@@ -119,17 +119,17 @@ def _gaps_matter(counts: torch.Tensor, window: int) -> bool:
 def _tell_of_empty_windows(counts: torch.Tensor, seen: torch.Tensor) -> None:
     if not torch.is_grad_enabled() and bool((counts.any(1) & ~seen.any(1)).any()):
         warn_once(
-            "a row ends in more masked tokens than the sliding window holds: the last query sees nothing, and "
-            "transformers' implementations disagree about its output. Pad prompts on the left before generating"
+            "a row ends with more masked tokens than the sliding window holds: the last query sees no key, and "
+            "transformers' implementations differ in its output. Pad prompts on the left before generating."
         )
 
 
 def used_mask(mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:
-    """Return a mask for the filled slots of a cache; None if all tokens count.
+    """Return a mask for the filled slots of a cache, or None if all tokens count.
 
     Args:
         mask: `[batch, slots]` or `[batch or 1, heads or 1, seq, slots]`.
-        keys: number of slots that are filled.
+        keys: number of filled slots.
     """
     if mask is None:
         return None
@@ -144,11 +144,11 @@ def given_boundaries(
     batch: int,
     window: int | None,
 ) -> torch.Tensor:
-    """Check boundaries that the caller gives.
+    """Check the boundaries that the caller passes.
 
     Args:
-        cu_seqlens: of the queries, in the batch laid end to end.
-        key_bounds: of the keys; None for the same.
+        cu_seqlens: boundaries of the queries in the flattened batch.
+        key_bounds: boundaries of the keys; None if they are equal.
         position_ids: as in `packed_boundaries`.
         batch: number of rows.
         window: sliding window of the layer.
@@ -157,12 +157,12 @@ def given_boundaries(
         `cu_seqlens`.
 
     Raises:
-        ConfigurationError: keys have other boundaries, or positions leave tokens out that a window would count.
+        ConfigurationError: keys have other boundaries, or positions skip tokens that a window would count.
     """
     if key_bounds is not None and key_bounds is not cu_seqlens and not torch.equal(key_bounds, cu_seqlens):
         raise ConfigurationError(
             f"cu_seq_lens_k is unsupported: got {key_bounds.tolist()}, expected cu_seq_lens_q, {cu_seqlens.tolist()}. "
-            "Leave it out"
+            "Omit it."
         )
     if window is not None and position_ids is not None and position_ids.dim() == 2:
         check_positions(position_ids.expand(batch, -1).reshape(-1), cu_seqlens, window)
@@ -172,24 +172,24 @@ def given_boundaries(
 def packed_boundaries(
     position_ids: torch.Tensor | None, batch: int, length: int, mask: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Find packed sequences: where positions do not grow, another sequence begins.
+    """Return the boundaries of packed sequences; a new sequence starts where positions do not increase.
 
     Args:
-        position_ids: `[batch or 1, seq]`; of other shapes they say nothing about sequences.
+        position_ids: `[batch or 1, seq]`; other shapes carry no information about sequences.
         batch: number of rows.
         length: number of queries in each row.
         mask: None, or as in `attend_batch`.
 
     Returns:
-        Cumulative lengths over the batch laid end to end; None if each row is one sequence.
+        Cumulative lengths over the flattened batch; None if each row is one sequence.
 
     Raises:
-        ConfigurationError: positions leave some out, or begin again in a row with masked tokens.
+        ConfigurationError: positions skip a number, or restart in a row with masked tokens.
     """
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != length or length < 2:
         return None
     if mask is not None and mask.dim() != 2:
-        return None  # a dense mask says it all
+        return None  # a dense mask already separates sequences
     position_ids = position_ids.expand(batch, -1)
     steps = position_ids.diff(dim=1)
     if bool((steps == 1).all()):
@@ -198,8 +198,8 @@ def packed_boundaries(
         for row, kept in zip(position_ids, mask[:, -length:].bool()):
             if bool((row[kept].diff() <= 0).any()):
                 raise ConfigurationError(
-                    "a packed row cannot have an attention mask: got position IDs that begin again between tokens that "
-                    "count, and tokens that do not, expected one of them. Leave out the mask and the padding"
+                    "a packed row cannot have an attention mask: got position IDs that restart between unmasked tokens "
+                    "and masked tokens, expected one of them. Remove the mask and the padding."
                 )
         return None
     if bool((steps > 1).any()):
@@ -207,7 +207,7 @@ def packed_boundaries(
         before, after = position_ids[row, at : at + 2].tolist()
         raise ConfigurationError(
             f"position IDs are not consecutive: got {before} and then {after}, expected {before + 1}, or at most "
-            f"{before} where another sequence begins. Pass the boundaries of sequences as cu_seq_lens_q"
+            f"{before} at the start of another sequence. Pass the boundaries of sequences as cu_seq_lens_q."
         )
     starts = torch.nn.functional.pad(steps <= 0, (1, 0), value=True)
     flat = starts.flatten().nonzero().flatten()

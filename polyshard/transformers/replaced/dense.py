@@ -1,4 +1,4 @@
-"""Attention with a mask for every pair of query and key, written out, for patterns that no flash kernel takes."""
+"""Attention with a dense mask, in plain torch, for patterns that no flash kernel supports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from polyshard.core.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
 
-_BLOCK = 256  # queries of a windowed row at a time
+_BLOCK = 256  # queries of a windowed row that are computed together
 _told: set[str] = set()
 
 
@@ -26,23 +26,23 @@ def masked_attention(
     sinks: torch.Tensor | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Return attention where the mask alone says which keys a query sees.
+    """Return attention in which only the mask determines the keys that a query sees.
 
     Args:
         q: `[batch, queries, heads, head_dim]`.
         k: `[batch, keys, kv_heads, head_dim]`.
         v: `[batch, keys, kv_heads, value_dim]`.
-        mask: `[batch or 1, heads or 1, queries, keys]`: True where a key is seen, or what is added to scores.
-        scale: factor on q·k; default `head_dim ** -0.5`.
+        mask: `[batch or 1, heads or 1, queries, keys]`: True for visible keys, or a float that is added to scores.
+        scale: factor on q·k; `head_dim ** -0.5` by default.
         softcap: bound on scores.
-        sinks: `[heads]`, a logit of each head that gives nothing.
+        sinks: `[heads]`, a logit of each head that takes part in the softmax without a value.
         dropout: probability of dropping a weight.
 
     Returns:
-        `[batch, queries, heads, value_dim]`; 0 where a query sees no key.
+        `[batch, queries, heads, value_dim]`; 0 for queries that see no key.
 
     Raises:
-        ConfigurationError: the mask is not of that shape.
+        ConfigurationError: the mask has another shape.
     """
     batch, length, heads, dim = q.shape
     keys, groups = k.shape[1], k.shape[2]
@@ -54,7 +54,7 @@ def masked_attention(
     ):
         raise ConfigurationError(
             f"the attention mask has the wrong shape: got {tuple(mask.shape)}, expected [batch or 1, heads or 1, "
-            f"queries, keys] of {rows}. Give a mask for this rank's heads and all keys of the cache"
+            f"queries, keys] of {rows}. Pass a mask for this rank's heads and all keys of the cache."
         )
     kind = wide(q.dtype)
     grouped = q.to(kind).unflatten(2, (groups, heads // groups))
@@ -67,7 +67,7 @@ def masked_attention(
     logits = None if sinks is None else sinks.to(kind)[:, None, None]
     if logits is not None:
         largest = torch.maximum(largest, logits)
-    largest = largest.detach().clamp_min(torch.finfo(kind).min)  # not -inf where a query sees nothing
+    largest = largest.detach().clamp_min(torch.finfo(kind).min)  # not -inf if a query sees no key
     weights = (scores - largest).exp()
     total = weights.sum(-1, keepdim=True)
     if logits is not None:
@@ -90,15 +90,15 @@ def windowed_attention(
     sinks: torch.Tensor | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Return attention in a window that counts the tokens left out, too.
+    """Return attention in a window that also counts masked tokens.
 
     Args:
-        q: `[batch, queries, heads, head_dim]`, the last of the keys' tokens.
+        q: `[batch, queries, heads, head_dim]`, the last tokens of the keys.
         k: `[batch, keys, kv_heads, head_dim]`.
         v: `[batch, keys, kv_heads, value_dim]`.
-        counts: bool `[batch, keys]`, which keys are seen.
-        window: keys `j` with `|i - j| < window` are seen.
-        causal: keys after the query are not.
+        counts: bool `[batch, keys]`, True for visible keys.
+        window: keys `j` with `|i - j| < window` are visible.
+        causal: keys after the query are not visible.
         scale: as in `masked_attention`.
         softcap: as in `masked_attention`.
         sinks: as in `masked_attention`.
@@ -123,21 +123,21 @@ def windowed_attention(
 
 
 def allow_dense(kernel: str | None, reason: str) -> None:
-    """Say once that attention is written out; refuse it where a kernel is prescribed.
+    """Warn once that attention is computed in plain torch; reject it if a kernel is prescribed.
 
     Raises:
         ConfigurationError: a kernel was named, by the caller or by exact mode.
     """
     if kernel is not None:
         raise ConfigurationError(
-            f"the attention mask is not supported by kernel {kernel!r}: got {reason}, expected whole tokens without "
-            "gaps. Leave the kernel to polyshard, or change the mask"
+            f"the attention mask is not supported by kernel {kernel!r}: got {reason}, expected one entry for each "
+            "token without gaps. Remove kernel=, or change the mask."
         )
-    warn_once(f"attention is computed without a flash kernel, in memory of queries times keys: the mask is {reason}")
+    warn_once(f"attention runs without a flash kernel and takes memory for queries times keys, because of {reason}")
 
 
 def warn_once(message: str) -> None:
-    """Log a warning, once in a process."""
+    """Log a warning, once in each process."""
     if message not in _told:
         _told.add(message)
         logger.warning(message)

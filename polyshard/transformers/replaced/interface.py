@@ -1,4 +1,4 @@
-"""polyshard's attention as one of transformers' implementations: modules that were kept use it, and masks come right.
+"""polyshard's attention as an implementation of transformers' attention interface, for modules that were not replaced.
 
 Source: transformers 5, modeling_utils.AttentionInterface and masking_utils.AttentionMaskInterface.
 """
@@ -19,7 +19,7 @@ IMPLEMENTATION = "polyshard"
 
 
 def register() -> None:
-    """Make the implementation known to transformers; it changes no model that does not ask for it."""
+    """Register the implementation with transformers. It only affects models that select it."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(IMPLEMENTATION, attend)
@@ -43,10 +43,10 @@ def attend(
     position_ids: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`query`, `key` and `value` `[batch, heads, seq, head_dim]` to `[batch, seq, heads, head_dim]`.
+    """Compute attention: `query`, `key`, `value` `[batch, heads, seq, head_dim]` to `[batch, seq, heads, head_dim]`.
 
     Raises:
-        ConfigurationError: the module passes an argument that is unknown, or asks for attention weights.
+        ConfigurationError: the module passes an unknown argument, or asks for attention weights.
     """
     refuse_unknown(kwargs, f"polyshard's attention of {type(module).__name__}")
     core: Any = getattr(module, "polyshard_core", None)
@@ -55,7 +55,7 @@ def attend(
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     batch, _, length, _ = query.shape
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    if attention_mask is not None and attention_mask.dim() == 2:  # as slot_mask makes it: up to the last query
+    if attention_mask is not None and attention_mask.dim() == 2:  # as created by slot_mask: up to the last query
         k, v = (t[:, : attention_mask.shape[1]] for t in (k, v))
     mask = used_mask(attention_mask, k.shape[1])
     if cu_seq_lens_q is not None:
@@ -74,7 +74,7 @@ def attend(
         softcap=softcap,
         dropout=dropout,
         sinks=s_aux,
-        last_counts=not torch.is_grad_enabled(),  # the cache is not seen here
+        last_counts=not torch.is_grad_enabled(),  # this function does not see the cache
     )
     return out, None
 
@@ -88,10 +88,10 @@ def _attend_in_engine(
     sliding_window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """By a serving engine's cache, which was laid out before the module said what it asks for: the two have to agree.
+    """Compute attention with a serving engine's cache, whose layout was fixed before; the arguments must agree with it.
 
     Raises:
-        ConfigurationError: they do not.
+        ConfigurationError: they differ.
     """
     spec = core.spec
     for name, asked, had in (
@@ -102,6 +102,8 @@ def _attend_in_engine(
         ("softcap", softcap, spec.softcap),
     ):
         if asked != had and not (isinstance(had, float) and asked is not None and abs(asked - had) < 1e-6 * had):
-            raise ConfigurationError(f"layer {spec.layer_index} attends with {name} {asked}, not with {had}")
+            raise ConfigurationError(
+                f"{name} of attention layer {spec.layer_index} is wrong: got {asked}, expected {had}"
+            )
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))  # [tokens, heads, head_dim]
     return core(q, k, v, None).unflatten(0, (query.shape[0], query.shape[2]))

@@ -1,7 +1,7 @@
-"""Keywords that transformers' models pass to attention: which are ignored, and an error for all others.
+"""Keyword arguments that transformers' models pass to attention: some are ignored, all others are errors.
 
-A keyword that is swallowed changes the result in silence: transformers 5.24 passes the cache under another name than
-5.23. Source: transformers 5, `TransformersKwargs` and `FlashAttentionKwargs`.
+Silently dropping a keyword would change the result: transformers 5.24 passes the cache under another name than 5.23.
+Source: transformers 5, `TransformersKwargs` and `FlashAttentionKwargs`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from polyshard.core.errors import ConfigurationError
 
-# They say nothing about what attention computes, or say it again.
+# These do not affect the result of attention, or are redundant.
 IGNORED = frozenset(
     {
         "cache_position",
@@ -21,7 +21,7 @@ IGNORED = frozenset(
         "max_length_k",
         "max_length_q",
         "num_items_in_batch",
-        "output_attentions",  # where it is False
+        "output_attentions",  # if it is False
         "output_hidden_states",
         "output_router_logits",
         "position_ids",
@@ -33,24 +33,24 @@ IGNORED = frozenset(
 
 
 def refuse_unknown(keywords: Mapping[str, Any], name: str) -> None:
-    """Raise for keywords that polyshard's attention neither knows nor may ignore.
+    """Raise an error for keywords that polyshard's attention neither supports nor may ignore.
 
     Args:
-        keywords: what is left of a call's keyword arguments; those that are None or False ask for nothing.
-        name: of the module called, for the message.
+        keywords: the remaining keyword arguments of a call; None and False are ignored.
+        name: name of the called module, for the message.
 
     Raises:
-        ConfigurationError: one of them is unknown, or attention weights are asked for.
+        ConfigurationError: a keyword is unknown, or attention weights are requested.
     """
     asked = sorted(key for key, value in keywords.items() if value is not None and value is not False)
     if "output_attentions" in asked:
         raise ConfigurationError(
-            f"{name} cannot return attention weights: got output_attentions=True, and no flash kernel has them. "
-            "Leave it out, or use the model with attn_implementation='eager'"
+            f"{name} cannot return attention weights: got output_attentions=True, but no flash kernel computes them. "
+            "Omit it, or use the model with attn_implementation='eager'."
         )
     unknown = [key for key in asked if key not in IGNORED]
     if unknown:
         raise ConfigurationError(
-            f"{name} was given unsupported arguments: got {', '.join(unknown)}, expected only those that polyshard's "
-            "attention knows. Leave them out, or use a version of transformers that polyshard is tested with"
+            f"{name} was called with unsupported arguments: got {', '.join(unknown)}. Omit them, or use a version of "
+            "transformers that polyshard is tested with."
         )

@@ -1,4 +1,4 @@
-"""The masks that models of transformers hand to polyshard's attention: of key slots where they say enough, else dense.
+"""The masks that transformers' models pass to polyshard's attention: per key if that is sufficient, otherwise dense.
 
 Source: transformers 5, masking_utils (`flash_attention_mask`, `sdpa_mask`).
 """
@@ -12,8 +12,8 @@ import torch
 
 from polyshard.core.errors import ConfigurationError
 
-_CUT = "polyshard_cut"  # attribute of a mask that begins at the cache's first slot
-# What a layer's kernel computes by itself. A closure's name is all that transformers gives; others get a dense mask.
+_CUT = "polyshard_cut"  # attribute set on a mask that begins at the cache's first slot
+# Patterns that kernels implement, identified by the closures' names; any other pattern gets a dense mask.
 _KNOWN = frozenset(
     {
         "causal_mask_function",
@@ -36,7 +36,7 @@ def slot_mask(
     attention_mask: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor | None:
-    """Return the mask of a call, in the smallest form that says everything.
+    """Return the mask of a call in its most compact form.
 
     Args:
         batch_size: number of rows.
@@ -45,19 +45,20 @@ def slot_mask(
         q_offset: position of the first query.
         kv_offset: position of the first key slot.
         mask_function: transformers' function of (row, head, query position, key position).
-        attention_mask: `[batch, tokens]`, which tokens count, from position 0.
-        options: of transformers' `sdpa_mask`.
+        attention_mask: `[batch, tokens]`, True for tokens that count, from position 0.
+        options: further arguments of transformers' `sdpa_mask`.
 
     Returns:
-        None if the queries are the last keys and all keys count. `[batch, keys]` if tokens are left out or the cache
-        has empty slots: the slots up to the last query. `[batch, 1, queries, keys]` where the kernels do not know the
+        None if the queries are the last keys and all keys count. `[batch, keys]`, the slots up to the last query, if
+        tokens are masked or the cache has empty slots. `[batch, 1, queries, keys]` if the kernels do not support the
         pattern.
 
     Raises:
         ConfigurationError: the mask does not cover the tokens of the call.
     """
     used = int(q_offset) + q_length - int(kv_offset)
-    # Without a cache this mask does not fit the keys, and with one it covers slots that are empty: only dense is clear.
+    # Without a cache this mask does not match the keys; with one it covers empty slots. Only a dense mask is
+    # unambiguous.
     unclear = attention_mask is not None and used < kv_length == attention_mask.shape[1]
     if unclear or (mask_function is not None and not _is_known(mask_function)) or used > kv_length:
         from transformers.masking_utils import causal_mask_function, sdpa_mask
@@ -79,16 +80,16 @@ def slot_mask(
         counts = torch.ones(batch_size, used, dtype=torch.bool, device=options.get("device"))
         setattr(counts, _CUT, True)
         return counts
-    if getattr(attention_mask, _CUT, False):  # `generate` makes masks before the model makes them again
+    if getattr(attention_mask, _CUT, False):  # `generate` creates masks, and the model then creates them again
         return attention_mask
     first, width = int(kv_offset), attention_mask.shape[1]
     if first and width < first + used:
         raise ConfigurationError(
             f"the attention mask is too short: got {width} tokens, expected the {first + used} of the cache and the "
-            "call. Give one entry for each token, also for those that the cache has dropped"
+            "call. Pass one entry for each token, including those that the cache has dropped."
         )
     counts = attention_mask[:, first : first + used].bool()
-    counts = torch.nn.functional.pad(counts, (0, used - counts.shape[1]))  # a token that it does not name is left out
+    counts = torch.nn.functional.pad(counts, (0, used - counts.shape[1]))  # tokens beyond the mask are masked
     if used == kv_length and bool(counts.all()):
         return None
     counts = counts.clone() if counts is attention_mask else counts

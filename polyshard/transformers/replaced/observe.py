@@ -1,8 +1,8 @@
-"""What an attention module of transformers asks of its kernel, found by running it up to there on the meta device.
+"""The arguments that a transformers attention module passes to its kernel, found by running it on the meta device.
 
-Attributes with the same name mean different things in different families: EXAONE 4 has a `sliding_window` on layers
-that do not use it, and rotates queries and keys only on those that do. The arguments of the call to transformers'
-attention interface are unambiguous.
+The same attribute means different things in different families: EXAONE 4 has a `sliding_window` on layers that do not
+use it, and rotates queries and keys only on those that do. The arguments of the call to transformers' attention
+interface are unambiguous.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Observed:
         head_dim: size of a query or key head.
         value_dim: size of a value head.
         scale: factor on q·k.
-        sliding_window: as passed; None without.
-        softcap: as passed; None without.
+        sliding_window: as passed; None if absent.
+        softcap: as passed; None if absent.
         sinks: whether sinks were passed.
         rotary: whether the module read its position embeddings.
         other: names of further arguments that were passed and are not None.
@@ -50,7 +50,7 @@ class Observed:
 
 
 class _Reached(Exception):
-    """Ends the module's forward where it calls the interface; carries the arguments."""
+    """Raised at the module's call to the interface, to end its forward; carries the arguments."""
 
     def __init__(self, tensors: tuple[torch.Tensor, ...], asked: dict[str, Any]) -> None:
         super().__init__()
@@ -58,9 +58,9 @@ class _Reached(Exception):
 
 
 class _Noticing(torch.Tensor):
-    """A cosine or sine that notices being computed with; reading its shape or dtype does not count."""
+    """A cosine or sine that records whether it is used in a computation; reading its shape or dtype does not count."""
 
-    used = False  # of the class that `_noticing` makes for one observation
+    used = False  # set on the class that `_noticing` creates for one observation
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -76,12 +76,12 @@ def _noticing(tensor: torch.Tensor) -> tuple[torch.Tensor, type[_Noticing]]:
 
 
 def observe(module: nn.Module, hidden_size: int) -> Observed | None:
-    """Return what `module` passes to transformers' attention interface; None if it does not get there.
+    """Return the arguments that `module` passes to transformers' attention interface; None if it does not call it.
 
-    Nothing is computed and nothing is changed: the module runs on the meta device.
+    The module runs on the meta device, so nothing is computed or changed.
 
     Args:
-        module: an attention module of transformers, on any device.
+        module: a transformers attention module, on any device.
         hidden_size: size of its input.
     """
     config: Any = getattr(module, "config", None)
@@ -116,7 +116,7 @@ def observe(module: nn.Module, hidden_size: int) -> Observed | None:
 
 
 def _rotary_dims(module: Any, config: Any) -> list[int]:
-    """Possible sizes of cosine and sine, the usual first."""
+    """Return possible sizes of cosine and sine, the most common first."""
     heads = getattr(config, "num_attention_heads", None) or 1
     head_dim = getattr(module, "head_dim", None) or getattr(config, "head_dim", None)
     head_dim = head_dim if isinstance(head_dim, int) else max(2, getattr(config, "hidden_size", 2) // heads)
@@ -171,7 +171,7 @@ def _evaluated(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def implementation(config: Any, name: str) -> Iterator[None]:
-    """Let modules of `config` compute attention by another implementation for a while."""
+    """Temporarily select another attention implementation for the modules of `config`."""
     before = config._attn_implementation
     config._attn_implementation = name
     try:

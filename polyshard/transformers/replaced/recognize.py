@@ -1,4 +1,4 @@
-"""Which attention modules are recognised, by their projections and settings; and why the others are not."""
+"""Recognition of attention modules by their projections and settings, with reasons for those that are unsupported."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _OTHERS = {"q_norm", "k_norm", "rotary_emb"}
 
 
 class NotRecognised(Exception):
-    """Why a module that looks like attention cannot be replaced."""
+    """The reason why a module that looks like attention cannot be replaced."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What an attention module computes, read off it.
+    """The settings of a recognised attention module.
 
     Attributes:
-        projections: weights `[features, hidden]` and biases of query, key and value, or of the fused projection.
+        projections: linear layers `[features, hidden]` of query, key and value, or the fused projection.
         rotary: whether position embeddings apply.
     """
 
@@ -47,16 +47,16 @@ class Found:
 
 
 def looks_like_attention(module: nn.Module) -> bool:
-    """Whether a module has an attention's projections under their usual names."""
+    """Return whether a module has attention projections with the usual names."""
     children = {name for name, _ in module.named_children()}
     return children >= _PROJECTIONS or children >= _FUSED
 
 
 def recognise(module: nn.Module) -> Found:
-    """Read a module.
+    """Return the settings of an attention module.
 
     Raises:
-        NotRecognised: it has parts or settings whose meaning is not known.
+        NotRecognised: it has parts or settings of unknown meaning.
     """
     children = dict(module.named_children())
     wanted = _PROJECTIONS if set(children) >= _PROJECTIONS else _FUSED
@@ -72,7 +72,7 @@ def recognise(module: nn.Module) -> Found:
     config: Any = getattr(module, "config", None)
     head_dim = _setting(module, config, "head_dim")
     if head_dim is None:
-        raise NotRecognised("it does not say its head_dim")
+        raise NotRecognised("its head_dim is unknown")
     num_heads = output.in_features // head_dim
     if len(projections) == 1:
         num_kv_heads = (projections[0].out_features // head_dim - num_heads) // 2
@@ -82,7 +82,7 @@ def recognise(module: nn.Module) -> Found:
             projections[0].out_features != num_heads * head_dim
             or projections[2].out_features != num_kv_heads * head_dim
         ):
-            raise NotRecognised("its query is gated, or its values are of another size than its keys")
+            raise NotRecognised("its query is gated, or its values differ from its keys in size")
     norms = None
     if "q_norm" in children:
         norms = (children["q_norm"], children["k_norm"])
@@ -90,17 +90,17 @@ def recognise(module: nn.Module) -> Found:
             sizes = {parameter.numel() for parameter in norm.parameters()}
             if sizes - {head_dim}:
                 raise NotRecognised(
-                    f"its query norm has {max(sizes)} weights, not one for each of {head_dim} of a head"
+                    f"its query norm has {max(sizes)} weights, expected {head_dim}, one for each channel of a head"
                 )
     if getattr(config, "clip_qkv", None) or getattr(config, "qkv_clip", None):
         raise NotRecognised("it clips queries, keys and values")
     if _neighbouring_pairs(module):
-        raise NotRecognised("its rotary embedding turns neighbouring pairs, not halves")
+        raise NotRecognised("its rotary embedding rotates neighbouring pairs, not halves")
     hidden_size = projections[0].in_features
     if output.out_features != hidden_size:
-        raise NotRecognised(f"it takes {hidden_size} features and gives {output.out_features}")
+        raise NotRecognised(f"its input has {hidden_size} features, its output {output.out_features}")
     seen = observe(module, hidden_size)
-    if seen is None:  # no transformers module, or one that computes attention by itself: by its attributes
+    if seen is None:  # not a transformers module, or one that does not use the interface: read its attributes
         seen = _by_attributes(module, config, num_heads, num_kv_heads, head_dim)
     if (seen.num_heads, seen.num_kv_heads, seen.head_dim, seen.value_dim) != (
         num_heads,
@@ -109,14 +109,14 @@ def recognise(module: nn.Module) -> Found:
         head_dim,
     ):
         raise NotRecognised(
-            f"it attends with {seen.num_heads} query and {seen.num_kv_heads} key heads of {seen.head_dim} and "
-            f"{seen.value_dim}, and its projections give {num_heads} and {num_kv_heads} of {head_dim}"
+            f"it passes {seen.num_heads} query and {seen.num_kv_heads} key heads of size {seen.head_dim} and "
+            f"{seen.value_dim} to attention, but its projections have {num_heads} and {num_kv_heads} of size {head_dim}"
         )
     if seen.other:
         raise NotRecognised(f"it passes {', '.join(seen.other)} to attention")
     sinks = getattr(module, "sinks", None)
     if seen.sinks != (sinks is not None):
-        raise NotRecognised("its sinks are not what it passes to attention")
+        raise NotRecognised("its sinks differ from those it passes to attention")
     dropout = getattr(module, "attention_dropout", 0.0)
     return Found(
         hidden_size=hidden_size,
@@ -154,7 +154,7 @@ def _by_attributes(module: nn.Module, config: Any, num_heads: int, num_kv_heads:
 
 
 def _linear(name: str, module: nn.Module) -> nn.Linear:
-    """Exactly that class: what a subclass adds (quantization, LoRA) would be lost."""
+    """Return the layer if its class is exactly nn.Linear; a subclass's additions (quantization, LoRA) would be lost."""
     if type(module) is not nn.Linear:
         raise NotRecognised(f"{name} is a {type(module).__name__}, not a plain torch.nn.Linear")
     return module
@@ -165,7 +165,7 @@ def _setting(module: nn.Module, config: Any, name: str) -> Any:
 
 
 def _window(module: nn.Module, config: Any) -> int | None:
-    """A layer's own window; transformers' older models read it from the config."""
+    """Return the layer's own window; older models of transformers read it from the config."""
     own: Any = getattr(module, "sliding_window", "unsaid")
     if own != "unsaid":
         return own
@@ -180,7 +180,7 @@ def _window(module: nn.Module, config: Any) -> int | None:
 
 
 def _neighbouring_pairs(module: nn.Module) -> bool:
-    """Asked of the `rotate_half` beside the module's class, where there is one."""
+    """Return whether the function `rotate_half` in the module's source file, if any, rotates neighbouring pairs."""
     rotate = getattr(sys.modules.get(type(module).__module__), "rotate_half", None)
     if rotate is None:
         return False

@@ -1,4 +1,4 @@
-"""The supported range of transformers, whose modules and models are replaced, built and compared with."""
+"""The supported versions of transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`replace_with_trainable_attention`: exchanged in a built model, the weights kept, the outputs compared."""
+"""`replace_with_trainable_attention`: replacement of attention modules in a model, with a comparison of the outputs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,17 @@ from polyshard.transformers.replaced.requirement import TRANSFORMERS
 
 logger = logging.getLogger(__name__)
 
-_TOKENS = 12  # of the input on which both modules are compared
+_TOKENS = 12  # length of the input on which both modules are compared
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """An attention module that was left as it is, and why."""
+    """An attention module that was not replaced, and the reason.
+
+    Example:
+        >>> Kept("layers.0.attn", "it clips queries, keys and values").reason
+        'it clips queries, keys and values'
+    """
 
     name: str
     reason: str
@@ -32,11 +37,15 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """What `replace_with_trainable_attention` did.
+    """The result of `replace_with_trainable_attention`.
 
     Attributes:
-        replaced: names of the modules exchanged.
-        kept: those that look like attention and were left, with reasons.
+        replaced: names of the modules that were replaced.
+        kept: modules that look like attention but were not replaced, with reasons.
+
+    Example:
+        >>> Replacement(replaced=("layers.0.attn",), kept=()).replaced
+        ('layers.0.attn',)
     """
 
     replaced: tuple[str, ...]
@@ -50,40 +59,51 @@ def replace_with_trainable_attention(
     kernel: str | None = None,
     strict: bool = True,
 ) -> Replacement:
-    """Exchange every recognised attention module of `model`, in place.
+    """Replace every recognised attention module of `model`, in place.
 
     A module is recognised by its projections (`q_proj`, `k_proj`, `v_proj` or `qkv_proj`, with `o_proj`), whatever its
-    class. Weights are copied, head norms taken over. Each new module is compared with the old one on a random input
-    before it takes its place. For a transformers model, a small one of the same configuration is compared as a whole,
-    rows and packed sequences; and masks are asked for in the form that flash kernels take.
+    class. Weights are copied and head norms are kept. Each new module is compared with the old one on a random input
+    before it replaces it. For a transformers model, a trial model of the same configuration is compared as well, on
+    rows and packed sequences, and masks are requested in the form that flash kernels support.
 
     Args:
-        model: on one device; built, and its weights loaded. On the meta device nothing is copied or compared, and
-            the new modules stand on the context's device.
-        parallel_context: where this process stands: attention is sharded over its tensor axis.
-        kernel: force a kernel by name.
-        strict: raise where a module that looks like attention cannot be replaced; else leave it and say so.
+        model: a model on one device with its weights loaded. On the meta device nothing is copied or compared, and the
+            new modules are created on the context's device.
+        parallel_context: the parallel context; attention is sharded over its tensor axis.
+        kernel: name of a kernel to use for every call.
+        strict: raise an error if a module that looks like attention cannot be replaced; otherwise keep it and log a
+            warning.
 
     Returns:
-        Which modules were replaced, and which were kept for what reason.
+        The modules that were replaced, and those that were kept with the reason.
 
     Raises:
-        ConfigurationError: nothing looks like attention, or with `strict` something cannot be replaced, or the whole
-            model would compute something else. The model is then as it was.
+        ConfigurationError: no module looks like attention, a module cannot be replaced (with `strict`), or the model's
+            output would change. The model is then unchanged.
+
+    Example:
+        >>> import transformers
+        >>> config = transformers.LlamaConfig(
+        ...     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> model = transformers.LlamaForCausalLM(config)
+        >>> replace_with_trainable_attention(model).replaced
+        ('model.layers.0.self_attn',)
     """
     if type(model).__module__.startswith("transformers."):
         TRANSFORMERS.require()
-    return replace_attention(model, parallel_context, kernel, strict, whole=True)
+    return replace_attention(model, parallel_context, kernel, strict, compare_model=True)
 
 
 def replace_attention(
-    model: nn.Module, parallel_context: ParallelContext | None, kernel: str | None, strict: bool, *, whole: bool
+    model: nn.Module, parallel_context: ParallelContext | None, kernel: str | None, strict: bool, *, compare_model: bool
 ) -> Replacement:
-    """`replace_with_trainable_attention`; the whole model is compared only if `whole` is set."""
+    """Implement `replace_with_trainable_attention`; the model as a whole is only compared if `compare_model` is set."""
     candidates = {name: module for name, module in model.named_modules() if looks_like_attention(module)}
     if not candidates:
         raise ConfigurationError(
-            f"{type(model).__name__} has no module with q_proj, k_proj, v_proj and o_proj, or qkv_proj and o_proj"
+            f"{type(model).__name__} has no attention module: expected one with q_proj, k_proj, v_proj and o_proj, or "
+            "with qkv_proj and o_proj"
         )
     made: dict[str, ReplacedAttention] = {}
     kept: list[Kept] = []
@@ -96,10 +116,10 @@ def replace_attention(
         shown = "; ".join(f"{item.name}: {item.reason}" for item in kept[:4])
         raise ConfigurationError(
             f"{len(kept)} of {len(candidates)} attention modules cannot be replaced: {shown}. Nothing was changed; "
-            "strict=False replaces the others"
+            "pass strict=False to replace the others."
         )
-    if whole and made:
-        _try_whole(model, strict)
+    if compare_model and made:
+        _try_model(model, strict)
     for name, module in made.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)
@@ -120,8 +140,8 @@ def replace_attention(
     return Replacement(tuple(made), tuple(kept))
 
 
-def _try_whole(model: Any, strict: bool) -> None:
-    """Compare whole models of a transformers config; the modules themselves were compared before."""
+def _try_model(model: Any, strict: bool) -> None:
+    """Compare full models of a transformers config; their attention modules have been compared before."""
     config = getattr(model, "config", None)
     parameters = list(model.parameters())
     if not hasattr(config, "get_text_config") or any(parameter.is_meta for parameter in parameters):
@@ -132,7 +152,7 @@ def _try_whole(model: Any, strict: bool) -> None:
     try_replacement(
         config,
         sum(parameter.numel() for parameter in parameters),
-        lambda small: replace_attention(small, None, None, strict, whole=False),
+        lambda small: replace_attention(small, None, None, strict, compare_model=False),
     )
 
 
@@ -141,7 +161,7 @@ def _replacement(module: nn.Module, context: ParallelContext | None, kernel: str
     new = ReplacedAttention(found, context, kernel)
     new.train(module.training)
     if found.output.weight.is_meta:
-        return new  # weights come later
+        return new  # weights are loaded later
     rank = 0 if context is None else context.get_tensor_parallel_rank()
     size = 1 if context is None else context.get_tensor_parallel_world_size()
     sources: dict[str, torch.Tensor] = {
@@ -175,7 +195,7 @@ def _replacement(module: nn.Module, context: ParallelContext | None, kernel: str
 
 @torch.no_grad()
 def _compare(old: nn.Module, new: ReplacedAttention, found: Found) -> None:
-    """Run both on one input, the old one with weights written out ("eager"), whose mask is given."""
+    """Run both modules on the same input, the old one with transformers' "eager" attention and an explicit mask."""
     config: Any = old.config
     like = found.output.weight
     generator = torch.Generator().manual_seed(0)
@@ -204,6 +224,6 @@ def _compare(old: nn.Module, new: ReplacedAttention, found: Found) -> None:
         old.train(training)
         new.train(training)
     apart_by, size = float((got - expected).abs().max()), float(expected.abs().max())
-    eps = max(torch.finfo(like.dtype).eps, torch.finfo(torch.float32).eps)  # eager softmax is float32 in float64, too
+    eps = max(torch.finfo(like.dtype).eps, torch.finfo(torch.float32).eps)  # eager softmax is float32 even for float64
     if apart_by > 64 * eps * size:
-        raise NotRecognised(f"outputs differ: by {apart_by:.2e}, where the largest is {size:.2e}")
+        raise NotRecognised(f"outputs differ by up to {apart_by:.2e}; the largest is {size:.2e}")

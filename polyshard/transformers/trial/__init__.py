@@ -1,1 +1,1 @@
-"""The trial: a small model of the same configuration, compared with transformers' own before memory is taken."""
+"""The trial model: a reduced model of the same configuration, compared with transformers' own."""

@@ -1,4 +1,4 @@
-"""How few layers of a model show every kind of layer that it has."""
+"""Reduction of a model to the fewest layers that show every kind of layer it has."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _TRIED = 4
 
 
 def fewest_layers(config: Any) -> Any:
-    """Return a copy of a config with the first layers only, as few as show every kind of the model's layers.
+    """Return a copy of a config with only the first layers, as few as show every kind of the model's layers.
 
     Args:
-        config: a transformers config. It is returned as it is if the number of layers cannot be changed.
+        config: a transformers config. It is returned unchanged if the number of layers cannot be changed.
     """
     count = getattr(config, "num_hidden_layers", None)
     if not isinstance(count, int) or count <= _FEWEST:
@@ -32,7 +32,7 @@ def fewest_layers(config: Any) -> Any:
         small = with_layers(config, fewer)
         try:
             found = _kinds(small)
-        except Exception:  # of whatever transformers' code raises for a pattern that does not fit
+        except Exception:  # transformers' code may raise anything for a pattern that does not match
             continue
         if found is not None and _pattern(found) == _pattern(wanted[:fewer]):
             return small
@@ -40,12 +40,12 @@ def fewest_layers(config: Any) -> Any:
 
 
 def _pattern(kinds: list[str]) -> list[int]:
-    """The same for layers that differ in the same places, whatever a number of layers does to all of them."""
+    """Number the kinds of layers by first occurrence, so that patterns compare equal if all layers change alike."""
     return [kinds.index(kind) for kind in kinds]
 
 
 def _kinds(config: Any) -> list[str] | None:
-    """A description of each layer; None if the layers are not in one list."""
+    """Return a description of each layer, or None if the layers are not in one list."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -58,7 +58,7 @@ def _kinds(config: Any) -> list[str] | None:
 
 
 def _kind(layer: nn.Module, hidden_size: int) -> str:
-    """Classes, shapes and plain settings of a layer's modules, and what they pass to attention."""
+    """Describe classes, shapes and plain settings of a layer's modules, and the arguments they pass to attention."""
     parts = []
     for name, module in layer.named_modules():
         shapes = [tuple(weight.shape) for weight in module.parameters(recurse=False)]
@@ -73,7 +73,7 @@ def _kind(layer: nn.Module, hidden_size: int) -> str:
 
 
 def kept_modules(model: nn.Module) -> frozenset[str]:
-    """Return places and classes of the modules that are still transformers' own; numbers in places are left out."""
+    """Return paths and classes of the modules that are transformers' own; numbers in paths are replaced by stars."""
     return frozenset(
         f"{re.sub(r'[0-9]+', '*', name)} ({type(module).__name__})"
         for name, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""Which modules of a model carry something from one sequence of a packed row into the next."""
+"""Detection of modules that carry state from one sequence of a packed row into the next."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _SHOWN = 3
 def leaking_modules(model: nn.Module, run: Callable[[torch.Tensor], Any], ids: torch.Tensor, boundary: int) -> str:
     """Name the modules whose output after `boundary` depends on tokens before it.
 
-    A module is named if its inputs after the boundary are the same for two different beginnings, its outputs are not,
-    and no module inside it is named.
+    A module is named if, for two different beginnings, its inputs after the boundary are equal, its outputs differ, and
+    no module inside it is named.
 
     Args:
-        model: its modules see `[1, tokens, ...]`.
-        run: calls the model on token ids.
+        model: its modules process `[1, tokens, ...]`.
+        run: calls the model on token IDs.
         ids: `[tokens]`.
-        boundary: where the second sequence begins.
+        boundary: index of the second sequence's first token.
 
     Returns:
-        Class names with the place of the first module of each class; empty if there is none.
+        Class names with the path of the first module of each class; empty if there is none.
     """
     seen: list[dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]]] = []
     changed = ids.clone()
@@ -34,7 +34,7 @@ def leaking_modules(model: nn.Module, run: Callable[[torch.Tensor], Any], ids: t
         seen.append(_record(model, run, tokens))
     found: dict[str, str] = {}
     names: list[str] = []
-    for name, (inputs, outputs) in seen[0].items():  # inner modules end first
+    for name, (inputs, outputs) in seen[0].items():  # inner modules are recorded first
         other_inputs, other_outputs = seen[1].get(name, ([], []))
         if any(inner.startswith(f"{name}.") for inner in names):
             continue
@@ -71,7 +71,7 @@ def _record(
 
 
 def _states(value: Any) -> list[torch.Tensor]:
-    """The hidden states `[1, tokens, ...]` among a module's arguments or results."""
+    """Return the hidden states `[1, tokens, ...]` among a module's arguments or results."""
     values = value if isinstance(value, (list, tuple)) else [value]
     return [v.clone() for v in values if isinstance(v, torch.Tensor) and v.is_floating_point() and v.dim() >= 2]
 

@@ -1,4 +1,4 @@
-"""transformers' own model of a configuration, small, with random weights: what others are compared with."""
+"""transformers' own model of a reduced configuration with random weights: the reference of the trial."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from polyshard.transformers.trial.reduced import VOCABULARY, reduced_config, wit
 
 LENGTHS = (24, 11)  # tokens of the two sequences
 INSTEAD = "Train it with transformers, or write its factory (docs/how-to/bring-a-model.md)."
-_FULL_SIZE = 4_000_000  # parameters up to which a model itself is run
+_FULL_SIZE = 4_000_000  # number of parameters up to which the model itself is run
 _TOO_LARGE = 200_000_000
 
-_NAMES = ("_name_or_path", "architectures", "dtype", "transformers_version")  # which change no logit
+_NAMES = ("_name_or_path", "architectures", "dtype", "transformers_version")  # fields that do not affect logits
 
-_last: dict[str, tuple[Any, Any, list[torch.Tensor]]] = {}  # the last small original, which is often tried again
+_last: dict[str, tuple[Any, Any, list[torch.Tensor]]] = {}  # the last reference, which is often needed again
 
 
 def trial_inputs(config: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """Rows `[2, tokens]`, and two sequences of which the first is the first row."""
+    """Return rows `[2, tokens]`, and two sequences of which the first is the first row."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(config.get_text_config().vocab_size, VOCABULARY)
     first, second = (torch.randint(1, vocabulary, (length,), generator=generator) for length in LENGTHS)
@@ -32,7 +32,7 @@ def trial_inputs(config: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.T
 
 
 def identity_of(config: Any) -> str:
-    """Return a text that is the same for equal configs."""
+    """Return a string that is the same for equal configs."""
     fields = {key: value for key, value in config.to_dict().items() if key not in _NAMES}
     return f"{type(config).__name__} {json.dumps(fields, sort_keys=True, default=str)}"
 
@@ -40,7 +40,7 @@ def identity_of(config: Any) -> str:
 def original_of(
     config: Any, parameters: int, size: int, inputs: tuple[torch.Tensor, ...]
 ) -> tuple[Any, Any, list[torch.Tensor]]:
-    """A small enough configuration, transformers' own model of it, and its logits.
+    """Return a sufficiently small configuration, transformers' own model of it, and the model's logits.
 
     Raises:
         ConfigurationError: no reduced configuration can be built and run.
@@ -64,7 +64,7 @@ def original_of(
             if parameters <= _FULL_SIZE:
                 _last[identity] = found
             return found
-        except Exception as error:  # of whatever transformers' code raises for sizes that do not fit
+        except Exception as error:  # transformers' code may raise anything for sizes that do not match
             reason = reason or error
     raise ConfigurationError(
         f"{type(config).__name__} cannot be reduced to a size at which the model can be compared with transformers' "
@@ -73,14 +73,14 @@ def original_of(
 
 
 def _random_model(config: Any) -> Any:
-    """transformers' own model with random weights, far from uniform ones."""
+    """Build transformers' own model with random weights that are far from uniform."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if count > _TOO_LARGE:
         raise ValueError(f"the reduced model has {count} parameters, expected at most {_TOO_LARGE}")
-    config._experts_implementation = "eager"  # grouped_mm takes no float64
+    config._experts_implementation = "eager"  # grouped_mm does not support float64
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager").eval()
     _check_windows(model)
     generator = torch.Generator().manual_seed(1)

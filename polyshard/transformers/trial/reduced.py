@@ -1,4 +1,4 @@
-"""A configuration of the same family and pattern as another, small enough to run on random tokens."""
+"""Reduced configurations: of the same family and layer pattern, but small enough to run on random tokens."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ WINDOW = 8  # the longest window, in tokens, of a reduced configuration
 ORIGINAL = 16  # tokens that a longrope scaling was trained with
 VOCABULARY = 128
 _INTERMEDIATE = 80
-_HIDDEN = 96  # where it is not that of all heads together
-_POSITIONS = 256  # at least
+_HIDDEN = 96  # hidden size, if it is not heads * head_dim
+_POSITIONS = 256  # minimum
 _WINDOWS = re.compile(r"window(_size)?$|^attention_chunk_size$|^local_attention$")
 _INNER = re.compile(r"intermediate|ffn|^n_inner$|^d_inner$")
 
@@ -19,15 +19,15 @@ _INNER = re.compile(r"intermediate|ffn|^n_inner$|^d_inner$")
 def reduced_config(config: Any, heads_divide_by: int = 2) -> Any:
     """Return a copy with fewer heads, smaller layers, shorter windows and a smaller vocabulary.
 
-    The number of layers, their pattern, the size of a head (rotary factors depend on it), biases, norms and scalings
-    stay. So does whether one, some or all query heads share a key head.
+    The number of layers, their pattern, the head size (on which rotary factors depend), biases, norms and scalings are
+    kept, and so is whether one, some or all query heads share a key head.
 
     Args:
         config: a transformers config of a text model.
         heads_divide_by: the number of query heads is a multiple of it.
 
     Raises:
-        Exception: of any kind, if the config names its sizes in a way that is not known here.
+        Exception: of any kind, if the config has unknown names for its sizes.
     """
     small = with_fewer_tokens(config)
     hidden, heads = small.hidden_size, small.num_attention_heads
@@ -60,7 +60,7 @@ def with_fewer_tokens(config: Any) -> Any:
 
 
 def with_layers(config: Any, count: int) -> Any:
-    """Return a copy with the first `count` layers; lists with an entry for each layer are cut as well."""
+    """Return a copy with the first `count` layers; lists with an entry for each layer are truncated as well."""
     small = copy.deepcopy(config)
     before = small.num_hidden_layers
     for name, value in small.to_dict().items():
@@ -71,7 +71,7 @@ def with_layers(config: Any, count: int) -> Any:
 
 
 def with_short_windows(config: Any) -> Any:
-    """Return a copy whose windows are at most `WINDOW` tokens, for sequences longer than them; all sizes stay."""
+    """Return a copy with windows of at most `WINDOW` tokens, so that sequences exceed them; other sizes are kept."""
     small = copy.deepcopy(config)
     for name, value in _integers(small).items():
         if _WINDOWS.search(name):
@@ -88,7 +88,7 @@ def with_short_windows(config: Any) -> Any:
 
 
 def _shorten_rotary(parameters: Any, positions: int) -> None:
-    """Let the trial's sequence reach the long factors of a longrope scaling, if the model's sequences can."""
+    """Let the trial's sequence reach the long factors of a longrope scaling if the model's sequences can."""
     if not isinstance(parameters, dict):
         return
     for inner in parameters.values():

@@ -1,4 +1,4 @@
-"""Tensor-parallel ranks and a serving engine's cache, simulated in one process for the trial of a model."""
+"""Simulation of tensor-parallel ranks and a serving engine's cache in one process, for the trial of a model."""
 
 from __future__ import annotations
 
@@ -18,46 +18,46 @@ from polyshard.core.layout import ParallelLayout
 
 
 class Exchange:
-    """Where the threads of all simulated ranks meet."""
+    """The point of exchange between the threads of all simulated ranks."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.barrier = threading.Barrier(size, timeout=120.0)
-        self.building = threading.Lock()  # transformers sets torch's default dtype, and a config, while it builds
+        self.building = threading.Lock()  # transformers changes torch's default dtype and a config during construction
         self.given: list[Any] = [None] * size
 
     def all(self, rank: int, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """What every rank gives, in order."""
+        """Return the tensors of all ranks, in rank order."""
         self.given[rank] = tensor
         self.barrier.wait()
         found = list(self.given)
-        self.barrier.wait()  # no rank gives its next tensor before all have read this one
+        self.barrier.wait()  # no rank may write its next tensor before all have read this one
         return found
 
 
 @dataclass(frozen=True, slots=True)
 class _Collectives:
-    """`Collectives` among threads."""
+    """`Collectives` between threads."""
 
     exchange: Exchange
     rank: int
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        """Elementwise `sum` or `max`."""
+        """Return the elementwise `sum` or `max`."""
         stacked = torch.stack(self.exchange.all(self.rank, tensor))
         return stacked.sum(0) if op == "sum" else stacked.amax(0)
 
     def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        """Concatenation along `dim`."""
+        """Return the concatenation along `dim`."""
         return torch.cat(self.exchange.all(self.rank, tensor), dim)
 
     def reduce_scatter(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's part of the sum."""
+        """Return this rank's part of the sum."""
         return self.all_reduce(tensor).chunk(self.exchange.size, dim)[self.rank].contiguous()
 
 
 class Schedule:
-    """Which tokens of which sequences a simulated engine gives the model in the current step."""
+    """The tokens of each sequence that a simulated engine passes to the model in the current step."""
 
     def __init__(self) -> None:
         self.step: Sequence[tuple[int, int]] = ()  # (sequence, number of tokens)
@@ -65,7 +65,7 @@ class Schedule:
 
 @dataclass
 class CachedAttention:
-    """`AttentionCore` over a cache of keys and values, as a serving engine has it."""
+    """An `AttentionCore` with a cache of keys and values, like that of a serving engine."""
 
     spec: AttentionSpec
     schedule: Schedule
@@ -76,7 +76,7 @@ class CachedAttention:
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PackedSequences | None
     ) -> torch.Tensor:
-        """Add keys and values to the cache, and attend."""
+        """Add keys and values to the cache, and compute attention."""
         step, spec = self.schedule.step, self.spec
         counts = [count for _, count in step]
         for (sequence, _), new_keys, new_values in zip(step, k.split(counts), v.split(counts)):
@@ -102,7 +102,7 @@ def _bounds(lengths: Sequence[int]) -> torch.Tensor:
 
 
 def simulated_context(rank: int, exchange: Exchange, schedule: Schedule | None) -> GroupContext:
-    """The context of one simulated rank; with a schedule, inside a simulated engine."""
+    """Return the parallel context of one simulated rank; with a schedule, that of a simulated engine."""
     size = exchange.size
     axis = ParallelAxis(
         name="tensor",
@@ -114,8 +114,8 @@ def simulated_context(rank: int, exchange: Exchange, schedule: Schedule | None) 
     def attention(spec: AttentionSpec, sinks: torch.Tensor | None = None) -> CachedAttention:
         if not spec.causal:
             raise ConfigurationError(
-                f"attention layer {spec.layer_index} is not causal: got causal=False, and serving engines hold causal "
-                "decoders. Use the model in training only"
+                f"attention layer {spec.layer_index} is not causal: got causal=False, but serving engines only support "
+                "causal decoders. Use the model only in training."
             )
         assert schedule is not None
         return CachedAttention(spec, schedule, sinks)
@@ -132,10 +132,10 @@ def simulated_context(rank: int, exchange: Exchange, schedule: Schedule | None) 
 
 
 def on_simulated_ranks(size: int, function: Callable[[int, Exchange], Any]) -> list[Any]:
-    """Call `function(rank, exchange)` for each rank, each in a thread of its own, without gradients.
+    """Call `function(rank, exchange)` for each rank, in one thread per rank, without gradients.
 
     Raises:
-        Exception: what the first failing rank raised.
+        Exception: the exception of the first failing rank.
     """
     exchange = Exchange(size)
     results: list[Any] = [None] * size
@@ -143,7 +143,7 @@ def on_simulated_ranks(size: int, function: Callable[[int, Exchange], Any]) -> l
 
     def run(rank: int) -> None:
         try:
-            with torch.device("cpu"), torch.no_grad():  # both belong to a thread
+            with torch.device("cpu"), torch.no_grad():  # both settings are per thread
                 results[rank] = function(rank, exchange)
         except Exception as error:
             if not isinstance(error, threading.BrokenBarrierError):

@@ -1,7 +1,7 @@
-"""The whole model with polyshard's layers against transformers' own, before it is handed out.
+"""Comparison of a model with polyshard's layers to transformers' own before it is returned.
 
-A module that equals the original on its own can still be called with another window, another rotary embedding or
-other boundaries. So a small model of the same family and pattern is run both ways on random tokens in float64: rows
+A module that equals the original in isolation can still be called with another window, rotary embedding or sequence
+boundaries. The trial model has the same family and layer pattern. Both versions run on random tokens in float64: rows
 longer than every window, a packed pair, and the steps of a serving engine.
 """
 
@@ -30,18 +30,18 @@ from polyshard.transformers.trial.unsupported import stored_names_of_children
 logger = logging.getLogger(__name__)
 
 _STEPS = (((0, 5), (1, 3)), ((1, 1), (0, 14)), ((0, 1), (1, 7)), ((0, 4),))  # (sequence, tokens) of an engine's steps
-_BOUND = 1e-4  # of the largest logit: float32 inside of norms and softmax is 1e-6
+_BOUND = 1e-4  # relative to the largest logit; float32 in norms and softmax contributes 1e-6
 
 Build = Callable[[Any, Any], Any]  # (config, context) -> TransformersModel, without a trial
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a model can do beside rows of one sequence each.
+    """The capabilities of a model beyond rows of one sequence each.
 
     Attributes:
-        packed: why it cannot take packed sequences; None if it can.
-        kept: modules of the model tried that are transformers' own, as `kept_modules` gives them.
+        packed: why packed sequences are unsupported; None if they are supported.
+        kept: modules of the trial model that are transformers' own, as in `kept_modules`.
     """
 
     packed: str | None = None
@@ -52,14 +52,14 @@ _verdicts: dict[str, Verdict | ConfigurationError] = {}
 
 
 def try_model(config: Any, parameters: int, build: Build, *, sharded: bool, served: bool) -> Verdict:
-    """Compare a model of this configuration with transformers' own; once in a process for each configuration.
+    """Compare a model of this configuration with transformers' own, once in a process for each configuration.
 
     Args:
         config: a transformers config.
         parameters: number of the model's parameters.
-        build: makes the model with polyshard's layers.
-        sharded: whether it runs at a tensor-parallel size above 1.
-        served: whether it runs in a serving engine.
+        build: builds the model with polyshard's layers.
+        sharded: whether the model runs at a tensor-parallel size above 1.
+        served: whether the model runs in a serving engine.
 
     Raises:
         ConfigurationError: the logits differ, or the two cannot be compared.
@@ -78,12 +78,12 @@ def try_model(config: Any, parameters: int, build: Build, *, sharded: bool, serv
 
 
 def try_replacement(config: Any, parameters: int, replace: Callable[[nn.Module], Any]) -> None:
-    """Compare a model of this configuration with itself after its attention modules were replaced.
+    """Compare a model of this configuration before and after the replacement of its attention modules.
 
     Args:
         config: a transformers config.
         parameters: number of the model's parameters.
-        replace: replaces attention modules of a model in place.
+        replace: replaces the attention modules of a model in place.
 
     Raises:
         ConfigurationError: the logits of rows or of a packed pair differ, or the two cannot be compared.
@@ -121,12 +121,12 @@ def _replacement(config: Any, parameters: int, replace: Callable[[nn.Module], An
         return error
     if apart is None:
         return Verdict()
-    return ConfigurationError(f"{name} does not compute the same after its attention modules were replaced: {apart}")
+    return ConfigurationError(f"the output of {name} changes when its attention modules are replaced: {apart}")
 
 
 @contextmanager
 def _aside() -> Iterator[None]:
-    """In float64, and without a trace in torch's generators."""
+    """Use float64, and restore torch's generators afterwards."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -147,13 +147,13 @@ def _tried(config: Any, parameters: int, build: Build, size: int, served: bool) 
         if apart is None:
             return Verdict(kept=run.kept)
         raise ConfigurationError(
-            f"{name} cannot be served as it is: {run.culprits(first, second) or 'it is not what it is alone'} "
+            f"{name} cannot be served: {run.culprits(first, second) or 'its logits depend on the batch'} "
             f"({apart}). Serve vLLM's own model of the family, or write a factory (docs/how-to/bring-a-model.md)."
         )
     apart = _apart(run.rows, (rows,), expected[0], name, "on rows of one sequence")
     if apart is not None:
         raise ConfigurationError(
-            f"{name} with polyshard's layers does not compute what transformers' own code does: {apart}. {INSTEAD}"
+            f"{name} with polyshard's layers differs from transformers' own code: {apart}. {INSTEAD}"
         )
     try:
         apart = _apart(run.packed, (first, second), pair, name, "on a packed pair")
@@ -161,12 +161,12 @@ def _tried(config: Any, parameters: int, build: Build, size: int, served: bool) 
         return Verdict(packed=str(error), kept=run.kept)
     if apart is None:
         return Verdict(kept=run.kept)
-    culprits = run.culprits(first, second) or "a module that looks beyond the boundary of a sequence"
-    return Verdict(packed=f"{name} cannot take packed sequences: it has {culprits} ({apart})", kept=run.kept)
+    culprits = run.culprits(first, second) or "a module that reads beyond the boundary of a sequence"
+    return Verdict(packed=f"{name} does not support packed sequences: it has {culprits} ({apart})", kept=run.kept)
 
 
 def _apart(run: Callable[..., torch.Tensor], inputs: Any, expected: torch.Tensor, name: str, how: str) -> str | None:
-    """How far the logits are off; None if they agree.
+    """Describe the difference of the logits, or return None if they agree.
 
     Raises:
         ConfigurationError: the model raised an error.
@@ -180,13 +180,13 @@ def _apart(run: Callable[..., torch.Tensor], inputs: Any, expected: torch.Tensor
             f"{name} with polyshard's layers cannot be run {how}: {type(error).__name__}: {error}. {INSTEAD}"
         ) from error
     off, largest = float((got - expected).abs().max()), float(expected.abs().max())
-    if off <= _BOUND * largest:  # not for NaN
+    if off <= _BOUND * largest:  # false for NaN
         return None
-    return f"logits {how} differ by up to {off:.2g}, where the largest is {largest:.2g}"
+    return f"logits {how} differ by up to {off:.2g}; the largest is {largest:.2g}"
 
 
 class _Runs:
-    """The model with polyshard's layers on simulated ranks, with the original's weights."""
+    """The model with polyshard's layers and the original's weights, on simulated ranks."""
 
     def __init__(self, config: Any, original: nn.Module, build: Build, size: int) -> None:
         self.config, self.original, self.build = config, original, build
@@ -194,20 +194,20 @@ class _Runs:
         self.kept: frozenset[str] = frozenset()
 
     def model(self, context: Any, exchange: Exchange) -> Any:
-        """One rank's model."""
+        """Build one rank's model."""
         with exchange.building:
             model = self.build(copy.deepcopy(self.config), context).eval()
-            self.kept = self.kept or kept_modules(model)  # the first time: `culprits` runs on one rank
+            self.kept = self.kept or kept_modules(model)  # only the first time, since `culprits` runs on one rank
         _copy_weights(self.original, model, context)
         return model
 
     def logits(self, model: Any, hidden: torch.Tensor, context: Any) -> torch.Tensor:
-        """Full logits of hidden states."""
+        """Return the full logits of hidden states."""
         logits = model.compute_logits(hidden)
         return logits if logits.shape[-1] >= self.vocabulary else gather_logits(logits, context, self.vocabulary)
 
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Logits `[rows, tokens, vocabulary]`."""
+        """Return logits `[rows, tokens, vocabulary]`."""
 
         def run(rank: int, exchange: Exchange) -> torch.Tensor:
             context = simulated_context(rank, exchange, None)
@@ -217,7 +217,7 @@ class _Runs:
         return on_simulated_ranks(self.size, run)[0]
 
     def packed(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Logits `[tokens, vocabulary]` of two sequences laid end to end."""
+        """Return logits `[tokens, vocabulary]` of two packed sequences."""
 
         def run(rank: int, exchange: Exchange) -> torch.Tensor:
             context = simulated_context(rank, exchange, None)
@@ -227,7 +227,7 @@ class _Runs:
         return on_simulated_ranks(self.size, run)[0]
 
     def served(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """The same, the tokens given in the steps of an engine."""
+        """Return the same logits from the steps of a serving engine."""
 
         def run(rank: int, exchange: Exchange) -> torch.Tensor:
             schedule = Schedule()
@@ -248,7 +248,7 @@ class _Runs:
         return on_simulated_ranks(self.size, run)[0]
 
     def culprits(self, first: torch.Tensor, second: torch.Tensor) -> str:
-        """Modules that carry state over the boundary of packed sequences; empty if none is found."""
+        """Name the modules that carry state over the boundary of packed sequences; empty if none is found."""
 
         def run(rank: int, exchange: Exchange) -> str:
             model = self.model(simulated_context(rank, exchange, None), exchange)
@@ -259,11 +259,11 @@ class _Runs:
 
         rope = getattr(self.config, "rope_parameters", None) or {}
         if rope.get("rope_type") in ("longrope", "dynamic"):
-            return f"a rotary embedding ({rope['rope_type']}) that depends on the longest sequence among all"
+            return f"a rotary embedding ({rope['rope_type']}) that depends on the longest sequence in the batch"
         try:
             found = on_simulated_ranks(1, run)[0]
         except Exception as error:
-            logger.debug("no module is named: %s", error)
+            logger.debug("no module could be identified: %s", error)
             return ""
         return f"{found}, which carries state from token to token" if found else ""
 
@@ -284,6 +284,6 @@ def _copy_weights(original: nn.Module, model: nn.Module, context: Any) -> None:
     for entry in collect_layouts(model).values():
         for index, name in enumerate(entry.checkpoint_names):
             if name not in sources:
-                raise ConfigurationError(f"its parameter {name} is none of transformers' own model")
+                raise ConfigurationError(f"its parameter {name} does not exist in transformers' own model")
             count = len(entry.checkpoint_names)
             copy_into_shard(parameters[entry.parameter], entry.layout, count, index, sources[name], rank, size)

@@ -1,4 +1,4 @@
-"""What is refused by name before a transformers model is built: parts whose meaning is known not to fit."""
+"""Rejection of unsupported transformers models, by name, before they are built."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ _WRITE = "write its factory (docs/how-to/bring-a-model.md)"
 
 
 def refuse_unsupported(model: Any, config: Any) -> None:
-    """Raise for a model with parts that polyshard does not build.
+    """Raise an error for a model with parts that polyshard does not build.
 
     Args:
-        model: transformers' own, on the meta device.
-        config: what it was built from; it may hold more than this model.
+        model: transformers' own model, on the meta device.
+        config: the config from which it was built, which may describe more than this model.
 
     Raises:
-        ConfigurationError: it has experts, parts beside a text decoder, weights in buffers, or checkpoints whose
-            tensors are not its parameters.
+        ConfigurationError: the model has experts, parts besides a text decoder, weights in buffers, or checkpoints
+            whose tensors are not its parameters.
     """
     name = type(model).__name__
     parts = {key for key in getattr(type(config), "sub_configs", {}) if not key.startswith(("attn", "ffn"))}
     if parts or model.config.is_encoder_decoder or type(model.config) is not type(config):
         shown = ", ".join(sorted(parts)) or ("an encoder" if model.config.is_encoder_decoder else "other models")
         raise ConfigurationError(
-            f"{type(config).__name__} is not the config of a text decoder only: it has {shown}. Use the text model's "
-            f"own config, or {_WRITE}"
+            f"{type(config).__name__} is not the config of a plain text decoder: it has {shown}. Use the text model's "
+            f"own config, or {_WRITE}."
         )
     experts = next((path for path, module in model.named_modules() if _has_experts(module)), None)
     if experts is not None:
         raise ConfigurationError(
             f"{name} has a mixture of experts ({experts} is a {type(model.get_submodule(experts)).__name__}): "
-            f"polyshard has no expert layers. Use a dense model, or {_WRITE}"
+            f"polyshard has no expert layers. Use a dense model, or {_WRITE}."
         )
     parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
     weights = [
@@ -46,8 +46,8 @@ def refuse_unsupported(model: Any, config: Any) -> None:
     ]
     if weights:
         raise ConfigurationError(
-            f"{name} stores {len(weights)} buffers beside its parameters ({weights[0]}): polyshard loads and saves "
-            f"parameters only. To use it, {_WRITE}"
+            f"{name} stores {len(weights)} buffers beside its parameters ({weights[0]}), but polyshard only loads and "
+            f"saves parameters. To use it, {_WRITE}."
         )
     _refuse_other_storage(model, name)
 
@@ -57,7 +57,7 @@ def _has_experts(module: nn.Module) -> bool:
 
 
 def _refuse_other_storage(model: Any, name: str) -> None:
-    """Refuse checkpoints that transformers converts when it loads them, except for the name of a child."""
+    """Reject checkpoints that transformers converts on loading, except for a renamed child."""
     own: dict[str, torch.Tensor] = model.state_dict()
     children = stored_names_of_children(model)
     expected = {}
@@ -69,12 +69,12 @@ def _refuse_other_storage(model: Any, name: str) -> None:
     if others:
         raise ConfigurationError(
             f"{name} stores {len(others)} tensors in another form than its parameters ({others[0]}), and transformers "
-            f"converts them when it loads a checkpoint. polyshard does not: {_WRITE}"
+            f"converts them when it loads a checkpoint. polyshard does not. To use it, {_WRITE}."
         )
 
 
 def shared_parameters(model: nn.Module) -> list[list[str]]:
-    """Return the names of each parameter that stands in several places."""
+    """Return the names of each parameter that occurs in several modules."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -82,15 +82,15 @@ def shared_parameters(model: nn.Module) -> list[list[str]]:
 
 
 def refuse_lost_sharing(model: nn.Module, shared: list[list[str]], name: str) -> None:
-    """Raise if layers that shared a weight no longer do.
+    """Raise an error if layers that shared a weight no longer do.
 
     Args:
-        model: with polyshard's layers.
-        shared: what `shared_parameters` gave before.
-        name: of transformers' class.
+        model: the model with polyshard's layers.
+        shared: the result of `shared_parameters` before the replacement.
+        name: name of transformers' class.
 
     Raises:
-        ConfigurationError: each of them would be trained, and stored, on its own.
+        ConfigurationError: each copy would be trained and stored separately.
     """
     owners = {}
     for parameter, entry in collect_layouts(model).items():
@@ -101,13 +101,13 @@ def refuse_lost_sharing(model: nn.Module, shared: list[list[str]], name: str) ->
     for group in shared:
         if len({owners.get(stored) for stored in group} - {None}) > 1:
             raise ConfigurationError(
-                f"{name} shares weights between layers ({' and '.join(group[:2])}), which polyshard's layers do not: "
-                f"{_WRITE}"
+                f"{name} shares weights between layers ({' and '.join(group[:2])}), which polyshard's layers do not. "
+                f"To use it, {_WRITE}."
             )
 
 
 def stored_names_of_children(model: Any) -> dict[str, str]:
-    """Return the name in a checkpoint of each child that has another there (`lm_head` of GPT-NeoX is `embed_out`)."""
+    """Return the checkpoint names of children that are renamed there (`lm_head` of GPT-NeoX is `embed_out`)."""
     stored, found = set(_stored(model)), {}
     for child, module in model.named_children():
         keys = [f"{child}.{key}" for key in module.state_dict()]
@@ -122,7 +122,7 @@ def stored_names_of_children(model: Any) -> dict[str, str]:
 
 
 def _stored(model: Any) -> dict[str, torch.Tensor]:
-    """What transformers would write for a model on the meta device."""
+    """Return the tensors that transformers would write for a model on the meta device."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(model, dict(model.state_dict()))
