@@ -71,9 +71,10 @@ def test_the_server_counts_by_twos(trained):
 
 
 @pytest.mark.vllm
+@pytest.mark.timeout(500)
 def test_trainer_and_server_are_the_same_model(trained):
     newcomer, *_ = trained
-    rows = re.findall(r"│ (train|vLLM) .*│ equal │", newcomer.types(VERIFY, timeout=300))
+    rows = re.findall(r"│ (train|vLLM) .*│ equal │", newcomer.types(VERIFY, timeout=450))
     assert rows == ["train", "vLLM", "vLLM"]
 
 

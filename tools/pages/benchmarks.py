@@ -21,12 +21,13 @@ def table(path: Path) -> str:
     rows, machine = figures["rows"], figures["machine"]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     versions = [f"{TITLES.get(name, name)} {value}" for name, value in machine.items() if name != "device"]
-    sources = figures.get("command", [])
-    commands = "; ".join(f"`{command}`" for command in ([sources] if isinstance(sources, str) else sources))
-    told = [machine["device"], *versions, *([f"measured by {commands}"] if commands else [])]
-    told += [figures["note"]] if "note" in figures else []
+    told = ", ".join([machine["device"], *versions])
+    note = f"; {figures['note']}" if "note" in figures else ""
+    commands = figures.get("command", [])
+    lines = [commands] if isinstance(commands, str) else commands
+    block = "\n```bash\n" + "\n".join(lines) + "\n```\n" if lines else ""
     text = markdown(columns, ((_cell(row.get(column)) for column in columns) for row in rows))
-    return f"{text}\n{', '.join(told)}.\n"
+    return f"{text}\n{told}{note}.\n{block}"
 
 
 def _cell(value: object) -> str:
