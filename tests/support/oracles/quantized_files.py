@@ -47,7 +47,7 @@ KINDS = {
 
 
 def save_quantized(directory, kind, **changes):
-    """A Llama as the format's files are published; the rules are those of docs/how-to/convert.md."""
+    """A Llama as the format's files are published; the rules are those of docs/how-to/checkpoints.md."""
     model = tiny_model(tiny_config("llama", **SHAPE | changes))
     state = dict(model.state_dict())
     for name, value in model.state_dict().items():
