@@ -77,8 +77,7 @@ MODELS = Variable(
 )
 TRACE = Variable(
     name="POLYSHARD_TRACE",
-    meaning="Directory in which exact mode's traces are recorded; set by `polyshard verify --exact`.",
-    internal=True,
+    meaning="Directory in which served models of exact mode record their activations, for `polyshard verify --exact`.",
 )
 FAILURES = Variable(
     name="POLYSHARD_FAILURES",

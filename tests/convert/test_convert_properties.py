@@ -91,7 +91,7 @@ def configs(draw):
 
 
 def holds(form, config):
-    """Whether a format has a place for the model, by its documentation; see docs/how-to/checkpoints.md."""
+    """Whether a format has a place for the model, by its documentation; see docs/how-to/convert.md."""
     spec, rope = DecoderSpec.of(config.to_dict()), dict(config.rope_parameters)
     biases = (spec.qkv_bias, spec.output_bias, spec.mlp_bias)
     if form == "llama":

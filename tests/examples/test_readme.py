@@ -1,30 +1,26 @@
 """Every code block of the README is run; make targets and the installation are checked against the Makefile."""
 
-import ast
 import json
-import os
 import re
 import socket
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from support.pages import code_blocks, newcomer_with_files
 from support.paths import ROOT
 from support.servers import running_server
 
 from polyshard.launch.ranks import free_port
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.S)
 
 
 def blocks(language):
-    return [text for name, text in BLOCKS if name == language]
+    return code_blocks(README, language)
 
 
 def test_there_is_no_block_that_this_file_does_not_know():
-    assert {name for name, _ in BLOCKS} == {"bash", "python", "mermaid"}
+    assert set(re.findall(r"```(\w+)\n", README)) == {"bash", "python"}
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])
@@ -46,25 +42,7 @@ def test_the_installation_is_what_the_makefile_does():
 
 @pytest.fixture(scope="module")
 def newcomer(tmp_path_factory):
-    """A new directory with the README's files, and the environment of somebody who has just installed polyshard."""
-    folder = tmp_path_factory.mktemp("newcomer")
-    for block in blocks("python"):
-        ast.parse(block)
-        (folder / re.match(r"# (\w+\.py)\n", block).group(1)).write_text(block)
-    # What only makes the tests' own environment quick is kept: one thread, nothing compiled, a small cache.
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    env |= {"PYTHONPATH": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    env.pop("VLLM_LOGGING_LEVEL", None)
-    return folder, env
-
-
-def typed(command, newcomer):
-    """What a block of shell commands prints."""
-    folder, env = newcomer
-    done = subprocess.run(["bash", "-ec", command], cwd=folder, env=env, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-5000:]}"
-    return done.stdout
+    return newcomer_with_files(README, tmp_path_factory.mktemp("newcomer"))
 
 
 @pytest.mark.vllm
@@ -73,19 +51,20 @@ def test_every_command_does_what_the_readme_says(newcomer):
     make, test, train, serve, polyshard_serve, plain_vllm, request, install = blocks("bash")
     assert (make, test) == ("make demo\n", "make test\n")
     assert install.startswith("pip install")
-    losses = re.findall(r"loss (\d\.\d+)", typed(train, newcomer))
+    losses = re.findall(r"loss (\d\.\d+)", newcomer.types(train))
     assert len(losses) == 4
     assert float(losses[-1]) < 0.05 < float(losses[0])
     answer = "[24, 25, 26, 27, 28, 29, 30, 31]"
     assert f"after 20, 21, 22, 23: {answer}" in README
-    assert typed(serve, newcomer).splitlines()[-1] == f"after 20, 21, 22, 23: {answer}"
+    assert newcomer.types(serve).splitlines()[-1] == f"after 20, 21, 22, 23: {answer}"
     with socket.socket() as probe:
         port = 8000 if probe.connect_ex(("127.0.0.1", 8000)) else free_port()
     for server in (polyshard_serve, plain_vllm):
         command = server if port == 8000 else f"{server.rstrip()} --port {port}"
-        folder, env = newcomer
-        with running_server(["bash", "-ec", command], port, folder / "server.log", env, cwd=folder):
-            told = json.loads(typed(request.replace("8000", str(port)), newcomer))
+        with running_server(
+            ["bash", "-ec", command], port, newcomer.folder / "server.log", newcomer.env, cwd=newcomer.folder
+        ):
+            told = json.loads(newcomer.types(request.replace("8000", str(port))))
         assert told["choices"][0]["token_ids"] == json.loads(answer)
 
 

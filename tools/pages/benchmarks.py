@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tools.pages.tables import markdown
 
+TITLES = {"python": "Python", "vllm": "vLLM"}
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
@@ -19,11 +20,17 @@ def table(path: Path) -> str:
     figures = json.loads(path.read_text())
     rows, machine = figures["rows"], figures["machine"]
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    versions = ", ".join(f"{name} {value}" for name, value in machine.items() if name not in ("device", "python"))
-    command = f", measured by `{figures['command']}`" if "command" in figures else ""
+    versions = [f"{TITLES.get(name, name)} {value}" for name, value in machine.items() if name != "device"]
+    told = ", ".join([machine["device"], *versions])
+    note = f"; {figures['note']}" if "note" in figures else ""
+    commands = figures.get("command", [])
+    lines = [commands] if isinstance(commands, str) else commands
+    block = "\n```bash\n" + "\n".join(lines) + "\n```\n" if lines else ""
     text = markdown(columns, ((_cell(row.get(column)) for column in columns) for row in rows))
-    return f"{text}\n{machine['device']}, Python {machine['python']}, {versions}{command}.\n"
+    return f"{text}\n{told}{note}.\n{block}"
 
 
 def _cell(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+    if isinstance(value, float):
+        return f"{value:.2f}" if 0.1 <= abs(value) < 1000 else f"{value:.3g}"
+    return "" if value is None else str(value)

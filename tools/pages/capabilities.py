@@ -7,13 +7,20 @@ from tools.pages.tables import markdown
 
 
 def table() -> str:
+    """Yes or no by feature and adapter, then the reason for each no."""
     names = ps.adapter_names()
-
-    def cells(feature: str) -> list[str]:
-        answers = [ps.load_adapter(name).capabilities[feature] for name in names]
-        return ["yes" if answer.available else f"no: {answer.reason}" for answer in answers]
-
-    return markdown(("", *names), ((meaning, *cells(feature)) for feature, meaning in FEATURES.items()))
+    answers = {name: ps.load_adapter(name).capabilities for name in names}
+    rows = []
+    reasons: dict[tuple[str, str, str | None], list[str]] = {}
+    for feature, meaning in FEATURES.items():
+        rows.append((meaning, *("yes" if answers[name][feature].available else "no" for name in names)))
+        for name in names:
+            answer = answers[name][feature]
+            if not answer.available:
+                reasons.setdefault((name, answer.reason, answer.whose), []).append(f"`{feature}`")
+    meanings = [(f"{row[0]} (`{feature}`)", *row[1:]) for feature, row in zip(FEATURES, rows)]
+    why = [(name, ", ".join(features), reason, whose) for (name, reason, whose), features in sorted(reasons.items())]
+    return markdown(("feature", *names), meanings) + "\n" + markdown(("adapter", "lacks", "reason", "limit"), why)
 
 
 def versions() -> str:
