@@ -16,13 +16,16 @@ from polyshard.core.errors import ConfigurationError
 Mode = Literal["none", "selective", "full"]
 Recompute = Mode | Callable[[nn.Module], bool]
 
-_SAVED = (
+_ATTENTION = (getattr(torch.ops.polyshard, operator.NAME).default,)
+_MATMULS = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
     torch.ops.aten.linear.default,
-    getattr(torch.ops.polyshard, operator.NAME).default,
 )
+# Layers that sum over ranks out of place. Megatron's, for one, sum into the output of the matrix product: kept for the
+# backward pass, it would be summed twice, and torch does not notice, since collectives count no version.
+_OUT_OF_PLACE = ("torch.", "polyshard.")
 
 
 def apply_recomputation(model: nn.Module, recompute: Recompute) -> Callable[[], None]:
@@ -33,9 +36,9 @@ def apply_recomputation(model: nn.Module, recompute: Recompute) -> Callable[[], 
 
     Args:
         model: as built.
-        recompute: `"full"` keeps only the input of each block. `"selective"` also keeps the outputs of matrix products
-            and attention, and recomputes the rest. `"none"` changes nothing. A function chooses modules that are
-            recomputed in full.
+        recompute: `"full"` keeps only the input of each block. `"selective"` also keeps the outputs of attention, and
+            those of matrix products if all layers are torch's or polyshard's. `"none"` changes nothing. A function
+            chooses modules that are recomputed in full.
 
     Returns:
         A function that undoes it.
@@ -63,8 +66,11 @@ def apply_recomputation(model: nn.Module, recompute: Recompute) -> Callable[[], 
             f"recompute={recompute!r} finds nothing to recompute in {type(model).__name__}: it has no ModuleList, or "
             "the function chose no module. Pass a function that returns True for the modules to recompute."
         )
+    kept: tuple[Any, ...] | None = None
+    if recompute == "selective":
+        kept = _ATTENTION + (_MATMULS if _sums_out_of_place(model) else ())
     for module in chosen:
-        module.forward = _recomputed(module.forward, recompute == "selective")
+        module.forward = _recomputed(module.forward, kept)
 
     def undo() -> None:
         for module in chosen:
@@ -73,10 +79,18 @@ def apply_recomputation(model: nn.Module, recompute: Recompute) -> Callable[[], 
     return undo
 
 
-def _recomputed(forward: Callable[..., Any], selective: bool) -> Callable[..., Any]:
+def _sums_out_of_place(model: nn.Module) -> bool:
+    """Whether every module with parameters of its own is of a library whose collectives leave their input alone."""
+    owners = (type(module) for module in model.modules() if next(module.parameters(recurse=False), None) is not None)
+    return all(f"{owner.__module__}.".startswith(_OUT_OF_PLACE) for owner in owners)
+
+
+def _recomputed(forward: Callable[..., Any], kept: tuple[Any, ...] | None) -> Callable[..., Any]:
+    """Wrap a forward; `kept` are operators whose outputs are kept, and None keeps none."""
     options: dict[str, Any] = {"use_reentrant": False}
-    if selective:
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+    if kept is not None:
+        policy = functools.partial(_policy, kept)
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -87,6 +101,6 @@ def _recomputed(forward: Callable[..., Any], selective: bool) -> Callable[..., A
     return run
 
 
-def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _policy(kept: tuple[Any, ...], context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     del context, args, kwargs
-    return CheckpointPolicy.MUST_SAVE if op in _SAVED else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -58,9 +58,9 @@ def peak_bytes(directory, recompute):
         model(ids, labels=ids).backward()
     undo()
     live = peak = 0
-    for event in sorted(profile.events(), key=lambda event: event.time_range.start):
-        if event.name == "[memory]":
-            live += event.cpu_memory_usage
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
             peak = max(peak, live)
     ps.shutdown(context)
     return peak
