@@ -54,10 +54,10 @@ def exact_mode(
 ) -> ExactMode:
     """The mode as data, with the adapter that goes around every library's layers."""
 
-    def around(adapter: Any) -> Any:
+    def wrap_adapter(adapter: Any) -> Any:
         return adapter if isinstance(adapter, ExactLinearAdapter) else ExactLinearAdapter(adapter, mode, on_built)
 
-    def whole(layer: nn.Linear, context: ParallelContext) -> nn.Module:
+    def replicated_linear(layer: nn.Linear, context: ParallelContext) -> nn.Module:
         exact = ExactWholeLinear(layer, context, mode)
         on_built(exact)
         return exact
@@ -65,8 +65,8 @@ def exact_mode(
     mode = ExactMode(
         shards=shards,
         operators=operators,
-        around=around,
-        whole=whole,
+        wrap_adapter=wrap_adapter,
+        replicated_linear=replicated_linear,
         rotate=partial(exact_rotate, operators),
         compute_dtype=compute_dtype,
     )

@@ -348,7 +348,7 @@ def good():
         ({"sequences": torch.tensor([6])}, "must be integers"),
         ({"keys": torch.tensor([0, 3, 6])}, "1 sequences of queries need as many of keys, got 2"),
         ({"softcap": 0.0}, "softcap must be above 0"),
-        ({"sliding_window": 0}, "sliding_window is wrong: got 0, expected a positive integer"),
+        ({"sliding_window": 0}, "sliding_window is invalid: got 0, expected a positive integer"),
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
     ],
 )
