@@ -133,7 +133,7 @@ def test_a_wider_processor(tmp_path, monkeypatch):
     other = tmp_path / "paged.cpp"
     other.write_text(f'#define POLYSHARD_WIDTH 16\n#include "{paged.SOURCE}"\n')
     monkeypatch.setenv("POLYSHARD_CACHE", str(tmp_path))
-    assert build.unavailable(other) is None
+    assert build.unavailable_reason(other) is None
     for dtype in TOLERANCE:
         for index, (rows, keys) in enumerate(CASES.values()):
             changes, sinks = FEATURES["all"] if index % 2 else ({}, None)
