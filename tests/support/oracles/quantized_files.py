@@ -84,7 +84,7 @@ def dequantized_by_transformers(directory, kind, dtype):
 
 
 def save_fp8_by_transformers(directory, plain):
-    """As transformers quantizes and writes a model; it asks for a GPU, which its rounding does not need."""
+    """Quantize and save a model as transformers does; it requires a GPU, although its rounding does not."""
     tiny_model(tiny_config("llama", **SHAPE)).save_pretrained(plain)
     with mock.patch.object(quantizer_finegrained_fp8.FineGrainedFP8HfQuantizer, "validate_environment"):
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -150,7 +150,7 @@ def save_other(directory, case):
 
 
 def save_four_bits(directory, values, method):
-    """A Llama in four bits, groups of 32, as `method` stores them; and the values that the codes stand for."""
+    """Save a Llama with four-bit weights in groups of 32 as `method` stores them, and the dequantized values."""
     model = tiny_model(tiny_config("llama", **SHAPE))
     state = dict(model.state_dict())
     stands_for = dict(state)
