@@ -1,10 +1,10 @@
-"""Packed attention on CPU: polyshard's kernel against the three usual ways, and against the machine's matmul peak.
+"""Packed attention on CPU: polyshard's kernel against three common alternatives, and against the matmul peak.
 
     python benchmarks/attention.py [--json FILE] [--check]
 
-Ratios of medians of alternating runs in one process, one thread. `--check` ends with status 1 where polyshard's kernel
-is more than 3 % slower than the best of the three in any row, or less than twice as fast as the loop on 32 x 64
-(forward and backward, float32), or where the module adds more than 5 % to its kernel and its two projections.
+Reports ratios of medians of alternating runs in one process, on one thread. `--check` exits with status 1 if
+polyshard's kernel is more than 3 % slower than the fastest alternative in any row, or less than twice as fast as the
+loop on 32 x 64 (forward and backward, float32), or if the module adds more than 5 % to its kernel and projections.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ WAYS = {"polyshard": ours, "loop": loop, "padded": padded, "block mask": block_m
 
 @functools.cache
 def boundaries(lengths):
-    """Made once, as a training step makes them once for all layers."""
+    """Return the boundaries of the sequences; a training step builds them once for all layers."""
     return ps.pack(torch.tensor([0, *torch.tensor(lengths).cumsum(0)]), sum(lengths))
 
 
@@ -82,7 +82,7 @@ def seconds(way, tensors, lengths, grad, backward):
 
 
 def matmul_peak(dtype):
-    """GFLOP/s of the best of several 1024-cubed products."""
+    """Return the GFLOP/s of the fastest of several 1024-cubed matmuls."""
     a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
     times = []
     for _ in range(8):
@@ -93,7 +93,7 @@ def matmul_peak(dtype):
 
 
 def module_overhead(lengths, rounds):
-    """The module's forward and backward over the bare kernel's and its two projections'."""
+    """Return the module's time, forward and backward, relative to its kernel and its two projections."""
     hidden, tokens = HEADS * DIM, sum(lengths)
     module = ps.TrainableFlashAttention(hidden, HEADS, KV_HEADS, DIM)
     sequences = boundaries(lengths)

@@ -2,10 +2,10 @@
 
     python benchmarks/attention_lengths.py [--device cuda] [--dtype bfloat16] [--json FILE] [--check]
 
-Two layouts. `padded`: sequences of one length, which torch's `scaled_dot_product_attention` takes as a batch. `packed`:
-sequences of mixed lengths laid end to end, which it takes only padded to the longest. polyshard's kernels take both as
-packed tokens. Contestants run by turns in one process; a ratio is the contestant's median time over polyshard's.
-`--check` ends with status 1 if polyshard is more than 5 % slower than the fastest contestant in any row.
+There are two layouts. `padded`: sequences of equal length, a batch for torch's `scaled_dot_product_attention`.
+`packed`: sequences of mixed lengths, which it needs padded to the longest. polyshard's kernels take both as packed
+tokens. Contestants alternate in one process; a ratio is the contestant's median time over polyshard's. `--check` exits
+with status 1 if polyshard is more than 5 % slower than the fastest contestant in any row.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 def mixed(count: int, length: int) -> list[int]:
-    """Lengths from half of `length` to one and a half times, whose mean is `length`."""
+    """Return lengths between half and one and a half times `length`, with mean `length`."""
     if count == 1:
         return [length]
     return [length // 2 + length * index // (count - 1) for index in range(count)]
@@ -50,7 +50,7 @@ def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: Any) -> torc
 def sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor | None, count: int, backend: Any = None
 ) -> torch.Tensor:
-    """torch's attention over a batch `[count, longest]`; `rows` places packed tokens in it and takes them out again."""
+    """Return torch's attention over a batch `[count, longest]`; `rows` maps packed tokens into the batch and back."""
     heads = []
     for t in (q, k, v):
         if rows is not None:
@@ -69,7 +69,7 @@ def sdpa(
 
 
 def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, longest: int) -> torch.Tensor:
-    """torch's own function for packed sequences; before torch 2.12 it has no grouped KV heads."""
+    """Return torch's function for packed sequences, which has no grouped KV heads before torch 2.12."""
     from torch.nn.attention.varlen import varlen_attn
 
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
@@ -80,7 +80,7 @@ def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, 
 
 
 def places(lengths: list[int], device: torch.device) -> torch.Tensor:
-    """For each place of a padded batch the packed token that stands there, or the number of tokens for padding."""
+    """Return, for each slot of a padded batch, the index of its packed token, or the number of tokens for padding."""
     total, longest = sum(lengths), max(lengths)
     table = torch.full((len(lengths), longest), total, dtype=torch.int64)
     start = 0
@@ -91,7 +91,7 @@ def places(lengths: list[int], device: torch.device) -> torch.Tensor:
 
 
 def contestants(lengths: list[int], device: torch.device) -> dict[str, Callable[..., torch.Tensor]]:
-    """Ways to attend within sequences of these lengths."""
+    """Return the implementations of attention within sequences of these lengths."""
     host = torch.tensor([0, *lengths]).cumsum(0)
     cu = host.to(device=device, dtype=torch.int32)
     even = len(set(lengths)) == 1
@@ -116,7 +116,7 @@ def step(way: Callable[..., torch.Tensor], tensors: Tensors, grad: torch.Tensor,
 def agreeing(
     ways: dict[str, Callable[..., torch.Tensor]], tensors: Tensors, close: float
 ) -> tuple[dict[str, Callable[..., torch.Tensor]], dict[str, str]]:
-    """The ways that run and give polyshard's output, and why the others are left out."""
+    """Return the implementations that run and give polyshard's output, and why the others are omitted."""
     kept, dropped = {}, {}
     with torch.no_grad():
         want = ways["polyshard"](*tensors).float()
@@ -140,7 +140,7 @@ def main(
     lines: Annotated[Path | None, typer.Option(help="Append each row here as soon as it is measured.")] = None,
     check: Annotated[bool, typer.Option(help="Exit status 1 if a goal is missed.")] = False,
 ) -> None:
-    """Compare."""
+    """Run the comparison."""
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = getattr(torch, dtype)
     report = Report(

@@ -1,10 +1,10 @@
-"""Saving, loading and fingerprinting a model's weights where they are, against a device copy and plain safetensors.
+"""Saving, loading and fingerprinting a model's weights on their device, against a device copy and plain safetensors.
 
     python benchmarks/checkpoints.py [MODEL] [--device cuda] [--dtype bfloat16] [--json FILE] [--check]
 
 MODEL is a shape of `benchmarks/training.py`. Each round runs the plain operation and then polyshard's; the ratio is
-polyshard's throughput over the plain operation's, by medians. Plain safetensors neither checks what it reads nor waits
-for the disk, so the save is also compared with one file that is written and synced. `--check` ends with status 1 if the
+polyshard's median throughput over the plain operation's. Plain safetensors neither verifies what it reads nor waits for
+the disk, so the save is also compared with one file that is written and synced. `--check` exits with status 1 if the
 loaded weights differ in any bit, or if loading with `verify=False` is below half of safetensors' throughput.
 """
 
@@ -44,7 +44,7 @@ def main(
     lines: Annotated[Path | None, typer.Option(help="Append each row here as soon as it is measured.")] = None,
     check: Annotated[bool, typer.Option(help="Exit status 1 if a goal is missed.")] = False,
 ) -> None:
-    """Compare."""
+    """Run the comparison."""
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     report = Report(("model", "what", "GB/s", "against", "plain GB/s", "ratio"), lines)
     context = ps.initialize("torch", device=where)
@@ -84,7 +84,7 @@ def main(
 def _cases(
     decoder: Any, context: Any, config: Any, weights: Any, copies: Any, work: Path
 ) -> list[tuple[str, str, Callable[[], Any], Callable[[], Any]]]:
-    """What is measured, against what, and both as functions."""
+    """Return the name of each measurement, the name of its reference, and both as functions."""
 
     def copy() -> None:
         for name, weight in weights.items():

@@ -1,10 +1,11 @@
-"""What exact mode costs: serving and a training step, over the same without it.
+"""The cost of exact mode: serving and a training step, relative to the ordinary mode.
 
     python benchmarks/exact.py [MODEL] [--dtype bfloat16] [--json FILE] [--check]
 
-Serving: `benchmarks/serving.py`'s loads and processes, the same registered model with and without exact mode. Training:
-forward, log-probabilities, backward and optimizer step of packed sequences on the torch adapter, by turns in one
-process. Ratios of medians; below 1.00 exact mode is faster. `--check` ends with status 1 where one is above 1.3.
+Serving uses the loads and processes of `benchmarks/serving.py`, for the same registered model in both modes. Training
+is forward pass, log-probabilities, backward pass and optimizer step of packed sequences on the torch adapter,
+alternating in one process. Reports ratios of medians; below 1.00 exact mode is faster. `--check` exits with status 1 if
+a ratio is above 1.3.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     check: Annotated[bool, typer.Option(help="Exit status 1 where the goal is missed.")] = False,
 ) -> None:
-    """Compare."""
+    """Run the comparison."""
     names = ["polyshard", "exact"]
     options = serving.Options(dtype, tensor_parallel, threads=threads)
     times, started = serving.measure(names, model, options, rounds, restarts)
@@ -70,7 +71,7 @@ def main(
 
 
 def training(directory: Path, dtype: str, steps: int, threads: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of training steps in each mode, by turns."""
+    """Return the seconds of training steps in each mode, alternating."""
     sys.path.insert(0, str(serving.EXAMPLES))
     import decoder
 

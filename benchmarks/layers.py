@@ -1,10 +1,10 @@
-"""A training step through polyshard, over the same step written by hand on the library's own layers.
+"""A training step with polyshard, relative to the same step written by hand with the library's layers.
 
     python benchmarks/layers.py [--tensor-parallel 1] [--json FILE] [--check]
 
-The step: forward, backward and torch's AdamW, of a Llama-class decoder of about 17 million parameters. Both models
-stand in one process per rank and run by turns; the ratio is that of the medians. `--check` ends with status 1 where it
-is above 1.02 and the step takes 50 ms or more.
+A step is the forward pass, the backward pass and torch's AdamW for a Llama-class decoder of about 17 million
+parameters. Both models alternate in one process per rank; the ratio is that of the medians. `--check` exits with status
+1 if it is above 1.02 and the step takes 50 ms or more.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Norm(nn.Module):
 
 
 class Hand(nn.Module):
-    """The decoder by hand; `make` gives one library's layers, whose outputs may be tuples."""
+    """The decoder written by hand; `make` returns one library's layers, whose outputs may be tuples."""
 
     def __init__(self, make, size):
         super().__init__()
@@ -107,7 +107,7 @@ def first(output):
 
 
 def by_hand(library, context):
-    """The library's layers and loss, called as its own documentation does."""
+    """Return the library's layers and loss, used as in its documentation."""
     group, size = context.get_tensor_parallel_group(), context.get_tensor_parallel_world_size()
     normal = nn.init.normal_
     if library == "megatron":
@@ -150,7 +150,7 @@ def by_hand(library, context):
             embedding=lambda v, h: VocabParallelEmbedding(nn.Embedding(v, h), group),
             loss=lambda logits, labels: ds_loss(logits, labels, tp_group=group, **bounds),
         )
-    # torch by hand: plain layers, and at tensor-parallel 2 the collectives that any such model needs
+    # torch by hand: plain layers, and at tensor-parallel 2 the collectives that the model needs
     from polyshard.layers.differentiable import copy_to_region, reduce_from_region
 
     axis = context.axis("tensor")
@@ -178,7 +178,7 @@ def by_hand(library, context):
 
 
 def measure(library, size, rounds):
-    """Median milliseconds of a step: through polyshard, and by hand."""
+    """Return the median milliseconds of a step: with polyshard, and by hand."""
     import decoder
 
     context = ps.initialize(library, tensor=size, timeout=300)

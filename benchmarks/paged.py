@@ -1,8 +1,9 @@
-"""Attention over vLLM's paged cache on this CPU: the compiled loops against vLLM's kernel, on the same pages.
+"""Attention over vLLM's paged cache on this CPU: the native kernel against vLLM's kernel, on the same pages.
 
     python benchmarks/paged.py [--dtype bfloat16] [--threads 1] [--json FILE] [--check]
 
-Both by turns; ratios of medians, above 1.00 the loops are faster. `--check` ends with status 1 where they are slower.
+Both alternate. Reports ratios of medians; above 1.00 the native kernel is faster. `--check` exits with status 1 if it
+is slower.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ GOAL = 1.0
 
 @dataclass(frozen=True)
 class Case:
-    """Requests over one layer's cache; `ours` and `theirs` fill `out` `[tokens, heads, dim]`."""
+    """Requests over one layer's cache. `ours` and `theirs` write to `out` `[tokens, heads, dim]`."""
 
     operations: int
     ours: Callable[[torch.Tensor], None]
@@ -60,7 +61,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     check: Annotated[bool, typer.Option(help="Exit status 1 where the goal is missed.")] = False,
 ) -> None:
-    """Compare."""
+    """Run the comparison."""
     torch.set_num_threads(threads)
     kind: torch.dtype = getattr(torch, dtype)
     if kind not in KINDS:
@@ -90,7 +91,7 @@ def main(
 
 
 def make(heads: int, kv_heads: int, dim: int, count: int, queries: int, seen: int, dtype: torch.dtype) -> Case:
-    """`count` requests of `queries` tokens each, the last of `seen`, in pages that lie in disorder."""
+    """Return `count` requests whose `queries` tokens are the last of `seen`, with pages in random order."""
     torch.manual_seed(0)
     q = torch.randn(count * queries, heads, dim).to(dtype)
     k, v = (torch.randn(count * seen, kv_heads, dim).to(dtype) for _ in "kv")
@@ -122,7 +123,7 @@ def make(heads: int, kv_heads: int, dim: int, count: int, queries: int, seen: in
 
 
 def measure(case: Case, rounds: int) -> list[float]:
-    """Seconds of the loops and of vLLM's kernel: medians of batches of calls that take about a fiftieth of a second."""
+    """Return the seconds of the native and of vLLM's kernel: medians of batches of calls of about 20 ms."""
     seconds: list[list[float]] = [[], []]
     calls = [1, 1]
     for index in range(rounds + 1):

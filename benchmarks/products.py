@@ -1,10 +1,10 @@
-"""The compiled matrix product against vLLM's on this CPU: all linear layers of SmolLM2-135M, by number of rows.
+"""The native matmul against vLLM's on this CPU, for all linear layers of SmolLM2-135M, by number of rows.
 
     python benchmarks/products.py [--dtype float32] [--threads 1] [--json FILE] [--check]
 
-Both multiply by packed weights, alternating, more of them than the caches hold; ratios of medians, above 1.00 the
-compiled one is faster. `--check` ends with status 1 where an engine here multiplies this dtype by the compiled one and
-a ratio is below 0.95.
+Both use packed weights, more than fit into the caches, and alternate. Reports ratios of medians; above 1.00 the native
+matmul is faster. `--check` exits with status 1 if engines on this machine use the native matmul for this dtype and a
+ratio is below 0.95.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     check: Annotated[bool, typer.Option(help="Exit status 1 where the goal is missed.")] = False,
 ) -> None:
-    """Compare."""
+    """Run the comparison."""
     torch.set_num_threads(threads)
     current_platform.import_kernels()
     kind: torch.dtype = getattr(torch, dtype)

@@ -1,4 +1,4 @@
-"""What every benchmark does with its rows: print one table, append each row to a file at once, write all as JSON."""
+"""Reports of benchmarks: print one table, append each row to a file when it is measured, and write all as JSON."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from rich.table import Table
 
 @dataclass
 class Report:
-    """Rows of one benchmark.
+    """The rows of one benchmark.
 
     Attributes:
-        columns: keys of a row that the table shows, in order.
-        lines: each row is appended to this file as one line of JSON as soon as it is measured.
+        columns: the keys of a row that the table shows, in order.
+        lines: file to which each row is appended as one line of JSON as soon as it is measured.
         rows: the rows so far.
-        missed: goals that were missed, one sentence each.
+        missed: the goals that were missed, one sentence each.
     """
 
     columns: Sequence[str]
@@ -32,14 +32,14 @@ class Report:
     missed: list[str] = field(default_factory=list)
 
     def add(self, **row: Any) -> None:
-        """Keep a row, and append it to `lines`."""
+        """Add a row, and append it to `lines`."""
         self.rows.append(row)
         if self.lines is not None:
             with self.lines.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
     def show(self) -> None:
-        """Print the table, and every missed goal."""
+        """Print the table and every missed goal."""
         table = Table(*self.columns)
         for row in self.rows:
             table.add_row(*(_text(row.get(column)) for column in self.columns))
@@ -48,14 +48,14 @@ class Report:
             print("missed:", line)
 
     def save(self, file: Path | None, device: torch.device) -> None:
-        """Write rows, machine and versions as JSON; None writes nothing."""
+        """Write rows, machine and versions to a JSON file; None writes nothing."""
         if file is not None:
             figures = {"machine": machine(device), "rows": self.rows, "missed": self.missed}
             file.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The processor or GPU that was measured, and the versions that matter."""
+    """Return the processor or GPU that was measured, and the versions of the libraries involved."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {"device": name, "python": platform.python_version(), "torch": torch.__version__}
 

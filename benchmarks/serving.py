@@ -1,12 +1,12 @@
-"""Throughput of a registered model in vLLM, over vLLM's own implementation of the same architecture.
+"""Throughput of a registered model in vLLM, relative to vLLM's own implementation of the same architecture.
 
     python benchmarks/serving.py [MODEL] [--dtype bfloat16] [--tensor-parallel 1] [--compiled] [--json FILE] [--check]
 
 MODEL is a Hugging Face directory of a Llama-class model (default: SmolLM2-135M, which `examples/smollm2.py` writes), or
-`qwen3` for a Qwen3 of half a billion random weights, or `llama-8b` for the shape of Llama 3.1 8B. On a GPU ask for more
-requests at once (`--times 8`), and mind that all engines hold their weights there. Each engine stands in a process of
-its own and all stay alive; they run the loads by turns, and each ratio is that of the medians. `--check` ends with
-status 1 where a goal is missed.
+`qwen3` for a Qwen3 with half a billion random weights, or `llama-8b` for the shape of Llama 3.1 8B. On a GPU use more
+concurrent requests (`--times 8`); the weights of all engines must fit into its memory. Each engine runs in its own
+process, and all stay alive. They run the loads alternately, and each ratio is that of the medians. `--check` exits with
+status 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ MARK = "benchmark:"
 
 @dataclass(frozen=True)
 class Load:
-    """Requests that are handed over together.
+    """A set of requests that are submitted together.
 
     Attributes:
-        name: in the table.
-        requests: (tokens of the prompt, tokens to generate) of each.
+        name: the name in the table.
+        requests: (prompt tokens, tokens to generate) of each request.
     """
 
     name: str
@@ -58,7 +58,7 @@ GOALS = {("bfloat16", False): 1.15, ("float32", False): 1.05, ("bfloat16", True)
 ADOPTED_GOAL, TRANSFORMERS_GOAL = 0.95, 1.05
 
 
-# Of random weights: (model type, architecture, sizes).
+# Models with random weights: (model type, architecture, sizes).
 SHAPES: dict[str, tuple[str, str, dict[str, int]]] = {
     "qwen3": (
         "qwen3",
@@ -129,7 +129,7 @@ def main(
     check: Annotated[bool, typer.Option(help="Exit status 1 where a goal is missed.")] = False,
     worker: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Compare."""
+    """Run the comparison."""
     options = Options(dtype, tensor_parallel, compiled, threads, times)
     if worker is not None:
         serve(ENGINES[worker], model, options)
@@ -144,7 +144,7 @@ def main(
 
 @dataclass(frozen=True)
 class Options:
-    """What all engines of a comparison share; see `main`."""
+    """The settings that all engines of a comparison share; see `main`."""
 
     dtype: str
     tensor: int = 1
@@ -156,7 +156,7 @@ class Options:
 def measure(
     names: list[str], model: str, options: Options, rounds: int, restarts: int
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[float]]]:
-    """Seconds of each engine for each load, run by turns; and of each start."""
+    """Return the seconds of each engine for each load, run alternately, and of each start."""
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as open_engines:
         directory = prepare(model, Path(scratch))
         times: dict[str, dict[str, list[float]]] = {name: {load.name: [] for load in LOADS} for name in names}
@@ -172,14 +172,14 @@ def measure(
                 for place in range(len(LOADS)):
                     for name in names[index % len(names) :] + names[: index % len(names)]:
                         seconds = running[name].run(place)
-                        if index:  # the first warms up
+                        if index:  # the first round warms up
                             times[name][LOADS[place].name].append(seconds)
             open_engines.close()
     return times, started
 
 
 def prepare(model: str, scratch: Path) -> Path:
-    """A directory with weights."""
+    """Return a directory with the model's weights."""
     if model in SHAPES:
         from transformers import AutoConfig
 
@@ -197,7 +197,7 @@ def prepare(model: str, scratch: Path) -> Path:
 
 
 def environment_of(asked: Options) -> dict[str, str]:
-    """Of an engine's process."""
+    """Return the environment of an engine's process."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(asked.threads),
@@ -214,7 +214,7 @@ def environment_of(asked: Options) -> dict[str, str]:
 
 
 class Running:
-    """An engine's process."""
+    """A process with one engine."""
 
     def __init__(self, name: str, directory: Path, asked: Options) -> None:
         options = ["--dtype", asked.dtype, "--tensor-parallel", str(asked.tensor), "--times", str(asked.times)]
@@ -232,7 +232,7 @@ class Running:
         self.seconds = self._answer()
 
     def run(self, place: int) -> float:
-        """Seconds that a load takes."""
+        """Return the seconds that a load takes."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{place}\n")
         self.process.stdin.flush()
@@ -257,7 +257,7 @@ class Running:
 
 
 def start(engine: Engine, directory: str, asked: Options) -> Any:
-    """A function that starts the engine in this process, everything imported."""
+    """Return a function that starts the engine in this process, after all imports."""
     sys.path.insert(0, str(EXAMPLES))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
     options: dict[str, Any] = dict(engine.options)
@@ -271,7 +271,7 @@ def start(engine: Engine, directory: str, asked: Options) -> Any:
     if not list(Path(directory).glob("*.safetensors")):
         options["load_format"] = "dummy"
     on_gpu = torch.cuda.is_available()
-    if on_gpu:  # so much has to be free when an engine starts: not the nine tenths that it would want for itself
+    if on_gpu:  # the fraction of memory that must be free at the start; vLLM's default would not leave room
         options["gpu_memory_utilization"] = 0.25
     return partial(
         LLM,
@@ -290,7 +290,7 @@ def start(engine: Engine, directory: str, asked: Options) -> Any:
 
 
 def serve(engine: Engine, directory: str, asked: Options) -> None:
-    """Answer on stdout how long the start, and then each load named on stdin, takes."""
+    """Print the seconds of the start, then those of each load that is named on stdin."""
     from vllm import SamplingParams
 
     starting = start(engine, directory, asked)
@@ -319,7 +319,7 @@ def report(
     json_file: Path | None,
     check: bool,
 ) -> None:
-    """The table; and with `check` the verdict."""
+    """Print the table; with `check`, exit with status 1 if a goal is missed."""
     table = Table(title=f"speed over vLLM's native model ({dtype}, {'compiled' if compiled else 'eager'}); medians")
     table.add_column("load")
     for name in names:

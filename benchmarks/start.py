@@ -1,10 +1,10 @@
-"""What polyshard adds to an engine's start and to its first request.
+"""The time that polyshard adds to an engine's start and to its first request.
 
     python benchmarks/start.py [MODEL] [--dtype bfloat16] [--rounds 7] [--profile] [--json FILE] [--check]
 
-Each start is a process of its own, alone on the machine, by turns with vLLM's native model; medians. MODEL as in
-`serving.py`. `--profile` starts the registered model once more under cProfile and prints where polyshard's own
-functions took longest. `--check` ends with status 1 where polyshard adds more than 5 %.
+Each start is a separate process without others at the same time, alternating with vLLM's own model; reports medians.
+MODEL is as in `serving.py`. `--profile` starts the registered model once more under cProfile and prints polyshard's
+slowest functions. `--check` exits with status 1 if polyshard adds more than 5 %.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(
     check: Annotated[bool, typer.Option(help="Exit status 1 where the goal is missed.")] = False,
     worker: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
-    """Compare."""
+    """Run the comparison."""
     if worker:
         profiled(model, dtype)
         return
@@ -61,7 +61,7 @@ def main(
 
 
 def once(name: str, directory: Path, dtype: str, threads: int) -> tuple[float, ...]:
-    """Seconds of one start's parts."""
+    """Return the seconds of each part of one start."""
     before = time.perf_counter()
     running = Running(name, directory, Options(dtype, threads=threads))
     whole = time.perf_counter() - before
@@ -71,7 +71,7 @@ def once(name: str, directory: Path, dtype: str, threads: int) -> tuple[float, .
 
 
 def report(times: dict[str, dict[str, list[float]]], dtype: str, json_file: Path | None, check: bool) -> None:
-    """The table; and with `check` the verdict."""
+    """Print the table; with `check`, exit with status 1 if a goal is missed."""
     table = Table(title=f"engine start and first request ({dtype}, eager); medians")
     for column in ("", "native", "polyshard", "polyshard / native"):
         table.add_column(column, justify="left" if not column else "right")
@@ -91,7 +91,7 @@ def report(times: dict[str, dict[str, list[float]]], dtype: str, json_file: Path
 
 
 def profiled(directory: str, dtype: str) -> None:
-    """Start in this process, and print polyshard's functions by the time in and under them."""
+    """Start an engine in this process, and print polyshard's functions by cumulative time."""
     starting = start(ENGINES["polyshard"], directory, Options(dtype))
     profile = cProfile.Profile()
     profile.enable()

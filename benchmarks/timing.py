@@ -1,4 +1,4 @@
-"""Timing that is right on CPU and on CUDA: alternating rounds, medians, a measured matmul peak."""
+"""Timing on CPU and CUDA: alternating rounds, medians, and a measured matmul peak."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds(action: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
-    """Seconds of one call of `action`, averaged over `repeats` calls that follow each other without a wait."""
+    """Return the seconds of one call of `action`, averaged over `repeats` calls without synchronization in between."""
     synchronize(device)
     started = time.perf_counter()
     for _ in range(repeats):
@@ -29,7 +29,7 @@ def seconds(action: Callable[[], Any], device: torch.device, repeats: int = 1) -
 def alternating(
     actions: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int, repeats: int = 1
 ) -> dict[str, float]:
-    """Median seconds of each action over `rounds` rounds in which they take turns; one round before warms up."""
+    """Return the median seconds of each action over `rounds` alternating rounds, after one round of warm-up."""
     times: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(rounds + 1):
         for name, action in actions.items():
@@ -38,7 +38,7 @@ def alternating(
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of a large square matmul on random data: the ceiling that utilisation is measured against."""
+    """Return the FLOP/s of a large square matmul on random data, the peak against which utilization is measured."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
     for _ in range(3):

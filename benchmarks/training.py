@@ -1,12 +1,12 @@
-"""A training step of a decoder: polyshard against transformers, eager and compiled, in one process and by turns.
+"""A training step of a decoder: polyshard against transformers, eager and compiled, alternating in one process.
 
     python benchmarks/training.py [MODEL] [--device cuda] [--dtype bfloat16] [--json FILE] [--check]
 
 MODEL is `qwen3-0.6b` (the published shape with random weights), `smollm2` (SmolLM2-135M's shape) or `tiny`. The step is
 forward, loss, backward and torch's fused AdamW on parameters of the given dtype. transformers uses the fastest of the
-attention implementations that are installed here. Every contestant starts from the same weights, and the first losses
-have to agree. Utilisation is the model's FLOPs (6 per weight and token, and attention's) over a matmul's measured rate.
-`--check` ends with status 1 if polyshard takes more than 0.90 of transformers' time, or more memory.
+installed attention implementations. Every contestant starts from the same weights, and the first losses must agree.
+Utilization is the model's FLOPs (6 per weight and token, and attention's) over a matmul's measured rate. `--check`
+exits with status 1 if polyshard takes more than 0.90 of transformers' time, or more memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import polyshard as ps
 
 GOAL = 0.90
 LOADS = {"cuda": ((8, 1024), (1, 8192)), "cpu": ((4, 128), (1, 1024))}
-ATTENTION = {"cuda": ("flash_attention_2", "sdpa"), "cpu": ("sdpa", "eager")}  # the fastest is taken
+ATTENTION = {"cuda": ("flash_attention_2", "sdpa"), "cpu": ("sdpa", "eager")}  # the fastest one is used
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {
         "model_type": "qwen3",
@@ -83,12 +83,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Contestant:
-    """One way to train.
+    """One implementation of training.
 
     Attributes:
-        loss: `(input ids [rows, length], labels)` to the mean loss; labels are the token after each token.
+        loss: maps `(input IDs [rows, length], labels)` to the mean loss; a label is the next token.
         step: updates the weights and clears the gradients.
-        detail: which attention it uses.
+        detail: the attention implementation.
     """
 
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -97,7 +97,7 @@ class Contestant:
 
 
 def flops_per_token(shape: dict[str, Any], length: int) -> float:
-    """Forward and backward: 6 per weight of a matrix product, the head included, and causal attention's."""
+    """Return the FLOPs of forward and backward: 6 per weight of a matmul, including the head, and attention's."""
     h, f, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
     q, kv = (shape[name] * shape["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
     weights = layers * (h * (q + 2 * kv) + q * h + 3 * h * f) + shape["vocab_size"] * h
@@ -112,7 +112,7 @@ def transformers_model(directory: Path, attention: str, dtype: torch.dtype, devi
 
 
 def save_random(shape: dict[str, Any], directory: Path, dtype: torch.dtype) -> None:
-    """A Hugging Face directory with random weights."""
+    """Return a Hugging Face directory with random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -127,7 +127,7 @@ def fused_adamw(model: nn.Module) -> torch.optim.Optimizer:
 def of_transformers(
     directory: Path, dtype: torch.dtype, device: torch.device, compiled: bool, batch: tuple[torch.Tensor, torch.Tensor]
 ) -> Contestant:
-    """The fastest attention that transformers has here, found by a forward and backward of each."""
+    """Return the fastest attention implementation of transformers on this machine, by timing each."""
     best, times = "", {}
     for attention in ATTENTION[device.type]:
         try:
@@ -193,7 +193,7 @@ def train_step(contestant: Contestant, batch: tuple[torch.Tensor, torch.Tensor])
 
 
 def peak_memory(action: Callable[[], Any], held: int, device: torch.device) -> float | None:
-    """GiB of one step, its own weights and optimizer state included; None on CPU, where nothing counts it by model."""
+    """Return the GiB of one step, including weights and optimizer state; None on CPU, which does not count them."""
     if device.type != "cuda":
         return None
     synchronize(device)
@@ -218,11 +218,11 @@ def main(
     lines: Annotated[Path | None, typer.Option(help="Append each row here as soon as it is measured.")] = None,
     check: Annotated[bool, typer.Option(help="Exit status 1 if a goal is missed.")] = False,
 ) -> None:
-    """Compare."""
+    """Run the comparison."""
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind, shape = getattr(torch, dtype), SHAPES[model]
     chosen = [tuple(map(int, load.split("x"))) for load in loads.split(",")] if loads else LOADS[where.type]
-    # Lengths of packed sequences are data: without this, Dynamo breaks the graph at every attention call.
+    # The lengths of packed sequences are data; without this, Dynamo breaks the graph at every attention call.
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
     columns = ("model", "load", "mode", "contestant", "attention", "ms", "tokens/s", "utilisation", "peak GiB", "ratio")
     report = Report(columns, lines)

@@ -1,11 +1,11 @@
-"""Saving, loading, converting and live syncing of SmolLM2's weights, over a plain copy or file write of the same bytes.
+"""Saving, loading, converting and syncing SmolLM2's weights, relative to a plain copy or write of the same bytes.
 
     python benchmarks/weights.py [--rounds 5] [--json FILE] [--check]
 
-Everything runs in one process and by turns: each round does the plain operation and then polyshard's, and the ratio is
-that of the medians. `--check` ends with status 1 where sync of colocated float32 weights is below half of memcpy's
-bandwidth, where the fingerprints of a sync take longer than memcpy of the same bytes on both sides, or where a save or
-load takes more memory beside the weights than one bucket.
+Everything runs in one process: each round runs the plain operation and then polyshard's, and the ratio is that of the
+medians. `--check` exits with status 1 if sync of colocated float32 weights is below half of memcpy's bandwidth, if the
+fingerprints of a sync take longer than memcpy of the same bytes on both sides, or if a save or load needs more memory
+besides the weights than one bucket.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from polyshard.testing.memory import PeakMemory
 from polyshard.weights.fingerprint import fingerprint
 
 GOAL = 0.5  # sync of colocated float32 weights, as a fraction of memcpy's bandwidth
-SLACK = 8 << 20  # what Python and the allocator take by the way
+SLACK = 8 << 20  # memory of Python and the allocator
 
 
 def seconds(action: Any) -> float:
@@ -50,7 +50,7 @@ def seconds(action: Any) -> float:
 
 
 def plain_write(path: Path, tensors: list[torch.Tensor]) -> None:
-    """The bytes, one after the other, to one file, and on to the disk."""
+    """Write all bytes to one file, and sync it to disk."""
     with path.open("wb") as file:
         for tensor in tensors:
             array: Any = tensor.view(-1).view(torch.uint8).numpy()

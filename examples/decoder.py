@@ -1,7 +1,7 @@
 """A decoder of the Llama family in one file: Llama 2 and 3, SmolLM2, Qwen2, Qwen3, Mistral.
 
-Grouped-query attention, rotary embedding with its usual scalings, optional QK norm, optional biases, tied or untied
-embeddings. `build_model` is the contract: training and serving both call it with a config and a parallel context.
+It has grouped-query attention, rotary embedding with the common scalings, optional QK norms, optional biases, and tied
+or untied embeddings. Training and serving both call the factory `build_model` with a config and a parallel context.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import polyshard as ps
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """What this decoder reads of a Hugging Face config."""
+    """The fields of a Hugging Face config that this decoder reads."""
 
     vocab_size: int
     hidden_size: int
@@ -41,7 +41,7 @@ class DecoderConfig:
 
     @classmethod
     def of(cls, config: Any) -> DecoderConfig:
-        """From anything with a Hugging Face config's attributes; `ConfigurationError` on what it cannot build."""
+        """Read an object with the attributes of a Hugging Face config; raise `ConfigurationError` if unsupported."""
         config = ps.complete_config(config)
         if config.hidden_act != "silu":
             raise ps.ConfigurationError(f"decoder.py has silu only, not hidden_act={config.hidden_act!r}")
@@ -74,7 +74,7 @@ class DecoderConfig:
 
 
 class MLP(nn.Module):
-    """`residual + down(silu(gate x) * up x)`, gate and up as one matrix product."""
+    """`residual + down(silu(gate x) * up x)`, with gate and up as one matmul."""
 
     def __init__(self, config: DecoderConfig, parallel_context: ps.ParallelContext) -> None:
         super().__init__()
@@ -83,12 +83,12 @@ class MLP(nn.Module):
         self.down_proj = ps.row_parallel(f, h, parallel_context, bias=bias)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """`[..., hidden]` both, to the same shape."""
+        """Return `[..., hidden]`, the shape of both arguments."""
         return ps.add_residual(residual, ps.swiglu(x, self.gate_up), self.down_proj)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each after a norm and around a residual."""
+    """Attention and MLP, each with a norm before it and a residual connection."""
 
     def __init__(self, config: DecoderConfig, parallel_context: ps.ParallelContext, index: int) -> None:
         super().__init__()
@@ -110,20 +110,20 @@ class Block(nn.Module):
         self.mlp = MLP(config, parallel_context)
 
     def forward(self, x: torch.Tensor, **attention: Any) -> torch.Tensor:
-        """`[..., hidden]` to the same shape."""
+        """Return the block's output `[..., hidden]`, the shape of the input."""
         return self.feed(self.attend(x, **attention))
 
     def attend(self, x: torch.Tensor, **attention: Any) -> torch.Tensor:
-        """Each token from those before it."""
+        """Run attention, the part of the block that mixes tokens."""
         return self.self_attn(self.input_layernorm(x), residual=x, **attention)
 
     def feed(self, x: torch.Tensor) -> torch.Tensor:
-        """Each token from itself."""
+        """Run the MLP, the part of the block that computes each token independently."""
         return self.mlp(self.post_attention_layernorm(x), residual=x)
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks and the last norm; of a pipeline, the part that this stage holds."""
+    """Embedding, blocks and the last norm; under pipeline parallel, this stage's part of them."""
 
     def __init__(self, config: DecoderConfig, parallel_context: ps.ParallelContext) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Transformer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The language model; its parameters are named as in a Hugging Face checkpoint."""
+    """The language model. Its parameters have the names of a Hugging Face checkpoint."""
 
     def __init__(self, config: DecoderConfig, parallel_context: ps.ParallelContext) -> None:
         super().__init__()
@@ -174,20 +174,21 @@ class Decoder(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
         finish: bool = True,
     ) -> torch.Tensor:
-        """Hidden states, the loss, or log-probabilities.
+        """Return hidden states, the loss, or log-probabilities.
 
         Args:
-            input_ids: `[batch, seq]`, or packed `[tokens]`; under context parallel this rank's part of them.
-            positions: of the same shape; default from 0 in each sequence.
-            cu_seqlens: int32 `[sequences + 1]` for packed input; default one sequence.
-            labels: the token after each token, -100 where none; of the same shape.
-            targets: the token after each token, to be told its log-probability; of the same shape.
-            inputs_embeds: in place of `input_ids`, `[..., hidden]`; for a later pipeline stage what the one before
-                gave.
-            finish: False for what `finish` takes, which an engine asks of the tokens that it samples alone.
+            input_ids: `[batch, seq]`, or packed `[tokens]`; under context parallel this rank's part.
+            positions: positions in the shape of `input_ids`; default: from 0 in each sequence.
+            cu_seqlens: int32 `[sequences + 1]`, boundaries of packed input; default: one sequence.
+            labels: the next token of each token, or -100, in the shape of `input_ids`; request the mean loss.
+            targets: the next token of each token, in the shape of `input_ids`; request log-probabilities.
+            inputs_embeds: embeddings `[..., hidden]` in place of `input_ids`; for a later pipeline stage, the output of
+                the previous stage.
+            finish: pass False to return the input of `finish`, so that a server runs it only for sampled tokens.
 
         Returns:
-            Hidden states `[..., hidden]`; with labels the mean loss; with targets log-probabilities `[...]`, float32.
+            Hidden states `[..., hidden]`; with `labels` the mean loss; with `targets` float32 log-probabilities in the
+            shape of `targets`.
         """
         x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         if positions is None:
@@ -212,18 +213,18 @@ class Decoder(nn.Module):
         )
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Token ids to embeddings."""
+        """Return the embeddings of token IDs."""
         return self.model.embed_tokens(input_ids)
 
     def finish(self, x: torch.Tensor) -> torch.Tensor:
-        """What follows the last attention: hidden states of some tokens `[..., hidden]`."""
+        """Run the layers after the last attention; return the hidden states `[..., hidden]` of the given tokens."""
         return self.model.norm(self.model.last.feed(x))
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """This rank's shard of the logits; `polyshard.gather_logits` makes them whole."""
+        """Return this rank's shard of the logits; `polyshard.gather_logits` returns the full logits."""
         return self.lm_head(hidden)
 
 
 def build_model(config: Any, parallel_context: ps.ParallelContext) -> Decoder:
-    """The factory: a Hugging Face config (or anything with its attributes) and a parallel context."""
+    """Build the model from a Hugging Face config (or an object with its attributes) and a parallel context."""
     return Decoder(DecoderConfig.of(config), parallel_context)

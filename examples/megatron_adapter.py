@@ -1,10 +1,10 @@
-"""Layers of one's own library in user code: Megatron-Core's, without polyshard's adapter for it.
+"""Another library's layers in user code: Megatron-Core's, without polyshard's adapter for Megatron.
 
-    torchrun --nproc-per-node 2 examples/megatron_adapter.py CHECKPOINT    trains a small model on them, and saves it
-    python examples/megatron_adapter.py CHECKPOINT --generate              serves it in vLLM, on the same layers
+    torchrun --nproc-per-node 2 examples/megatron_adapter.py CHECKPOINT    trains and saves a small model
+    python examples/megatron_adapter.py CHECKPOINT --generate              serves it in vLLM, with the same layers
 
-`MegatronLinearAdapter` is all the glue there is. The model mixes: its MLP stands on Megatron's layers, its attention on
-the context's own; one set of process groups carries both.
+`MegatronLinearAdapter` is the only integration code. The model uses both kinds of layers: the MLP is built from
+Megatron's, attention from the context's default layers. Both use the same process groups.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ VOCAB = 61
 
 
 class MegatronLinearAdapter:
-    """Bridges Megatron's layers to `polyshard.LinearAdapter`; polyshard unwraps their `(output, bias)` tuples."""
+    """A `polyshard.LinearAdapter` for Megatron's layers; polyshard unwraps their `(output, bias)` tuples."""
 
     @staticmethod
     def create_column_parallel(
         input_size: int, output_size: int, parallel_context: Any, bias: bool = False
     ) -> nn.Module:
-        """Megatron's ColumnParallelLinear."""
+        """Build Megatron's ColumnParallelLinear."""
         from megatron.core.tensor_parallel import ColumnParallelLinear
 
         return ColumnParallelLinear(
@@ -37,7 +37,7 @@ class MegatronLinearAdapter:
 
     @staticmethod
     def create_row_parallel(input_size: int, output_size: int, parallel_context: Any, bias: bool = False) -> nn.Module:
-        """Megatron's RowParallelLinear."""
+        """Build Megatron's RowParallelLinear."""
         from megatron.core.tensor_parallel import RowParallelLinear
 
         common = MegatronLinearAdapter._common(parallel_context)
@@ -59,7 +59,7 @@ class MegatronLinearAdapter:
 
 
 class Block(nn.Module):
-    """Attention on the context's own layers, MLP on Megatron's."""
+    """Attention from the context's default layers and an MLP from Megatron's."""
 
     def __init__(self, config: Any, parallel_context: ps.ParallelContext) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Block(nn.Module):
         self.down = ps.row_parallel(4 * h, h, parallel_context, bias=True, linear=megatron)
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-        """`[..., hidden]` to the same shape."""
+        """Return the block's output `[..., hidden]`, the shape of the input."""
         x = x + self.attention(self.norm1(x), positions)
         return x + self.down(torch.nn.functional.gelu(self.up(self.norm2(x))))
 
@@ -89,24 +89,24 @@ class Model(nn.Module):
         self.head = ps.lm_head(config.hidden_size, config.vocab_size, parallel_context)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states."""
+        """Return the hidden states."""
         x = self.embed(input_ids)
         for block in self.blocks:
             x = block(x, positions)
         return self.norm(x)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """This rank's shard of the logits."""
+        """Return this rank's shard of the logits."""
         return self.head(hidden)
 
 
 def build_model(config: Any, parallel_context: ps.ParallelContext) -> Model:
-    """The factory that training and serving share."""
+    """Build the model, for training and for serving."""
     return Model(config, parallel_context)
 
 
 def train(checkpoint: str, steps: int = 60) -> float:
-    """Learn to count by threes; gives the last loss."""
+    """Train the model to count by threes; return the last loss."""
     context = ps.initialize("torch", tensor=2)
     config = ps.ModelConfig(
         model_type="llama",
@@ -137,7 +137,7 @@ def train(checkpoint: str, steps: int = 60) -> float:
 
 
 def generate(checkpoint: str) -> list[int]:
-    """Count on, in vLLM: the MLP on Megatron's layers there too, the attention on vLLM's."""
+    """Continue a count in vLLM, with the MLP from Megatron's layers and attention from vLLM's."""
     ps.register_model("MegatronMixed", build_model)
     from vllm import LLM, SamplingParams
 

@@ -1,8 +1,8 @@
-"""nanoGPT's model.py (GPT-2: learned positions, LayerNorm, GELU) as polyshard has it: trained on any library, served.
+"""nanoGPT's model.py (GPT-2: learned positions, LayerNorm, GELU), ported to polyshard for training and serving.
 
-What changed against the original: the linear layers, the embedding and the head are polyshard's, and so is attention;
-`forward` takes positions and leaves the logits to `compute_logits`. Weights keep their names, so nanoGPT's own (as
-safetensors) load as they are.
+Changes to the original: linear layers, embedding, head and attention are polyshard's; `forward` takes positions, and
+`compute_logits` returns the logits. Parameters keep their names, so that nanoGPT's weights (as safetensors) load
+unchanged.
 
     ps.register_model("NanoGPT", "nanogpt:build_model", config_type="nanogpt:GPTConfig")
 """
@@ -20,7 +20,7 @@ import polyshard as ps
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """nanoGPT's own."""
+    """The configuration of nanoGPT."""
 
     block_size: int = 1024
     vocab_size: int = 50304
@@ -41,12 +41,12 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., n_embd]` to the same shape."""
+        """Return `[..., n_embd]`, the shape of the input."""
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
 
 
 class Block(nn.Module):
-    """Attention and MLP, each after a LayerNorm and around a residual."""
+    """Attention and MLP, each with a LayerNorm before it and a residual connection."""
 
     def __init__(self, config: GPTConfig, parallel_context: ps.ParallelContext, index: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Block(nn.Module):
             dropout=config.dropout,
             parallel_context=parallel_context,
             qkv_bias=config.bias,
-            qkv_names="c_attn",  # one tensor
+            qkv_names="c_attn",  # stored as one tensor
             output_name="c_proj",
             output_bias=config.bias,
             layer_index=index,
@@ -66,13 +66,13 @@ class Block(nn.Module):
         self.mlp = MLP(config, parallel_context)
 
     def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-        """`[..., n_embd]` to the same shape."""
+        """Return `[..., n_embd]`, the shape of the input."""
         x = x + self.attn(self.ln_1(x), cu_seqlens=cu_seqlens)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    """The language model, its embedding tied to its head."""
+    """The language model, with tied embedding and head."""
 
     def __init__(self, config: GPTConfig, parallel_context: ps.ParallelContext) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class GPT(nn.Module):
         cu_seqlens: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states `[..., n_embd]` of ids `[batch, seq]` or packed `[tokens]`; with labels the mean loss."""
+        """Return hidden states `[..., n_embd]` of `[batch, seq]` or packed `[tokens]`; with labels the mean loss."""
         if positions is None:
             positions = ps.sequence_positions(input_ids, cu_seqlens, self.parallel_context)
         parts = self.transformer
@@ -111,11 +111,11 @@ class GPT(nn.Module):
         )
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """This rank's shard of the logits."""
+        """Return this rank's shard of the logits."""
         return self.lm_head(hidden)
 
 
 def build_model(config: GPTConfig, parallel_context: ps.ParallelContext) -> GPT:
-    """The factory."""
-    with parallel_context.device:  # where plain modules, such as torch's norms, stand too
+    """Build the model."""
+    with parallel_context.device:  # also for torch's own modules, such as the norms
         return GPT(config, parallel_context)

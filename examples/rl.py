@@ -1,14 +1,14 @@
-"""Policy optimisation by GRPO: answers from a real vLLM, steps on any parallelism library, weights synced live.
+"""Policy optimization with GRPO: samples from vLLM, optimizer steps on any parallelism library, live weight sync.
 
     python examples/rl.py runs/rl                                                   # a tiny model, minutes
     torchrun --nproc-per-node 2 examples/rl.py runs/rl --adapter megatron --tensor-parallel 2
-    python examples/rl.py runs/rl --separate                                        # vLLM in processes of its own
+    python examples/rl.py runs/rl --separate                                        # vLLM in separate processes
     python examples/rl.py runs/rl --ordinary                                        # without exact mode
     python examples/rl.py runs/rl --task addition --dtype bfloat16 --prompts 8 --samples 8 --learning-rate 5e-6
     python examples/rl_curves.py runs/rl* --output curves.png
 
-Started again, it goes on from its last training state. In exact mode trainer and sampler agree bit for bit: their KL is
-0 and the importance ratio of a fresh answer is 1.
+A restarted run continues from its last training state. In exact mode trainer and sampler agree bit for bit: their KL
+divergence is 0, and the importance ratio of a fresh sample is 1.
 
 Source: Shao et al. 2024, "DeepSeekMath" (GRPO).
 """
@@ -18,8 +18,8 @@ from __future__ import annotations
 import json
 import os
 
-# Before torch and vLLM are imported: threads that wait for each other cost more than such small models have to do, and
-# the sampler's own compilation takes longer than a run.
+# Set before torch and vLLM are imported: for such small models thread synchronization costs more than the work itself,
+# and compiling the sampler takes longer than a run.
 for name, value in (("OMP_NUM_THREADS", "1"), ("TORCH_COMPILE_DISABLE", "1"), ("VLLM_LOGGING_LEVEL", "ERROR")):
     os.environ.setdefault(name, value)
 
@@ -43,17 +43,17 @@ CLIP = 0.2
 
 
 class Dtype(StrEnum):
-    """Of the engine; the trainer's parameters stay in float32."""
+    """The dtype of the vLLM engine; the trainer's parameters stay float32."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
 
 
 class Task(StrEnum):
-    """What is to be learned."""
+    """The task that the model learns."""
 
-    successor = "successor"  # by a tiny model of random weights
-    addition = "addition"  # by SmolLM2-135M
+    successor = "successor"  # a tiny model with random weights
+    addition = "addition"  # SmolLM2-135M
 
 
 def main(
@@ -71,11 +71,11 @@ def main(
     seed: int = 0,
     every: Annotated[int, typer.Option(help="Steps between training states.")] = 100,
 ) -> None:
-    """Generate, score, step, sync."""
+    """Generate samples, score them, update the weights, and sync them to vLLM."""
     wanted: Any = getattr(torch, dtype.value)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     modes: dict[str, Any] = {} if ordinary else {"exact": True, "exact_shards": world}
-    # float32 parameters: at such learning rates a step is lost in bfloat16's rounding.
+    # float32 parameters: with such learning rates bfloat16 would round an update away.
     masters = {} if ordinary else {"exact_dtype": wanted}
     context = ps.initialize(adapter, tensor=tensor_parallel, **modes, **masters)
     ps.register_model(NAME, build_model, **modes)
@@ -170,11 +170,11 @@ def main(
 def logprobs(
     trainer: ps.TrainingEngine, answers: list[tuple[ps.Rollout, float]], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of the sampled tokens, laid end to end: the trainer's log-probability, the sampler's, and the advantage."""
+    """Return the trainer's log-probability, the sampler's, and the advantage of the sampled tokens, concatenated."""
     sequences = [r.prompt + r.tokens for r, _ in answers]
     ids = torch.tensor([token for sequence in sequences for token in sequence], device=device)
     bounds = torch.tensor([0, *map(len, sequences)], device=device).cumsum(0).to(torch.int32)
-    everything = trainer(ids, cu_seqlens=bounds, targets=ids.roll(-1))  # the last of a sequence predicts nothing
+    everything = trainer(ids, cu_seqlens=bounds, targets=ids.roll(-1))  # the last token of a sequence has no target
     sampled = torch.cat([torch.arange(end - len(r.tokens), end) for end, (r, _) in zip(bounds[1:].tolist(), answers)])
     told = torch.tensor([value for r, _ in answers for value in r.logprobs], device=device)
     weights = torch.tensor([advantage for r, advantage in answers for _ in r.tokens], device=device)
@@ -182,27 +182,27 @@ def logprobs(
 
 
 def sums_over_data(context: ps.ParallelContext, values: list[torch.Tensor]) -> list[float]:
-    """Each value's sum over data-parallel ranks."""
+    """Return the sum of each value over data-parallel ranks."""
     axis = context.axis("data")
     stacked = torch.stack([value.double() for value in values])
     return (stacked if axis.collectives is None else axis.collectives.all_reduce(stacked)).tolist()
 
 
 class Clock:
-    """Seconds of each phase."""
+    """A timer for the phases of a step, in seconds."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def __call__(self, phase: str) -> None:
-        """This phase has ended."""
+        """Record the end of a phase."""
         now = time.perf_counter()
         self.seconds[phase], self._last = now - self._last, now
 
 
 class Log:
-    """One line of JSON for each step; what a resumed run does again is written again."""
+    """A log with one line of JSON for each step. A resumed run drops the lines of the steps that it repeats."""
 
     def __init__(self, run: Path, begin: int) -> None:
         run.mkdir(parents=True, exist_ok=True)
@@ -211,7 +211,7 @@ class Log:
         self._path.write_text("".join(f"{line}\n" for line in kept))
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Append a step's."""
+        """Append the line of a step."""
         with self._path.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
 

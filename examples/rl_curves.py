@@ -1,8 +1,8 @@
-"""Curves of runs of rl.py: reward, KL of trainer and sampler, importance ratio, and where the time goes.
+"""Plot runs of rl.py: reward, KL divergence of trainer and sampler, importance ratio, and time of each phase.
 
     python examples/rl_curves.py runs/exact-* runs/ordinary-* --output curves.png
 
-Runs whose names differ in what follows their last dash alone (`exact-0`, `exact-1`: seeds) share a colour.
+Runs whose names differ only after the last dash (`exact-0` and `exact-1`, for two seeds) share a color.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main(
     output: Annotated[Path, typer.Option(help="A PNG or SVG file.")] = Path("curves.png"),
     smooth: Annotated[int, typer.Option(help="Steps that a point of the reward is a mean of.")] = 10,
 ) -> None:
-    """Draw."""
+    """Plot the runs."""
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
     reward, divergence, ratio, time = axes.flat
     names = list(dict.fromkeys(kind_of(run) for run in runs))
@@ -50,7 +50,7 @@ def main(
         axis.set(title=title, xlabel="step")
         once(axis)
     for axis in (divergence, ratio):
-        axis.set_yscale("symlog", linthresh=1e-9)  # exact mode stands at 0
+        axis.set_yscale("symlog", linthresh=1e-9)  # exact mode is at 0
         axis.set_ylim(bottom=0)
     time.set(title="milliseconds of a step")
     once(time, loc="upper center", ncols=len(PHASES), bbox_to_anchor=(0.5, -0.08))
@@ -59,12 +59,12 @@ def main(
 
 
 def kind_of(run: Path) -> str:
-    """A run's name without its seed."""
+    """Return a run's name without its seed."""
     return run.name.rpartition("-")[0] or run.name
 
 
 def once(axis: Axes, **place: Any) -> None:
-    """A legend with each label once."""
+    """Add a legend with each label once."""
     handles, labels = axis.get_legend_handles_labels()
     unique = dict(zip(labels, handles))
     axis.legend(list(unique.values()), list(unique), **place)

@@ -1,4 +1,4 @@
-"""Tasks whose answers a few lines can judge; nothing is downloaded."""
+"""Tasks for reinforcement learning with rule-based rewards. They download nothing."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import polyshard as ps
 
 
 class Successor:
-    """Answer four digits with the digit after each: a model of random weights learns it from rewards alone."""
+    """Answer four digits with the successor of each. A model with random weights learns it from rewards only."""
 
-    begin, end = 10, 11  # token ids after the digits'
+    begin, end = 10, 11  # token IDs after those of the digits
     max_tokens, stop_token_ids = 4, ()
     model = None
     config = ps.ModelConfig(
@@ -32,18 +32,18 @@ class Successor:
     )
 
     def prompts(self, count: int, generator: torch.Generator) -> list[list[int]]:
-        """Four digits each."""
+        """Return prompts of four digits."""
         return [
             [self.begin, *digits, self.end] for digits in torch.randint(10, (count, 4), generator=generator).tolist()
         ]
 
     def reward(self, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> float:
-        """The share of digits that are right."""
+        """Return the fraction of correct digits."""
         return sum(token == (digit + 1) % 10 for digit, token in zip(prompt[1:-1], tokens)) / 4
 
 
 class Addition:
-    """Add two numbers below thirty, after three examples; for a pretrained model."""
+    """Add two numbers below thirty, given three examples; for a pretrained model."""
 
     max_tokens = 4
 
@@ -56,12 +56,12 @@ class Addition:
         self.stop_token_ids = tuple(self.tokenizer.encode("\n"))
 
     def prompts(self, count: int, generator: torch.Generator) -> list[list[int]]:
-        """As text that wants to be continued."""
+        """Return prompts of text that the model continues."""
         pairs = torch.randint(30, (count, 2), generator=generator).tolist()
         return [self.tokenizer.encode(f"2 + 3 = 5\n14 + 11 = 25\n7 + 22 = 29\n{a} + {b} =") for a, b in pairs]
 
     def reward(self, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> float:
-        """1 where the first number of the answer is the sum."""
+        """Return 1 if the first number of the answer is the sum, else 0."""
         question = re.search(r"(\d+) \+ (\d+) =$", self.tokenizer.decode(prompt))
         answer = re.search(r"\d+", self.tokenizer.decode(tokens))
         assert question is not None

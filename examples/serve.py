@@ -1,8 +1,8 @@
-"""Serve a trained checkpoint with vLLM's OpenAI-compatible server; all further options are vLLM's.
+"""Serve a trained checkpoint with vLLM's OpenAI-compatible server. All further options are passed to vLLM.
 
     python examples/serve.py CHECKPOINT --port 8000
 
-`polyshard serve CHECKPOINT --factory examples/decoder.py:build_model` does the same without a line of Python.
+`polyshard serve CHECKPOINT --factory examples/decoder.py:build_model` does the same without Python code.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NAME = "PolyshardDecoder"
 
 
 def main() -> None:
-    """Register the model, and become vLLM's server: its processes inherit the registration."""
+    """Register the model, then replace this process by vLLM's server, whose processes inherit the registration."""
     if len(sys.argv) < 2:
         sys.exit(__doc__)
     checkpoint, *options = sys.argv[1:]

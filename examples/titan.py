@@ -1,8 +1,8 @@
-"""torchtitan's Llama 3 (interleaved rotary pairs, `wq`, `w1`, `tok_embeddings`) as polyshard has it: trained, served.
+"""torchtitan's Llama 3 (interleaved rotary pairs, `wq`, `w1`, `tok_embeddings`), ported to polyshard.
 
-What changed against the original: the linear layers, norms, embedding and head are polyshard's, so that no plan has to
-parallelise them afterwards, and so is attention; `forward` takes positions and leaves the logits to `compute_logits`.
-Weights keep their names, so torchtitan's own (as safetensors) load as they are.
+Changes to the original: linear layers, norms, embedding, head and attention are polyshard's, so that no plan has to
+parallelize them afterwards; `forward` takes positions, and `compute_logits` returns the logits. Parameters keep their
+names, so that torchtitan's weights (as safetensors) load unchanged.
 
     ps.register_model("Titan", "titan:build_model", config_type="titan:TransformerModelArgs")
 """
@@ -20,7 +20,7 @@ import polyshard as ps
 
 @dataclass(frozen=True)
 class TransformerModelArgs:
-    """torchtitan's own."""
+    """The configuration of torchtitan's Llama 3."""
 
     vocab_size: int
     dim: int = 4096
@@ -35,7 +35,7 @@ class TransformerModelArgs:
 
     @property
     def ffn_dim(self) -> int:
-        """Size between the two products of a feed-forward."""
+        """The hidden size of the feed-forward layer."""
         hidden = int(2 * (4 * self.dim) / 3)
         if self.ffn_dim_multiplier is not None:
             hidden = int(self.ffn_dim_multiplier * hidden)
@@ -52,13 +52,13 @@ class FeedForward(nn.Module):
         self.w2 = ps.row_parallel(f, args.dim, parallel_context)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., dim]` to the same shape."""
+        """Return `[..., dim]`, the shape of the input."""
         gate, up = self.w13(x).chunk(2, dim=-1)
         return self.w2(F.silu(gate) * up)
 
 
 class TransformerBlock(nn.Module):
-    """Attention and feed-forward, each after a norm and around a residual."""
+    """Attention and feed-forward layer, each with a norm before it and a residual connection."""
 
     def __init__(self, args: TransformerModelArgs, parallel_context: ps.ParallelContext, index: int) -> None:
         super().__init__()
@@ -79,13 +79,13 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], cu_seqlens: torch.Tensor | None
     ) -> torch.Tensor:
-        """`[..., dim]` to the same shape."""
+        """Return `[..., dim]`, the shape of the input."""
         x = x + self.attention(self.attention_norm(x), rotary=rotary, cu_seqlens=cu_seqlens)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
 class Transformer(nn.Module):
-    """The language model; its layers are a dict by index, as torchtitan's pipelines want them."""
+    """The language model. Its layers are a dict keyed by index, as torchtitan's pipelines require."""
 
     def __init__(self, args: TransformerModelArgs, parallel_context: ps.ParallelContext) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Transformer(nn.Module):
         cu_seqlens: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states `[..., dim]` of ids `[batch, seq]` or packed `[tokens]`; with labels the mean loss."""
+        """Return hidden states `[..., dim]` of IDs `[batch, seq]` or packed `[tokens]`; with labels the mean loss."""
         h = self.tok_embeddings(tokens)
         if positions is None:
             positions = ps.sequence_positions(tokens, cu_seqlens, self.parallel_context)
@@ -119,10 +119,10 @@ class Transformer(nn.Module):
         )
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """This rank's shard of the logits."""
+        """Return this rank's shard of the logits."""
         return self.output(hidden)
 
 
 def build_model(args: TransformerModelArgs, parallel_context: ps.ParallelContext) -> Transformer:
-    """The factory."""
+    """Build the model."""
     return Transformer(args, parallel_context)

@@ -4,10 +4,10 @@
     torchrun --nproc-per-node 3 examples/train.py MODEL OUTPUT --tensor-parallel 3 --sequence-parallel
     torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT --adapter deepspeed --zero 3
     torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT --context-parallel 2
-    torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT --states runs/a    # started again, it goes on
+    torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT --states runs/a    # a restart continues the run
 
-MODEL is a Hugging Face directory of a Llama, Qwen2, Qwen3 or Mistral model (`python examples/smollm2.py` prints one);
-OUTPUT becomes one too. Ranks beyond tensor and context parallel are data parallel.
+MODEL is a Hugging Face directory of a Llama, Qwen2, Qwen3 or Mistral model (`python examples/smollm2.py` prints one),
+and so is OUTPUT. Ranks that tensor and context parallel do not use form the data axis.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from text import token_rows
 
 import polyshard as ps
 
-NAME = "PolyshardDecoder"  # the architecture under which servers know this model
+NAME = "PolyshardDecoder"  # the architecture name under which servers find this model
 
 
 def main(
@@ -48,7 +48,7 @@ def main(
     states: Annotated[Path | None, typer.Option(help="Save training states here, and go on from the latest.")] = None,
     every: Annotated[int, typer.Option(help="Steps between training states.")] = 8,
 ) -> None:
-    """Train, with the validation loss before and after, and save."""
+    """Train the model, report the validation loss before and after, and save a checkpoint."""
     context = ps.initialize(
         adapter, tensor=tensor_parallel, context=context_parallel, sequence_parallel=sequence_parallel
     )
@@ -134,7 +134,7 @@ def main(
 
 
 def engine_options(adapter: str, data_parallel: str, zero: int | None) -> dict[str, object]:
-    """Each library's engine has its own settings."""
+    """Return the engine options of each library."""
     if adapter == "torch":
         if zero is not None:
             raise typer.BadParameter("the torch adapter has no --zero: its form of stage 3 is --data-parallel fsdp")
@@ -143,7 +143,7 @@ def engine_options(adapter: str, data_parallel: str, zero: int | None) -> dict[s
 
 
 def schedule(step: int, steps: int) -> float:
-    """Linear warm-up over a tenth of the steps, then a cosine to a tenth."""
+    """Return the learning rate factor: linear warm-up over a tenth of the steps, then cosine decay to a tenth."""
     warmup = max(1, steps // 10)
     if step < warmup:
         return (step + 1) / warmup
@@ -152,7 +152,10 @@ def schedule(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def validation_loss(trainer: ps.TrainingEngine, rows: torch.Tensor, context: ps.ParallelContext) -> float:
-    """Mean loss over held-out rows, each data-parallel rank taking as many; all rows have as many labels."""
+    """Return the mean loss over held-out rows, which are divided evenly over data-parallel ranks.
+
+    The mean of the rows' losses is the mean over tokens, since all rows have the same number of labels.
+    """
     mine = rows[context.get_data_parallel_rank() :: context.get_data_parallel_world_size()]
     total = torch.zeros((), device=context.device)
     for part in mine.split(4):
@@ -162,14 +165,14 @@ def validation_loss(trainer: ps.TrainingEngine, rows: torch.Tensor, context: ps.
 
 
 def shards(rows: torch.Tensor, context: ps.ParallelContext) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input ids and labels of rows `[rows, length + 1]`: this rank's part of each."""
+    """Return this rank's part of the input IDs and labels of rows `[rows, length + 1]`."""
     rows = rows.to(context.device)
     inputs, labels = (ps.context_shard(part, context, dim=1) for part in (rows[:, :-1], rows[:, 1:]))
     return inputs, labels
 
 
 def mean_over_data(value: torch.Tensor, context: ps.ParallelContext) -> float:
-    """The mean of a scalar over data-parallel ranks."""
+    """Return the mean of a scalar over data-parallel ranks."""
     axis = context.axis("data")
     if axis.collectives is None:
         return float(value)

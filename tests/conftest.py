@@ -108,7 +108,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def nothing_of_a_file_is_kept():
-    """Engines of tests keep what came before them from the garbage collector."""
+    """Undo the freezing of objects that test engines do (support/engines.py)."""
     yield
     gc.unfreeze()
     gc.collect()

@@ -21,7 +21,7 @@ PACKAGE = Path(ps.__file__).parent
 VENDORS = {f"polyshard.adapters.{name}": name for name in ("vllm", "megatron", "deepspeed", "fairscale")}
 VENDORS |= {"polyshard.transformers": "transformers", "polyshard.cli": "typer"}
 # Packages whose public names do not all have examples.
-INCOMPLETE = ("polyshard.adapters", "polyshard.attention", "polyshard.core")
+INCOMPLETE = ("polyshard.adapters",)
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 

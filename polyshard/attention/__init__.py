@@ -1,4 +1,4 @@
-"""Trainable attention and its kernels."""
+"""Attention modules and functions with a backward pass, and the kernels behind them."""
 
 from polyshard.attention.functional import packed_attention
 from polyshard.attention.mla import TrainableMLA

@@ -1,4 +1,4 @@
-"""Slopes of attention with linear biases. Source: Press et al. 2021, "Train Short, Test Long"."""
+"""Slopes of attention with linear biases (ALiBi). Source: Press et al. 2021, "Train Short, Test Long"."""
 
 from __future__ import annotations
 
@@ -9,20 +9,34 @@ from polyshard.core.errors import ConfigurationError
 
 
 def slopes_of_heads(num_heads: int, alibi: bool | Sequence[float]) -> tuple[float, ...] | None:
-    """One slope for each of all query heads: the given ones, the usual ones for True, None for False."""
+    """Return one slope for each query head: the given slopes, the standard ones for True, or None for False.
+
+    Raises:
+        ConfigurationError: the number of slopes is not `num_heads`.
+    """
     if isinstance(alibi, bool):
-        return usual_slopes(num_heads) if alibi else None
+        return standard_slopes(num_heads) if alibi else None
     slopes = tuple(float(slope) for slope in alibi)
     if len(slopes) != num_heads:
-        raise ConfigurationError(f"{num_heads} heads need as many ALiBi slopes, got {len(slopes)}")
+        raise ConfigurationError(
+            f"The number of ALiBi slopes is wrong: got {len(slopes)}, expected one for each of {num_heads} query heads."
+        )
     return slopes
 
 
-def usual_slopes(num_heads: int) -> tuple[float, ...]:
-    """Powers of `2^(-8 / n)`; for `n` that is no power of two, every second one of `2n` fills up, as the authors do."""
-    whole = 2 ** math.floor(math.log2(num_heads))
-    base = 2.0 ** (-8.0 / whole)
-    slopes = [base ** (i + 1) for i in range(whole)]
-    extra = 2.0 ** (-4.0 / whole)
-    slopes += [extra ** (2 * i + 1) for i in range(num_heads - whole)]
+def standard_slopes(num_heads: int) -> tuple[float, ...]:
+    """Return the slopes of the ALiBi authors: powers of `2^(-8 / num_heads)`.
+
+    If `num_heads` is not a power of two, they are the slopes for the next lower power `p`, and then every second of
+    the slopes for `2 p`.
+
+    Example:
+        >>> standard_slopes(4)
+        (0.25, 0.0625, 0.015625, 0.00390625)
+    """
+    power = 2 ** math.floor(math.log2(num_heads))
+    base = 2.0 ** (-8.0 / power)
+    slopes = [base ** (i + 1) for i in range(power)]
+    extra = 2.0 ** (-4.0 / power)
+    slopes += [extra ** (2 * i + 1) for i in range(num_heads - power)]
     return tuple(slopes)

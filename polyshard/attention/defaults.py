@@ -1,4 +1,4 @@
-"""Boundaries and positions that a module takes where its caller gives none; under context parallel too."""
+"""Default sequence boundaries and positions, also under context parallel."""
 
 from __future__ import annotations
 
@@ -16,11 +16,18 @@ from polyshard.core.layout import ParallelLayout
 def sequences_at(
     lead: torch.Size, cu_seqlens: torch.Tensor | None, context: ParallelContext, device: torch.device
 ) -> PackedSequences:
-    """Boundaries of all context-parallel ranks' tokens, for local hidden states of shape `[*lead, hidden]`."""
+    """Return the boundaries of the tokens of all context-parallel ranks, for local input of shape `[*lead, hidden]`.
+
+    Raises:
+        ConfigurationError: `cu_seqlens` is given for a batch, or is invalid.
+    """
     shards = context.axis("context").size
     if len(lead) == 2:
         if cu_seqlens is not None:
-            raise ConfigurationError("cu_seqlens goes with packed [tokens, hidden] input, not with a batch")
+            raise ConfigurationError(
+                "cu_seqlens is unsupported for a batch: got input [batch, seq], expected packed [tokens]. Pack the "
+                "sequences, or omit cu_seqlens."
+            )
         return batch_of(lead[0], lead[1] * shards, device)
     if cu_seqlens is None:
         return batch_of(1, lead[0] * shards, device)
@@ -35,10 +42,13 @@ def rotary_at(
     context: ParallelContext,
     like: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine for this rank's tokens, in the dtype and on the device of `like`; positions from 0 by default."""
+    """Return cosine and sine for this rank's tokens, in the dtype and on the device of `like`.
+
+    Positions start from 0 in each sequence by default.
+    """
     if positions is None:
         if sequences is None:
-            raise ConfigurationError("a serving engine has to pass positions")
+            raise ConfigurationError("positions are missing: a server must pass them. Pass positions to forward.")
         positions = positions_at(sequences, lead, context, like.device)
     return rotary(positions, like.dtype)
 
@@ -46,7 +56,7 @@ def rotary_at(
 def positions_at(
     sequences: PackedSequences, lead: torch.Size, context: ParallelContext, device: torch.device
 ) -> torch.Tensor:
-    """Position of each of this rank's tokens in its own sequence, int64 `[*lead]`."""
+    """Return the position of each of this rank's tokens in its sequence, int64 `[*lead]`."""
     shards = context.axis("context").size
     if len(lead) == 1:
         return context_positions(sequences, lead[0] * shards, context, device)
@@ -58,15 +68,23 @@ def sequence_positions(
     cu_seqlens: torch.Tensor | None = None,
     parallel_context: ParallelContext | None = None,
 ) -> torch.Tensor:
-    """Position of each token in its own sequence.
+    """Return the position of each token in its sequence.
 
     Args:
         input_ids: `[batch, seq]`, or packed `[tokens]`; under context parallel this rank's part.
-        cu_seqlens: int32 `[sequences + 1]` of packed tokens, of all context-parallel ranks; default one sequence.
-        parallel_context: where this process stands; needed under context parallel alone.
+        cu_seqlens: int32 `[sequences + 1]`, the boundaries of packed tokens of all context-parallel ranks; default: one
+            sequence.
+        parallel_context: the parallel context; required only under context parallel.
 
     Returns:
-        int64, the shape of `input_ids`.
+        int64 positions in the shape of `input_ids`.
+
+    Raises:
+        ConfigurationError: `cu_seqlens` is given for a batch, or is invalid.
+
+    Example:
+        >>> sequence_positions(torch.tensor([5, 6, 7, 8, 9]), torch.tensor([0, 2, 5]))
+        tensor([0, 1, 0, 1, 2])
     """
     context = parallel_context or GroupContext(layout=ParallelLayout(), device=input_ids.device, linear=None)
     sequences = sequences_at(input_ids.shape, cu_seqlens, context, input_ids.device)

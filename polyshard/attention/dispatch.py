@@ -1,4 +1,4 @@
-"""Where a module's attention runs: in the serving engine's core, on this rank's kernel, or over the context axis."""
+"""Dispatch of a module's attention: to a server's core, to a kernel on this rank, or over the context axis."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def dispatch_attention(
     sinks: torch.Tensor | None = None,
     kernel: str | None = None,
 ) -> torch.Tensor:
-    """Attend in a serving engine's core if there is one, else by a kernel of this process or over the context axis.
+    """Compute attention with a server's core if there is one, else with a kernel on this rank or over the context axis.
 
     Args:
-        core: the engine's, which knows the sequences; None in training.
+        core: the server's attention core, which knows the sequences; None in training.
         q: `[tokens, heads, head_dim]` or `[batch, seq, heads, head_dim]`.
-        k: the same with key-value heads.
-        v: the same with key-value heads and `value_dim`.
-        sequences: boundaries of the tokens of all context-parallel ranks; None only with a core.
-        spec: the request, for the heads given.
-        parallel_context: whose context axis it is.
+        k: the same with KV heads.
+        v: the same with KV heads and `value_dim`.
+        sequences: boundaries of the tokens of all context-parallel ranks; may be None only with a core.
+        spec: the request, for the heads of `q` and `k`.
+        parallel_context: the context with the context axis.
         way: see `context_parallel_attention`.
         training: whether dropout applies.
-        sinks: `[heads]`.
-        kernel: force one by name.
+        sinks: `[heads]`; None without sinks.
+        kernel: name of the kernel to use; default: the fastest one.
 
     Returns:
         `[tokens, heads * value_dim]` or `[batch, seq, heads * value_dim]`.

@@ -1,4 +1,4 @@
-"""One attention call on this process's tensors: the kernel is selected, and its `AttentionCall` made."""
+"""One attention call on this rank's tensors: selects the kernel and builds its `AttentionCall`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,22 @@ def run_kernel(
     sinks: torch.Tensor | None = None,
     keys: PackedSequences | None = None,
 ) -> torch.Tensor:
-    """Attention by the best kernel, of tensors that fit together. `training`: whether dropout applies."""
+    """Compute attention with the fastest kernel.
+
+    Args:
+        q: `[query tokens, heads, head_dim]`.
+        k: `[key tokens, kv_heads, head_dim]`.
+        v: `[key tokens, kv_heads, value_dim]`. Shapes, dtypes and devices are not checked here.
+        sequences: boundaries of the queries.
+        spec: the request.
+        training: whether dropout applies.
+        name: name of the kernel to use; None for the fastest one.
+        sinks: `[heads]`; None without sinks.
+        keys: boundaries of the keys; default: those of the queries.
+
+    Returns:
+        `[query tokens, heads, value_dim]`.
+    """
     differentiable = training or (torch.is_grad_enabled() and q.requires_grad)
     if not training and spec.dropout:
         spec = replace(spec, dropout=0.0)
@@ -41,8 +56,8 @@ def run_kernel(
 def call_of(
     q: torch.Tensor, sequences: PackedSequences, spec: AttentionSpec, keys: PackedSequences | None = None
 ) -> AttentionCall:
-    """The call of `spec`, with a seed where there is dropout."""
-    # A number out of torch's own generator: activation checkpointing puts that back before it runs again.
+    """Build the `AttentionCall` for `spec`, with a seed if there is dropout."""
+    # Drawn from torch's CPU generator, whose state activation checkpointing restores before it recomputes.
     seed = torch.randint(2**62, (), device="cpu") if spec.dropout else None
     slopes = None
     if spec.alibi_slopes is not None:
@@ -53,7 +68,7 @@ def call_of(
 _FIELDS = tuple(field.name for field in fields(AttentionSpec))
 
 
-@torch.compiler.assume_constant_result  # before torch 2.12 it takes plain values only, not a frozen dataclass
+@torch.compiler.assume_constant_result  # before torch 2.12 it accepts plain values only, not a frozen dataclass
 def _name_of_kernel(
     request: tuple[Any, ...], device: torch.device, dtype: torch.dtype, training: bool, name: str | None
 ) -> str:

@@ -1,4 +1,4 @@
-"""`TrainableMLA`: DeepSeek's multi-head latent attention, in the form that trains (and prefills): keys written out.
+"""`TrainableMLA`: DeepSeek's multi-head latent attention (MLA), in the form with expanded keys and values.
 
 Source: DeepSeek-AI 2024, "DeepSeek-V2", section 2.1.
 """
@@ -32,35 +32,42 @@ from polyshard.layers.residual import add_residual
 
 
 class TrainableMLA(nn.Module):
-    """Queries and keys-and-values through low-rank bottlenecks; a rotary part of the key that all heads share.
+    """Multi-head latent attention: low-rank latents for queries and for keys and values, and a shared rotary key.
 
-    Heads are sharded over the tensor axis of `parallel_context`; the bottlenecks are whole on every rank. A serving
-    engine may cache latents by a layer of its own (docs/explanation/attention.md says when); else keys and values are
-    cached written out, head by head, as an ordinary attention's: right everywhere, at the memory of full heads.
+    Heads are sharded over the tensor axis of `parallel_context`; the projections to the latents are replicated. A
+    server may cache latents with its own layer (docs/explanation/attention.md says when). Otherwise it caches the
+    expanded keys and values like ordinary attention, which always works but needs the memory of full heads.
 
     Args:
         hidden_size: size of the hidden states.
-        num_heads: heads.
-        kv_lora_rank: bottleneck of keys and values.
-        qk_nope_head_dim: part of a query or key head that is not rotated.
-        qk_rope_head_dim: part that is.
+        num_heads: number of heads.
+        kv_lora_rank: size of the latent of keys and values.
+        qk_nope_head_dim: size of the part of a query or key head without rotary embedding.
+        qk_rope_head_dim: size of the part with rotary embedding.
         v_head_dim: size of a value head.
-        q_lora_rank: bottleneck of queries; None for a direct projection.
-        scale: factor on q·k; default `(qk_nope_head_dim + qk_rope_head_dim) ** -0.5` (with YaRN times its mscale²).
-        norm_eps: of the two norms in the bottlenecks.
-        rotary: for `qk_rope_head_dim`; None to pass cosines and sines in.
-        interleaved: whether rotated pairs are neighbours, as in DeepSeek's checkpoints.
-        bias: of the projections into the bottlenecks and of the output.
-        dropout: of attention weights, in training.
-        parallel_context: where this process stands; default one process alone.
-        layer_index: global index of the layer.
-        kernel: force a kernel by name.
-        context_parallel: `"auto"`, `"ulysses"` or `"ring"`.
-        linear: another library's layers.
+        q_lora_rank: size of the latent of queries; None for a direct projection.
+        scale: factor on q·k; default: `(qk_nope_head_dim + qk_rope_head_dim) ** -0.5`. Models with YaRN multiply it by
+            the square of its mscale.
+        norm_eps: epsilon of the norms of both latents.
+        rotary: the rotary embedding for `qk_rope_head_dim`; None to pass cosines and sines to `forward`.
+        interleaved: whether rotated pairs are neighbouring elements of a head, as in DeepSeek's checkpoints.
+        bias: add a bias in the projections to the latents and in the output projection.
+        dropout: probability of dropping an attention weight in training.
+        parallel_context: the parallel context; default: a single process.
+        layer_index: global index of the layer; required in a server with pipeline stages.
+        kernel: name of the kernel to use; default: the environment variable POLYSHARD_ATTENTION, else the fastest one.
+        context_parallel: method under context parallel: `"auto"`, `"ulysses"` or `"ring"`.
+        linear: the `LinearAdapter` for the sharded projections; default: that of the context.
 
     Raises:
-        LayoutError: heads that do not divide over the tensor axis, or sequence parallel, which this layer has not got.
-        ConfigurationError: settings outside their range.
+        LayoutError: the heads cannot be divided over the tensor axis, or sequence parallel is on (unsupported here).
+        ConfigurationError: a setting is out of range.
+
+    Example:
+        >>> sizes = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+        >>> attention = TrainableMLA(64, 4, **sizes, rotary=ps.RotaryEmbedding(8))
+        >>> attention(torch.randn(2, 5, 64)).shape
+        torch.Size([2, 5, 64])
     """
 
     def __init__(
@@ -89,11 +96,17 @@ class TrainableMLA(nn.Module):
         context = parallel_context or load_adapter("torch").initialize()
         size = context.get_tensor_parallel_world_size()
         if context.layout.sequence_parallel and size > 1:
-            raise LayoutError("TrainableMLA has no sequence parallel: its bottlenecks need whole sequences")
+            raise LayoutError(
+                "TrainableMLA does not support sequence parallel: its replicated projections need all tokens. "
+                "Initialize the context without sequence_parallel."
+            )
         if num_heads % size:
-            raise LayoutError(f"{num_heads} heads cannot be divided by tensor-parallel size {size}")
+            raise LayoutError(
+                f"{num_heads} heads cannot be divided by tensor-parallel size {size}. Use a tensor-parallel size that "
+                f"divides {num_heads}."
+            )
         if qk_rope_head_dim % 2:
-            raise ConfigurationError(f"qk_rope_head_dim must be even, got {qk_rope_head_dim}")
+            raise ConfigurationError(f"qk_rope_head_dim is invalid: got {qk_rope_head_dim}, expected an even number.")
         self.parts = (qk_nope_head_dim, qk_rope_head_dim, v_head_dim)
         self.kv_lora_rank = kv_lora_rank
         query, shared = num_heads * (qk_nope_head_dim + qk_rope_head_dim), {"parallel_context": context}
@@ -134,7 +147,10 @@ class TrainableMLA(nn.Module):
         self.serve_in(context)
 
     def serve_in(self, context: ParallelContext) -> None:
-        """Attend by the core that `context` brings, if it brings one: over a cache of latents where it has that."""
+        """Use the core that `context` builds: over a cache of latents if it supports that, else over keys and values.
+
+        Without a factory in `context` the module uses a kernel.
+        """
         self.context = context
         latents, factory = context.latent_attention, context.attention
         self.latent_core = None if latents is None else latents(self.spec, self.latents, self.kv_b_proj)
@@ -150,7 +166,7 @@ class TrainableMLA(nn.Module):
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend within each sequence; arguments and result as `TrainableFlashAttention.forward`."""
+        """Compute attention within each sequence. Arguments and result are as in `TrainableFlashAttention.forward`."""
         lead = hidden_states.shape[:-1]
         nope, rope, value = self.parts
         if sequences is None and self.core is None and self.latent_core is None:
@@ -161,7 +177,7 @@ class TrainableMLA(nn.Module):
         q = self._queries(hidden_states).unflatten(-1, (-1, nope + rope))
         latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, rope], dim=-1)
         latent = self.kv_a_layernorm(latent)
-        # All heads share it, so that its gradient is a sum over the ranks of the heads.
+        # All heads share the rotary key, so that its gradient is a sum over the ranks.
         k_rope = shared_by_heads(k_rope, self.context.axis("tensor")).unsqueeze(-2)
         q_nope, q_rope = q.split([nope, rope], dim=-1)
         if rotary is not None:
@@ -200,7 +216,7 @@ class TrainableMLA(nn.Module):
 
 
 def shared_by_heads(x: torch.Tensor, axis: ParallelAxis) -> torch.Tensor:
-    """Identity; the gradient is summed over the axis."""
+    """Return `x`; the backward pass sums the gradient over the axis."""
     return x if axis.size == 1 else _Shared.apply(x, axis)
 
 

@@ -1,4 +1,4 @@
-"""`TrainableFlashAttention`: the attention block of a decoder that is trained and served."""
+"""`TrainableFlashAttention`: the attention block of a decoder, for training and serving."""
 
 from __future__ import annotations
 
@@ -29,46 +29,55 @@ from polyshard.layers.residual import add_residual
 class TrainableFlashAttention(nn.Module):
     """Multi-head, grouped-query or multi-query self-attention with its projections.
 
-    In training it runs the fastest trainable kernel for packed sequences; inside a serving engine the same module
-    uses that engine's paged KV cache. Heads are sharded over the tensor axis of `parallel_context`.
+    In training the module runs the fastest kernel with a backward pass for packed sequences. Inside a server it uses
+    the server's paged KV cache. Heads are sharded over the tensor axis of `parallel_context`.
 
     Args:
         hidden_size: size of the hidden states.
-        num_heads: query heads.
-        num_kv_heads: key and value heads; default `num_heads`.
-        head_dim: default `hidden_size / num_heads`.
-        value_dim: size of a value head; default `head_dim`.
-        dropout: of attention weights, in training.
-        scale: factor on q·k; default `head_dim ** -0.5`.
+        num_heads: number of query heads.
+        num_kv_heads: number of key and value heads; default: `num_heads`.
+        head_dim: size of a query or key head; default: `hidden_size / num_heads`.
+        value_dim: size of a value head; default: `head_dim`.
+        dropout: probability of dropping an attention weight in training.
+        scale: factor on q·k; default: `head_dim ** -0.5`.
         causal: mask keys after the query.
-        parallel_context: where this process stands; default one process alone.
-        qkv_bias: bias of the fused query, key and value projection.
-        qkv_names: of the three in a checkpoint, or the one name under which it holds them as one tensor.
-        output_name: of the output projection in a checkpoint.
-        output_bias: bias of the output projection.
-        qk_norm_eps: RMS norm of each query and key head before the rotary embedding, with this epsilon.
-        rotary: makes cosines and sines from positions; None for no rotary embedding here (or to pass them in).
-        interleaved: whether rotated pairs are neighbours, as in Meta's checkpoints and torchtitan's, and not halves of
-            a head, as in Hugging Face's.
-        sliding_window: see this many keys back, the query's own included.
-        softcap: bound on scores, `softcap tanh(s / softcap)` (Gemma 2).
-        alibi: take `slope |i - j|` from scores: True for the usual slopes, or one for each query head (Press et al.
-            2021, "Train Short, Test Long").
-        sinks: a learned logit of each head that takes part in the softmax and gives nothing (gpt-oss).
-        layer_index: global index of the layer; a serving engine with pipeline stages needs it.
-        kernel: force a kernel by name; also by the environment variable POLYSHARD_ATTENTION.
-        context_parallel: where the context axis has several ranks, `"ulysses"`, `"ring"`, or `"auto"`: Ulysses where
-            heads divide, else ring.
-        linear: another library's layers for the projections.
+        parallel_context: the parallel context; default: a single process.
+        qkv_bias: add a bias in the fused query, key and value projection.
+        qkv_names: names of the three projections in a checkpoint, or one name if a checkpoint stores them as one
+            tensor.
+        output_name: name of the output projection in a checkpoint.
+        output_bias: add a bias in the output projection.
+        qk_norm_eps: apply an RMS norm with this epsilon to each query and key head before the rotary embedding.
+        rotary: the rotary embedding; None for none, or to pass cosines and sines to `forward`.
+        interleaved: whether rotated pairs are neighbouring elements of a head, as in Meta's and torchtitan's
+            checkpoints, instead of one element from each half, as in Hugging Face's.
+        sliding_window: mask keys `j` unless `|i - j| < sliding_window`.
+        softcap: bound on the scores, `softcap tanh(s / softcap)` (Gemma 2).
+        alibi: subtract `slope |i - j|` from the scores: True for the standard slopes, or one slope for each query head
+            (Press et al. 2021, "Train Short, Test Long").
+        sinks: add a learned logit of each head, without a value, to the softmax's sum (gpt-oss).
+        layer_index: global index of the layer; required in a server with pipeline stages.
+        kernel: name of the kernel to use; default: the environment variable POLYSHARD_ATTENTION, else the fastest one.
+        context_parallel: method if the context axis has several ranks: `"ulysses"`, `"ring"`, or `"auto"` (Ulysses if
+            the heads can be divided over the ranks, else ring).
+        linear: the `LinearAdapter` for the projections; default: that of the context.
 
     Attributes:
-        qkv: the fused projection, `qkv.weight` `[(q + 2 kv) head_dim, hidden_size]` of this rank.
+        qkv: the fused projection; `qkv.weight` is this rank's `[(q + 2 kv) head_dim, hidden_size]`.
         o_proj: the output projection.
-        sinks: `[heads]` of this rank; None without.
+        sinks: this rank's `[heads]`; None without sinks.
 
     Raises:
-        LayoutError: heads that do not divide over the tensor axis.
-        ConfigurationError: settings outside their range.
+        LayoutError: the heads cannot be divided over the tensor axis.
+        ConfigurationError: a setting is out of range.
+
+    Example:
+        >>> rotary = ps.RotaryEmbedding(16)
+        >>> attention = TrainableFlashAttention(64, num_heads=4, num_kv_heads=2, rotary=rotary)
+        >>> attention(torch.randn(2, 5, 64)).shape  # a batch
+        torch.Size([2, 5, 64])
+        >>> attention(torch.randn(7, 64), cu_seqlens=torch.tensor([0, 3, 7])).shape  # two packed sequences
+        torch.Size([7, 64])
     """
 
     def __init__(
@@ -101,7 +110,9 @@ class TrainableFlashAttention(nn.Module):
     ) -> None:
         super().__init__()
         if head_dim is None and hidden_size % num_heads:
-            raise ConfigurationError(f"hidden size {hidden_size} is not a multiple of {num_heads} heads: give head_dim")
+            raise ConfigurationError(
+                f"hidden_size is invalid: got {hidden_size}, expected a multiple of {num_heads} heads. Pass head_dim."
+            )
         head_dim = head_dim or hidden_size // num_heads
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         context = parallel_context or load_adapter("torch").initialize()
@@ -116,7 +127,7 @@ class TrainableFlashAttention(nn.Module):
         self.o_proj = row_parallel(num_heads * value_dim, hidden_size, context, bias=output_bias, linear=linear)
         self.q_norm = self.k_norm = None
         if qk_norm_eps is not None:
-            # Each rank normalises its own heads: the weight's gradient is a sum over ranks.
+            # Each rank normalizes its own heads, so that the weight's gradient is a sum over ranks.
             self.q_norm = rms_norm(head_dim, context, eps=qk_norm_eps, partial_gradient=True)
             self.k_norm = rms_norm(head_dim, context, eps=qk_norm_eps, partial_gradient=True)
         self.rotary, self.interleaved = rotary, interleaved
@@ -152,13 +163,15 @@ class TrainableFlashAttention(nn.Module):
         self.kernel = kernel
         self.context, self.context_parallel = context, context_parallel
         if context_parallel not in get_args(Way):
-            raise ConfigurationError(f"context_parallel must be one of {get_args(Way)}, got {context_parallel!r}")
+            raise ConfigurationError(
+                f"context_parallel is invalid: got {context_parallel!r}, expected one of {', '.join(get_args(Way))}."
+            )
         self.sequence_parallel = context.layout.sequence_parallel and size > 1
         self.core: AttentionCore | None = None
         self.serve_in(context)
 
     def serve_in(self, context: ParallelContext) -> None:
-        """Attend by the core that `context` brings, if it brings one."""
+        """Use the attention core that the factory of `context` builds, or a kernel if there is no factory."""
         self.context = context
         factory = context.attention
         self.core = None if factory is None else factory(self.spec, self.sinks)
@@ -176,34 +189,37 @@ class TrainableFlashAttention(nn.Module):
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend within each sequence.
+        """Compute attention within each sequence.
 
         Args:
             hidden_states: `[batch, seq, hidden]`, or packed `[tokens, hidden]`. Under sequence parallel: this rank's
-                part along seq or tokens. Under context parallel: the part that `context_shard` cuts.
+                part along seq or tokens. Under context parallel: the part that `context_shard` returns.
             positions: int64 `[batch, seq]` or `[tokens]`, for the module's own rotary embedding; default: from 0 in
-                each sequence. With a sliding window they have to be consecutive in sequences longer than it.
-            cu_seqlens: int32 `[sequences + 1]` for packed input, of all context-parallel ranks' tokens; default: one
-                sequence.
-            sequences: the same, already checked; spares each layer the reading of `cu_seqlens`.
-            rotary: cosine and sine for all layers, in place of the module's own rotary embedding.
-            residual: to be added to the output, of its shape (`add_residual`).
+                each sequence. They must be consecutive within sequences that are longer than the sliding window.
+            cu_seqlens: int32 `[sequences + 1]`, boundaries of packed input, for the tokens of all context-parallel
+                ranks; default: one sequence.
+            sequences: the same boundaries as returned by `pack`, so that each layer need not check `cu_seqlens`.
+            rotary: cosine and sine, computed once for all layers, in place of the module's own rotary embedding.
+            residual: tensor in the shape of the output that is added to it (`add_residual`).
 
         Returns:
-            The shape of `hidden_states`.
+            A tensor in the shape of `hidden_states`.
+
+        Raises:
+            ConfigurationError: `hidden_states`, `positions` or `cu_seqlens` is invalid.
         """
         if hidden_states.dim() not in (2, 3):
             raise ConfigurationError(
-                "hidden states must be [batch, seq, hidden] or packed [tokens, hidden], "
-                f"got {tuple(hidden_states.shape)}"
+                f"hidden_states has the wrong shape: got {tuple(hidden_states.shape)}, expected [batch, seq, hidden] "
+                "or packed [tokens, hidden]."
             )
         q, k, v = self.heads(hidden_states)
         lead = q.shape[:-2]
         if sequences is None and self.core is None:
             sequences = sequences_at(lead, cu_seqlens, self.context, q.device)
         window = self._call_spec.sliding_window
-        alone = self.context.axis("context").size == 1  # else this rank has some tokens of each sequence
-        if positions is not None and window is not None and sequences is not None and alone:
+        complete = self.context.axis("context").size == 1  # else this rank has only a part of each sequence
+        if positions is not None and window is not None and sequences is not None and complete:
             check_positions(positions.flatten(), sequences.cu_seqlens, window)
         if rotary is None and self.rotary is not None:
             rotary = rotary_at(self.rotary, positions, sequences, lead, self.context, q)
@@ -228,13 +244,13 @@ class TrainableFlashAttention(nn.Module):
         return add_residual(residual, out, self.o_proj)
 
     def heads(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """This rank's query, key and value heads, each `[..., heads, dim]`, normed, not yet rotated."""
+        """Return this rank's query, key and value heads, each `[..., heads, dim]`, before the rotary embedding."""
         spec = self._call_spec
         sizes = [spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.num_kv_heads * spec.v_dim]
         q, k, v = self.qkv(hidden_states).split(sizes, dim=-1)
         q, k = q.unflatten(-1, (-1, spec.head_dim)), k.unflatten(-1, (-1, spec.head_dim))
         v = v.unflatten(-1, (-1, spec.v_dim))
         if self.q_norm is not None and self.k_norm is not None:
-            # Under autocast the norm's float32 weight widens its output; attention takes one dtype.
+            # Under autocast the norm's output is float32, as its weight; attention requires one dtype.
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         return q, k, v

@@ -1,4 +1,4 @@
-"""Positions of packed tokens are checked where a sliding window counts tokens: a gap would make it reach too far."""
+"""Validation of positions for sliding windows: kernels count tokens, so a gap in positions would widen the window."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from polyshard.core.errors import ConfigurationError
 
 
 def check_positions(positions: torch.Tensor, cu_seqlens: torch.Tensor, window: int) -> None:
-    """Refuse positions that leave tokens out within a sequence longer than a sliding window.
+    """Raise an error if positions are not consecutive within a sequence that is longer than the sliding window.
 
     On the CPU the error names the positions. On a GPU and in a compiled graph it is an asynchronous assertion, which
-    does not wait for the device.
+    does not synchronize the device.
 
     Args:
         positions: int64 `[tokens]`.
         cu_seqlens: `[sequences + 1]`.
-        window: of the layer, in tokens.
+        window: the layer's sliding window, in tokens.
 
     Raises:
-        ConfigurationError: on the CPU.
+        ConfigurationError: the positions are not consecutive (only on the CPU).
     """
     if positions.shape[0] < 2 or positions.device.type == "meta":
         return
@@ -30,12 +30,14 @@ def check_positions(positions: torch.Tensor, cu_seqlens: torch.Tensor, window: i
     reaches = bounds.diff()[sequence] > window
     wrong = (positions.diff() != 1) & ~begins & reaches
     if positions.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(~wrong.any(), f"positions leave tokens out of a sequence with a sliding window of {window}")
+        torch._assert_async(
+            ~wrong.any(), f"positions are not consecutive in a sequence longer than the sliding window of {window}"
+        )
     elif bool(wrong.any()):
         at = int(wrong.nonzero()[0])
         before, after = positions[at : at + 2].tolist()
         raise ConfigurationError(
             f"positions are not consecutive in a sequence longer than the sliding window of {window}: got {before} and "
-            f"then {after}, expected {before + 1}: the window would count tokens that are there, not positions. Keep "
-            "the tokens between them, or pass rows and an attention mask"
+            f"then {after}, expected {before + 1}. Kernels count the tokens of a window, not positions. Keep the "
+            "tokens in between, or pass padded rows and an attention mask."
         )

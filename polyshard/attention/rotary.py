@@ -1,6 +1,6 @@
-"""Rotary position embedding with the scalings that published models use.
+"""Rotary position embedding with the scalings of published models.
 
-Source: Su et al. 2021, "RoFormer". The pairs are (i, i + dim/2), as in transformers and vLLM ("neox" style).
+Source: Su et al. 2021, "RoFormer". The rotated pairs are (i, i + dim/2), as in transformers and vLLM ("neox" style).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from polyshard.native.operator import bare_operator
 
 SCALINGS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
-# On CPU Inductor would compute cosines and sines again for every layer that reads them: it keeps what is read more than
-# once only where that takes an exponential (torch/_inductor/ir.py, should_realize_on_reuse).
+# On CPU Inductor would recompute cosines and sines in every layer that reads them: of values with several readers it
+# stores only those with an exponential (torch/_inductor/ir.py, should_realize_on_reuse).
 _computed_once = bare_operator(
     "computed_once(Tensor x) -> Tensor", torch.clone, torch.empty_like, "CompositeExplicitAutograd"
 )
@@ -27,23 +27,27 @@ _computed_once = bare_operator(
 def rotary_frequencies(
     dim: int, theta: float, scaling: Mapping[str, Any] | None, max_position: int
 ) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies, and the factor on cosine and sine.
+    """Return the inverse frequencies, and the factor on cosine and sine.
 
     Args:
-        dim: rotated part of a head; even.
+        dim: size of the rotated part of a head; must be even.
         theta: base of the frequencies.
-        scaling: a Hugging Face `rope_scaling` or `rope_parameters` mapping; `rope_type` (or `type`) is one of
-            `SCALINGS`. None for no scaling.
+        scaling: a Hugging Face `rope_scaling` or `rope_parameters` mapping, whose `rope_type` (or `type`) is one of
+            `SCALINGS`; None for no scaling.
         max_position: the model's `max_position_embeddings`.
 
     Returns:
-        float32 `[dim / 2]`, and a float.
+        float32 `[dim / 2]` on the CPU, and a float.
 
     Raises:
-        ConfigurationError: an unknown scaling, or one whose parameters are missing.
+        ConfigurationError: the dimension is odd, the scaling is unknown, or one of its parameters is missing.
+
+    Example:
+        >>> rotary_frequencies(4, 10000.0, {"rope_type": "linear", "factor": 2.0}, 4096)
+        (tensor([0.5000, 0.0050]), 1.0)
     """
     if dim % 2:
-        raise ConfigurationError(f"rotary embedding needs an even dimension, got {dim}")
+        raise ConfigurationError(f"The rotary dimension is invalid: got {dim}, expected an even number.")
     scaling = dict(scaling or {})
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
@@ -51,14 +55,14 @@ def rotary_frequencies(
     if kind == "default":
         return inverse, 1.0
     if kind not in SCALINGS:
-        raise ConfigurationError(f"unknown rotary scaling {kind!r}; known: {', '.join(SCALINGS)}")
+        raise ConfigurationError(f"The rotary scaling is unknown: got {kind!r}, expected one of {', '.join(SCALINGS)}.")
     if kind == "longrope":
         return _longrope(exponents, theta, scaling, max_position)
     factor = float(_need(scaling, "factor", kind))
     if kind == "linear":
         return inverse / factor, 1.0
     if kind == "dynamic":
-        # As transformers and vLLM serve it: the base for the longest sequence that the model is run with.
+        # As in transformers and vLLM: the base for the longest sequence that the model supports.
         original = float(scaling.get("original_max_position_embeddings") or max_position)
         length = max(float(max_position), original)
         base = theta * ((factor * length / original) - (factor - 1)) ** (dim / (dim - 2))
@@ -70,12 +74,14 @@ def rotary_frequencies(
 
 def _need(scaling: Mapping[str, Any], key: str, kind: str) -> Any:
     if scaling.get(key) is None:
-        raise ConfigurationError(f"rotary scaling {kind!r} needs {key!r}; it has {sorted(scaling)}")
+        raise ConfigurationError(
+            f"A parameter of rotary scaling {kind!r} is missing: got {sorted(scaling)}, expected {key!r}."
+        )
     return scaling[key]
 
 
 def _llama3(inverse: torch.Tensor, scaling: Mapping[str, Any], factor: float) -> torch.Tensor:
-    """Source: transformers, `_compute_llama3_parameters`."""
+    """Return the inverse frequencies of Llama 3. Source: transformers, `_compute_llama3_parameters`."""
     low = float(_need(scaling, "low_freq_factor", "llama3"))
     high = float(_need(scaling, "high_freq_factor", "llama3"))
     original = float(_need(scaling, "original_max_position_embeddings", "llama3"))
@@ -89,18 +95,23 @@ def _llama3(inverse: torch.Tensor, scaling: Mapping[str, Any], factor: float) ->
 def _longrope(
     exponents: torch.Tensor, theta: float, scaling: Mapping[str, Any], max_position: int
 ) -> tuple[torch.Tensor, float]:
-    """Source: Ding et al. 2024, "LongRoPE"; transformers, `_compute_longrope_parameters`.
+    """Return the inverse frequencies of LongRoPE, and the factor on cosine and sine.
 
-    The long factors are taken where the model's `max_position_embeddings` is beyond its original length, for all
-    sequences: as vLLM serves it. (transformers takes the short ones for short inputs, so that a cached prefix changes
-    its meaning when a sequence grows.)
+    As in vLLM, the long factors apply to all sequences if the model's `max_position_embeddings` exceeds its original
+    length. transformers uses the short factors for short inputs, which changes the meaning of a cached prefix when a
+    sequence grows.
+
+    Source: Ding et al. 2024, "LongRoPE"; transformers, `_compute_longrope_parameters`.
     """
     original = float(_need(scaling, "original_max_position_embeddings", "longrope"))
     long = max_position > original
     given = _need(scaling, "long_factor" if long else "short_factor", "longrope")
     factors = torch.tensor(given, dtype=torch.float32, device="cpu")
     if len(factors) != len(exponents):
-        raise ConfigurationError(f"rotary scaling 'longrope' needs {len(exponents)} factors, it has {len(factors)}")
+        raise ConfigurationError(
+            f"The number of factors of rotary scaling 'longrope' is wrong: got {len(factors)}, expected "
+            f"{len(exponents)}."
+        )
     factor = float(scaling.get("factor") or max_position / original)
     magnitude = scaling.get("long_mscale" if long else "short_mscale") or scaling.get("attention_factor")
     if magnitude is None:
@@ -116,7 +127,10 @@ def _yarn(
     factor: float,
     max_position: int,
 ) -> tuple[torch.Tensor, float]:
-    """Source: Peng et al. 2023, "YaRN"; transformers, `_compute_yarn_parameters`."""
+    """Return the inverse frequencies of YaRN, and the factor on cosine and sine.
+
+    Source: Peng et al. 2023, "YaRN"; transformers, `_compute_yarn_parameters`.
+    """
     original = float(scaling.get("original_max_position_embeddings") or max_position)
 
     def magnitude(scale: float, slope: float = 1.0) -> float:
@@ -146,14 +160,24 @@ def _yarn(
 
 
 class RotaryEmbedding(nn.Module):
-    """Cosines and sines for positions; shared by all layers of a model.
+    """The cosines and sines of positions. All layers of a model can share one instance.
 
     Args:
         head_dim: size of a head.
-        theta: base.
-        scaling: see `rotary_frequencies`.
+        theta: base of the frequencies.
+        scaling: a Hugging Face `rope_scaling` or `rope_parameters` mapping with a `rope_type` of `default`, `linear`,
+            `dynamic`, `yarn`, `llama3` or `longrope`; None for no scaling.
         max_position: the model's `max_position_embeddings`.
-        rotary_dim: how much of each head is rotated; default all of it.
+        rotary_dim: size of the rotated part of each head; default: `head_dim`.
+
+    Raises:
+        ConfigurationError: the rotary dimension is odd, or the scaling is unknown or incomplete.
+
+    Example:
+        >>> rotary = RotaryEmbedding(64, theta=500000.0)
+        >>> cos, sin = rotary(torch.arange(5), torch.bfloat16)
+        >>> cos.shape, cos.dtype
+        (torch.Size([5, 1, 32]), torch.bfloat16)
     """
 
     def __init__(
@@ -167,22 +191,22 @@ class RotaryEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.rotary_dim = rotary_dim or head_dim
-        self._exactly, self.factor = rotary_frequencies(self.rotary_dim, theta, scaling, max_position)
-        # Not persistent: a checkpoint has no such tensor, and a server's weight reload would leave it undefined.
-        self.register_buffer("inverse_frequencies", self._exactly.to(torch.get_default_device()), persistent=False)
+        self._float32, self.factor = rotary_frequencies(self.rotary_dim, theta, scaling, max_position)
+        # Not persistent: checkpoints do not contain it, so that a weight reload in a server would leave it undefined.
+        self.register_buffer("inverse_frequencies", self._float32.to(torch.get_default_device()), persistent=False)
         self.inverse_frequencies: torch.Tensor
 
     def _apply(self, fn: Any, recurse: bool = True) -> RotaryEmbedding:
-        """Move with the model, but stay float32: `model.to(torch.bfloat16)` would round the frequencies for good."""
+        """Move the frequencies to the model's device, but keep them float32: `model.to(bfloat16)` would round them."""
         super()._apply(fn, recurse)
-        self.inverse_frequencies = self._exactly.to(self.inverse_frequencies.device)
+        self.inverse_frequencies = self._float32.to(self.inverse_frequencies.device)
         return self
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine, each `[*positions.shape, 1, rotary_dim / 2]`, rounded to `dtype`."""
-        if self.inverse_frequencies.device != positions.device:  # made before its layers were given a device
-            self.inverse_frequencies = self._exactly.to(positions.device)
-        # float32 even in a model of lower precision: positions above 256 are not exact in bfloat16.
+        """Return cosine and sine of int64 positions, each `[*positions.shape, 1, rotary_dim / 2]`, in `dtype`."""
+        if self.inverse_frequencies.device != positions.device:  # created before the model was moved to its device
+            self.inverse_frequencies = self._float32.to(positions.device)
+        # float32 in models of lower precision as well: integers above 256 are not exact in bfloat16.
         angles = positions.unsqueeze(-1).float() * self.inverse_frequencies.float()
         cos, sin = ((f(angles) * self.factor).to(dtype).unsqueeze(-2) for f in (torch.cos, torch.sin))
         if torch.compiler.is_compiling() and cos.device.type == "cpu":
@@ -191,9 +215,10 @@ class RotaryEmbedding(nn.Module):
 
 
 def halves(x: torch.Tensor, rotary_dim: int) -> torch.Tensor:
-    """Heads `[..., head_dim]` whose rotated pairs are neighbours, the pairs put apart into two halves.
+    """Reorder heads `[..., head_dim]` from interleaved pairs (2i, 2i + 1) to pairs (i, i + rotary_dim / 2).
 
-    Done alike to queries and keys it changes no score; so does Hugging Face to the weights, once and for all.
+    Applied to both queries and keys, the permutation changes no score. Hugging Face applies it to the weights when it
+    converts a checkpoint.
     """
     rotated, rest = x.split([rotary_dim, x.shape[-1] - rotary_dim], dim=-1)
     apart = rotated.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
@@ -203,12 +228,21 @@ def halves(x: torch.Tensor, rotary_dim: int) -> torch.Tensor:
 def rotate_heads(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`apply_rotary` of queries and keys."""
+    """Apply the rotary embedding to queries and keys; see `apply_rotary`."""
     return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate heads `[..., heads, head_dim]`; the arithmetic is float32 or wider, as in vLLM."""
+    """Apply the rotary embedding to heads `[..., heads, head_dim]`, in float32 or wider as in vLLM.
+
+    Args:
+        x: queries or keys.
+        cos: `[..., 1, rotary_dim / 2]`.
+        sin: the shape of `cos`.
+
+    Returns:
+        A new tensor in the shape and dtype of `x`.
+    """
     dim = cos.shape[-1] * 2
     rotated, rest = (x, None) if dim == x.shape[-1] else x.split([dim, x.shape[-1] - dim], dim=-1)
     wide = rotated if rotated.dtype == torch.float64 else rotated.float()

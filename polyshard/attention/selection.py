@@ -1,4 +1,4 @@
-"""Which kernel serves a request, and why the others do not."""
+"""Kernel selection: the fastest kernel that supports a request, and the reasons why others do not."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _register(kernels: Sequence[AttentionKernel]) -> None:
             register_kernel(kernel)
 
 
-# Fastest first; flex stands after the CPU's own, as there it has no backward and is slower.
+# Fastest first. Flex comes after the CPU kernels because on CPU it has no backward pass and is slower.
 KERNELS: Sequence[AttentionKernel] = (
     FlashAttn4(),
     FlashAttn3(),
@@ -48,9 +48,9 @@ FORMER_NAMES = {"cpu_fused": "cpu_native", "vllm_pinned": "vllm_exact"}
 
 @cache
 def servers_kernels() -> Sequence[AttentionKernel]:
-    """The kernels of serving engines, from adapters with an attribute `attention_kernels`; taken by name alone.
+    """Return the kernels of servers, from adapters with an attribute `attention_kernels`. They are used only by name.
 
-    They give a server's own numbers, and cost the import of that server.
+    They compute the same numbers as the server. Calling this function imports the server's library.
     """
     found: list[AttentionKernel] = []
     for adapter in installed_adapters():
@@ -60,12 +60,12 @@ def servers_kernels() -> Sequence[AttentionKernel]:
 
 
 def kernel_named(name: str) -> AttentionKernel:
-    """A kernel by its name.
+    """Return the kernel with the given name.
 
     Raises:
-        ConfigurationError: there is none.
+        ConfigurationError: no kernel has that name.
     """
-    for kernels in (lambda: KERNELS, servers_kernels):  # a server is imported only if the name is none of ours
+    for kernels in (lambda: KERNELS, servers_kernels):  # imports a server only if the name is not in KERNELS
         for kernel in kernels():
             if kernel.name == name:
                 return kernel
@@ -73,31 +73,54 @@ def kernel_named(name: str) -> AttentionKernel:
                 deprecated(f"attention kernel {name!r}", repr(kernel.name))
                 return kernel
     known = [kernel.name for kernel in (*KERNELS, *servers_kernels())]
-    raise ConfigurationError(f"unknown attention kernel {name!r}; known: {', '.join(known)}")
+    raise ConfigurationError(f"The attention kernel is unknown: got {name!r}, expected one of {', '.join(known)}.")
 
 
 def explain(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool) -> list[Accepted | Rejected]:
-    """The verdict on every kernel: fastest first, then those that are taken by name alone."""
-    asked = _asked(spec, training)
-    return [_verdict(kernel, asked, device, dtype, training) for kernel in (*KERNELS, *servers_kernels())]
+    """Return the verdict on every kernel: fastest first, then the servers' kernels, which are used only by name.
+
+    Args:
+        spec: the request.
+        device: device of the tensors.
+        dtype: dtype of the tensors.
+        training: whether dropout applies and a backward pass follows.
+
+    Example:
+        >>> from polyshard.core import AttentionSpec
+        >>> spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=64, scale=0.125, softcap=50.0)
+        >>> for verdict in explain(spec, torch.device("cpu"), torch.float32, training=True)[4:7]:
+        ...     print(verdict)
+        Accepted(name='cpu')
+        cpu_native: has no softcap
+        cpu_flash: has no softcap
+    """
+    request = _normalized(spec, training)
+    return [_verdict(kernel, request, device, dtype, training) for kernel in (*KERNELS, *servers_kernels())]
 
 
 def select_kernel(
     spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool, name: str | None = None
 ) -> AttentionKernel:
-    """The fastest kernel that can do all that is asked.
+    """Return the fastest kernel that supports a request.
 
     Args:
         spec: the request.
-        device: of the tensors.
-        dtype: of the tensors.
-        training: whether dropout applies, and a backward will come.
-        name: force this kernel; default the environment variable POLYSHARD_ATTENTION, else free choice.
+        device: device of the tensors.
+        dtype: dtype of the tensors.
+        training: whether dropout applies and a backward pass follows.
+        name: name of the kernel to use; default: the environment variable POLYSHARD_ATTENTION, else the fastest one.
 
     Raises:
-        ConfigurationError: the forced kernel is unknown or cannot do it, or none can; the message gives each reason.
+        ConfigurationError: the named kernel is unknown or does not support the request, or no kernel supports it; the
+            message contains the reason of each.
+
+    Example:
+        >>> from polyshard.core import AttentionSpec
+        >>> spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=64, scale=0.125)
+        >>> select_kernel(spec, torch.device("cpu"), torch.bfloat16, training=True).name
+        'cpu'
     """
-    return _select(_asked(spec, training), device, dtype, training, name or ATTENTION.read())
+    return _select(_normalized(spec, training), device, dtype, training, name or ATTENTION.read())
 
 
 @cache
@@ -111,8 +134,11 @@ def _select(
         if isinstance(verdict, Accepted):
             return kernel
         reasons.append(str(verdict))
-    wanted = f"attention kernel {forced!r} was asked for, but" if forced else "no attention kernel fits:"
-    raise ConfigurationError(f"{wanted} {'; '.join(reasons)}")
+    if forced:
+        raise ConfigurationError(
+            f"Attention kernel {forced!r} does not support the request: {'; '.join(reasons)}. Select another kernel."
+        )
+    raise ConfigurationError(f"No attention kernel supports the request: {'; '.join(reasons)}.")
 
 
 def _verdict(
@@ -122,6 +148,6 @@ def _verdict(
     return Accepted(kernel.name) if reason is None else Rejected(kernel.name, reason)
 
 
-def _asked(spec: AttentionSpec, training: bool) -> AttentionSpec:
-    """Without dropout where it does not apply, and without what no kernel depends on."""
+def _normalized(spec: AttentionSpec, training: bool) -> AttentionSpec:
+    """Return the spec without dropout if it does not apply, and without the fields that no kernel depends on."""
     return replace(spec, dropout=spec.dropout if training else 0.0, layer_index=None)

@@ -89,7 +89,7 @@ def _checked(path: Path, table: WeightTable, ignore: Sequence[str], ranks: Ranks
         check_fit(table, reader, ignore)
         return manifest, reader, note
 
-    manifest, reader, note = ranks.together(opened, f"{path} cannot be loaded; nothing was changed")
+    manifest, reader, note = ranks.run_on_all(opened, f"{path} cannot be loaded; nothing was changed")
     if note is not None and ranks.rank == 0:
         logger.warning("%s: %s", path, note)
     if manifest is not None and verify:

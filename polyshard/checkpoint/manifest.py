@@ -87,7 +87,7 @@ def missing_part(directory: Path, manifest: Manifest) -> str | None:
 
 def record_files(directory: Path, ranks: Ranks) -> dict[str, FileRecord]:
     """Return size and checksum of every file under a directory. A collective: the ranks share the reading."""
-    names = ranks.first(sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()))
+    names = ranks.broadcast(sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()))
     mine = _checksums(directory, names[ranks.rank :: ranks.size])
     return {name: record for part in ranks.gather(mine) for name, record in sorted(part.items())}
 
@@ -112,7 +112,7 @@ def verify_files(directory: Path, manifest: Manifest, ranks: Ranks) -> None:
         error = CheckpointError(
             f"{directory} is damaged: the SHA-256 of {', '.join(altered[:5])} is not the recorded one. Copy it again."
         )
-    ranks.agree(error, f"{directory} cannot be loaded")
+    ranks.raise_on_all(error, f"{directory} cannot be loaded")
 
 
 def _checksums(directory: Path, names: list[str]) -> dict[str, FileRecord]:

@@ -27,7 +27,7 @@ class PendingSave:
     def __init__(self, context: ParallelContext, work: Callable[[Ranks], Path]) -> None:
         ranks = Ranks.of(context)
         # Collectives of two threads must not share a process group.
-        group: Any = None if ranks.alone else dist.new_group(backend="gloo", timeout=_timeout(context))
+        group: Any = None if ranks.is_single else dist.new_group(backend="gloo", timeout=_timeout(context))
         self._group = group
         self._ranks = Ranks(ranks.rank, ranks.size, group, ranks.guard)
         self._result: Path | None = None

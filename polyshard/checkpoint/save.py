@@ -235,23 +235,23 @@ class SaveJob:
 
     def _run(self, ranks: Ranks, tensor_rank: int, tensor_size: int, progress: Progress | None) -> Path:
         what = f"saving {self.directory} failed; nothing was changed"
-        staging = self.directory.parent / ranks.first(staging_name(self.directory))
+        staging = self.directory.parent / ranks.broadcast(staging_name(self.directory))
         writer = LayoutWriter(staging, self.files, progress)
         stored = {tensor.key: tensor for file in self.files for tensor in file.tensors}
         planner = LayoutPlanner(self.pieces, self.table, tensor_rank, tensor_size, stored)
         try:
-            ranks.agree(_attempt(begin, self.directory, staging) if ranks.rank == 0 else None, what)
+            ranks.raise_on_all(_attempt(begin, self.directory, staging) if ranks.rank == 0 else None, what)
             try:
                 with ranks.guard("world checkpoint write"), warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended in one process
-                    save({}, storage_writer=writer, planner=planner, process_group=ranks.group, no_dist=ranks.alone)
+                    save({}, storage_writer=writer, planner=planner, process_group=ranks.group, no_dist=ranks.is_single)
             except CheckpointException as failure:
                 raise CheckpointError(f"{what}: {_describe(failure)}") from failure
-            ranks.agree(_attempt(self._add_documents, staging) if ranks.rank == 0 else None, what)
+            ranks.raise_on_all(_attempt(self._add_documents, staging) if ranks.rank == 0 else None, what)
             with ThreadPoolExecutor(1) as pool:
                 flushed = pool.submit(_attempt, writer.flush)
                 records = record_files(staging, ranks)
-                ranks.agree(flushed.result(), what)
+                ranks.raise_on_all(flushed.result(), what)
             error = None
             if ranks.rank == 0:
                 manifest = Manifest(
@@ -261,7 +261,7 @@ class SaveJob:
                     state=self.state or {},
                 )
                 error = _attempt(write_manifest, staging, manifest) or _attempt(publish, staging, self.directory)
-            ranks.agree(error, what)
+            ranks.raise_on_all(error, what)
         finally:
             if ranks.rank == 0:
                 shutil.rmtree(staging, ignore_errors=True)

@@ -125,7 +125,7 @@ def save_training_state(
     for slot, by_name in slot_dtypes.items():
         files += _in_folder(plan_files(slot, stored_tensors(table, by_name, slot), max_shard_bytes))
 
-    data = ranks.together(lambda: _plain_json(data), f"saving {directory} failed; nothing was changed")
+    data = ranks.run_on_all(lambda: _plain_json(data), f"saving {directory} failed; nothing was changed")
     first_of_replica = all(parallel_context.axis(a).rank == 0 for a in ("tensor", "context", "pipeline"))
     mine = (parallel_context.axis("data").rank, data) if first_of_replica else None
     positions = [d for _, d in sorted((x for x in ranks.gather(mine) if x is not None), key=lambda x: x[0])]
@@ -205,7 +205,7 @@ def load_training_state(
             _check_optimizer(opened.manifest, before.kind, slots)
         return opened
 
-    opened = ranks.together(opened_and_checked, f"{path} cannot be loaded; nothing was changed")
+    opened = ranks.run_on_all(opened_and_checked, f"{path} cannot be loaded; nothing was changed")
     if verify:
         verify_files(path, opened.manifest, ranks)
 

@@ -1,6 +1,7 @@
-"""Protocols and plain data. Imports the standard library and torch, and no parallelism library.
+"""Protocols and plain data that every adapter shares.
 
-These are the names that an adapter outside of this package implements and uses: docs/how-to/write-an-adapter.md.
+Imports only the standard library and torch, never a parallelism library. An adapter in another package implements and
+uses the names exported here; see docs/how-to/write-an-adapter.md.
 """
 
 from polyshard.core.adapter import AdamW, Adapter, OptimizerFactory, StepResult, TrainingEngine

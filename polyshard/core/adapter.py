@@ -1,4 +1,4 @@
-"""What an adapter of a parallelism library offers: contexts, layers, and training engines."""
+"""The protocols of an adapter and of its training engine, and the AdamW settings that both read."""
 
 from __future__ import annotations
 
@@ -22,11 +22,16 @@ from polyshard.core.weight_table import WeightTable
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdamW:
-    """AdamW's settings as data: calling it makes torch's optimizer; a library with its own reads the fields.
+    """The settings of AdamW. Calling it builds torch's optimizer; a library with its own AdamW reads the fields.
 
-    Vectors (norms, biases) are not decayed.
+    Weight decay is not applied to vectors (norms and biases).
 
     Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization".
+
+    Example:
+        >>> optimizer = AdamW(lr=1e-3)(torch.nn.Linear(4, 4).named_parameters())
+        >>> [group["weight_decay"] for group in optimizer.param_groups]
+        [0.1, 0.0]
     """
 
     lr: float = 3e-4
@@ -35,7 +40,7 @@ class AdamW:
     weight_decay: float = 0.1
 
     def __call__(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        """torch's AdamW over the parameters that require a gradient."""
+        """Return torch's AdamW for the parameters that require a gradient."""
         trainable = [parameter for _, parameter in named_parameters if parameter.requires_grad]
         groups = [
             {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": self.weight_decay},
@@ -46,18 +51,22 @@ class AdamW:
         )
 
 
-# Optimizers are made by the engine, after it has wrapped the model: FSDP and ZeRO replace the parameters.
+# The engine calls the factory after it has wrapped the model, because FSDP and ZeRO replace the parameters.
 OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What one optimizer step did.
+    """The result of one optimizer step.
 
     Attributes:
-        grad_norm: norm of the whole model's gradient over all ranks, before clipping; None where the engine does
-            not compute it.
-        skipped: the step was left out (a non-finite gradient), and the weights are as before.
+        grad_norm: norm of the gradient of the full model over all ranks, before clipping; None if the engine does not
+            compute it.
+        skipped: whether the step was skipped because a gradient was not finite. The weights are then unchanged.
+
+    Example:
+        >>> StepResult(grad_norm=0.5)
+        StepResult(grad_norm=0.5, skipped=False)
     """
 
     grad_norm: float | None
@@ -66,24 +75,31 @@ class StepResult:
 
 @runtime_checkable
 class TrainingEngine(Protocol):
-    """Data parallelism, gradient clipping and the optimizer of one library around a model."""
+    """A model wrapped by a parallelism library: data parallelism, gradient clipping and the optimizer.
+
+    Example:
+        >>> context = ps.initialize("torch")
+        >>> engine = ps.load_adapter("torch").engine(ps.column_parallel(4, 2, context), AdamW(), context)
+        >>> engine.backward(engine(torch.ones(1, 4)).sum())
+        >>> engine.step().skipped, engine.updates
+        (False, 1)
+    """
 
     @property
     def module(self) -> nn.Module:
         """The model as the factory built it."""
         ...
 
-    precision: Precision
-
-    updates: int  # how often the weights have changed: by steps that were not skipped, and by loading
+    precision: Precision  # dtypes of the run
+    updates: int  # how often the weights have changed: steps that were not skipped, and loads
 
     @property
     def table(self) -> WeightTable:
-        """The model's weight layouts, collected before it was wrapped."""
+        """The model's weight layouts, collected before the model was wrapped."""
         ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward, with whatever the library does around it."""
+        """Run the model's forward pass through the library's wrapper."""
         ...
 
     def computing(self) -> AbstractContextManager[Any]:
@@ -91,15 +107,16 @@ class TrainingEngine(Protocol):
         ...
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate gradients of `loss`, averaged over the data axis; every rank's loss counts the same."""
+        """Accumulate the gradients of `loss`, averaged over the replicas with equal weights."""
         ...
 
     def train_batch(
         self, micro_batches: Sequence[MicroBatch], loss: SumLoss | None = None, tokens: CountTokens | None = None
     ) -> BatchResult:
-        """Run forward and backward of one step's micro-batches, weighted by tokens: see `polyshard.train_batch`.
+        """Run the forward and backward passes of one step, with every token weighted equally.
 
-        It replaces `__call__`, `backward` and `accumulate`, which average the means of micro-batches and ranks.
+        Use it in place of `__call__`, `backward` and `accumulate`, which average the means of micro-batches and ranks.
+        See `polyshard.train_batch` for the arguments.
         """
         ...
 
@@ -108,52 +125,66 @@ class TrainingEngine(Protocol):
         ...
 
     def zero_grad(self) -> None:
-        """Forget accumulated gradients."""
+        """Clear the accumulated gradients."""
         ...
 
     def set_learning_rate(self, lr: float) -> None:
-        """For the next step on."""
+        """Set the learning rate, beginning with the next step."""
         ...
 
     def accumulate(self) -> AbstractContextManager[None]:
-        """Around forward and backward of all micro-batches but the last: gradients are not yet communicated."""
+        """Return a context manager for all micro-batches of a step but the last: it postpones gradient communication.
+
+        Run the forward and backward passes of those micro-batches inside it.
+        """
         ...
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each parameter's name as built, and this rank's tensor-parallel shard, whole over the data axis.
+        """Yield the name of each parameter in the built model and this rank's full tensor-parallel shard of it.
 
-        A collective over the data axis: every rank iterates to the end.
+        A collective over the data axis: every rank must iterate to the end.
         """
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Set parameters from this rank's tensor-parallel shards, by their names as built."""
+        """Set parameters from this rank's tensor-parallel shards, by their names in the built model."""
         ...
 
     def weight_pieces(self) -> Iterator[Piece]:
-        """This rank's own run of every parameter, without communication; slot `"weight"`."""
+        """Yield the pieces of the parameters that this rank holds, with slot `"weight"`, without communication."""
         ...
 
     def weights_written(self) -> None:
-        """After values were written into the weight pieces: refresh the library's own copies. A collective."""
+        """Refresh the library's own copies after values were written into the weight pieces. A collective."""
         ...
 
     def optimizer_state(self) -> OptimizerState:
-        """The optimizer's state on this rank, made where no step has been taken yet."""
+        """Return the optimizer's state on this rank. It is created if no step has been taken yet."""
         ...
 
     def optimizer_written(self, step: int, lr: float) -> None:
-        """After values were written into the optimizer's pieces: go on from update `step` with this rate."""
+        """Continue from update `step` with rate `lr`, after values were written into the optimizer's pieces."""
         ...
 
     def close(self) -> None:
-        """Release what the library holds for this engine."""
+        """Release the resources that the library holds for this engine."""
         ...
 
 
 @runtime_checkable
 class Adapter(Protocol):
-    """One parallelism library."""
+    """The integration of one parallelism library or server.
+
+    Attributes:
+        name: the name under which `polyshard.load_adapter` finds the adapter.
+        capabilities: the features that the adapter supports.
+        requirement: the library behind it and its supported versions.
+        linear: the `LinearAdapter` that builds its layers.
+
+    Example:
+        >>> isinstance(ps.load_adapter("torch"), Adapter)
+        True
+    """
 
     name: str
     capabilities: Capabilities
@@ -161,19 +192,19 @@ class Adapter(Protocol):
     linear: Any
 
     def initialize(self, layout: ParallelLayout | None = None, **options: Any) -> ParallelContext:
-        """Make process groups from torchrun's environment, or stand alone in one process."""
+        """Create process groups from torchrun's environment, or a single-process context without torchrun."""
         ...
 
     def adopt(self, context: ParallelContext) -> ParallelContext:
-        """This library's layers on groups that another one made (inside a vLLM worker, say)."""
+        """Return a context with this library's layers on process groups that exist, such as those of a vLLM worker."""
         ...
 
     def engine(
         self, model: nn.Module, optimizer: OptimizerFactory, context: ParallelContext, **options: Any
     ) -> TrainingEngine:
-        """The library's training engine around a model built with `context`."""
+        """Wrap a model that was built with `context` in the library's training engine."""
         ...
 
     def shutdown(self, context: ParallelContext) -> None:
-        """Destroy what `initialize` made; afterwards it may be called again."""
+        """Destroy the process groups that `initialize` created, so that it can be called again."""
         ...

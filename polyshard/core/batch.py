@@ -1,4 +1,4 @@
-"""The data of one training step: micro-batches, their losses and token counts, and the result."""
+"""The data of one training step: micro-batches, functions for their losses and token counts, and the result."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ MicroBatch = Mapping[str, Any]
 SumLoss = Callable[[Any, MicroBatch], torch.Tensor]
 CountTokens = Callable[[MicroBatch], torch.Tensor]
 
-IGNORED = -100  # label of a token that has none, as in torch and transformers
+IGNORED = -100  # label of a token without a target, as in torch and transformers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchResult:
-    """What the micro-batches of one step gave.
+    """The loss of one step's micro-batches.
 
     Attributes:
-        loss: scalar, float64, the mean over all tokens that count, the same on every rank; 0 if no token counts.
-        tokens: scalar, float64, how many tokens count, over all micro-batches and ranks.
+        loss: float64 scalar: the mean over all tokens with a label, equal on every rank; 0 if there are none.
+        tokens: float64 scalar: the number of tokens with a label, over all micro-batches and ranks.
+
+    Example:
+        >>> result = BatchResult(loss=torch.tensor(2.5), tokens=torch.tensor(96.0))
+        >>> f"loss {result.loss:.2f} over {result.tokens:.0f} tokens"
+        'loss 2.50 over 96 tokens'
     """
 
     loss: torch.Tensor

@@ -1,7 +1,7 @@
-"""What an adapter or a kernel can do, as data: one source for skips, tables in the docs, and errors.
+"""The features that an adapter supports, as data. Test skips, documentation tables and errors derive from them.
 
-The vocabulary of a 'no' is that of ibis: `notimpl` is ours to do, `notyet` waits for the library, `never`
-cannot be, and the reason says why.
+An unsupported feature has a reason and one of three categories, as in ibis: `notimpl` (polyshard has not implemented
+it), `notyet` (the library does not offer it yet), `never` (it is impossible).
 """
 
 from __future__ import annotations
@@ -28,16 +28,29 @@ FEATURES: Mapping[str, str] = {
     "casts": "float32 parameters with computation in bfloat16",
     "masters": "bfloat16 parameters with float32 masters in the optimizer",
     "float16": "computation in float16 with dynamic loss scaling",
-    "cpu": "runs on CPU with gloo",
-    "cuda": "runs on CUDA with NCCL",
-    "training": "forward and backward",
-    "serving": "its layers run inside a serving engine on that engine's groups",
+    "cpu": "CPU with gloo",
+    "cuda": "CUDA with NCCL",
+    "training": "training (forward and backward pass)",
+    "serving": "serving (layers inside a vLLM engine, on that engine's process groups)",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Support:
-    """One capability: available, or not with the reason and whose it is."""
+    """Whether one feature is available; if not, why.
+
+    Attributes:
+        available: whether the feature can be used.
+        reason: why it is not available.
+        whose: the category of the reason: `notimpl`, `notyet` or `never`.
+
+    Raises:
+        ValueError: an unavailable feature without a reason or a category.
+
+    Example:
+        >>> Support(False, "FairScale has no sequence parallel", "never").available
+        False
+    """
 
     available: bool
     reason: str = ""
@@ -45,23 +58,41 @@ class Support:
 
     def __post_init__(self) -> None:
         if not self.available and not (self.reason and self.whose):
-            raise ValueError("an unavailable capability needs a reason and whose it is (notimpl, notyet, never)")
+            raise ValueError(
+                f"An unavailable capability is incomplete: got reason {self.reason!r} and category {self.whose!r}, "
+                "expected a reason and one of notimpl, notyet, never."
+            )
 
 
 YES = Support(True)
 
 
 def no(whose: Whose, reason: str) -> Support:
-    """A 'no' with its reason."""
+    """Return the `Support` of an unavailable feature.
+
+    Example:
+        >>> no("notyet", "the library has no ZeRO stage 3")
+        Support(available=False, reason='the library has no ZeRO stage 3', whose='notyet')
+    """
     return Support(False, reason, whose)
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """The answer to every name in `FEATURES` for one adapter.
+    """The support of one adapter for every feature in `FEATURES`.
+
+    Attributes:
+        owner: the adapter's name.
+        support: the `Support` of each feature.
 
     Raises:
-        ValueError: a feature is unknown or unanswered.
+        ValueError: a feature is unknown or missing.
+
+    Example:
+        >>> capabilities = ps.load_adapter("torch").capabilities
+        >>> capabilities["fsdp"].available
+        True
+        >>> capabilities.require("tensor")  # raises AdapterError if the adapter lacks the feature
     """
 
     owner: str
@@ -71,7 +102,9 @@ class Capabilities:
         unknown = sorted(set(self.support) - set(FEATURES))
         unanswered = sorted(set(FEATURES) - set(self.support))
         if unknown or unanswered:
-            raise ValueError(f"capabilities of {self.owner!r}: unknown {unknown}, unanswered {unanswered}")
+            raise ValueError(
+                f"The capabilities of {self.owner!r} are incomplete: unexpected {unknown}, missing {unanswered}."
+            )
 
     def __getitem__(self, feature: str) -> Support:
         return self.support[feature]
@@ -80,22 +113,29 @@ class Capabilities:
         return iter(self.support.items())
 
     def require(self, feature: str) -> None:
-        """Raise `AdapterError` with the recorded reason where the feature is not available."""
+        """Raise `AdapterError`, with the recorded reason, if the feature is not available."""
         answer = self.support[feature]
         if not answer.available:
-            raise AdapterError(f"adapter {self.owner!r} has no {FEATURES[feature]}: {answer.reason} ({answer.whose})")
+            raise AdapterError(
+                f"Adapter {self.owner!r} does not support {FEATURES[feature]}: {answer.reason} ({answer.whose})."
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A candidate (kernel, adapter) that can do what was asked."""
+    """A candidate (kernel or adapter) that supports a request."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A candidate that cannot, and why."""
+    """A candidate that does not support a request, with the reason.
+
+    Example:
+        >>> str(Rejected("flash_attn_2", "needs CUDA, not cpu"))
+        'flash_attn_2: needs CUDA, not cpu'
+    """
 
     name: str
     reason: str

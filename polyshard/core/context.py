@@ -1,4 +1,4 @@
-"""Where a process stands: information that a model factory is given, and that layers are made from."""
+"""This process's position in the parallel layout, as passed to model factories and layer constructors."""
 
 from __future__ import annotations
 
@@ -17,33 +17,49 @@ from polyshard.core.layout import AXES, Axis, ParallelLayout
 
 @runtime_checkable
 class Collectives(Protocol):
-    """Forward-only collectives of one group; autograd is the layers' affair. Inputs are left untouched.
+    """Collectives of one process group, without autograd: the layers implement their own backward passes.
 
-    A serving engine brings its own (custom all-reduce, shared memory); training uses torch.distributed.
+    No method modifies its input. A server provides its own implementation (custom all-reduce, shared memory); training
+    uses torch.distributed.
+
+    Example:
+        The smallest implementation, for a group of one rank:
+
+        >>> class OneRank:
+        ...     def all_reduce(self, tensor, op="sum"): return tensor.clone()
+        ...     def all_gather(self, tensor, dim): return tensor.clone()
+        ...     def reduce_scatter(self, tensor, dim): return tensor.clone()
+        >>> isinstance(OneRank(), Collectives)
+        True
     """
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        """Elementwise `sum` or `max` over the group, as a new tensor."""
+        """Return the elementwise `sum` or `max` over the group, as a new tensor."""
         ...
 
     def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        """Concatenation over the group, in group order, along `dim`."""
+        """Concatenate the tensors of all ranks along `dim`, in group order."""
         ...
 
     def reduce_scatter(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's part, along `dim`, of the elementwise sum over the group."""
+        """Return this rank's slice, along `dim`, of the elementwise sum over the group."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelAxis:
-    """One axis seen from this process.
+    """One axis of the parallel layout, seen from this process.
 
     Attributes:
+        name: the axis.
         ranks: global ranks of this process's group, in order along the axis.
         rank: this process's position in `ranks`.
-        group: the process group; may be None where the axis has one rank.
-        collectives: how this group communicates; None where the axis has one rank.
+        group: the process group; may be None if the axis has one rank.
+        collectives: the collectives of this group; None if the axis has one rank.
+
+    Example:
+        >>> ParallelAxis(name="tensor", ranks=(4, 5), rank=1).size
+        2
     """
 
     name: Axis
@@ -54,93 +70,104 @@ class ParallelAxis:
 
     @property
     def size(self) -> int:
-        """Number of ranks along this axis."""
+        """The number of ranks along this axis."""
         return len(self.ranks)
 
 
 def replica_axis(parallel_context: ParallelContext) -> ParallelAxis:
-    """The ranks that hold the same weights: those of the data and the context axis together.
+    """Return the axis of the ranks that hold the same weights: the data and the context axis together.
 
-    Gradients are averaged, and ZeRO shards, over them.
+    Gradients are averaged over these ranks, and ZeRO shards its states over them.
     """
     return parallel_context.axis("data" if parallel_context.axis("context").size == 1 else "replica")
 
 
 class FailureGuard(Protocol):
-    """Wraps a piece of communication, so that its failure names the rank and the time."""
+    """A wrapper around communication that reports which rank failed and when."""
 
     def __call__(self, operation: str) -> AbstractContextManager[None]:
-        """A context manager that turns a backend's error into `RankFailureError`."""
+        """Return a context manager that turns a backend's error into `RankFailureError`."""
         ...
 
 
 def no_guard(operation: str) -> AbstractContextManager[None]:
-    """The guard of a process that stands alone."""
+    """Return a context manager that does nothing: the guard of a single process."""
     del operation
     return nullcontext()
 
 
 @runtime_checkable
 class ParallelContext(Protocol):
-    """What a model factory receives beside its config. It makes no layers itself."""
+    """This process's position in the parallel layout: the second argument of every model factory.
+
+    The context is data and builds no layers itself. `polyshard.initialize` returns one; `GroupContext` is the
+    implementation that all built-in adapters return.
+
+    Example:
+        >>> context = ps.initialize("torch")
+        >>> isinstance(context, ParallelContext)
+        True
+        >>> context.axis("tensor").size, context.get_tensor_parallel_rank()
+        (1, 0)
+    """
 
     @property
     def layout(self) -> ParallelLayout:
-        """Sizes of all axes."""
+        """The sizes of all axes."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Where this process computes."""
+        """The device on which this process computes and on which its layers are created."""
         ...
 
     @property
     def linear(self) -> Any:
-        """Whose layers this context builds by default (a `LinearAdapter`)."""
+        """The `LinearAdapter` that builds this context's layers unless a layer names another."""
         ...
 
     @property
     def initialize_weights(self) -> bool:
-        """Whether layers fill their weights when built; a server loads them instead."""
+        """Whether layers initialize their weights when they are built; a server loads them instead."""
         ...
 
     @property
     def attention(self) -> AttentionFactory | None:
-        """Makes the attention core of a serving engine, over its paged KV cache; None in training."""
+        """The factory of attention cores over a server's paged KV cache; None in training."""
         ...
 
     @property
     def latent_attention(self) -> LatentFactory | None:
-        """The same of latent attention, over a cache of latents."""
+        """The factory of cores for multi-head latent attention over a server's cache of latents; None without one."""
         ...
 
     @property
     def exact(self) -> ExactMode | None:
-        """The operators of exact mode; None without it."""
+        """The operators of exact mode; None in the ordinary mode."""
         ...
 
     @property
     def pipeline_layers(self) -> Callable[[int, int, int], tuple[int, int]] | None:
-        """`(layers, stage, stages) -> (first, one past the last)` of an engine that cuts by itself; else None."""
+        """A server's own pipeline split, `(layers, stage, stages) -> (first, one past the last)`; None without one."""
         ...
 
     @property
     def guard(self) -> FailureGuard:
-        """Wraps communication outside of layers (a training engine's, a checkpoint's), so that failures are named."""
+        """A wrapper for communication outside of layers (training engines, checkpoints) that names a failed rank."""
         ...
 
     @property
     def group_timeout(self) -> float:
-        """Seconds, for further process groups."""
+        """The timeout in seconds of process groups that are created later."""
         ...
 
     @property
     def on_shutdown(self) -> tuple[Callable[[], None], ...]:
-        """Functions that undo the initialization, in order."""
+        """The functions that undo the initialization, in the order in which they run."""
         ...
 
     def axis(self, name: Axis) -> ParallelAxis:
-        """One axis, with its group and collectives."""
+        """Return one axis, with its process group and collectives."""
         ...
 
     def get_tensor_parallel_rank(self) -> int: ...  # noqa: D102
@@ -162,17 +189,29 @@ class ParallelContext(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class GroupContext:
-    """The `ParallelContext` that all built-in adapters hand out: plain data over process groups.
+    """The `ParallelContext` that all built-in adapters return: plain data over process groups.
 
     Attributes:
-        attention: makes the attention core where an engine brings its own (a paged KV cache); None in training.
-        latent_attention: the same of latent attention over a cache of latents.
-        guard: wraps communication that is not a layer's (a training engine's, a checkpoint's).
-        on_shutdown: what undoes the initialisation, in order.
-        pipeline_layers: `(layers, stage, stages) -> (first, one past the last)` where an engine cuts by itself.
-        initialize_weights: whether layers fill their weights when built; a server loads them instead.
-        group_timeout: seconds, for further process groups.
-        exact: set in exact mode: every operator of the forward gives the bits of the other side.
+        layout: sizes of all axes.
+        device: the device on which this process computes.
+        linear: the default `LinearAdapter`.
+        axes: the axes by name; an axis that is missing has one rank.
+        rank: this process's global rank.
+        attention: factory of attention cores over a server's paged KV cache; None in training.
+        latent_attention: the same for multi-head latent attention over a cache of latents.
+        guard: wraps communication outside of layers (training engines, checkpoints).
+        pipeline_layers: a server's own pipeline split, `(layers, stage, stages) -> (first, one past the last)`.
+        initialize_weights: whether layers initialize their weights when built; a server loads them instead.
+        group_timeout: timeout in seconds of process groups that are created later.
+        exact: the operators of exact mode, with which the forward pass gives the same bits as the server's; None in
+            the ordinary mode.
+        on_shutdown: functions that undo the initialization, in order.
+
+    Example:
+        >>> layout, device = ps.ParallelLayout(), torch.device("cpu")
+        >>> context = GroupContext(layout=layout, device=device, linear=ps.load_adapter("torch").linear)
+        >>> ps.column_parallel(4, 8, context)(torch.ones(2, 4)).shape
+        torch.Size([2, 8])
     """
 
     layout: ParallelLayout
@@ -190,67 +229,71 @@ class GroupContext:
     on_shutdown: tuple[Callable[[], None], ...] = ()
 
     def axis(self, name: Axis) -> ParallelAxis:
-        """One axis; of one rank where it was not given."""
+        """Return one axis; an axis that is missing from `axes` has one rank.
+
+        Raises:
+            ValueError: the axis is unknown.
+        """
         if name not in AXES:
-            raise ValueError(f"unknown axis {name!r}; expected one of {', '.join(AXES)}")
+            raise ValueError(f"The axis is unknown: got {name!r}, expected one of {', '.join(AXES)}.")
         return self.axes.get(name) or ParallelAxis(name=name, ranks=(self.rank,))
 
     def get_tensor_parallel_rank(self) -> int:
-        """Position along the tensor axis."""
+        """Return this process's position along the tensor axis."""
         return self.axis("tensor").rank
 
     def get_tensor_parallel_world_size(self) -> int:
-        """Ranks along the tensor axis."""
+        """Return the number of ranks along the tensor axis."""
         return self.axis("tensor").size
 
     def get_tensor_parallel_group(self) -> ProcessGroup | None:
-        """Group of the tensor axis."""
+        """Return the process group of the tensor axis, or None without one."""
         return self.axis("tensor").group
 
     def get_pipeline_parallel_rank(self) -> int:
-        """Position along the pipeline axis."""
+        """Return this process's position along the pipeline axis."""
         return self.axis("pipeline").rank
 
     def get_pipeline_parallel_world_size(self) -> int:
-        """Ranks along the pipeline axis."""
+        """Return the number of ranks along the pipeline axis."""
         return self.axis("pipeline").size
 
     def get_pipeline_parallel_group(self) -> ProcessGroup | None:
-        """Group of the pipeline axis."""
+        """Return the process group of the pipeline axis, or None without one."""
         return self.axis("pipeline").group
 
     def get_data_parallel_rank(self) -> int:
-        """Position along the data axis."""
+        """Return this process's position along the data axis."""
         return self.axis("data").rank
 
     def get_data_parallel_world_size(self) -> int:
-        """Ranks along the data axis."""
+        """Return the number of ranks along the data axis."""
         return self.axis("data").size
 
     def get_data_parallel_group(self) -> ProcessGroup | None:
-        """Group of the data axis."""
+        """Return the process group of the data axis, or None without one."""
         return self.axis("data").group
 
     def get_context_parallel_rank(self) -> int:
-        """Position along the context axis."""
+        """Return this process's position along the context axis."""
         return self.axis("context").rank
 
     def get_context_parallel_world_size(self) -> int:
-        """Ranks along the context axis."""
+        """Return the number of ranks along the context axis."""
         return self.axis("context").size
 
     def get_context_parallel_group(self) -> ProcessGroup | None:
-        """Group of the context axis."""
+        """Return the process group of the context axis, or None without one."""
         return self.axis("context").group
 
     def get_expert_parallel_rank(self) -> int:
-        """Position along the expert axis."""
+        """Return this process's position along the expert axis."""
         return self.axis("expert").rank
 
     def get_expert_parallel_world_size(self) -> int:
-        """Ranks along the expert axis."""
+        """Return the number of ranks along the expert axis."""
         return self.axis("expert").size
 
     def get_expert_parallel_group(self) -> ProcessGroup | None:
-        """Group of the expert axis."""
+        """Return the process group of the expert axis, or None without one."""
         return self.axis("expert").group

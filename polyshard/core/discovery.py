@@ -1,6 +1,6 @@
-"""Adapters by name, found through the entry-point group `polyshard.adapters`; each is imported on first use.
+"""Discovery of adapters through the entry-point group `polyshard.adapters`. Each is imported on first use.
 
-Built-in adapters register there as third parties do.
+Built-in adapters are registered in the same way as those of other packages.
 """
 
 from __future__ import annotations
@@ -27,35 +27,45 @@ def _entry_points() -> dict[str, EntryPoint]:
 
 
 def adapter_names() -> tuple[str, ...]:
-    """Names of all registered adapters, whether or not their libraries are installed."""
+    """Return the names of all registered adapters, whether or not their libraries are installed.
+
+    Example:
+        >>> "torch" in adapter_names() and "vllm" in adapter_names()
+        True
+    """
     return tuple(sorted(_entry_points()))
 
 
 def load_adapter(name: str) -> Adapter:
-    """The adapter of that name.
+    """Return the adapter with the given name.
 
     Raises:
-        AdapterError: no adapter has that name; the message lists those that exist.
-        MissingDependencyError: its library is not installed; the message holds the command that installs it.
+        AdapterError: no adapter has that name; the message lists the available ones.
+        MissingDependencyError: the adapter's library is not installed; the message contains the command that
+            installs it.
+
+    Example:
+        >>> load_adapter("megatron").requirement.title
+        'Megatron-Core'
     """
     points = _entry_points()
     if name not in points:
-        available = ", ".join(sorted(points)) or "none: install polyshard with pip, so that its entry points are found"
+        available = ", ".join(sorted(points)) or "none (install polyshard with pip, so that its entry points are found)"
         raise AdapterError(
-            f"unknown adapter {name!r}; available: {available}. An adapter is installed with "
-            f"pip install 'polyshard[NAME]' for those that polyshard brings, or as a package that registers itself "
-            f"in the entry-point group {GROUP!r}"
+            f"The adapter is unknown: got {name!r}, expected one of {available}. Install a built-in adapter's library "
+            f"with pip install 'polyshard[NAME]', or install a package that registers the adapter in the entry-point "
+            f"group {GROUP!r}."
         )
     return points[name].load()
 
 
 def installed_adapters() -> Iterator[Adapter]:
-    """Yield the adapters whose libraries are installed. One that cannot be loaded is skipped with a warning."""
+    """Yield the adapters whose libraries are installed. An adapter that cannot be loaded is skipped with a warning."""
     for name in adapter_names():
         try:
             adapter = load_adapter(name)
-        except Exception as error:  # a broken package must not stop those who do not use it
-            logger.warning("adapter %s is skipped: it cannot be loaded: %s", name, error)
+        except Exception as error:  # a broken package must not affect users of the other adapters
+            logger.warning("Adapter %s is skipped because it cannot be loaded: %s", name, error)
             continue
         if adapter.requirement.version() is not None:
             yield adapter

@@ -1,4 +1,4 @@
-"""Every environment variable that polyshard reads, and how those with former names are read."""
+"""The environment variables that polyshard reads, with their former names."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Variable:
     """An environment variable.
 
     Attributes:
-        name: of the variable.
+        name: name of the variable.
         meaning: one sentence for users.
-        former_name: read if `name` is not set, with a DeprecationWarning.
-        former_values: former value to present value.
-        internal: set by polyshard for its own processes, not by users.
+        former_name: a deprecated name that is read, with a DeprecationWarning, if `name` is not set.
+        former_values: mapping from deprecated to current values.
+        internal: whether polyshard sets the variable for its own processes.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Variable:
     internal: bool = False
 
     def read(self) -> str | None:
-        """Return the variable's value; None if it is not set or empty.
+        """Return the variable's value, or None if it is unset or empty.
 
         Example:
             >>> Variable(name="NOT_SET", meaning="...").read() is None
@@ -52,28 +52,28 @@ def deprecated(former: str, present: str) -> None:
 
 ATTENTION = Variable(
     name="POLYSHARD_ATTENTION",
-    meaning="Attention kernel by name, in training and in vLLM engines on CPU; default the fastest that supports the "
-    "request.",
+    meaning="Name of the attention kernel, in training and in vLLM engines on CPU; default: the fastest kernel that "
+    "supports the request.",
 )
 MATMUL = Variable(
     name="POLYSHARD_MATMUL",
-    meaning="Matrix product of vLLM engines and of exact mode on CPU: `native` or `vllm`; default the faster one.",
+    meaning="Matmul kernel of vLLM engines and of exact mode on CPU: `native` or `vllm`; default: the faster one.",
     former_name="POLYSHARD_PRODUCT",
     former_values={"compiled": "native"},
 )
 CACHE = Variable(
     name="POLYSHARD_CACHE",
-    meaning="Directory of the native kernels that are built at first use; default `$XDG_CACHE_HOME/polyshard` or "
+    meaning="Directory of the native kernels that are built at first use; default: `$XDG_CACHE_HOME/polyshard` or "
     "`~/.cache/polyshard`.",
 )
 BACKEND = Variable(
     name="POLYSHARD_BACKEND",
-    meaning="Communication backend, `nccl` or `gloo`; default NCCL on GPUs and gloo elsewhere.",
+    meaning="Communication backend, `nccl` or `gloo`; default: NCCL on GPUs and gloo elsewhere.",
 )
 MODELS = Variable(
     name="POLYSHARD_MODELS",
     meaning='Registered models as JSON, `{"MyDecoder": "module:factory"}`; `register_model` sets it for the processes '
-    "that a serving engine starts.",
+    "that vLLM starts.",
 )
 TRACE = Variable(
     name="POLYSHARD_TRACE",
@@ -81,7 +81,7 @@ TRACE = Variable(
 )
 FAILURES = Variable(
     name="POLYSHARD_FAILURES",
-    meaning="Directory in which workers of an engine leave their exceptions; set by `engine_errors`.",
+    meaning="Directory in which vLLM's workers record their exceptions; set by `engine_errors`.",
     internal=True,
 )
 

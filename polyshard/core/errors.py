@@ -1,46 +1,46 @@
-"""Every error that polyshard raises on purpose.
+"""The exceptions that polyshard raises.
 
-A message names the value that was wrong, what was expected, and what to do. Errors that come from a user's
-input are also `ValueError`; a missing package is also an `ImportError`; a failed rank is also a `RuntimeError`.
+A message names the wrong value, the expected value, and what to do. Errors caused by a user's input are also
+`ValueError`; a missing or unsupported package is also an `ImportError`; failures at run time are also `RuntimeError`.
 """
 
 from __future__ import annotations
 
 
 class PolyshardError(Exception):
-    """Base of all errors raised by polyshard."""
+    """The base class of all errors that polyshard raises."""
 
 
 class LayoutError(PolyshardError, ValueError):
-    """Sizes that do not fit: a world size, a division, the shape of a parameter."""
+    """Sizes that do not match: a world size, a division over ranks, the shape of a parameter."""
 
 
 class ConfigurationError(PolyshardError, ValueError):
-    """A setting or a model configuration that cannot be honoured."""
+    """A setting or a model configuration that is invalid or unsupported."""
 
 
 class AdapterError(PolyshardError, ValueError):
-    """An adapter that is unknown, or that lacks what a model asks of it."""
+    """An adapter that is unknown, or that lacks a feature or method that a model requires."""
 
 
 class MissingDependencyError(PolyshardError, ImportError):
-    """A library that is not installed; the message holds the command that installs it."""
+    """A library that is not installed; the message contains the command that installs it."""
 
 
 class UnsupportedVersionError(PolyshardError, ImportError):
-    """A library in a version in which something is known to be wrong without a word."""
+    """A library in a version that is known to compute something wrong without an error."""
 
 
 class CheckpointError(PolyshardError, ValueError):
-    """A checkpoint that is missing, torn, or does not fit the model. Nothing has been loaded."""
+    """A checkpoint that is missing, incomplete, or does not match the model. Nothing has been loaded."""
 
 
 class WeightSyncError(PolyshardError, RuntimeError):
-    """Weights did not arrive as they were sent, or an engine holds a half-finished update.
+    """Weights that arrived damaged at a server, or a server whose weight update is incomplete.
 
     Attributes:
-        tensors: the names that are concerned; empty where none could be told.
-        ranks: the ranks of the engine's workers that are concerned.
+        tensors: names of the affected tensors; empty if unknown.
+        ranks: ranks of the affected workers of the server; empty if unknown.
     """
 
     def __init__(self, message: str, tensors: tuple[str, ...] = (), ranks: tuple[int, ...] = ()) -> None:
@@ -50,14 +50,14 @@ class WeightSyncError(PolyshardError, RuntimeError):
 
 
 class RegistrationError(PolyshardError, ValueError):
-    """A model factory that cannot be handed to a serving engine."""
+    """A model factory that cannot be registered with a server, or a model that the server cannot run."""
 
 
 class RankFailureError(PolyshardError, RuntimeError):
-    """A collective did not finish because a rank died, hung, or took another path.
+    """A collective that did not finish because a rank crashed, hung, or took a different code path.
 
     Attributes:
-        ranks: the global ranks held responsible; empty where none could be told.
+        ranks: the global ranks at fault; empty if unknown.
     """
 
     def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:

@@ -1,4 +1,4 @@
-"""Whether a trainer and a server compute the same bits: what exact mode compares before they meet."""
+"""The comparison of a trainer's and a server's exact mode, before weights are exchanged."""
 
 from __future__ import annotations
 
@@ -9,69 +9,80 @@ from polyshard.core.errors import ConfigurationError
 
 
 class ExactIdentity(NamedTuple):
-    """What trainer and server have in common where both compute the same bits."""
+    """The settings that must be equal on trainer and server for both to compute the same bits.
+
+    Attributes:
+        shards: number of partial products from which each row-parallel layer is summed.
+        matmul: matmul kernel of each dtype.
+        attention: attention kernel of each dtype.
+    """
 
     shards: int
-    products: str
+    matmul: str
     attention: str
 
 
 def identity_of(context: ParallelContext | None) -> ExactIdentity | None:
-    """Return the identity of a context's exact mode; None without one."""
+    """Return the identity of a context's exact mode, or None in the ordinary mode."""
     if context is None or context.exact is None:
         return None
     operators = context.exact.operators
-    return ExactIdentity(context.exact.shards, operators.products, operators.attention)
+    return ExactIdentity(context.exact.shards, operators.matmul_by_dtype, operators.attention_by_dtype)
 
 
-def exact_kernel(context: ParallelContext, asked: str | None) -> str | None:
-    """The attention kernel of a context's exact mode; without it the one that was asked for.
+def exact_kernel(context: ParallelContext, requested: str | None) -> str | None:
+    """Return the name of the attention kernel of exact mode, or the requested name in the ordinary mode.
 
     Raises:
-        ConfigurationError: another one was asked for.
+        ConfigurationError: another kernel was requested in exact mode.
     """
     exact = context.exact
     if exact is None:
-        return asked
+        return requested
     kernel: str = exact.operators.attention_kernel
-    if asked not in (None, kernel):
-        raise ConfigurationError(f"exact mode attends by the kernel {kernel!r}: take away kernel={asked!r}")
+    if requested not in (None, kernel):
+        raise ConfigurationError(
+            f"The attention kernel is unsupported in exact mode: got {requested!r}, expected {kernel!r}. Remove the "
+            "argument kernel."
+        )
     return kernel
 
 
 def check_same_mode(trainer: ExactIdentity | None, server: ExactIdentity | None, name: str) -> None:
-    """Raise `ConfigurationError` where one side alone is in exact mode, or they do not compute alike.
+    """Raise `ConfigurationError` unless trainer and server compute the same bits, or neither is in exact mode.
 
     Args:
-        trainer: None for the ordinary mode.
-        server: likewise.
-        name: of the server, for the message.
+        trainer: the trainer's identity; None in the ordinary mode.
+        server: the server's identity; None in the ordinary mode.
+        name: a name for the server in the message, such as "engine 0".
     """
     if trainer == server:
         return
     if trainer is None:
         assert server is not None
         raise ConfigurationError(
-            f"{name} serves in exact mode, the trainer's context is not exact: their log-probabilities would differ. "
-            f"Initialize it with exact=True, exact_shards={server.shards}, or register the model without exact=True"
+            f"Trainer and server differ in exact mode: {name} serves in it, but the trainer's context is not exact, so "
+            "that their log-probabilities would differ. Initialize the context with exact=True, "
+            f"exact_shards={server.shards}, or register the model without exact=True."
         )
     if server is None:
         raise ConfigurationError(
-            f"the trainer's context is in exact mode, {name} does not serve in it: their log-probabilities would "
-            f"differ. Register its model with exact=True, exact_shards={trainer.shards}, or initialize without "
-            "exact=True"
+            f"Trainer and server differ in exact mode: the trainer's context is exact, but {name} does not serve in "
+            "exact mode, so that their log-probabilities would differ. Register the model with exact=True, "
+            f"exact_shards={trainer.shards}, or initialize the context without exact=True."
         )
     if trainer.shards != server.shards:
         raise ConfigurationError(
-            f"the trainer sums row-parallel layers from exact_shards={trainer.shards}, {name} from {server.shards}: "
-            "give both the same, a multiple of both tensor-parallel sizes"
+            f"Trainer and server differ in the number of exact shards: got exact_shards={trainer.shards} for the "
+            f"trainer and {server.shards} for {name}. Give both the same multiple of both tensor-parallel sizes."
         )
-    if trainer.products != server.products:
+    if trainer.matmul != server.matmul:
         raise ConfigurationError(
-            f"the trainer multiplies by {trainer.products}, {name} by {server.products}: give both the same "
-            "processors, C++ compiler and POLYSHARD_MATMUL (polyshard doctor says which product a machine has)"
+            f"Trainer and server differ in the matmul kernel: got {trainer.matmul} for the trainer and {server.matmul} "
+            f"for {name}. Give both the same processor type, C++ compiler and POLYSHARD_MATMUL; polyshard doctor shows "
+            "a machine's kernel."
         )
     raise ConfigurationError(
-        f"the trainer attends by {trainer.attention}, {name} by {server.attention}: give both the same processors, C++ "
-        "compiler and POLYSHARD_ATTENTION"
+        f"Trainer and server differ in the attention kernel: got {trainer.attention} for the trainer and "
+        f"{server.attention} for {name}. Give both the same processor type, C++ compiler and POLYSHARD_ATTENTION."
     )

@@ -1,4 +1,4 @@
-"""Exact mode as data: a trainer and a server that compute by the same operators, whose bits no batch changes."""
+"""Exact mode as data: operators that trainer and server share and whose results do not depend on the batch."""
 
 from __future__ import annotations
 
@@ -9,68 +9,69 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-Product = Callable[[torch.Tensor], torch.Tensor]
+Matmul = Callable[[torch.Tensor], torch.Tensor]
 
 
 class ExactOperators(Protocol):
-    """Forward-only operators. A row of their output depends only on that row of the input, bit for bit.
+    """Operators without autograd. A row of their output depends only on the same row of the input, bit for bit.
 
     Attributes:
-        attention_kernel: name of the attention kernel that gives the server's bits.
+        attention_kernel: name of the attention kernel with the server's bits.
     """
 
     attention_kernel: str
 
     @property
-    def products(self) -> str:
-        """Matrix product of each dtype in this process, as text. It must be the same on both sides."""
+    def matmul_by_dtype(self) -> str:
+        """The matmul kernel of each dtype in this process, as text. Must be equal on trainer and server."""
         ...
 
     @property
-    def attention(self) -> str:
-        """Attention kernel of each dtype in this process, as text. It must be the same on both sides."""
+    def attention_by_dtype(self) -> str:
+        """The attention kernel of each dtype in this process, as text. Must be equal on trainer and server."""
         ...
 
-    def pack(self, weight: torch.Tensor) -> Product:
-        """The product `x -> x Wᵀ` for x `[rows, in]` and W `[out, in]`, whose values it may copy."""
+    def pack(self, weight: torch.Tensor) -> Matmul:
+        """Return the matmul `x -> x Wᵀ` for x `[rows, in]` and W `[out, in]`. It may hold a copy of the weight."""
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """`[..., hidden]` to the same shape; `weight` is `[hidden]` of the dtype of `x`."""
+        """Normalize `x` `[..., hidden]`; `weight` is `[hidden]`, in the dtype of `x`."""
         ...
 
     def rotate(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both rotated, as new tensors.
+        """Apply the rotary embedding to queries and keys. Returns new tensors.
 
         Args:
             q: `[..., heads, head_dim]`.
             k: `[..., kv_heads, head_dim]`.
             cos: `[..., 1, rotary_dim / 2]`.
-            sin: the same shape.
+            sin: the shape of `cos`.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExactMode:
-    """What a context in exact mode carries.
+    """The settings and functions of exact mode that a context holds.
 
     Attributes:
-        shards: how many partial products each row-parallel layer is summed from, in a fixed order, at every
+        shards: number of partial products from which each row-parallel layer is summed, in a fixed order, at every
             tensor-parallel size that divides it.
-        operators: what the forward is made of.
-        around: `(linear adapter) -> linear adapter` whose layers compute exactly.
-        whole: `(nn.Linear, context) -> module` that multiplies by a whole linear layer's parameters exactly.
-        rotate: the operators' rotary embedding, with a backward.
-        compute_dtype: of activations and products where the parameters are wider (float32 masters of a bfloat16
-            server); None for the parameters' own.
+        operators: the operators of the forward pass.
+        wrap_adapter: returns an adapter that builds exact versions of the layers of the given `LinearAdapter`.
+        replicated_linear: returns an exact module with the parameters of the given replicated `nn.Linear`; the second
+            argument is the context.
+        rotate: the operators' rotary embedding, with a backward pass.
+        compute_dtype: dtype of activations and matmuls if it is narrower than the parameters' (a trainer with float32
+            parameters and a bfloat16 server); None for the parameters' dtype.
     """
 
     shards: int
     operators: ExactOperators
-    around: Callable[[Any], Any]
-    whole: Callable[[nn.Linear, Any], nn.Module]
+    wrap_adapter: Callable[[Any], Any]
+    replicated_linear: Callable[[nn.Linear, Any], nn.Module]
     rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     compute_dtype: torch.dtype | None = None

@@ -1,4 +1,4 @@
-"""How many ranks stand along each axis of parallelism, and where a rank stands."""
+"""The parallel layout: the size of every axis of parallelism, and the position of each rank."""
 
 from __future__ import annotations
 
@@ -9,27 +9,32 @@ from polyshard.core.errors import LayoutError
 
 Axis = Literal["tensor", "pipeline", "data", "context", "expert", "replica"]
 AXES: tuple[Axis, ...] = get_args(Axis)
-SIZED: tuple[Axis, ...] = ("tensor", "pipeline", "data", "context", "expert")  # those that a layout names
+LAYOUT_AXES: tuple[Axis, ...] = ("tensor", "pipeline", "data", "context", "expert")  # the fields of a layout
 
-# Fastest varying first, as Megatron-Core's default order "tp-cp-ep-dp-pp": ranks of one tensor-parallel group
-# are neighbours. Expert parallelism lies over the data axis and has no axis of its own here.
+# Fastest varying first, as Megatron-Core's default order "tp-cp-ep-dp-pp": the ranks of a tensor-parallel group are
+# neighbours. The expert axis is a part of the data axis and therefore does not appear.
 RANK_ORDER: tuple[Axis, ...] = ("tensor", "context", "data", "pipeline")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelLayout:
-    """Sizes of all axes.
+    """The sizes of all axes.
 
     Attributes:
-        tensor: ranks that share each layer's weights.
-        pipeline: stages.
-        data: model replicas that see different tokens.
-        context: ranks that share one sequence.
-        expert: ranks of the data axis over which experts are spread; divides `data`.
-        sequence_parallel: shard activations over the tensor axis along the sequence between parallel regions.
+        tensor: number of ranks over which each layer's weights are sharded.
+        pipeline: number of pipeline stages.
+        data: number of model replicas that process different tokens.
+        context: number of ranks that share one sequence.
+        expert: number of ranks of the data axis over which experts are distributed; must divide `data`.
+        sequence_parallel: shard activations over the tensor axis, along the sequence, between parallel layers.
 
     Raises:
         LayoutError: a size is not a positive integer, or `expert` does not divide `data`.
+
+    Example:
+        >>> layout = ParallelLayout(tensor=2, data=2)
+        >>> layout.world_size, layout.groups("tensor"), layout.groups("data")
+        (4, [(0, 1), (2, 3)], [(0, 2), (1, 3)])
     """
 
     tensor: int = 1
@@ -40,12 +45,15 @@ class ParallelLayout:
     sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
-        for axis in SIZED:
+        for axis in LAYOUT_AXES:
             size = getattr(self, axis)
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise LayoutError(f"{axis} parallel size must be a positive integer, got {size!r}")
+                raise LayoutError(f"The {axis}-parallel size is invalid: got {size!r}, expected a positive integer.")
         if self.data % self.expert:
-            raise LayoutError(f"expert parallel size {self.expert} must divide the data parallel size {self.data}")
+            raise LayoutError(
+                f"The expert-parallel size is invalid: got {self.expert}, expected a divisor of the data-parallel size "
+                f"{self.data}."
+            )
 
     @classmethod
     def for_world(
@@ -58,17 +66,21 @@ class ParallelLayout:
         expert: int = 1,
         sequence_parallel: bool = False,
     ) -> ParallelLayout:
-        """The layout whose data axis takes all the ranks that the other axes leave.
+        """Return the layout for `world_size` ranks whose data axis takes all ranks that the other axes leave.
 
         Raises:
-            LayoutError: the other sizes do not divide `world_size`.
+            LayoutError: the product of the other sizes does not divide `world_size`.
+
+        Example:
+            >>> ParallelLayout.for_world(8, tensor=2).data
+            4
         """
         probe = cls(tensor=tensor, pipeline=pipeline, context=context, sequence_parallel=sequence_parallel)
         rest, remainder = divmod(world_size, probe.world_size)
         if remainder or not rest:
             raise LayoutError(
-                f"world size {world_size} is not a multiple of {probe._arithmetic()}: "
-                f"start a multiple of {probe.world_size} processes, or change a size"
+                f"The world size does not fit the layout: got {world_size}, expected a multiple of "
+                f"{probe._arithmetic()}. Start a multiple of {probe.world_size} processes, or change a size."
             )
         return cls(
             tensor=tensor,
@@ -81,21 +93,22 @@ class ParallelLayout:
 
     @property
     def world_size(self) -> int:
-        """Ranks that this layout needs."""
+        """The number of ranks in this layout."""
         return self.tensor * self.pipeline * self.data * self.context
 
     def validate(self, world_size: int) -> None:
-        """Raise `LayoutError`, with the arithmetic, where this layout does not fill `world_size` ranks."""
+        """Raise `LayoutError`, with the arithmetic, unless this layout has exactly `world_size` ranks."""
         if self.world_size != world_size:
             raise LayoutError(
-                f"this layout needs {self._arithmetic(with_data=True)} ranks, but the world has {world_size}: "
-                f"start {self.world_size} processes (torchrun --nproc-per-node), or change a size"
+                f"The world size does not fit the layout: got {world_size} ranks, expected "
+                f"{self._arithmetic(with_data=True)}. Start {self.world_size} processes (torchrun --nproc-per-node), "
+                "or change a size."
             )
 
     def coordinates(self, rank: int) -> dict[Axis, int]:
-        """Position of a global rank along each axis of `RANK_ORDER`, and along `expert`."""
+        """Return the position of a global rank along each axis of `RANK_ORDER` and along `expert`."""
         if not 0 <= rank < self.world_size:
-            raise LayoutError(f"rank {rank} is outside this layout's {self.world_size} ranks")
+            raise LayoutError(f"The rank is outside the layout: got {rank}, expected 0 to {self.world_size - 1}.")
         position: dict[Axis, int] = {}
         rest = rank
         for axis in RANK_ORDER:
@@ -104,7 +117,7 @@ class ParallelLayout:
         return position
 
     def groups(self, axis: Axis) -> list[tuple[int, ...]]:
-        """All groups of an axis: global ranks that differ in that coordinate alone, in coordinate order.
+        """Return all groups of an axis: the global ranks that differ only in that coordinate, in coordinate order.
 
         The replica axis is the data and the context axis together: the ranks that hold the same weights.
         """

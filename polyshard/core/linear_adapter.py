@@ -1,8 +1,8 @@
-"""Parallel layers as functions of a context: the only way a model asks for one, whatever library builds it.
+"""`LinearAdapter`: the protocol through which `ps.column_parallel` and related functions build a library's layers.
 
-`LinearAdapter` is the protocol that a library's layers are brought under. Only `create_column_parallel` is required;
-a model that uses row-parallel layers needs `create_row_parallel` too. The optional methods, each used where the
-adapter has it and otherwise built from the required ones or from the torch adapter's:
+Only `create_column_parallel` is required; a model with row-parallel layers also needs `create_row_parallel`. The
+following methods and attributes are optional. If an adapter lacks one, polyshard builds the layer from the required
+methods or uses the torch adapter's:
 
     create_merged_column_parallel(input_size, output_sizes, parallel_context, bias=False)
     create_qkv_parallel(hidden_size, num_heads, num_kv_heads, head_dim, parallel_context, bias=False)
@@ -10,11 +10,13 @@ adapter has it and otherwise built from the required ones or from the torch adap
     create_lm_head(hidden_size, vocab_size, parallel_context, bias=False, tied_to=None)
     create_norm(hidden_size, parallel_context, eps, partial_gradient)
     vocab_parallel_cross_entropy(logits, targets, parallel_context, vocab_size, ignore_index, label_smoothing)
-                          # the loss of each token, targets' shape; 0 where the target is ignore_index
-    smooths_labels: bool  # whether that loss has label smoothing (default True); otherwise the torch adapter's is used
+                          # the loss of each token, in the shape of targets; 0 where the target is ignore_index
+    smooths_labels: bool  # whether that loss supports label smoothing (default True); if not, the torch adapter's is
+                          # used
     vocab_padding: int    # vocabulary rows are padded to a multiple of this
-    plain_products: bool  # layers are x Wᵀ + b and no more (row-parallel ones summed): a server may multiply by its own
-                          # kernel
+    plain_products: bool  # whether layers compute only x Wᵀ + b (row-parallel layers: summed over ranks), so that a
+                          # server may run the matmul with its own kernel
+    plain_outputs: bool   # whether layers return a tensor and never Megatron's (output, bias)
 """
 
 from __future__ import annotations
@@ -33,56 +35,86 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class LinearAdapter(Protocol):
-    """Makes one library's parallel layers; a class with static methods will do, as will a module."""
+    """The protocol of an object that builds one library's parallel layers.
+
+    A class with static methods or a module also satisfies it.
+
+    Example:
+        The smallest adapter, for one rank:
+
+        >>> class Unsharded:
+        ...     @staticmethod
+        ...     def create_column_parallel(input_size, output_size, parallel_context, bias=False):
+        ...         return nn.Linear(input_size, output_size, bias=bias)
+        >>> ps.column_parallel(4, 8, ps.initialize("torch"), linear=Unsharded)
+        Linear(in_features=4, out_features=8, bias=False)
+    """
 
     def create_column_parallel(
         self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
-        """A layer `[..., input_size] -> [..., output_size / tensor size]` whose weight's rows are sharded.
+        """Build a layer `[..., input_size] -> [..., output_size / tensor size]` whose weight is sharded by rows.
 
-        Its parameters are `weight` `[output_size / tensor size, input_size]` and, with `bias`, `bias`.
+        The layer's parameters must be `weight` `[output_size / tensor size, input_size]` and, if `bias` is set,
+        `bias` `[output_size / tensor size]`.
         """
         ...
 
 
 @runtime_checkable
 class FullLinearAdapter(LinearAdapter, Protocol):
-    """A linear adapter that makes row-parallel layers too."""
+    """A `LinearAdapter` that also builds row-parallel layers.
+
+    Example:
+        >>> isinstance(ps.load_adapter("torch").linear, FullLinearAdapter)
+        True
+    """
 
     def create_row_parallel(
         self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
-        """A layer `[..., input_size / tensor size] -> [..., output_size]`; the bias is added once, after the sum."""
+        """Build a layer `[..., input_size / tensor size] -> [..., output_size]`.
+
+        The layer sums over the tensor axis and adds the bias once, after the sum.
+        """
         ...
 
 
 def choose_adapter(linear: Any, parallel_context: ParallelContext) -> Any:
-    """The layer's own adapter or the context's, in exact mode around it; `AdapterError` where it is none."""
+    """Return the adapter for one layer: `linear` or the context's default, wrapped for exact mode if that is on.
+
+    Raises:
+        AdapterError: it is not a `LinearAdapter`.
+    """
     adapter = linear if linear is not None else parallel_context.linear
     if not isinstance(adapter, LinearAdapter):
         raise AdapterError(
-            f"{name_of(adapter)} is not a LinearAdapter: it needs a method "
-            "create_column_parallel(input_size, output_size, parallel_context, bias=False)"
+            f"{name_of(adapter)} is not a LinearAdapter: the method create_column_parallel is missing. Add "
+            "create_column_parallel(input_size, output_size, parallel_context, bias=False)."
         )
     exact = parallel_context.exact
-    return adapter if exact is None else exact.around(adapter)
+    return adapter if exact is None else exact.wrap_adapter(adapter)
 
 
 def adapter_with(adapter: Any, method: str) -> Any:
-    """The adapter, or the torch adapter's layers where it lacks an optional method."""
+    """Return the adapter if it has an optional method, else the torch adapter's `LinearAdapter`."""
     if hasattr(adapter, method):
         return adapter
-    logger.info("%s has no %s: the torch adapter's is used", name_of(adapter), method)
+    logger.info("%s has no method %s; the torch adapter's is used", name_of(adapter), method)
     return load_adapter("torch").linear
 
 
 def name_of(adapter: Any) -> str:
-    """An adapter's class, for messages."""
+    """Return the name of an adapter's class, for messages."""
     return adapter.__name__ if isinstance(adapter, type) else type(adapter).__name__
 
 
 def unwrap_tuples(layer: nn.Module, adapter: Any) -> None:
-    """Megatron's layers give `(output, bias)`; a user's adapter may hand them over as they are."""
+    """Make a layer return its output only, if it returns `(output, bias)` as Megatron's layers do.
+
+    A user's adapter may return Megatron's layers unchanged. The hook raises `AdapterError` if there is a bias that the
+    layer has not added.
+    """
     if getattr(adapter, "plain_outputs", False):
         return
 
@@ -91,7 +123,8 @@ def unwrap_tuples(layer: nn.Module, adapter: Any) -> None:
             return output
         if len(output) > 1 and output[1] is not None:
             raise AdapterError(
-                f"{type(module).__name__} returned a bias that it did not add: build it with skip_bias_add=False"
+                f"{type(module).__name__} returned a bias that it did not add. Build the layer with "
+                "skip_bias_add=False."
             )
         return output[0]
 
@@ -99,7 +132,7 @@ def unwrap_tuples(layer: nn.Module, adapter: Any) -> None:
 
 
 def tensor_rank_and_size(parallel_context: ParallelContext) -> tuple[int, int]:
-    """Where this process stands along the tensor axis."""
+    """Return this process's position along the tensor axis, and the size of that axis."""
     return (
         parallel_context.get_tensor_parallel_rank(),
         parallel_context.get_tensor_parallel_world_size(),

@@ -1,4 +1,4 @@
-"""What a training engine holds, as runs of the tensor-parallel shards: the same view on every library's memory."""
+"""Pieces: a library-independent view of the parameters and optimizer state that a training engine holds on a rank."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 from polyshard.core.context import ParallelAxis
 
-WEIGHT = "weight"  # the slot of the parameters themselves
-MASTER = "master"  # the optimizer's own copy of a parameter, in a wider dtype
+WEIGHT = "weight"  # the slot of the parameters
+MASTER = "master"  # the slot of the optimizer's copy of the parameters in a wider dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,13 +18,20 @@ class Piece:
     """A run of consecutive elements of this rank's tensor-parallel shard of a parameter, or of its optimizer state.
 
     Attributes:
-        parameter: name in the model as built.
-        slot: `"weight"`, `"master"`, or the optimizer's own name (`"exp_avg"`).
-        start: first element, in the flattened shard.
-        values: 1-D, the library's own memory: what is written there takes effect (see `weights_written` and
+        parameter: name of the parameter in the built model.
+        slot: `"weight"`, `"master"`, or the optimizer's name for the state tensor (`"exp_avg"`).
+        start: index of the first element in the flattened shard.
+        values: 1-D tensor in the library's memory. Writing to it changes the engine's state (see `weights_written` and
             `optimizer_written` of `TrainingEngine`).
-        holder: this rank's position among the replicas that hold this very run.
-        holders: how many there are.
+        holder: this rank's position among the ranks that hold the same run.
+        holders: the number of ranks that hold the same run.
+
+    Example:
+        >>> context = ps.initialize("torch")
+        >>> layer = ps.column_parallel(4, 2, context)
+        >>> engine = ps.load_adapter("torch").engine(layer, ps.AdamW(), context)
+        >>> [(piece.parameter, piece.start, len(piece.values)) for piece in engine.weight_pieces()]
+        [('weight', 0, 8)]
     """
 
     parameter: str
@@ -35,8 +42,8 @@ class Piece:
     holders: int = 1
 
 
-def held_alike(parameter: str, slot: str, values: torch.Tensor, replicas: ParallelAxis) -> Piece:
-    """The piece of a whole shard that every rank of the replica axis holds alike; `values` must be contiguous."""
+def replicated_piece(parameter: str, slot: str, values: torch.Tensor, replicas: ParallelAxis) -> Piece:
+    """Return the piece for a full shard that every rank of the replica axis holds; `values` must be contiguous."""
     return Piece(
         parameter=parameter,
         slot=slot,
@@ -49,13 +56,21 @@ def held_alike(parameter: str, slot: str, values: torch.Tensor, replicas: Parall
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerState:
-    """An optimizer's state.
+    """The state of an optimizer on this rank.
 
     Attributes:
-        kind: what the slots mean: `"adam"` for Adam and AdamW of any library, else the optimizer's qualified class.
-        step: updates done.
-        lr: the learning rate of the next.
-        pieces: of every slot, on this rank.
+        kind: the meaning of the slots: `"adam"` for Adam and AdamW of any library, else the optimizer's qualified class
+            name.
+        step: number of completed updates.
+        lr: learning rate of the next update.
+        pieces: the pieces of all slots on this rank.
+
+    Example:
+        >>> context = ps.initialize("torch")
+        >>> layer = ps.column_parallel(4, 2, context)
+        >>> state = ps.load_adapter("torch").engine(layer, ps.AdamW(), context).optimizer_state()
+        >>> state.kind, state.step, [piece.slot for piece in state.pieces]
+        ('adam', 0, ['exp_avg', 'exp_avg_sq'])
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""What all ranks of a job tell each other: small objects over the world's process group, and errors of any to all."""
+"""Exchange of small Python objects and of errors between all ranks of a job."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """All ranks of a job, or one process alone.
+    """All ranks of a job, or a single process.
 
     Attributes:
-        rank: this one's.
-        size: how many there are.
-        group: over which they talk; None for the world's.
-        guard: names the rank that fails.
+        rank: the global rank of this process.
+        size: the number of ranks.
+        group: the process group for the exchange; None for the world's.
+        guard: wraps each exchange, so that an error names the rank that failed.
     """
 
     rank: int = 0
@@ -32,41 +32,48 @@ class Ranks:
 
     @classmethod
     def of(cls, context: ParallelContext, group: dist.ProcessGroup | None = None) -> Ranks:
-        """Those of a context. A collective follows on every use: all ranks take part."""
+        """Return the ranks of a context. Every method that communicates is a collective: all ranks must call it."""
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return cls()
         return cls(dist.get_rank(), dist.get_world_size(), group, context.guard)
 
     @property
-    def alone(self) -> bool:
-        """Whether there is nobody to talk to."""
+    def is_single(self) -> bool:
+        """Whether this is a single process, so that nothing is exchanged."""
         return self.size == 1
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order, on every rank."""
-        if self.alone:
+        """Return the values of all ranks, in rank order, on every rank."""
+        if self.is_single:
             return [value]
         values: list[Any] = [None] * self.size
         with self.guard("world exchange"):
             dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def first(self, value: Any) -> Any:
-        """The first rank's value, on every rank."""
-        if self.alone:
+    def broadcast(self, value: Any) -> Any:
+        """Return the value of rank 0 on every rank."""
+        if self.is_single:
             return value
         box = [value]
         with self.guard("world exchange"):
             dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
-    def together(self, action: Callable[[], T], what: str, kind: type[PolyshardError] = CheckpointError) -> T:
-        """Run `action` on every rank; if it fails on any, raise an error on all that names the rank. A collective.
+    def run_on_all(self, action: Callable[[], T], what: str, kind: type[PolyshardError] = CheckpointError) -> T:
+        """Run `action` on every rank; if it fails on any rank, raise an error that names the rank on all. A collective.
 
         Args:
-            action: of this rank. It may not communicate: a rank in which it fails would leave the others waiting.
-            what: beginning of the message, such as "the save failed".
-            kind: of the error, unless all ranks that failed raised the same `PolyshardError`.
+            action: this rank's part. It must not communicate: a rank on which it fails would leave the others waiting.
+            what: the beginning of the message, such as "the save failed".
+            kind: class of the error, unless all ranks that failed raised the same `PolyshardError`.
+
+        Returns:
+            The result of this rank's `action`.
+
+        Example:
+            >>> Ranks().run_on_all(lambda: 1 + 1, "the addition failed")
+            2
         """
         error: Exception | None = None
         results: list[T] = []
@@ -74,20 +81,20 @@ class Ranks:
             results.append(action())
         except Exception as problem:
             error = problem
-        self.agree(error, what, kind)
+        self.raise_on_all(error, what, kind)
         return results[0]
 
-    def agree(self, error: Exception | None, what: str, kind: type[PolyshardError] = CheckpointError) -> None:
-        """Raise an error of this kind on every rank where any has one, naming the rank."""
+    def raise_on_all(self, error: Exception | None, what: str, kind: type[PolyshardError] = CheckpointError) -> None:
+        """Raise an error that names the failed ranks on every rank, if `error` is set on any. A collective."""
         texts = self.gather(None if error is None else f"{type(error).__name__}: {error}")
         failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
         if not failed:
             return
-        if self.alone:
+        if self.is_single:
             assert error is not None
             if isinstance(error, PolyshardError):
                 raise error
             failed = [str(error)]
         elif isinstance(error, PolyshardError) and len({text for text in texts if text}) == 1:
-            raise error  # all that failed say the same
+            raise error  # all failed ranks have the same message
         raise kind(f"{what}: {'; '.join(failed)}") from error

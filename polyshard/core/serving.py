@@ -1,4 +1,4 @@
-"""A serving engine that can take model factories, and the answers that a model owes it."""
+"""Registered models, the interface that a served model must have, and the protocol of a server that runs it."""
 
 from __future__ import annotations
 
@@ -30,37 +30,38 @@ OPTIONS = (
     "exact_shards",
 )
 
-INTERFACE = """a served model needs
+INTERFACE = """A served model needs these methods:
     forward(input_ids, positions) -> hidden states
         input_ids and positions are int64 [tokens], hidden states [tokens, hidden size]
     compute_logits(hidden_states) -> logits
-        [tokens, vocabulary], or this rank's shard of it as `polyshard.lm_head` gives it, as in
+        [tokens, vocabulary], or this rank's shard as returned by `polyshard.lm_head`, as in
             def compute_logits(self, hidden_states):
                 return self.lm_head(hidden_states)
-        (none where it is registered with outputs="logits": then forward gives them)
-and, for prompts given as embeddings, embed_input_ids(input_ids) -> [tokens, hidden size]
-and a forward that takes inputs_embeds;
-and, to leave what follows the last attention out for tokens that are not sampled,
-    forward(..., finish: bool = True), which with finish=False ends after the last attention
-    finish(x) -> hidden states, from what that gives for some of the tokens"""
+        (not needed if the model is registered with outputs="logits": forward then returns the logits)
+For prompts that are given as embeddings it also needs
+    embed_input_ids(input_ids) -> [tokens, hidden size], and an argument inputs_embeds of forward
+To skip the layers after the last attention for tokens that are not sampled, it also needs
+    forward(..., finish: bool = True), which with finish=False returns the input of these layers
+    finish(x) -> hidden states, for the rows of that input that belong to sampled tokens"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegisteredModel:
-    """A model that serving engines know by name.
+    """A model that servers find by name.
 
     Attributes:
-        name: the architecture, as in a config.json's `architectures`.
-        reference: `module:attribute` of the factory, by which another process finds it.
-        adapter: whose layers serve it: `vllm` for vLLM's own, or another adapter's adopted onto vLLM's groups.
+        name: the architecture, as in `architectures` of a config.json.
+        reference: `module:attribute` of the factory, by which other processes import it.
+        adapter: the adapter that builds the layers: `vllm`, or another one on vLLM's process groups.
         arguments: further keyword arguments of the factory; plain JSON.
-        inputs: what its forward takes: `packed` `[tokens]`, or `batched` `[1, tokens]`.
-        outputs: what its forward gives: `hidden` states, or `logits`.
-        names: from stored names to the model's: regular expressions, or `module:function`.
-        config_type: `module:Class` of a dataclass that the factory takes, in place of the engine's config.
-        model_type: of the config.json files that transformers has to be taught to read.
-        exact: whether it is served in exact mode: by the operators, and with the bits, of a trainer in exact mode.
-        exact_shards: of row-parallel sums in exact mode; None for the engine's tensor-parallel size.
+        inputs: input shape of `forward`: `packed` `[tokens]`, or `batched` `[1, tokens]`.
+        outputs: return value of `forward`: `hidden` states, or `logits`.
+        names: mapping from checkpoint names to the model's: regular expressions, or a `module:function`.
+        config_type: `module:Class` of a dataclass that the factory takes in place of the server's config.
+        model_type: `model_type` of config.json files that is registered with transformers so that it can read them.
+        exact: whether the model is served in exact mode, with the bits of a trainer in exact mode.
+        exact_shards: number of partial products of row-parallel layers in exact mode; None for the server's
+            tensor-parallel size.
     """
 
     name: str
@@ -77,7 +78,7 @@ class RegisteredModel:
 
 
 def as_entry(model: RegisteredModel) -> dict[str, Any]:
-    """Its fields as JSON, without its name; of the later ones those that are not the default."""
+    """Return the fields as JSON values, without the name. Options with their default value are omitted."""
     plain = RegisteredModel(name=model.name, reference=model.reference)
     changed = {option: getattr(model, option) for option in OPTIONS if getattr(model, option) != getattr(plain, option)}
     return {"factory": model.reference, "adapter": model.adapter, **changed}
@@ -87,63 +88,70 @@ class ServingAdapter(Protocol):
     """An adapter whose library serves registered models.
 
     Attributes:
-        name: of the adapter.
+        name: the adapter's name.
     """
 
     name: str
 
     @property
     def server_is_loaded(self) -> bool:
-        """Whether the engine's library has been imported in this process: it may have looked for models already."""
+        """Whether the server's library has been imported in this process, and may already have looked for models."""
         ...
 
     @property
     def server(self) -> ModelServer:
-        """The engine; imports its library."""
+        """The server. Accessing it imports the library."""
         ...
 
 
 @runtime_checkable
 class ModelServer(Protocol):
-    """A serving engine."""
+    """A server that finds models by name."""
 
     def register(self, model: RegisteredModel, factory: ModelFactory) -> None:
-        """Make the engine of this process know `model`."""
+        """Register `model` with the server's library in this process."""
         ...
 
 
 def loaded_servers() -> Iterator[ModelServer]:
-    """Yield the engines whose libraries this process has imported."""
+    """Yield the servers whose libraries this process has imported."""
     for adapter in installed_adapters():
-        # Not by isinstance: before Python 3.12 it would evaluate `server`, which imports the engine.
+        # isinstance would evaluate `server` before Python 3.12, which imports the library.
         if getattr(adapter, "server_is_loaded", False):
             yield cast(ServingAdapter, adapter).server
 
 
 def build_model(factory: ModelFactory, config: Any, parallel_context: ParallelContext, name: str) -> nn.Module:
-    """Call a factory and check what it gives.
+    """Call a factory and check that it returns a module.
+
+    Args:
+        factory: the model factory.
+        config: its first argument.
+        parallel_context: its second argument.
+        name: the registered name, for messages.
 
     Raises:
-        RegistrationError: it raised (the cause is chained), or returned None or no module.
+        RegistrationError: the factory raised an exception (which is chained) or did not return a module.
     """
     shown = describe(factory)
     try:
         model = factory(config, parallel_context)
     except Exception as error:
         raise RegistrationError(
-            f"model {name!r}: its factory {shown} raised {type(error).__name__}: {error}"
+            f"The factory {shown} of model {name!r} raised {type(error).__name__}: {error}"
         ) from error
-    if model is None:
-        raise RegistrationError(f"model {name!r}: its factory {shown} returned None; does it lack a return?")
     if not isinstance(model, nn.Module):
+        got = "None" if model is None else type(model).__name__
+        advice = " Add a return statement." if model is None else ""
         raise RegistrationError(
-            f"model {name!r}: its factory {shown} returned {type(model).__name__}, expected a torch.nn.Module"
+            f"The factory {shown} of model {name!r} returned the wrong type: got {got}, expected a torch.nn.Module."
+            f"{advice}"
         )
     return model
 
 
 def check_served_interface(model: nn.Module, name: str, outputs: Outputs = "hidden") -> None:
-    """Raise `RegistrationError`, naming what is missing, where a model cannot be served."""
+    """Raise `RegistrationError`, with the missing methods, if a model cannot be served."""
     missing = []
     if outputs == "hidden" and not callable(getattr(model, "compute_logits", None)):
         missing.append("a method compute_logits(hidden_states)")
@@ -152,26 +160,28 @@ def check_served_interface(model: nn.Module, name: str, outputs: Outputs = "hidd
     except TypeError as error:
         missing.append(f"a forward that takes (input_ids, positions): {error}")
     if outputs == "hidden" and forward_takes(model, "finish") and not callable(getattr(model, "finish", None)):
-        missing.append("a method finish(x), which a forward with the argument finish has to have")
+        missing.append("a method finish(x), which is required because forward has an argument finish")
     if missing:
-        raise RegistrationError(f"model {name!r} ({type(model).__name__}) lacks {' and '.join(missing)}; {INTERFACE}")
+        raise RegistrationError(
+            f"Model {name!r} ({type(model).__name__}) cannot be served: missing {' and '.join(missing)}. {INTERFACE}"
+        )
 
 
 def forward_takes(model: nn.Module, argument: str) -> bool:
-    """Whether its forward has an argument of this name."""
+    """Return whether the model's `forward` has an argument of this name."""
     return argument in inspect.signature(model.forward).parameters
 
 
 def describe(factory: Any) -> str:
-    """`module:qualname` of a callable, for messages."""
+    """Return `module:qualname` of a callable, for messages."""
     module = getattr(factory, "__module__", None) or type(factory).__module__
     qualname = getattr(factory, "__qualname__", None) or type(factory).__qualname__
     return f"{module}:{qualname}"
 
 
 class EngineAttention(Protocol):
-    """An attention module that can be taken over by an engine after it was built."""
+    """An attention module that can be moved into a server after it was built."""
 
     def serve_in(self, context: ParallelContext) -> None:
-        """Attend by the cores of `context`, a `ParallelContext` with an attention factory, from now on."""
+        """Replace the attention core by the one that the attention factory of `context` builds."""
         ...

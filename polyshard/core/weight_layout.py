@@ -1,8 +1,8 @@
-"""How one parameter is cut over the tensor-parallel group: the data from which all weight movement derives.
+"""Weight layouts: how one parameter is sharded over the tensor axis. All weight movement derives from them.
 
-A `WeightLayout` describes the logical (full) tensor. Along at most one dimension it consists of segments, each
-sharded on its own: `q | k | v`, `gate | up`. From it follow the slice that a rank holds, the full tensor from all
-shards, the names and parts in a Hugging Face file, and the loading into a serving engine's fused layers.
+A `WeightLayout` describes the logical (full) tensor. Along at most one dimension it consists of segments that are
+sharded separately: `q | k | v`, `gate | up`. The layout determines each rank's shard, how shards are assembled into
+the full tensor, the names and parts in a Hugging Face checkpoint, and the loading into a server's fused layers.
 """
 
 from __future__ import annotations
@@ -18,14 +18,24 @@ from polyshard.core.errors import LayoutError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """A run along the sharded dimension that is cut evenly over the tensor-parallel ranks.
+    """A part of a parameter along its sharded dimension that is divided evenly over the tensor-parallel ranks.
 
     Attributes:
         size: logical length.
-        unit: indivisible block, such as the head dimension; shards are whole units.
-        name: module name of this part in a checkpoint (`q_proj`), where it is stored apart; else None.
-        replicate: more ranks than units is allowed; each unit is then held by `tensor / units` neighbouring ranks.
-        pad_multiple: where not 0, the length is padded to a multiple of this and of the tensor size.
+        unit: length of an indivisible block, such as the head dimension; shards consist of complete blocks.
+        name: module name of this part in a checkpoint (`q_proj`) if it is stored separately; else None.
+        replicate: allow more ranks than units; `tensor / units` neighbouring ranks then hold the same unit.
+        pad_multiple: if not 0, pad the length to a multiple of this and of the tensor-parallel size.
+
+    Raises:
+        LayoutError: `size` is not a positive multiple of `unit`.
+
+    Example:
+        Two KV heads of size 64 over four ranks, two ranks to a head:
+
+        >>> keys = Segment(size=128, unit=64, name="k_proj", replicate=True)
+        >>> [keys.local_range(rank, 4) for rank in range(4)]
+        [(0, 64), (0, 64), (64, 64), (64, 64)]
     """
 
     size: int
@@ -36,29 +46,29 @@ class Segment:
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.unit < 1 or self.size % self.unit:
-            raise LayoutError(f"a segment of {self.size} is not made of whole units of {self.unit}")
+            raise LayoutError(f"The segment is invalid: got size {self.size}, expected a multiple of unit {self.unit}.")
 
     @property
     def units(self) -> int:
-        """Number of indivisible blocks."""
+        """The number of indivisible blocks."""
         return self.size // self.unit
 
     def padded_size(self, tensor_size: int) -> int:
-        """Length with padding."""
+        """Return the length with padding."""
         if not self.pad_multiple:
             return self.size
         multiple = math.lcm(self.pad_multiple, tensor_size) * self.unit
         return -(-self.size // multiple) * multiple
 
     def replicas(self, tensor_size: int) -> int:
-        """How many ranks hold the same part."""
+        """Return the number of ranks that hold the same part."""
         return tensor_size // self.units if self.replicate and tensor_size > self.units else 1
 
     def local_range(self, rank: int, tensor_size: int) -> tuple[int, int]:
-        """Start and length of a rank's part, in the padded segment.
+        """Return start and length of a rank's part of the padded segment.
 
         Raises:
-            LayoutError: the units do not divide over the ranks.
+            LayoutError: the units cannot be divided evenly over the ranks.
         """
         units = self.padded_size(tensor_size) // self.unit
         if units % tensor_size == 0:
@@ -71,20 +81,35 @@ class Segment:
         raise LayoutError(
             f"{what}{blocks} cannot be divided by tensor-parallel size {tensor_size}"
             + (f", nor can {tensor_size} ranks share {units} evenly" if self.replicate else "")
-            + f": use a tensor-parallel size that divides {units}"
+            + f". Use a tensor-parallel size that divides {units}."
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightLayout:
-    """The logical shape of a parameter and how it is cut.
+    """The logical shape of a parameter and how it is sharded.
 
     Attributes:
         shape: logical shape, without padding or replication.
-        dim: the sharded dimension, or None where every rank holds the whole.
-        segments: parts along `dim`, in order; their sizes add up to `shape[dim]`.
-        gradient: `"partial"` where each tensor-parallel rank's gradient is a partial sum that the training
-            engine has to add up (a norm under sequence parallel in a library that leaves this to its engine).
+        dim: the sharded dimension; None if the parameter is replicated.
+        segments: parts along `dim`, in order; their sizes must add up to `shape[dim]`. Default: one segment.
+        gradient: `"partial"` if each tensor-parallel rank's gradient is a partial sum that the training engine must add
+            up (a norm under sequence parallel in a library that leaves this to its engine), else `"complete"`.
+
+    Raises:
+        LayoutError: the fields contradict each other.
+
+    Example:
+        A merged gate/up projection with 4 output features each, over two ranks:
+
+        >>> gate_up = (Segment(size=4, name="gate_proj"), Segment(size=4, name="up_proj"))
+        >>> layout = WeightLayout(shape=(8, 3), dim=0, segments=gate_up)
+        >>> full = torch.arange(24.0).view(8, 3)
+        >>> shards = [layout.slice(full, rank, 2) for rank in (0, 1)]
+        >>> shards[1][:, 0].tolist()
+        [6.0, 9.0, 18.0, 21.0]
+        >>> torch.equal(layout.assemble(shards), full)
+        True
     """
 
     shape: tuple[int, ...]
@@ -94,41 +119,49 @@ class WeightLayout:
 
     def __post_init__(self) -> None:
         if self.gradient not in ("complete", "partial"):
-            raise LayoutError(f"gradient must be 'complete' or 'partial', got {self.gradient!r}")
+            raise LayoutError(f"gradient is invalid: got {self.gradient!r}, expected 'complete' or 'partial'.")
         if self.dim is None:
             if self.segments:
-                raise LayoutError("a weight that is not sharded has no segments")
+                raise LayoutError("The segments are unexpected: a parameter without a sharded dimension has none.")
             return
         if not 0 <= self.dim < len(self.shape):
-            raise LayoutError(f"dimension {self.dim} is outside shape {self.shape}")
+            raise LayoutError(
+                f"The sharded dimension is invalid: got {self.dim}, expected 0 to {len(self.shape) - 1} for shape "
+                f"{self.shape}."
+            )
         if not self.segments:
             object.__setattr__(self, "segments", (Segment(size=self.shape[self.dim]),))
         total = sum(segment.size for segment in self.segments)
         if total != self.shape[self.dim]:
-            raise LayoutError(f"segments add up to {total}, but dimension {self.dim} of {self.shape} is not that")
+            raise LayoutError(
+                f"The sum of the segments is wrong: got {total}, expected {self.shape[self.dim]}, the size of "
+                f"dimension {self.dim} of {self.shape}."
+            )
 
     def local_shape(self, rank: int, tensor_size: int) -> tuple[int, ...]:
-        """Shape of a rank's shard."""
+        """Return the shape of a rank's shard."""
         if self.dim is None:
             return self.shape
         local = sum(segment.local_range(rank, tensor_size)[1] for segment in self.segments)
         return (*self.shape[: self.dim], local, *self.shape[self.dim + 1 :])
 
     def segment_shape(self, index: int) -> tuple[int, ...]:
-        """Logical shape of one segment's full tensor."""
+        """Return the logical shape of one segment's full tensor."""
         if self.dim is None:
             return self.shape
         return (*self.shape[: self.dim], self.segments[index].size, *self.shape[self.dim + 1 :])
 
     def local_offset(self, index: int, rank: int, tensor_size: int) -> tuple[int, int]:
-        """Start and length of segment `index` inside a rank's shard, along `dim`."""
+        """Return start and length of segment `index` inside a rank's shard, along `dim`."""
         lengths = [segment.local_range(rank, tensor_size)[1] for segment in self.segments[: index + 1]]
         return sum(lengths[:-1]), lengths[-1]
 
     def slice_segment(self, full: torch.Tensor, index: int, rank: int, tensor_size: int) -> torch.Tensor:
-        """A rank's part of one segment's full tensor, zero-padded where the layout pads. May be a view."""
+        """Return a rank's part of one segment's full tensor, with zeros for padding. May be a view of `full`."""
         if tuple(full.shape) != self.segment_shape(index):
-            raise LayoutError(f"expected a full tensor of shape {self.segment_shape(index)}, got {tuple(full.shape)}")
+            raise LayoutError(
+                f"The full tensor has the wrong shape: got {tuple(full.shape)}, expected {self.segment_shape(index)}."
+            )
         if self.dim is None:
             return full
         segment = self.segments[index]
@@ -142,9 +175,9 @@ class WeightLayout:
         return torch.cat([part, full.new_zeros(padding)], dim=self.dim)
 
     def slice(self, full: torch.Tensor, rank: int, tensor_size: int) -> torch.Tensor:
-        """A rank's shard of the full tensor (all segments, in order). May be a view of `full`."""
+        """Return a rank's shard of the full tensor (all segments, in order). May be a view of `full`."""
         if tuple(full.shape) != self.shape:
-            raise LayoutError(f"expected a full tensor of shape {self.shape}, got {tuple(full.shape)}")
+            raise LayoutError(f"The full tensor has the wrong shape: got {tuple(full.shape)}, expected {self.shape}.")
         if self.dim is None:
             return full
         parts = full.split([segment.size for segment in self.segments], dim=self.dim)
@@ -152,13 +185,13 @@ class WeightLayout:
         return shards[0] if len(shards) == 1 else torch.cat(shards, dim=self.dim)
 
     def split(self, full: torch.Tensor) -> list[torch.Tensor]:
-        """The full tensor's segments, as views."""
+        """Split the full tensor into its segments, as views."""
         if self.dim is None:
             return [full]
         return list(full.split([segment.size for segment in self.segments], dim=self.dim))
 
     def assemble(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The full tensor from the shards of all ranks, in rank order; padding and replicas are dropped."""
+        """Assemble the full tensor from the shards of all ranks, in rank order. Drops padding and replicas."""
         if self.dim is None:
             return shards[0]
         tensor_size = len(shards)
@@ -174,12 +207,12 @@ class WeightLayout:
         return torch.cat(parts, dim=self.dim)
 
     def has_replicas(self, tensor_size: int) -> bool:
-        """Whether some segment is held by more than one rank."""
+        """Return whether a part of some segment is held by more than one rank."""
         return any(segment.replicas(tensor_size) > 1 for segment in self.segments)
 
 
 def replicated(shape: Sequence[int]) -> WeightLayout:
-    """The layout of a parameter that every rank holds whole."""
+    """Return the layout of a replicated parameter."""
     return WeightLayout(shape=tuple(shape))
 
 
@@ -190,7 +223,14 @@ def qkv_segments(
     value_dim: int | None = None,
     names: Sequence[str | None] = (None, None, None),
 ) -> tuple[Segment, Segment, Segment]:
-    """Of a fused query, key and value projection: cut by heads, key and value heads shared where they are few."""
+    """Return the segments of a fused query, key and value projection, sharded by heads.
+
+    KV heads are replicated if there are fewer of them than ranks.
+
+    Example:
+        >>> [segment.size for segment in qkv_segments(num_heads=8, num_kv_heads=2, head_dim=64)]
+        [512, 128, 128]
+    """
     q_name, k_name, v_name = names
     value_dim = head_dim if value_dim is None else value_dim
     return (

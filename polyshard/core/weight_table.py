@@ -1,8 +1,7 @@
-"""The weight layouts of a built model, keyed by qualified parameter name.
+"""Weight tables: the weight layouts of a built model, keyed by qualified parameter name.
 
-Layers carry their layouts as a module attribute, set when they are made. The table is collected from the built
-model before any wrapping: attributes on a Parameter do not survive torch's `fully_shard`, and ZeRO-3 empties the
-Parameter itself.
+Each layer stores its layouts in a module attribute. The table is collected from the model before a training engine
+wraps it: attributes of a Parameter do not survive torch's `fully_shard`, and ZeRO-3 empties the Parameter itself.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import nn
 from polyshard.core.errors import AdapterError, LayoutError
 from polyshard.core.weight_layout import WeightLayout, replicated
 
-# Shell patterns of stored tensors that no parameter takes: constants of older files, which follow from the config.
+# Shell patterns of tensors in old checkpoints that are not parameters: constants that the config determines.
 IGNORED_TENSORS = ("*rotary_emb.inv_freq", "*.masked_bias", "*.attn.bias")
 
 _ATTRIBUTE = "weight_layouts"  # {name inside the module: (canonical name inside the module, layout)}
@@ -27,13 +26,19 @@ class WeightEntry:
     """One parameter of a model.
 
     Attributes:
-        parameter: qualified name in the model as built.
-        name: canonical qualified name: where the user put the layer, then `weight` or `bias`, whatever modules
-            a library puts in between.
-        layout: how the logical tensor is cut.
-        checkpoint_names: name of each segment's tensor in a checkpoint; one for an unsegmented tensor.
-        tied_names: canonical names of the same parameter elsewhere in the model.
-        tied_parameters: its names there in the model as built.
+        parameter: qualified name in the built model.
+        name: canonical qualified name: the path of the layer in the user's model, then `weight` or `bias`, without the
+            modules that a library puts in between.
+        layout: how the logical tensor is sharded.
+        checkpoint_names: names of the segments' tensors in a checkpoint; one name for a tensor that is stored as one.
+        tied_names: canonical names of the other places where the model uses the same parameter.
+        tied_parameters: the names of these places in the built model.
+
+    Example:
+        >>> names = ["gate_proj", "up_proj"]
+        >>> layer = ps.column_parallel(4, [8, 8], ps.initialize("torch"), names=names)
+        >>> ps.collect_layouts(nn.ModuleDict({"gate_up": layer}))["gate_up.weight"].checkpoint_names
+        ('gate_proj.weight', 'up_proj.weight')
     """
 
     parameter: str
@@ -46,7 +51,13 @@ class WeightEntry:
 
 @dataclass(frozen=True, slots=True)
 class WeightTable(Mapping[str, WeightEntry]):
-    """All parameters of a model, by their names in the model as built, in the model's order."""
+    """The entries of all parameters of a model, by their names in the built model, in the model's order.
+
+    Example:
+        >>> table = ps.collect_layouts(nn.Sequential(ps.column_parallel(4, 8, ps.initialize("torch"))))
+        >>> list(table), table["0.weight"].layout.dim
+        (['0.weight'], 0)
+    """
 
     entries: Mapping[str, WeightEntry]
 
@@ -60,31 +71,37 @@ class WeightTable(Mapping[str, WeightEntry]):
         return len(self.entries)
 
     def by_checkpoint_name(self) -> dict[str, tuple[WeightEntry, int]]:
-        """For each tensor of a checkpoint, the parameter and the index of the segment that it fills.
+        """Return, for the name of each checkpoint tensor, its parameter's entry and the index of its segment.
 
         Raises:
-            LayoutError: two parameters claim one name.
+            LayoutError: two parameters have the same checkpoint name.
         """
         targets: dict[str, tuple[WeightEntry, int]] = {}
         for entry in self.entries.values():
             for index, name in enumerate(entry.checkpoint_names):
                 if name in targets:
                     raise LayoutError(
-                        f"parameters {targets[name][0].parameter!r} and {entry.parameter!r} "
-                        f"are both stored as {name!r}: give their segments different names"
+                        f"Parameters {targets[name][0].parameter!r} and {entry.parameter!r} "
+                        f"have the same checkpoint name {name!r}. Give their segments different names."
                     )
                 targets[name] = (entry, index)
         return targets
 
 
 def attach_layouts(module: nn.Module, layouts: Mapping[str, WeightLayout], tensor_rank: int, tensor_size: int) -> None:
-    """Record the layouts of a layer's parameters on the layer; `layouts` is keyed by `weight` and `bias`.
+    """Store the layouts of a layer's parameters on the layer.
 
-    A library may keep its parameter deeper (`layer.weight` inside a wrapper): the one parameter whose last name
-    part matches is taken. A module that already has the attribute `weight_layouts` is left as it is.
+    A library may nest its parameter (`layer.weight` inside a wrapper): a key of `layouts` matches the one parameter
+    whose name ends in it. A module that already has the attribute `weight_layouts` is left unchanged.
+
+    Args:
+        module: the layer.
+        layouts: the layouts, keyed by `weight` and `bias`.
+        tensor_rank: this process's position along the tensor axis.
+        tensor_size: the size of that axis.
 
     Raises:
-        AdapterError: no parameter or several match, or the local shape is not the shard's.
+        AdapterError: no parameter or several match a key, or a parameter does not have the shape of the shard.
     """
     if hasattr(module, _ATTRIBUTE):
         return
@@ -94,27 +111,29 @@ def attach_layouts(module: nn.Module, layouts: Mapping[str, WeightLayout], tenso
         matches = [name for name in parameters if name.rsplit(".", 1)[-1] == canonical]
         if len(matches) != 1:
             raise AdapterError(
-                f"{type(module).__name__}: expected one parameter named {canonical!r}, found {matches or 'none'} "
-                f"among {sorted(parameters)}; set the attribute {_ATTRIBUTE!r} on the layer to say which is which"
+                f"The parameter {canonical!r} of {type(module).__name__} is ambiguous or missing: got "
+                f"{matches or 'none'} among {sorted(parameters)}, expected one. Set the attribute {_ATTRIBUTE!r} on "
+                "the layer to {name in the layer: (canonical name, layout)}."
             )
         expected = layout.local_shape(tensor_rank, tensor_size)
         actual = tuple(parameters[matches[0]].shape)
         if actual != expected:
             raise AdapterError(
-                f"{type(module).__name__}.{matches[0]}: local shape {actual}, but rank {tensor_rank} of "
-                f"{tensor_size} should hold {expected} of the logical {layout.shape}"
+                f"The local shape of {type(module).__name__}.{matches[0]} is wrong: got {actual}, expected {expected} "
+                f"for rank {tensor_rank} of {tensor_size} and the logical shape {layout.shape}. Let the adapter create "
+                "this rank's shard."
             )
         found[matches[0]] = (canonical, layout)
     setattr(module, _ATTRIBUTE, found)
 
 
 def store_as(owner: nn.Module, child: str, name: str) -> None:
-    """Let the parameters of `owner`'s child be stored as if it was called `name`.
+    """Store the parameters of a child of `owner` in checkpoints under the name `name` instead of the child's.
 
     Args:
-        owner: of the layer.
-        child: the layer's attribute; its parameters have layouts.
-        name: in a checkpoint, in place of it.
+        owner: the module that contains the layer.
+        child: the attribute of `owner` that is the layer; its parameters must have layouts.
+        name: the name in checkpoints.
     """
     known: dict[str, tuple[str, WeightLayout]] = vars(getattr(owner, child)).pop(_ATTRIBUTE)
     moved = {f"{child}.{inner}": (f"{name}.{canonical}", layout) for inner, (canonical, layout) in known.items()}
@@ -122,7 +141,13 @@ def store_as(owner: nn.Module, child: str, name: str) -> None:
 
 
 def collect_layouts(model: nn.Module) -> WeightTable:
-    """The table of a built model. Parameters without a layout are held whole by every rank."""
+    """Return the weight table of a built model. Parameters without a layout are replicated.
+
+    Example:
+        >>> table = collect_layouts(nn.Sequential(ps.row_parallel(8, 4, ps.initialize("torch"))))
+        >>> table["0.weight"].layout.shape, table["0.weight"].layout.local_shape(rank=0, tensor_size=2)
+        ((4, 8), (4, 4))
+    """
     known: dict[str, tuple[str, WeightLayout]] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{module_name}." if module_name else ""
@@ -151,10 +176,11 @@ def collect_layouts(model: nn.Module) -> WeightTable:
 
 
 def checkpoint_names(canonical: str, layout: WeightLayout) -> tuple[str, ...]:
-    """`mlp.gate_up.weight` with segments named gate_proj and up_proj: `mlp.gate_proj.weight`, `mlp.up_proj.weight`.
+    """Return the names under which a checkpoint stores a parameter.
 
-    Segments without names are stored together under the canonical name, which needs them to be one tensor; a
-    layout of several unnamed segments is stored as one tensor too, and gives one name.
+    A parameter with named segments has one for each: `mlp.gate_up.weight` with segments gate_proj and up_proj is stored
+    as `mlp.gate_proj.weight` and `mlp.up_proj.weight`. A parameter with unnamed segments is stored as one tensor under
+    its canonical name.
     """
     names = [segment.name for segment in layout.segments]
     if not any(names):
@@ -165,19 +191,22 @@ def checkpoint_names(canonical: str, layout: WeightLayout) -> tuple[str, ...]:
 
 
 def stored_parts(layout: WeightLayout, count: int, full: torch.Tensor) -> list[torch.Tensor]:
-    """The full tensor as the `count` tensors that a checkpoint stores it as."""
+    """Split a full tensor into the `count` tensors that a checkpoint stores."""
     return [full] if count == 1 else layout.split(full)
 
 
 def stored_shape(layout: WeightLayout, count: int, index: int) -> tuple[int, ...]:
-    """Shape of the `index`-th of the `count` tensors that a checkpoint stores a parameter as."""
+    """Return the shape of tensor `index` of the `count` tensors that a checkpoint stores for a parameter."""
     return layout.shape if count == 1 else layout.segment_shape(index)
 
 
 def local_part(
     layout: WeightLayout, count: int, index: int, full: torch.Tensor, rank: int, tensor_size: int
 ) -> tuple[torch.Tensor, int, int]:
-    """What a stored tensor puts into a rank's shard: the values, and their start and length along `layout.dim`."""
+    """Return a stored tensor's contribution to a rank's shard: the values, and start and length along `layout.dim`.
+
+    Start and length are 0 for a replicated parameter.
+    """
     if layout.dim is None:
         return full, 0, 0
     if count == 1:
@@ -196,7 +225,7 @@ def copy_into_shard(
     rank: int,
     tensor_size: int,
 ) -> None:
-    """Write a stored tensor's part into a rank's shard, converting the dtype."""
+    """Copy a stored tensor's part into a rank's shard, converting the dtype."""
     values, start, length = local_part(layout, count, index, full, rank, tensor_size)
     with torch.no_grad():
         target = parameter if layout.dim is None else parameter.narrow(layout.dim, start, length)

@@ -59,10 +59,10 @@ def exact_mode(
 ) -> ExactMode:
     """Return exact mode as data, with the adapter that wraps the layers of any library."""
 
-    def around(adapter: Any) -> Any:
+    def wrap_adapter(adapter: Any) -> Any:
         return adapter if isinstance(adapter, ExactLinearAdapter) else ExactLinearAdapter(adapter, mode, on_built)
 
-    def whole(layer: nn.Linear, context: ParallelContext) -> nn.Module:
+    def replicated_linear(layer: nn.Linear, context: ParallelContext) -> nn.Module:
         exact = ExactReplicatedLinear(layer, context, mode)
         on_built(exact)
         return exact
@@ -70,8 +70,8 @@ def exact_mode(
     mode = ExactMode(
         shards=shards,
         operators=operators,
-        around=around,
-        whole=whole,
+        wrap_adapter=wrap_adapter,
+        replicated_linear=replicated_linear,
         rotate=partial(exact_rotate, operators),
         compute_dtype=compute_dtype,
     )

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import AdapterError, ConfigurationError, LayoutError
-from polyshard.core.exact_mode import ExactMode, Product
+from polyshard.core.exact_mode import ExactMode, Matmul
 from polyshard.core.linear_adapter import adapter_with, name_of
 from polyshard.core.weight_layout import WeightLayout, qkv_segments
 from polyshard.exact.matmul import exact_matmul
@@ -43,7 +43,7 @@ class ExactLinear(nn.Module):
         self.axis = context.axis("tensor")
         self.sequence_parallel = context.layout.sequence_parallel and self.axis.size > 1
         self.exact = exact
-        self.packed: tuple[Product, ...] | None = None  # set by a server after its weights are loaded
+        self.packed: tuple[Matmul, ...] | None = None  # a server's, once its weights are loaded
 
     def parts(self) -> list[torch.Tensor]:
         """Return the matrices to be packed, in the order in which the forward pass multiplies by them."""

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from polyshard.core.exact_mode import ExactOperators, Product
+from polyshard.core.exact_mode import ExactOperators, Matmul
 
 
 class _Matmul(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, operators: ExactOperators, packed: Product | None
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, operators: ExactOperators, packed: Matmul | None
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         return (packed or operators.pack(weight))(x)
@@ -27,7 +27,7 @@ class _Matmul(torch.autograd.Function):
 
 
 def exact_matmul(
-    x: torch.Tensor, weight: torch.Tensor, operators: ExactOperators, packed: Product | None = None
+    x: torch.Tensor, weight: torch.Tensor, operators: ExactOperators, packed: Matmul | None = None
 ) -> torch.Tensor:
     """Compute `x Wᵀ`, for x `[..., in]` and W `[out, in]`; differentiable.
 

@@ -181,7 +181,7 @@ def replicated_linear(
     """
     layer = nn.Linear(input_size, output_size, bias=bias, device=parallel_context.device)
     exact = parallel_context.exact
-    return layer if exact is None else exact.whole(layer, parallel_context)
+    return layer if exact is None else exact.replicated_linear(layer, parallel_context)
 
 
 def _finish(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from polyshard.core.context import ParallelContext, replica_axis
-from polyshard.core.pieces import WEIGHT, Piece, held_alike
+from polyshard.core.pieces import WEIGHT, Piece, replicated_piece
 from polyshard.core.weight_table import WeightTable
 from polyshard.weights.fingerprint import fingerprint, total
 from polyshard.weights.regions import Region, regions
@@ -39,7 +39,7 @@ def module_pieces(module: nn.Module, context: ParallelContext) -> Iterator[Piece
     """Yield the parameters of a model as pieces, which are identical on all replicas."""
     axis = replica_axis(context)
     for name, parameter in module.named_parameters():
-        yield held_alike(name, WEIGHT, parameter.detach().contiguous(), axis)
+        yield replicated_piece(name, WEIGHT, parameter.detach().contiguous(), axis)
 
 
 def shared_run(piece: Piece, shape: Sequence[int]) -> tuple[int, int]:

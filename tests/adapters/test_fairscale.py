@@ -48,5 +48,5 @@ def test_a_second_group_is_refused_and_the_global_is_given_back():
 
 
 def test_sequence_parallel_is_refused_with_the_reason():
-    with pytest.raises(ps.AdapterError, match=r"adapter 'fairscale' has no sequence parallel .*\(never\)"):
+    with pytest.raises(ps.AdapterError, match=r"Adapter 'fairscale' does not support sequence parallel .*\(never\)"):
         ps.load_adapter("fairscale").initialize(ps.ParallelLayout(sequence_parallel=True))

@@ -237,10 +237,12 @@ def test_a_kernel_can_be_forced_but_never_drops_a_feature(monkeypatch):
     assert select_kernel(spec_of(), CPU, torch.float32, True, "chunked").name == "chunked"
     monkeypatch.setenv("POLYSHARD_ATTENTION", "chunked")
     assert select_kernel(spec_of(), CPU, torch.float32, True).name == "chunked"
-    with pytest.raises(ps.ConfigurationError, match="'cpu_flash' was asked for, but cpu_flash: has no dropout"):
+    with pytest.raises(
+        ps.ConfigurationError, match="'cpu_flash' does not support the request: cpu_flash: has no dropout"
+    ):
         select_kernel(spec_of(dropout=0.1), CPU, torch.float32, True, "cpu_flash")
     assert select_kernel(spec_of(dropout=0.1), CPU, torch.float32, False, "cpu_flash").name == "cpu_flash"
-    with pytest.raises(ps.ConfigurationError, match="unknown attention kernel 'fast'; known: flash_attn_4"):
+    with pytest.raises(ps.ConfigurationError, match="kernel is unknown: got 'fast', expected one of flash_attn_4"):
         select_kernel(spec_of(), CPU, torch.float32, True, "fast")
 
 
@@ -332,24 +334,24 @@ def good():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"q": torch.randn(6, 32)}, r"must be \[tokens, heads, head_dim\], got q \(6, 32\)"),
-        ({"k": torch.randn(6, 3, 8), "v": torch.randn(6, 3, 8)}, "query heads must be a multiple of key-value heads"),
-        ({"v": torch.randn(5, 2, 8)}, "k and v must agree in tokens and heads"),
-        ({"q": torch.randn(6, 4, 16)}, "q and k in head_dim"),
-        ({"q": torch.randn(6, 4, 8).bfloat16()}, "must have one float dtype, got torch.bfloat16, torch.float32"),
-        ({n: torch.ones(6, 2, 8, dtype=torch.int64) for n in "qkv"}, "must have one float dtype, got torch.int64"),
-        ({"q": torch.randn(6, 4, 8, device="meta")}, "must be on one device, got"),
-        ({"q": torch.randn(5, 4, 8)}, "q has 5 tokens, k and v have 6: give the keys' boundaries"),
-        ({"sinks": torch.zeros(3)}, r"sinks must be \[heads\] = \(4,\), got \(3,\)"),
-        ({"alibi_slopes": [1.0]}, "4 heads need as many ALiBi slopes, got 1"),
-        ({"sequences": torch.tensor([0, 4])}, "must rise from 0 to the 6 tokens given"),
-        ({"sequences": torch.tensor([0, 5, 3, 6])}, "must rise from 0"),
-        ({"sequences": torch.tensor([0.0, 6.0])}, "must be integers"),
-        ({"sequences": torch.tensor([6])}, "must be integers"),
-        ({"keys": torch.tensor([0, 3, 6])}, "1 sequences of queries need as many of keys, got 2"),
-        ({"softcap": 0.0}, "softcap must be above 0"),
-        ({"sliding_window": 0}, "sliding_window is wrong: got 0, expected a positive integer"),
-        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
+        ({"q": torch.randn(6, 32)}, r"wrong shape: got q \(6, 32\), .*expected \[tokens, heads, head_dim\]"),
+        ({"k": torch.randn(6, 3, 8), "v": torch.randn(6, 3, 8)}, "query heads that are a multiple of the KV heads"),
+        ({"v": torch.randn(5, 2, 8)}, "expected equal tokens and heads of k and v"),
+        ({"q": torch.randn(6, 4, 16)}, "equal head_dim of q and k"),
+        ({"q": torch.randn(6, 4, 8).bfloat16()}, "got torch.bfloat16, torch.float32 .* expected one float dtype"),
+        ({n: torch.ones(6, 2, 8, dtype=torch.int64) for n in "qkv"}, "got torch.int64, .* expected one float dtype"),
+        ({"q": torch.randn(6, 4, 8, device="meta")}, "different devices: got .*, expected one device"),
+        ({"q": torch.randn(5, 4, 8)}, "got 5 tokens in q and 6 in k and v, .*Pass the boundaries of the keys"),
+        ({"sinks": torch.zeros(3)}, r"sinks has the wrong shape: got \(3,\), expected \[heads\] = \(4,\)"),
+        ({"alibi_slopes": [1.0]}, "ALiBi slopes is wrong: got 1, expected one for each of 4"),
+        ({"sequences": torch.tensor([0, 4])}, "expected non-decreasing values from 0 to 6, the number of tokens"),
+        ({"sequences": torch.tensor([0, 5, 3, 6])}, "expected non-decreasing values from 0"),
+        ({"sequences": torch.tensor([0.0, 6.0])}, "expected integers"),
+        ({"sequences": torch.tensor([6])}, "expected integers"),
+        ({"keys": torch.tensor([0, 3, 6])}, "key sequences is wrong: got 2, expected 1"),
+        ({"softcap": 0.0}, "softcap is out of range: got 0.0, expected a positive number"),
+        ({"sliding_window": 0}, "sliding_window is invalid: got 0, expected a positive integer"),
+        ({"dropout": 1.0}, r"dropout is out of range: got 1.0, .* in \[0, 1\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, message):
@@ -358,10 +360,10 @@ def test_what_does_not_fit_is_refused(changes, message):
 
 
 def test_boundaries_made_for_other_tokens_are_refused():
-    with pytest.raises(ps.ConfigurationError, match="the sequences hold 5 tokens, q has 6"):
+    with pytest.raises(ps.ConfigurationError, match="got 5 tokens in the sequences, expected the 6 of q"):
         ps.packed_attention(**good(), sequences=ps.pack(torch.tensor([0, 5]), 5))
 
 
 def test_more_tokens_than_int32_counts_are_refused():
-    with pytest.raises(ps.ConfigurationError, match="2147483648 tokens are more than attention kernels can count"):
+    with pytest.raises(ps.ConfigurationError, match="got 2147483648 tokens, expected at most 2147483647"):
         ps.pack(torch.tensor([0, 2**31]), 2**31)

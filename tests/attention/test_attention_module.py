@@ -49,11 +49,11 @@ def test_packed_and_batched_input_agree():
 @pytest.mark.parametrize(
     ("cu_seqlens", "message"),
     [
-        (torch.tensor([0, 4, 9]), "must rise from 0 to the 10 tokens given"),
-        (torch.tensor([0, 7, 4, 10]), "must rise from 0"),
-        (torch.tensor([1, 10]), "must rise from 0"),
-        (torch.tensor([0.0, 10.0]), "must be integers"),
-        (torch.tensor([10]), "must be integers"),
+        (torch.tensor([0, 4, 9]), "expected non-decreasing values from 0 to 10,"),
+        (torch.tensor([0, 7, 4, 10]), "expected non-decreasing values from 0"),
+        (torch.tensor([1, 10]), "expected non-decreasing values from 0"),
+        (torch.tensor([0.0, 10.0]), "expected integers"),
+        (torch.tensor([10]), "expected integers"),
     ],
 )
 def test_bad_boundaries_are_refused(cu_seqlens, message):
@@ -63,13 +63,13 @@ def test_bad_boundaries_are_refused(cu_seqlens, message):
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(ps.ConfigurationError, match="hidden size 10 is not a multiple of 4 heads: give head_dim"):
+    with pytest.raises(ps.ConfigurationError, match=r"got 10, expected a multiple of 4 heads\. Pass head_dim"):
         ps.TrainableFlashAttention(10, 4)
-    with pytest.raises(ps.ConfigurationError, match=r"dropout must lie in \[0, 1\)"):
+    with pytest.raises(ps.ConfigurationError, match=r"dropout is out of range: got 1.0, .* in \[0, 1\)"):
         ps.TrainableFlashAttention(8, 4, dropout=1.0)
     with pytest.raises(ps.LayoutError, match="4 query heads cannot share 3 key-value heads"):
         ps.TrainableFlashAttention(8, 4, 3)
-    with pytest.raises(ps.ConfigurationError, match=r"must be \[batch, seq, hidden\] or packed"):
+    with pytest.raises(ps.ConfigurationError, match=r"expected \[batch, seq, hidden\] or packed"):
         ps.TrainableFlashAttention(8, 4)(torch.randn(8))
 
 

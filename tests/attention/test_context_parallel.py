@@ -48,7 +48,7 @@ def test_a_module_over_two_ranks_equals_the_module_alone(way, packed):
 
 def test_what_does_not_fit_is_refused_with_the_way_out():
     for messages in run_ranks(on_context_ranks.misuse, 2):
-        assert "6 tokens cannot be cut for context-parallel size 2: pad them to a multiple of 4" in messages[0]
-        assert "the sequences hold 4 tokens, but 2 ranks with 4 each hold 8" in messages[1]
-        assert "Ulysses spreads 3 query and 3 key-value heads over 2 ranks" in messages[2]
+        assert "context-parallel size 2: got 6, expected a multiple of 4. Pad" in messages[0]
+        assert "got 4 tokens in the sequences, expected 8 (4 on each of 2 ranks)" in messages[1]
+        assert "Ulysses cannot divide the heads: got 3 query and 3 KV heads over 2 ranks" in messages[2]
         assert len(messages) == 3

@@ -59,7 +59,7 @@ def test_two_ranks_equal_one(axis):
 
 
 def test_what_it_has_not_got_is_refused():
-    with pytest.raises(ps.ConfigurationError, match="qk_rope_head_dim must be even, got 7"):
+    with pytest.raises(ps.ConfigurationError, match="qk_rope_head_dim is invalid: got 7, expected an even number"):
         ps.TrainableMLA(32, 4, **{**latent.SIZES, "qk_rope_head_dim": 7})
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.oracles.attention import attention
 
-from polyshard.attention.alibi import usual_slopes
+from polyshard.attention.alibi import standard_slopes
 from polyshard.attention.kernels.cpu import native_paged as paged
 from polyshard.core.attention import AttentionSpec
 from polyshard.native import build
@@ -133,7 +133,7 @@ def test_a_wider_processor(tmp_path, monkeypatch):
     other = tmp_path / "paged.cpp"
     other.write_text(f'#define POLYSHARD_WIDTH 16\n#include "{paged.SOURCE}"\n')
     monkeypatch.setenv("POLYSHARD_CACHE", str(tmp_path))
-    assert build.unavailable(other) is None
+    assert build.unavailable_reason(other) is None
     for dtype in TOLERANCE:
         for index, (rows, keys) in enumerate(CASES.values()):
             changes, sinks = FEATURES["all"] if index % 2 else ({}, None)
@@ -153,7 +153,7 @@ def test_what_a_query_gives_depends_on_its_sequence_alone(threads, dtype, window
     """Bit for bit: whatever stands beside it, whatever chunk it comes in, however large pages are."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     torch.manual_seed(3)
-    changes = {} if window is None else {"softcap": 1.5, "alibi_slopes": tuple(usual_slopes(kv_heads * group))}
+    changes = {} if window is None else {"softcap": 1.5, "alibi_slopes": tuple(standard_slopes(kv_heads * group))}
     spec, lengths = spec_of(kv_heads, group, dim, window, **changes), [700, 1300]
     sinks = torch.randn(kv_heads * group)
 
@@ -219,7 +219,7 @@ def test_a_request_is_enough_for_as_many_threads_as_it_has_tasks(monkeypatch):
     [
         ({"dropout": 0.1}, "dropout"),
         ({"head_dim": 36}, "multiples"),
-        ({"value_dim": 32}, "one size"),
+        ({"value_dim": 32}, "value_dim equal to head_dim"),
         ({"causal": False}, "causal"),
     ],
 )

@@ -33,11 +33,13 @@ def test_a_part_of_the_head_can_be_rotated():
 
 
 def test_unknown_and_incomplete_scalings_are_refused():
-    with pytest.raises(ps.ConfigurationError, match="unknown rotary scaling 'spiral'; known: default, linear"):
+    with pytest.raises(
+        ps.ConfigurationError, match="rotary scaling is unknown: got 'spiral', expected one of default, linear"
+    ):
         rotary_frequencies(32, 1e4, {"rope_type": "spiral"}, 64)
-    with pytest.raises(ps.ConfigurationError, match="rotary scaling 'linear' needs 'factor'"):
+    with pytest.raises(ps.ConfigurationError, match="rotary scaling 'linear' is missing: got .*, expected 'factor'"):
         rotary_frequencies(32, 1e4, {"type": "linear"}, 64)
-    with pytest.raises(ps.ConfigurationError, match="even dimension, got 7"):
+    with pytest.raises(ps.ConfigurationError, match="rotary dimension is invalid: got 7, expected an even number"):
         rotary_frequencies(7, 1e4, None, 64)
 
 

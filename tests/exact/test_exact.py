@@ -339,7 +339,7 @@ def test_one_side_alone_in_exact_mode_is_refused(directory):
         assert ps.token_logprobs(logits, ids[3:], exact, vocab_size=VOCAB).tolist() == after[1]
     with (
         engines.engine(directory, "Ordinarily") as llm,
-        pytest.raises(ps.ConfigurationError, match="does not serve in it"),
+        pytest.raises(ps.ConfigurationError, match="does not serve in exact mode"),
     ):
         ps.WeightSync(model, exact, llm)
 
@@ -368,8 +368,8 @@ def test_two_products_or_kernels_are_refused_and_named():
     trainer = ExactIdentity(2, one, one)
     check_same_mode(trainer, ExactIdentity(*trainer), "an engine")
     for changes, words in (
-        ({"products": other}, "multiplies by native bfloat16, an engine by vllm bfloat16.*POLYSHARD_MATMUL"),
-        ({"attention": other}, "attends by native bfloat16, an engine by vllm bfloat16.*POLYSHARD_ATTENTION"),
+        ({"matmul": other}, "matmul.* native bfloat16 for the trainer and vllm bfloat16 for .*POLYSHARD_MATMUL"),
+        ({"attention": other}, "attention.* native bfloat16 for the trainer and vllm bfloat16 for .*POLYSHARD_ATTENT"),
     ):
         with pytest.raises(ps.ConfigurationError, match=words):
             check_same_mode(trainer, trainer._replace(**changes), "an engine")

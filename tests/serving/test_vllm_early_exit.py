@@ -106,5 +106,8 @@ def test_logits_are_of_finished_states(directory):
 
 def test_a_forward_that_nothing_finishes_is_refused(directory):
     ps.register_model("ServedUnfinished", build_unfinishable)
-    with pytest.raises(Exception, match=r"lacks a method finish\(x\)"), engine(directory, "ServedUnfinished"):
+    with (
+        pytest.raises(Exception, match=r"missing a method finish\(x\)"),
+        engine(directory, "ServedUnfinished"),
+    ):
         pass

@@ -32,15 +32,16 @@ def directory(tmp_path):
     [
         (
             broken_factories.raises,
-            r"its factory support.models.broken_factories:raises raised ZeroDivisionError: the user's bug",
+            "The factory support.models.broken_factories:raises of model 'Broken' raised ZeroDivisionError: "
+            "the user's bug",
         ),
-        (broken_factories.gives_none, "returned None; does it lack a return"),
-        (broken_factories.gives_a_dict, "returned dict, expected a torch.nn.Module"),
+        (broken_factories.gives_none, "returned the wrong type: got None, .* Add a return statement"),
+        (broken_factories.gives_a_dict, "returned the wrong type: got dict, expected a torch.nn.Module"),
         (
             broken_factories.lacks_compute_logits,
-            r"lacks a method compute_logits\(hidden_states\); a served model needs",
+            r"cannot be served: missing a method compute_logits\(hidden_states\)\. A served model needs",
         ),
-        (broken_factories.wrong_forward, r"lacks a forward that takes \(input_ids, positions\)"),
+        (broken_factories.wrong_forward, r"cannot be served: missing a forward that takes \(input_ids, positions\)"),
     ],
 )
 def test_a_factory_that_will_not_do(directory, factory, message):
@@ -144,7 +145,7 @@ def in_use(segment):
             "support.models.broken_factories:raises",
             1,
             "RegistrationError",
-            "rank 0 of the engine: model 'Broken': its factory support.models.broken_factories:raises raised "
+            "rank 0 of the engine: The factory support.models.broken_factories:raises of model 'Broken' raised "
             "ZeroDivisionError: the user's bug",
         ),
         ("support.models.broken_factories:three_heads", 2, "LayoutError", "3"),

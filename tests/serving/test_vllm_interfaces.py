@@ -96,7 +96,7 @@ def test_a_partial_that_cannot_travel_is_refused(factory):
 def test_what_a_model_lacks_is_named_with_the_way_to_add_it(served):
     ps.register_model("Lacks", functools.partial(plain.Plain, temperature=1.0), names={"^": "network."})
     with (
-        pytest.raises(Exception, match=r"(?s)lacks a method compute_logits.*def compute_logits.*outputs=\"logits\""),
+        pytest.raises(Exception, match=r"(?s)missing a method compute_logits.*def compute_logits.*outputs=\"logits\""),
         engine(served[0], "Lacks"),
     ):
         pass

@@ -1,4 +1,4 @@
-"""Scripts for tests, each in processes of its own."""
+"""Run test scripts in separate processes."""
 
 import contextlib
 import fcntl
@@ -30,10 +30,12 @@ def result_of(done):
 
 @contextlib.contextmanager
 def one_engine_of_torchruns():
-    """vLLM on CPU names the shared memory of an engine whose ranks torchrun started alike in every run (0.32,
-    v1/worker/cpu_worker.py, VLLM_DIST_IDENT), so that two at a time end in "create shm in SHMManager failed"; so does
-    one after a run that was killed."""
-    folder = os.open("/dev/shm", os.O_RDONLY)  # what they share is what is locked, and no file is left behind
+    """Serialize engines whose ranks torchrun started, and delete the shared memory of killed runs.
+
+    vLLM on CPU gives the shared memory of such engines the same name in every run (0.32, v1/worker/cpu_worker.py,
+    VLLM_DIST_IDENT). Two engines at a time, or one after a killed run, fail with "create shm in SHMManager failed".
+    """
+    folder = os.open("/dev/shm", os.O_RDONLY)  # lock the directory that they share, which leaves no lock file behind
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
         for left in Path("/dev/shm").glob("-*-cpushm_*"):
@@ -44,7 +46,7 @@ def one_engine_of_torchruns():
 
 
 def on_engine_ranks(function, ranks, *arguments):
-    """Call it on ranks that are engine ranks too, as torchrun would: what each returned.
+    """Call a function on ranks that are also engine ranks, as torchrun would; return the result of each.
 
     The server that forks them has imported vLLM (conftest.py), which takes longer than what they do.
     """

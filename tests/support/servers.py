@@ -10,7 +10,7 @@ import urllib.request
 
 @contextlib.contextmanager
 def running_server(command, port, log, env, cwd=None):
-    """Run `command` until its `/health` answers on `port`; its whole process group is ended afterwards."""
+    """Run `command` until its `/health` answers on `port`; end its process group afterwards."""
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=env, cwd=cwd, start_new_session=True)
     try:

@@ -86,9 +86,9 @@ def test_what_cannot_be_divided_is_refused(segment, size, message):
 
 
 def test_contradictory_layouts_are_refused():
-    with pytest.raises(LayoutError, match="segments add up to 3"):
+    with pytest.raises(LayoutError, match="sum of the segments is wrong: got 3, expected 4"):
         WeightLayout(shape=(4, 4), dim=0, segments=(Segment(size=3),))
-    with pytest.raises(LayoutError, match="dimension 2 is outside"):
+    with pytest.raises(LayoutError, match="sharded dimension is invalid: got 2"):
         WeightLayout(shape=(4, 4), dim=2)
-    with pytest.raises(LayoutError, match="expected a full tensor of shape"):
+    with pytest.raises(LayoutError, match=r"full tensor has the wrong shape: got \(4, 3\), expected \(4, 4\)"):
         WeightLayout(shape=(4, 4), dim=0).slice(torch.ones(4, 3), 0, 2)

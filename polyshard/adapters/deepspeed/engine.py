@@ -31,7 +31,7 @@ from polyshard.adapters.shared.weights import check_shard
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, held_alike
+from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision
 from polyshard.training.recompute import Recompute
 
@@ -186,7 +186,7 @@ class DeepspeedEngine(BaseEngine):
                 start, values = partition(parameter, axis.rank)
                 yield Piece(parameter=name, slot=WEIGHT, start=start, values=values)
                 continue
-            yield held_alike(name, WEIGHT, parameter.detach(), axis)
+            yield replicated_piece(name, WEIGHT, parameter.detach(), axis)
 
     def weights_written(self) -> None:
         """Refresh the optimizer's copies, and the parameters that stage 3 keeps gathered."""
@@ -205,7 +205,7 @@ class DeepspeedEngine(BaseEngine):
         for name, parameter in self._module.named_parameters():
             if self._stage == 0:
                 pieces += [
-                    held_alike(name, slot, value, axis)
+                    replicated_piece(name, slot, value, axis)
                     for slot, value in optimizer_state.slots(base, parameter).items()
                 ]
                 continue

@@ -22,7 +22,7 @@ from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import AdamW, OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import AdapterError, ConfigurationError
-from polyshard.core.pieces import MASTER, OptimizerState, Piece, held_alike
+from polyshard.core.pieces import MASTER, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision
 from polyshard.training.recompute import Recompute
 
@@ -190,7 +190,7 @@ class MegatronEngine(BaseEngine):
                 tensors[MASTER] = found.main.detach()
             for slot, value in tensors.items():
                 if found.start is None:
-                    pieces.append(held_alike(name, slot, value, axis))
+                    pieces.append(replicated_piece(name, slot, value, axis))
                 else:
                     pieces.append(Piece(parameter=name, slot=slot, start=found.start, values=value.view(-1)))
         return optimizer_state.state(base, self.optimizer, pieces)

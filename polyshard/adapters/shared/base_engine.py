@@ -16,7 +16,7 @@ from polyshard.adapters.shared.grad_norm import check_max_grad_norm
 from polyshard.core.adapter import StepResult
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.context import ParallelContext, replica_axis
-from polyshard.core.pieces import WEIGHT, OptimizerState, Piece, held_alike
+from polyshard.core.pieces import WEIGHT, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision, precision_of
 from polyshard.core.weight_table import collect_layouts
 from polyshard.training.batch import train_batch
@@ -135,7 +135,7 @@ class BaseEngine(ABC):
         """This rank's run of every parameter, which all replicas hold."""
         axis = replica_axis(self.context)
         for name, parameter in self._module.named_parameters():
-            yield held_alike(name, WEIGHT, parameter.detach(), axis)
+            yield replicated_piece(name, WEIGHT, parameter.detach(), axis)
 
     def weights_written(self) -> None:
         """Count the update: the pieces are the parameters themselves."""

@@ -31,7 +31,7 @@ from polyshard.adapters.torch.reducer import GradientReducer
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, held_alike
+from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision
 from polyshard.training.recompute import Recompute
 
@@ -220,7 +220,7 @@ class TorchEngine(BaseEngine):
         if is_dtensor(tensor):
             start, local = sharded_rows(tensor)
             return Piece(parameter=name, slot=slot, start=start, values=local.view(-1))
-        return held_alike(name, slot, tensor, replica_axis(self.context))
+        return replicated_piece(name, slot, tensor, replica_axis(self.context))
 
     @contextmanager
     def _without_sending(self, reducer: GradientReducer) -> Iterator[None]:

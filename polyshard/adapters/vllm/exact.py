@@ -20,7 +20,7 @@ from polyshard.adapters.vllm.layers.norm import rms_norm, takes_norm
 from polyshard.attention.rotary import rotate_heads
 from polyshard.core.context import GroupContext
 from polyshard.core.errors import ConfigurationError, LayoutError, RegistrationError
-from polyshard.core.exact_mode import ExactOperators, Product
+from polyshard.core.exact_mode import ExactOperators, Matmul
 from polyshard.core.serving import RegisteredModel
 from polyshard.exact.context import check_shards, exact_mode
 from polyshard.exact.linear import ExactLinear
@@ -36,16 +36,16 @@ class CpuOperators:
     attention_kernel = "vllm_exact"
 
     @property
-    def products(self) -> str:
+    def matmul_by_dtype(self) -> str:
         """The compiled product, or vLLM's."""
         return _by_dtype(products())
 
     @property
-    def attention(self) -> str:
+    def attention_by_dtype(self) -> str:
         """The compiled loops, or vLLM's kernel."""
         return _by_dtype({dtype: whose_kernel(dtype) for dtype in products()})
 
-    def pack(self, weight: torch.Tensor) -> Product:
+    def pack(self, weight: torch.Tensor) -> Matmul:
         """The compiled product; where oneDNN is faster oneDNN's, by which a row goes as two: it has another kernel."""
         if weight.dtype not in products():
             raise ConfigurationError(no_product(weight.dtype))
@@ -97,10 +97,10 @@ class CudaOperators:
     """`ExactOperators` on CUDA, by vLLM's batch-invariant Triton operators. Unverified: docs/how-to/gpu.md."""
 
     attention_kernel = "vllm_exact"
-    products = "Triton"
-    attention = "flash-attention"
+    matmul_by_dtype = "Triton"
+    attention_by_dtype = "flash-attention"
 
-    def pack(self, weight: torch.Tensor) -> Product:
+    def pack(self, weight: torch.Tensor) -> Matmul:
         """Its persistent matrix product, whose tiles do not depend on the number of rows."""
         return partial(_invariant_product, weight.detach())
 

@@ -1,4 +1,4 @@
-"""Attention over the context axis, by the way that is asked for."""
+"""Attention over the context axis, with Ulysses or ring attention."""
 
 from __future__ import annotations
 
@@ -35,39 +35,55 @@ def context_parallel_attention(
     sinks: torch.Tensor | None = None,
     kernel: str | None = None,
 ) -> torch.Tensor:
-    """Attention of this rank's tokens to the tokens of all ranks of the context axis (maybe one); differentiable.
+    """Compute the attention of this rank's tokens over the tokens of all ranks of the context axis. Differentiable.
 
     Args:
-        q: `[local tokens, heads, head_dim]`: this rank's part, as `context_shard` cuts it.
+        q: `[local tokens, heads, head_dim]`: this rank's part, as returned by `context_shard`.
         k: `[local tokens, kv_heads, head_dim]`.
         v: `[local tokens, kv_heads, value_dim]`.
-        sequences: boundaries of all tokens, those of other ranks included.
-        spec: the request, for the heads given.
-        parallel_context: whose context axis it is.
-        way: `"ulysses"` exchanges heads for tokens, and gives the bits of one process; `"ring"` sends keys round, has
-            no condition on heads, and gives them within rounding; `"auto"` takes the first where heads divide.
+        sequences: boundaries of the tokens of all ranks.
+        spec: the request, for the heads of `q` and `k`.
+        parallel_context: the context with the context axis, which may have one rank.
+        way: `"ulysses"` exchanges heads for tokens and gives the same bits as a single process; `"ring"` passes keys
+            and values around the ranks, works with any number of heads, and agrees with a single process within
+            rounding; `"auto"` selects Ulysses if the heads can be divided over the ranks, else ring. Exact mode always
+            uses Ulysses.
         training: whether dropout applies.
-        rows: rows of the batch, each cut alike; 1 for packed tokens.
-        sinks: `[heads]`.
-        kernel: force one by name.
+        rows: number of rows of the batch, each sharded in the same way; 1 for packed tokens.
+        sinks: `[heads]`; None without sinks.
+        kernel: name of the kernel to use; default: the fastest one.
+
+    Returns:
+        `[local tokens, heads, value_dim]`.
 
     Raises:
-        ConfigurationError: heads or tokens do not divide over the ranks; the kernel cannot run in a ring.
+        ConfigurationError: heads or tokens cannot be divided over the ranks, or the kernel cannot run in a ring.
+
+    Example:
+        On one rank, which holds all tokens:
+
+        >>> from polyshard.core import AttentionSpec
+        >>> q, k, v = torch.randn(6, 4, 16), torch.randn(6, 2, 16), torch.randn(6, 2, 16)
+        >>> spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, scale=0.25)
+        >>> sequences = ps.pack(torch.tensor([0, 6]), tokens=6)
+        >>> context_parallel_attention(q, k, v, sequences, spec, ps.initialize("torch")).shape
+        torch.Size([6, 4, 16])
     """
     axis = parallel_context.axis("context")
     exact = parallel_context.exact
     if exact is not None:
-        kernel, way = exact_kernel(parallel_context, kernel), "ulysses"  # a ring adds parts in another order
+        kernel, way = exact_kernel(parallel_context, kernel), "ulysses"  # a ring sums in a different order
     if axis.size == 1:
         return run_kernel(q, k, v, sequences, spec, training, kernel, sinks=sinks)
-    held = int(sequences.host[-1])
-    if held != q.shape[0] * axis.size:
+    tokens = int(sequences.host[-1])
+    if tokens != q.shape[0] * axis.size:
         raise ConfigurationError(
-            f"the sequences hold {held} tokens, but {axis.size} ranks with {q.shape[0]} each hold "
-            f"{q.shape[0] * axis.size}: boundaries are those of all ranks' tokens"
+            f"The boundaries do not match the tokens: got {tokens} tokens in the sequences, expected "
+            f"{q.shape[0] * axis.size} ({q.shape[0]} on each of {axis.size} ranks). Pass the boundaries of the tokens "
+            "of all ranks."
         )
     if way not in get_args(Way):
-        raise ConfigurationError(f"context parallel must be one of {get_args(Way)}, got {way!r}")
+        raise ConfigurationError(f"way is invalid: got {way!r}, expected one of {', '.join(get_args(Way))}.")
     if way == "ulysses" or (way == "auto" and heads_divide(spec, axis.size)):
 
         def attend(
@@ -83,11 +99,17 @@ def context_parallel_attention(
 
 
 def _ring_kernel(spec: AttentionSpec, q: torch.Tensor, training: bool, name: str | None) -> BlockKernel:
-    """The chosen kernel where it has two halves and the mask needs no positions; else the one that takes them."""
+    """Return the selected kernel if it can run in a ring, else the chunked kernel.
+
+    A ring needs a `BlockKernel`, and one that accepts positions if the mask depends on them.
+    """
     chosen = select_kernel(spec, q.device, q.dtype, training, name)
     if not isinstance(chosen, BlockKernel) or chosen.native_sinks:
         if name is not None:
-            raise ConfigurationError(f"attention kernel {name!r} gives no logsumexp for parts: it cannot run in a ring")
+            raise ConfigurationError(
+                f"Attention kernel {name!r} does not support ring attention: it returns no logsumexp for a part of the "
+                "keys. Select another kernel, or context_parallel='ulysses'."
+            )
         return Chunked()
     positions = spec.sliding_window is not None or spec.alibi_slopes is not None or spec.dropout > 0
     return Chunked() if positions else chosen

@@ -1,7 +1,7 @@
-"""Ring attention: keys and values go round the ranks; partial results are joined by their logsumexps.
+"""Ring attention: keys and values are passed around the ranks, and partial results are merged by their logsumexps.
 
-The backward sends them round again, with their gradients. Sums are taken in another order than in one process: the
-results agree within rounding.
+The backward pass passes them around again, together with their gradients. Sums are taken in a different order than in
+a single process, so that results agree within rounding.
 
 Source: Liu et al. 2023, "Ring Attention with Blockwise Transformers".
 """
@@ -26,12 +26,14 @@ Piece = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Ring:
-    """What all steps share.
+    """The data that all steps of one ring attention share.
 
     Attributes:
-        call: the task in one process.
-        bounds: cumulative lengths of all sequences, global.
-        pieces: of each rank: the global tokens that it holds.
+        call: the attention call as in a single process.
+        axis: the context axis.
+        bounds: cumulative lengths of all sequences, over the tokens of all ranks.
+        pieces: for each rank the ranges of global tokens that it holds.
+        kernel: the kernel that runs each step.
     """
 
     call: AttentionCall
@@ -51,7 +53,10 @@ def ring_attention(
     rows: int,
     kernel: BlockKernel,
 ) -> torch.Tensor:
-    """Attention of this rank's tokens; see `ulysses_attention`. `call.queries` are the boundaries of all tokens."""
+    """Compute the attention of this rank's tokens, as `ulysses_attention`.
+
+    `call.queries` are the boundaries of the tokens of all ranks.
+    """
     length = q.shape[0] * axis.size // rows
     pieces = tuple(tuple(pieces_of(rows, length, axis, rank)) for rank in range(axis.size))
     bounds = tuple(call.queries.host.tolist())
@@ -67,9 +72,9 @@ class _RingAttention(torch.autograd.Function):
         total = torch.full(q.shape[:2], -math.inf, dtype=wide(q.dtype), device=q.device)
         held = (k, v)
         for step in range(ring.axis.size):
-            for rows, seen, call in _meetings(ring, step, q.device):
+            for rows, seen, call in _blocks(ring, step, q.device):
                 part, logsumexp, _ = ring.kernel.forward(q[rows], held[0][seen], held[1][seen], call)
-                _join(out[rows], total[rows], part, logsumexp)
+                _merge(out[rows], total[rows], part, logsumexp)
             if step + 1 < ring.axis.size:
                 held = _rotated(held, ring.axis)
         if sinks is not None:
@@ -89,53 +94,53 @@ class _RingAttention(torch.autograd.Function):
         held = (k, v)
         sums = tuple(torch.zeros(t.shape, dtype=total.dtype, device=t.device) for t in held)
         for step in range(ring.axis.size):
-            for rows, seen, call in _meetings(ring, step, q.device):
+            for rows, seen, call in _blocks(ring, step, q.device):
                 tensors = (q[rows], held[0][seen], held[1][seen], out[rows], total[rows])
                 parts = ring.kernel.backward(grad_out[rows], *tensors, none, call)
                 for target, part in zip((grad_q[rows], sums[0][seen], sums[1][seen]), parts):
                     target += part
             if step + 1 < ring.axis.size:
                 held = _rotated(held, ring.axis)
-            sums = _rotated(sums, ring.axis)  # after as many steps as ranks they are home
+            sums = _rotated(sums, ring.axis)  # after one step for each rank they are back on their own rank
         grad_sinks = None if sinks is None else sinks_gradient(grad_out, out, total, sinks)
         return grad_q.to(q.dtype), sums[0].to(k.dtype), sums[1].to(v.dtype), grad_sinks, None
 
 
-def _join(out: torch.Tensor, total: torch.Tensor, part: torch.Tensor, logsumexp: torch.Tensor) -> None:
-    """Add a part of the softmax's sum, in place."""
+def _merge(out: torch.Tensor, total: torch.Tensor, part: torch.Tensor, logsumexp: torch.Tensor) -> None:
+    """Merge a partial result into `out` and its logsumexp into `total`, in place."""
     joined = torch.logaddexp(total, logsumexp)
     least = torch.finfo(joined.dtype).min
-    safe = joined.clamp_min(least)  # -inf where nothing was seen yet
+    safe = joined.clamp_min(least)  # joined is -inf for queries that have seen no key yet
     out.mul_((total - safe).exp().unsqueeze(-1)).add_(part * (logsumexp - safe).exp().unsqueeze(-1))
     total.copy_(joined)
 
 
 def _rotated(tensors: tuple[torch.Tensor, ...], axis: ParallelAxis) -> tuple[torch.Tensor, ...]:
-    """Each tensor of the rank before, in one message."""
+    """Return the previous rank's tensors, received in one message."""
     exchange: Any = axis.collectives
     flat = exchange.rotate(torch.cat([t.reshape(-1) for t in tensors]))
     parts = flat.split([t.numel() for t in tensors])
     return tuple(part.view(t.shape) for part, t in zip(parts, tensors))
 
 
-def _meetings(ring: Ring, step: int, device: torch.device) -> Iterator[tuple[slice, slice, AttentionCall]]:
-    """Rows of queries, rows of the keys held at `step`, and what is to be computed between them."""
+def _blocks(ring: Ring, step: int, device: torch.device) -> Iterator[tuple[slice, slice, AttentionCall]]:
+    """Yield a slice of this rank's queries, a slice of the keys that it holds at `step`, and the call for them."""
     rank = ring.axis.rank
     mine, theirs = ring.pieces[rank], ring.pieces[(rank - step) % ring.axis.size]
     row = 0
     for queries in mine:
         place = 0
         for keys in theirs:
-            meeting = _meeting(ring, queries, keys, device)
-            if meeting is not None:
-                first, last, call = meeting
+            block = _block(ring, queries, keys, device)
+            if block is not None:
+                first, last, call = block
                 yield slice(row, row + queries[1] - queries[0]), slice(place + first, place + last), call
             place += keys[1] - keys[0]
         row += queries[1] - queries[0]
 
 
-def _meeting(ring: Ring, queries: Piece, keys: Piece, device: torch.device) -> tuple[int, int, AttentionCall] | None:
-    """The keys `[first, last)` of a piece that a piece of queries meets, and the call; None where they do not."""
+def _block(ring: Ring, queries: Piece, keys: Piece, device: torch.device) -> tuple[int, int, AttentionCall] | None:
+    """Return the range `[first, last)` of the keys that the queries see, and the call; None if they see no key."""
     spec = ring.call.spec
     if spec.causal and keys[0] >= queries[1]:
         return None

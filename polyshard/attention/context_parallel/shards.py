@@ -1,7 +1,7 @@
-"""Which tokens a rank of the context axis holds: the r-th and the r-th last of 2n equal pieces.
+"""Sharding of tokens over the context axis: of 2n equal pieces, rank r of n holds piece r and piece 2n - 1 - r.
 
-So every rank has as much of a causal mask's work. A batch is cut along the sequence, row by row; a packed batch as one
-row, wherever its sequences begin.
+Every rank thereby has the same share of a causal mask's work. A batch is sharded along the sequence, row by row; packed
+tokens are sharded as one row, regardless of where sequences begin.
 """
 
 from __future__ import annotations
@@ -15,10 +15,22 @@ from polyshard.core.errors import ConfigurationError
 
 
 def context_shard(tensor: torch.Tensor, parallel_context: ParallelContext, dim: int = 0) -> torch.Tensor:
-    """This rank's part of a whole tensor along the tokens' dimension (0 for packed tokens, 1 for a batch).
+    """Return this rank's part of a tensor along its token dimension.
+
+    Args:
+        tensor: the full tensor, equal on all ranks of the context axis.
+        parallel_context: the context with the context axis.
+        dim: the token dimension: 0 for packed tokens, 1 for a batch.
+
+    Returns:
+        The shard, with `1 / context size` of the tokens; `tensor` itself if the axis has one rank.
 
     Raises:
-        ConfigurationError: the tokens are not a multiple of twice the ranks.
+        ConfigurationError: the number of tokens is not a multiple of twice the context-parallel size.
+
+    Example:
+        >>> context_shard(torch.arange(8), ps.initialize("torch"))  # with two ranks, rank 0 gets 0, 1, 6, 7
+        tensor([0, 1, 2, 3, 4, 5, 6, 7])
     """
     axis = parallel_context.axis("context")
     if axis.size == 1:
@@ -28,7 +40,18 @@ def context_shard(tensor: torch.Tensor, parallel_context: ParallelContext, dim: 
 
 
 def context_unshard(tensor: torch.Tensor, parallel_context: ParallelContext, dim: int = 0) -> torch.Tensor:
-    """The whole tensor from every rank's part; not differentiable."""
+    """Gather the full tensor from the parts of all ranks. Not differentiable. A collective over the context axis.
+
+    Args:
+        tensor: this rank's part.
+        parallel_context: the context with the context axis.
+        dim: the token dimension: 0 for packed tokens, 1 for a batch.
+
+    Example:
+        >>> context = ps.initialize("torch")
+        >>> context_unshard(context_shard(torch.arange(4), context), context)
+        tensor([0, 1, 2, 3])
+    """
     axis = parallel_context.axis("context")
     if axis.size == 1:
         return tensor
@@ -40,17 +63,32 @@ def context_unshard(tensor: torch.Tensor, parallel_context: ParallelContext, dim
 def context_positions(
     sequences: PackedSequences, tokens: int, parallel_context: ParallelContext, device: torch.device
 ) -> torch.Tensor:
-    """Position, in its own sequence, of each of this rank's packed tokens; `tokens` is their whole number."""
+    """Return the position of each of this rank's packed tokens in its sequence.
+
+    Args:
+        sequences: boundaries of the tokens of all ranks.
+        tokens: number of tokens of all ranks.
+        parallel_context: the context with the context axis.
+        device: device of the result.
+
+    Returns:
+        int64 `[tokens / context size]`.
+
+    Example:
+        >>> sequences = ps.pack(torch.tensor([0, 3, 5]), tokens=5)
+        >>> context_positions(sequences, 5, ps.initialize("torch"), torch.device("cpu"))
+        tensor([0, 1, 2, 0, 1])
+    """
     return context_shard(positions_of(sequences, tokens, device), parallel_context)
 
 
 def pieces_of(rows: int, length: int, axis: ParallelAxis, rank: int) -> list[tuple[int, int]]:
-    """Global `[first, last)` of each piece that a rank holds, in the order in which it holds them."""
+    """Return the global range `[first, last)` of each piece that a rank holds, in the order of its local tokens."""
     return [piece for row in range(rows) for piece in _pieces_of_row(row * length, length, axis.size, rank)]
 
 
 def order_of_ranks(rows: int, length: int, size: int, device: torch.device) -> torch.Tensor:
-    """Global index of each token where all ranks' tokens lie end to end, int64."""
+    """Return the global indices of the tokens of all ranks, concatenated in rank order, int64."""
     runs = [
         torch.arange(*piece, device=device)
         for rank in range(size)
@@ -63,7 +101,8 @@ def order_of_ranks(rows: int, length: int, size: int, device: torch.device) -> t
 def _pieces_of_row(start: int, length: int, size: int, rank: int) -> list[tuple[int, int]]:
     if length % (2 * size):
         raise ConfigurationError(
-            f"{length} tokens cannot be cut for context-parallel size {size}: pad them to a multiple of {2 * size}"
+            f"The number of tokens cannot be divided over context-parallel size {size}: got {length}, expected a "
+            f"multiple of {2 * size}. Pad the tokens."
         )
     piece = length // (2 * size)
     return [(start + i * piece, start + (i + 1) * piece) for i in (rank, 2 * size - 1 - rank)]

@@ -1,8 +1,8 @@
-"""Ulysses: heads are exchanged for tokens, so that each rank attends whole sequences with a part of the heads.
+"""Ulysses: an all-to-all exchanges heads for tokens, so that each rank has all tokens for a part of the heads.
 
-Each head's kernel call is what one process would make: the results are the same bits.
+The kernel calls are those of a single process with fewer heads, so that the results have the same bits.
 
-Source: Jacobs et al. 2023, "DeepSpeed Ulysses". DeepSpeed's own (0.19) has no packed sequences.
+Source: Jacobs et al. 2023, "DeepSpeed Ulysses". DeepSpeed's implementation (0.19) does not support packed sequences.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionSpec, torc
 
 
 def heads_divide(spec: AttentionSpec, size: int) -> bool:
-    """Whether each of `size` ranks can have as many heads as the others; KV heads may be shared."""
+    """Return whether the heads can be divided evenly over `size` ranks; several ranks may share a KV head."""
     return not (spec.num_heads % size or (spec.num_kv_heads % size and size % spec.num_kv_heads))
 
 
@@ -36,27 +36,33 @@ def ulysses_attention(
     rows: int,
     attend: Attend,
 ) -> torch.Tensor:
-    """Attention of this rank's tokens.
+    """Compute the attention of this rank's tokens.
 
     Args:
-        q: `[local tokens, heads, head_dim]`; k and v alike, with their heads.
-        spec: for all heads.
-        sinks: `[heads]`.
+        q: `[local tokens, heads, head_dim]`.
+        k: `[local tokens, kv_heads, head_dim]`.
+        v: `[local tokens, kv_heads, value_dim]`.
+        spec: the request, for all heads.
+        sinks: `[heads]`; None without sinks.
         axis: the context axis.
-        rows: rows of the batch; 1 for packed tokens.
-        attend: attention of whole sequences by some of the heads.
+        rows: number of rows of the batch; 1 for packed tokens.
+        attend: computes attention over the tokens of all ranks for a part of the heads.
+
+    Returns:
+        `[local tokens, heads, value_dim]`.
 
     Raises:
-        ConfigurationError: the heads do not divide over the ranks.
+        ConfigurationError: the heads cannot be divided over the ranks.
     """
     size, rank = axis.size, axis.rank
     heads, kv_heads = spec.num_heads, spec.num_kv_heads
     if not heads_divide(spec, size):
         raise ConfigurationError(
-            f"Ulysses spreads {heads} query and {kv_heads} key-value heads over {size} ranks: they must divide; "
-            "use context_parallel='ring'"
+            f"Ulysses cannot divide the heads: got {heads} query and {kv_heads} KV heads over {size} ranks, expected "
+            "query heads that are a multiple of the ranks and KV heads that are a multiple or a divisor of them. Use "
+            "context_parallel='ring'."
         )
-    if kv_heads < size:  # several ranks then share a head
+    if kv_heads < size:  # several ranks share a KV head
         k, v = (t.repeat_interleave(size // kv_heads, dim=1) for t in (k, v))
     order = order_of_ranks(rows, q.shape[0] * size // rows, size, q.device)
     back = order.argsort()
@@ -74,7 +80,7 @@ def ulysses_attention(
 
 
 class _Exchange(torch.autograd.Function):
-    """All-to-all between `[local tokens, heads, dim]` and `[all tokens by rank, heads / n, dim]`; its own inverse."""
+    """All-to-all from `[local tokens, heads, dim]` to `[all tokens in rank order, heads / n, dim]`, or back."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, axis: ParallelAxis, to_tokens: bool) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""An `AttentionCall` as arguments of a custom operator: tensors and plain values, in one order with named fields."""
+"""Conversion between an `AttentionCall` and the flat arguments of a custom operator: tensors and plain values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from polyshard.core.attention import AttentionSpec, PackedSequences
 
 
 class TensorArguments(NamedTuple):
-    """The tensors of a call beside q, k and v. Key boundaries are None where they are those of the queries."""
+    """The tensors of a call besides q, k and v. Key boundaries are None if they equal those of the queries."""
 
     cu_queries: torch.Tensor
     host_queries: torch.Tensor
@@ -23,7 +23,7 @@ class TensorArguments(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """The plain values of a call, and the name of the kernel that computes it."""
+    """The plain values of a call, and the name of its kernel."""
 
     kernel: str
     scale: float
@@ -36,13 +36,13 @@ class Settings(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """Arguments of the operator after q, k and v."""
+    """The arguments of the operator after q, k and v."""
 
     tensors: TensorArguments
     settings: Settings
 
     def flat(self) -> tuple[Any, ...]:
-        """In the operator's order."""
+        """Return the arguments in the operator's order."""
         return (*self.tensors, *self.settings)
 
 
@@ -59,7 +59,7 @@ def schema() -> str:
 
 
 def pack(kernel: str, call: AttentionCall, sinks: torch.Tensor | None, differentiable: bool) -> Arguments:
-    """Take a call apart."""
+    """Convert a call to arguments of the operator."""
     spec, shared = call.spec, call.keys is call.queries
     tensors = TensorArguments(
         cu_queries=call.queries.cu_seqlens,
@@ -84,13 +84,13 @@ def pack(kernel: str, call: AttentionCall, sinks: torch.Tensor | None, different
 
 
 def named(flat: tuple[Any, ...]) -> Arguments:
-    """Give the operator's arguments after q, k and v their names again."""
+    """Convert the operator's flat arguments after q, k and v to named fields."""
     count = len(TensorArguments._fields)
     return Arguments(TensorArguments(*flat[:count]), Settings(*flat[count:]))
 
 
 def unpack(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: Arguments) -> AttentionCall:
-    """Put the call together again; sizes are those of q `[tokens, heads, head_dim]`, k and v."""
+    """Convert arguments of the operator back to a call. Head counts and sizes are those of q, k and v."""
     tensors, settings = arguments
     spec = AttentionSpec(
         num_heads=q.shape[1],

@@ -1,7 +1,7 @@
-"""torch's FlexAttention: compiled masks and score changes, where flash kernels lack them.
+"""torch's FlexAttention: compiled masks and score modifications, for features that flash kernels lack.
 
-On CPU torch 2.13 has its forward alone ("backward not supported": nn/attention/flex_attention.py), so that it is
-refused in training there.
+On CPU torch 2.13 implements only the forward pass ("backward not supported": nn/attention/flex_attention.py), so that
+the kernel rejects training there.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Flex(AttentionKernel):
     ) -> torch.Tensor:
         if q.device.type == "cpu" and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
             # torch would raise NotImplementedError from inside the operator.
-            raise NotImplementedError("flex has no backward on CPU: call it under torch.no_grad, or choose another")
+            raise NotImplementedError(
+                "Attention kernel 'flex' has no backward on CPU. Call it under torch.no_grad, or select another kernel."
+            )
         if not q.numel() or not k.numel():
             return q.new_zeros((*q.shape[:2], v.shape[-1]))
         from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
@@ -116,7 +118,7 @@ def _score(call: AttentionCall, place: _Places) -> Callable[..., torch.Tensor] |
 
 @cache
 def _attend(device: str) -> Any:
-    """Compiled on CUDA: without it the scores are written out in full."""
+    """Return flex_attention, compiled on CUDA: uncompiled it would store the full score matrix."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention) if device == "cuda" else flex_attention

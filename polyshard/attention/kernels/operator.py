@@ -1,9 +1,9 @@
-"""The custom operator around every kernel that has a forward and a backward: opaque to torch.compile, with sinks.
+"""The custom operator that runs every `BlockKernel`: opaque to torch.compile, with autograd and sinks.
 
-Boundaries are tensors of the operator, so that compiled code holds for batches of any lengths.
+Sequence boundaries are tensor arguments of the operator, so that compiled code is valid for batches of any lengths.
 
-A sink is one more term of the softmax's sum. The kernel runs without it, and its output is scaled by the share that the
-keys have of the sum. The kernel's backward is right unchanged if it gets the scaled output and the full logsumexp.
+A sink is one more term of the softmax's sum. The kernel runs without it, and its output is then scaled by the keys'
+share of the sum. The kernel's backward pass needs no change if it gets the scaled output and the full logsumexp.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from polyshard.attention.kernels.softmax import sinks_gradient, wide, with_sinks
 NAME = "attention"  # in the namespace `polyshard`
 _QKV = "Tensor q, Tensor k, Tensor v"
 _OUTPUT = "Tensor out, Tensor logsumexp, Tensor saved"
-# By name, as the operator's arguments are plain values. `polyshard.attention.selection` registers the kernels.
+# Keyed by name, since an operator's arguments are plain values. `polyshard.attention.selection` registers the kernels.
 _kernels: dict[str, BlockKernel] = {}
 
 
 def register_kernel(kernel: BlockKernel) -> None:
-    """Let the operator run `kernel`. The last kernel of a name counts."""
+    """Register a kernel with the operator. It replaces an earlier kernel of the same name."""
     _kernels[kernel.name] = kernel
 
 
@@ -37,7 +37,7 @@ def attend(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Run `kernel` through the operator; see `AttentionKernel.attend`."""
-    assert call.shifts is None, "parts of sequences have a function of their own: ring.py"
+    assert call.shifts is None, "parts of sequences are computed by ring.py, not by the operator"
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, sinks))
     out, _, _ = _attention(q, k, v, *pack(kernel.name, call, sinks, differentiable).flat())
     return out
@@ -59,7 +59,7 @@ def _attention(
 
 @_attention.register_fake
 def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    saved = torch.library.get_ctx().new_dynamic_size()  # depends on the lengths
+    saved = torch.library.get_ctx().new_dynamic_size()  # depends on the sequences' lengths
     out = q.new_empty((*q.shape[:2], v.shape[-1]))
     return out, q.new_empty(q.shape[:2], dtype=wide(q.dtype)), q.new_empty(saved)
 
@@ -111,7 +111,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
 
 def _differentiate(ctx: Any, grad_out: torch.Tensor | None, *unused: torch.Tensor | None) -> tuple[Any, ...]:
     del unused
-    assert ctx.settings.differentiable, "the forward was told that no backward would come"
+    assert ctx.settings.differentiable, "the forward pass ran without saving for a backward pass"
     q, k, v, out, logsumexp, saved, *rest = ctx.saved_tensors
     tensors = TensorArguments(*rest)
     grads: tuple[torch.Tensor | None, ...] = (None, None, None, None)

@@ -1,4 +1,4 @@
-"""What a kernel offers."""
+"""The protocols of attention kernels, and the data of one call."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from polyshard.core.attention import AttentionSpec, PackedSequences
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCall:
-    """One call's task beside its tensors.
+    """The arguments of one attention call besides q, k and v.
 
     Attributes:
         spec: the request; its dropout is 0 outside training.
         queries: boundaries of the packed queries.
-        keys: boundaries of the packed keys, of as many sequences. Where a sequence has more keys than queries, its
-            queries are the last ones (bottom-right alignment, as in flash-attention).
-        alibi_slopes: float32 `[heads]` on the device; None without.
+        keys: boundaries of the packed keys, for the same number of sequences. If a sequence has more keys than queries,
+            its queries are the last tokens (bottom-right alignment, as in flash-attention).
+        alibi_slopes: float32 `[heads]` on the device; None without ALiBi.
         seed: int64 scalar on the CPU; None without dropout.
-        sinks: `[heads]`, for a kernel with `native_sinks`.
-        shifts: per sequence, position of the first query less position of the first key; None for the alignment
-            above. Ring attention hands out parts of sequences by it.
-        query_ids: per sequence, the number by which dropout knows its first query token; None for its place here.
-        key_ids: the same of keys.
-        save: whether the backward will be given this very output and logsumexp: weights may be kept for it.
-        logsumexp: whether it is wanted, where the backward could do without.
+        sinks: `[heads]`, for a kernel with `native_sinks`; None without sinks.
+        shifts: for each sequence, position of the first query minus position of the first key; None for bottom-right
+            alignment. Ring attention uses it for parts of sequences.
+        query_ids: for each sequence, the index of its first query token in dropout's hash; None for its row in q.
+        key_ids: the same for keys.
+        save: whether the backward pass will get exactly this output and logsumexp, so that the forward pass may save
+            attention weights for it.
+        logsumexp: whether the caller needs the logsumexp although the backward pass may not.
     """
 
     spec: AttentionSpec
@@ -44,27 +45,27 @@ class AttentionCall:
 
 
 class AttentionKernel(Protocol):
-    """Attention of packed sequences with a right backward."""
+    """A kernel for attention of packed sequences."""
 
     name: str
 
     def unsupported_reason(
         self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool
     ) -> str | None:
-        """Why this kernel cannot serve the request; None where it can."""
+        """Return why this kernel does not support the request, or None if it does."""
         ...
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, sinks: torch.Tensor | None
     ) -> torch.Tensor:
-        """Differentiable in the tensors.
+        """Compute attention. Differentiable in `q`, `k`, `v` and `sinks`.
 
         Args:
             q: `[query tokens, heads, head_dim]`.
             k: `[key tokens, kv_heads, head_dim]`.
             v: `[key tokens, kv_heads, value_dim]`.
-            call: the rest.
-            sinks: `[heads]`; None without.
+            call: the other arguments.
+            sinks: `[heads]`; None without sinks.
 
         Returns:
             `[query tokens, heads, value_dim]`.
@@ -74,21 +75,22 @@ class AttentionKernel(Protocol):
 
 @runtime_checkable
 class BlockKernel(Protocol):
-    """A kernel in two halves, with the logsumexp between them: sinks and ring attention are built on these.
+    """A kernel with separate forward and backward passes that exposes the logsumexp, for sinks and ring attention.
 
-    The backward takes the output and logsumexp of the *whole* softmax, of which these keys may be a part.
+    The backward pass takes the output and the logsumexp of the softmax over *all* keys, of which the given keys may be
+    a part.
     """
 
     name: str
-    native_sinks: bool  # whether the forward applies `call.sinks` itself
+    native_sinks: bool  # whether the forward pass applies `call.sinks`
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Out `[tokens, heads, value_dim]`, logsumexp `[tokens, heads]`, and what the backward needs beside.
+        """Return the output `[tokens, heads, value_dim]`, the logsumexp `[tokens, heads]`, and a saved tensor.
 
-        The logsumexp is natural, in float32 (float64 for float64); where a query sees no key the output is 0 and the
-        logsumexp is -inf.
+        The logsumexp uses the natural logarithm and is float32 (float64 for float64 input). For a query that sees no
+        key the output is 0 and the logsumexp is -inf. The backward pass gets the saved tensor back.
         """
         ...
 
@@ -103,5 +105,5 @@ class BlockKernel(Protocol):
         saved: torch.Tensor,
         call: AttentionCall,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of q, k and v."""
+        """Return the gradients of q, k and v."""
         ...

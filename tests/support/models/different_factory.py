@@ -1,4 +1,4 @@
-"""A factory whose model is not the checkpoint's: its rotary embedding turns at another speed."""
+"""A factory whose model differs from the checkpoint's: its rotary embedding has another base frequency."""
 
 import decoder
 

@@ -1,4 +1,4 @@
-"""A factory whose model is that of decoder.py, but for one operator."""
+"""A factory for the model of decoder.py with one operator replaced."""
 
 import decoder
 

@@ -1,4 +1,4 @@
-"""A small decoder of latent attention, and what tests run of it on two ranks."""
+"""A small decoder with multi-head latent attention, and the functions that tests run with it on two ranks."""
 
 import torch
 from torch import nn
@@ -68,7 +68,7 @@ def checkpoint(directory, **changes):
 
 
 def take_deepseek_sizes(monkeypatch):
-    """Latents of 512 and rotated keys of 64, for which vLLM has kernels on CPU; gives what the config says of them."""
+    """Latents of 512 and rotated keys of 64, for which vLLM has kernels on CPU; return the config fields."""
     sizes = {**SIZES, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
     monkeypatch.setattr(f"{__name__}.SIZES", sizes)
     return {"model_type": "deepseek_v3", "q_lora_rank": 20, **sizes}

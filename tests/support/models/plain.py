@@ -1,4 +1,4 @@
-"""A model that knows nothing of packing, gives logits, and has names of its own."""
+"""A model without packed input that returns logits and has its own parameter names."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace

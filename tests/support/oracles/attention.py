@@ -1,4 +1,4 @@
-"""Attention written out in float64, sequence by sequence: what every kernel is compared with."""
+"""Reference attention in float64, sequence by sequence. Every kernel is compared with it."""
 
 import math
 

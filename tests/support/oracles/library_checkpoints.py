@@ -122,7 +122,7 @@ def _metadata(state):
 
 
 def save_megatron(path, size, kind):
-    """A GPT with random weights, saved by Megatron; gives its loss."""
+    """Save a GPT with random weights with Megatron; return its loss."""
     context = ps.initialize("torch", tensor=size, timeout=120)
     with megatron_on_cpu() as state:
         state.initialize_model_parallel(size)
@@ -163,7 +163,7 @@ def save_megatron(path, size, kind):
 
 
 def load_megatron(path, size):
-    """A GPT that Megatron itself loads from a torch_dist checkpoint; gives its loss."""
+    """Load a GPT from a torch_dist checkpoint with Megatron; return its loss."""
     ps.initialize("torch", tensor=size, timeout=120)
     with megatron_on_cpu() as state:
         from megatron.core import dist_checkpointing
@@ -179,7 +179,7 @@ def load_megatron(path, size):
 
 
 def save_deepspeed(path, stage, tensor=1, frozen=False):
-    """A transformers model under DeepSpeed, trained one step and saved by its engine; gives its weights in fp32."""
+    """Train a transformers model one step under DeepSpeed and save its engine; return the weights in fp32."""
     context = ps.initialize("deepspeed", tensor=tensor, timeout=120)
     import deepspeed
 
@@ -286,7 +286,7 @@ class Llama(nn.Module):
 
 
 def llama(path, size, embedding, saving):
-    """Llama's reference code on FairScale: save random weights, or load what stands there; gives the loss."""
+    """Llama's reference code on FairScale: save random weights, or load a checkpoint; return the loss."""
     import json
 
     context = ps.initialize("fairscale", tensor=size, timeout=60)

@@ -181,7 +181,7 @@ def save_other(directory, case):
 
 
 def save_four_bits(directory, values, method):
-    """A Llama in four bits, groups of 32, as `method` stores them; and the values that the codes stand for."""
+    """Save a Llama with four-bit weights in groups of 32 as `method` stores them, and the dequantized values."""
     model = tiny_model(tiny_config("llama", **SHAPE))
     state = dict(model.state_dict())
     stands_for = dict(state)

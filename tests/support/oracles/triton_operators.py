@@ -15,7 +15,7 @@ import torch
 
 import polyshard as ps
 from polyshard.attention.rotary import rotate_heads
-from polyshard.core.exact_mode import Product
+from polyshard.core.exact_mode import Matmul
 from polyshard.exact.context import exact_mode
 
 
@@ -28,13 +28,13 @@ class TritonOperators:
     """`ExactOperators`."""
 
     attention_kernel = "torch_varlen"
-    products = "Triton"
-    attention = "torch_varlen"
+    matmul_by_dtype = "Triton"
+    attention_by_dtype = "torch_varlen"
 
     def __init__(self) -> None:
         self._operators = batch_invariant()
 
-    def pack(self, weight: torch.Tensor) -> Product:
+    def pack(self, weight: torch.Tensor) -> Matmul:
         return partial(self._multiply, weight.detach())
 
     def _multiply(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

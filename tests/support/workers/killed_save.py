@@ -21,7 +21,7 @@ def fill(model, context, value):
 
 
 def save_until_hit(directory, start, victim, after, share, how, timeout, patience):
-    """Save states whose every weight is their step.
+    """Save training states in which every weight equals the step.
 
     `victim` is hit by a signal when `after` saves are done, and that `share` of the time of the last one is over: so a
     slow machine is hit at the same moments as a fast one.

@@ -1,4 +1,4 @@
-"""A trainer of one or two ranks beside an engine of its own, of which somebody is killed or frozen during a sync.
+"""A trainer of one or two ranks and its vLLM engine; a process of one of them is killed or frozen during a sync.
 
 RANK=.. WORLD_SIZE=.. killed_sync.py DIRECTORY OUT SCENARIO
 """

@@ -9,7 +9,7 @@ from polyshard.core.attention import AttentionSpec
 
 
 def both_ways(way, heads, kv_heads, lengths, dtype, rows=1, sinks=False, kernel=None, **features):
-    """(output, gradients) of this rank's part, and what one process has there."""
+    """Return (output, gradients) of this rank's part, and those of a single process."""
     context = ps.initialize("torch", context=2, timeout=60)
     tokens = sum(lengths)
     generator = torch.Generator().manual_seed(0)
@@ -46,7 +46,7 @@ def both_ways(way, heads, kv_heads, lengths, dtype, rows=1, sinks=False, kernel=
 
 
 def modules(way, packed):
-    """A whole module's output and weight gradients over two ranks, and in one process."""
+    """Return a module's output and weight gradients over two ranks, and in a single process."""
     context = ps.initialize("torch", context=2, timeout=60)
     torch.manual_seed(0)
     options = {"rotary": ps.RotaryEmbedding(16), "qk_norm_eps": 1e-6, "sinks": True, "context_parallel": way}

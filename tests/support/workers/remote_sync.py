@@ -1,4 +1,4 @@
-"""On each rank: a trainer whose first rank owns a vLLM engine in processes of its own."""
+"""On each rank: a trainer whose first rank runs a vLLM engine in child processes."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ PROMPTS = [[1, 2, 3, 4, 5], [7, 9, 11], list(range(40)), list(range(40))]
 
 
 def own_engine(directory, tensor, dtype, adapter="vllm"):
-    """An engine whose processes know nothing of torchrun."""
+    """Start an engine whose processes do not see torchrun's environment."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     import decoder
     from vllm import LLM

@@ -1,4 +1,4 @@
-"""A user's script: registers a factory of its own inside the guard, and starts an engine with spawned workers.
+"""A user's script that registers its own factory inside the guard and starts an engine with spawned workers.
 
 python serving_script.py DIRECTORY TENSOR_PARALLEL ADAPTER PROMPTS_JSON TOKENS [OPTIONS_JSON]
 """

@@ -182,12 +182,12 @@ class RolloutEngine:
                 answer = action()
             except Exception as problem:
                 error = problem
-            died = self._ranks.first(error is not None and self._engine_died())
+            died = self._ranks.broadcast(error is not None and self._engine_died())
             if not died:
-                self._ranks.agree(error, "the rollout engine failed", WeightSyncError)
-                return self._ranks.first(answer)
+                self._ranks.raise_on_all(error, "the rollout engine failed", WeightSyncError)
+                return self._ranks.broadcast(answer)
             if self._left == 0:
-                self._ranks.agree(error, "the rollout engine died", WeightSyncError)
+                self._ranks.raise_on_all(error, "the rollout engine died", WeightSyncError)
             self._left -= 1
             self.restarted += 1
             if self._ranks.rank == 0:
@@ -219,7 +219,7 @@ class RolloutEngine:
         except Exception as problem:
             error = problem
         if not self._colocated:
-            self._ranks.agree(error, "the rollout engine did not start", ConfigurationError)
+            self._ranks.raise_on_all(error, "the rollout engine did not start", ConfigurationError)
         elif error is not None:
             raise error
         self._sync = WeightSync(self._trainer, self._context, self.llm, timeout=self._timeout)

@@ -107,7 +107,7 @@ class WeightSync:
             for connected in (*self._local, *self._remote):
                 check_same_mode(identity_of(parallel_context), connected.exact, connected.name)
 
-        self._ranks.together(connect, "the engines cannot take weights", WeightSyncError)
+        self._ranks.run_on_all(connect, "the engines cannot take weights", WeightSyncError)
         self.dtype = self._common_dtype()
         kinds = [EngineKind(True, e.tensor_size) for e in self._local]
         kinds += [EngineKind(False, e.tensor_size) for e in self._remote]
@@ -205,18 +205,18 @@ class WeightSync:
 
     def _make_bucket(self) -> Bucket:
         size = max(chunk.nbytes for chunk in self._chunks)
-        path = self._ranks.first(str(bucket_path()))
+        path = self._ranks.broadcast(str(bucket_path()))
 
         def make(creating: bool) -> Bucket | None:
             mine = creating == (self._ranks.rank == 0)
             return Bucket(path, size, create=creating) if mine else None
 
         # The first rank creates it, and the others open it after that.
-        made = [self._ranks.together(partial(make, c), "no shared memory", WeightSyncError) for c in (True, False)]
+        made = [self._ranks.run_on_all(partial(make, c), "no shared memory", WeightSyncError) for c in (True, False)]
         return next(bucket for bucket in made if bucket is not None)
 
     def _together(self, action: Callable[[], T], what: str = "sync failed") -> T:
-        return self._ranks.together(action, what, WeightSyncError)
+        return self._ranks.run_on_all(action, what, WeightSyncError)
 
     def _send_directly(self) -> None:
         """From the shards in this process; ranks go through the parameters in step, since gathering is a collective."""
@@ -239,7 +239,7 @@ class WeightSync:
                     arrived += [(number, self._axis.rank, moved) for moved in copied.arrived]
             except Exception as problem:
                 error = problem
-        self._ranks.agree(error, "sync failed", WeightSyncError)
+        self._ranks.raise_on_all(error, "sync failed", WeightSyncError)
         everywhere = self._ranks.gather(DirectRecord(self._axis.rank, sent, arrived))
         self._together(partial(verify_direct, everywhere, self._kinds))
 

@@ -1,4 +1,4 @@
-"""torch's flash attention for CPU, over one run of sequences of equal length at a time."""
+"""torch's flash attention operator for CPU, called for one run of sequences of equal length at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def supports(run: Run, call: AttentionCall) -> bool:
-    """Whether the operator computes this run: its causal mask is aligned at the first query and the first key."""
+    """Return whether the operator supports this run: its causal mask aligns the first query with the first key."""
     return run.shift == 0 or (not call.spec.causal and call.spec.sliding_window is None)
 
 
@@ -25,7 +25,7 @@ def forward_run(
     out: torch.Tensor,
     logsumexp: torch.Tensor,
 ) -> None:
-    """Fill a run's part of `out` and `logsumexp`."""
+    """Write a run's part of `out` and `logsumexp`."""
     queries, keys, values = _queries(q, run), _keys(k, run), _keys(v, run)
     part, total = _FORWARD(queries, keys, values, 0.0, call.spec.causal, scale=call.spec.scale)
     _queries(out, run).copy_(part)
@@ -43,7 +43,7 @@ def backward_run(
     call: AttentionCall,
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
-    """Fill a run's part of the gradients of q, k and v."""
+    """Write a run's part of the gradients of q, k and v."""
     queries, keys, values = _queries(q, run), _keys(k, run), _keys(v, run)
     total = _queries(logsumexp, run).contiguous()
     rest = (_queries(out, run), total, 0.0, call.spec.causal)
@@ -54,7 +54,7 @@ def backward_run(
 
 
 def _queries(packed: torch.Tensor, run: Run) -> torch.Tensor:
-    """`[tokens, heads, ...]` to a view `[count, heads, rows, ...]` of one run."""
+    """Return the queries of one run of `[tokens, heads, ...]` as a view `[count, heads, rows, ...]`."""
     return packed[run.query : run.query + run.count * run.rows].unflatten(0, (run.count, run.rows)).transpose(1, 2)
 
 

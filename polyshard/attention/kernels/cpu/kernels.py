@@ -1,8 +1,8 @@
-"""Kernels that go through the runs of a packed batch: by tiles, torch's flash operator, compiled loops, the fastest.
+"""The CPU kernels. Each splits a packed batch into runs and computes every run with tiles, torch's operator or C++.
 
-Measured (benchmarks/attention.py, one thread): in float32 the compiled loops are the fastest; without a compiler, tiles
-are for sequences up to a thousand tokens, and torch's operator for longer ones. In bfloat16 tiles are faster at any
-length. Padding and block masks lose.
+Measured with benchmarks/attention.py on one thread: in float32 the native kernel is the fastest. Without a compiler,
+tiles are the fastest up to about a thousand tokens, and torch's flash operator for longer sequences. In bfloat16 tiles
+are the fastest at any length. Padding and block masks are slower.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from polyshard.attention.kernels.protocol import AttentionCall, AttentionKernel,
 from polyshard.attention.kernels.softmax import wide
 from polyshard.core.attention import AttentionSpec
 
-_LONG = 1024  # keys from which torch's operator is faster than tiles in float32
+_LONG = 1024  # number of keys from which torch's operator is faster than tiles in float32
 
 Way = Literal["tiles", "flash", "native"]
 
 
 class _ByRun(AttentionKernel, BlockKernel):
-    """A `BlockKernel` that goes through the runs of a call."""
+    """A `BlockKernel` that computes a call run by run."""
 
     name: str
     native_sinks = False
 
     def way(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> Way:
-        """What computes this run."""
+        """Return the implementation for this run."""
         raise NotImplementedError
 
     @override
@@ -46,7 +46,7 @@ class _ByRun(AttentionKernel, BlockKernel):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v = (_whole_rows(t) for t in (q, k, v))
+        q, k, v = (_contiguous_rows(t) for t in (q, k, v))
         work, kept = self._work(q, call)
         if _filled(work, q, k):
             out, logsumexp = q.new_empty((*q.shape[:2], v.shape[-1])), q.new_empty(q.shape[:2])
@@ -76,7 +76,7 @@ class _ByRun(AttentionKernel, BlockKernel):
         saved: torch.Tensor,
         call: AttentionCall,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        grad_out, q, k, v, out = (_whole_rows(t) for t in (grad_out, q, k, v, out))
+        grad_out, q, k, v, out = (_contiguous_rows(t) for t in (grad_out, q, k, v, out))
         work, kept = self._work(q, call)
         new = torch.Tensor.new_empty if _filled(work, q, k) else torch.Tensor.new_zeros
         grads = (new(q, q.shape), new(k, k.shape), new(v, v.shape))
@@ -91,24 +91,24 @@ class _ByRun(AttentionKernel, BlockKernel):
         return grads
 
     def _work(self, q: torch.Tensor, call: AttentionCall) -> tuple[list[tuple[Run, Way]], list[int]]:
-        """The runs with keys, each with what computes it, and how many weights it keeps."""
+        """Return the runs that have keys, each with its implementation, and the number of weights that each saves."""
         work = [(run, self.way(run, call, q.dtype)) for run in runs(call) if run.keys]
         return work, [chunked.saved_elements(run, call, q) if way == "tiles" else 0 for run, way in work]
 
 
-def _whole_rows(x: torch.Tensor) -> torch.Tensor:
-    """With the last dimension contiguous, as compiled code wants it."""
+def _contiguous_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return `x` with a contiguous last dimension, as the native kernel requires."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _filled(work: list[tuple[Run, Way]], q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether every row of all results will be written: the loops leave out nothing, and no sequence is left out."""
+    """Return whether every row of all results will be written: native runs write all rows, and cover all tokens."""
     rows, keys = sum(run.count * run.rows for run, _ in work), sum(run.count * run.keys for run, _ in work)
     return all(way == "native" for _, way in work) and (rows, keys) == (len(q), len(k))
 
 
 class Chunked(_ByRun):
-    """Tiles of matrix products: every feature, on any device."""
+    """Tiles of batched matmuls: supports every feature on any device."""
 
     name = "chunked"
 
@@ -119,12 +119,12 @@ class Chunked(_ByRun):
         return None if dtype.is_floating_point else f"needs a float dtype, not {dtype}"
 
     def way(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> Way:
-        """Tiles alone."""
+        """Return "tiles"."""
         return "tiles"
 
 
 class Cpu(Chunked):
-    """The fastest of all for each run of sequences."""
+    """The fastest CPU implementation for each run of sequences."""
 
     name = "cpu"
 
@@ -137,8 +137,8 @@ class Cpu(Chunked):
         return super().unsupported_reason(spec, device, dtype, training)
 
     def way(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> Way:
-        """Compiled loops where they can; else torch's operator for long sequences without what it lacks."""
-        if call.alibi_slopes is not None:  # the operator's spec has none: they are a tensor of the call
+        """Return "native" if it supports the run and is the fastest, else "flash" for long sequences, else "tiles"."""
+        if call.alibi_slopes is not None:  # the spec of the custom operator lacks the slopes, which are a tensor
             return "tiles"
         if native.is_faster(run, call) and native.unsupported_reason(call.spec, dtype) is None:
             return "native"
@@ -147,7 +147,7 @@ class Cpu(Chunked):
 
 
 class CpuNative(_ByRun):
-    """The compiled loops alone."""
+    """The native (C++) kernel for all runs."""
 
     name = "cpu_native"
 
@@ -158,12 +158,12 @@ class CpuNative(_ByRun):
         return native.unsupported_reason(spec, dtype) if device.type == "cpu" else f"needs a CPU, not {device.type}"
 
     def way(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> Way:
-        """Always."""
+        """Return "native"."""
         return "native"
 
 
 class CpuFlash(_ByRun):
-    """torch's `_scaled_dot_product_flash_attention_for_cpu` alone."""
+    """torch's `_scaled_dot_product_flash_attention_for_cpu` for all runs that it supports."""
 
     name = "cpu_flash"
 
@@ -178,17 +178,17 @@ class CpuFlash(_ByRun):
         return flash_unsupported_reason(spec)
 
     def way(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> Way:
-        """torch's operator, but for alignments that it cannot express."""
+        """Return "flash", or "tiles" for alignments that torch's operator does not support."""
         return "flash" if cpu_flash.supports(run, call) else "tiles"
 
 
 def flash_unsupported_reason(spec: AttentionSpec) -> str | None:
-    """The first feature of `spec` that torch's CPU operator does not have."""
+    """Return the first feature of `spec` that torch's CPU operator does not support, or None."""
     features = {
         "has no dropout": bool(spec.dropout),
         "has no sliding window": spec.sliding_window is not None,
-        "has no logit soft-cap": spec.softcap is not None,
+        "has no softcap": spec.softcap is not None,
         "has no ALiBi": spec.alibi_slopes is not None,
-        f"needs values as wide as keys, not {spec.v_dim} and {spec.head_dim}": spec.v_dim != spec.head_dim,
+        f"needs value_dim equal to head_dim, not {spec.v_dim} and {spec.head_dim}": spec.v_dim != spec.head_dim,
     }
-    return next((reason for reason, asked in features.items() if asked), None)
+    return next((reason for reason, requested in features.items() if requested), None)

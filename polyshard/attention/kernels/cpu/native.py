@@ -1,4 +1,4 @@
-"""Runs of a packed batch through the compiled loops; tensors are read and written where they lie."""
+"""The native attention kernel (C++) for runs of packed sequences. It reads and writes the tensors without copies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from polyshard.core.attention import AttentionSpec
 from polyshard.native.build import NATIVE, library, unavailable_reason, width
 
 SOURCE = NATIVE / "attention.cpp"
-_MOST_KEYS = 8192  # from 16384 on torch's operator is faster
+_MAX_KEYS = 8192  # torch's operator is faster from 16384 keys on
 
 
 class _Packed(ctypes.Structure):
@@ -33,29 +33,29 @@ class _Run(ctypes.Structure):
 
 
 def unsupported_reason(spec: AttentionSpec, dtype: torch.dtype) -> str | None:
-    """Why the loops cannot compute it: what they do not have, then what this machine does not."""
+    """Return why the kernel does not support a request: a missing feature, or a missing compiler or processor."""
     return unsupported_feature(spec, dtype) or unavailable_reason(SOURCE)
 
 
-@functools.cache  # asked for every run of every pass
+@functools.cache  # called for every run of every pass
 def unsupported_feature(spec: AttentionSpec, dtype: torch.dtype) -> str | None:
-    """What of a request the loops do not have."""
+    """Return the first feature of a request that the kernel does not support, or None."""
     lanes = width()
     features = {
         f"computes in float32, not {str(dtype).removeprefix('torch.')}": dtype != torch.float32,
         "has no dropout": bool(spec.dropout),
-        "has no logit soft-cap": spec.softcap is not None,
+        "has no softcap": spec.softcap is not None,
         "has no ALiBi": spec.alibi_slopes is not None,
         f"needs head sizes that are multiples of {lanes}, not {spec.head_dim} and {spec.v_dim}": bool(
             lanes and (spec.head_dim % lanes or spec.v_dim % lanes)
         ),
     }
-    return next((reason for reason, asked in features.items() if asked), None)
+    return next((reason for reason, requested in features.items() if requested), None)
 
 
 def is_faster(run: Run, call: AttentionCall) -> bool:
-    """Whether the loops are the fastest: a task for every thread, and weights that do not leave the caches."""
-    return run.keys <= _MOST_KEYS and run.count * call.spec.num_kv_heads >= torch.get_num_threads()
+    """Return whether this is the fastest kernel: every thread has work, and the weights stay in the caches."""
+    return run.keys <= _MAX_KEYS and run.count * call.spec.num_kv_heads >= torch.get_num_threads()
 
 
 def forward_run(
@@ -67,7 +67,7 @@ def forward_run(
     out: torch.Tensor,
     logsumexp: torch.Tensor,
 ) -> None:
-    """Fill a run's part of `out` `[tokens, heads, value_dim]` and `logsumexp`; all float32 with contiguous rows."""
+    """Write a run's part of `out` `[tokens, heads, value_dim]` and `logsumexp`; all float32 with contiguous rows."""
     places = ((q, run.query), (k, run.key), (v, run.key), (out, run.query), (logsumexp, run.query))
     assert all(x.dtype == torch.float32 for x, _ in places)
     library(SOURCE).polyshard_attention_forward(_run(run, call), *(packed(*place) for place in places))
@@ -84,7 +84,7 @@ def backward_run(
     call: AttentionCall,
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
-    """Fill a run's part of the gradients of q, k and v; all are float32 with contiguous rows."""
+    """Write a run's part of the gradients of q, k and v; all tensors are float32 with contiguous rows."""
     grad_q, grad_k, grad_v = grads
     places = ((grad_out, run.query), (q, run.query), (k, run.key), (v, run.key), (out, run.query))
     results = ((logsumexp, run.query), (grad_q, run.query), (grad_k, run.key), (grad_v, run.key))
@@ -100,7 +100,7 @@ def _run(run: Run, call: AttentionCall) -> object:
 
 
 def packed(x: torch.Tensor, first: int) -> object:
-    """`x [tokens, heads(, dim)]` from token `first` on, its last dimension contiguous."""
+    """Return a pointer to the C struct of `x [tokens, heads(, dim)]` from token `first` on, with contiguous `dim`."""
     assert x.dim() == 2 or x.stride(-1) == 1
     place = x.data_ptr() + first * x.stride(0) * x.element_size()
     return ctypes.byref(_Packed(place, x.stride(0), x.stride(1)))

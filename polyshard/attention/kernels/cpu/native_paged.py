@@ -1,4 +1,4 @@
-"""Attention of a batch of requests over a paged cache, by compiled loops; forward alone."""
+"""The native kernel (C++) for attention of a batch of requests over a paged KV cache. Forward pass only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from polyshard.core.attention import AttentionSpec
 from polyshard.native.build import KINDS, NATIVE, library, unavailable_reason, width
 
 SOURCE = NATIVE / "paged_attention.cpp"
-PAGE = 32  # a page's tokens are a multiple of it
+PAGE = 32  # the number of tokens in a page must be a multiple of this
 _ROWS = 384  # THIN of paged_attention.cpp
 
 
@@ -44,12 +44,13 @@ class _Cache(ctypes.Structure):
 
 
 class Requests:
-    """A step's requests, for all its layers.
+    """The requests of one step, shared by all layers.
 
     Args:
         bounds: int32 `[requests + 1]`, cumulative numbers of queries.
-        seen: int32 `[requests]`, keys of each, of which its queries are the last.
-        table: int32 `[requests, pages of the longest]`; entries past a request's end are not read.
+        seen: int32 `[requests]`, number of keys of each request; its queries are the last of them.
+        table: int32 `[requests, pages of the longest request]`, page indices. Entries past a request's end are not
+            read.
     """
 
     def __init__(self, bounds: torch.Tensor, seen: torch.Tensor, table: torch.Tensor) -> None:
@@ -61,12 +62,15 @@ class Requests:
 
 
 class Pages:
-    """Where a layer's cache lies, which it does not keep alive; made once: a layer decodes in some microseconds.
+    """Pointers to a layer's KV cache. Built once for each layer, since decoding takes only microseconds.
+
+    The object does not keep the cache alive.
 
     Args:
-        keys: `[pages, kv_heads, dim, tokens]`, of which a head of a page is contiguous.
-        values: `[pages, kv_heads, tokens, dim]`, with the same strides, of the same dtype of `KINDS`.
-        spec: of heads that `unsupported_reason` has nothing against.
+        keys: `[pages, kv_heads, dim, tokens]`, contiguous within a head of a page.
+        values: `[pages, kv_heads, tokens, dim]`, with the same page and head strides and the same dtype, one of
+            `KINDS`.
+        spec: the layer's spec, for which `unsupported_reason` returns None.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec) -> None:
@@ -87,19 +91,19 @@ class Pages:
 
 
 def unsupported_reason(spec: AttentionSpec) -> str | None:
-    """Why the loops cannot compute it: what they do not have, then what this machine does not."""
+    """Return why the kernel does not support a request: a missing feature, or a missing compiler or processor."""
     lanes = width()
     features = {
-        "is causal": not spec.causal,
+        "has only causal attention": not spec.causal,
         "has no dropout": bool(spec.dropout),
-        f"needs keys and values of one size, not {spec.head_dim} and {spec.v_dim}": spec.v_dim != spec.head_dim,
+        f"needs value_dim equal to head_dim, not {spec.v_dim} and {spec.head_dim}": spec.v_dim != spec.head_dim,
         f"needs head sizes that are multiples of {lanes}, not {spec.head_dim}": bool(lanes and spec.head_dim % lanes),
     }
-    return next((reason for reason, asked in features.items() if asked), None) or unavailable_reason(SOURCE)
+    return next((reason for reason, requested in features.items() if requested), None) or unavailable_reason(SOURCE)
 
 
 def is_faster(requests: Requests, queries: int, spec: AttentionSpec) -> bool:
-    """Whether there is a task for every thread: a key-value head of a request, or of so many rows of one."""
+    """Return whether every thread has work. A task is a KV head of a request, or of `_ROWS` rows of one request."""
     group = spec.num_heads // spec.num_kv_heads
     tasks = max(len(requests.seen), queries * group // _ROWS) * spec.num_kv_heads
     return tasks >= torch.get_num_threads()
@@ -113,15 +117,15 @@ def attend(
     sinks: torch.Tensor | None = None,
     logsumexp: torch.Tensor | None = None,
 ) -> None:
-    """Attend in float32, without autograd. What a query gives depends on its sequence alone, bit for bit.
+    """Compute attention in float32, without autograd. Each query's output depends bit for bit only on its sequence.
 
     Args:
-        q: `[queries, heads, dim]` of the pages' dtype, a head contiguous.
-        pages: see the class.
-        requests: see the class.
-        out: filled; of the shape and dtype of `q`, maybe part of a larger tensor.
-        sinks: `[heads]`, a term of each head's sum that no key has; None for none.
-        logsumexp: float32 `[queries, heads]`, filled with that of the scores and the sink; None where it is not wanted.
+        q: `[queries, heads, dim]` in the pages' dtype; each head must be contiguous.
+        pages: the layer's KV cache.
+        requests: the step's requests.
+        out: tensor in the shape and dtype of `q` to which the output is written; may be a part of a larger tensor.
+        sinks: `[heads]`, a logit of each head that is added to the softmax's sum; None without sinks.
+        logsumexp: float32 `[queries, heads]` to which the logsumexp of scores and sink is written; None to omit it.
     """
     assert q.shape[1:] == out.shape[1:] == pages.shape, (q.shape, out.shape, pages.shape)
     assert q.dtype == pages.dtype == out.dtype, (q.dtype, pages.dtype, out.dtype)

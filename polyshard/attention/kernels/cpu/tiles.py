@@ -1,4 +1,4 @@
-"""How packed sequences are cut for the chunked kernel: runs of equal sequences, groups of them, tiles of queries."""
+"""Partition of packed sequences for the CPU kernels: runs of equal sequences, groups of them, and tiles of queries."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from polyshard.core.attention import AttentionSpec
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Neighbouring sequences alike in lengths and alignment.
+    """Consecutive sequences with equal lengths and alignment.
 
     Attributes:
-        query: row of the first query token.
-        key: row of the first key token.
-        count: sequences.
-        rows: queries of each.
-        keys: keys of each.
-        shift: position of a sequence's first query less position of its first key.
-        query_id: by which dropout knows the first query token.
-        key_id: the same of the first key token.
+        query: row of the first query token in q.
+        key: row of the first key token in k.
+        count: number of sequences.
+        rows: number of queries of each sequence.
+        keys: number of keys of each sequence.
+        shift: position of a sequence's first query minus position of its first key.
+        query_id: index of the first query token in dropout's hash.
+        key_id: index of the first key token in dropout's hash.
     """
 
     query: int
@@ -39,7 +39,7 @@ class Run:
     key_id: int
 
     def part(self, first: int, count: int) -> Run:
-        """`count` of the sequences, from the one numbered `first`."""
+        """Return the run of `count` of the sequences, beginning with sequence `first`."""
         return Run(
             self.query + first * self.rows,
             self.key + first * self.keys,
@@ -54,7 +54,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Queries `[first, last)` of each sequence of a run, and the keys `[low, high)` that some of them see."""
+    """Queries `[first, last)` of each sequence of a run, and the range of keys `[low, high)` that they can see."""
 
     first: int
     last: int
@@ -63,13 +63,13 @@ class Tile:
 
 
 def runs(call: AttentionCall) -> tuple[Run, ...]:
-    """The sequences of a call that have queries, in order."""
+    """Return the runs of a call's sequences, in order, without sequences that have no queries."""
     rows = call.queries.lengths
     keys = rows if call.keys is call.queries else call.keys.lengths
     return _runs(rows, keys, call.shifts, call.query_ids, call.key_ids)
 
 
-@functools.lru_cache(maxsize=64)  # all layers of a step ask for the same
+@functools.lru_cache(maxsize=64)  # all layers of a step have the same arguments
 def _runs(
     rows: tuple[int, ...],
     keys: tuple[int, ...],
@@ -93,14 +93,14 @@ def _runs(
 
 
 def groups(run: Run, elements_of_one: int, budget: int) -> Iterator[Run]:
-    """Parts of a run whose scores of one tile stay within `budget` elements: in the processor's cache."""
-    most = max(1, budget // max(1, elements_of_one))
-    for first in range(0, run.count, most):
-        yield run.part(first, min(most, run.count - first))
+    """Split a run so that the scores of one tile have at most `budget` elements and fit into the processor's cache."""
+    limit = max(1, budget // max(1, elements_of_one))
+    for first in range(0, run.count, limit):
+        yield run.part(first, min(limit, run.count - first))
 
 
 def tiles(run: Run, spec: AttentionSpec, rows: int) -> Iterator[Tile]:
-    """The tiles of one sequence of `run`; one that sees no key has `low == high`."""
+    """Yield the tiles of one sequence of `run`. A tile that sees no key has `low == high`."""
     window = spec.sliding_window
     for first in range(0, run.rows, rows):
         last = min(first + rows, run.rows)
@@ -115,13 +115,16 @@ def tiles(run: Run, spec: AttentionSpec, rows: int) -> Iterator[Tile]:
 
 
 def every_row_sees(run: Run, tile: Tile, spec: AttentionSpec) -> bool:
-    """Whether no query of a tile is left without a key."""
+    """Return whether every query of a tile sees a key."""
     ends = run.keys if spec.sliding_window is None else run.keys + spec.sliding_window - 1
     return run.shift >= 0 and tile.last - 1 + run.shift < ends
 
 
-def hidden(run: Run, tile: Tile, spec: AttentionSpec, like: torch.Tensor) -> tuple[torch.Tensor | None, int]:
-    """What is masked: float 0 or -inf, `[rows, 1, columns]` for the tile's keys from the returned column on."""
+def tile_mask(run: Run, tile: Tile, spec: AttentionSpec, like: torch.Tensor) -> tuple[torch.Tensor | None, int]:
+    """Return the additive mask of a tile's keys and the column at which it begins; None if nothing is masked.
+
+    The mask contains 0 and -inf, in the dtype of `like`, and is `[rows, 1, columns]`.
+    """
     first, last = tile.first + run.shift, tile.last + run.shift
     window = spec.sliding_window
     past = window is not None and last - 1 - tile.low >= window
@@ -147,7 +150,7 @@ def _mask(
     dtype: torch.dtype,
     device: torch.device,
 ) -> torch.Tensor:
-    """`distance`: position of the first row less position of the first column."""
+    """Build a mask; `distance` is the position of the first row minus the position of the first column."""
     apart = torch.arange(rows, device=device)[:, None] + distance - torch.arange(columns, device=device)[None]
     mask = apart < 0 if causal else torch.zeros_like(apart, dtype=torch.bool)
     if window is not None:

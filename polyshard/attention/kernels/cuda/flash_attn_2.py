@@ -1,4 +1,4 @@
-"""The flash-attn package, version 2, with its own backward."""
+"""FlashAttention 2 (package flash-attn), with its backward pass."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class FlashAttn2(AttentionKernel):
         if find_spec("flash_attn") is None or find_spec("flash_attn.flash_attn_interface") is None:
             return "needs flash-attn 2: pip install flash-attn"
         if spec.v_dim != spec.head_dim:
-            return f"needs values as wide as keys, not {spec.v_dim} and {spec.head_dim}"
-        return "drops the gradient of sinks" if spec.sinks else None
+            return f"needs value_dim equal to head_dim, not {spec.v_dim} and {spec.head_dim}"
+        return "has no gradient of sinks" if spec.sinks else None
 
     @override
     def attend(

@@ -1,4 +1,4 @@
-"""FlashAttention 3 for Hopper (the package's `hopper` folder), with its own backward."""
+"""FlashAttention 3 for Hopper (the `hopper` folder of flash-attention), with its backward pass."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class FlashAttn3(AttentionKernel):
         if find_spec("flash_attn_interface") is None:
             return "needs FlashAttention 3: build the hopper folder of flash-attention"
         if torch.cuda.get_device_capability(device)[0] != 9:
-            return "is for Hopper (compute capability 9.0)"
+            return "needs a Hopper GPU (compute capability 9.0)"
         if spec.alibi_slopes is not None:
             return "has no ALiBi"
-        return "drops the gradient of sinks" if spec.sinks else None
+        return "has no gradient of sinks" if spec.sinks else None
 
     @override
     def attend(

@@ -1,4 +1,4 @@
-"""FlashAttention 4 (flash_attn.cute), with its own backward, soft-cap and learned sinks."""
+"""FlashAttention 4 (flash_attn.cute), with its backward pass, softcap and learned sinks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from polyshard.core.attention import AttentionSpec
 
 
 class FlashAttn4(AttentionKernel):
-    """`flash_attn.cute.flash_attn_varlen_func`, called directly: torch's activation of it fits older releases only.
+    """`flash_attn.cute.flash_attn_varlen_func`, called directly: torch's own integration supports older releases only.
 
     Source: flash-attn-4 4.0.0b36, flash_attn/cute/interface.py.
     """

@@ -1,4 +1,4 @@
-"""What all flash-attention kernels on CUDA have in common."""
+"""The limits and arguments that all flash-attention kernels on CUDA share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from polyshard.core.attention import AttentionSpec
 def flash_unsupported_reason(
     spec: AttentionSpec, device: torch.device, dtype: torch.dtype, capability: tuple[int, int]
 ) -> str | None:
-    """The first limit that a request breaks; None where it breaks none."""
+    """Return the first limit that a request exceeds, or None if it exceeds none."""
     if device.type != "cuda":
         return f"needs CUDA, not {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -22,20 +22,20 @@ def flash_unsupported_reason(
         sizes = spec.head_dim if spec.v_dim == spec.head_dim else f"{spec.head_dim} and {spec.v_dim}"
         return f"needs head dimensions up to 256 that are multiples of 8, not {sizes}"
     if spec.dropout:
-        return "draws dropout from each rank's own generator, alike on all tensor-parallel ranks"
+        return "draws the same dropout mask for the heads of every tensor-parallel rank"
     if torch.cuda.get_device_capability(device) < capability:
         return f"needs compute capability {capability[0]}.{capability[1]} or newer"
     return None
 
 
 def window_of(spec: AttentionSpec) -> tuple[int, int]:
-    """Keys seen to the left and to the right; -1 for all."""
+    """Return the number of visible keys to the left and to the right of a query; -1 for all."""
     left = -1 if spec.sliding_window is None else spec.sliding_window - 1
     return left, 0 if spec.causal else left
 
 
 def varlen_arguments(call: AttentionCall) -> dict[str, Any]:
-    """The arguments that all of flash-attention's `flash_attn_varlen_func` share by name."""
+    """Return the keyword arguments that are common to all versions of flash-attention's `flash_attn_varlen_func`."""
     spec = call.spec
     return {
         "cu_seqlens_q": call.queries.cu_seqlens,

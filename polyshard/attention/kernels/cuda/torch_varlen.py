@@ -1,7 +1,7 @@
-"""torch's packed flash attention on CUDA: FlashAttention 2 built into torch, or what torch's activation call chose.
+"""torch's flash attention of packed sequences on CUDA: the FlashAttention 2 in torch, or the one activated in torch.
 
-The operators are called below `torch.nn.attention.varlen`, whose backward drops the logsumexp's part: sinks and ring
-attention need it. Source: torch 2.13, nn/attention/varlen.py.
+The operators are called directly, since the backward pass of `torch.nn.attention.varlen` ignores the gradient of the
+logsumexp, which sinks and ring attention need. Source: torch 2.13, nn/attention/varlen.py.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class TorchVarlen(AttentionKernel, BlockKernel):
         if reason is not None:
             return reason
         if spec.softcap is not None:
-            return "has no logit soft-cap"
+            return "has no softcap"
         if spec.alibi_slopes is not None:
             return "has no backward for ALiBi"
         if spec.v_dim != spec.head_dim:
-            return f"needs values as wide as keys, not {spec.v_dim} and {spec.head_dim}"
+            return f"needs value_dim equal to head_dim, not {spec.v_dim} and {spec.head_dim}"
         return None
 
     @override
@@ -52,7 +52,7 @@ class TorchVarlen(AttentionKernel, BlockKernel):
         out, logsumexp, state, offset, _ = torch.ops.aten._flash_attention_forward(
             q, k, v, *_bounds(call), 0.0, call.spec.causal, False, **_options(call)
         )
-        # The two are of no use without dropout, and the backward takes whatever has their shapes.
+        # Random state and offset are unused without dropout; the backward pass accepts any tensors of their shapes.
         del state, offset
         return out, logsumexp.transpose(0, 1).contiguous(), q.new_empty(0)
 
