@@ -8,31 +8,78 @@ from __future__ import annotations
 
 
 class PolyshardError(Exception):
-    """The base class of all errors that polyshard raises."""
+    """The base class of all errors that polyshard raises.
+
+    Example:
+        >>> try:
+        ...     ps.load_adapter("unknown")
+        ... except ps.PolyshardError as error:
+        ...     print(type(error).__name__)
+        AdapterError
+    """
 
 
 class LayoutError(PolyshardError, ValueError):
-    """Sizes that do not match: a world size, a division over ranks, the shape of a parameter."""
+    """Sizes that do not match: a world size, a division over ranks, the shape of a parameter.
+
+    Example:
+        >>> ps.ParallelLayout(tensor=0)
+        Traceback (most recent call last):
+        polyshard.core.errors.LayoutError: ...
+    """
 
 
 class ConfigurationError(PolyshardError, ValueError):
-    """A setting or a model configuration that is invalid or unsupported."""
+    """A setting or a model configuration that is invalid or unsupported.
+
+    Example:
+        >>> ps.Precision(parameters=torch.int8)
+        Traceback (most recent call last):
+        polyshard.core.errors.ConfigurationError: Precision.parameters is unsupported: got torch.int8, ...
+    """
 
 
 class AdapterError(PolyshardError, ValueError):
-    """An adapter that is unknown, or that lacks a feature or method that a model requires."""
+    """An adapter that is unknown, or that lacks a feature or method that a model requires.
+
+    Example:
+        >>> ps.load_adapter("unknown")
+        Traceback (most recent call last):
+        polyshard.core.errors.AdapterError: ...
+    """
 
 
 class MissingDependencyError(PolyshardError, ImportError):
-    """A library that is not installed; the message contains the command that installs it."""
+    """A library that is not installed; the message contains the command that installs it.
+
+    Example:
+        >>> from polyshard.core import Requirement
+        >>> Requirement(title="X", module="x_lib", distributions=("x",), tested=(), install="pip install x").require()
+        Traceback (most recent call last):
+        polyshard.core.errors.MissingDependencyError: X is not installed...
+    """
 
 
 class UnsupportedVersionError(PolyshardError, ImportError):
-    """A library in a version that is known to compute something wrong without an error."""
+    """A library in a version that is known to compute something wrong without an error.
+
+    Example:
+        >>> from polyshard.core import Requirement
+        >>> names = {"title": "torch", "module": "torch", "distributions": ("torch",), "tested": ("2.13.0",)}
+        >>> Requirement(**names, install="pip install torch", refused=((">=2", "an example"),)).require()
+        Traceback (most recent call last):
+        polyshard.core.errors.UnsupportedVersionError: torch ...
+    """
 
 
 class CheckpointError(PolyshardError, ValueError):
-    """A checkpoint that is missing, incomplete, or does not match the model. Nothing has been loaded."""
+    """A checkpoint that is missing, incomplete, or does not match the model. Nothing has been loaded.
+
+    Example:
+        >>> ps.read_config("missing")
+        Traceback (most recent call last):
+        polyshard.core.errors.CheckpointError: ...
+    """
 
 
 class WeightSyncError(PolyshardError, RuntimeError):
@@ -41,6 +88,10 @@ class WeightSyncError(PolyshardError, RuntimeError):
     Attributes:
         tensors: names of the affected tensors; empty if unknown.
         ranks: ranks of the affected workers of the server; empty if unknown.
+
+    Example:
+        >>> ps.WeightSyncError("embed.weight arrived damaged", ("embed.weight",), (1,)).tensors
+        ('embed.weight',)
     """
 
     def __init__(self, message: str, tensors: tuple[str, ...] = (), ranks: tuple[int, ...] = ()) -> None:
@@ -50,7 +101,13 @@ class WeightSyncError(PolyshardError, RuntimeError):
 
 
 class RegistrationError(PolyshardError, ValueError):
-    """A model factory that cannot be registered with a server, or a model that the server cannot run."""
+    """A model factory that cannot be registered with a server, or a model that the server cannot run.
+
+    Example:
+        >>> ps.register_model("not an identifier", print)
+        Traceback (most recent call last):
+        polyshard.core.errors.RegistrationError: ...
+    """
 
 
 class RankFailureError(PolyshardError, RuntimeError):
@@ -58,6 +115,10 @@ class RankFailureError(PolyshardError, RuntimeError):
 
     Attributes:
         ranks: the global ranks at fault; empty if unknown.
+
+    Example:
+        >>> ps.RankFailureError("rank 3 stopped responding", (3,)).ranks
+        (3,)
     """
 
     def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
