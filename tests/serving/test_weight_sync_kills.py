@@ -48,7 +48,7 @@ def test_a_frozen_worker_and_a_frozen_trainer(tmp_path):
     worker = result["worker frozen"]
     assert worker["error"] == "WeightSyncError"
     assert "worker 1 (process" in worker["told"]
-    assert "is frozen" in worker["told"]
+    assert "is stopped" in worker["told"]
     assert worker["seconds"] < 2 * TIMEOUT + 5
     assert result["after it woke"]["error"] is None, "the next sync mends the engine"
     assert result["generates again"]["error"] is None
