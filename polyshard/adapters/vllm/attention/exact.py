@@ -73,7 +73,7 @@ def exact_attention(
 def attention_kernel_name(dtype: torch.dtype) -> str:
     """Return the kernel of attention with heads of size 64 on this machine: `native` or `vllm`."""
     usual = AttentionSpec(num_heads=1, num_kv_heads=1, head_dim=64, scale=1.0)
-    return "compiled" if _uses_native_kernel(usual, usual.head_dim, dtype) else "vllm"
+    return "native" if _uses_native_kernel(usual, usual.head_dim, dtype) else "vllm"
 
 
 def _uses_native_kernel(spec: AttentionSpec, head_dim: int, dtype: torch.dtype) -> bool:
