@@ -388,7 +388,7 @@ def test_wrong_settings_are_named():
         ps.initialize("torch", exact=True, exact_dtype=torch.float64)
     with pytest.raises(ps.LayoutError, match="exact_shards=5"):
         ps.row_parallel(32, 8, five)
-    with pytest.raises(ps.RegistrationError, match="add exact=True"):
+    with pytest.raises(ps.RegistrationError, match="Add exact=True"):
         ps.register_model("Exactly", decoder.build_model, exact_shards=2)
     with pytest.raises(ps.RegistrationError, match="positive integer"):
         ps.register_model("Exactly", decoder.build_model, exact=True, exact_shards=0)
