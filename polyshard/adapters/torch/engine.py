@@ -1,4 +1,4 @@
-"""torch's own training engines: DistributedDataParallel and FSDP2 (`fully_shard`)."""
+"""The training engine on torch's DistributedDataParallel or FSDP2 (`fully_shard`)."""
 
 from __future__ import annotations
 
@@ -32,20 +32,21 @@ logger = logging.getLogger(__name__)
 
 
 class TorchEngine(BaseEngine):
-    """`TrainingEngine` on DDP or FSDP2, over the replicas; tensor parallelism is the model's own.
+    """`TrainingEngine` on DDP or FSDP2 over the replicas; tensor parallelism is implemented by the model's layers.
 
     Args:
-        model: as its factory built it with `context`.
-        optimizer: makes the optimizer from named parameters, once they are wrapped.
-        context: where this process stands.
+        model: the unwrapped model that its factory built with `context`.
+        optimizer: creates the optimizer from the named parameters of the wrapped model.
+        context: this process's parallel context.
         data_parallel: `"ddp"` (replicated) or `"fsdp"` (parameters, gradients and optimizer states sharded).
-        max_grad_norm: clip the whole model's gradient to this norm; None does not clip.
+        max_grad_norm: maximum norm of the gradient of the full model; None disables clipping.
         check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
             of several ranks; see `polyshard.manual_seed`.
-        shard_modules: for FSDP2, which modules to gather one at a time; default: the items of every ModuleList.
+        shard_modules: for FSDP2, selects the modules that are gathered one at a time; by default the items of every
+            ModuleList.
 
     Raises:
-        ConfigurationError: an unknown `data_parallel`, or a norm that is not positive.
+        ConfigurationError: `data_parallel` is unknown, or the norm is not positive.
     """
 
     def __init__(
@@ -75,14 +76,14 @@ class TorchEngine(BaseEngine):
         self.optimizer = optimizer(model.named_parameters())
 
     def step(self) -> StepResult:
-        """Clip, update, clear. A gradient that is not finite leaves the weights as they are, with a warning."""
+        """Clip, update, and clear the gradients; a gradient that is not finite skips the update with a warning."""
         with self._guard("data step"):
             self._generators.compare()
             norm = global_grad_norm(self._module.named_parameters(), self.table, self.context)
         value = float(norm)
         finite = math.isfinite(value)
         if finite:
-            self.updates += 1  # before the update: an error in it may leave weights changed
+            self.updates += 1  # before the update, since an error in it may leave weights changed
             if self._max_grad_norm is not None:
                 clip_gradients(self._module.parameters(), norm, self._max_grad_norm)
             self.optimizer.step()
@@ -92,23 +93,23 @@ class TorchEngine(BaseEngine):
         return StepResult(grad_norm=value, skipped=not finite)
 
     def zero_grad(self) -> None:
-        """Forget accumulated gradients."""
+        """Clear accumulated gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def accumulate(self) -> AbstractContextManager[None]:
-        """Around all micro-batches but the last."""
+        """Return a context manager for all micro-batches except the last."""
         if isinstance(self._wrapped, DistributedDataParallel):
             return self._wrapped.no_sync()
         return self._without_sync() if self._sharded else nullcontext()
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names as built, and tensor-parallel shards gathered over the replicas."""
+        """Yield parameter names with tensor-parallel shards, gathered over the replicas."""
         for name, parameter in self._module.named_parameters():
             with self._guard("data gather of weights"):
                 yield name, full_tensor(parameter.detach())
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Set parameters from tensor-parallel shards."""
+        """Load tensor-parallel shards into the parameters."""
         self.updates += 1
         parameters = dict(self._module.named_parameters())
         with torch.no_grad():
@@ -118,12 +119,12 @@ class TorchEngine(BaseEngine):
                 parameter.copy_(_like(value, parameter))
 
     def weight_pieces(self) -> Iterator[Piece]:
-        """This rank's run of every parameter."""
+        """Yield this rank's piece of every parameter."""
         for name, parameter in self._module.named_parameters():
             yield self._piece(name, WEIGHT, parameter.detach())
 
     def optimizer_state(self) -> OptimizerState:
-        """The optimizer's own tensors."""
+        """Return the optimizer's state on this rank."""
         optimizer_state.materialize(self.optimizer)
         pieces = [
             self._piece(name, slot, value)
@@ -162,9 +163,9 @@ def _fully_shard(model: nn.Module, context: ParallelContext, chosen: Callable[[n
     for module in reversed(list(model.modules())):
         if module is not model and chosen(module):
             fully_shard(module, mesh=mesh)
-    # The root's own weights (embedding, head, last norm) stay gathered between forward and backward. Its other methods
-    # must not be registered with register_fsdp_forward_method: when forward calls them, FSDP2 frees the weights that
-    # its backward still needs, and the process dies in it (torch 2.13).
+    # The root's own weights (embedding, head, final norm) stay gathered between forward and backward. Its other methods
+    # must not be registered with register_fsdp_forward_method: when forward calls them, FSDP2 frees weights that the
+    # backward pass still needs, and the process crashes (torch 2.13).
     fully_shard(model, mesh=mesh)
 
 
