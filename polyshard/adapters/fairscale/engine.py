@@ -1,4 +1,4 @@
-"""FairScale's training engines: OSS (ZeRO-1) with torch's DDP, and OSS with ShardedDataParallel (ZeRO-2)."""
+"""The training engine on FairScale: OSS (ZeRO-1) with torch's DDP, or OSS with ShardedDataParallel (ZeRO-2)."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ logger = logging.getLogger(__name__)
 
 
 class FairscaleEngine(BaseEngine):
-    """`TrainingEngine` of FairScale, over the replicas.
+    """`TrainingEngine` on FairScale over the replicas.
 
     Args:
-        model: as its factory built it with `context`.
-        optimizer: its class, groups and settings are handed to OSS, which makes one for this rank's share.
-        context: where this process stands.
+        model: the unwrapped model that its factory built with `context`.
+        optimizer: creates an optimizer whose class, groups and settings are passed to OSS for this rank's shard.
+        context: this process's parallel context.
         zero_stage: 1 for OSS with torch's DDP, 2 for OSS with ShardedDataParallel.
-        max_grad_norm: clip the whole model's gradient to this norm; None does not clip.
+        max_grad_norm: maximum norm of the gradient of the full model; None disables clipping.
         check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
             of several ranks; see `polyshard.manual_seed`.
     """
@@ -57,10 +57,12 @@ class FairscaleEngine(BaseEngine):
         template = optimizer(model.named_parameters())
         group = replica_axis(context).group
         optimizer_class: Any = type(template)
-        accepted = inspect.signature(optimizer_class).parameters  # defaults hold more than the constructor takes
+        accepted = inspect.signature(
+            optimizer_class
+        ).parameters  # defaults contain more than the constructor's parameters
         settings = {name: value for name, value in template.defaults.items() if name in accepted}
         self.optimizer = OSS(template.param_groups, optim=optimizer_class, group=group, **settings)
-        # Stage 2 leaves each gradient with the rank that owns its optimizer state.
+        # In stage 2 only the rank that owns the optimizer state of a parameter keeps its gradient.
         self._owned_only = zero_stage == 2 and replica_axis(context).size > 1
         with self._guard("data parallel setup"):
             self._wrapped = (
@@ -70,14 +72,14 @@ class FairscaleEngine(BaseEngine):
             )
 
     def step(self) -> StepResult:
-        """Clip, update, clear. A gradient that is not finite leaves the weights as they are, with a warning."""
+        """Clip, update, and clear the gradients; a gradient that is not finite skips the update with a warning."""
         with self._guard("data step"):
             self._generators.compare()
             norm = self._grad_norm()
             value = float(norm)
             finite = math.isfinite(value)
             if finite:
-                self.updates += 1  # before the update: an error in it may leave weights changed
+                self.updates += 1  # before the update, since an error in it may leave weights changed
                 if self._max_grad_norm is not None:
                     factor = clip_factor(norm, self._max_grad_norm)
                     for parameter in self._module.parameters():
@@ -90,20 +92,20 @@ class FairscaleEngine(BaseEngine):
         return StepResult(grad_norm=value, skipped=not finite)
 
     def zero_grad(self) -> None:
-        """Forget accumulated gradients."""
+        """Clear accumulated gradients."""
         self._wrapped.zero_grad(set_to_none=True)
 
     def accumulate(self) -> AbstractContextManager[None]:
-        """Around all micro-batches but the last."""
+        """Return a context manager for all micro-batches except the last."""
         return self._wrapped.no_sync()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Set parameters from tensor-parallel shards."""
+        """Load tensor-parallel shards into the parameters."""
         self.updates += 1
         load_shards(dict(self._module.named_parameters()), weights)
 
     def optimizer_state(self) -> OptimizerState:
-        """OSS keeps the state of whole parameters, each on the rank that owns it."""
+        """Return the optimizer state on this rank: OSS keeps a parameter's full state on the rank that owns it."""
         inner = self.optimizer.optim
         optimizer_state.materialize(inner)
         pieces = [

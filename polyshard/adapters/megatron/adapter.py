@@ -1,4 +1,4 @@
-"""The Megatron-Core adapter: what it can do, and its entry points."""
+"""The Megatron-Core adapter: its capabilities and entry points."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ REQUIREMENT = Requirement(
 
 
 class MegatronAdapter(BaseAdapter):
-    """`Adapter` of Megatron-Core."""
+    """The `Adapter` of Megatron-Core."""
 
     name = "megatron"
     capabilities = CAPABILITIES
@@ -60,21 +60,21 @@ class MegatronAdapter(BaseAdapter):
         self.linear = MegatronLinearAdapter()
 
     def adopt(self, context: ParallelContext) -> GroupContext:
-        """Megatron-Core's layers on the groups of `context`."""
+        """Return a context with Megatron-Core's layers on the process groups of `context`."""
         self.requirement.require()
         return adopt(context, self.linear)
 
     def engine(
         self, model: nn.Module, optimizer: OptimizerFactory, context: ParallelContext, **options: Any
     ) -> MegatronEngine:
-        """Megatron's DDP and optimizer around `model`; options are those of `MegatronEngine`."""
+        """Return Megatron's DDP and optimizer around `model`; the options are those of `MegatronEngine`."""
         from polyshard.adapters.megatron.engine import MegatronEngine
 
         return MegatronEngine(model, optimizer, context, **options)
 
     @property
     def formats(self) -> tuple[CheckpointFormat, ...]:
-        """Its checkpoints on disk; the library itself is not needed to look at them."""
+        """The checkpoint formats of the library; reading them does not require Megatron."""
         from polyshard.adapters.megatron.dist_format import MegatronDistFormat
         from polyshard.adapters.megatron.legacy_format import MegatronLegacyFormat
 

@@ -120,7 +120,7 @@ def _check_files(path: Path, storage: dict[Any, Any]) -> None:
         )
     for name, end in ends.items():
         if (size := (path / name).stat().st_size) < end:
-            raise CheckpointError(f"{path / name} is torn: got {size} bytes, expected {end}. Copy it again.")
+            raise CheckpointError(f"{path / name} is truncated: got {size} bytes, expected {end}. Copy it again.")
 
 
 def _load(path: Path, key: str, entry: TensorStorageMetadata) -> torch.Tensor:
