@@ -57,9 +57,7 @@ class FairscaleEngine(BaseEngine):
         template = optimizer(model.named_parameters())
         group = replica_axis(context).group
         optimizer_class: Any = type(template)
-        accepted = inspect.signature(
-            optimizer_class
-        ).parameters  # defaults contain more than the constructor's parameters
+        accepted = inspect.signature(optimizer_class).parameters  # defaults contain more than these
         settings = {name: value for name, value in template.defaults.items() if name in accepted}
         self.optimizer = OSS(template.param_groups, optim=optimizer_class, group=group, **settings)
         # In stage 2 only the rank that owns the optimizer state of a parameter keeps its gradient.
