@@ -50,7 +50,15 @@ REQUIREMENT = Requirement(
 
 
 class DeepspeedAdapter(BaseAdapter):
-    """The `Adapter` of DeepSpeed."""
+    """The `Adapter` of DeepSpeed.
+
+    Example:
+        >>> adapter = ps.load_adapter("deepspeed")
+        >>> [name for name in ("zero1", "zero2", "zero3") if adapter.capabilities[name].available]
+        ['zero1', 'zero2', 'zero3']
+        >>> adapter.capabilities["fsdp"].reason
+        "DeepSpeed's equivalent is ZeRO stage 3. Use zero3"
+    """
 
     name = "deepspeed"
     capabilities = CAPABILITIES

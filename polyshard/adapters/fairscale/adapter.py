@@ -50,7 +50,15 @@ REQUIREMENT = Requirement(
 
 
 class FairscaleAdapter(BaseAdapter):
-    """The `Adapter` of FairScale."""
+    """The `Adapter` of FairScale.
+
+    Example:
+        >>> adapter = ps.load_adapter("fairscale")
+        >>> [checkpoint_format.name for checkpoint_format in adapter.formats]
+        ['llama']
+        >>> adapter.capabilities["sequence"].reason
+        'FairScale has no sequence-parallel layers, and is no longer developed'
+    """
 
     name = "fairscale"
     capabilities = CAPABILITIES

@@ -50,7 +50,15 @@ REQUIREMENT = Requirement(
 
 
 class MegatronAdapter(BaseAdapter):
-    """The `Adapter` of Megatron-Core."""
+    """The `Adapter` of Megatron-Core.
+
+    Example:
+        >>> adapter = ps.load_adapter("megatron")
+        >>> adapter.capabilities["zero1"].available, adapter.capabilities["zero3"].available
+        (True, False)
+        >>> [checkpoint_format.name for checkpoint_format in adapter.formats]
+        ['megatron-torch-dist', 'megatron-legacy']
+    """
 
     name = "megatron"
     capabilities = CAPABILITIES

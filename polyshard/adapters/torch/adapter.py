@@ -54,7 +54,17 @@ REQUIREMENT = Requirement(
 
 
 class TorchAdapter:
-    """The `Adapter` of plain torch."""
+    """The `Adapter` of plain torch.
+
+    Example:
+        >>> adapter = ps.load_adapter("torch")
+        >>> context = adapter.initialize()  # without torchrun, a context of one process
+        >>> model = ps.column_parallel(4, 2, context)
+        >>> engine = adapter.engine(model, ps.AdamW(lr=0.1), context)
+        >>> engine.backward(model(torch.ones(1, 4)).sum())
+        >>> engine.step().skipped
+        False
+    """
 
     name = "torch"
     capabilities = CAPABILITIES

@@ -47,6 +47,13 @@ class TorchEngine(BaseEngine):
 
     Raises:
         ConfigurationError: `data_parallel` is unknown, or the norm is not positive.
+
+    Example:
+        >>> context = ps.initialize("torch")
+        >>> engine = TorchEngine(ps.column_parallel(4, 2, context), ps.AdamW(lr=0.1), context, max_grad_norm=1.0)
+        >>> engine.backward(engine(torch.ones(1, 4)).sum())
+        >>> engine.step().grad_norm > 0, engine.updates
+        (True, 1)
     """
 
     def __init__(

@@ -47,7 +47,14 @@ REQUIREMENT = Requirement(
 
 
 class VllmAdapter(ServingOnlyAdapter):
-    """vLLM's layers, and vLLM as a server. It does not train."""
+    """vLLM's layers, and vLLM as a server. It does not train.
+
+    Example:
+        >>> ps.load_adapter("vllm").capabilities["serving"].available
+        True
+        >>> ps.load_adapter("vllm").capabilities["training"].reason
+        "vLLM's layers are forward-only: its norms and attention have no backward"
+    """
 
     name = "vllm"
     title = "vLLM"
