@@ -28,9 +28,7 @@ def merged(ranks: list[State]) -> dict[str, torch.Tensor]:
         parts = [rank[name] for rank in ranks]
         if part.dim() < 2:
             full[name] = part
-        elif name.startswith(
-            "tok_embeddings"
-        ):  # sharded along the width in Llama 1 and 2, along the vocabulary in Llama 3
+        elif name.startswith("tok_embeddings"):  # sharded along the width in Llama 1 and 2, the vocabulary in Llama 3
             full[name] = torch.cat(parts, dim=0 if part.shape[1] == ranks[0]["norm.weight"].shape[0] else 1)
         else:
             full[name] = torch.cat(parts, dim=1 if ".wo." in name or ".w2." in name else 0)

@@ -86,9 +86,7 @@ class MegatronEngine(BaseEngine):
             context.get_tensor_parallel_world_size(), context.layout.sequence_parallel, initialize=False
         )
         with self._guard("data parallel setup"), compat.cuda_as_cpu(self.context.device):
-            wrap: Any = (
-                compat.DistributedDataParallel
-            )  # typed for a TransformerConfig, but reads only fields of layer_config
+            wrap: Any = compat.DistributedDataParallel  # typed for TransformerConfig; layer_config suffices
             self._wrapped = wrap(config=config, ddp_config=ddp_config, module=model, pg_collection=groups)
             self.optimizer = compat.get_megatron_optimizer(
                 settings, [self._wrapped], use_gloo_process_groups=False, pg_collection=groups

@@ -120,9 +120,7 @@ def load_weights(
             if canonical in loaded:
                 continue  # a duplicate of the tied weight
         if canonical not in targets:
-            held = (
-                f"{stored_name.rpartition('.')[0]}.weight" if quantized else stored_name
-            )  # scales belong to their weights
+            held = f"{stored_name.rpartition('.')[0]}.weight" if quantized else stored_name  # scales go with weights
             if not other_stages & {held, stored_name} and not any(
                 fnmatch.fnmatch(stored_name, pattern) for pattern in IGNORED_TENSORS
             ):

@@ -163,9 +163,7 @@ class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors; return the names of the parameters that were loaded."""
-        reloading = any(
-            parameter.is_meta for parameter in self.model.parameters()
-        )  # vLLM's reload makes them meta tensors
+        reloading = any(parameter.is_meta for parameter in self.model.parameters())  # as vLLM's reload makes them
         if self.loaded and not reloading:
             raise CheckpointError(
                 f"model {self.registered.name!r} is running: load_weights alone would leave packed copies of the old "
