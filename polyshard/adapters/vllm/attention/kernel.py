@@ -112,10 +112,10 @@ def _cpu_forward(
             f"the head dimension is unsupported by vLLM's CPU kernel: got {needed}, expected up to {largest}"
         )
     q, k, v = (pad_last_dim(t, size) for t in (q, k, v))
-    seen = call.queries.lengths, call.keys.lengths
+    lengths = call.queries.lengths, call.keys.lengths
     if not q.shape[0] or not k.shape[0]:
         return q.new_zeros((*q.shape[:2], value_dim)), None
-    if any(rows > keys for rows, keys in zip(*seen)):
+    if any(rows > keys for rows, keys in zip(*lengths)):
         raise ConfigurationError(
             "the sequences are unsupported by vLLM's CPU kernel: each needs at least as many keys as queries"
         )

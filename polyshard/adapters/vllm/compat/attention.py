@@ -53,12 +53,14 @@ def cpu_attention(
     cache, blocks, kind = cpu_cache(k, v, call.keys.host)
     keys, values = cache.chunk(2, dim=2)
     window = -1 if spec.sliding_window is None else spec.sliding_window
-    bounds, seen, table = call.queries.host, call.keys.host.diff(), blocks.table
+    bounds, key_counts, table = call.queries.host, call.keys.host.diff(), blocks.table
     if exact:
-        bounds, seen, table = split_queries(bounds, seen, table, queries_per_chunk(kind, q.shape[1] // heads))
-    bounds, seen, table = bounds.to(torch.int32), seen.to(torch.int32), table.to(torch.int32)
+        bounds, key_counts, table = split_queries(
+            bounds, key_counts, table, queries_per_chunk(kind, q.shape[1] // heads)
+        )
+    bounds, key_counts, table = bounds.to(torch.int32), key_counts.to(torch.int32), table.to(torch.int32)
     plan = operators.cpu_attn_get_scheduler_metadata(
-        len(seen), q.shape[1], heads, size, seen, q.dtype, bounds, spec.causal, window, kind, False
+        len(key_counts), q.shape[1], heads, size, key_counts, q.dtype, bounds, spec.causal, window, kind, False
     )
     sinks = call.sinks
     if sinks is not None and sinks.dtype not in (torch.bfloat16, torch.float32):
@@ -70,7 +72,7 @@ def cpu_attention(
         values,
         out,
         bounds,
-        seen,
+        key_counts,
         spec.scale,
         spec.causal,
         call.alibi_slopes,
@@ -167,24 +169,26 @@ class BatchInvariantMetadataBuilder(CPUAttentionMetadataBuilder):
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """Return vLLM's metadata, with one sequence per chunk."""
         common = common_attn_metadata
-        bounds, seen, table = split_queries(
+        bounds, key_counts, table = split_queries(
             common.query_start_loc,
             common.seq_lens,
             common.block_table_tensor,
             queries_per_chunk(self.isa, self.num_heads // self.num_kv_heads),
         )
-        chunks = replace(common, query_start_loc=bounds, seq_lens=seen, block_table_tensor=table, num_reqs=len(seen))
+        chunks = replace(
+            common, query_start_loc=bounds, seq_lens=key_counts, block_table_tensor=table, num_reqs=len(key_counts)
+        )
         metadata = super().build(common_prefix_len, chunks, fast_build)
         if envs.VLLM_CPU_ATTN_SPLIT_KV:
             from vllm import _custom_ops as operators
 
             dtype: Any = self.dtype
             metadata.scheduler_metadata = operators.cpu_attn_get_scheduler_metadata(
-                len(seen),
+                len(key_counts),
                 self.num_heads,
                 self.num_kv_heads,
                 self.head_dim,
-                seen,
+                key_counts,
                 dtype,
                 bounds,
                 metadata.causal,

@@ -57,13 +57,13 @@ def page_keys_values(
 
 
 def split_queries(
-    bounds: torch.Tensor, seen: torch.Tensor, table: torch.Tensor, size: int
+    bounds: torch.Tensor, key_counts: torch.Tensor, table: torch.Tensor, size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Split sequences into chunks of at most `size` queries over the same keys.
 
     Args:
         bounds: int `[sequences + 1]`, cumulative numbers of queries.
-        seen: int `[sequences]`, number of keys up to each sequence's last query.
+        key_counts: int `[sequences]`, number of keys up to each sequence's last query.
         table: int block table `[sequences, blocks]`.
         size: maximum number of queries in a chunk.
 
@@ -72,10 +72,10 @@ def split_queries(
     """
     lengths = bounds.diff()
     if int(lengths.max()) <= size:
-        return bounds, seen, table
+        return bounds, key_counts, table
     chunks = (lengths + size - 1) // size
     sequence = torch.arange(len(lengths), device=bounds.device).repeat_interleave(chunks)
     number = torch.arange(len(sequence), device=bounds.device) - (chunks.cumsum(0) - chunks)[sequence]
     ends = torch.minimum((number + 1) * size, lengths[sequence])  # relative to the sequence
     split = torch.cat((bounds[:1], bounds[:-1][sequence] + ends)).to(bounds.dtype)
-    return split, (seen[sequence] - lengths[sequence] + ends).to(seen.dtype), table[sequence].contiguous()
+    return split, (key_counts[sequence] - lengths[sequence] + ends).to(key_counts.dtype), table[sequence].contiguous()
