@@ -48,11 +48,11 @@ def main(
     if (reason := unsupported_reason(kind)) is not None:
         raise typer.BadParameter(f"the compiled product {reason}")
     weights = [torch.randn(shape).to(kind) / shape[1] ** 0.5 for shape in LAYERS * DEPTH]
-    packed = compat.has_packed_product(kind)
+    packed = compat.has_packed_matmul(kind)
     theirs = "vLLM's packed product" if packed else "F.linear, vLLM's way without one"
     sides: dict[str, list[Callable[[torch.Tensor], Any]]] = {
         "native": [PackedProduct(weight) for weight in weights],
-        theirs: [compat.cpu_packed_product(w) if packed else lambda x, w=w: F.linear(x, w) for w in weights],
+        theirs: [compat.cpu_packed_matmul(w) if packed else lambda x, w=w: F.linear(x, w) for w in weights],
     }
     operations = sum(2 * weight.numel() for weight in weights)
     table = Table(title=f"{dtype}, {threads} thread(s), {torch.backends.cpu.get_cpu_capability()}; medians")

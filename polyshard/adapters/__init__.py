@@ -1,1 +1,1 @@
-"""One folder per parallelism library, each with the same rooms; imported on first use, through entry points."""
+"""One package per parallelism library, each with the same modules; imported on first use, through entry points."""

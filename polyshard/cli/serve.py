@@ -143,7 +143,7 @@ def _names_tokenizer(arguments: list[str]) -> bool:
 
 def _foreign_type(config: Any) -> str | None:
     """Return the model type if transformers has no class for it."""
-    from polyshard.adapters.vllm.config import known_config
+    from polyshard.adapters.vllm.config import transformers_config
 
     model_type = getattr(config, "model_type", None)
-    return None if not model_type or model_type == MODEL_TYPE or known_config(model_type) else model_type
+    return None if not model_type or model_type == MODEL_TYPE or transformers_config(model_type) else model_type

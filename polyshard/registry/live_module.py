@@ -24,7 +24,7 @@ _INSTEAD = "register its factory, and send the trainer's weights to the engine w
 
 
 @dataclass(frozen=True, slots=True)
-class ExistingModel:
+class LiveModel:
     """A factory that returns a copy of a live module."""
 
     module: nn.Module

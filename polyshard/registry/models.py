@@ -18,7 +18,7 @@ from polyshard.core.environment import MODELS
 from polyshard.core.errors import AdapterError, RegistrationError
 from polyshard.core.serving import OPTIONS, Inputs, ModelFactory, Outputs, RegisteredModel, as_entry, loaded_servers
 from polyshard.registry.in_process import is_kept, keep, kept
-from polyshard.registry.live_module import ExistingModel
+from polyshard.registry.live_module import LiveModel
 from polyshard.registry.names import NameMap, check_names
 from polyshard.registry.reference import reference_of, resolve
 
@@ -87,7 +87,7 @@ def register_model(
     if isinstance(factory, nn.Module):
         if adapter != "vllm":
             raise RegistrationError(f"model {name!r} is a module with its own layers: remove adapter={adapter!r}")
-        factory, adapter, this_process = ExistingModel(factory), "torch", True
+        factory, adapter, this_process = LiveModel(factory), "torch", True
     if isinstance(factory, str):
         reference = _absolute(factory)
         factory = resolve(reference)

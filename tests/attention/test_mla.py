@@ -121,7 +121,7 @@ def test_a_latent_that_vllms_kernels_lack_is_refused_with_the_way_out(tmp_path, 
 
     _, model = latent.checkpoint(tmp_path / "mla", model_type="deepseek_v3", q_lora_rank=20, **latent.SIZES)
     ps.register_model("Latent", latent.build)
-    refused = pytest.raises(ps.RegistrationError, match="keys of 36 together CPU_MLA has 576: set VLLM_MLA_DISABLE=1")
+    refused = pytest.raises(ps.RegistrationError, match="keys of 36: CPU_MLA supports only 576. Set VLLM_MLA_DISABLE=1")
     with refused, engine(tmp_path / "mla", "Latent"):
         pass
     monkeypatch.setenv("VLLM_MLA_DISABLE", "1")

@@ -91,7 +91,7 @@ def in_float32(directory):
 
 BFLOAT16 = {
     "megatron": {"zero_stage": 1},
-    "deepspeed": {"zero_stage": 3, "config": {"bf16": {"enabled": True}}},
+    "deepspeed": {"zero_stage": 3},
 }
 
 

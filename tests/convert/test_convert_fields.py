@@ -100,7 +100,7 @@ def test_metas_use_scaled_rope_is_llama3_scaling(tmp_path, llama, beside):
         **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
         "original_max_position_embeddings": 8192,
     }
-    assert any("params.json is followed" in n if beside else "Llama 3.2 have factor 32" in n for n in done.notes)
+    assert any("params.json is used" in n if beside else "Llama 3.2 have factor 32" in n for n in done.notes)
 
 
 def test_the_constants_of_llama_32_come_from_the_users_configuration(tmp_path, llama):

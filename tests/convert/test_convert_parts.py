@@ -231,7 +231,7 @@ def test_a_torn_file_of_torch(tmp_path, saved_by_two):
     shutil.copytree(saved_by_two / "dcp", source)
     file = sorted(source.glob("*.distcp"))[1]
     file.write_bytes(file.read_bytes()[:-200])
-    _refused(source, tmp_path, "is torn: got", with_config(config()))
+    _refused(source, tmp_path, "is truncated: got", with_config(config()))
 
 
 def test_deepspeed_says_how_many_ranks_there_were(tmp_path, model):

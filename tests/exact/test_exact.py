@@ -12,11 +12,11 @@ from support.workers.on_ranks import full_gradients
 import polyshard as ps
 from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm import exact as engine_side
-from polyshard.adapters.vllm.attention.exact import whose_kernel
-from polyshard.adapters.vllm.compat.paging import cut_queries
+from polyshard.adapters.vllm.attention.exact import attention_kernel_name
+from polyshard.adapters.vllm.compat.paging import split_queries
 from polyshard.adapters.vllm.engines import sampling
 from polyshard.adapters.vllm.engines.sampling import SamplingJob
-from polyshard.adapters.vllm.exact import CpuOperators, exact_serving, products
+from polyshard.adapters.vllm.exact import CpuOperators, exact_matmuls, exact_serving
 from polyshard.attention.rotary import rotate_heads
 from polyshard.cli.certify import random_prompts
 from polyshard.core.environment import TRACE
@@ -44,7 +44,7 @@ CASES = {  # sizes equal to the server's and not; float32 parameters, which comp
     ],
     ("float16", 1): [TrainerCase(adapter="megatron", tensor=2, masters=True)],
 }
-CASES = {case: trainers for case, trainers in CASES.items() if getattr(torch, case[0]) in products()}
+CASES = {case: trainers for case, trainers in CASES.items() if getattr(torch, case[0]) in exact_matmuls()}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def sample_here(asked, trace=None):
     options = sampling.register_for(asked)
     with pytest.MonkeyPatch.context() as patch:
         if trace is not None:
-            patch.setenv(TRACE, str(trace))
+            patch.setenv(TRACE.name, str(trace))
         with engines.engine(asked.directory, **options) as llm:
             return sampling.answers_of(llm, asked)
 
@@ -99,7 +99,7 @@ def test_vllms_kernel_in_pieces_gives_them_too(directory, monkeypatch):
     trainer = TrainerCase(adapter="torch", tensor=1), sequences, directory, "decoder:build_model", "float32", 2, True
     assert torch.equal(trainer_logprobs(*trainer), told)
     force("native", monkeypatch)
-    if whose_kernel(torch.float32) == "native":
+    if attention_kernel_name(torch.float32) == "native":
         assert not torch.equal(trainer_logprobs(*trainer), told), "another kernel has other bits"
 
 
@@ -146,7 +146,7 @@ def test_the_first_operator_that_differs_is_named(directory):
     assert found.first.rows > 0
 
 
-@pytest.mark.parametrize("dtype", products(), ids=str)
+@pytest.mark.parametrize("dtype", exact_matmuls(), ids=str)
 @pytest.mark.parametrize(("inner", "outer"), [(64, 192), (576, 320), (1536, 576)])
 def test_a_row_of_a_product_has_the_same_bits_in_every_batch(dtype, inner, outer):
     generator = torch.Generator().manual_seed(0)
@@ -165,7 +165,7 @@ def test_a_row_of_a_product_has_the_same_bits_in_every_batch(dtype, inner, outer
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("dtype", products(), ids=str)
+@pytest.mark.parametrize("dtype", exact_matmuls(), ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (8, 4, 128), (4, 1, 64), (32, 2, 32)])
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("kernel", ["native", "vllm"])
@@ -174,7 +174,7 @@ def test_attention_of_a_token_depends_on_its_sequence_alone(
 ):
     """Whatever stands beside it, whatever chunk it comes in; vLLM's own scheduling does not give this."""
     force(kernel, monkeypatch)
-    if whose_kernel(dtype) != kernel:
+    if attention_kernel_name(dtype) != kernel:
         pytest.skip("no compiled loops for this processor, or vLLM's kernel is faster")
     generator = torch.Generator().manual_seed(0)
     lengths = [1, 2, 17, 64, 130, 700]
@@ -210,11 +210,11 @@ def test_attention_of_a_token_depends_on_its_sequence_alone(
 def test_pieces_of_queries_cover_a_batch_in_order():
     bounds, seen = torch.tensor([0, 1, 11, 11, 14]), torch.tensor([7, 10, 4, 20])
     table = torch.arange(8).view(4, 2)
-    cut, keys, blocks = cut_queries(bounds, seen, table, 4)
+    cut, keys, blocks = split_queries(bounds, seen, table, 4)
     assert cut.tolist() == [0, 1, 5, 9, 11, 14]
     assert keys.tolist() == [7, 4, 8, 10, 20]
     assert blocks.tolist() == [[0, 1], [2, 3], [2, 3], [2, 3], [6, 7]]
-    assert all(part is whole for part, whole in zip(cut_queries(bounds, seen, table, 10), (bounds, seen, table)))
+    assert all(part is whole for part, whole in zip(split_queries(bounds, seen, table, 10), (bounds, seen, table)))
 
 
 def test_the_backward_of_each_operator_is_that_of_torch():
@@ -350,9 +350,11 @@ def test_an_engine_whose_settings_change_the_bits_is_refused(directory, monkeypa
     started = engines.engine(directory, "Exactly", kv_cache_dtype="fp8")
     with pytest.raises(ps.RegistrationError, match="rounds keys and values"):
         started.__enter__()
-    monkeypatch.setattr(engine_side, "products", lambda: {torch.float32: "vllm"})
+    monkeypatch.setattr(engine_side, "exact_matmuls", lambda: {torch.float32: "vllm"})
     started = engines.engine(directory, "Exactly", dtype="float16")
-    with pytest.raises(ps.RegistrationError, match=r"no product of torch\.float16 on this CPU, but of torch\.float32"):
+    with pytest.raises(
+        ps.RegistrationError, match=r"does not support torch\.float16 on this CPU \(supported: torch\.float32\)"
+    ):
         started.__enter__()
 
     from vllm.engine.arg_utils import EngineArgs
@@ -396,8 +398,8 @@ def test_wrong_settings_are_named():
         column(half)
     with pytest.raises(ps.AdapterError, match="plain_products"):
         ExactLinearAdapter(object(), context.exact)
-    with pytest.raises(ps.ConfigurationError, match="knows vLLM's CPU attention for"):
-        compat.queries_of_a_piece("vsx", 1)
+    with pytest.raises(ps.ConfigurationError, match="got instruction set 'vsx', expected vec"):
+        compat.queries_per_chunk("vsx", 1)
 
 
 def smoothed_in_exact_mode(adapter):

@@ -103,14 +103,14 @@ def test_gradients_of_a_sum():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_vllms_operator_is_the_activation_of_an_engine_on_a_gpu(dtype):
     """The operator is there on CPU too; oracle: float64."""
-    from polyshard.adapters.vllm.layers.activation import activate_by_operator
+    from polyshard.adapters.vllm.layers.activation import use_swiglu_operator
 
     layer = torch.nn.Linear(6, 32, dtype=dtype)
     x = X.to(dtype)
     with torch.no_grad():
         gate, up = layer(x).double().chunk(2, dim=-1)
         want = torch.nn.functional.silu(gate) * up
-        activate_by_operator(layer)
+        use_swiglu_operator(layer)
         torch.testing.assert_close(ps.swiglu(x, layer).double(), want, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
         assert torch.equal(ps.add_residual(torch.ones(3, 32, dtype=dtype), x, layer), 1 + layer(x))
 
@@ -118,10 +118,10 @@ def test_vllms_operator_is_the_activation_of_an_engine_on_a_gpu(dtype):
 @pytest.mark.vllm
 @pytest.mark.usefixtures("compiles")
 def test_what_is_compiled_fuses_the_activation_itself():
-    from polyshard.adapters.vllm.layers.activation import activate_by_operator
+    from polyshard.adapters.vllm.layers.activation import use_swiglu_operator
 
     layer = torch.nn.Linear(6, 32)
-    activate_by_operator(layer)
+    use_swiglu_operator(layer)
     graphs = []
 
     def backend(graph, inputs):

@@ -84,6 +84,6 @@ def test_a_window_that_only_the_config_names_is_refused(trained, tmp_path):
     config = {**featured.CONFIG, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 8}
     ps.save_checkpoint(model, tmp_path / "windowed", ps.initialize("torch"), config=config)
     ps.register_model("FeaturedWindowed", featured.build, adapter="torch")
-    refused = pytest.raises(ps.RegistrationError, match="asks for sliding_window=None, but vLLM reads 8")
+    refused = pytest.raises(ps.RegistrationError, match="requests sliding_window=None, but vLLM reads 8")
     with refused, engine(tmp_path / "windowed", "FeaturedWindowed"):
         pass

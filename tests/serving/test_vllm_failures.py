@@ -72,7 +72,7 @@ def test_a_checkpoint_that_does_not_fit(directory, adapter):
         pass
     for part in (
         "missing model.layers.0.mlp.up_proj.weight",
-        "model.norm.weight is [3], the model has [64]",
+        "model.norm.weight has the wrong shape: got [3], expected [64]",
         "unexpected model.stray",
     ):
         assert part in str(caught.value)

@@ -137,7 +137,7 @@ def test_what_a_config_lacks_is_named(tmp_path):
 
 
 def test_a_model_type_of_transformers_own_is_refused():
-    with pytest.raises(ps.RegistrationError, match=r"'llama' is one that transformers knows \(LlamaConfig\)"):
+    with pytest.raises(ps.RegistrationError, match=r"'llama' is already defined by transformers \(LlamaConfig\)"):
         ps.register_model("NeverServed", plain.build_own, model_type="llama")
     assert "NeverServed" not in ps.registered_models()
 

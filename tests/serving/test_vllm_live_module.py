@@ -190,8 +190,8 @@ def test_nothing_writes_over_the_trainers_weights(tmp_path):
     ps.register_model("Existing", trained.model)
     ps.register_model("Loaded", decoder.build_model)
     for options, name, reason in (
-        ({"load_format": "dummy"}, "Existing", "load_format='dummy' would write over its weights"),
-        ({"load_format": "polyshard"}, "Loaded", "load_format='polyshard' is for a module of this process"),
+        ({"load_format": "dummy"}, "Existing", "load_format='dummy' would overwrite its weights"),
+        ({"load_format": "polyshard"}, "Loaded", "load_format='polyshard' is only for a module of this process"),
     ):
         with pytest.raises(ps.RegistrationError, match=reason), engine(trained.config_alone, name, **options):
             pass

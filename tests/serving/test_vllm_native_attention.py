@@ -87,11 +87,11 @@ def test_a_cache_of_another_form_is_read_by_vllms_kernel(tmp_path, monkeypatch, 
 
 def test_a_layer_with_dropout_is_served_as_one_without():
     from polyshard.adapters.vllm.attention.native import supports
-    from polyshard.adapters.vllm.compat import has_product_of_processor
+    from polyshard.adapters.vllm.compat import has_vllm_only_instructions
 
     for dtype in (torch.float32, torch.bfloat16):
         spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=64, scale=0.125, dropout=0.1)
-        assert supports(spec, 64, dtype) is not has_product_of_processor(dtype)
+        assert supports(spec, 64, dtype) is not has_vllm_only_instructions(dtype)
 
 
 def test_how_pages_lie_is_looked_at():
@@ -105,14 +105,14 @@ def test_how_pages_lie_is_looked_at():
 
 
 def test_half_precision(tmp_path, monkeypatch, seen):
-    from polyshard.adapters.vllm.compat import has_product_of_processor
+    from polyshard.adapters.vllm.compat import has_vllm_only_instructions
 
     directory = save_tiny(tmp_path / "model", "llama", hidden_size=64, head_dim=32)
     exact = answers(directory)
     for dtype in ("bfloat16", "float16"):
         seen.clear()
         got = answers(directory, dtype=dtype)
-        assert bool(seen) is not has_product_of_processor(getattr(torch, dtype))
+        assert bool(seen) is not has_vllm_only_instructions(getattr(torch, dtype))
         first = [(ours[1][0], wanted[1][0]) for ours, wanted in zip(got, exact)]
         torch.testing.assert_close(*map(torch.tensor, zip(*first)), atol=0.05, rtol=0)
 
@@ -128,7 +128,7 @@ def test_outputs_are_no_further_from_float64_than_those_of_vllms_kernel(dtype):
     sequences = of_lengths([keys], q.device)
     theirs = compat.cpu_attention(q, k, v, AttentionCall(spec=spec, queries=sequences, keys=sequences))
 
-    at_keys, at_values, table = paging.paged(k, v, sequences.host, 32)
+    at_keys, at_values, table = paging.page_keys_values(k, v, sequences.host, 32)
     at_keys, at_values = at_keys.permute(0, 2, 3, 1).contiguous(), at_values.transpose(1, 2).contiguous()
     ours, requests = torch.empty_like(q), paged.Requests(sequences.host, sequences.host[1:], table)
     paged.attend(q, paged.Pages(at_keys, at_values, spec), requests, ours)

@@ -84,7 +84,7 @@ def test_a_reload_is_refused(directories):
             before = greedy(llm, PROMPTS, TOKENS)
             refused = contextlib.nullcontext()
             if architecture is not None:
-                refused = pytest.raises(ps.CheckpointError, match="a quantized checkpoint.*start the engine anew")
+                refused = pytest.raises(ps.CheckpointError, match="a quantized checkpoint.*Restart the engine")
             with refused:
                 llm.collective_rpc("reload_weights", kwargs={"weights_path": str(codes)})
             llm.reset_prefix_cache()
@@ -263,6 +263,6 @@ def test_a_code_is_no_weight_however_it_comes(tmp_path):
     attach_loaders(served, table, context)
     stored = load_file(tmp_path / "a" / "model.safetensors").items()
     weights = [(name, value) for name, value in stored if not name.endswith("_scale")]
-    with pytest.raises(ps.CheckpointError, match=r"down_proj.weight is int8: codes"):
+    with pytest.raises(ps.CheckpointError, match=r"down_proj.weight is int8: quantized codes"):
         load_weights(served, table, weights, "Served", lambda name: name, frozenset())
     ps.shutdown(context)

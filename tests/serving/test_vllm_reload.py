@@ -134,7 +134,7 @@ def test_a_reload_that_does_not_fit_is_an_error(directories, tmp_path):
         worker = compat.local_worker(llm)
         with pytest.raises(ps.WeightSyncError, match="a reload of its weights has begun and is not finished"):
             worker.model(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-        with pytest.raises(ps.WeightSyncError, match="parameters without memory since a reload failed"):
+        with pytest.raises(ps.WeightSyncError, match="parameters without memory after a failed reload"):
             receiver_for(worker.model, worker.vllm_config).begin("v1")
         reload(llm, old)
         assert greedy(llm, PROMPTS, TOKENS) == want

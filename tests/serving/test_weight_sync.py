@@ -147,7 +147,7 @@ def test_a_half_updated_model_refuses_and_a_complete_sync_mends_it(trained):
         receiver = receiver_of(llm)
         receiver.begin("cut off")
         names = list(source)
-        receiver.take({name: source[name] for name in names[:5]})
+        receiver.load({name: source[name] for name in names[:5]})
         with pytest.raises(ps.WeightSyncError, match="update to weights 'cut off' has begun and is not finished"):
             greedy(llm, PROMPTS[:1], TOKENS)
         with pytest.raises(ps.WeightSyncError, match=r"lacks 20 tensors: model.layers"):
@@ -163,16 +163,19 @@ def test_what_does_not_fit_is_named(trained):
     with engine(case.old, "Livevllm") as llm:
         receiver = receiver_of(llm)
         for sent, message in (
-            ({"model.extra": torch.ones(2)}, "'model.extra' is no weight of model 'Livevllm'"),
-            ({name: torch.ones(3, 3)}, rf"'{name}' came as \[3, 3\], model 'Livevllm' has \[80, 48\]"),
+            ({"model.extra": torch.ones(2)}, "'model.extra' is not a weight of model 'Livevllm'"),
+            (
+                {name: torch.ones(3, 3)},
+                rf"'{name}' has the wrong shape .*'Livevllm': got \[3, 3\], expected \[80, 48\]",
+            ),
         ):
             receiver.begin("x")
             with pytest.raises(ps.WeightSyncError, match=message):
-                receiver.take(sent)
+                receiver.load(sent)
         receiver.begin("x")
-        receiver.take({name: source[name]})
-        with pytest.raises(ps.WeightSyncError, match=f"'{name}' came twice in one update") as caught:
-            receiver.take({name: source[name]})
+        receiver.load({name: source[name]})
+        with pytest.raises(ps.WeightSyncError, match=f"'{name}' was sent twice in one update") as caught:
+            receiver.load({name: source[name]})
         assert caught.value.tensors == (name,)
 
 
@@ -195,7 +198,7 @@ def test_a_damaged_tensor_is_named_with_its_worker(trained, path, monkeypatch):
     with engine(case.old, "Livevllm") as llm:
         sync = ps.WeightSync(case.model, case.context, llm, share=False)
         if path == "through the bucket":
-            monkeypatch.setattr(local.LocalEngine, "reaches", lambda *_: set())
+            monkeypatch.setattr(local.LocalEngine, "loads_directly", lambda *_: set())
             sync = ps.WeightSync(case.model, case.context, llm)
         for module in (room, local):
             monkeypatch.setattr(module, "take_region", damaging)
@@ -239,7 +242,7 @@ def test_an_engine_apart_has_to_be_started_for_it(trained, monkeypatch):
     with (
         engine(case.old, "Livevllm") as llm,
         pytest.raises(
-            ps.ConfigurationError, match="start it with LLM.*weight_transfer_config={'backend': 'polyshard'}"
+            ps.ConfigurationError, match="Start it with LLM.*weight_transfer_config={'backend': 'polyshard'}"
         ),
     ):
         ps.WeightSync(case.model, case.context, llm)
@@ -255,7 +258,9 @@ def test_an_engine_with_unfinished_requests_is_not_touched(trained):
             "7", {"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=20, detokenize=False)
         )
         llm.llm_engine.step()
-        with pytest.raises(ps.WeightSyncError, match="has 1 unfinished requests: their cache is of the old weights"):
+        with pytest.raises(
+            ps.WeightSyncError, match="has 1 unfinished requests: their KV cache .* with the old weights"
+        ):
             sync()
         while llm.llm_engine.has_unfinished_requests():
             llm.llm_engine.step()
@@ -264,7 +269,7 @@ def test_an_engine_with_unfinished_requests_is_not_touched(trained):
 
 def test_without_an_engine_there_is_nothing_to_do(trained):
     case = trained["untied"]
-    with pytest.raises(ps.ConfigurationError, match="the engines have no dtypes"):
+    with pytest.raises(ps.ConfigurationError, match="the engines must have one dtype: got no engines"):
         ps.WeightSync(case.model, case.context, [])
 
 

@@ -152,8 +152,8 @@ def test_what_a_captured_graph_reads_is_made_within_it():
     seen = []
     for _ in range(2):  # two forwards of two layers
         cos = torch.empty(3, 1, 8, device=META)
-        made, rows = table.of(first, cos, cos)
-        assert table.of(second, cos, cos) == (made, rows)
+        made, rows = table.get(first, cos, cos)
+        assert table.get(second, cos, cos) == (made, rows)
         seen += [made, rows]
     assert len({id(tensor) for tensor in seen}) == 4
 

@@ -1,4 +1,4 @@
-"""DeepSpeed: its automatic tensor parallelism's layers and its ZeRO engine. Importing this imports no DeepSpeed."""
+"""DeepSpeed: the layers of its automatic tensor parallelism, and ZeRO. Importing this does not import DeepSpeed."""
 
 from polyshard.adapters.deepspeed.adapter import DeepspeedAdapter
 

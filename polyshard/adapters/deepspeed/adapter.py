@@ -1,4 +1,4 @@
-"""The DeepSpeed adapter: what it can do, and its entry points."""
+"""The DeepSpeed adapter: its capabilities and entry points."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CAPABILITIES = Capabilities(
         "tensor": YES,
         "sequence": no("notyet", "the layers of DeepSpeed's automatic tensor parallelism have no sequence parallel"),
         "data": YES,
-        "fsdp": no("never", "DeepSpeed's own form is ZeRO stage 3: ask for zero3"),
+        "fsdp": no("never", "DeepSpeed's equivalent is ZeRO stage 3. Use zero3"),
         "zero1": YES,
         "zero2": YES,
         "zero3": YES,
@@ -53,7 +53,15 @@ REQUIREMENT = Requirement(
 
 
 class DeepspeedAdapter(BaseAdapter):
-    """`Adapter` of DeepSpeed."""
+    """The `Adapter` of DeepSpeed.
+
+    Example:
+        >>> adapter = ps.load_adapter("deepspeed")
+        >>> [name for name in ("zero1", "zero2", "zero3") if adapter.capabilities[name].available]
+        ['zero1', 'zero2', 'zero3']
+        >>> adapter.capabilities["fsdp"].reason
+        "DeepSpeed's equivalent is ZeRO stage 3. Use zero3"
+    """
 
     name = "deepspeed"
     capabilities = CAPABILITIES
@@ -63,21 +71,21 @@ class DeepspeedAdapter(BaseAdapter):
         self.linear = DeepspeedLinearAdapter()
 
     def adopt(self, context: ParallelContext) -> GroupContext:
-        """DeepSpeed's layers on the groups of `context`."""
+        """Return a context with DeepSpeed's layers on the process groups of `context`."""
         self.requirement.require()
         return adopt(context, self.linear)
 
     def engine(
         self, model: nn.Module, optimizer: OptimizerFactory, context: ParallelContext, **options: Any
     ) -> DeepspeedEngine:
-        """DeepSpeed's ZeRO engine around `model`; options are those of `DeepspeedEngine`."""
+        """Return DeepSpeed's ZeRO engine around `model`; the options are those of `DeepspeedEngine`."""
         from polyshard.adapters.deepspeed.engine import DeepspeedEngine
 
         return DeepspeedEngine(model, optimizer, context, **options)
 
     @property
     def formats(self) -> tuple[CheckpointFormat, ...]:
-        """Its checkpoints on disk; the library itself is not needed to look at them."""
+        """The checkpoint formats of the library; detecting them does not require DeepSpeed."""
         from polyshard.adapters.deepspeed.formats import DeepspeedFormat, DeepspeedUniversalFormat
 
         return (DeepspeedFormat(), DeepspeedUniversalFormat())

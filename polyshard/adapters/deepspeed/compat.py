@@ -1,4 +1,4 @@
-"""All that depends on DeepSpeed's version; written for 0.19. Imported on first use of DeepSpeed."""
+"""All code that depends on the version of DeepSpeed, for 0.19. Imported on first use of DeepSpeed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from polyshard.adapters.shared.optimizer_state import materialize, slots
 from polyshard.adapters.shared.quiet import printing_as_log
 from polyshard.core.pieces import MASTER
 
-# Before the import: DeepSpeed looks for accelerators then, and warns on a machine without one.
+# Before the import, during which DeepSpeed detects accelerators and warns on a machine without one.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -38,10 +38,10 @@ with printing_as_log(logger, "DeepSpeed"):
     from deepspeed.sequence.cross_entropy import vocab_parallel_cross_entropy
     from deepspeed.utils import groups as _groups
 
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it logs every setting to stdout
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it would log every setting to stdout
 
-# The shared-memory all-reduce is built at its first use (minutes, and a lock that outlives a killed rank), ignores
-# its group, and crashes without LOCAL_SIZE: deepspeed/comm/torch.py, inference_all_reduce.
+# The shared-memory all-reduce is compiled at first use (which takes minutes, with a lock that outlives a killed rank),
+# ignores its group, and crashes without LOCAL_SIZE: deepspeed/comm/torch.py, inference_all_reduce.
 _operators: Any = deepspeed.ops
 _operators.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -65,10 +65,10 @@ __all__ = [
 
 
 def enter_training_mode() -> Any:
-    """Layers built and run with gradients and plain collectives; gives the previous mode's restorer.
+    """Set DeepSpeed's layers to training mode; return a function that restores the previous mode.
 
-    DeepSpeed's default is inference, in which weights are frozen and the reduction ignores its group. The mode is a
-    global of the module, read when a layer is built and at each forward.
+    The default is inference mode, which freezes weights and ignores the group of the reduction. The mode is a module
+    global that is read when a layer is built and in each forward.
     """
     state: Any = _layers
     previous = state.DEEPSPEED_AUTOTP_MODE
@@ -81,7 +81,7 @@ def enter_training_mode() -> Any:
 
 
 def init_communication() -> None:
-    """DeepSpeed's communication on torch's existing world; its layers need it."""
+    """Initialize DeepSpeed's communication, which its layers need, on torch's existing world."""
     if not deepspeed.comm.is_initialized():
         with printing_as_log(logger, "DeepSpeed"):
             backend = torch.distributed.get_backend()
@@ -89,29 +89,29 @@ def init_communication() -> None:
 
 
 def forget_mpu() -> None:
-    """An engine leaves its mpu in a global, where the next engine would find it."""
+    """Clear the global in which an engine leaves its mpu, where the next engine would find it."""
     state: Any = _groups
     state.mpu = None
 
 
 def gathered(parameters: Any, modifier_rank: int | None = None) -> Any:
-    """Around access to whole parameters that ZeRO-3 has partitioned; does nothing to others."""
+    """Return a context manager that gathers parameters partitioned by ZeRO-3; no-op for others."""
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
 
 
 def accelerator() -> str:
-    """The type of device that DeepSpeed chose for this process."""
+    """Return the device type that DeepSpeed chose for this process."""
     return get_accelerator().device_name()
 
 
 def base_optimizer(optimizer: Any) -> Any:
-    """torch's optimizer inside ZeRO's, its state made where no step has been taken."""
+    """Return the torch optimizer inside ZeRO's, after creating its state if no step was taken."""
     base = getattr(optimizer, "optimizer", optimizer)
     partitions = getattr(optimizer, "fp32_partitioned_groups_flat", None)
     if partitions is None:
         materialize(base)
         return base
-    # Stage 3 puts its partitions into the groups for the time of a step alone (zero/stage3.py, _optimizer_step).
+    # Stage 3 puts its partitions into the groups only during a step (zero/stage3.py, _optimizer_step).
     held = [group["params"] for group in base.param_groups]
     try:
         for group in base.param_groups:
@@ -125,9 +125,9 @@ def base_optimizer(optimizer: Any) -> Any:
 
 
 def partition(parameter: Any, rank: int) -> tuple[int, torch.Tensor]:
-    """This rank's elements of a parameter that ZeRO-3 has partitioned, and the place of the first.
+    """Return the offset of this rank's partition of a ZeRO-3 parameter, and its elements.
 
-    Every rank holds an equal run of the flattened parameter, the last ones padded
+    Every rank holds an equal range of the flattened parameter, padded at the end
     (zero/partition_parameters.py, _partition_param).
     """
     held = parameter.ds_tensor
@@ -138,14 +138,14 @@ def partition(parameter: Any, rank: int) -> tuple[int, torch.Tensor]:
 def zero_fragments(
     optimizer: Any, base: Any, parameter: Any, stage: int, rank: int
 ) -> Iterator[tuple[str, int, torch.Tensor]]:
-    """Slot, first element and memory of this rank's fragments of a parameter's fp32 copy and optimizer state.
+    """Yield slot, offset and memory of this rank's fragments of a parameter's fp32 copy and optimizer state.
 
     Args:
-        optimizer: ZeRO's.
+        optimizer: the ZeRO optimizer.
         base: its `base_optimizer`.
-        parameter: of the model.
-        stage: of ZeRO.
-        rank: position along the data axis.
+        parameter: a parameter of the model.
+        stage: the ZeRO stage.
+        rank: this rank's position among the replicas.
     """
     if stage == 3:
         place = optimizer.grad_position.get(optimizer.get_param_id(parameter))
@@ -218,20 +218,20 @@ def count_gradients(
 
 
 def gather_persistent(optimizer: Any) -> None:
-    """Gather again the small parameters that ZeRO-3 keeps whole on every rank."""
+    """Gather the small parameters again that ZeRO-3 keeps replicated on every rank."""
     stale = [p for p in optimizer.persistent_parameters if p.ds_status == ZeroParamStatus.AVAILABLE]
     if stale:
-        stale[0].partition(stale)  # drops the whole, keeps the partition as it is
+        stale[0].partition(stale)  # drops the gathered values, and keeps the partition unchanged
         stale[0].all_gather(stale)
 
 
 def fp32_weights(directory: Path, tag: str, *, frozen: bool) -> dict[str, torch.Tensor]:
-    """The fp32 weights of a ZeRO checkpoint with one tensor-parallel rank, by DeepSpeed's own code.
+    """Return the fp32 weights of a ZeRO checkpoint with one tensor-parallel rank, loaded by DeepSpeed's own code.
 
     Args:
-        directory: holds the folder of the tag.
+        directory: the directory that contains the folder of the tag.
         tag: name of that folder.
-        frozen: with the parameters that were not trained; DeepSpeed finds them in checkpoints of ZeRO 2 and 3 only.
+        frozen: include frozen parameters, which DeepSpeed finds only in checkpoints of ZeRO 2 and 3.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

@@ -1,4 +1,4 @@
-"""DeepSpeed on the groups of a context, and the context as DeepSpeed's `mpu`."""
+"""DeepSpeed's layers on the process groups of a context, and the context as DeepSpeed's `mpu`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from polyshard.core.context import GroupContext, ParallelContext, replica_axis
 
 
 def adopt(context: ParallelContext, linear: Any) -> GroupContext:
-    """DeepSpeed's layers, in training mode, on the groups of `context`, until it is shut down."""
+    """Return a context with DeepSpeed's layers, in training mode until shutdown, on the process groups of `context`."""
     from polyshard.adapters.deepspeed import compat
 
     adopted = with_groups(group_context(context), ("tensor", "data"))
@@ -20,31 +20,31 @@ def adopt(context: ParallelContext, linear: Any) -> GroupContext:
 
 
 class Mpu:
-    """What `deepspeed.initialize(mpu=)` asks: six methods. `initialize_sequence_parallel` must not be among them."""
+    """The `mpu` for `deepspeed.initialize`. It must not define `initialize_sequence_parallel`."""
 
     def __init__(self, context: ParallelContext) -> None:
         self._context = context
 
     def get_model_parallel_group(self) -> Any:
-        """The tensor axis: norms are summed over it."""
+        """Return the group of the tensor axis, over which norms are summed."""
         return self._context.get_tensor_parallel_group()
 
     def get_model_parallel_rank(self) -> int:
-        """Position along the tensor axis."""
+        """Return this rank's position on the tensor axis."""
         return self._context.get_tensor_parallel_rank()
 
     def get_model_parallel_world_size(self) -> int:
-        """Size of the tensor axis."""
+        """Return the size of the tensor axis."""
         return self._context.get_tensor_parallel_world_size()
 
     def get_data_parallel_group(self) -> Any:
-        """The replicas: ZeRO shards over them."""
+        """Return the group of the replicas, over which ZeRO shards."""
         return replica_axis(self._context).group
 
     def get_data_parallel_rank(self) -> int:
-        """Position among the replicas."""
+        """Return this rank's position among the replicas."""
         return replica_axis(self._context).rank
 
     def get_data_parallel_world_size(self) -> int:
-        """How many replicas there are."""
+        """Return the number of replicas."""
         return replica_axis(self._context).size

@@ -1,4 +1,4 @@
-"""DeepSpeed's training engine, ZeRO stages 0 to 3, with the context as its mpu."""
+"""The training engine on DeepSpeed, ZeRO stages 0 to 3, with the context as its mpu."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class DeepspeedEngine(BaseEngine):
-    """`TrainingEngine` of DeepSpeed, over the replicas.
+    """`TrainingEngine` on DeepSpeed over the replicas.
 
     Args:
         model: as its factory built it with `context`.
@@ -53,7 +53,7 @@ class DeepspeedEngine(BaseEngine):
             function that chooses modules.
         check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
             of several ranks; see `polyshard.manual_seed`.
-        config: further settings of DeepSpeed's own configuration.
+        config: further fields of DeepSpeed's configuration.
 
     Raises:
         ConfigurationError: an unknown stage, or `gradient_accumulation_steps` in `config`.
@@ -93,7 +93,7 @@ class DeepspeedEngine(BaseEngine):
         self._norm: torch.Tensor | None = None  # of the step under way, at stage 0
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         settings = {
-            "train_micro_batch_size_per_gpu": 1,  # names the unit of DeepSpeed's own throughput log, nothing else
+            "train_micro_batch_size_per_gpu": 1,  # only the unit of DeepSpeed's throughput log
             "gradient_accumulation_steps": 1,
             "gradient_clipping": max_grad_norm or 0.0,
             "zero_optimization": {"stage": zero_stage},
@@ -125,12 +125,12 @@ class DeepspeedEngine(BaseEngine):
             self._wrapped.clip_fp32_gradients = self._clip
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate gradients, averaged over the replicas."""
+        """Accumulate gradients of `loss`, averaged over the replicas."""
         with self._guard("data backward"):
             self._wrapped.backward(loss)
 
     def step(self) -> StepResult:
-        """DeepSpeed's step: clip, update, clear."""
+        """Run DeepSpeed's step, which clips, updates, and clears the gradients."""
         self.updates += 1
         with self._guard("data step"):
             self._generators.compare()
@@ -143,25 +143,25 @@ class DeepspeedEngine(BaseEngine):
             logger.warning("gradient norm is %s", value)
         skipped = bool(getattr(self.optimizer, "overflow", False))
         if skipped:
-            self.updates -= 1  # counted above: an error in the step may leave weights changed
+            self.updates -= 1  # counted above, since an error in the step may leave weights changed
         return StepResult(grad_norm=value, skipped=skipped)
 
     def zero_grad(self) -> None:
-        """Forget accumulated gradients."""
+        """Clear accumulated gradients."""
         self._wrapped.optimizer.zero_grad()
 
     def accumulate(self) -> AbstractContextManager[None]:
-        """Around all micro-batches but the last."""
+        """Return a context manager for all micro-batches except the last."""
         return self._without_boundary()
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names as built, and tensor-parallel shards gathered over the replicas."""
+        """Yield parameter names with tensor-parallel shards, gathered over the replicas."""
         for name, parameter in self._module.named_parameters():
             with self._guard("data gather of weights"), gathered([parameter] if self._stage == 3 else []):
                 yield name, parameter.detach().clone() if self._stage == 3 else parameter.detach()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Set parameters, and the optimizer's own copies of them, from tensor-parallel shards."""
+        """Load tensor-parallel shards into the parameters and the optimizer's copies of them."""
         self.updates += 1
         parameters = dict(self._module.named_parameters())
         for name, value in weights:
@@ -179,7 +179,7 @@ class DeepspeedEngine(BaseEngine):
             self._wrapped.optimizer.refresh_fp32_params()
 
     def weight_pieces(self) -> Iterator[Piece]:
-        """This rank's run of every parameter; at stage 3 its partition."""
+        """Yield this rank's piece of every parameter; at stage 3 its partition."""
         axis = replica_axis(self.context)
         for name, parameter in self._module.named_parameters():
             if self._stage == 3:
@@ -189,7 +189,7 @@ class DeepspeedEngine(BaseEngine):
             yield replicated_piece(name, WEIGHT, parameter.detach(), axis)
 
     def weights_written(self) -> None:
-        """Refresh the optimizer's copies, and the parameters that stage 3 keeps gathered."""
+        """Refresh the optimizer's copies of the parameters, and the parameters that stage 3 keeps gathered."""
         self.updates += 1
         if self._stage:
             self._wrapped.optimizer.refresh_fp32_params()
@@ -198,7 +198,7 @@ class DeepspeedEngine(BaseEngine):
                 gather_persistent(self._wrapped.optimizer)
 
     def optimizer_state(self) -> OptimizerState:
-        """This rank's fragments of the flattened parameters; the whole at stage 0."""
+        """Return this rank's pieces of the optimizer state; at stage 0 every rank holds the full state."""
         axis = replica_axis(self.context)
         base = base_optimizer(self.optimizer)
         pieces: list[Piece] = []
@@ -237,7 +237,7 @@ class DeepspeedEngine(BaseEngine):
                 parameter.grad.mul_(factor)
 
     def _unsharded_norm(self) -> torch.Tensor:
-        """At stage 0 DeepSpeed clips, but keeps no norm."""
+        """Return the gradient norm at stage 0, where DeepSpeed clips but does not keep the norm."""
         axis = self.context.axis("tensor")
         total = torch.zeros((), device=self.context.device)
         for name, parameter in self._module.named_parameters():
@@ -290,10 +290,10 @@ def _check_precision(precision: Precision, stage: int, config: dict[str, Any]) -
 
 
 def _check_accelerator(device: torch.device) -> None:
-    """Raise `ConfigurationError` where DeepSpeed would move the model off the rank's device."""
+    """Raise `ConfigurationError` if DeepSpeed would move the model to another device."""
     found = accelerator()
     if found != device.type:
         raise ConfigurationError(
-            f"DeepSpeed computes on {found} in this process, but this rank on {device}: it chooses once, when it is "
-            f"imported. Start with DS_ACCELERATOR={device.type}, or initialize(..., device={found!r})"
+            f"DeepSpeed computes on {found} in this process, but this rank on {device}: it chooses the device "
+            f"when it is imported. Start with DS_ACCELERATOR={device.type}, or initialize(..., device={found!r})"
         )

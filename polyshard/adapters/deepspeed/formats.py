@@ -24,13 +24,13 @@ _STATE_NOTE = "left out the training state: optimizer, scheduler and random stat
 
 
 class DeepspeedFormat:
-    """What `engine.save_checkpoint` writes, of any ZeRO stage."""
+    """The checkpoints that `engine.save_checkpoint` writes, of any ZeRO stage."""
 
     name = "deepspeed"
     writes = False
 
     def detect(self, path: Path) -> str | None:
-        """Files by name."""
+        """Detect the files by name."""
         place = _tag(path)
         models = _models(place)
         if not models or any(_universal(path).glob("*/fp32.pt")):
@@ -40,7 +40,7 @@ class DeepspeedFormat:
         return f"DeepSpeed's checkpoint, tag {place.name}, {zero}, tensor-parallel {_tensor_size(models)}"
 
     def read(self, path: Path, options: Options) -> Foreign:
-        """The model's weights; with ZeRO and one tensor-parallel rank the fp32 ones, by DeepSpeed's own code."""
+        """Read the weights; with ZeRO and one tensor-parallel rank the fp32 weights, loaded by DeepSpeed's own code."""
         place = _tag(path)
         config = options.need_config("DeepSpeed's", path, place)
         spec = DecoderSpec.of(config)
@@ -51,14 +51,14 @@ class DeepspeedFormat:
             ranks: list[Mapping[str, torch.Tensor]] = [_of_zero(path, place, models, options)]
         elif any(file.name.startswith("zero_pp_rank") for file in models):
             raise CheckpointError(
-                f"{place}: ZeRO 3 with {_tensor_size(models)} tensor-parallel ranks; make it universal first: "
-                f"python -m deepspeed.checkpoint.ds_to_universal --input_folder {place} --output_folder OUT"
+                f"{place}: ZeRO 3 with {_tensor_size(models)} tensor-parallel ranks is unsupported. Make it universal "
+                f"first: python -m deepspeed.checkpoint.ds_to_universal --input_folder {place} --output_folder OUT"
             )
         else:
             ranks = _modules(place, models, options)
         shapes = expected_shapes(spec)
         logical: dict[str, tuple[int, ...]] = {}
-        head = (spec.vocabulary, spec.hidden)  # a tied model's, which may be stored too
+        head = (spec.vocabulary, spec.hidden)  # of a tied model, whose head may also be stored
 
         def full(name: str) -> torch.Tensor:
             lacking = [index for index, rank in enumerate(ranks) if name not in rank]
@@ -73,13 +73,13 @@ class DeepspeedFormat:
         logical |= {found: shapes[name] for name, found in names.items()}
         tensors = {}
         for name, found in names.items():
-            full(found)  # says now, not while writing, that parts do not fit
+            full(found)  # to fail here, and not while writing, if parts do not fit
             tensors[name] = LazyTensor(shapes[name], ranks[0][found].dtype, partial(full, found))
         return Foreign(tensors=tensors, config=config, companions=path, notes=(*notes, _STATE_NOTE))
 
     def write(self, foreign: Foreign, path: Path, options: Options) -> tuple[str, ...]:
-        """Never."""
-        raise CheckpointError("DeepSpeed's format is read, not written: write huggingface")
+        """Raise `CheckpointError`: this format is only read."""
+        raise CheckpointError("DeepSpeed's format is read, not written: write huggingface instead")
 
     def independent(self, path: Path, options: Options) -> Independent:
         """The module's state_dict as DeepSpeed's own code gives it, of one tensor-parallel rank."""
@@ -93,19 +93,19 @@ class DeepspeedFormat:
 
 
 class DeepspeedUniversalFormat:
-    """What `ds_to_universal` writes: `zero/NAME/fp32.pt`, full tensors in fp32."""
+    """The universal checkpoints of `ds_to_universal`: `zero/NAME/fp32.pt`, full tensors in fp32."""
 
     name = "deepspeed-universal"
     writes = False
 
     def detect(self, path: Path) -> str | None:
-        """Folders by name."""
+        """Detect the folders by name."""
         place = _universal(path)
         found = list(place.glob("*/fp32.pt")) if place.is_dir() else []
         return f"DeepSpeed's universal checkpoint, {len(found)} tensors in fp32" if found else None
 
     def read(self, path: Path, options: Options) -> Foreign:
-        """The fp32 weights."""
+        """Read the fp32 weights."""
         place = _universal(path)
         config = options.need_config("DeepSpeed's", path, _tag(path))
         spec = DecoderSpec.of(config)
@@ -113,7 +113,7 @@ class DeepspeedUniversalFormat:
         content = {folder.name: folder for folder in place.iterdir() if folder.is_dir()}
         torn = sorted(name for name, folder in content.items() if not (folder / "fp32.pt").is_file())
         if torn:
-            raise CheckpointError(f"{place / torn[0]} is incomplete: fp32.pt is missing. Copy the whole checkpoint.")
+            raise CheckpointError(f"{place / torn[0]} is incomplete: fp32.pt is missing. Copy the full checkpoint.")
 
         def stored(name: str) -> torch.Tensor:
             value: Any = load_pickle(content[name] / "fp32.pt", options)
@@ -130,11 +130,11 @@ class DeepspeedUniversalFormat:
         return Foreign(tensors=tensors, config=config, companions=path, notes=(*notes, _STATE_NOTE))
 
     def write(self, foreign: Foreign, path: Path, options: Options) -> tuple[str, ...]:
-        """Never."""
-        raise CheckpointError("DeepSpeed's format is read, not written: write huggingface")
+        """Raise `CheckpointError`: this format is only read."""
+        raise CheckpointError("DeepSpeed's format is read, not written: write huggingface instead")
 
     def independent(self, path: Path, options: Options) -> Independent:
-        """Each file's tensor as it is."""
+        """Return the tensors in the files, unchanged."""
         place = _universal(path)
         state = {file.parent.name: load_pickle(file, options)["param"] for file in sorted(place.glob("*/fp32.pt"))}
         return Independent(by="the universal files", state=state)
@@ -166,17 +166,16 @@ def _tensor_size(models: list[Path]) -> int:
 
 
 def _check_files(place: Path, models: list[Path]) -> None:
-    """Refuse what is one part of several, and parts of other kinds.
+    """Check that the files of all ranks are present and supported.
 
     Raises:
-        CheckpointError: a rank's file is missing, or there are files of experts or of a pipeline.
+        CheckpointError: the file of a rank is missing, or there are files of experts or of a pipeline.
     """
     others = sorted(file.name for file in place.glob("*model_states.pt") if file not in models)
     if others:
         raise CheckpointError(
             f"{place} holds {len(others)} files of experts or of pipeline layers, such as {others[0]}, which are "
-            "unsupported. "
-            "Make it universal first: python -m deepspeed.checkpoint.ds_to_universal."
+            "unsupported. Make it universal first: python -m deepspeed.checkpoint.ds_to_universal."
         )
     held = {kind: _ranks(files, kind) for kind, files in ((_MODEL, models), (_OPTIMIZER, _partitions(place)))}
     partitioned = any(file.name.startswith("zero_pp_rank") for file in models)  # ZeRO 3: every rank writes both
@@ -188,13 +187,12 @@ def _check_files(place: Path, models: list[Path]) -> None:
         if missing:
             raise CheckpointError(
                 f"{place} is incomplete: {len(missing)} of {data * tensor} ranks' files are missing, such as that of "
-                "data "
-                f"rank {missing[0][0]}, tensor rank {missing[0][1]}. Copy all ranks."
+                f"data rank {missing[0][0]}, tensor rank {missing[0][1]}. Copy all ranks."
             )
 
 
 def _ranks(files: list[Path], pattern: re.Pattern[str]) -> set[tuple[int, int]]:
-    """Data and tensor ranks that files are of."""
+    """Return the data and tensor ranks of the files."""
     return {(int(match[1] or 0), int(match[2])) for file in files if (match := pattern.match(file.name))}
 
 
@@ -206,8 +204,7 @@ def _modules(place: Path, models: list[Path], options: Options) -> list[Mapping[
         if not isinstance(module, dict):
             raise CheckpointError(
                 f"{file} holds no weights: got {type(module).__name__} for 'module', expected a state_dict. "
-                "Checkpoints of "
-                "DeepSpeed's pipelines are unsupported; make them universal first."
+                "Checkpoints of DeepSpeed's pipelines are unsupported: make them universal first."
             )
         _check_rank(file, content, len(models))
         ranks.append({name: value for name, value in module.items() if isinstance(value, torch.Tensor)})
@@ -225,8 +222,8 @@ def _check_rank(file: Path, content: Mapping[str, Any], tensor: int) -> None:
     if compression:
         raise CheckpointError(
             f"{file} is of a model that DeepSpeed compresses while it computes: got "
-            f"compression_training={compression}, "
-            "expected none. Apply deepspeed.compression.redundancy_clean first, and save again."
+            f"compression_training={compression}, expected none. Apply "
+            "deepspeed.compression.redundancy_clean first, and save again."
         )
 
 
@@ -235,7 +232,7 @@ def _plain(content: Mapping[str, Any]) -> bool:
 
 
 def _of_zero(path: Path, place: Path, models: list[Path], options: Options) -> dict[str, torch.Tensor]:
-    """The fp32 weights; with ZeRO 1 and 2 the parameters that were not trained from the module's state_dict."""
+    """Return the fp32 weights; with ZeRO 1 and 2, frozen parameters come from the module's state_dict."""
     from polyshard.adapters.deepspeed.compat import fp32_weights
 
     partitioned = any(file.name.startswith("zero_pp_rank") for file in models)

@@ -1,6 +1,6 @@
-"""The layers of DeepSpeed's automatic tensor parallelism under polyshard's `LinearAdapter`.
+"""The layers of DeepSpeed's automatic tensor parallelism behind polyshard's `LinearAdapter`.
 
-DeepSpeed's layers are made from a whole `nn.Linear`, whose parameter they slice in place.
+DeepSpeed's layers are created from an unsharded `nn.Linear`, whose parameter they slice in place.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def _whole_linear(input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool) -> nn.Module:
-    """Drawn from torch's global generator: alike on ranks that were seeded alike, at every size."""
+    """Return an unsharded layer drawn from torch's global generator: equal on ranks with equal seeds, at every size."""
     device = parallel_context.device
     if not parallel_context.initialize_weights:
         return nn.utils.skip_init(nn.Linear, input_size, output_size, bias=bias, device=device)
@@ -30,17 +30,17 @@ def _whole_linear(input_size: int, output_size: int, parallel_context: ParallelC
 
 
 class DeepspeedLinearAdapter:
-    """`LinearAdapter` of DeepSpeed; its communication has to be initialised: see `context.adopt`."""
+    """The `LinearAdapter` of DeepSpeed, which needs initialized communication; see `context.adopt`."""
 
     plain_outputs = True
     plain_products = True
     vocab_padding = 1
-    smooths_labels = False  # DeepSpeed's loss has none
+    smooths_labels = False  # DeepSpeed's loss does not support it
 
     def create_column_parallel(
         self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
-        """DeepSpeed's LinearLayer."""
+        """Return DeepSpeed's `LinearLayer`."""
         from polyshard.adapters.deepspeed.compat import LinearLayer
 
         whole = _whole_linear(input_size, output_size, parallel_context, bias)
@@ -49,7 +49,7 @@ class DeepspeedLinearAdapter:
     def create_row_parallel(
         self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
-        """DeepSpeed's LinearAllreduce."""
+        """Return DeepSpeed's `LinearAllreduce`."""
         from polyshard.adapters.deepspeed.compat import LinearAllreduce
 
         whole = _whole_linear(input_size, output_size, parallel_context, bias)
@@ -58,7 +58,7 @@ class DeepspeedLinearAdapter:
     def create_vocab_embedding(
         self, num_embeddings: int, embedding_dim: int, parallel_context: ParallelContext
     ) -> nn.Module:
-        """DeepSpeed's VocabParallelEmbedding, padded to even shards as the layouts have it."""
+        """Return DeepSpeed's `VocabParallelEmbedding`, padded to equal shards as in the weight layouts."""
         from polyshard.adapters.deepspeed.compat import VocabParallelEmbedding
 
         rows = padded_size(num_embeddings, parallel_context.axis("tensor"))
@@ -75,7 +75,7 @@ class DeepspeedLinearAdapter:
         bias: bool = False,
         tied_to: nn.Module | None = None,
     ) -> nn.Module:
-        """DeepSpeed's VocabParallelLinear."""
+        """Return DeepSpeed's `VocabParallelLinear`."""
         from polyshard.adapters.deepspeed.compat import VocabParallelLinear
 
         axis = parallel_context.axis("tensor")
@@ -95,7 +95,7 @@ class DeepspeedLinearAdapter:
         ignore_index: int,
         label_smoothing: float,
     ) -> torch.Tensor:
-        """DeepSpeed's loss; it knows ignored targets, and no label smoothing."""
+        """Return the loss from DeepSpeed's function, which supports ignored targets but not label smoothing."""
         assert not label_smoothing, "see smooths_labels"
         from polyshard.adapters.deepspeed.compat import vocab_parallel_cross_entropy
 

@@ -1,4 +1,4 @@
-"""FairScale: its model-parallel layers, OSS and ShardedDataParallel. Importing this package imports no FairScale."""
+"""FairScale: its model-parallel layers, OSS and ShardedDataParallel. Importing this does not import FairScale."""
 
 from polyshard.adapters.fairscale.adapter import FairscaleAdapter
 

@@ -1,4 +1,4 @@
-"""The FairScale adapter: what it can do, and its entry points."""
+"""The FairScale adapter: its capabilities and entry points."""
 
 from __future__ import annotations
 
@@ -53,7 +53,15 @@ REQUIREMENT = Requirement(
 
 
 class FairscaleAdapter(BaseAdapter):
-    """`Adapter` of FairScale."""
+    """The `Adapter` of FairScale.
+
+    Example:
+        >>> adapter = ps.load_adapter("fairscale")
+        >>> [checkpoint_format.name for checkpoint_format in adapter.formats]
+        ['llama']
+        >>> adapter.capabilities["sequence"].reason
+        'FairScale has no sequence-parallel layers, and is no longer developed'
+    """
 
     name = "fairscale"
     capabilities = CAPABILITIES
@@ -63,21 +71,21 @@ class FairscaleAdapter(BaseAdapter):
         self.linear = FairscaleLinearAdapter()
 
     def adopt(self, context: ParallelContext) -> GroupContext:
-        """FairScale's layers on the groups of `context`."""
+        """Return a context with FairScale's layers on the process groups of `context`."""
         self.requirement.require()
         return adopt(context, self.linear)
 
     def engine(
         self, model: nn.Module, optimizer: OptimizerFactory, context: ParallelContext, **options: Any
     ) -> FairscaleEngine:
-        """OSS with ShardedDataParallel or DDP around `model`; options are those of `FairscaleEngine`."""
+        """Return OSS with ShardedDataParallel or DDP around `model`; the options are those of `FairscaleEngine`."""
         from polyshard.adapters.fairscale.engine import FairscaleEngine
 
         return FairscaleEngine(model, optimizer, context, **options)
 
     @property
     def formats(self) -> tuple[CheckpointFormat, ...]:
-        """Its checkpoints on disk; the library itself is not needed to look at them."""
+        """The checkpoint formats of the library; reading them does not require FairScale."""
         from polyshard.adapters.fairscale.llama_format import LlamaFormat
 
         return (LlamaFormat(),)

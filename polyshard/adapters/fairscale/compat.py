@@ -1,4 +1,4 @@
-"""All that depends on FairScale's version; written for 0.4.13, its last. Imported on first use of FairScale."""
+"""All code that depends on the version of FairScale, for 0.4.13, its last. Imported on first use of FairScale."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ __all__ = [
 
 
 def get_group() -> Any:
-    """The one tensor-parallel group that FairScale's layers read at every forward and backward."""
+    """Return the global tensor-parallel group that FairScale's layers read in every forward and backward pass."""
     return _state._MODEL_PARALLEL_GROUP
 
 
 def set_group(group: Any) -> None:
-    """FairScale has no setter: `initialize_model_parallel` makes groups of its own, and prints."""
+    """Set the global tensor-parallel group; FairScale's `initialize_model_parallel` creates its own groups."""
     _state._MODEL_PARALLEL_GROUP = group
 
 
 def sharded_data_parallel(model: nn.Module, optimizer: OSS, group: Any) -> ShardedDataParallel:
-    """ShardedDataParallel that keeps its own gradients on a group that is not the world.
+    """Return ShardedDataParallel that keeps the gradients it owns on a group that is not the world.
 
     sharded_ddp.py:431 compares `dst_rank`, a rank within the group, with `_global_rank`, and drops the gradients that
-    this rank owns where the two differ: silently wrong training with any tensor parallelism beside it. The attribute is
+    this rank owns if the two differ. Training with tensor parallelism would then be silently wrong. The attribute is
     read nowhere else. `tests/adapters/test_fairscale.py` fails when FairScale no longer needs this.
     """
     sharded = ShardedDataParallel(model, optimizer, process_group=group)

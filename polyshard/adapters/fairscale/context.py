@@ -1,4 +1,4 @@
-"""FairScale's one global group, set for the life of a context."""
+"""FairScale's global group, set for the life of a context."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from polyshard.core.errors import AdapterError
 
 
 def adopt(context: ParallelContext, linear: Any) -> GroupContext:
-    """FairScale's layers on the groups of `context`, until it is shut down.
+    """Return a context with FairScale's layers on the process groups of `context`, until it is shut down.
 
     Raises:
-        AdapterError: FairScale already stands on another group; it has one for the whole process.
+        AdapterError: FairScale's single group is in use by another context.
     """
     from polyshard.adapters.fairscale import compat
 
     adopted = with_groups(group_context(context), ("tensor", "data"))
     group, previous = adopted.axis("tensor").group, compat.get_group()
     if previous is not None and not is_alive(previous):
-        previous = None  # a serving engine destroys its groups without telling its models
+        previous = None  # a serving engine destroys its groups without notice
     if previous is not None and previous is not group:
         raise AdapterError(
-            "FairScale has one tensor-parallel group for the whole process, and another context holds it: shut that "
+            "FairScale has one tensor-parallel group for the whole process, and another context uses it. Shut that "
             "context down first, or use another adapter beside it"
         )
     compat.set_group(group)

@@ -1,4 +1,4 @@
-"""FairScale's training engines: OSS (ZeRO-1) with torch's DDP, and OSS with ShardedDataParallel (ZeRO-2)."""
+"""The training engine on FairScale: OSS (ZeRO-1) with torch's DDP, or OSS with ShardedDataParallel (ZeRO-2)."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 
 
 class FairscaleEngine(BaseEngine):
-    """`TrainingEngine` of FairScale, over the replicas.
+    """`TrainingEngine` on FairScale over the replicas.
 
     Args:
-        model: as its factory built it with `context`.
-        optimizer: its class, groups and settings are handed to OSS, which makes one for this rank's share.
-        context: where this process stands.
+        model: the unwrapped model that its factory built with `context`.
+        optimizer: creates an optimizer whose class, groups and settings are passed to OSS for this rank's shard.
+        context: this process's parallel context.
         zero_stage: 1 for OSS with torch's DDP, 2 for OSS with ShardedDataParallel.
         max_grad_norm: clip the whole model's gradient to this norm; None does not clip.
         precision: dtypes of the run. Float32 parameters are cast by autocast; bfloat16 parameters get float32 masters,
@@ -76,13 +76,13 @@ class FairscaleEngine(BaseEngine):
         template = optimizer(model.named_parameters())
         group = replica_axis(context).group
         optimizer_class: Any = type(template)
-        accepted = inspect.signature(optimizer_class).parameters  # defaults hold more than the constructor takes
+        accepted = inspect.signature(optimizer_class).parameters  # defaults contain more than these
         settings = {name: value for name, value in template.defaults.items() if name in accepted}
         if self.precision.has_masters:
             settings |= {"inner": optimizer_class, "dtype": self.precision.optimizer}
             optimizer_class = OptimizerWithMasters
         self.optimizer = OSS(template.param_groups, optim=optimizer_class, group=group, **settings)
-        # Stage 2 leaves each gradient with the rank that owns its optimizer state.
+        # In stage 2 only the rank that owns the optimizer state of a parameter keeps its gradient.
         self._owned_only = zero_stage == 2 and replica_axis(context).size > 1
         with self._guard("data parallel setup"):
             self._wrapped = (
@@ -96,7 +96,7 @@ class FairscaleEngine(BaseEngine):
         super().backward(loss if self._scale is None else loss * self._scale.factor)
 
     def step(self) -> StepResult:
-        """Clip, update, clear. A gradient that is not finite leaves the weights as they are, with a warning."""
+        """Clip, update, and clear the gradients; a gradient that is not finite skips the update with a warning."""
         with self._guard("data step"):
             self._generators.compare()
             norm = self._grad_norm()
@@ -115,15 +115,15 @@ class FairscaleEngine(BaseEngine):
         return StepResult(grad_norm=value, skipped=not finite)
 
     def zero_grad(self) -> None:
-        """Forget accumulated gradients."""
+        """Clear accumulated gradients."""
         self._wrapped.zero_grad(set_to_none=True)
 
     def accumulate(self) -> AbstractContextManager[None]:
-        """Around all micro-batches but the last."""
+        """Return a context manager for all micro-batches except the last."""
         return self._wrapped.no_sync()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Set parameters from tensor-parallel shards."""
+        """Load tensor-parallel shards into the parameters."""
         self.updates += 1
         inner, parameters = self.optimizer.optim, dict(self._module.named_parameters())
         for name, value in weights:

@@ -1,4 +1,4 @@
-"""FairScale's own parallel layers under polyshard's `LinearAdapter`."""
+"""FairScale's parallel layers behind polyshard's `LinearAdapter`."""
 
 from __future__ import annotations
 
@@ -22,27 +22,30 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _initial(parallel_context: ParallelContext, std: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """FairScale calls this on the full weight on every rank, then slices: alike at every size where seeds are."""
+    """Return the initializer, which FairScale calls on the full weight on every rank before slicing it.
+
+    With equal seeds the weights are therefore equal at every tensor-parallel size.
+    """
     return partial(nn.init.normal_, std=std) if parallel_context.initialize_weights else _leave
 
 
 def _placed(layer: nn.Module, parallel_context: ParallelContext) -> nn.Module:
-    """FairScale's constructors know neither device nor dtype."""
+    """Move a layer to the context's device and the default dtype, which FairScale's constructors do not take."""
     return layer.to(device=parallel_context.device, dtype=torch.get_default_dtype())
 
 
 class FairscaleLinearAdapter:
-    """`LinearAdapter` of FairScale. The layers read FairScale's global group: see `context.adopt`."""
+    """The `LinearAdapter` of FairScale, whose layers read a global group; see `context.adopt`."""
 
     plain_outputs = True
     plain_products = True
     vocab_padding = 1
-    smooths_labels = False  # FairScale's loss has none
+    smooths_labels = False  # FairScale's loss does not support it
 
     def create_column_parallel(
         self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
-        """FairScale's ColumnParallelLinear."""
+        """Return FairScale's `ColumnParallelLinear`."""
         from polyshard.adapters.fairscale.compat import ColumnParallelLinear
 
         initial = _initial(parallel_context, input_size**-0.5)
@@ -52,7 +55,7 @@ class FairscaleLinearAdapter:
     def create_row_parallel(
         self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
-        """FairScale's RowParallelLinear."""
+        """Return FairScale's `RowParallelLinear`."""
         from polyshard.adapters.fairscale.compat import RowParallelLinear
 
         initial = _initial(parallel_context, input_size**-0.5)
@@ -62,7 +65,7 @@ class FairscaleLinearAdapter:
     def create_vocab_embedding(
         self, num_embeddings: int, embedding_dim: int, parallel_context: ParallelContext
     ) -> nn.Module:
-        """FairScale's VocabParallelEmbedding, padded: it asserts that its rows divide."""
+        """Return FairScale's `VocabParallelEmbedding`, padded because it asserts that its rows divide evenly."""
         from polyshard.adapters.fairscale.compat import VocabParallelEmbedding
 
         rows = padded_size(num_embeddings, parallel_context.axis("tensor"))
@@ -77,7 +80,7 @@ class FairscaleLinearAdapter:
         bias: bool = False,
         tied_to: nn.Module | None = None,
     ) -> nn.Module:
-        """FairScale's ColumnParallelLinear over the padded vocabulary."""
+        """Return FairScale's `ColumnParallelLinear` over the padded vocabulary."""
         axis = parallel_context.axis("tensor")
         layer: Any = self.create_column_parallel(hidden_size, padded_size(vocab_size, axis), parallel_context, bias)
         if tied_to is not None:
@@ -94,7 +97,7 @@ class FairscaleLinearAdapter:
         ignore_index: int,
         label_smoothing: float,
     ) -> torch.Tensor:
-        """FairScale's loss, wrapped: it works in place, knows no ignored targets, and keeps bfloat16."""
+        """Return the loss from FairScale's function, wrapped by `token_losses`, since it also computes in bfloat16."""
         assert not label_smoothing, "see smooths_labels"
         from polyshard.adapters.fairscale.compat import vocab_parallel_cross_entropy
 

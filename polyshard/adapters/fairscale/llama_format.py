@@ -1,7 +1,7 @@
-"""Llama's own checkpoints, which FairScale's layers hold: `params.json` and a `consolidated.NN.pth` for each rank.
+"""Meta's Llama checkpoints, which FairScale's layers load: `params.json` and a `consolidated.NN.pth` for each rank.
 
-Source: meta-llama/llama (llama/model.py) and transformers' convert_llama_weights_to_hf.py. The rotary embedding is
-interleaved there and half-rotated in Hugging Face's, so the rows of wq and wk are permuted.
+Source: meta-llama/llama (llama/model.py) and transformers' convert_llama_weights_to_hf.py. Meta's rotary embedding is
+interleaved and Hugging Face's rotates halves, so the rows of wq and wk are permuted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from polyshard.convert.pickles import load_pickle
 from polyshard.core.errors import CheckpointError
 from polyshard.weights.lazy_tensor import LazyTensor
 
-# Llama's name, Hugging Face's, and the dimension that ranks share; None where it is replicated.
+# Llama's name, Hugging Face's name, and the dimension sharded over ranks; None if replicated.
 _LAYER = (
     ("attention.wq.weight", "self_attn.q_proj.weight", 0),
     ("attention.wk.weight", "self_attn.k_proj.weight", 0),
@@ -36,33 +36,33 @@ _LAYER = (
     ("ffn_norm.weight", "post_attention_layernorm.weight", None),
 )
 _UNSAID = (
-    "params.json does not hold the constants of its rotary scaling: those of Meta's code are taken, with factor 8; "
-    "Hugging Face's configurations of Llama 3.2 have factor 32, pass them with --config",
+    "params.json does not contain the constants of its rotary scaling, so those of Meta's code are used, with factor "
+    "8. Hugging Face's configurations of Llama 3.2 have factor 32: pass them with --config",
 )
 _EMBEDDING, _HEAD, _FREQUENCIES = "tok_embeddings.weight", "output.weight", "rope.freqs"
 
 
 class LlamaFormat:
-    """`consolidated.NN.pth`."""
+    """Files `consolidated.NN.pth` with `params.json`."""
 
     name = "llama"
     writes = True
 
     def detect(self, path: Path) -> str | None:
-        """Files by name."""
+        """Detect the files by name."""
         files = _files(path)
         if not files:
             return None
         return f"Llama's own format, model-parallel size {len(files)} ({files[0].name} and on)"
 
     def read(self, path: Path, options: Options) -> Foreign:
-        """The ranks' parts joined, wq and wk permuted."""
+        """Read the weights, joined over all ranks, with wq and wk permuted."""
         ranks = _ranks(path, options)
         config, notes = _config(path, ranks, options)
         spec = DecoderSpec.of(config)
         if _HEAD in ranks[0] and _same_head(path, ranks, spec):
             notes += (f"left out {_HEAD}, which is {_EMBEDDING}: the head is tied",)
-        # Llama 1 and 2 cut the embedding along its width, Llama 3 along the vocabulary: the shapes tell.
+        # Llama 1 and 2 shard the embedding along its width, Llama 3 along the vocabulary; the shapes show which.
         part = ranks[0][_EMBEDDING].shape
         embedding = 1 if part[1] * len(ranks) == spec.hidden and len(ranks) > 1 else 0
         tensors: dict[str, LazyTensor] = {}
@@ -81,7 +81,7 @@ class LlamaFormat:
         return Foreign(tensors=tensors, config=config, companions=path, notes=notes)
 
     def write(self, foreign: Foreign, path: Path, options: Options) -> tuple[str, ...]:
-        """One file for each rank, as Llama 3 cuts them. The format is torch's pickle."""
+        """Write one file per rank, sharded as in Llama 3; the files are torch's pickles."""
         assert foreign.config is not None
         spec, size = DecoderSpec.of(foreign.config), options.tensor_parallel
         params, notes = params_of(foreign.config, spec)
@@ -108,9 +108,9 @@ class LlamaFormat:
         return notes
 
     def independent(self, path: Path, options: Options) -> Independent:
-        """Meta's reference forward over its own files."""
+        """Return Meta's reference forward on the checkpoint's own files."""
         if not (path / "params.json").is_file():
-            raise NotComparableError("there is no params.json, which Meta's forward needs")
+            raise NotComparableError("params.json is missing, which Meta's forward needs")
         ranks = _ranks(path, options)
         unsaid = None if options.config is None else _scaling_of(options.config)
         return Independent(
@@ -124,10 +124,10 @@ def _files(path: Path) -> list[Path]:
 
 
 def _ranks(path: Path, options: Options) -> list[Mapping[str, torch.Tensor]]:
-    """All ranks' tensors.
+    """Return the tensors of all ranks.
 
     Raises:
-        CheckpointError: a file is missing, or does not hold what the others do.
+        CheckpointError: a file is missing, or its tensors are not those of the other files.
     """
     files = _files(path)
     wanted = [f"consolidated.{rank:02d}.pth" for rank in range(len(files))]
@@ -141,8 +141,7 @@ def _ranks(path: Path, options: Options) -> list[Mapping[str, torch.Tensor]]:
         if others or different:
             raise CheckpointError(
                 f"{file} does not hold the tensors of {files[0].name}: got {(others or different)[:5]}, expected the "
-                "same "
-                "names and tensors. Copy all files of one checkpoint."
+                "same names and tensors. Copy all files of one checkpoint."
             )
     return ranks
 
@@ -150,7 +149,7 @@ def _ranks(path: Path, options: Options) -> list[Mapping[str, torch.Tensor]]:
 def _config(
     path: Path, ranks: list[Mapping[str, torch.Tensor]], options: Options
 ) -> tuple[Mapping[str, Any], tuple[str, ...]]:
-    """Fields of config.json, and notes. What params.json says about the function is what Meta's code computes."""
+    """Return fields of config.json, and notes; params.json takes precedence, because Meta's code computes by it."""
     if not (path / "params.json").is_file():
         return options.need_config("Llama's", path), ()
     params = read_params(path)
@@ -175,20 +174,18 @@ def _config(
     if differences and options.config is not None:
         raise CheckpointError(
             f"--config describes another model than {path / 'params.json'}: got {'; '.join(differences)}, expected "
-            "equal "
-            "fields. Pass --config with the configuration that belongs to this checkpoint."
+            "equal fields. Pass --config with the configuration that belongs to this checkpoint."
         )
     if differences:
         rest = {name: value for name, value in given.items() if name not in ("rope_parameters", "rope_scaling")}
         return {**rest, **made}, (
-            f"config.json beside params.json describes another model ({'; '.join(differences)}): params.json is "
-            "followed",
+            f"config.json beside params.json describes another model ({'; '.join(differences)}): params.json is used",
         )
     return given, ()
 
 
 def _scaling_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Constants of a llama3 scaling, which params.json does not hold: Llama 3.2 has others than 3.1."""
+    """Return the constants of llama3 scaling, which params.json lacks and which differ between Llama 3.1 and 3.2."""
     rope = DecoderSpec.of(config).rope
     return dict(rope.parameters) if rope.kind == "llama3" else None
 
@@ -219,7 +216,7 @@ def _names(spec: DecoderSpec, embedding: int) -> list[tuple[str, str, int | None
 
 def _part(rank: Mapping[str, torch.Tensor], name: str, path: Path) -> torch.Tensor:
     if name not in rank:
-        raise CheckpointError(f"{path} lacks {name}")
+        raise CheckpointError(f"{path} is incomplete: {name} is missing. Copy all files of one checkpoint.")
     return rank[name]
 
 
@@ -234,8 +231,7 @@ def _joined(
     if dim is None and any(not torch.equal(parts[0], part) for part in parts[1:]):
         raise CheckpointError(
             f"{path}: {name} is replicated, but its ranks disagree: got different values, expected equal ones. Copy "
-            "all "
-            "files of one checkpoint."
+            "all files of one checkpoint."
         )
     if dim is not None:
         size[dim] = sum(part.shape[dim] for part in parts)

@@ -1,8 +1,7 @@
-"""Meta's `params.json`, and config.json of the same model.
+"""Conversion between Meta's `params.json` and config.json.
 
 Sources: `ModelArgs` in meta-llama/llama, llama3 and llama-models, transformers' convert_llama_weights_to_hf.py, and
-Mistral's
-first releases, which use the same files with `head_dim`, `hidden_dim` and `sliding_window`.
+Mistral's first releases, which use the same files with `head_dim`, `hidden_dim` and `sliding_window`.
 """
 
 from __future__ import annotations
@@ -22,36 +21,35 @@ SCALED_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-# Fields that say how the model computes, or how large it is.
+# Fields that determine what the model computes, or its size.
 _KNOWN = {
     *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "multiple_of"),
     *("ffn_dim_multiplier", "norm_eps", "rope_theta", "use_scaled_rope", "rope_scaling_factor", "rope_scaling"),
     "sliding_window",
 }
-# Fields that size caches and batches.
+# Fields that only limit caches and batches.
 _LIMITS = {"max_seq_len", "max_batch_size", "max_position_embeddings"}
 
 
 def read_params(path: Path) -> dict[str, Any]:
-    """The fields of `params.json`.
+    """Return the fields of `params.json`.
 
     Raises:
-        CheckpointError: it is missing, torn, or has a field with an unknown meaning.
+        CheckpointError: the file is missing, damaged, or has an unsupported field.
     """
     file = path / "params.json"
     if not file.is_file():
-        raise CheckpointError(f"{file} does not exist; pass --config DIRECTORY with the model's config.json")
+        raise CheckpointError(f"{file} does not exist. Pass --config DIRECTORY with the model's config.json")
     try:
         params = json.loads(file.read_text())
         assert isinstance(params, dict)
     except (ValueError, AssertionError) as error:
-        raise CheckpointError(f"{file} is torn: {type(error).__name__}: {error}") from None
+        raise CheckpointError(f"{file} is damaged: {type(error).__name__}: {error}") from None
     unknown = sorted(name for name in set(params) - _KNOWN - _LIMITS if params[name] not in (None, False))
     if unknown:
         raise CheckpointError(
             f"{file} has unsupported fields: got {', '.join(f'{n}={params[n]!r}' for n in unknown)}, expected those "
-            "of a dense "
-            "Llama without adapters or quantization. Convert it with the model's own tools."
+            "of a dense Llama without adapters or quantization. Convert it with the model's own tools."
         )
     missing = sorted({"dim", "n_layers", "n_heads"} - set(params))
     if missing:
@@ -60,30 +58,28 @@ def read_params(path: Path) -> dict[str, Any]:
 
 
 def config_of(path: Path, params: Mapping[str, Any], intermediate: int, vocabulary: int, tied: bool) -> dict[str, Any]:
-    """config.json's fields of a model that Meta's params describe.
+    """Return the fields of config.json for a model that Meta's params describe.
 
     Args:
         path: the checkpoint, for errors.
-        params: see `read_params`.
-        intermediate: width of the MLP, which the weights tell.
-        vocabulary: rows of the head, which the weights tell.
-        tied: the head is the embedding.
+        params: the fields of `params.json`; see `read_params`.
+        intermediate: width of the MLP, from the weights.
+        vocabulary: number of rows of the head, from the weights.
+        tied: whether the head shares the embedding's weight.
     """
     heads = params["n_heads"]
     stated = params.get("vocab_size", -1)
     if stated > 0 and stated != vocabulary:
         raise CheckpointError(
             f"{path} is incomplete: params.json says vocab_size={stated}, got {vocabulary} rows of output.weight in "
-            "all files. "
-            "Copy all consolidated.NN.pth."
+            "all files. Copy all consolidated.NN.pth."
         )
     if stated <= 0:
-        raise CheckpointError(f"{path / 'params.json'} does not say the vocabulary's size; pass --config DIRECTORY")
+        raise CheckpointError(f"{path / 'params.json'} does not contain the vocabulary size. Pass --config DIRECTORY")
     if params.get("hidden_dim", intermediate) != intermediate:
         raise CheckpointError(
             f"{path} is incomplete: params.json says hidden_dim={params['hidden_dim']}, got {intermediate} rows of w1 "
-            "in all "
-            "files. Copy all consolidated.NN.pth."
+            "in all files. Copy all consolidated.NN.pth."
         )
     window = params.get("sliding_window")
     config: dict[str, Any] = {
@@ -107,7 +103,7 @@ def config_of(path: Path, params: Mapping[str, Any], intermediate: int, vocabula
     if params.get("use_scaled_rope"):
         given = {"factor": params["rope_scaling_factor"]} if params.get("rope_scaling_factor") else {}
         config["rope_scaling"] = {"rope_type": "llama3", **SCALED_ROPE, **given, **(params.get("rope_scaling") or {})}
-        if config["max_position_embeddings"] == 2048:  # params.json of Llama 3.1 does not say
+        if config["max_position_embeddings"] == 2048:  # params.json of Llama 3.1 does not contain it
             config["max_position_embeddings"] = 131072
     elif params.get("rope_scaling"):
         raise CheckpointError(
@@ -117,10 +113,10 @@ def config_of(path: Path, params: Mapping[str, Any], intermediate: int, vocabula
 
 
 def params_of(config: Mapping[str, Any], spec: DecoderSpec) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Meta's params of a model, and notes.
+    """Return Meta's params of a model, and notes.
 
     Raises:
-        CheckpointError: they cannot express it.
+        CheckpointError: Meta's params cannot express the model.
     """
     wrong = foreign_fields(config)
     if spec.qkv_bias or spec.output_bias or spec.mlp_bias:
@@ -138,8 +134,7 @@ def params_of(config: Mapping[str, Any], spec: DecoderSpec) -> tuple[dict[str, A
     if wrong:
         raise CheckpointError(
             f"Llama's format has no place for {'; '.join(wrong)}: expected a decoder without biases and QK norms, "
-            "with SwiGLU "
-            "and rotary scaling default or llama3. Write huggingface instead."
+            "with SwiGLU and rotary scaling default or llama3. Write huggingface instead."
         )
     params: dict[str, Any] = {
         "dim": spec.hidden,
@@ -152,7 +147,7 @@ def params_of(config: Mapping[str, Any], spec: DecoderSpec) -> tuple[dict[str, A
         "max_seq_len": config.get("max_position_embeddings", 2048),
     }
     notes: list[str] = []
-    beyond: list[str] = []  # what Meta's own code does not read
+    beyond: list[str] = []  # fields that Meta's own code does not read
     if spec.head_dim * spec.heads != spec.hidden:
         params["head_dim"] = spec.head_dim
         beyond.append("head_dim")
@@ -166,8 +161,7 @@ def params_of(config: Mapping[str, Any], spec: DecoderSpec) -> tuple[dict[str, A
             beyond.append("rope_scaling (Meta's code has the constants of Llama 3.1 built in)")
     if beyond:
         notes.append(
-            f"params.json holds {', '.join(beyond)}, which polyshard reads and Meta's own code does not: there the "
-            "model "
-            "is another one"
+            f"params.json holds {', '.join(beyond)}, which polyshard reads and Meta's own code ignores: Meta's code "
+            "computes another model"
         )
     return params, tuple(notes)

@@ -1,7 +1,7 @@
-"""Meta's reference forward over its own files: names, layouts, interleaved rotary embedding and params as Meta reads
-them.
+"""Meta's reference forward on its own files, with Meta's names, layouts, interleaved rotary embedding and params.
 
-`--verify` compares its logits with transformers' of the converted directory. It shares no code with the conversion.
+`--verify` compares its logits with those of transformers on the converted directory. It shares no code with the
+conversion.
 Source: llama/model.py in meta-llama/llama3, and `apply_scaling` in llama-models.
 """
 
@@ -20,7 +20,7 @@ State = Mapping[str, torch.Tensor]
 
 
 def merged(ranks: list[State]) -> dict[str, torch.Tensor]:
-    """Join the ranks' parts along the dimension that Meta's layers cut: 0 of column layers, 1 of row layers."""
+    """Join the shards of all ranks along their sharded dimension: 0 for column layers, 1 for row layers."""
     if len(ranks) == 1:
         return dict(ranks[0])
     full: dict[str, torch.Tensor] = {}
@@ -28,7 +28,7 @@ def merged(ranks: list[State]) -> dict[str, torch.Tensor]:
         parts = [rank[name] for rank in ranks]
         if part.dim() < 2:
             full[name] = part
-        elif name.startswith("tok_embeddings"):  # along the width in Llama 1 and 2, along the vocabulary since
+        elif name.startswith("tok_embeddings"):  # sharded along the width in Llama 1 and 2, the vocabulary in Llama 3
             full[name] = torch.cat(parts, dim=0 if part.shape[1] == ranks[0]["norm.weight"].shape[0] else 1)
         else:
             full[name] = torch.cat(parts, dim=1 if ".wo." in name or ".w2." in name else 0)
@@ -42,14 +42,14 @@ def reference_logits(
     rounded: torch.dtype | None,
     constants: Mapping[str, Any] | None = None,
 ) -> torch.Tensor:
-    """Logits `[tokens, vocabulary]` in float64 of token ids `[1, tokens]`.
+    """Return float64 logits `[tokens, vocabulary]` of token IDs `[1, tokens]`.
 
     Args:
         path: the checkpoint's directory with `params.json`.
-        ranks: its files.
-        ids: tokens.
-        rounded: dtype that the weights are rounded to first.
-        constants: of a rotary scaling, where `params.json` does not hold them.
+        ranks: the tensors of each rank.
+        ids: token IDs.
+        rounded: dtype to which the weights are rounded first; None for no rounding.
+        constants: constants of the rotary scaling, used if `params.json` does not contain them.
     """
     params = json.loads((path / "params.json").read_text())
     state = merged(ranks)
@@ -94,7 +94,7 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, params: dict[str, Any]) -> torc
 
 
 def _table(params: dict[str, Any], tokens: int) -> torch.Tensor:
-    """Complex rotations `[tokens, head_dim / 2]`."""
+    """Return complex rotations `[tokens, head_dim / 2]`."""
     size = params.get("head_dim") or params["dim"] // params["n_heads"]
     frequencies = [params.get("rope_theta", 10000.0) ** (-2 * i / size) for i in range(size // 2)]
     if params.get("use_scaled_rope"):
@@ -117,6 +117,6 @@ def _scaled(frequency: float, stored: dict[str, Any], default: float) -> float:
 
 
 def _rotated(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Neighbouring channels are a complex number."""
+    """Rotate neighbouring channels, each pair as one complex number."""
     turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * table[:, None]
     return torch.view_as_real(turned).flatten(-2)

@@ -1,4 +1,4 @@
-"""Megatron-Core: its layers, DistributedDataParallel and optimizers. Importing this imports no Megatron."""
+"""Megatron-Core: its layers, DistributedDataParallel and optimizers. Importing this does not import Megatron."""
 
 from polyshard.adapters.megatron.adapter import MegatronAdapter
 

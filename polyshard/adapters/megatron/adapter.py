@@ -1,4 +1,4 @@
-"""The Megatron-Core adapter: what it can do, and its entry points."""
+"""The Megatron-Core adapter: its capabilities and entry points."""
 
 from __future__ import annotations
 
@@ -53,7 +53,15 @@ REQUIREMENT = Requirement(
 
 
 class MegatronAdapter(BaseAdapter):
-    """`Adapter` of Megatron-Core."""
+    """The `Adapter` of Megatron-Core.
+
+    Example:
+        >>> adapter = ps.load_adapter("megatron")
+        >>> adapter.capabilities["zero1"].available, adapter.capabilities["zero3"].available
+        (True, False)
+        >>> [checkpoint_format.name for checkpoint_format in adapter.formats]
+        ['megatron-torch-dist', 'megatron-legacy']
+    """
 
     name = "megatron"
     capabilities = CAPABILITIES
@@ -63,21 +71,21 @@ class MegatronAdapter(BaseAdapter):
         self.linear = MegatronLinearAdapter()
 
     def adopt(self, context: ParallelContext) -> GroupContext:
-        """Megatron-Core's layers on the groups of `context`."""
+        """Return a context with Megatron-Core's layers on the process groups of `context`."""
         self.requirement.require()
         return adopt(context, self.linear)
 
     def engine(
         self, model: nn.Module, optimizer: OptimizerFactory, context: ParallelContext, **options: Any
     ) -> MegatronEngine:
-        """Megatron's DDP and optimizer around `model`; options are those of `MegatronEngine`."""
+        """Return Megatron's DDP and optimizer around `model`; the options are those of `MegatronEngine`."""
         from polyshard.adapters.megatron.engine import MegatronEngine
 
         return MegatronEngine(model, optimizer, context, **options)
 
     @property
     def formats(self) -> tuple[CheckpointFormat, ...]:
-        """Its checkpoints on disk; the library itself is not needed to look at them."""
+        """The checkpoint formats of the library; reading them does not require Megatron."""
         from polyshard.adapters.megatron.dist_format import MegatronDistFormat
         from polyshard.adapters.megatron.legacy_format import MegatronLegacyFormat
 

@@ -1,9 +1,8 @@
-"""Megatron's arguments, which its checkpoints hold beside the weights: which of them say how the model computes.
+"""Megatron's arguments, which its checkpoints store beside the weights: those that determine what the model computes.
 
-`megatron/training/checkpointing.py` (`load_args_from_checkpoint`) and `arguments.py` of Megatron-LM name them. A
-field of
-config.json without an argument cannot be expressed, so writing is refused; an argument that contradicts config.json
-makes reading fail.
+Source: `megatron/training/checkpointing.py` (`load_args_from_checkpoint`) and `arguments.py` of Megatron-LM. A field of
+config.json without a matching argument makes writing fail; an argument that contradicts config.json makes reading
+fail.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ from typing import Any
 from polyshard.config.decoder_spec import DecoderSpec, Rope, foreign_fields
 from polyshard.core.errors import CheckpointError
 
-# Megatron fixes these three where its arguments say use_rope_scaling (RotaryEmbedding._apply_scaling).
+# Megatron fixes these three if its arguments set use_rope_scaling (RotaryEmbedding._apply_scaling).
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
-# Arguments of models that are no Llama-like decoder, with the values that change nothing.
+# Arguments of models that are not Llama-like decoders, with the values that have no effect.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "activation_func_clamp_value": (None,),
     "apply_layernorm_1p": (None, False),
@@ -47,13 +46,13 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 
 def arguments_of(spec: DecoderSpec, config: Mapping[str, Any], padded: int, multiple: int) -> dict[str, Any]:
-    """Megatron's arguments of a model.
+    """Return Megatron's arguments of a model.
 
     Args:
-        spec: the model.
-        config: fields of its config.json.
-        padded: rows of the padded vocabulary.
-        multiple: that it is padded to.
+        spec: the decoder spec of the model.
+        config: the fields of its config.json.
+        padded: number of rows of the padded vocabulary.
+        multiple: the multiple to which the vocabulary is padded.
 
     Raises:
         CheckpointError: Megatron's arguments cannot express the model.
@@ -64,7 +63,7 @@ def arguments_of(spec: DecoderSpec, config: Mapping[str, Any], padded: int, mult
     if spec.output_bias != spec.mlp_bias or (spec.mlp_bias and not spec.qkv_bias):
         unsupported.append(
             f"biases of q, k and v {spec.qkv_bias}, of the output projection {spec.output_bias}, of the MLP "
-            f"{spec.mlp_bias} (add_bias_linear gives all of them one, add_qkv_bias q, k and v alone)"
+            f"{spec.mlp_bias} (add_bias_linear adds a bias to all of them, add_qkv_bias only to q, k and v)"
         )
     if len({window for window in spec.windows if window is not None}) > 1:
         unsupported.append(f"sliding windows {sorted({str(window) for window in spec.windows})}")
@@ -76,9 +75,9 @@ def arguments_of(spec: DecoderSpec, config: Mapping[str, Any], padded: int, mult
         unsupported.append(f"rotary scaling {rope.kind} with {dict(rope.parameters)}")
     if unsupported:
         raise CheckpointError(
-            f"Megatron's arguments cannot express this model: got {'; '.join(unsupported)}, expected a decoder with "
-            "SwiGLU "
-            f"and rotary scaling default, linear by an integer, or llama3 with {LLAMA3}. Write huggingface instead."
+            f"Megatron's arguments cannot express this model: got {'; '.join(unsupported)}, expected a decoder "
+            f"with SwiGLU and rotary scaling default, linear by an integer, or llama3 with {LLAMA3}. Write "
+            "huggingface instead."
         )
     sliding = [int(window is not None) for window in spec.windows]
     window = next((window for window in spec.windows if window is not None), None)
@@ -125,7 +124,7 @@ def check_arguments(where: object, held: Mapping[str, Any], spec: DecoderSpec) -
     """Check a checkpoint's arguments against the configuration.
 
     Raises:
-        CheckpointError: they describe another model.
+        CheckpointError: the arguments describe another model.
     """
     wrong = [f"{name}={held[name]!r}" for name, same in NEUTRAL.items() if name in held and held[name] not in same]
     if wrong:
@@ -146,12 +145,12 @@ def check_arguments(where: object, held: Mapping[str, Any], spec: DecoderSpec) -
 
 
 def plain_arguments(stored: Any) -> dict[str, Any]:
-    """Arguments that a checkpoint holds as a namespace, or as a mapping; empty where there are none."""
+    """Return arguments stored as a namespace or a mapping as a dict; empty if there are none."""
     return {} if stored is None else dict(stored) if isinstance(stored, Mapping) else dict(vars(stored))
 
 
 def padded_rows(held: Mapping[str, Any], spec: DecoderSpec, multiple: int) -> int | None:
-    """Rows of the padded vocabulary, by the checkpoint's arguments or the multiple that the user gives."""
+    """Return the number of rows of the padded vocabulary, from the arguments or the given multiple; None if unknown."""
     padded, tensor = held.get("padded_vocab_size"), held.get("tensor_model_parallel_size") or 1
     if padded is None and multiple > 1:
         return -(-spec.vocabulary // multiple) * multiple

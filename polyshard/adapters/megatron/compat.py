@@ -1,6 +1,6 @@
-"""All that depends on Megatron-Core's version; written for 0.16 to 0.19. Imported on first use of Megatron.
+"""All code that depends on the version of Megatron-Core, for 0.16 to 0.19. Imported on first use of Megatron.
 
-0.19 needs Python 3.12; what differs is asked of signatures, not of version numbers.
+0.19 needs Python 3.12. Differences are detected from signatures, not from version numbers.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def layer_config(
 ) -> ModelParallelConfig:
     """What Megatron's layers and DDP read.
 
-    Weights are initialised on the CPU, whole and then sliced: alike at every tensor-parallel size, which Megatron's
-    initialisation on the GPU is not.
+    Full weights are initialized on the CPU and then sliced, so they are equal at every tensor-parallel size. Megatron's
+    initialization on the GPU does not guarantee this.
     """
     config: Any = ModelParallelConfig(
         tensor_model_parallel_size=tensor_size,
@@ -80,7 +80,7 @@ def layer_config(
 
 
 def vocab_parallel_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Loss of each token. Before 0.19 the function takes no group, and its forward reads a global."""
+    """Return the loss of each token. Before 0.19 Megatron's function takes no group and reads a global instead."""
     loss: Any = _cross_entropy
     if "tp_group" in inspect.signature(loss).parameters:
         return loss(logits, targets, tp_group=group)
@@ -94,7 +94,7 @@ def vocab_parallel_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, gr
 
 
 def process_groups(tensor: Any, data: Any, one: Any, world: Any) -> ProcessGroupCollection:
-    """The collection that DDP and the optimizer ask for, without `initialize_model_parallel` and its globals."""
+    """Return the groups that DDP and the optimizer need, without `initialize_model_parallel` and its globals."""
     groups = {
         **dict.fromkeys(("tp", "mp", "tp_ep_pp", "expt_tp", "tp_ep", "tp_cp"), tensor),
         **dict.fromkeys(("dp", "dp_cp", "expt_dp", "intra_dp_cp", "intra_expt_dp"), data),
@@ -108,12 +108,12 @@ def process_groups(tensor: Any, data: Any, one: Any, world: Any) -> ProcessGroup
 
 @dataclass(frozen=True, slots=True)
 class OptimizerPart:
-    """Where Megatron keeps the optimizer state of a parameter on this rank.
+    """The tensor with the optimizer state of a parameter on this rank.
 
     Attributes:
         main: the tensor that the optimizer updates: the parameter, its fp32 copy, or a 1-D shard of either.
-        start: of a shard, its first element in the flattened parameter; None where `main` is whole on every
-            data-parallel rank.
+        start: the offset of the shard in the flattened parameter; None if `main` is replicated on every data-parallel
+            rank.
     """
 
     main: torch.Tensor
@@ -121,22 +121,22 @@ class OptimizerPart:
 
 
 def base_optimizer(optimizer: Any) -> Any:
-    """torch's optimizer inside Megatron's, its state made where no step has been taken."""
+    """Return the torch optimizer inside Megatron's, after creating its state if no step was taken."""
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     if len(chained) != 1:
-        raise AdapterError(f"Megatron split the parameters over {len(chained)} optimizers; polyshard expects one")
+        raise AdapterError(f"Megatron split the parameters over several optimizers: got {len(chained)}, expected 1")
     base = chained[0].optimizer
     materialize(base)
     return base
 
 
 def optimizer_part(optimizer: Any, base: Any, parameter: torch.nn.Parameter) -> OptimizerPart | None:
-    """A parameter's part, or None where this rank has none (distrib_optimizer.py, 0.16.1).
+    """Return this rank's part of a parameter, or None if it has none (distrib_optimizer.py, 0.16.1).
 
     Args:
-        optimizer: Megatron's.
+        optimizer: Megatron's optimizer.
         base: its `base_optimizer`.
-        parameter: of the model.
+        parameter: a parameter of the model.
     """
     (holder,) = getattr(optimizer, "chained_optimizers", [optimizer])
     if not hasattr(holder, "model_param_group_index_map"):
@@ -183,19 +183,19 @@ def count_gradients(optimizer: Any, named: Mapping[str, torch.nn.Parameter], par
 
 @contextlib.contextmanager
 def current_device_as_cpu(device: torch.device) -> Iterator[None]:
-    """Make `torch.cuda.current_device()` and `current_stream()` name the CPU's if a rank computes on the CPU.
+    """Make `torch.cuda.current_device()` and `current_stream()` return the CPU's if a rank computes on the CPU.
 
     Sequence parallel and DDP allocate with `device=torch.cuda.current_device()`: tensor_parallel/mappings.py:91,181,
     tensor_parallel/layers.py:552, distributed/param_and_grad_buffer.py:806 (0.16.1). `test_megatron.py` fails
-    when Megatron no longer needs this. Gradient synchronisation asks for the current stream, which torch's CUDA builds
-    refuse without a GPU: distributed/param_and_grad_buffer.py:632 (0.19.2).
+    when Megatron no longer needs this. Gradient synchronization reads the current stream, which raises in torch's CUDA
+    builds without a GPU: distributed/param_and_grad_buffer.py:632 (0.19.2).
     """
     if device.type == "cuda":
         yield
         return
     cuda: Any = torch.cuda
     original = cuda.current_device, cuda.current_stream
-    cuda.current_device = lambda: torch.device("cpu")  # a device does for an index
+    cuda.current_device = lambda: torch.device("cpu")  # callers accept a device in place of an index
     cuda.current_stream = lambda device=None: torch.cpu.current_stream()
     try:
         yield
@@ -205,7 +205,7 @@ def current_device_as_cpu(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def sequence_parallel_state(device: torch.device) -> Iterator[None]:
-    """What Megatron's layers read under sequence parallel: the global memory buffer that they gather into."""
+    """Provide the global memory buffer that Megatron's layers gather into under sequence parallel."""
     state: Any = parallel_state
     made = state._GLOBAL_MEMORY_BUFFER is None
     if made:
@@ -219,7 +219,7 @@ def sequence_parallel_state(device: torch.device) -> Iterator[None]:
 
 
 class _CudaLiterals(TorchFunctionMode):
-    """`device="cuda"` becomes the CPU, and the type of a CPU tensor is told as CUDA's."""
+    """Replaces `device="cuda"` by the CPU, and reports CUDA types for CPU tensors."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -234,9 +234,9 @@ class _CudaLiterals(TorchFunctionMode):
 
 @contextlib.contextmanager
 def cuda_as_cpu(device: torch.device) -> Iterator[None]:
-    """Around the construction and the step of Megatron's optimizers, where a rank computes on the CPU.
+    """Make Megatron's optimizers work on a rank that computes on the CPU; wraps their construction and step.
 
-    They hold literal `device='cuda'` and compare `tensor.type()` with 'torch.cuda.FloatTensor':
+    They contain literal `device='cuda'` and compare `tensor.type()` with 'torch.cuda.FloatTensor':
     optimizer/optimizer.py:473,481,690,907, optimizer/clip_grads.py:90,103,115,167, optimizer/distrib_optimizer.py:420
     (0.16.1). `tests/adapters/test_megatron.py` fails when Megatron no longer needs this.
     """

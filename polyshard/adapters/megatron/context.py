@@ -1,4 +1,4 @@
-"""Megatron's layers on the groups of a context; Megatron's own global groups are never made."""
+"""Megatron's layers on the process groups of a context, without Megatron's global groups."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from polyshard.core.context import GroupContext, ParallelContext
 
 
 def adopt(context: ParallelContext, linear: Any) -> GroupContext:
-    """Megatron's layers on the groups of `context`, until it is shut down."""
+    """Return a context with Megatron's layers on the process groups of `context`."""
     from polyshard.adapters.megatron import compat
 
     adopted = with_groups(group_context(context), ("tensor", "data", "pipeline"))
     held = contextlib.ExitStack()
     if adopted.layout.sequence_parallel:
-        # The backward runs outside of any call of ours.
+        # Held until shutdown, because the backward pass runs outside of polyshard's calls.
         held.enter_context(compat.sequence_parallel_state(adopted.device))
     return dataclasses.replace(adopted, linear=linear, on_shutdown=(held.close, *adopted.on_shutdown))

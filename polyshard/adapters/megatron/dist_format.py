@@ -30,8 +30,8 @@ _LINEAR = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linea
 LATEST = "latest_checkpointed_iteration.txt"
 TRAINING_STATE = re.compile(r"^(chained_\d+\.)?(optimizer|opt_param_scheduler|rng_state|rerun_state_machine)(\.|/|_|$)")
 NO_ARGUMENTS = (
-    "the checkpoint holds no arguments of Megatron: the configuration's rotary embedding, norm epsilon, activation and "
-    "windows are taken as they are given"
+    "the checkpoint holds no arguments of Megatron: rotary embedding, norm epsilon, activation and windows are those "
+    "of the configuration, unchecked"
 )
 
 
@@ -42,7 +42,7 @@ class MegatronDistFormat:
     writes = True
 
     def detect(self, path: Path) -> str | None:
-        """By `metadata.json`."""
+        """Detect the backend `torch_dist` in `metadata.json`."""
         place = iteration(path)
         file = place / METADATA
         if not file.is_file() or not (place / ".metadata").is_file():
@@ -54,7 +54,7 @@ class MegatronDistFormat:
         return f"Megatron-Core's torch_dist checkpoint, {place.name}" if backend == "torch_dist" else None
 
     def read(self, path: Path, options: Options) -> Foreign:
-        """A GPT's weights; the optimizer's and random states are left out."""
+        """Read the weights of a GPT; optimizer and random state are skipped."""
         place = iteration(path)
         config = options.need_config("Megatron's", place, path)
         spec = DecoderSpec.of(config)
@@ -67,7 +67,7 @@ class MegatronDistFormat:
         return Foreign(tensors=tensors, config=config, companions=path, notes=notes)
 
     def write(self, foreign: Foreign, path: Path, options: Options) -> tuple[str, ...]:
-        """A GPT's weights and arguments as Megatron's own saving lays them out; index and files are torch's pickles."""
+        """Write a GPT's weights and arguments in the layout of Megatron's own saving; the files are torch's pickles."""
         assert foreign.config is not None
         spec = DecoderSpec.of(foreign.config)
         multiple = math.lcm(max(1, options.padded_vocabulary), options.tensor_parallel)
@@ -77,10 +77,10 @@ class MegatronDistFormat:
         place.mkdir()
         content: dict[str, Any] = dict(from_hugging_face(foreign.tensors, spec, padded))
         for layer in range(spec.layers):
-            for name in _LINEAR:  # Megatron's loading asks for each linear layer's empty extra state
+            for name in _LINEAR:  # Megatron's loading requires an empty extra state of each linear layer
                 content[f"{LAYERS}{name}._extra_state/shard_{layer}_{spec.layers}"] = [None]
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as meant, in one process
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # expected in one process
             planner = DefaultSavePlanner(flatten_state_dict=False)
             save(content, checkpoint_id=place, planner=planner, no_dist=True)
         arguments["tensor_model_parallel_size"] = options.tensor_parallel
@@ -93,10 +93,10 @@ class MegatronDistFormat:
             )
         )
         (path / LATEST).write_text("0")
-        return ("the configuration's fields that are no arguments of Megatron stand in config.json beside it",)
+        return ("fields of the configuration without an argument of Megatron are in config.json beside the checkpoint",)
 
     def independent(self, path: Path, options: Options) -> Independent:
-        """Megatron-Core's own GPT, loaded by its own code."""
+        """Return Megatron-Core's own GPT, loaded by its own code."""
         place = iteration(path)
         return independent(
             place, "torch_dist", options.need_config("Megatron's", place, path), stored_arguments(place, options)
@@ -104,19 +104,21 @@ class MegatronDistFormat:
 
 
 def iteration(path: Path) -> Path:
-    """The directory of the newest iteration, or the path where it is one already."""
+    """Return the directory of the newest iteration, or the path itself if it is one."""
     latest = path / LATEST
     if latest.is_file():
         text = latest.read_text().strip()
         place = path / ("release" if text == "release" else f"iter_{int(text):07d}" if text.isdigit() else text)
         if not place.is_dir():
-            raise CheckpointError(f"{latest} names iteration {text}, but {place} does not exist")
+            raise CheckpointError(
+                f"{latest} names iteration {text}, but {place} does not exist. Copy the full checkpoint"
+            )
         return place
     return path
 
 
 def stored_arguments(place: Path, options: Options) -> dict[str, Any]:
-    """The arguments that Megatron's training saved; empty where there are none."""
+    """Return the arguments that Megatron's training saved; empty if there are none."""
     file = place / COMMON
     content = load_pickle(file, options) if file.is_file() else {}
     arguments = content.get("args") if isinstance(content, dict) else None
@@ -124,10 +126,10 @@ def stored_arguments(place: Path, options: Options) -> dict[str, Any]:
 
 
 def _weights(place: Path, options: Options) -> tuple[dict[str, LazyTensor], list[str]]:
-    """Weights, each layer's under a name of its own, and the names of the training state."""
+    """Return the weights, unstacked by layer, and the names of the training state."""
     found = stored_tensors(place, options)
 
-    @lru_cache(maxsize=1)  # layers are asked for in turn
+    @lru_cache(maxsize=1)  # the layers of a stacked tensor are read one after the other
     def load(name: str) -> torch.Tensor:
         return found[name].load()
 

@@ -1,6 +1,6 @@
 """Megatron-Core's training engine: its DistributedDataParallel with FP32Optimizer or DistributedOptimizer (ZeRO-1).
 
-Both run on any module, with an explicit collection of process groups.
+Both wrap any module, and take an explicit collection of process groups.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ logger = logging.getLogger(__name__)
 
 
 class MegatronEngine(BaseEngine):
-    """`TrainingEngine` of Megatron-Core, over the replicas.
+    """`TrainingEngine` on Megatron-Core over the replicas.
 
     Args:
-        model: as its factory built it with `context`.
-        optimizer: `polyshard.AdamW`: Megatron makes its own optimizer from the settings.
-        context: where this process stands, as this adapter made or adopted it.
+        model: the unwrapped model that its factory built with `context`.
+        optimizer: `polyshard.AdamW`; Megatron creates its own optimizer from these settings.
+        context: this process's parallel context, which this adapter initialized or adopted.
         zero_stage: 0 for FP32Optimizer, 1 for DistributedOptimizer.
         max_grad_norm: clip the whole model's gradient to this norm; None does not clip.
         precision: dtypes of the run. Parameters in bfloat16 or float16 get float32 masters; float16 scales the loss.
@@ -64,7 +64,7 @@ class MegatronEngine(BaseEngine):
             raise ConfigurationError(f"zero_stage must be 0 or 1, got {zero_stage!r}")
         if not isinstance(optimizer, AdamW):
             raise AdapterError(
-                f"Megatron makes its own optimizer: pass polyshard.AdamW(...), not {type(optimizer).__name__}"
+                f"Megatron creates its own optimizer: got {type(optimizer).__name__}, expected polyshard.AdamW(...)"
             )
         super().__init__(
             model,
@@ -109,7 +109,7 @@ class MegatronEngine(BaseEngine):
             dtype=parameters,
         )
         with self._guard("data parallel setup"), compat.cuda_as_cpu(self.context.device):
-            wrap: Any = compat.DistributedDataParallel  # typed for a TransformerConfig; reads what layer_config has
+            wrap: Any = compat.DistributedDataParallel  # typed for TransformerConfig; layer_config suffices
             self._wrapped = wrap(config=config, ddp_config=ddp_config, module=model, pg_collection=groups)
             self.optimizer = compat.get_megatron_optimizer(
                 settings, [self._wrapped], use_gloo_process_groups=False, pg_collection=groups
@@ -121,7 +121,7 @@ class MegatronEngine(BaseEngine):
             lambda name, values, start: counted_parts(self.table[name], values, start, axis.rank, axis.size),
         )
         for group in self.optimizer.param_groups:
-            # Megatron leaves this to its OptimizerParamScheduler; without it norms and biases would be decayed too.
+            # Megatron's OptimizerParamScheduler would do this; otherwise norms and biases would also be decayed.
             group["weight_decay"] = optimizer.weight_decay * group.get("wd_mult", 1.0)
         self.zero_grad()
 
@@ -132,7 +132,7 @@ class MegatronEngine(BaseEngine):
         super().backward(loss)
 
     def step(self) -> StepResult:
-        """Average over the replicas, clip, update, clear."""
+        """Average the gradients over the replicas, clip, update, and clear them."""
         self.updates += 1
         with self._guard("data step"), compat.cuda_as_cpu(self.context.device):
             self._generators.compare()
@@ -140,21 +140,21 @@ class MegatronEngine(BaseEngine):
             updated, norm, _ = self.optimizer.step()
         self.zero_grad()
         if not updated:
-            self.updates -= 1  # counted above: an error in the step may leave weights changed
+            self.updates -= 1  # counted above, since an error in the step may leave weights changed
             logger.warning("Megatron's optimizer skipped this step: a gradient is not finite")
         return StepResult(grad_norm=None if norm is None else float(norm), skipped=not updated)
 
     def zero_grad(self) -> None:
-        """Forget accumulated gradients."""
+        """Clear accumulated gradients."""
         self._wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def accumulate(self) -> AbstractContextManager[None]:
-        """Around all micro-batches but the last."""
+        """Return a context manager for all micro-batches except the last."""
         return self._wrapped.no_sync()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Set parameters, and the optimizer's own copies of them, from tensor-parallel shards."""
+        """Load tensor-parallel shards into the parameters and the optimizer's copies of them."""
         self.updates += 1
         if not self.precision.has_masters:
             load_shards(dict(self._module.named_parameters()), weights)
@@ -171,13 +171,13 @@ class MegatronEngine(BaseEngine):
                 main.view(-1).copy_(value.to(main.device).reshape(-1)[start : start + main.numel()])
 
     def weights_written(self) -> None:
-        """Refresh the optimizer's copies."""
+        """Refresh the optimizer's copies of the parameters."""
         self.updates += 1
         with compat.cuda_as_cpu(self.context.device):
             self.optimizer.reload_model_params()
 
     def optimizer_state(self) -> OptimizerState:
-        """Each rank's run of the flattened parameters, or the whole at stage 0."""
+        """Return this rank's pieces of the optimizer state; at stage 0 every rank holds the full state."""
         axis = replica_axis(self.context)
         pieces: list[Piece] = []
         base = compat.base_optimizer(self.optimizer)

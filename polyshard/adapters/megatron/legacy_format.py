@@ -1,4 +1,4 @@
-"""Megatron's legacy checkpoints: `iter_NNNNNNN/mp_rank_TT[_PPP]/model_optim_rng.pt`, each rank's own shapes."""
+"""Megatron's legacy checkpoints: `iter_NNNNNNN/mp_rank_TT[_PPP]/model_optim_rng.pt`, with the shards of each rank."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FOLDER = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?$")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)$")
 _FILES = ("model_optim_rng.pt", "model_rng.pt")
 
-# Dimension that tensor ranks share, by the end of the name; norms and biases of row layers are replicated.
+# The dimension sharded over tensor ranks, by the end of the name; norms and biases of row layers are replicated.
 _DIMENSIONS = {
     "word_embeddings.weight": 0,
     "linear_qkv.weight": 0,
@@ -40,13 +40,13 @@ State = Mapping[str, torch.Tensor]
 
 
 class MegatronLegacyFormat:
-    """`mp_rank_XX`."""
+    """Folders `mp_rank_XX`."""
 
     name = "megatron-legacy"
     writes = False
 
     def detect(self, path: Path) -> str | None:
-        """Folders by name."""
+        """Detect the rank folders by name."""
         place = iteration(path)
         found = _files(place)
         if not found:
@@ -55,7 +55,7 @@ class MegatronLegacyFormat:
         return f"Megatron's legacy checkpoint, {place.name}, tensor-parallel {tensor}, pipeline-parallel {pipeline}"
 
     def read(self, path: Path, options: Options) -> Foreign:
-        """The ranks' parts joined."""
+        """Read the weights, joined over all ranks."""
         place = iteration(path)
         config = options.need_config("Megatron's", place, path)
         spec = DecoderSpec.of(config)
@@ -64,7 +64,7 @@ class MegatronLegacyFormat:
         check_arguments(path, arguments, spec)
         _check_sizes(place, files, arguments)
         held: dict[str, LazyTensor] = {}
-        first = 0  # layer of the chunk
+        first = 0  # first layer of the chunk
         for stage, chunk in _chunks(place, files):
             tensors = sorted((rank, _model(content, chunk)) for (s, rank), content in files.items() if s == stage)
             first += _add(held, place, [state for _, state in tensors], first)
@@ -77,11 +77,11 @@ class MegatronLegacyFormat:
         return Foreign(tensors=tensors, config=config, companions=path, notes=notes)
 
     def write(self, foreign: Foreign, path: Path, options: Options) -> tuple[str, ...]:
-        """Never."""
-        raise CheckpointError("Megatron's legacy format is read, not written: write megatron-torch-dist")
+        """Raise `CheckpointError`: this format is only read."""
+        raise CheckpointError("Megatron's legacy format is read, not written: write megatron-torch-dist instead")
 
     def independent(self, path: Path, options: Options) -> Independent:
-        """Megatron-Core's own GPT, loaded by its own code."""
+        """Return Megatron-Core's own GPT, loaded by its own code."""
         place = iteration(path)
         files = _complete(place)
         arguments = _arguments(load_pickle(files[0, 0], options))
@@ -107,18 +107,17 @@ def _files(place: Path) -> dict[Place, Path]:
 
 
 def _complete(place: Path) -> dict[Place, Path]:
-    """All ranks' files.
+    """Return the files of all ranks.
 
     Raises:
-        CheckpointError: a folder is of another kind, or ranks are missing.
+        CheckpointError: a folder is unsupported, or ranks are missing.
     """
     files = _files(place)
     others = sorted({folder.name for folder in _folders(place)} - {file.parent.name for file in files.values()})
     if others:
         raise CheckpointError(
             f"{place} holds folders that cannot be read: {', '.join(others[:5])}. Expected mp_rank_TT or "
-            "mp_rank_TT_PPP, each "
-            f"with {_FILES[0]}; experts' folders (mp_rank_TT_PPP_EEE) are unsupported."
+            f"mp_rank_TT_PPP, each with {_FILES[0]}; experts' folders (mp_rank_TT_PPP_EEE) are unsupported."
         )
     stages, tensor = max(s for s, _ in files) + 1, max(t for _, t in files) + 1
     missing = [(s, t) for s in range(stages) for t in range(tensor) if (s, t) not in files]
@@ -140,7 +139,7 @@ def _check_sizes(place: Path, files: Mapping[Place, Any], arguments: Mapping[str
 
 
 def _chunks(place: Path, files: Mapping[Place, Any]) -> list[tuple[int, str]]:
-    """Stage and key of each part of the pipeline, in the order of the layers."""
+    """Return the stage and key of each pipeline chunk, in the order of the layers."""
     keys = sorted((key for key in files[0, 0] if re.fullmatch(r"model\d+", key)), key=lambda key: int(key[5:]))
     stages = range(max(stage for stage, _ in files) + 1)
     return [(stage, key) for key in keys or ["model"] for stage in stages]
@@ -151,7 +150,7 @@ def _model(content: Mapping[str, Any], key: str) -> State:
 
 
 def _add(held: dict[str, LazyTensor], place: Path, ranks: list[State], first: int) -> int:
-    """Add one chunk's joined tensors; gives the number of its layers."""
+    """Add the joined tensors of one chunk; return its number of layers."""
     names = {name for rank in ranks for name, value in rank.items() if isinstance(value, torch.Tensor)}
     layers: set[int] = set()
     for name in sorted(names):
@@ -168,7 +167,10 @@ def _add(held: dict[str, LazyTensor], place: Path, ranks: list[State], first: in
         part = _joined(place, [rank[name] for rank in ranks], name)
         if short in held:  # a tied embedding is on the first and on the last stage
             if not torch.equal(held[short].load(), part.load()):
-                raise CheckpointError(f"{place}: {name} is on two stages, and they disagree. Find out which is right.")
+                raise CheckpointError(
+                    f"{place}: {name} is on two stages with different values, expected equal ones. Find out "
+                    "which is right."
+                )
             continue
         held[short] = part
     return len(layers)
@@ -189,7 +191,7 @@ def _joined(place: Path, parts: list[torch.Tensor], name: str) -> LazyTensor:
     def load() -> torch.Tensor:
         if "linear_fc1" not in name:
             return torch.cat(parts, dim=dim)
-        halves = [part.chunk(2) for part in parts]  # each rank holds its gate and its up
+        halves = [part.chunk(2) for part in parts]  # each rank holds its gate and up shards
         return torch.cat([half[i] for i in range(2) for half in halves])
 
     return LazyTensor(tuple(size), parts[0].dtype, load)

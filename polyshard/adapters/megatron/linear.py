@@ -1,4 +1,4 @@
-"""Megatron-Core's own parallel layers under polyshard's `LinearAdapter`."""
+"""Megatron-Core's parallel layers behind polyshard's `LinearAdapter`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class MegatronLayer(nn.Module):
-    """Megatron's layer with a plain tensor as output, and the sequence before the last dimension.
+    """A Megatron layer that returns a plain tensor, with the sequence dimension before the last.
 
     Under sequence parallel Megatron shards dimension 0, `[seq, batch, hidden]`; polyshard's tensors are
     `[batch, seq, hidden]` or packed `[tokens, hidden]`.
@@ -29,14 +29,14 @@ class MegatronLayer(nn.Module):
         self.sequence_parallel = sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As Megatron's layer."""
+        """Return the output of Megatron's layer, without its bias tuple."""
         if not (self.sequence_parallel and x.dim() == 3):
             return self.layer(x.contiguous())[0]
         return self.layer(x.transpose(0, 1).contiguous())[0].transpose(0, 1)
 
 
 class MegatronEmbedding(nn.Module):
-    """Megatron's embedding, likewise."""
+    """A Megatron embedding with the same dimension order as `MegatronLayer`."""
 
     def __init__(self, layer: nn.Module, sequence_parallel: bool) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class MegatronEmbedding(nn.Module):
         self.sequence_parallel = sequence_parallel
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Token ids `[batch, seq]` or `[tokens]`."""
+        """Return the embeddings of token IDs `[batch, seq]` or `[tokens]`."""
         if not self.sequence_parallel:
             return self.layer(input_ids)
         if input_ids.dim() == 1:
@@ -53,23 +53,23 @@ class MegatronEmbedding(nn.Module):
 
 
 class MegatronLinearAdapter:
-    """`LinearAdapter` of Megatron-Core, with an explicit tensor-parallel group."""
+    """The `LinearAdapter` of Megatron-Core, with an explicit tensor-parallel group."""
 
     plain_outputs = True
     plain_products = True
     vocab_padding = 1
-    smooths_labels = False  # Megatron smooths over each rank's shard alone
+    smooths_labels = False  # Megatron smooths over each rank's shard only
 
     def create_column_parallel(
         self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
-        """Megatron's ColumnParallelLinear."""
+        """Return Megatron's `ColumnParallelLinear`."""
         return MegatronLayer(*self._column(input_size, output_size, parallel_context, bias, input_size**-0.5))
 
     def create_row_parallel(
         self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
-        """Megatron's RowParallelLinear."""
+        """Return Megatron's `RowParallelLinear`."""
         from polyshard.adapters.megatron.compat import RowParallelLinear
 
         config, group = _config(parallel_context), parallel_context.get_tensor_parallel_group()
@@ -84,14 +84,14 @@ class MegatronLinearAdapter:
             tp_group=group,
         ).to(parallel_context.device)
         if bias and config.sequence_parallel:
-            # Each rank adds the bias to its own tokens; Megatron leaves the sum of its gradients to the engine.
+            # Each rank adds the bias to its own tokens; Megatron leaves summing the gradients to the engine.
             layer.bias.register_hook(partial(_sum, axis=parallel_context.axis("tensor")))
         return MegatronLayer(layer, config.sequence_parallel)
 
     def create_vocab_embedding(
         self, num_embeddings: int, embedding_dim: int, parallel_context: ParallelContext
     ) -> nn.Module:
-        """Megatron's VocabParallelEmbedding, padded: it asserts that its rows divide."""
+        """Return Megatron's `VocabParallelEmbedding`, padded because it asserts that its rows divide evenly."""
         from polyshard.adapters.megatron.compat import VocabParallelEmbedding
 
         config, axis = _config(parallel_context), parallel_context.axis("tensor")
@@ -113,7 +113,7 @@ class MegatronLinearAdapter:
         bias: bool = False,
         tied_to: nn.Module | None = None,
     ) -> nn.Module:
-        """Megatron's ColumnParallelLinear over the padded vocabulary."""
+        """Return Megatron's `ColumnParallelLinear` over the padded vocabulary."""
         axis = parallel_context.axis("tensor")
         layer, sequence_parallel = self._column(
             hidden_size, padded_size(vocab_size, axis), parallel_context, bias, 0.02
@@ -132,12 +132,12 @@ class MegatronLinearAdapter:
         ignore_index: int,
         label_smoothing: float,
     ) -> torch.Tensor:
-        """Megatron's loss, wrapped: it works in place and knows no ignored targets."""
+        """Return the loss from Megatron's function, wrapped by `token_losses`."""
         assert not label_smoothing, "see smooths_labels"
         from polyshard.adapters.megatron.compat import vocab_parallel_cross_entropy
 
         group = parallel_context.get_tensor_parallel_group()
-        assert group is not None, "this adapter's contexts have a group for every axis"
+        assert group is not None, "contexts of this adapter have a group on every axis"
         return token_losses(
             partial(vocab_parallel_cross_entropy, group=group), logits, targets, ignore_index=ignore_index
         )

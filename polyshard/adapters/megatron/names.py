@@ -1,8 +1,8 @@
-"""Megatron-Core's names and layouts of a GPT's weights, and Hugging Face's of the same Llama-like decoder.
+"""Conversion between Megatron-Core's and Hugging Face's names and layouts of a Llama-like decoder's weights.
 
 Megatron fuses q, k and v group by group, `[groups, (q per group, k, v), head_dim]`, and gate and up as `[gate; up]`.
 The norms before attention and MLP belong to the linear layer after them (Transformer Engine, and every `torch_dist`
-checkpoint) or stand alone (local layers).
+checkpoint) or are separate (local layers).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Single = tuple[tuple[tuple[str, ...], str], ...]
 
 
 def _single(spec: DecoderSpec) -> Single:
-    """Within a layer: Megatron's names (the first is written) and Hugging Face's of tensors that are not fused."""
+    """Return Megatron's names (the first is written) and Hugging Face's name of each unfused tensor in a layer."""
     found: list[tuple[tuple[str, ...], str]] = [
         ((f"{QKV}.layer_norm_weight", "input_layernorm.weight"), "input_layernorm.weight"),
         (("self_attention.linear_proj.weight",), "self_attn.o_proj.weight"),
@@ -51,16 +51,16 @@ def _leaves(bias: bool) -> tuple[str, ...]:
 def to_hugging_face(
     where: Path, held: Mapping[str, LazyTensor], spec: DecoderSpec, padded: int | None
 ) -> dict[str, LazyTensor]:
-    """Hugging Face's tensors, ordered so that a reader meets each of Megatron's stacked tensors in one run.
+    """Return Hugging Face's tensors, ordered so that each of Megatron's stacked tensors is read in one run.
 
     Args:
         where: the checkpoint, for errors.
-        held: all of its weights, each layer's under `decoder.layers.LAYER.NAME`.
-        spec: the model.
-        padded: rows of the padded vocabulary, where they are known; otherwise padding must be zeros.
+        held: all weights of the checkpoint, with layers under `decoder.layers.LAYER.NAME`.
+        spec: the decoder spec of the model.
+        padded: number of rows of the padded vocabulary; None if unknown, in which case padding must be zeros.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected or of another shape.
+        CheckpointError: a tensor is missing, unexpected or of the wrong shape.
     """
     used: set[str] = set()
 
@@ -71,7 +71,7 @@ def to_hugging_face(
                 return held[name]
         raise CheckpointError(
             f"{where}: {names[0]} is missing. Pass --config with the configuration that belongs to this checkpoint, or "
-            "the whole checkpoint."
+            "the full checkpoint."
         )
 
     result = {"model.embed_tokens.weight": _rows(need(EMBEDDING), "the embedding", spec.vocabulary, padded)}
@@ -99,18 +99,18 @@ def to_hugging_face(
 
 
 def padding_note(held: Mapping[str, LazyTensor], spec: DecoderSpec) -> tuple[str, ...]:
-    """What the vocabulary is cut by, for the user."""
+    """Return a note on the number of padding rows that were removed from the vocabulary."""
     rows = held[EMBEDDING].shape[0] - spec.vocabulary if EMBEDDING in held else 0
     return (f"left out {rows} rows of padding of the vocabulary",) if rows > 0 else ()
 
 
 def from_hugging_face(tensors: Mapping[str, LazyTensor], spec: DecoderSpec, padded: int) -> dict[str, torch.Tensor]:
-    """Megatron's tensors, the layers' stacked on a leading dimension, as `torch_dist` holds them.
+    """Return Megatron's tensors, with layers stacked on a leading dimension as in `torch_dist`.
 
     Args:
-        tensors: Hugging Face's.
-        spec: the model.
-        padded: rows of the vocabulary with padding.
+        tensors: Hugging Face's tensors.
+        spec: the decoder spec of the model.
+        padded: number of rows of the padded vocabulary.
 
     Raises:
         CheckpointError: a tensor is missing, or Megatron has no place for it.
@@ -143,7 +143,7 @@ def from_hugging_face(tensors: Mapping[str, LazyTensor], spec: DecoderSpec, padd
 
 
 def _rows(full: LazyTensor, name: str, rows: int, padded: int | None) -> LazyTensor:
-    """Without the vocabulary's padding."""
+    """Return the tensor without the padding rows of the vocabulary."""
     if full.shape[0] < rows:
         raise CheckpointError(
             f"{name} has the wrong shape: got {full.shape[0]} rows, expected {rows} by the configuration's vocab_size. "
@@ -164,8 +164,7 @@ def _of_qkv(fused: LazyTensor, part: int, spec: DecoderSpec) -> LazyTensor:
     if fused.shape[0] != expected:
         raise CheckpointError(
             f"linear_qkv has the wrong shape: got {fused.shape[0]} rows, expected {expected} by the configuration. "
-            "Pass "
-            "--config with the configuration that belongs to this checkpoint, or all of its ranks."
+            "Pass --config with the configuration that belongs to this checkpoint, or all of its ranks."
         )
 
     def load() -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Logits of a Megatron checkpoint by Megatron-Core's own GPT and its own loading, in a process of its own.
+"""Logits of a Megatron checkpoint, computed by Megatron-Core's own GPT and loading code in a separate process.
 
-`--verify` compares them with the logits of what polyshard read or wrote. The process keeps Megatron's global state, and
-what its imports change, away from the caller's.
+`--verify` compares them with the logits of the weights that polyshard read or wrote. The separate process keeps
+Megatron's global state and import side effects out of the caller.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _REFUSED = "polyshard: Megatron-Core refuses the weights: "
 def independent(
     place: Path, kind: str, config: Mapping[str, Any], arguments: Mapping[str, Any], *, ranks: int = 1
 ) -> Independent:
-    """A checkpoint as Megatron-Core's GPT computes it.
+    """Return a checkpoint as Megatron-Core's own GPT computes it.
 
     Args:
-        place: the iteration's directory.
+        place: the directory of the iteration.
         kind: `torch_dist` or `legacy`.
-        config: fields of config.json, for what the checkpoint's arguments do not say.
-        arguments: those of the checkpoint.
-        ranks: that the checkpoint was saved by.
+        config: fields of config.json, used for settings that the arguments do not contain.
+        arguments: the arguments in the checkpoint.
+        ranks: number of ranks that saved the checkpoint.
 
     Raises:
         NotComparableError: Megatron is not installed, or this one process cannot load the checkpoint.
@@ -44,7 +44,7 @@ def independent(
     if importlib.util.find_spec("megatron") is None:
         raise NotComparableError("megatron-core is not installed")
     if kind == "legacy" and ranks > 1:
-        raise NotComparableError(f"Megatron loads the files of {ranks} ranks on as many processes only")
+        raise NotComparableError(f"Megatron loads the files of {ranks} ranks only in as many processes")
     settings = _settings(DecoderSpec.of(config), arguments)
 
     def logits(ids: torch.Tensor, rounded: torch.dtype | None) -> torch.Tensor:
@@ -66,7 +66,7 @@ def independent(
 
 
 def _settings(spec: DecoderSpec, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Megatron's settings: the checkpoint's arguments where it holds them, the configuration for the rest."""
+    """Return Megatron's settings: the checkpoint's arguments if present, else the configuration."""
     rope = spec.rope
     windows = set(spec.windows)
     window = next((window for window in spec.windows if window is not None), None)
@@ -89,17 +89,17 @@ def _settings(spec: DecoderSpec, arguments: Mapping[str, Any]) -> dict[str, Any]
         "window_size": None if window is None else "mixed" if len(windows) > 1 else (window - 1, 0),
     }
     if not arguments and rope.kind not in ("default", "linear", "llama3"):
-        raise NotComparableError(f"Megatron-Core's GPT has no {rope.kind} rotary scaling")
+        raise NotComparableError(f"Megatron-Core's GPT does not support {rope.kind} rotary scaling")
     settings = {name: arguments.get(name, value) for name, value in by_config.items()}
     if arguments.get("group_query_attention") is False:
         settings["num_query_groups"] = settings["num_attention_heads"]
     if settings["window_size"] == "mixed" or arguments.get("window_attn_skip_freq") is not None:
-        raise NotComparableError("Megatron-Core's attention on CPU takes one window for all layers")
+        raise NotComparableError("Megatron-Core's attention on CPU supports only one window for all layers")
     return {"settings": settings, "vocabulary": spec.vocabulary, "padded": arguments.get("padded_vocab_size")}
 
 
 def main(path: str) -> None:
-    """Compute the logits of a job that `independent` wrote, and write them into its file."""
+    """Compute the logits of a job that `independent` wrote, and write them to the job's file."""
     from unittest import mock
 
     from polyshard.adapters.megatron.compat import cuda_as_cpu
@@ -116,7 +116,7 @@ def main(path: str) -> None:
         model = _gpt(job)
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.fill_(float("nan"))  # a tensor that is not loaded shows
+                parameter.fill_(float("nan"))  # so that a tensor that is not loaded is noticed
         try:
             _load(model, job, parallel_state)
         except Exception as error:
@@ -128,7 +128,7 @@ def main(path: str) -> None:
         ids = job["ids"]
         length = ids.shape[1]
         positions = torch.arange(length)
-        mask = positions[None] > positions[:, None]  # True is hidden
+        mask = positions[None] > positions[:, None]  # True means masked
         if job["settings"]["window_size"]:
             mask |= positions[:, None] - positions[None] > job["settings"]["window_size"][0]
         with torch.no_grad():

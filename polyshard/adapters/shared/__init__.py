@@ -1,1 +1,1 @@
-"""What several adapters need; torch alone, no vendor."""
+"""Code that several adapters share; it depends only on torch, and on no parallelism library."""

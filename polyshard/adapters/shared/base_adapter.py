@@ -1,4 +1,4 @@
-"""What the adapters of all libraries have in common, and what those that only serve leave out."""
+"""The base classes of adapters: of training libraries, and of engines that only serve."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from polyshard.core.requirement import Requirement
 
 
 class BaseAdapter:
-    """An `Adapter` whose process groups are those that the torch adapter makes.
+    """An `Adapter` that uses the process groups of the torch adapter.
 
     A subclass sets the class attributes and adds `adopt`, `engine` and `formats`.
     """
@@ -27,11 +27,11 @@ class BaseAdapter:
     linear: Any
 
     def initialize(self, layout: ParallelLayout | None = None, **options: Any) -> GroupContext:
-        """Make process groups as the torch adapter does, for this library's layers.
+        """Create process groups as the torch adapter does, for this library's layers.
 
         Args:
-            layout: default data parallel over the whole world.
-            options: those of the torch adapter.
+            layout: the parallel layout; by default data parallel over all ranks.
+            options: options of the torch adapter.
 
         Raises:
             MissingDependencyError: the library is not installed.
@@ -43,17 +43,17 @@ class BaseAdapter:
         return self.adopt(load_adapter("torch").initialize(layout, **options))
 
     def adopt(self, context: ParallelContext) -> GroupContext:
-        """Return a context of this library's layers on the groups of `context`."""
+        """Return a context with this library's layers on the process groups of `context`."""
         raise NotImplementedError
 
     def shutdown(self, context: ParallelContext) -> None:
-        """Undo what `initialize` did, in order."""
+        """Run the context's `on_shutdown` functions, which undo what `initialize` did."""
         for undo in context.on_shutdown:
             undo()
 
 
 class ServingOnlyAdapter:
-    """An `Adapter` of a serving engine: it trains nothing, and its contexts are made in its own workers."""
+    """An `Adapter` of a serving engine: it does not train, and its workers create its contexts."""
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -61,22 +61,22 @@ class ServingOnlyAdapter:
     requirement: ClassVar[Requirement]
 
     def initialize(self, layout: ParallelLayout | None = None, **options: Any) -> NoReturn:
-        """Raise `AdapterError`: contexts of this adapter are made in the engine's workers."""
+        """Raise `AdapterError`: contexts of this adapter are created in the engine's workers."""
         raise AdapterError(
-            f"the {self.name} adapter does not initialize training processes: register a model with "
+            f"the {self.name} adapter does not initialize training processes. Register a model with "
             f"polyshard.register_model and start {self.title}, or train with another adapter"
         )
 
     def adopt(self, context: ParallelContext) -> NoReturn:
-        """Raise `AdapterError`: the engine's layers read the engine's own groups."""
-        raise AdapterError(f"{self.title}'s layers run only on {self.title}'s own groups, which its workers make")
+        """Raise `AdapterError`: the engine's layers use the engine's own process groups."""
+        raise AdapterError(f"{self.title}'s layers run only on the process groups of its workers. Use another adapter")
 
     def engine(
         self, model: nn.Module, optimizer: OptimizerFactory, context: ParallelContext, **options: Any
     ) -> NoReturn:
-        """Raise `AdapterError`: see the capability `training`."""
+        """Raise `AdapterError` with the reason of the capability `training`."""
         self.capabilities.require("training")
-        raise AssertionError(f"{self.name} declares that it trains")
+        raise AssertionError(f"{self.name} declares the capability training, but has no engine")
 
     def shutdown(self, context: ParallelContext) -> None:
-        """Do nothing: the engine ends its own workers."""
+        """Do nothing: the engine shuts down its own workers."""

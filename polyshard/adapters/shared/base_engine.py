@@ -1,4 +1,4 @@
-"""What the training engines of all libraries have in common."""
+"""The base class of all training engines."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from polyshard.training.recompute import Recompute, apply_recomputation
 
 
 class BaseEngine(ABC):
-    """The part of `TrainingEngine` that does not depend on the library.
+    """The library-independent part of `TrainingEngine`.
 
-    A subclass wraps the model as its library does, and sets `_wrapped` and `optimizer`.
+    A subclass wraps the model with its library, and sets `_wrapped` and `optimizer`.
 
     Args:
-        model: as its factory built it with `context`; not wrapped yet.
-        context: where this process stands.
-        max_grad_norm: clip the model's gradient to this norm; None does not clip.
+        model: the unwrapped model that its factory built with `context`.
+        context: this process's parallel context.
+        max_grad_norm: maximum norm of the gradient of the full model; None disables clipping.
         check_random: compare random generators over the ranks before the first update.
         recompute: which activations are recomputed in the backward pass; see `apply_recomputation`.
         precision: dtypes of the run; default that of the parameters, with float32 in the optimizer.
 
     Raises:
-        ConfigurationError: a norm that is not positive, or parameters on another device than the context's.
+        ConfigurationError: the norm is not positive, or parameters are not on the context's device.
     """
 
-    optimizer: Any  # the library's
+    optimizer: Any  # the library's optimizer
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class BaseEngine(ABC):
 
     @property
     def module(self) -> nn.Module:
-        """The model as the factory built it."""
+        """The unwrapped model."""
         return self._module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -98,12 +98,12 @@ class BaseEngine(ABC):
     def train_batch(
         self, micro_batches: Sequence[MicroBatch], loss: SumLoss | None = None, tokens: CountTokens | None = None
     ) -> BatchResult:
-        """Run forward and backward of one step's micro-batches, weighted by tokens: see `polyshard.train_batch`."""
+        """Run the forward and backward passes of one step's micro-batches; see `polyshard.train_batch`."""
         return train_batch(self, self.context, micro_batches, loss, tokens)
 
     @abstractmethod
     def step(self) -> StepResult:
-        """Clip, update the weights, and clear the gradients."""
+        """Clip the gradients, update the weights, and clear the gradients."""
 
     @abstractmethod
     def zero_grad(self) -> None:
@@ -111,46 +111,46 @@ class BaseEngine(ABC):
 
     @abstractmethod
     def accumulate(self) -> AbstractContextManager[None]:
-        """Enclose forward and backward of all micro-batches but the last."""
+        """Return a context manager for all micro-batches except the last, which skips gradient synchronization."""
 
     @abstractmethod
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Set parameters from tensor-parallel shards."""
+        """Load tensor-parallel shards into the parameters."""
 
     @abstractmethod
     def optimizer_state(self) -> OptimizerState:
         """Return the optimizer's state on this rank."""
 
     def set_learning_rate(self, lr: float) -> None:
-        """Use this rate from the next step on."""
+        """Set the learning rate of the following steps."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names as built, with tensor-parallel shards that every replica holds in full."""
+        """Yield parameter names with their tensor-parallel shards, which are equal on all replicas."""
         for name, parameter in self._module.named_parameters():
             yield name, parameter.detach()
 
     def weight_pieces(self) -> Iterator[Piece]:
-        """This rank's run of every parameter, which all replicas hold."""
+        """Yield this rank's piece of every parameter; all replicas hold the full shard."""
         axis = replica_axis(self.context)
         for name, parameter in self._module.named_parameters():
             yield replicated_piece(name, WEIGHT, parameter.detach(), axis)
 
     def weights_written(self) -> None:
-        """Count the update: the pieces are the parameters themselves."""
+        """Count the update; the pieces are views of the parameters, so nothing is copied."""
         self.updates += 1
 
     def optimizer_written(self, step: int, lr: float) -> None:
-        """Continue from update `step` with learning rate `lr`."""
+        """Set the update count and the learning rate after optimizer state was loaded."""
         optimizer_state.set_step(self._base_optimizer(), step)
         self.set_learning_rate(lr)
 
     def close(self) -> None:
-        """Release the wrapper, and with it the process group that it holds."""
+        """Release the wrapper and the process group that it holds."""
         self._undo_recomputation()
         self._wrapped = self._module
 
     def _base_optimizer(self) -> Any:
-        """The torch optimizer inside the library's, which holds the state."""
+        """Return the torch optimizer inside the library's optimizer, which holds the state."""
         return self.optimizer

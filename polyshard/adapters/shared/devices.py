@@ -1,4 +1,4 @@
-"""The device a rank computes on, the backend of its process groups, and where its parameters must be."""
+"""The device of a rank, the backend of its process groups, and the check that its parameters are on the device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BACKENDS = ("nccl", "gloo")
 
 
 def pick_backend(backend: str | None = None) -> str | None:
-    """Return the process-group backend that was asked for, by argument or environment; None if neither names one.
+    """Return the process-group backend from the argument or the environment; None if neither is set.
 
     Raises:
         ConfigurationError: the backend is unknown.
@@ -38,7 +38,7 @@ def pick_device(device: str | torch.device | None, backend: str | None = None) -
     With the `gloo` backend, ranks beyond the number of GPUs share them in turn.
 
     Raises:
-        ConfigurationError: this rank's GPU does not exist, or NCCL was asked for on another device.
+        ConfigurationError: this rank's GPU does not exist, or NCCL was requested for another device.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,25 +53,25 @@ def pick_device(device: str | torch.device | None, backend: str | None = None) -
         number %= available
     if number >= available:
         raise ConfigurationError(
-            f"rank {os.environ.get('RANK', '0')} needs GPU {number}, but this machine has {available}: start at most "
+            f"rank {os.environ.get('RANK', '0')} needs GPU {number}, but this machine has {available}. Start at most "
             "one rank per GPU, let ranks share GPUs with initialize(..., backend='gloo'), or use device='cpu'"
         )
     return torch.device("cuda", number)
 
 
 def check_devices(model: nn.Module, context: ParallelContext) -> None:
-    """Raise `ConfigurationError` where a parameter stands elsewhere than its rank computes.
+    """Raise `ConfigurationError` if a parameter is not on its rank's device.
 
-    Layers of polyshard stand there; plain modules of a factory stand on torch's default device.
+    polyshard creates its layers on that device; plain torch modules go to torch's default device.
     """
     for name, parameter in model.named_parameters():
         if not _same(parameter.device, context.device):
             raise ConfigurationError(
-                f"parameter {name} is on {parameter.device}, but this rank computes on {context.device}: call "
+                f"parameter {name} is on {parameter.device}, but this rank computes on {context.device}. Call "
                 "model.to(parallel_context.device), or build the model under `with parallel_context.device:`"
             )
 
 
 def _same(one: torch.device, other: torch.device) -> bool:
-    """A device without a number stands for any of its type."""
+    """Whether two devices are equal; a device without an index matches any index."""
     return one.type == other.type and (None in (one.index, other.index) or one.index == other.index)

@@ -1,4 +1,4 @@
-"""The tensors of a torch distributed checkpoint, one at a time; Megatron's checkpoints are such, too."""
+"""Lazy reading of the tensors in a torch distributed checkpoint, a format that Megatron's checkpoints also use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from polyshard.convert.format import Options
 from polyshard.core.errors import CheckpointError
 from polyshard.weights.lazy_tensor import LazyTensor
 
-# Whose types an index consists of, and the functions that rebuild layouts and paths.
+# Modules and names that an index may refer to: its own types, and functions that rebuild layouts and paths.
 _MODULES = (
     "torch.distributed.checkpoint.metadata",
     "torch.distributed.checkpoint.planner",
@@ -38,11 +38,11 @@ _NAMES = {
 
 
 def stored_tensors(path: Path, options: Options) -> dict[str, LazyTensor]:
-    """All tensors of a distributed checkpoint; its index `.metadata` is a pickle.
+    """Return all tensors of a distributed checkpoint; its index `.metadata` is a pickle.
 
     Raises:
-        CheckpointError: the index is torn, a file that it names is missing or cut off, or parts of a tensor are missing
-            (torch would leave them uninitialized).
+        CheckpointError: the index is damaged, a file that it names is missing or truncated, or parts of a tensor are
+            missing (torch would leave them uninitialized).
     """
     options.need_pickle(path / ".metadata")
     try:
@@ -50,7 +50,9 @@ def stored_tensors(path: Path, options: Options) -> dict[str, LazyTensor]:
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{path / '.metadata'} is torn or no index: {type(error).__name__}: {error}") from None
+        raise CheckpointError(
+            f"{path / '.metadata'} is damaged or not an index: {type(error).__name__}: {error}"
+        ) from None
     _check_files(path, metadata.storage_data or {})
     tensors = {
         k: entry for k, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
@@ -59,8 +61,8 @@ def stored_tensors(path: Path, options: Options) -> dict[str, LazyTensor]:
         held = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
         if held < math.prod(entry.size):
             raise CheckpointError(
-                f"{path}: {key} is incomplete: got {held} of its {math.prod(entry.size)} elements. Copy the whole "
-                "checkpoint."
+                f"{path}: {key} is incomplete: got {held} of its {math.prod(entry.size)} elements. Copy the "
+                "full checkpoint."
             )
     return {
         key: LazyTensor(tuple(entry.size), entry.properties.dtype, partial(_load, path, key, entry))
@@ -69,13 +71,13 @@ def stored_tensors(path: Path, options: Options) -> dict[str, LazyTensor]:
 
 
 class PlainReader(FileSystemReader):
-    """torch's reader, with an index that is read without running what it names."""
+    """torch's reader, which reads the index without running the functions that it names."""
 
-    def read_metadata(self) -> Metadata:  # pyrefly: ignore  # a rank's own index, the keyword, is not supported
-        """The index.
+    def read_metadata(self) -> Metadata:  # pyrefly: ignore  # the keyword for per-rank indices is unsupported
+        """Return the index.
 
         Raises:
-            CheckpointError: it names anything but torch's own descriptions of tensors.
+            CheckpointError: it refers to anything except torch's descriptions of tensors.
         """
         file = Path(self.path) / ".metadata"
         with file.open("rb") as stream:
@@ -95,12 +97,12 @@ class _Descriptions(pickle.Unpickler):
         known = module in _MODULES or (module, name) in _NAMES
         if not known and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             raise CheckpointError(
-                f"{self.file} names {module}.{name}, which polyshard does not load, because reading it can run code: "
-                "expected torch's descriptions of tensors. Save the model again with torch.distributed.checkpoint.save."
+                f"{self.file} names {module}.{name}, which polyshard does not load, because it can run code. Expected "
+                "only torch's descriptions of tensors. Save the model again with torch.distributed.checkpoint.save."
             )
         found = super().find_class(module, name)
         if module in _MODULES and not (isinstance(found, type) and found.__module__ == module):
-            raise CheckpointError(f"{self.file} names {module}.{name}, which is no description of tensors.")
+            raise CheckpointError(f"{self.file} names {module}.{name}, which is not a description of tensors.")
         return found
 
 
@@ -114,19 +116,18 @@ def _check_files(path: Path, storage: dict[Any, Any]) -> None:
     if missing:
         raise CheckpointError(
             f"{path} is incomplete: {len(missing)} of its {len(ends)} files are missing: {', '.join(missing[:5])}. "
-            "Copy "
-            "the whole checkpoint."
+            "Copy the full checkpoint."
         )
     for name, end in ends.items():
         if (size := (path / name).stat().st_size) < end:
-            raise CheckpointError(f"{path / name} is torn: got {size} bytes, expected {end}. Copy it again.")
+            raise CheckpointError(f"{path / name} is truncated: got {size} bytes, expected {end}. Copy it again.")
 
 
 def _load(path: Path, key: str, entry: TensorStorageMetadata) -> torch.Tensor:
     target = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
     try:
         load(target, storage_reader=PlainReader(path), no_dist=True)
-    except BaseException as error:  # torch's CheckpointException is no Exception
+    except BaseException as error:  # torch's CheckpointException is not an Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

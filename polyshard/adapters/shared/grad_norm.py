@@ -1,4 +1,4 @@
-"""What one rank contributes to the squared norm of the logical model's gradient."""
+"""One rank's contribution to the squared gradient norm of the full model, and clipping."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def check_max_grad_norm(max_grad_norm: float | None) -> None:
 
 
 def counted_square(gradient: torch.Tensor, layout: WeightLayout, rank: int, size: int) -> torch.Tensor:
-    """Each logical element counts once when these are summed over the tensor axis; float32 scalar.
+    """Return this rank's contribution to a parameter's squared gradient norm, a float32 scalar.
 
-    Shards count where they are, whole parameters on the first rank alone, and parts that several ranks hold by their
-    share.
+    The sum over the tensor axis counts each logical element once: shards on their rank, replicated parameters on the
+    first rank only, and parts that several ranks hold divided by the number of replicas.
 
     Args:
-        gradient: this rank's shard, whole over the data axis.
-        layout: of the parameter.
-        rank: position along the tensor axis.
-        size: of the tensor axis.
+        gradient: the gradient of this rank's shard, not sharded over the data axis.
+        layout: the parameter's weight layout.
+        rank: this rank's position on the tensor axis.
+        size: the size of the tensor axis.
     """
     if layout.has_replicas(size):
         total = torch.zeros((), device=gradient.device)
@@ -64,7 +64,7 @@ def counted_parts(entry: WeightEntry, values: torch.Tensor, start: int, rank: in
 
 
 def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
-    """What to scale gradients with so that their norm is at most `max_norm`; as torch's clip_grad_norm_."""
+    """Return the factor that scales gradients to a norm of at most `max_norm`, as torch's `clip_grad_norm_` does."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 

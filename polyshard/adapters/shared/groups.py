@@ -1,4 +1,4 @@
-"""Process groups for axes of one rank: some libraries want a group there too."""
+"""Process groups for axes of one rank, which some libraries require."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from polyshard.core.layout import Axis
 
 
 def group_context(context: ParallelContext) -> GroupContext:
-    """The context as plain data, which adoption needs.
+    """Return the context as a `GroupContext`, which adoption needs.
 
     Raises:
-        AdapterError: it is of another kind.
+        AdapterError: the context is of another type.
     """
     if not isinstance(context, GroupContext):
         raise AdapterError(
-            f"cannot adopt {type(context).__name__}: hand over a polyshard.GroupContext with its axes' collectives"
+            f"cannot adopt {type(context).__name__}. Pass a polyshard.GroupContext with its axes' collectives"
         )
     return context
 
 
 def with_groups(context: GroupContext, names: Sequence[Axis]) -> GroupContext:
-    """The same context with a process group on each of these axes, made where the axis has one rank.
+    """Return the context with a process group on each of these axes, created for axes of one rank.
 
-    In one process alone a world of one is started. What is made is undone by the context's `on_shutdown`.
+    Without torch.distributed, a default process group of one rank is created. The context's `on_shutdown` destroys the
+    new groups.
     """
     undo: list[Callable[[], None]] = []
     alone = not dist.is_initialized()
@@ -50,7 +51,7 @@ def with_groups(context: GroupContext, names: Sequence[Axis]) -> GroupContext:
 
 
 def is_alive(group: dist.ProcessGroup) -> bool:
-    """Whether a group still stands."""
+    """Whether a group still exists."""
     try:
         dist.get_process_group_ranks(group)
     except (KeyError, ValueError, RuntimeError):

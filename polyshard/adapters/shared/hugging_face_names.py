@@ -1,5 +1,4 @@
-"""Tensors that a library stores under Hugging Face's names, perhaps with a wrapper's prefix: matched and accounted "
-"for."""
+"""Matching of tensors that a library stores under Hugging Face's names, possibly with a wrapper's prefix."""
 
 from __future__ import annotations
 
@@ -16,13 +15,13 @@ Load = Callable[[str], torch.Tensor]
 
 
 def match(where: Path, held: set[str], spec: DecoderSpec, load: Load) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Expected names to those found, with every other tensor accounted for, and notes.
+    """Map expected names to those in the source, account for every other tensor, and return the map and notes.
 
     Args:
         where: the source, for errors.
-        held: names in the source; optimizer states and the like are taken out before.
-        spec: the model.
-        load: gives the full tensor of a name, for those that must agree with the configuration.
+        held: names of weights in the source, without optimizer state.
+        spec: the decoder spec of the model.
+        load: returns the full tensor of a name; called for tensors that are checked against the configuration.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, or contradicts the configuration.
@@ -45,14 +44,13 @@ def match(where: Path, held: set[str], spec: DecoderSpec, load: Load) -> tuple[d
 
 
 def same_head(where: object, head: torch.Tensor, embedding: torch.Tensor) -> None:
-    """Check that the stored head of a tied model is its embedding.
+    """Check that the stored head of a tied model equals its embedding.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: they differ.
     """
     if not torch.equal(head, embedding):
         raise CheckpointError(
             f"{where} holds a head that is not the embedding: got tie_word_embeddings=true, expected false. Correct "
-            "the "
-            "configuration."
+            "the configuration."
         )

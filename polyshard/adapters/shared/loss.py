@@ -1,4 +1,4 @@
-"""A library's cross-entropy that works in place and knows no ignored targets, by polyshard's contract."""
+"""A wrapper for a library's cross-entropy that works in place and does not support ignored targets."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def token_losses(
     *,
     ignore_index: int,
 ) -> torch.Tensor:
-    """Return the loss of each token, `[...]`; 0 for ignored ones.
+    """Return the loss of each token, `[...]`; 0 for ignored targets.
 
     Args:
         library_loss: `(logits [tokens, local vocabulary] float32, targets [tokens]) -> [tokens]`.
-        logits: `[..., local vocabulary]`; left untouched.
+        logits: `[..., local vocabulary]`; not modified.
         targets: `[...]`.
-        ignore_index: left out of loss and gradient.
+        ignore_index: target that contributes neither loss nor gradient.
     """
     flat_targets = targets.reshape(-1)
     flat = logits.reshape(-1, logits.shape[-1])

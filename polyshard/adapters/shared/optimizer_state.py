@@ -1,4 +1,4 @@
-"""The state of a torch optimizer, which every library keeps at the bottom, under the names that polyshard stores."""
+"""Access to the state of the torch optimizer that every library wraps, under the names that polyshard stores."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ ADAM = "adam"
 
 
 def kind(optimizer: Any) -> str:
-    """`"adam"` for Adam and AdamW, whose states mean the same; else the qualified class name."""
+    """Return `"adam"` for Adam and AdamW, whose states are interchangeable; else the qualified class name."""
     if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) or hasattr(optimizer, "adam_w_mode"):
         return ADAM
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
 def materialize(optimizer: Any) -> None:
-    """Make the state that the first step would make, so that a checkpoint can be read into it."""
+    """Create the state that the first step would create, so that a checkpoint can be loaded into it."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if not optimizer.state.get(p)]
     if not parameters:
         return
@@ -33,7 +33,7 @@ def materialize(optimizer: Any) -> None:
                     state["step"] = torch.zeros((), dtype=torch.float32)
                     state.update({name: torch.zeros_like(parameter.detach()) for name in names})
         return
-    # Any other: one step that moves nothing. What it leaves in the state is then overwritten.
+    # Other optimizers: one step with learning rate 0. Loading overwrites the state that it creates.
     held = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
     rates = [group.get("lr") for group in optimizer.param_groups]
     try:
@@ -50,7 +50,7 @@ def materialize(optimizer: Any) -> None:
 
 
 def slots(optimizer: Any, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The state tensors that are shaped like the parameter, by name."""
+    """Return the state tensors with as many elements as the parameter, by name."""
     state = optimizer.state.get(parameter, {})
     return {
         name: value
@@ -60,14 +60,14 @@ def slots(optimizer: Any, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def get_step(optimizer: Any) -> int:
-    """Updates done: 0 before the first."""
+    """Return the number of updates so far."""
     steps = {int(state["step"]) for state in optimizer.state.values() if "step" in state}
     steps |= {int(group["step"]) for group in optimizer.param_groups if "step" in group}
     return max(steps, default=0)
 
 
 def set_step(optimizer: Any, step: int) -> None:
-    """Where the optimizer counts its updates."""
+    """Set the number of updates wherever the optimizer stores it."""
     for state in optimizer.state.values():
         if "step" in state:
             state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else step
@@ -77,12 +77,12 @@ def set_step(optimizer: Any, step: int) -> None:
 
 
 def state(base: Any, outer: Any, pieces: Iterable[Piece]) -> OptimizerState:
-    """What an engine tells of its optimizer.
+    """Return an engine's optimizer state.
 
     Args:
-        base: torch's optimizer.
-        outer: the library's around it, whose first parameter group has the learning rate.
-        pieces: of every slot.
+        base: the torch optimizer.
+        outer: the library's wrapper, whose first parameter group has the learning rate.
+        pieces: the pieces of every slot.
     """
     rate = float(outer.param_groups[0]["lr"]) if outer.param_groups else 0.0
     return OptimizerState(kind=kind(base), step=get_step(base), lr=rate, pieces=pieces)

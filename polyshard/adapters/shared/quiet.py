@@ -1,4 +1,4 @@
-"""What libraries print becomes log records."""
+"""Redirection of libraries' printed output to log records."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def printing_as_log(logger: logging.Logger, what: str) -> Iterator[None]:
-    """Turn what is printed to stdout inside into records of level INFO, one for each line.
+    """Log each line printed to stdout within the block at level INFO.
 
     Args:
-        logger: takes them.
-        what: stands before each line, such as the library's name.
+        logger: logger that receives the records.
+        what: prefix of each record, such as the library's name.
     """
     printed = io.StringIO()
     try:

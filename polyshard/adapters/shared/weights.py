@@ -1,4 +1,4 @@
-"""Setting parameters from tensor-parallel shards."""
+"""Loading tensor-parallel shards into parameters."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from polyshard.core.errors import LayoutError
 
 
 def check_shard(name: str, value: torch.Tensor, expected: tuple[int, ...]) -> None:
-    """Raise `LayoutError` where a shard has another shape than the parameter."""
+    """Raise `LayoutError` if a shard does not have the parameter's shape."""
     if tuple(value.shape) != expected:
-        raise LayoutError(f"{name}: this rank's shard is {expected}, but {tuple(value.shape)} was given")
+        raise LayoutError(
+            f"{name}: the shard of this rank has the wrong shape: got {tuple(value.shape)}, expected {expected}"
+        )
 
 
 def load_shards(parameters: Mapping[str, nn.Parameter], weights: Iterable[tuple[str, torch.Tensor]]) -> None:

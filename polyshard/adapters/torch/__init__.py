@@ -1,4 +1,4 @@
-"""torch alone: the executable definition of the protocols. Read it to learn them."""
+"""The adapter of plain torch, which is the reference implementation of the protocols."""
 
 from polyshard.adapters.torch.adapter import TorchAdapter
 

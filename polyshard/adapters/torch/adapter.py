@@ -1,4 +1,4 @@
-"""The torch adapter: what it can do, and its entry points."""
+"""The torch adapter: its capabilities and entry points."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ CAPABILITIES = Capabilities(
         "sequence": YES,
         "data": YES,
         "fsdp": YES,
-        "zero1": no("never", "torch's ZeroRedundancyOptimizer is superseded by FSDP2: ask for fsdp"),
-        "zero2": no("never", "FSDP2 with reshard_after_forward=False is its equal: ask for fsdp"),
-        "zero3": no("never", "FSDP2 is its equal: ask for fsdp"),
+        "zero1": no("never", "torch's ZeroRedundancyOptimizer is superseded by FSDP2. Use fsdp"),
+        "zero2": no("never", "FSDP2 with reshard_after_forward=False is equivalent. Use fsdp"),
+        "zero3": no("never", "FSDP2 is equivalent. Use fsdp"),
         "pipeline": no("notimpl", "torch.distributed.pipelining is not wired up yet"),
         "context": YES,
         "expert": no("notimpl", "no mixture-of-experts layers yet"),
@@ -57,7 +57,17 @@ REQUIREMENT = Requirement(
 
 
 class TorchAdapter:
-    """`Adapter` of torch alone."""
+    """The `Adapter` of plain torch.
+
+    Example:
+        >>> adapter = ps.load_adapter("torch")
+        >>> context = adapter.initialize()  # without torchrun, a context of one process
+        >>> model = ps.column_parallel(4, 2, context)
+        >>> engine = adapter.engine(model, ps.AdamW(lr=0.1), context)
+        >>> engine.backward(model(torch.ones(1, 4)).sum())
+        >>> engine.step().skipped
+        False
+    """
 
     name = "torch"
     capabilities = CAPABILITIES
@@ -74,13 +84,13 @@ class TorchAdapter:
         backend: str | None = None,
         timeout: float = DEFAULT_TIMEOUT,
     ) -> GroupContext:
-        """Groups from torchrun's environment, or one process alone; see `context.initialize`.
+        """Create process groups from torchrun's environment, or a context of one process without it.
 
         Args:
-            layout: default: data parallel over the whole world.
-            device: default this rank's GPU, else the CPU.
+            layout: the parallel layout; by default data parallel over all ranks.
+            device: by default this rank's GPU, else the CPU.
             backend: `nccl` or `gloo`; see `context.initialize`.
-            timeout: seconds after which a wait for another rank ends in an error that names it.
+            timeout: seconds after which waiting for another rank raises an error that names it.
         """
         self.requirement.require()
         layout = layout or ParallelLayout.for_world(world_size_from_environment())
@@ -89,27 +99,27 @@ class TorchAdapter:
                 self.capabilities.require(axis)
         context = initialize(layout, self.linear, device=device, backend=backend, timeout=timeout)
         if layout.sequence_parallel and layout.tensor == 1 and context.rank == 0:
-            logger.warning("sequence_parallel does nothing at tensor-parallel size 1: there is nothing to shard over")
+            logger.warning("sequence_parallel does nothing at tensor-parallel size 1")
         return context
 
     def adopt(self, context: ParallelContext) -> GroupContext:
-        """torch's layers on the groups of `context`."""
+        """Return a context with torch's layers on the process groups of `context`."""
         return dataclasses.replace(group_context(context), linear=self.linear)
 
     def engine(
         self, model: nn.Module, optimizer: OptimizerFactory, context: ParallelContext, **options: Any
     ) -> TorchEngine:
-        """DDP or FSDP2 around `model`; options are those of `TorchEngine`."""
+        """Return DDP or FSDP2 around `model`; the options are those of `TorchEngine`."""
         return TorchEngine(model, optimizer, context, **options)
 
     @property
     def formats(self) -> tuple[CheckpointFormat, ...]:
-        """Its checkpoints on disk; the library itself is not needed to look at them."""
+        """The checkpoint formats of the library."""
         from polyshard.adapters.torch.dcp_format import DcpFormat
 
         return (DcpFormat(),)
 
     def shutdown(self, context: ParallelContext) -> None:
-        """Barrier, then destroy the groups that `initialize` made."""
+        """Wait for all ranks, then destroy the process groups that `initialize` created."""
         for undo in context.on_shutdown:
             undo()

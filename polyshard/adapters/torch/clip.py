@@ -1,4 +1,4 @@
-"""The norm of a gradient that is spread over tensor ranks and replicas, and clipping by it."""
+"""The norm of a gradient that is sharded over tensor-parallel ranks and replicas, and clipping."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from polyshard.core.weight_table import WeightTable
 def global_grad_norm(
     named_parameters: Iterable[tuple[str, nn.Parameter]], table: WeightTable, context: ParallelContext
 ) -> torch.Tensor:
-    """The 2-norm of the logical model's gradient, the same number on every rank; float32 scalar.
+    """Return the 2-norm of the full model's gradient, a float32 scalar with the same value on every rank.
 
-    Shards are summed over the tensor axis, and FSDP's over the replicas too.
+    Squares are summed over the tensor axis, and for FSDP also over the replicas.
     """
     tensor_axis, replicas = context.axis("tensor"), replica_axis(context)
     over_replicas, everywhere = torch.zeros(2, device=context.device).unbind(0)

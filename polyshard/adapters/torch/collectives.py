@@ -1,4 +1,4 @@
-"""Communication over one group by torch.distributed."""
+"""Collectives of one process group with torch.distributed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TorchCollectives:
-    """`Collectives` of one process group. Every call is guarded: its failure names the rank."""
+    """`Collectives` of one process group; errors of every call name the rank at fault."""
 
     group: dist.ProcessGroup
     size: int
@@ -23,15 +23,15 @@ class TorchCollectives:
     guard: FailureGuard = no_guard
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        """Elementwise `sum` or `max` over the group."""
-        # A non-contiguous tensor would be reduced in a copy that is thrown away by some libraries: always copy.
+        """Return the elementwise `sum` or `max` over the group."""
+        # Always copy: some libraries reduce a non-contiguous tensor in a temporary and discard the result.
         result = tensor.clone(memory_format=torch.contiguous_format)
         with self.guard(f"{self.name} all_reduce"):
             dist.all_reduce(result, op=_OPERATIONS[op], group=self.group)
         return result
 
     def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        """Concatenation along `dim`."""
+        """Return the concatenation along `dim`."""
         source = tensor.contiguous()
         result = source.new_empty((self.size, *source.shape))
         with self.guard(f"{self.name} all_gather"):
@@ -39,7 +39,7 @@ class TorchCollectives:
         return result.flatten(0, 1) if dim % tensor.dim() == 0 else torch.cat(result.unbind(0), dim=dim)
 
     def reduce_scatter(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's part, along `dim`, of the sum."""
+        """Return this rank's part, along `dim`, of the sum."""
         source = torch.cat(tensor.chunk(self.size, dim=dim)) if dim % tensor.dim() else tensor.contiguous()
         result = source.new_empty((source.shape[0] // self.size, *source.shape[1:]))
         with self.guard(f"{self.name} reduce_scatter"):
@@ -47,7 +47,7 @@ class TorchCollectives:
         return result
 
     def all_to_all(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`[ranks, ...]`, one part for each rank, to `[ranks, ...]`, one part from each."""
+        """Send part i of `[ranks, ...]` to rank i; return the parts received from each rank, in the same shape."""
         source = tensor.contiguous()
         result = torch.empty_like(source)
         with self.guard(f"{self.name} all_to_all"):
@@ -55,7 +55,7 @@ class TorchCollectives:
         return result
 
     def rotate(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor, of the same shape, of the rank before; this one goes to the rank after."""
+        """Send the tensor to the next rank; return the tensor of the previous rank, in the same shape."""
         source = tensor.contiguous()
         if tensor.is_cuda and dist.get_backend(self.group) == "gloo":
             source = source.cpu()  # gloo sends and receives from host memory only

@@ -1,4 +1,4 @@
-"""All that depends on torch's version."""
+"""All code that depends on the version of torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the store is: one for each, whatever the timeout."""
+    """The address of the store; places that differ only in timeout are equal."""
 
     address: str
     port: str
@@ -32,17 +32,17 @@ def _rendezvous(place: _Place) -> dist.Store:
 
 
 def rendezvous_store(timeout: float) -> dist.Store:
-    """The store of torchrun's agent, or of rank 0 where there is none; held for the life of the process.
+    """Return the store of torchrun's agent, or of rank 0 without torchrun; it is kept for the life of the process.
 
-    A store that rank 0 closed with its process group would take the others' next initialisation down with it: they may
-    still connect to the old one, and wait there for ever.
+    If rank 0 closed the store with its process group, the next initialization could hang: other ranks might still
+    connect to the old store and wait there forever.
     """
     place = _Place(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["RANK"], timeout)
     return _rendezvous(place)
 
 
 def fsdp_function() -> Callable[..., Any]:
-    """`fully_shard`; public since torch 2.6."""
+    """Return `fully_shard`, which is public from torch 2.6."""
     from torch.distributed.fsdp import fully_shard
 
     return fully_shard
@@ -56,41 +56,41 @@ def mixed_precision_policy(compute: torch.dtype | None, reduce: torch.dtype | No
 
 
 def all_gather_flat(output: Tensor, source: Tensor, group: dist.ProcessGroup) -> None:
-    """All-gather into one tensor; renamed in torch 2.13."""
+    """All-gather into one tensor; the function was renamed in torch 2.13."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(output, source, group=group)
 
 
 def reduce_scatter_flat(output: Tensor, source: Tensor, group: dist.ProcessGroup) -> None:
-    """Sum and scatter from one tensor; renamed in torch 2.13."""
+    """Reduce-scatter one tensor with a sum; the function was renamed in torch 2.13."""
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     scatter(output, source, group=group)
 
 
 def local_tensor(tensor: Any) -> Any:
-    """A DTensor's local part, or the tensor itself."""
+    """Return the local part of a DTensor, or the tensor itself."""
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
 
 
 def full_tensor(tensor: Any) -> Any:
-    """A DTensor gathered over its mesh (a collective), or the tensor itself."""
+    """Return a DTensor gathered over its mesh (a collective), or the tensor itself."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Whether FSDP2 holds this parameter as a shard."""
+    """Whether the tensor is a DTensor, that is, sharded by FSDP2."""
     return hasattr(tensor, "full_tensor") and hasattr(tensor, "device_mesh")
 
 
 def sharded_rows(tensor: Any) -> tuple[int, Tensor]:
-    """The local rows of a parameter that FSDP2 shards, and the place of the first element in the flattened whole.
+    """Return the offset of this rank's rows in the flattened FSDP2 parameter, and the rows.
 
-    FSDP2 cuts dimension 0 as torch.chunk does (fsdp/_fully_shard/_fsdp_param.py, _init_sharded_param).
+    FSDP2 splits dimension 0 as torch.chunk does (fsdp/_fully_shard/_fsdp_param.py, _init_sharded_param).
     """
     (placement,) = tensor.placements
-    assert placement.dim == 0, f"FSDP2 shards dimension 0, this tensor {placement}"
+    assert placement.dim == 0, f"FSDP2 must shard dimension 0: got {placement}"
     mesh = tensor.device_mesh
     rows = tensor.shape[0]
     first = min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
@@ -99,16 +99,16 @@ def sharded_rows(tensor: Any) -> tuple[int, Tensor]:
 
 
 def unshard_gradient_sync(module: nn.Module, enabled: bool) -> None:
-    """FSDP2's switch for gradient accumulation."""
+    """Turn FSDP2's gradient synchronization on or off, for gradient accumulation."""
     module.set_requires_gradient_sync(enabled)  # pyrefly: ignore  # FSDPModule adds it at run time
 
 
-# Gloo raises a plain RuntimeError; these are the words of its transport and of the process group's wait.
+# Gloo raises a plain RuntimeError; these words occur in messages of its transport and of the process group.
 _GLOO_WORDS = ("gloo", "connection closed by peer", "timed out", "connection reset", "broken pipe", "nccl")
 
 
 def is_communication_error(error: BaseException) -> bool:
-    """Whether torch.distributed, and not the user's code, raised this."""
+    """Whether torch.distributed raised the error, and not the user's code."""
     if isinstance(error, dist.DistError):
         return True
     text = str(error).lower()

@@ -1,4 +1,4 @@
-"""Process groups from torchrun's environment, or one process alone."""
+"""Process groups from torchrun's environment, or a context of one process without it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
 
-DEFAULT_TIMEOUT = 600.0  # seconds; as torch's own default for NCCL
+DEFAULT_TIMEOUT = 600.0  # seconds; torch's default for NCCL
 
 
 def world_size_from_environment() -> int:
-    """Ranks that torchrun started; 1 without it."""
+    """Return the number of ranks that torchrun started; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -42,15 +42,15 @@ def initialize(
     backend: str | None = None,
     timeout: float = DEFAULT_TIMEOUT,
 ) -> GroupContext:
-    """Make the groups of `layout`.
+    """Create the process groups of `layout`.
 
     Args:
-        layout: fills the world.
-        linear: whose layers the context builds.
-        device: default this rank's GPU, else the CPU.
-        backend: `nccl` or `gloo`; default the environment variable POLYSHARD_BACKEND, else `nccl` on GPUs and `gloo` on
-            the CPU. With `gloo`, several ranks may share one GPU, which NCCL refuses.
-        timeout: seconds after which any wait for another rank ends in an error that names it.
+        layout: the parallel layout, which must fill the world.
+        linear: the linear adapter that builds the context's layers.
+        device: by default this rank's GPU, else the CPU.
+        backend: `nccl` or `gloo`; by default the environment variable POLYSHARD_BACKEND, else `nccl` on GPUs and `gloo`
+            on the CPU. With `gloo` several ranks can share one GPU, which NCCL does not support.
+        timeout: seconds after which waiting for another rank raises an error that names it.
 
     Raises:
         LayoutError: `layout` does not fill the world.
@@ -75,7 +75,7 @@ def initialize(
     if all(name in os.environ for name in _ENVIRONMENT):
         rank = int(os.environ["RANK"])
         store = rendezvous_store(timeout)
-        # Each rank counts its own initialisations: keys of an earlier one are never met again.
+        # Each rank counts its initializations, so that keys of an earlier one are never reused.
         generation = store.add(f"polyshard/generation/{rank}", 1)
         if not adopted_world:
             _start_world(
@@ -93,7 +93,7 @@ def initialize(
             continue
         axis, group = _make_axis(layout, name, rank, timeout, guard)
         axes[name] = axis
-        if group is not None and adopted_world:  # else they go with the world
+        if group is not None and adopted_world:  # otherwise they are destroyed with the world
             undo.append(partial(dist.destroy_process_group, group))
 
     def leave() -> None:
@@ -113,7 +113,7 @@ def initialize(
         group_timeout=backend_timeout(timeout),
         on_shutdown=(leave, *undo),
     )
-    # A group even for one tensor-parallel rank, as in vLLM: layers of users' own adapters (Megatron's) ask for it.
+    # A group even for one tensor-parallel rank, as in vLLM: layers of users' adapters (Megatron's) require it.
     return with_groups(context, ("tensor",))
 
 
@@ -121,7 +121,7 @@ def _require_environment() -> None:
     missing = [name for name in _ENVIRONMENT if name not in os.environ]
     if missing:
         raise ConfigurationError(
-            f"environment variables {', '.join(missing)} are not set: start with torchrun --nproc-per-node N script.py"
+            f"environment variables {', '.join(missing)} are not set. Start with torchrun --nproc-per-node N script.py"
         )
 
 
@@ -140,7 +140,7 @@ def _start_world(
 
 
 def _second_connection(timeout: float) -> dist.Store:
-    """A connection of its own to the store: a blocked wait on the process group's would hold up the heartbeat."""
+    """Return a separate connection to the store; on the process group's, a blocked wait would delay the heartbeat."""
     return dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
@@ -153,7 +153,7 @@ def _second_connection(timeout: float) -> dist.Store:
 def _make_axis(
     layout: ParallelLayout, name: Axis, rank: int, timeout: float, guard: FailureGuard
 ) -> tuple[ParallelAxis, dist.ProcessGroup | None]:
-    """One axis of this rank, and its group where one had to be made. All ranks call this in the same order."""
+    """Return one axis of this rank, and its group if one was created. All ranks must call this in the same order."""
     mine: tuple[int, ...] = (rank,)
     made: Any = None
     group: Any = None

@@ -10,7 +10,7 @@ from polyshard.core.context import ParallelAxis
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """Loss of each token, `[tokens]`, from local logits `[tokens, local vocabulary]`."""
+    """The loss of each token, `[tokens]`, from local logits `[tokens, local vocabulary]`."""
 
     @staticmethod
     def forward(

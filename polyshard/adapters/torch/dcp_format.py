@@ -12,26 +12,26 @@ from polyshard.convert.accounting import check_shapes
 from polyshard.convert.format import Foreign, Independent, Options
 from polyshard.core.errors import CheckpointError
 
-# Where people put what is no weight: the first part of a name, as in save({"model": ..., "optimizer": ...}).
+# The usual first part of names that are not weights, as in save({"model": ..., "optimizer": ...}).
 TRAINING_STATE = re.compile(
     r"^(app\.)?(optim|optimizer|optimizers|optim_state|lr_scheduler|scheduler|dataloader|train_state|rng|rng_state)(\.|$)"
 )
 
 
 class DcpFormat:
-    """A module's `state_dict`, saved by `torch.distributed.checkpoint.save`."""
+    """The `state_dict` of a module, saved by `torch.distributed.checkpoint.save`."""
 
     name = "torch-dcp"
     writes = False
 
     def detect(self, path: Path) -> str | None:
-        """`.metadata` beside `.distcp` files, and none of Megatron's files."""
+        """Detect `.metadata` without Megatron's `metadata.json`."""
         if not (path / ".metadata").is_file() or (path / "metadata.json").is_file():
             return None
         return f"torch's distributed checkpoint in {len(list(path.glob('*.distcp')))} files"
 
     def read(self, path: Path, options: Options) -> Foreign:
-        """The tensors that the configuration asks for; an optimizer's are left out, any other is an error."""
+        """Read the weights of the configuration; optimizer state is skipped, and other tensors are an error."""
         config = options.need_config("torch's distributed", path)
         spec = DecoderSpec.of(config)
         stored = stored_tensors(path, options)
@@ -45,11 +45,11 @@ class DcpFormat:
         return Foreign(tensors=tensors, config=config, companions=path, notes=notes)
 
     def write(self, foreign: Foreign, path: Path, options: Options) -> tuple[str, ...]:
-        """Never."""
-        raise CheckpointError("torch's distributed format is read, not written: write huggingface, which it reads too")
+        """Raise `CheckpointError`: this format is only read."""
+        raise CheckpointError("torch's distributed format is read, not written: write huggingface instead")
 
     def independent(self, path: Path, options: Options) -> Independent:
-        """All tensors, by torch's own loading, under the names that they were saved by."""
+        """Load all tensors with torch's own code, under their saved names."""
         stored = stored_tensors(path, options)
         state = {name: entry.load() for name, entry in stored.items() if not TRAINING_STATE.search(name)}
         return Independent(by="torch.distributed.checkpoint", state=state)

@@ -1,4 +1,4 @@
-"""torch's own training engines: DistributedDataParallel and FSDP2 (`fully_shard`)."""
+"""The training engine on torch's DistributedDataParallel or FSDP2 (`fully_shard`)."""
 
 from __future__ import annotations
 
@@ -39,24 +39,32 @@ logger = logging.getLogger(__name__)
 
 
 class TorchEngine(BaseEngine):
-    """`TrainingEngine` on DDP or FSDP2, over the replicas; tensor parallelism is the model's own.
+    """`TrainingEngine` on DDP or FSDP2 over the replicas; tensor parallelism is implemented by the model's layers.
 
     Args:
-        model: as its factory built it with `context`.
-        optimizer: makes the optimizer from named parameters, once they are wrapped.
-        context: where this process stands.
+        model: the unwrapped model that its factory built with `context`.
+        optimizer: creates the optimizer from the named parameters of the wrapped model.
+        context: this process's parallel context.
         data_parallel: `"ddp"` (replicated) or `"fsdp"` (parameters, gradients and optimizer states sharded).
-        max_grad_norm: clip the whole model's gradient to this norm; None does not clip.
+        max_grad_norm: maximum norm of the gradient of the full model; None disables clipping.
         check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
             of several ranks; see `polyshard.manual_seed`.
         precision: dtypes of the run. Float32 parameters with a narrower `compute` are cast by autocast under `"ddp"`
             and by FSDP2's own policy under `"fsdp"`; narrower parameters get masters, under `"ddp"` only.
         recompute: activations that are recomputed in the backward pass: `"none"`, `"selective"`, `"full"`, or a
             function that chooses modules.
-        shard_modules: for FSDP2, which modules to gather one at a time; default: the items of every ModuleList.
+        shard_modules: for FSDP2, selects the modules that are gathered one at a time; by default the items of every
+            ModuleList.
 
     Raises:
-        ConfigurationError: an unknown `data_parallel`, a norm that is not positive, or a precision that does not fit.
+        ConfigurationError: `data_parallel` is unknown, the norm is not positive, or the precision is unsupported.
+
+    Example:
+        >>> context = ps.initialize("torch")
+        >>> engine = TorchEngine(ps.column_parallel(4, 2, context), ps.AdamW(lr=0.1), context, max_grad_norm=1.0)
+        >>> engine.backward(engine(torch.ones(1, 4)).sum())
+        >>> engine.step().grad_norm > 0, engine.updates
+        (True, 1)
     """
 
     def __init__(
@@ -135,7 +143,7 @@ class TorchEngine(BaseEngine):
                 self._reducer.finish()
 
     def step(self) -> StepResult:
-        """Clip, update, clear. A gradient that is not finite leaves the weights as they are, with a warning."""
+        """Clip, update, and clear the gradients; a gradient that is not finite skips the update with a warning."""
         with self._guard("data step"):
             self._generators.compare()
             norm = global_grad_norm(self._updated(), self.table, self.context)
@@ -156,13 +164,13 @@ class TorchEngine(BaseEngine):
         return StepResult(grad_norm=value, skipped=not finite)
 
     def zero_grad(self) -> None:
-        """Forget accumulated gradients."""
+        """Clear accumulated gradients."""
         self.optimizer.zero_grad(set_to_none=True)
         if self._reducer is not None:
             self._reducer.clear()
 
     def accumulate(self) -> AbstractContextManager[None]:
-        """Around all micro-batches but the last."""
+        """Return a context manager for all micro-batches except the last."""
         if isinstance(self._wrapped, DistributedDataParallel):
             return self._wrapped.no_sync()
         if self._reducer is not None:
@@ -170,13 +178,13 @@ class TorchEngine(BaseEngine):
         return self._without_sync() if self._sharded else nullcontext()
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names as built, and tensor-parallel shards gathered over the replicas."""
+        """Yield parameter names with tensor-parallel shards, gathered over the replicas."""
         for name, parameter in self._module.named_parameters():
             with self._guard("data gather of weights"):
                 yield name, full_tensor(parameter.detach())
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Set parameters from tensor-parallel shards."""
+        """Load tensor-parallel shards into the parameters."""
         self.updates += 1
         parameters = dict(self._module.named_parameters())
         with torch.no_grad():
@@ -188,12 +196,12 @@ class TorchEngine(BaseEngine):
                     self._masters[name].copy_(value)
 
     def weight_pieces(self) -> Iterator[Piece]:
-        """This rank's run of every parameter."""
+        """Yield this rank's piece of every parameter."""
         for name, parameter in self._module.named_parameters():
             yield self._piece(name, WEIGHT, parameter.detach())
 
     def optimizer_state(self) -> OptimizerState:
-        """The optimizer's own tensors."""
+        """Return the optimizer's state on this rank."""
         optimizer_state.materialize(self.optimizer)
         pieces = [
             self._piece(name, slot, value)
@@ -262,9 +270,9 @@ def _fully_shard(
     for module in reversed(list(model.modules())):
         if module is not model and chosen(module):
             fully_shard(module, mesh=mesh)
-    # The root's own weights (embedding, head, last norm) stay gathered between forward and backward. Its other methods
-    # must not be registered with register_fsdp_forward_method: when forward calls them, FSDP2 frees the weights that
-    # its backward still needs, and the process dies in it (torch 2.13).
+    # The root's own weights (embedding, head, final norm) stay gathered between forward and backward. Its other methods
+    # must not be registered with register_fsdp_forward_method: when forward calls them, FSDP2 frees weights that the
+    # backward pass still needs, and the process crashes (torch 2.13).
     fully_shard(model, mesh=mesh)
 
 

@@ -1,8 +1,8 @@
-"""Which rank failed, and when: heartbeats in the store that torchrun (or rank 0) keeps.
+"""Identification of failed ranks, with heartbeats in the store of torchrun's agent (or of rank 0).
 
-Each rank writes a heartbeat every `INTERVAL` seconds from a thread, with the number of communications that it has
-entered on each axis. A backend's own error says little ("connection closed by peer", "timed out"); when one is
-raised, the heartbeats tell which rank is gone, frozen, or behind.
+A thread of each rank writes a heartbeat every `INTERVAL` seconds, with the number of collectives that the rank has
+entered on each axis. A backend's own error says little ("connection closed by peer", "timed out"). When one is raised,
+the heartbeats show which rank crashed, hung or diverged.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 INTERVAL = 0.5  # seconds between heartbeats
-PATIENCE = 3.0  # seconds in which a living rank's heartbeat must have changed
+PATIENCE = 3.0  # seconds within which a live rank's heartbeat must change
 
 
 def backend_timeout(timeout: float) -> float:
-    """What to give the backend, so that its error and the diagnosis after it fit into `timeout` seconds."""
+    """Return the backend's timeout, which leaves time for the diagnosis within `timeout` seconds."""
     return max(1.0, timeout - PATIENCE - 4 * INTERVAL)  # slack for a loaded machine
 
 
 class RankMonitor:
-    """Writes this rank's heartbeat, and names the others' failures. One per initialised context."""
+    """Writes this rank's heartbeat, and identifies failed ranks. One per initialized context."""
 
     def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
@@ -47,7 +47,7 @@ class RankMonitor:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the heartbeat; the others then see a rank that left on purpose."""
+        """Stop the heartbeat, and mark this rank as finished for the others."""
         self._stopping.set()
         self._thread.join(timeout=2 * INTERVAL)
         try:
@@ -57,7 +57,7 @@ class RankMonitor:
 
     @contextmanager
     def guard(self, operation: str) -> Iterator[None]:
-        """Count a communication, and turn the backend's error in it into `RankFailureError`."""
+        """Count a collective, and convert a backend error in it to `RankFailureError`."""
         axis = operation.split(" ", 1)[0]
         self._entered[axis] += 1
         self._operation = operation
@@ -76,7 +76,7 @@ class RankMonitor:
             try:
                 self._beat("running")
             except (dist.DistError, RuntimeError):
-                return  # the store is gone, and with it whoever kept it; the next collective will say so
+                return  # the store's process is gone, which the next collective reports
 
     def _beat(self, state: str) -> None:
         beat = {
@@ -97,8 +97,8 @@ class RankMonitor:
             suspects, latest = _in_time(lambda: self._watch(others), PATIENCE + 2 * INTERVAL)
         except TimeoutError:
             return RankFailureError(
-                f"{here}: the process that keeps the store (torchrun's agent, or rank 0) does not answer: it is "
-                f"frozen, or its machine is gone; backend: {_first_line(error)}"
+                f"{here}: the process that keeps the store (torchrun's agent, or rank 0) does not answer. It "
+                f"hangs, or its machine is down; backend: {_first_line(error)}"
             )
         except (dist.DistError, RuntimeError) as gone:
             return RankFailureError(
@@ -112,15 +112,15 @@ class RankMonitor:
         behind = [rank for rank in others if latest[rank]["entered"].get(axis, 0) < mine]
         if behind:
             told = "; ".join(
-                f"rank {rank} is alive but has entered {latest[rank]['entered'].get(axis, 0)} communications on "
-                f"this axis, this rank {mine} (its last: {latest[rank]['operation'] or 'none'})"
+                f"rank {rank} is alive but has entered {latest[rank]['entered'].get(axis, 0)} collectives on this "
+                f"axis, this rank {mine} (its last one: {latest[rank]['operation'] or 'none'})"
                 for rank in behind
             )
             return RankFailureError(f"{here}: {told}; backend: {_first_line(error)}", tuple(behind))
         return RankFailureError(f"{here}: all ranks are alive; backend: {_first_line(error)}")
 
     def _watch(self, others: list[int]) -> tuple[set[int], dict[int, dict[str, Any]]]:
-        """Ranks whose heartbeat stands still, and the last of each."""
+        """Return the ranks whose heartbeat has stopped, and the last heartbeat of each rank."""
         before = {rank: self._read(rank) for rank in others}
         suspects = set(others)
         deadline = time.monotonic() + PATIENCE
@@ -135,7 +135,7 @@ class RankMonitor:
 
 
 def _in_time(action: Callable[[], T], seconds: float) -> T:
-    """The action's result, or TimeoutError: a store whose keeper is frozen never answers, whatever its timeout."""
+    """Return the action's result or raise TimeoutError: a store whose process hangs ignores its own timeout."""
     results: list[T] = []
     errors: list[Exception] = []
 
@@ -159,7 +159,7 @@ def _describe(rank: int, beat: dict[str, Any]) -> str:
     last = f"last heartbeat at {_clock(beat['time'])}, {max(0.0, time.time() - beat['time']):.1f} s ago"
     if beat["state"] == "finished":
         return f"rank {rank} had shut down ({last})"
-    return f"rank {rank} died or froze ({last}, in {beat['operation'] or 'no communication yet'})"
+    return f"rank {rank} crashed or hung ({last}, in {beat['operation'] or 'no collective yet'})"
 
 
 def _clock(seconds: float) -> str:

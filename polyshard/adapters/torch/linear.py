@@ -1,4 +1,4 @@
-"""Tensor-parallel layers of torch tensors: local weights, hand-written collectives, no DTensor in the forward."""
+"""Tensor-parallel layers of plain torch tensors: local weights and explicit collectives, without DTensor."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from polyshard.layers.replicas import sum_replicas
 
 
 def new_weight(layout: WeightLayout, parallel_context: ParallelContext, std: float | None) -> nn.Parameter:
-    """A rank's shard of a weight: drawn full from torch's global CPU generator, then sliced.
+    """Return this rank's shard of a new weight, sliced from a full weight drawn from torch's global CPU generator.
 
-    Ranks that were seeded alike thus hold shards of the same full weight, at every tensor-parallel size. A context
-    that loads its weights instead (a server's) gets them uninitialised.
+    Ranks with equal seeds hold shards of the same full weight at every tensor-parallel size. In a context that loads
+    its weights instead (a server's) the shard is uninitialized.
 
     Args:
-        layout: of the weight.
-        parallel_context: where this process stands.
+        layout: the weight layout.
+        parallel_context: this process's parallel context.
         std: standard deviation; None for zeros.
     """
     rank = parallel_context.get_tensor_parallel_rank()
@@ -51,7 +51,7 @@ def new_weight(layout: WeightLayout, parallel_context: ParallelContext, std: flo
 class ColumnParallelLinear(nn.Module):
     """`y = x Wᵀ + b` with the rows of `W` sharded.
 
-    Input `[..., tokens, in]`, whole on each rank (under sequence parallel `[..., tokens / size, in]`); output
+    Input `[..., tokens, in]`, replicated (under sequence parallel `[..., tokens / size, in]`); output
     `[..., tokens, out / size]`.
     """
 
@@ -84,14 +84,14 @@ class ColumnParallelLinear(nn.Module):
         return F.linear(x, weight, bias)
 
     def extra_repr(self) -> str:
-        """Logical sizes."""
+        """Return the full sizes and this rank's position."""
         return f"in={self.input_size}, out={self.output_size}, tensor_parallel={self.axis.rank}/{self.axis.size}"
 
 
 class RowParallelLinear(nn.Module):
     """`y = x Wᵀ + b` with the columns of `W` sharded.
 
-    Input `[..., tokens, in / size]`; output `[..., tokens, out]`, whole on each rank (under sequence parallel
+    Input `[..., tokens, in / size]`; output `[..., tokens, out]`, replicated (under sequence parallel
     `[..., tokens / size, out]`). The bias is added after the sum.
     """
 
@@ -115,7 +115,7 @@ class RowParallelLinear(nn.Module):
         return y if self.bias is None else y + sum_gradient(self.bias, self.axis)
 
     def extra_repr(self) -> str:
-        """Logical sizes."""
+        """Return the full sizes and this rank's position."""
         return f"in={self.input_size}, out={self.output_size}, tensor_parallel={self.axis.rank}/{self.axis.size}"
 
 
@@ -144,7 +144,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class VocabParallelHead(nn.Module):
-    """Logits over this rank's part of the vocabulary; columns that only pad it are -inf."""
+    """Output projection to this rank's part of the vocabulary; the logits of padding columns are -inf."""
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class VocabParallelHead(nn.Module):
         self.sequence_parallel = context.layout.sequence_parallel
         segment = Segment(size=vocab_size, pad_multiple=1)
         start, length = segment.local_range(self.axis.rank, self.axis.size)
-        self.present = max(0, min(vocab_size - start, length))  # local columns that are real tokens
+        self.present = max(0, min(vocab_size - start, length))  # local columns without padding
         self.length = length
         layout = WeightLayout(shape=(vocab_size, hidden_size), dim=0, segments=(segment,))
         self.weight = new_weight(layout, context, 0.02) if weight is None else weight
@@ -177,7 +177,7 @@ class VocabParallelHead(nn.Module):
 
 
 class TorchLinearAdapter:
-    """`LinearAdapter` of this library, with all optional methods."""
+    """The `LinearAdapter` of torch, with all optional methods."""
 
     plain_outputs = True
     plain_products = True
@@ -186,13 +186,13 @@ class TorchLinearAdapter:
     def create_column_parallel(
         self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
-        """One projection."""
+        """Return a column-parallel layer."""
         return ColumnParallelLinear(input_size, output_size, (Segment(size=output_size),), parallel_context, bias)
 
     def create_merged_column_parallel(
         self, input_size: int, output_sizes: list[int], parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
-        """Several projections as one matrix product."""
+        """Return several projections merged into one matmul."""
         segments = tuple(Segment(size=size) for size in output_sizes)
         return ColumnParallelLinear(input_size, sum(output_sizes), segments, parallel_context, bias)
 
@@ -205,7 +205,7 @@ class TorchLinearAdapter:
         parallel_context: ParallelContext,
         bias: bool = False,
     ) -> nn.Module:
-        """Query, key and value as one matrix product; KV heads shared where there are fewer than ranks."""
+        """Return query, key and value projections as one matmul; with more ranks than KV heads, ranks share them."""
         segments = qkv_segments(num_heads, num_kv_heads, head_dim)
         total = sum(segment.size for segment in segments)
         return ColumnParallelLinear(hidden_size, total, segments, parallel_context, bias)
@@ -213,13 +213,13 @@ class TorchLinearAdapter:
     def create_row_parallel(
         self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
     ) -> nn.Module:
-        """The counterpart of a column-parallel layer."""
+        """Return a row-parallel layer."""
         return RowParallelLinear(input_size, output_size, parallel_context, bias)
 
     def create_vocab_embedding(
         self, num_embeddings: int, embedding_dim: int, parallel_context: ParallelContext
     ) -> nn.Module:
-        """Token embedding."""
+        """Return a token embedding with sharded rows."""
         return VocabParallelEmbedding(num_embeddings, embedding_dim, parallel_context)
 
     def create_lm_head(
@@ -230,7 +230,7 @@ class TorchLinearAdapter:
         bias: bool = False,
         tied_to: nn.Module | None = None,
     ) -> nn.Module:
-        """Output projection; `tied_to` is an embedding of this adapter."""
+        """Return an output projection; `tied_to` is an embedding of this adapter whose weight it shares."""
         weight = None if tied_to is None else tied_to.weight
         assert weight is None or isinstance(weight, nn.Parameter)
         return VocabParallelHead(hidden_size, vocab_size, parallel_context, bias, weight)
@@ -238,11 +238,11 @@ class TorchLinearAdapter:
     def create_norm(
         self, hidden_size: int, parallel_context: ParallelContext, eps: float, partial_gradient: bool
     ) -> nn.Module:
-        """RMS norm."""
+        """Return an RMS norm."""
         return RMSNorm(hidden_size, parallel_context, eps, partial_gradient)
 
     def vocab_parallel_cross_entropy(
         self, logits: torch.Tensor, targets: torch.Tensor, parallel_context: ParallelContext, **options: Any
     ) -> torch.Tensor:
-        """See `polyshard.vocab_parallel_cross_entropy`."""
+        """Return the loss of each token; see `polyshard.vocab_parallel_cross_entropy`."""
         return vocab_parallel_cross_entropy(logits, targets, parallel_context.axis("tensor"), **options)

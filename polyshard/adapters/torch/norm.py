@@ -1,4 +1,4 @@
-"""RMS norm whose weight's gradient is right when each rank sees only a part of the activations."""
+"""RMS norm with the correct weight gradient when each rank sees only a part of the activations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class RMSNorm(nn.Module):
     The result is rounded to the input's dtype before the weight is applied, as in transformers and vLLM.
     """
 
-    plain_norm = True  # that formula and no more: a server may compute it from `weight` and `eps` by its own operator
+    plain_norm = True  # exactly that formula, so a server may compute it from `weight` and `eps` with its own operator
 
     def __init__(self, hidden_size: int, context: ParallelContext, eps: float, partial_gradient: bool) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size, device=context.device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., hidden]` to the same shape."""
+        """Return the norm of `[..., hidden]`, in the same shape."""
         weight = self.weight if self.axis is None else sum_gradient(self.weight, self.axis)
         wide = x if x.dtype == torch.float64 else x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)

@@ -1,6 +1,6 @@
-"""vLLM: its own parallel layers, its paged attention, and its engine as a host of models.
+"""The vLLM adapter: its parallel layers, its paged attention, and its engine as a server of registered models.
 
-Importing this package imports no vLLM; its rooms do, on first use.
+Importing this package does not import vLLM; its submodules do, on first use.
 """
 
 from polyshard.adapters.vllm.adapter import VllmAdapter

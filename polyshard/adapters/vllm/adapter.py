@@ -1,4 +1,4 @@
-"""The vLLM adapter: what it can do, and its entry points."""
+"""The vLLM adapter: its capabilities and entry points."""
 
 from __future__ import annotations
 
@@ -50,7 +50,14 @@ REQUIREMENT = Requirement(
 
 
 class VllmAdapter(ServingOnlyAdapter):
-    """vLLM's layers, and vLLM as a host. It trains nothing."""
+    """vLLM's layers, and vLLM as a server. It does not train.
+
+    Example:
+        >>> ps.load_adapter("vllm").capabilities["serving"].available
+        True
+        >>> ps.load_adapter("vllm").capabilities["training"].reason
+        "vLLM's layers are forward-only: its norms and attention have no backward"
+    """
 
     name = "vllm"
     title = "vLLM"
@@ -59,7 +66,7 @@ class VllmAdapter(ServingOnlyAdapter):
 
     @property
     def linear(self) -> Any:
-        """vLLM's own parallel layers."""
+        """vLLM's parallel layers."""
         self.requirement.require()
         from polyshard.adapters.vllm.layers.linear import VllmLinearAdapter
 
@@ -67,13 +74,13 @@ class VllmAdapter(ServingOnlyAdapter):
 
     @property
     def attention_kernels(self) -> tuple[Any, ...]:
-        """The engine's own attention kernel and the exact one, with a backward; vLLM is imported when it is used."""
+        """vLLM's attention kernel and its exact variant, with a backward pass. They import vLLM at first use."""
         from polyshard.adapters.vllm.attention.kernel import VllmKernel
 
         return (VllmKernel(), VllmKernel(exact=True))
 
     def exact_operators(self, device: torch.device) -> ExactOperators:
-        """What exact mode computes with on `device`."""
+        """Return the operators of exact mode on `device`."""
         self.requirement.require()
         from polyshard.adapters.vllm.exact import operators_of
 
@@ -81,7 +88,7 @@ class VllmAdapter(ServingOnlyAdapter):
 
     @property
     def server_is_loaded(self) -> bool:
-        """Whether this process has imported vLLM, which may have run its plugins then."""
+        """Whether this process has imported vLLM, which may have run its plugins already."""
         return self.requirement.module in sys.modules
 
     @property

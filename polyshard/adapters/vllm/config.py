@@ -1,7 +1,7 @@
-"""Configurations that transformers does not know, for vLLM, which reads every config.json by transformers.
+"""Config classes for model types that transformers does not define: vLLM reads every config.json with transformers.
 
-A config's class has to be importable by name in a worker before any plugin runs there: `config_class` makes one class
-for each model type, and this module's `__getattr__` makes it again in the worker that unpickles it.
+A worker must be able to import a config's class by name before any plugin runs there. `config_class` creates one class
+per model type, and this module's `__getattr__` recreates it in the worker that unpickles it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from polyshard.config.families import served_base
 from polyshard.config.fields import MODEL_TYPE
 from polyshard.core.errors import RegistrationError
 
-# What vLLM reads, and the names that it has elsewhere (nanoGPT's and torchtitan's among them).
-_NEEDED: Mapping[str, tuple[str, ...]] = {
+# Fields that vLLM reads, with the names that other projects (nanoGPT, torchtitan) give them.
+_REQUIRED: Mapping[str, tuple[str, ...]] = {
     "vocab_size": ("padded_vocab_size",),
     "hidden_size": ("n_embd", "d_model", "dim"),
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
@@ -30,32 +30,32 @@ _PREFIX = "ConfigOf_"
 
 
 class _AnyConfig(PretrainedConfig):
-    """A config.json's own fields, and beside them those that vLLM reads, where they have another name."""
+    """The fields of a config.json, and copies of those that vLLM reads under a different name."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers does, after a look at what vLLM will read.
+        """Create the config as transformers does, after adding the field names that vLLM reads.
 
         Raises:
-            RegistrationError: fields that it needs stand under no name that is known.
+            RegistrationError: a required field is missing under all known names.
         """
         fields = dict(config_dict)
-        for name, others in {**_NEEDED, **_OPTIONAL}.items():
-            found = [other for other in others if fields.get(other) is not None]
-            if fields.get(name) is None and found:
-                fields[name] = fields[found[0]]
-        missing = [f"{name} (or {', '.join(others)})" for name, others in _NEEDED.items() if fields.get(name) is None]
+        for name, others in {**_REQUIRED, **_OPTIONAL}.items():
+            given = [other for other in others if fields.get(other) is not None]
+            if fields.get(name) is None and given:
+                fields[name] = fields[given[0]]
+        missing = [f"{name} (or {', '.join(others)})" for name, others in _REQUIRED.items() if fields.get(name) is None]
         if missing:
             raise RegistrationError(
-                f"vLLM needs {'; '.join(missing)} in config.json, which has {sorted(config_dict)}: add them to the "
-                "config that you save"
+                f"vLLM needs {'; '.join(missing)} in config.json: got {sorted(config_dict)}. Add the missing fields to "
+                "the config that you save"
             )
         return super().from_dict(fields, **kwargs)
 
 
 @cache
 def config_class(model_type: str) -> type[PretrainedConfig]:
-    """The class for a model type."""
+    """Return the config class of a model type."""
     name = _PREFIX + model_type
     return type(name, (_AnyConfig,), {"model_type": model_type, "__module__": __name__, "__qualname__": name})
 
@@ -66,8 +66,8 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def known_config(model_type: str) -> type[PretrainedConfig] | None:
-    """The class that transformers itself has for a type."""
+def transformers_config(model_type: str) -> type[PretrainedConfig] | None:
+    """Return the class that transformers itself defines for a model type; None if there is none."""
     try:
         known = CONFIG_MAPPING[model_type]
     except KeyError:
@@ -76,26 +76,26 @@ def known_config(model_type: str) -> type[PretrainedConfig] | None:
 
 
 def register_config(model_type: str = MODEL_TYPE) -> None:
-    """Make transformers of this process read config.json files of a type; again is as once.
+    """Make transformers in this process read config.json files of a model type. Idempotent.
 
     Raises:
-        RegistrationError: transformers has a class of its own for it.
+        RegistrationError: transformers defines a class for this type itself.
     """
-    known = known_config(model_type)
+    known = transformers_config(model_type)
     if known is not None:
         raise RegistrationError(
-            f"model_type {model_type!r} is one that transformers knows ({known.__name__}): leave model_type out"
+            f"model_type {model_type!r} is already defined by transformers ({known.__name__}). Remove model_type"
         )
     AutoConfig.register(model_type, config_class(model_type), exist_ok=True)
 
 
 def fill_rotary_base(config: Any) -> None:
-    """Give rotary parameters without a base the one that vLLM's own model of the family takes.
+    """Add the rotary base that vLLM's model of the family uses to rotary parameters that lack one.
 
-    A config class fills it in; `hf_overrides` of `rope_parameters` or `rope_scaling` replace what it filled in.
+    A config class fills it in, but `hf_overrides` of `rope_parameters` or `rope_scaling` replace those values.
 
     Args:
-        config: of a served model; changed in place.
+        config: the config of a served model; changed in place.
     """
     parameters = getattr(config, "rope_parameters", None)
     if not isinstance(parameters, dict) or not parameters:

@@ -1,4 +1,4 @@
-"""The parallel context inside a vLLM worker: vLLM's groups, vLLM's paged attention, any adapter's layers."""
+"""The parallel context in a vLLM worker: vLLM's process groups and paged attention, with any adapter's layers."""
 
 from __future__ import annotations
 
@@ -21,32 +21,33 @@ from polyshard.core.serving import RegisteredModel
 
 @dataclass(frozen=True, slots=True)
 class VllmCollectives:
-    """`Collectives` by vLLM's group coordinator: its custom all-reduce on GPUs, shared memory on CPU."""
+    """`Collectives` of a vLLM group coordinator: custom all-reduce on GPUs, shared memory on CPU."""
 
     group: Any
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        """Elementwise `sum` or `max` over the group."""
+        """Return the elementwise `sum` or `max` over the group."""
         if op == "sum":
-            # On CPU vLLM reduces in place (cpu_communicator.py): the contract leaves the input untouched.
+            # On CPU vLLM reduces in place (cpu_communicator.py), but `Collectives` must not change the input.
             return self.group.all_reduce(tensor.clone() if tensor.device.type == "cpu" else tensor)
         result = tensor.clone()
         torch.distributed.all_reduce(result, op=torch.distributed.ReduceOp.MAX, group=self.group.device_group)
         return result
 
     def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        """Concatenation along `dim`."""
+        """Return the concatenation along `dim`."""
         return self.group.all_gather(tensor.contiguous(), dim)
 
     def reduce_scatter(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's part, along `dim`, of the sum."""
+        """Return this rank's part, along `dim`, of the sum."""
         return self.group.reduce_scatter(tensor.contiguous(), dim)
 
 
 def serving_context(vllm_config: VllmConfig, registered: RegisteredModel) -> GroupContext:
-    """The context of this worker, with the layers of the registered adapter (`"vllm"`: vLLM's own).
+    """Return the context of this worker, with the layers of the registered adapter (`"vllm"`: vLLM's own).
 
-    In exact mode all layers multiply alike, and hold their weights as another library made them, for `"vllm"` torch.
+    In exact mode every adapter's layers use the same matmul. Their weights belong to another library's layers, so
+    `"vllm"` means torch's layers there.
     """
     adapter = "torch" if registered.exact and registered.adapter == "vllm" else registered.adapter
     axes: dict[Axis, ParallelAxis] = {}

@@ -1,4 +1,4 @@
-"""What exact mode computes with: vLLM's operators, where a row's bits do not depend on the batch that it stands in.
+"""The operators of exact mode: those of vLLM whose output bits for a row do not depend on the rest of the batch.
 
 The measurements behind each choice are in docs/explanation/exactness.md.
 """
@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from polyshard.adapters.vllm import compat
-from polyshard.adapters.vllm.attention.exact import whose_kernel
+from polyshard.adapters.vllm.attention.exact import attention_kernel_name
 from polyshard.adapters.vllm.layers.matmul import select_matmul
-from polyshard.adapters.vllm.layers.norm import rms_norm, takes_norm
+from polyshard.adapters.vllm.layers.norm import rms_norm, supports_norm
 from polyshard.attention.rotary import rotate_heads
 from polyshard.core.context import GroupContext
 from polyshard.core.errors import ConfigurationError, LayoutError, RegistrationError
@@ -27,7 +27,7 @@ from polyshard.exact.linear import ExactLinear
 from polyshard.native.matmul import PackedProduct, unsupported_reason
 
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
-_NO_PRODUCT = "exact mode has no product of {} on this CPU, but of {}: use one of them on both sides"
+_UNSUPPORTED_DTYPE = "exact mode does not support {} on this CPU (supported: {}). Use a supported dtype on both sides"
 
 
 class CpuOperators:
@@ -37,31 +37,37 @@ class CpuOperators:
 
     @property
     def matmul_by_dtype(self) -> str:
-        """The compiled product, or vLLM's."""
-        return _by_dtype(products())
+        """The matmul of each dtype, `native` or `vllm`, as text."""
+        return _by_dtype(exact_matmuls())
 
     @property
     def attention_by_dtype(self) -> str:
-        """The compiled loops, or vLLM's kernel."""
-        return _by_dtype({dtype: whose_kernel(dtype) for dtype in products()})
+        """The attention kernel of each dtype, `native` or `vllm`, as text."""
+        return _by_dtype({dtype: attention_kernel_name(dtype) for dtype in exact_matmuls()})
 
     def pack(self, weight: torch.Tensor) -> Matmul:
-        """The compiled product; where oneDNN is faster oneDNN's, by which a row goes as two: it has another kernel."""
-        if weight.dtype not in products():
-            raise ConfigurationError(no_product(weight.dtype))
-        if products()[weight.dtype] == "native":
+        """Return the native matmul, or oneDNN's where faster.
+
+        A single row is duplicated for oneDNN, which uses a different kernel for one row.
+
+        Raises:
+            ConfigurationError: exact mode does not support the dtype on this CPU.
+        """
+        if weight.dtype not in exact_matmuls():
+            raise ConfigurationError(unsupported_dtype_reason(weight.dtype))
+        if exact_matmuls()[weight.dtype] == "native":
             return PackedProduct(weight)
-        return partial(_two_rows, compat.cpu_packed_product(weight))
+        return partial(_duplicate_single_row, compat.cpu_packed_matmul(weight))
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """The engine's operator; torch's operations where it does not take the size."""
-        return (rms_norm if takes_norm(x) else plain_rms_norm)(x, weight, eps)
+        """Return the norm from the engine's operator, or from torch operations if it does not support the size."""
+        return (rms_norm if supports_norm(x) else torch_rms_norm)(x, weight, eps)
 
     def rotate(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """vLLM's operator, on copies; torch's operations where it does not take the size."""
-        if not compat.takes_rotary(q, cos):
+        """Rotate copies with vLLM's operator, or with torch operations if it does not support the size."""
+        if not compat.supports_rotary(q, cos):
             return rotate_heads(q, k, cos, sin)
         table = torch.cat((cos, sin), dim=-1).expand(*q.shape[:-2], 1, -1).flatten(0, -2)
         rows = torch.arange(len(table))
@@ -72,86 +78,89 @@ class CpuOperators:
 
 
 @functools.cache
-def products() -> dict[torch.dtype, str]:
-    """Dtypes that have an exact product on this CPU, and whose it is: compiled, or vLLM's where that was looked at."""
-    found = {}
+def exact_matmuls() -> dict[torch.dtype, str]:
+    """Return the matmul, `native` or `vllm`, of each dtype that exact mode supports on this CPU.
+
+    vLLM's is used only for dtypes whose oneDNN kernel was checked (`ONEDNN_DTYPES`).
+    """
+    matmuls = {}
     for dtype in (*ONEDNN_DTYPES, torch.float16):
         if dtype in ONEDNN_DTYPES and select_matmul(dtype) == "vllm":
-            if compat.has_packed_product(dtype):
-                found[dtype] = "vllm"
+            if compat.has_packed_matmul(dtype):
+                matmuls[dtype] = "vllm"
         elif unsupported_reason(dtype) is None:
-            found[dtype] = "native"
-    return found
+            matmuls[dtype] = "native"
+    return matmuls
 
 
 def _by_dtype(kinds: dict[torch.dtype, str]) -> str:
     return ", ".join(f"{kind} {str(dtype).removeprefix('torch.')}" for dtype, kind in kinds.items())
 
 
-def no_product(dtype: torch.dtype) -> str:
-    """Why a dtype is refused."""
-    return _NO_PRODUCT.format(dtype, ", ".join(map(str, products())))
+def unsupported_dtype_reason(dtype: torch.dtype) -> str:
+    """Return the message that rejects a dtype."""
+    return _UNSUPPORTED_DTYPE.format(dtype, ", ".join(map(str, exact_matmuls())))
 
 
 class CudaOperators:
-    """`ExactOperators` on CUDA, by vLLM's batch-invariant Triton operators. Unverified: docs/how-to/gpu.md."""
+    """`ExactOperators` on CUDA: vLLM's batch-invariant Triton operators. Unverified (docs/how-to/gpu.md)."""
 
     attention_kernel = "vllm_exact"
     matmul_by_dtype = "Triton"
     attention_by_dtype = "flash-attention"
 
     def pack(self, weight: torch.Tensor) -> Matmul:
-        """Its persistent matrix product, whose tiles do not depend on the number of rows."""
-        return partial(_invariant_product, weight.detach())
+        """Return vLLM's persistent matmul, whose tiles do not depend on the number of rows."""
+        return partial(_invariant_matmul, weight.detach())
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Its norm."""
+        """Return vLLM's batch-invariant norm."""
         return compat.batch_invariant().rms_norm_batch_invariant(x, weight, eps)
 
     def rotate(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """torch's elementwise operations: no sum, so no order."""
+        """Rotate with torch's elementwise operations, which sum nothing and so have no summation order."""
         return rotate_heads(q, k, cos, sin)
 
 
 def operators_of(device: torch.device) -> ExactOperators:
-    """Those for a device.
+    """Return the exact operators of a device.
 
     Raises:
-        ConfigurationError: there are none.
+        ConfigurationError: exact mode does not support the device.
     """
     if device.type == "cpu":
         return CpuOperators()
     if device.type == "cuda":
         return CudaOperators()
-    raise ConfigurationError(f"exact mode runs on CPU and CUDA, not on {device.type}")
+    raise ConfigurationError(f"exact mode does not support the device: got {device.type}, expected cpu or cuda")
 
 
-def plain_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """The norm in torch's operations."""
+def torch_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return the RMS norm, computed with torch operations."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
 def exact_serving(context: GroupContext, registered: RegisteredModel, vllm_config: compat.VllmConfig) -> GroupContext:
-    """The context of a worker that serves in exact mode.
+    """Return the context of a worker that serves in exact mode.
 
     Raises:
         RegistrationError: the engine's settings change the bits.
     """
-    device, cached = context.device, vllm_config.cache_config.cache_dtype
+    device, cache_dtype = context.device, vllm_config.cache_config.cache_dtype
     why = None
     if not compat.is_eager(vllm_config):
-        why = "the compiler fuses and reorders operations: start the engine with enforce_eager=True"
+        why = "the compiler fuses and reorders operations. Start the engine with enforce_eager=True"
     elif vllm_config.quant_config is not None or vllm_config.lora_config is not None:
-        why = "quantized weights and LoRA have kernels of their own"
-    elif cached not in ("auto", str(vllm_config.model_config.dtype).removeprefix("torch.")):
-        why = f"a KV cache of {cached} rounds keys and values, which training does not"
-    elif device.type == "cpu" and compat.model_dtype(vllm_config) not in products():
-        why = no_product(compat.model_dtype(vllm_config))
+        why = "quantized weights and LoRA use other kernels. Serve an unquantized checkpoint without LoRA"
+    elif cache_dtype not in ("auto", str(vllm_config.model_config.dtype).removeprefix("torch.")):
+        why = f"a KV cache of {cache_dtype} rounds keys and values, unlike training. Remove kv_cache_dtype"
+    elif device.type == "cpu" and compat.model_dtype(vllm_config) not in exact_matmuls():
+        why = unsupported_dtype_reason(compat.model_dtype(vllm_config))
     elif device.type == "cuda" and not compat.is_batch_invariant():
-        why = "on CUDA it needs the environment variable VLLM_BATCH_INVARIANT=1"
+        why = "on CUDA it needs batch-invariant kernels. Set VLLM_BATCH_INVARIANT=1"
     if why is not None:
         raise RegistrationError(f"model {registered.name!r} was registered with exact=True: {why}")
     try:
@@ -163,18 +172,18 @@ def exact_serving(context: GroupContext, registered: RegisteredModel, vllm_confi
 
 
 class PackExactly(compat.QuantizeMethodBase):
-    """How vLLM is told to pack a layer after each loading, a reload's too."""
+    """The hook by which vLLM packs a layer after each load or reload of its weights."""
 
     def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Never asked: the library made them."""
+        """Never called: the library has created them."""
         raise NotImplementedError
 
     def apply(self, layer: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Never asked: the layer has a forward of its own."""
+        """Never called: the layer has its own forward."""
         raise NotImplementedError
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Pack."""
+        """Pack the layer's weight."""
         assert isinstance(layer, ExactLinear)
         layer.pack()
 
@@ -183,11 +192,11 @@ def _pack_after_loading(layer: nn.Module) -> None:
     layer.quant_method = PackExactly()  # pyrefly: ignore  # vLLM's convention
 
 
-def _two_rows(multiply: Any, x: torch.Tensor) -> torch.Tensor:
+def _duplicate_single_row(multiply: Any, x: torch.Tensor) -> torch.Tensor:
     if len(x) != 1:
         return multiply(x.contiguous())
     return multiply(x.expand(2, -1).contiguous())[:1]
 
 
-def _invariant_product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def _invariant_matmul(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return compat.batch_invariant().linear_batch_invariant(x, weight)

@@ -1,6 +1,6 @@
 """The `vllm.general_plugins` entry point: vLLM calls `register` in every process it starts.
 
-vLLM merely logs a plugin that cannot be imported, so this module imports next to nothing; an exception inside
+vLLM only logs a plugin that cannot be imported, so this module imports almost nothing. An exception raised inside
 `register` ends the process with its message.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Make vLLM know every registered model, and polyshard's weight transfer.
+    """Register every model, and polyshard's weight transfer backend, with vLLM.
 
     Raises:
         RegistrationError: a factory cannot be found, or the environment variable is malformed.

@@ -1,4 +1,4 @@
-"""vLLM as a server of registered models."""
+"""The vLLM server of registered models."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from polyshard.core.serving import ModelFactory, RegisteredModel
 
 
 class VllmServer:
-    """Gives vLLM a class for each registered model."""
+    """Registers a model class with vLLM for each registered model."""
 
     def register(self, model: RegisteredModel, factory: ModelFactory) -> None:
-        """Make this process's vLLM know `model`."""
+        """Register `model` with vLLM in this process."""
         register_config()
         register_loader(LOAD_FORMAT, SharedWeights)
         if model.model_type is not None:

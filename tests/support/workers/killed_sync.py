@@ -20,17 +20,17 @@ TIMEOUT = 8.0
 
 def at_chunk(index, action):
     """Call `action(engine)` before chunk `index` is handed to the engine."""
-    original = remote.RemoteEngine.take
+    original = remote.RemoteEngine.load
 
-    def take(self, version, number, chunk, bucket):
+    def load(self, version, number, chunk, bucket):
         if number == index:
             action(self)
         return original(self, version, number, chunk, bucket)
 
-    remote.RemoteEngine.take = take
+    remote.RemoteEngine.load = load
 
     def undo():
-        remote.RemoteEngine.take = original
+        remote.RemoteEngine.load = original
 
     return undo
 

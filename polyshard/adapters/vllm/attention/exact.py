@@ -1,7 +1,7 @@
-"""Attention of exact mode on CPU: a token's bits are the same in an engine and a trainer, whatever stands beside it.
+"""Attention of exact mode on CPU: a token's bits are the same in an engine and a trainer, in any batch.
 
-By polyshard's compiled loops, over vLLM's pages. What they do not take is attended by vLLM's kernel, in pieces of
-queries that are cut alike in every batch; all is where POLYSHARD_ATTENTION=vllm.
+It runs polyshard's native kernel over vLLM's pages. Layers that the native kernel does not support run vLLM's kernel,
+in chunks of queries that are the same in every batch. POLYSHARD_ATTENTION=vllm selects vLLM's kernel for all layers.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from polyshard.core.attention import AttentionSpec
 
 
 class AlwaysNativeImpl(NativeImpl):
-    """The loops for every batch."""
+    """`NativeImpl` that runs the native kernel for every batch."""
 
     always = True
 
 
 class AlwaysNativeBackend(NativeBackend):
-    """vLLM's CPU attention backend with it, for `Attention(attn_backend=...)`."""
+    """vLLM's CPU attention backend with `AlwaysNativeImpl`, for `Attention(attn_backend=...)`."""
 
     @staticmethod
     @override
@@ -36,26 +36,27 @@ class AlwaysNativeBackend(NativeBackend):
 
 
 def exact_backend_for(spec: AttentionSpec, head_dim: int, dtype: torch.dtype) -> Any:
-    """What an engine attends by; arguments as of `takes`."""
-    return AlwaysNativeBackend if _by_loops(spec, head_dim, dtype) else compat.PinnedBackend
+    """Return the attention backend of an engine in exact mode; see `supports` for the arguments."""
+    return AlwaysNativeBackend if _uses_native_kernel(spec, head_dim, dtype) else compat.BatchInvariantBackend
 
 
 def exact_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What a trainer attends by: the same, over pages that last for the call.
+    """Run the attention of a trainer in exact mode, over pages that exist only during the call.
 
     Args:
-        q: `[tokens, heads, dim]`, of a size that vLLM's cache has.
+        q: `[tokens, heads, dim]`, with a `dim` that vLLM's cache supports.
         k: `[keys, kv_heads, dim]`.
-        v: the same shape.
-        call: each of its sequences has as many keys as queries, or more.
+        v: the same shape as `k`.
+        call: the attention call; each sequence must have at least as many keys as queries.
 
     Returns:
-        `[tokens, heads, dim]`, and the logsumexp `[tokens, heads]` where it is wanted and comes with it.
+        The output `[tokens, heads, dim]`, and the logsumexp `[tokens, heads]` if it is requested and the kernel
+        computes it, else None.
     """
     size = q.shape[2]
-    if not _by_loops(call.spec, size, q.dtype):
+    if not _uses_native_kernel(call.spec, size, q.dtype):
         return compat.cpu_attention(q, k, v, call, exact=True), None
     cache, blocks, isa = compat.cpu_cache(k, v, call.keys.host)
     slopes = None if call.alibi_slopes is None else tuple(call.alibi_slopes.tolist())
@@ -69,12 +70,12 @@ def exact_attention(
     return out, logsumexp
 
 
-def whose_kernel(dtype: torch.dtype) -> str:
-    """What attends heads of a usual size here: "compiled" or "vllm"."""
+def attention_kernel_name(dtype: torch.dtype) -> str:
+    """Return the kernel of attention with heads of size 64 on this machine: `native` or `vllm`."""
     usual = AttentionSpec(num_heads=1, num_kv_heads=1, head_dim=64, scale=1.0)
-    return "compiled" if _by_loops(usual, usual.head_dim, dtype) else "vllm"
+    return "native" if _uses_native_kernel(usual, usual.head_dim, dtype) else "vllm"
 
 
-def _by_loops(spec: AttentionSpec, head_dim: int, dtype: torch.dtype) -> bool:
+def _uses_native_kernel(spec: AttentionSpec, head_dim: int, dtype: torch.dtype) -> bool:
     isa = compat.cpu_isa(dtype, head_dim)
     return supports(spec, head_dim, dtype) and compat.keeps_keys_transposed(isa, dtype, CPU_BLOCK, head_dim)

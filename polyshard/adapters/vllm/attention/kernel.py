@@ -1,7 +1,7 @@
-"""The kernel that vLLM's engine itself uses, with a backward: a trainer's forward has the server's numbers.
+"""The attention kernel of vLLM's engine with a backward pass: a trainer's forward computes the server's numbers.
 
-vLLM's kernels are forward alone. What autograd would make of them is silence (no gradient, or zeros); here the
-backward is supplied, from q, k, v, the output and the logsumexp.
+vLLM's kernels are forward-only, and autograd through them would silently give no gradient or zeros. This module
+computes the backward pass from q, k, v, the output and the logsumexp.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from polyshard.adapters.vllm.compat.paging import CUDA_BLOCK, filled, paged
+from polyshard.adapters.vllm.compat.paging import CUDA_BLOCK, pad_last_dim, page_keys_values
 from polyshard.attention.kernels import operator
 from polyshard.attention.kernels.cpu.chunked import add_logsumexp
 from polyshard.attention.kernels.cpu.kernels import Chunked
@@ -26,10 +26,10 @@ from polyshard.core.errors import ConfigurationError
 
 
 class VllmKernel(AttentionKernel, BlockKernel):
-    """CPU: vLLM's paged CPU attention over a cache made for the call. CUDA: its bundled flash-attention.
+    """vLLM's attention: on CPU its paged attention over a cache built for the call, on CUDA its flash-attention.
 
     Args:
-        exact: as an engine in exact mode attends, whatever batch a token stands in: `vllm_exact`.
+        exact: compute the bits of an engine in exact mode, in any batch (kernel `vllm_exact`).
     """
 
     native_sinks = True
@@ -51,7 +51,7 @@ class VllmKernel(AttentionKernel, BlockKernel):
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"has no {dtype}"
         if not spec.causal and spec.sliding_window is not None:
-            return "has no window around the query, only one before it"
+            return "has no sliding window around the query, only before it"
         return None
 
     @override
@@ -93,14 +93,14 @@ class VllmKernel(AttentionKernel, BlockKernel):
         spec = call.spec
         if kernel.unsupported_reason(spec, q.device, q.dtype, True) is not None or call.alibi_slopes is not None:
             kernel = Chunked()
-        call = replace(call, save=False)  # this forward keeps no weights
+        call = replace(call, save=False)  # this forward saves no attention weights
         return kernel.backward(grad_out, q, k, v, out, logsumexp, saved, call)
 
 
 def _cpu_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, exact: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Output, and the logsumexp where it comes with it."""
+    """Return the output, and the logsumexp if the kernel computes it."""
     from polyshard.adapters.vllm import compat
     from polyshard.adapters.vllm.attention.exact import exact_attention
 
@@ -108,14 +108,16 @@ def _cpu_forward(
     size = compat.cpu_head_size(needed)
     if size is None:
         largest = max(compat.cpu_head_sizes())
-        raise ConfigurationError(f"vLLM's CPU kernel needs head dimensions up to {largest}, not {needed}")
-    q, k, v = (filled(t, size) for t in (q, k, v))
-    seen = call.queries.lengths, call.keys.lengths
+        raise ConfigurationError(
+            f"the head dimension is unsupported by vLLM's CPU kernel: got {needed}, expected up to {largest}"
+        )
+    q, k, v = (pad_last_dim(t, size) for t in (q, k, v))
+    lengths = call.queries.lengths, call.keys.lengths
     if not q.shape[0] or not k.shape[0]:
         return q.new_zeros((*q.shape[:2], value_dim)), None
-    if any(rows > keys for rows, keys in zip(*seen)):
+    if any(rows > keys for rows, keys in zip(*lengths)):
         raise ConfigurationError(
-            "vLLM's CPU kernel has no queries before the first key: give each sequence as many keys"
+            "the sequences are unsupported by vLLM's CPU kernel: each needs at least as many keys as queries"
         )
     out, logsumexp = exact_attention(q, k, v, call) if exact else (compat.cpu_attention(q, k, v, call), None)
     return out[..., :value_dim].contiguous(), logsumexp
@@ -127,12 +129,12 @@ def _cuda_forward(
     from polyshard.adapters.vllm import compat
 
     spec, value_dim = call.spec, v.shape[2]
-    size = max(q.shape[2], value_dim)  # as the engine's cache holds them: `PagedAttention`
-    q, k, v = (filled(t, size) for t in (q, k, v))
+    size = max(q.shape[2], value_dim)  # as in the engine's cache; see `PagedAttention`
+    q, k, v = (pad_last_dim(t, size) for t in (q, k, v))
     keys: dict[str, Any] = {"cu_seqlens_k": call.keys.cu_seqlens}
     if exact:
-        # As the engine runs it: its tiles depend on whether keys are paged, its splits on the batch.
-        k, v, table = paged(k, v, call.keys.host, CUDA_BLOCK)
+        # As in the engine: tiles depend on whether keys are paged, and splits on the batch.
+        k, v, table = page_keys_values(k, v, call.keys.host, CUDA_BLOCK)
         keys = {"seqused_k": call.keys.cu_seqlens.diff(), "block_table": table, "num_splits": 1}
     out, logsumexp = compat.cuda_flash_attention()(
         q,

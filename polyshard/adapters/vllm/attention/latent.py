@@ -1,4 +1,4 @@
-"""Latent attention inside a vLLM worker: vLLM's own layer over a cache of latents, where the model's config has it."""
+"""Latent attention inside a vLLM worker: vLLM's MLA layer, if vLLM caches latents for the model's config."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from polyshard.adapters.vllm.compat import (
     MLAAttention,
     UnquantizedLinearMethod,
     VllmConfig,
-    latents_lack,
+    latent_unsupported_reason,
     model_dtype,
-    uses_latents,
+    uses_latent_cache,
 )
 from polyshard.core.attention import AttentionSpec, LatentFactory, LatentSpec
 from polyshard.core.errors import RegistrationError
 
 
 class _Expansion:
-    """The layer from latents to keys and values as vLLM's layer asks for it: a call gives a pair, as its own do.
+    """The layer from latents to keys and values, with the interface of a vLLM layer: a call returns a pair.
 
-    Not a module, so that the layer's parameters are the model's once.
+    It is not a module, so that the layer's parameters are registered in the model only once.
     """
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         owners: list[Any] = [m for m in layer.modules() if isinstance(m._parameters.get("weight"), nn.Parameter)]
         (owner,) = owners
         self._layer, self._owner, self.params_dtype = layer, owner, dtype
-        # vLLM's layers throw away what they have packed on CPU, and here it is read again.
+        # On CPU vLLM's layers free a weight once it is packed, but this weight is read again.
         owner._cpu_skip_gemm_dispatch = True
 
     @property
@@ -40,7 +40,7 @@ class _Expansion:
 
     @property
     def quant_method(self) -> Any:
-        """vLLM's for a quantized layer; None for a weight that is read as it is, whatever multiplies by it."""
+        """vLLM's quantization method of a quantized layer; None for floating-point weights."""
         method = getattr(self._owner, "quant_method", None)
         quantized = getattr(method, "quant_config", None) is not None and not isinstance(
             method, UnquantizedLinearMethod
@@ -52,7 +52,7 @@ class _Expansion:
 
 
 class CachedLatents(nn.Module):
-    """`LatentCore` by vLLM's MLA layer, which finds batch and cache in vLLM's forward context."""
+    """`LatentCore` on vLLM's MLA layer, which reads batch and cache from vLLM's forward context."""
 
     def __init__(
         self, spec: AttentionSpec, latent: LatentSpec, expand: nn.Module, vllm_config: VllmConfig, layer_name: str
@@ -74,30 +74,34 @@ class CachedLatents(nn.Module):
         )
 
     def forward(self, q: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
-        """`[tokens, heads, value_dim]`."""
+        """Return the attention output `[tokens, heads, value_dim]`."""
         heads, value = self.sizes
         out = self.attention(q, latent, k_rope, output_shape=(len(q), heads * value))
         return out.unflatten(-1, (heads, value))
 
 
 def latent_factory(vllm_config: VllmConfig, exact: bool = False) -> LatentFactory | None:
-    """Makes the latent cores of one model; None where vLLM caches no latents for its config.
+    """Return a factory of latent attention cores for one model; None if vLLM does not cache latents for its config.
 
-    `exact`: there are none. Expanding one token and many gives other bits, so exact mode caches what was expanded.
+    Args:
+        vllm_config: vLLM's configuration of the model.
+        exact: exact mode, in which the factory always raises. Expanding one token or many gives different bits, so
+            exact mode caches the expanded keys and values.
     """
-    if not uses_latents(vllm_config):
+    if not uses_latent_cache(vllm_config):
         return None
     next_index, model_type = count(), getattr(vllm_config.model_config.hf_text_config, "model_type", None)
 
     def create(spec: AttentionSpec, latent: LatentSpec, expand: nn.Module) -> CachedLatents:
         index = next(next_index) if spec.layer_index is None else spec.layer_index
         size = latent.kv_rank + latent.rope_dim
-        lack = "exact mode has none" if exact else latents_lack(vllm_config, size, spec.num_heads)
-        if lack is not None:
+        reason = "unsupported in exact mode"
+        if not exact:
+            reason = latent_unsupported_reason(vllm_config, size, spec.num_heads)
+        if reason is not None:
             raise RegistrationError(
-                f"vLLM lays out its cache for latents, as the config's model_type is {model_type!r}, but for latents "
-                f"and rotated keys of {size} together {lack}: set VLLM_MLA_DISABLE=1, and keys and values are cached "
-                "written out, head by head"
+                f"vLLM caches latents for model_type {model_type!r}, but cannot serve latents and rotated keys of "
+                f"{size}: {reason}. Set VLLM_MLA_DISABLE=1 to cache the expanded keys and values of every head instead"
             )
         return CachedLatents(spec, latent, expand, vllm_config, f"model.layers.{index}.self_attn.attn")
 

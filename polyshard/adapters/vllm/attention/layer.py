@@ -17,9 +17,9 @@ from polyshard.adapters.vllm.compat import (
     cpu_head_size,
     model_dtype,
     rotate_in_place,
-    takes_rotary,
+    supports_rotary,
 )
-from polyshard.adapters.vllm.compat.paging import filled
+from polyshard.adapters.vllm.compat.paging import pad_last_dim
 from polyshard.attention.rotary import rotate_heads
 from polyshard.core.attention import AttentionFactory, AttentionSpec, PackedSequences
 from polyshard.core.errors import RegistrationError
@@ -28,29 +28,32 @@ logger = logging.getLogger(__name__)
 
 
 class RotaryTable:
-    """Cosines and sines in the form of vLLM's operator, made by a forward's first layer for all that share them."""
+    """Cosines and sines in the format of vLLM's operator; the first layer of a forward pass builds them for all."""
 
     def __init__(self) -> None:
         self._cos: torch.Tensor | None = None
-        self._maker: object = None
+        self._builder: object = None
         self._table = self._rows = torch.empty(0)
 
-    def of(self, maker: object, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The table `[tokens, rotary_dim]`, and each token's row. A layer that asks again begins a new forward."""
-        if self._cos is not cos or self._maker is maker:
-            self._cos, self._maker = cos, maker
+    def get(self, layer: object, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the table `[tokens, rotary_dim]`, and each token's row in it.
+
+        A second call by the layer that built the table means that a new forward pass has begun.
+        """
+        if self._cos is not cos or self._builder is layer:
+            self._cos, self._builder = cos, layer
             self._table = torch.cat((cos, sin), dim=-1).flatten(0, -2)
-            # On a GPU made anew: a captured graph would go on reading rows that the next size has replaced.
+            # Always recomputed on a GPU: a captured graph would keep reading rows that a later batch size replaced.
             if cos.device.type != "cpu" or len(self._rows) != len(self._table):
                 self._rows = torch.arange(len(self._table), device=cos.device)
         return self._table, self._rows
 
 
 class PagedAttention(nn.Module):
-    """`AttentionCore` by vLLM's attention layer, which finds batch and cache in vLLM's forward context.
+    """`AttentionCore` on vLLM's attention layer, which reads batch and cache from vLLM's forward context.
 
-    Its cache holds keys and values of one size, on CPU one of some few: what is smaller is filled up with zeros, which
-    changes no score and no output.
+    The cache stores keys and values of one head dimension, on CPU one of a few. Smaller heads are padded with zeros,
+    which changes neither scores nor outputs.
     """
 
     def __init__(
@@ -65,13 +68,15 @@ class PagedAttention(nn.Module):
         super().__init__()
         self._rotary = rotary
         if not spec.causal:
-            raise RegistrationError("vLLM serves causal decoders: an attention with causal=False cannot be served")
+            raise RegistrationError("vLLM serves only causal attention: got causal=False. Serve a causal decoder")
         self.spec = spec
         needed = max(spec.head_dim, spec.v_dim)
         on_cpu = vllm_config.device_config.device_type == "cpu"
         self.head_dim = (cpu_head_size(needed) if on_cpu else None) or needed
         if self.head_dim != needed and spec.layer_index in (None, 0):
-            logger.info("heads of %d are held as %d in the cache: vLLM has no kernel between", needed, self.head_dim)
+            logger.info(
+                "heads of %d are padded to %d in the KV cache: vLLM has no smaller kernel", needed, self.head_dim
+            )
         features = _features(spec, sinks)
         backend, layer = None, (spec, self.head_dim, model_dtype(vllm_config))
         if on_cpu and exact:
@@ -85,57 +90,58 @@ class PagedAttention(nn.Module):
                 spec.scale,
                 num_kv_heads=spec.num_kv_heads,
                 cache_config=vllm_config.cache_config,
-                quant_config=None,  # else it has scales of the cache as parameters, which few checkpoints hold
+                quant_config=None,  # otherwise it has KV cache scales as parameters, which few checkpoints contain
                 per_layer_sliding_window=spec.sliding_window,
                 prefix=layer_name,
                 attn_backend=backend,
                 **features,
             )
         except (TypeError, ValueError, NotImplementedError) as error:
-            asked = ", ".join(["sliding_window"] * (spec.sliding_window is not None) + sorted(features)) or "nothing"
+            requested = ["sliding_window"] * (spec.sliding_window is not None) + sorted(features)
             raise RegistrationError(
-                f"vLLM has no attention for {layer_name}, which asks for {asked}: {error}"
+                f"{layer_name} is unsupported by vLLM's attention (requested features: "
+                f"{', '.join(requested) or 'none'}): {error}"
             ) from error
         if self.attention.sliding_window != spec.sliding_window:
-            # vLLM falls back on the config's window where a layer names none.
+            # vLLM falls back to the config's window if a layer passes none.
             raise RegistrationError(
-                f"{layer_name} asks for sliding_window={spec.sliding_window}, but vLLM reads "
-                f"{self.attention.sliding_window} from the model's config: make both say the same "
-                "(hf_overrides={'sliding_window': None} for a model without one)"
+                f"{layer_name} requests sliding_window={spec.sliding_window}, but vLLM reads "
+                f"{self.attention.sliding_window} from the model's config. Make them equal, for a model without a "
+                "window with hf_overrides={'sliding_window': None}"
             )
         backend = self.attention.attn_backend
         sizes = getattr(backend, "get_supported_head_sizes", list)()
         if sizes and self.head_dim not in sizes:
             raise RegistrationError(
-                f"head dimension {self.head_dim} is not supported by vLLM's attention backend {backend.get_name()}, "
-                f"which has {sorted(sizes)}"
+                f"the head dimension is unsupported by vLLM's attention backend {backend.get_name()}: got "
+                f"{self.head_dim}, expected one of {sorted(sizes)}"
             )
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PackedSequences | None
     ) -> torch.Tensor:
-        """`[tokens, heads, value_dim]`; `sequences` is vLLM's affair."""
+        """Return the attention output `[tokens, heads, value_dim]`; `sequences` is ignored, since vLLM has its own."""
         size = self.head_dim
-        q, k, v = (filled(t, size) for t in (q, k, v))
+        q, k, v = (pad_last_dim(t, size) for t in (q, k, v))
         out = self.attention(q.flatten(-2), k.flatten(-2), v.flatten(-2)).view(q.shape)
         return out if self.spec.v_dim == size else out[..., : self.spec.v_dim]
 
     def rotate(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """By vLLM's operator, in place, where it takes these tensors."""
+        """Rotate in place with vLLM's operator if it supports these tensors; else with torch operations."""
         if torch.compiler.is_compiling():
-            return rotate_heads(q, k, cos, sin)  # the compiler fuses it; the table below lives in Python
-        if not takes_rotary(q, cos) or cos.shape[:-1] != (*q.shape[:-2], 1):
+            return rotate_heads(q, k, cos, sin)  # the compiler fuses it, and cannot trace the table below
+        if not supports_rotary(q, cos) or cos.shape[:-1] != (*q.shape[:-2], 1):
             return rotate_heads(q, k, cos, sin)
-        table, rows = self._rotary.of(self, cos, sin)
+        table, rows = self._rotary.get(self, cos, sin)
         flat_q, flat_k = (t.flatten(-2).view(len(rows), -1) for t in (q, k))
         rotate_in_place(rows, flat_q, flat_k, q.shape[-1], table)
         return q, k
 
 
 def _features(spec: AttentionSpec, sinks: torch.Tensor | None) -> dict[str, Any]:
-    """What only some backends have: handed over where it is asked for."""
+    """Return arguments for features that only some backends support, if the layer requests them."""
     features: dict[str, Any] = {}
     if spec.softcap is not None:
         features["logits_soft_cap"] = spec.softcap
@@ -147,9 +153,11 @@ def _features(spec: AttentionSpec, sinks: torch.Tensor | None) -> dict[str, Any]
 
 
 def paged_attention_factory(vllm_config: VllmConfig, exact: bool = False) -> AttentionFactory:
-    """Makes the attention cores of one model; a layer without an index takes the next one, for a name of its own.
+    """Return a factory of attention cores for one model; a layer without an index gets the next one.
 
-    `exact`: a token's output depends on its sequence alone (exact mode; on CUDA vLLM's batch-invariant mode does it).
+    Args:
+        vllm_config: vLLM's configuration of the model.
+        exact: exact mode: a token's output depends only on its sequence. On CUDA vLLM's batch-invariant mode does this.
     """
     next_index = count()
     rotary = RotaryTable()

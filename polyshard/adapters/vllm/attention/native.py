@@ -1,7 +1,7 @@
-"""Attention of an engine on CPU by polyshard's compiled loops, over the pages of vLLM's own cache.
+"""Attention of an engine on CPU with polyshard's native kernel, over the pages of vLLM's KV cache.
 
-vLLM writes keys and values there as ever, and owns prefixes, chunks and what is evicted. The kernel that reads them is
-what is exchanged.
+Only the kernel that reads keys and values is replaced. vLLM still writes them, and manages prefixes, chunks and
+eviction.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from polyshard.adapters.vllm.compat import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadataBuilder,
-    has_product_of_processor,
+    has_vllm_only_instructions,
     keeps_keys_transposed,
 )
 from polyshard.attention.kernels.cpu import native_paged as paged
@@ -27,7 +27,10 @@ from polyshard.core.environment import ATTENTION
 
 
 def pages_of(kv_cache: torch.Tensor, isa: str, spec: AttentionSpec) -> paged.Pages | None:
-    """A layer's cache `[pages, kv_heads, tokens, 2 dim]` as the loops read it; None where it has another form."""
+    """Return views of a layer's cache `[pages, kv_heads, tokens, 2 * dim]` for the native kernel.
+
+    None if vLLM stores keys and values in another layout for this instruction set.
+    """
     count, kv_heads, size, twice = kv_cache.shape
     if not keeps_keys_transposed(isa, kv_cache.dtype, size, twice // 2):
         return None
@@ -35,22 +38,24 @@ def pages_of(kv_cache: torch.Tensor, isa: str, spec: AttentionSpec) -> paged.Pag
     return paged.Pages(keys.unflatten(-1, (-1, size)), values.unflatten(-1, (size, -1)), spec)
 
 
-class CompiledMetadataBuilder(CPUAttentionMetadataBuilder):
-    """vLLM's, which also hands on what the loops ask of a step."""
+class NativeMetadataBuilder(CPUAttentionMetadataBuilder):
+    """vLLM's metadata builder, which also attaches the batch description of the native kernel (`requests`)."""
 
     @override
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
-        found: Any = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        tensors = (found.query_start_loc, found.seq_lens, found.block_table)
-        found.requests = paged.Requests(*(t.to(torch.int32) for t in tensors))
-        return found
+        metadata: Any = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        tensors = (metadata.query_start_loc, metadata.seq_lens, metadata.block_table)
+        metadata.requests = paged.Requests(*(t.to(torch.int32) for t in tensors))
+        return metadata
 
 
 class NativeImpl(CPUAttentionBackendImpl):
-    """vLLM's, whose kernel attends where the loops would leave threads idle, unless a batch must not change the kernel.
+    """vLLM's implementation with the native kernel substituted when that is faster, or always if `always` is set.
+
+    vLLM's kernel is kept for batches too small to occupy all threads of the native one.
 
     Attributes:
-        always: whether the loops take every batch.
+        always: whether the native kernel runs every batch, so that a batch never changes the kernel.
     """
 
     always = False
@@ -66,7 +71,7 @@ class NativeImpl(CPUAttentionBackendImpl):
             softcap=self.logits_soft_cap or None,
             alibi_slopes=None if self.alibi_slopes is None else tuple(map(float, self.alibi_slopes)),
         )
-        self._known: tuple[Callable[[], torch.Tensor | None], paged.Pages | None] = (lambda: None), None
+        self._cached: tuple[Callable[[], torch.Tensor | None], paged.Pages | None] = (lambda: None), None
 
     def forward(
         self,
@@ -80,7 +85,7 @@ class NativeImpl(CPUAttentionBackendImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`output` `[tokens, heads, head_size]`, which is filled; `kv_cache` as the class above has it."""
+        """Write the attention output `[tokens, heads, head_size]` to `output`, and return it."""
         scales = (output_scale, output_block_scale)
         if attn_metadata is not None and scales == (None, None) and attn_metadata.causal is True:
             requests: paged.Requests = attn_metadata.requests
@@ -88,20 +93,20 @@ class NativeImpl(CPUAttentionBackendImpl):
             if pages is not None and (self.always or paged.is_faster(requests, tokens, self._spec)):
                 paged.attend(query[:tokens], pages, requests, output[:tokens], self.sinks)
                 return output
-        assert attn_metadata is None or not self.always, "a batch that the loops do not take"
+        assert attn_metadata is None or not self.always, "the native kernel does not support this batch"
         return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
 
     def _pages_of(self, isa: str, kv_cache: torch.Tensor) -> paged.Pages | None:
-        """`pages_of` it, known since the last call."""
-        known, pages = self._known
-        if known() is not kv_cache:
+        """Return `pages_of` the cache; the result is kept until another cache is passed."""
+        cached, pages = self._cached
+        if cached() is not kv_cache:
             pages = pages_of(kv_cache, isa, self._spec)
-            self._known = weakref.ref(kv_cache), pages
+            self._cached = weakref.ref(kv_cache), pages
         return pages
 
 
 class NativeBackend(CPUAttentionBackend):
-    """vLLM's CPU attention backend with both, for `Attention(attn_backend=...)`."""
+    """vLLM's CPU attention backend with the native kernel, for `Attention(attn_backend=...)`."""
 
     @staticmethod
     @override
@@ -111,33 +116,32 @@ class NativeBackend(CPUAttentionBackend):
     @staticmethod
     @override
     def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
-        return CompiledMetadataBuilder
+        return NativeMetadataBuilder
 
 
 def supports(spec: AttentionSpec, head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether the loops have all that a layer asks for and are the fastest on this processor.
+    """Whether the native kernel supports a layer and is the fastest on this processor.
 
-    The environment variable POLYSHARD_ATTENTION=vllm, by which a trainer attends by vLLM's kernel, means that kernel
-    here too.
+    The environment variable POLYSHARD_ATTENTION=vllm selects vLLM's kernel, in a trainer and in an engine.
 
     Args:
-        spec: of the layer.
-        head_dim: of a head in the cache, of keys and of values.
-        dtype: of the model and of the cache.
+        spec: the layer's attention spec.
+        head_dim: head dimension of keys and values in the cache.
+        dtype: dtype of the model and of the cache.
     """
-    if ATTENTION.read() == "vllm" or has_product_of_processor(dtype):
+    if ATTENTION.read() == "vllm" or has_vllm_only_instructions(dtype):
         return False
-    plain = replace(spec, head_dim=head_dim, value_dim=head_dim, dropout=0.0)  # which an engine never applies
+    plain = replace(spec, head_dim=head_dim, value_dim=head_dim, dropout=0.0)  # an engine never applies dropout
     return paged.unsupported_reason(plain) is None
 
 
 def backend_for(spec: AttentionSpec, head_dim: int, dtype: torch.dtype, cache_dtype: str) -> Any:
-    """`NativeBackend` for a layer that the loops take; None for vLLM's own.
+    """Return `NativeBackend` for a layer that the native kernel supports; None for vLLM's default backend.
 
     Args:
-        spec: see `takes`.
-        head_dim: likewise.
-        dtype: of the model.
-        cache_dtype: vLLM's name of the cache's; a narrower one rounds keys and values that the loops would not.
+        spec: the layer's attention spec.
+        head_dim: head dimension of keys and values in the cache.
+        dtype: dtype of the model.
+        cache_dtype: vLLM's name of the cache dtype; vLLM's kernel serves all but `auto`.
     """
     return NativeBackend if cache_dtype == "auto" and supports(spec, head_dim, dtype) else None

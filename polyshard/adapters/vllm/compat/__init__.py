@@ -1,7 +1,7 @@
-"""All of vLLM that polyshard relies on; written for 0.32 and 0.33. A new vLLM is met by changing this folder alone.
+"""Every part of vLLM that polyshard depends on, for 0.32 and 0.33. A new vLLM version changes only this package.
 
-Imported on first use of vLLM. `tools/vllm_contract.py` names each import and signature, and checks a new version's
-wheel.
+It is imported on first use of vLLM. `tools/vllm_contract.py` lists each import and signature, and checks the wheel of
+a new version.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from polyshard.adapters.vllm.compat.attention import (
-    PinnedBackend,
+    BatchInvariantBackend,
     cpu_attention,
     cpu_cache,
     cpu_head_size,
@@ -53,21 +53,21 @@ from polyshard.adapters.vllm.compat.attention import (
     cuda_flash_attention,
     cuda_flash_version,
     keeps_keys_transposed,
-    latents_lack,
-    queries_of_a_piece,
-    uses_latents,
+    latent_unsupported_reason,
+    queries_per_chunk,
+    uses_latent_cache,
 )
 from polyshard.adapters.vllm.compat.engines import (
     LocalWorker,
     captures_graphs,
-    end_engine,
-    ends_with_engine,
     engine_dtype,
     engine_is_dead,
     is_eager,
     local_worker,
     model_dtype,
+    raises_if_engine_dies,
     runs_pipelines,
+    shut_down_engine,
     unfinished_requests,
 )
 from polyshard.adapters.vllm.compat.loading import (
@@ -82,16 +82,16 @@ from polyshard.adapters.vllm.compat.loading import (
 )
 from polyshard.adapters.vllm.compat.operators import (
     batch_invariant,
-    cpu_packed_product,
-    has_packed_product,
-    has_product_of_processor,
+    cpu_packed_matmul,
+    has_packed_matmul,
+    has_vllm_only_instructions,
     is_batch_invariant,
     operator_rms_norm,
-    operator_takes_norm,
+    operator_supports_norm,
     rotate_in_place,
     silu_and_mul,
-    takes_rotary,
-    vllm_product,
+    supports_rotary,
+    vllm_matmul,
 )
 from polyshard.adapters.vllm.compat.registration import register_class, register_loader, register_transfer
 
@@ -100,6 +100,7 @@ __all__ = [
     "QKV_SHARD_IDS",
     "Attention",
     "BaseModelLoader",
+    "BatchInvariantBackend",
     "CPUAttentionBackend",
     "CPUAttentionBackendImpl",
     "CPUAttentionMetadataBuilder",
@@ -111,7 +112,6 @@ __all__ = [
     "MergedColumnParallelLinear",
     "ParallelLMHead",
     "ParamMeta",
-    "PinnedBackend",
     "QKVParallelLinear",
     "QuantizeMethodBase",
     "RMSNorm",
@@ -137,41 +137,41 @@ __all__ = [
     "cpu_head_size",
     "cpu_head_sizes",
     "cpu_isa",
-    "cpu_packed_product",
+    "cpu_packed_matmul",
     "cuda_flash_attention",
     "cuda_flash_version",
-    "end_engine",
     "end_reload",
-    "ends_with_engine",
     "engine_dtype",
     "engine_is_dead",
     "get_pp_group",
     "get_pp_indices",
     "get_tp_group",
     "get_world_group",
-    "has_packed_product",
-    "has_product_of_processor",
+    "has_packed_matmul",
+    "has_vllm_only_instructions",
     "is_batch_invariant",
     "is_eager",
     "keeps_keys_transposed",
-    "latents_lack",
+    "latent_unsupported_reason",
     "load_into",
     "local_worker",
     "model_dtype",
     "operator_rms_norm",
-    "operator_takes_norm",
+    "operator_supports_norm",
     "process_after_loading",
-    "queries_of_a_piece",
+    "queries_per_chunk",
+    "raises_if_engine_dies",
     "register_class",
     "register_loader",
     "register_transfer",
     "rotate_in_place",
     "runs_pipelines",
+    "shut_down_engine",
     "silu_and_mul",
     "source_metadata",
     "support_torch_compile",
-    "takes_rotary",
+    "supports_rotary",
     "unfinished_requests",
-    "uses_latents",
-    "vllm_product",
+    "uses_latent_cache",
+    "vllm_matmul",
 ]

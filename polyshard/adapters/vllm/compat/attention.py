@@ -1,4 +1,4 @@
-"""vLLM's attention kernels, on CPU and CUDA, and how it cuts a batch for them."""
+"""vLLM's attention kernels on CPU and CUDA, and the batch metadata that they take."""
 
 from __future__ import annotations
 
@@ -15,29 +15,35 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentio
 from vllm.v1.attention.selector import get_attn_backend
 
 from polyshard.adapters.vllm.compat.engines import model_dtype
-from polyshard.adapters.vllm.compat.paging import CPU_BLOCK, Blocks, cut_queries
+from polyshard.adapters.vllm.compat.paging import CPU_BLOCK, Blocks, split_queries
 from polyshard.attention.kernels.protocol import AttentionCall
 from polyshard.core.attention import AttentionSpec
 from polyshard.core.errors import ConfigurationError
 
 
 def cpu_head_sizes() -> tuple[int, ...]:
-    """Head dimensions of vLLM's CPU attention."""
+    """Return the head dimensions that vLLM's CPU attention supports."""
     return tuple(CPUAttentionBackend.get_supported_head_sizes())
 
 
 def cpu_head_size(needed: int) -> int | None:
-    """The smallest of them that holds a head; None where none does."""
+    """Return the smallest supported head dimension of at least `needed`; None if there is none."""
     return min((size for size in cpu_head_sizes() if size >= needed), default=None)
 
 
 def cpu_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, exact: bool = False
 ) -> torch.Tensor:
-    """vLLM's CPU attention of packed sequences, through a paged cache that lasts for the call.
+    """Run vLLM's CPU attention on packed sequences, through a paged cache that exists only during the call.
 
-    Keys are not split over threads (VLLM_CPU_ATTN_SPLIT_KV=0 gives the same in an engine). `exact`: queries are
-    attended in pieces that are alike in every batch, and a token's output depends on its sequence alone.
+    Keys are not split over threads (an engine does the same with VLLM_CPU_ATTN_SPLIT_KV=0).
+
+    Args:
+        q: `[tokens, heads, head_dim]`.
+        k: `[keys, kv_heads, head_dim]`.
+        v: the same shape as `k`.
+        call: the attention call.
+        exact: process queries in chunks of one size, so that a token's output depends only on its sequence.
 
     Source: v1/attention/backends/cpu_attn.py, CPUAttentionBackendImpl.forward.
     """
@@ -47,12 +53,14 @@ def cpu_attention(
     cache, blocks, kind = cpu_cache(k, v, call.keys.host)
     keys, values = cache.chunk(2, dim=2)
     window = -1 if spec.sliding_window is None else spec.sliding_window
-    bounds, seen, table = call.queries.host, call.keys.host.diff(), blocks.table
+    bounds, key_counts, table = call.queries.host, call.keys.host.diff(), blocks.table
     if exact:
-        bounds, seen, table = cut_queries(bounds, seen, table, queries_of_a_piece(kind, q.shape[1] // heads))
-    bounds, seen, table = bounds.to(torch.int32), seen.to(torch.int32), table.to(torch.int32)
+        bounds, key_counts, table = split_queries(
+            bounds, key_counts, table, queries_per_chunk(kind, q.shape[1] // heads)
+        )
+    bounds, key_counts, table = bounds.to(torch.int32), key_counts.to(torch.int32), table.to(torch.int32)
     plan = operators.cpu_attn_get_scheduler_metadata(
-        len(seen), q.shape[1], heads, size, seen, q.dtype, bounds, spec.causal, window, kind, False
+        len(key_counts), q.shape[1], heads, size, key_counts, q.dtype, bounds, spec.causal, window, kind, False
     )
     sinks = call.sinks
     if sinks is not None and sinks.dtype not in (torch.bfloat16, torch.float32):
@@ -64,7 +72,7 @@ def cpu_attention(
         values,
         out,
         bounds,
-        seen,
+        key_counts,
         spec.scale,
         spec.causal,
         call.alibi_slopes,
@@ -78,7 +86,7 @@ def cpu_attention(
 
 
 def cpu_cache(k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor) -> tuple[torch.Tensor, Blocks, str]:
-    """A cache of packed keys and values as an engine on CPU would hold them.
+    """Return a cache of packed keys and values in the layout of an engine on CPU.
 
     Args:
         k: `[tokens, kv_heads, head_dim]`.
@@ -86,8 +94,8 @@ def cpu_cache(k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor) -> tuple[t
         bounds: int `[sequences + 1]`, cumulative lengths.
 
     Returns:
-        `[blocks, kv_heads, 2 CPU_BLOCK, head_dim]`, of each block the keys before the values; where each token lies;
-        and for which instruction set.
+        The cache `[blocks, kv_heads, 2 * CPU_BLOCK, head_dim]`, with the keys of each block before its values; the
+        positions of the tokens; and the instruction set that the layout is for.
     """
     from vllm import _custom_ops as operators
 
@@ -99,26 +107,26 @@ def cpu_cache(k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor) -> tuple[t
 
 
 def cpu_isa(dtype: torch.dtype, head_dim: int) -> str:
-    """The instruction set of vLLM's CPU attention on this machine."""
+    """Return the instruction set that vLLM's CPU attention uses on this machine."""
     return cpu_attn._get_attn_isa(dtype, CPU_BLOCK, head_dim, "auto")
 
 
 @functools.cache
 def keeps_keys_transposed(isa: str, dtype: torch.dtype, tokens: int, head_dim: int) -> bool:
-    """Whether vLLM keeps a page's keys as `[dim, tokens]` and its values as `[tokens, dim]`, for this instruction set.
+    """Whether vLLM stores a page's keys as `[dim, tokens]` and its values as `[tokens, dim]` for this instruction set.
 
-    Nothing in vLLM's Python says how they lie, so that a page is written, and looked at.
+    vLLM's Python API does not expose the layout, so this function writes a page and inspects it.
 
     Args:
-        isa: see `cpu_isa`.
-        dtype: of the cache, and of what is written.
-        tokens: of a page.
+        isa: the instruction set; see `cpu_isa`.
+        dtype: dtype of the cache and of the values written.
+        tokens: number of tokens in a page.
         head_dim: size of a head.
     """
     from vllm import _custom_ops as operators
 
     places = torch.arange(2 * tokens * head_dim).view(tokens, 2, head_dim)  # of two heads
-    for digit in range(4):  # each exact in bfloat16; four tell 2^28 places apart
+    for digit in range(4):  # base-128 digits, exact in bfloat16; four distinguish 2^28 positions
         written = (places >> 7 * digit & 127).to(dtype)
         cache = torch.full((2, 2, 2 * tokens, head_dim), -1, dtype=dtype)
         keys, values = cache.chunk(2, dim=2)
@@ -130,83 +138,88 @@ def keeps_keys_transposed(isa: str, dtype: torch.dtype, tokens: int, head_dim: i
     return True
 
 
-# Query heads that the kernel holds in registers at a time (0.32, csrc/cpu/cpu_attn_*.hpp, MaxQHeadNumPerIteration).
-# Up to so many, the number of keys of a tile is one constant; beyond, it follows from the number of queries, which
-# follows from the batch and the threads.
-_HEADS_AT_A_TIME = {"vec": 8, "vec16": 16, "amx": 32}
+# Query heads that the kernel holds in registers at once (0.32, csrc/cpu/cpu_attn_*.hpp, MaxQHeadNumPerIteration). Up
+# to this many, the number of keys in a tile is a constant. Beyond, it depends on the number of queries, which depends
+# on the batch and the number of threads.
+_HEADS_PER_ITERATION = {"vec": 8, "vec16": 16, "amx": 32}
 
 
-def queries_of_a_piece(isa: str, heads_per_kv: int) -> int:
-    """How many query tokens the kernel takes at a time.
+def queries_per_chunk(isa: str, heads_per_kv: int) -> int:
+    """Return the number of query tokens that the kernel processes at once.
 
     Raises:
-        ConfigurationError: nothing is known of this instruction set.
+        ConfigurationError: the instruction set is unknown.
     """
-    if isa not in _HEADS_AT_A_TIME:
+    if isa not in _HEADS_PER_ITERATION:
         raise ConfigurationError(
-            f"exact mode knows vLLM's CPU attention for {', '.join(_HEADS_AT_A_TIME)}, this machine has {isa!r}: "
-            "its kernel would have to be looked at first"
+            f"vLLM's CPU attention is unsupported in exact mode on this machine: got instruction set {isa!r}, expected "
+            f"{', '.join(_HEADS_PER_ITERATION)}. Use another machine"
         )
-    heads = _HEADS_AT_A_TIME[isa]
-    return heads // heads_per_kv if heads % heads_per_kv == 0 else heads  # else each head goes by itself
+    heads = _HEADS_PER_ITERATION[isa]
+    return heads // heads_per_kv if heads % heads_per_kv == 0 else heads  # otherwise each head is processed separately
 
 
-class PinnedMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Hands vLLM's kernel a batch as pieces of queries that are alike in every batch, and never splits keys.
+class BatchInvariantMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Splits a batch into query chunks whose size does not depend on the batch, and never splits keys.
 
-    Why: `_HEADS_AT_A_TIME`, and docs/explanation/exactness.md. A piece is a sequence to the kernel, over the same
-    cache blocks.
+    `_HEADS_PER_ITERATION` and docs/explanation/exactness.md explain why. To the kernel, each chunk is a sequence over
+    the same cache blocks.
     """
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
-        """vLLM's metadata of the pieces."""
+        """Return vLLM's metadata, with one sequence per chunk."""
         common = common_attn_metadata
-        bounds, seen, table = cut_queries(
+        bounds, key_counts, table = split_queries(
             common.query_start_loc,
             common.seq_lens,
             common.block_table_tensor,
-            queries_of_a_piece(self.isa, self.num_heads // self.num_kv_heads),
+            queries_per_chunk(self.isa, self.num_heads // self.num_kv_heads),
         )
-        pieces = replace(common, query_start_loc=bounds, seq_lens=seen, block_table_tensor=table, num_reqs=len(seen))
-        found = super().build(common_prefix_len, pieces, fast_build)
+        chunks = replace(
+            common, query_start_loc=bounds, seq_lens=key_counts, block_table_tensor=table, num_reqs=len(key_counts)
+        )
+        metadata = super().build(common_prefix_len, chunks, fast_build)
         if envs.VLLM_CPU_ATTN_SPLIT_KV:
             from vllm import _custom_ops as operators
 
             dtype: Any = self.dtype
-            found.scheduler_metadata = operators.cpu_attn_get_scheduler_metadata(
-                len(seen),
+            metadata.scheduler_metadata = operators.cpu_attn_get_scheduler_metadata(
+                len(key_counts),
                 self.num_heads,
                 self.num_kv_heads,
                 self.head_dim,
-                seen,
+                key_counts,
                 dtype,
                 bounds,
-                found.causal,
+                metadata.causal,
                 self.window_size,
                 self.isa,
                 False,
             )
-        return found
+        return metadata
 
 
-class PinnedBackend(CPUAttentionBackend):
-    """vLLM's CPU attention backend with that builder, for `Attention(attn_backend=...)`."""
+class BatchInvariantBackend(CPUAttentionBackend):
+    """vLLM's CPU attention backend with batch-invariant metadata, for `Attention(attn_backend=...)`."""
 
     @staticmethod
     @override
     def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
-        return PinnedMetadataBuilder
+        return BatchInvariantMetadataBuilder
 
 
 def cuda_flash_attention() -> Any:
-    """vLLM's bundled flash-attention: forward alone."""
+    """Return vLLM's bundled flash-attention, which has no backward pass."""
     from vllm.vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func
 
     return flash_attn_varlen_func
 
 
 def cuda_flash_version(head_dim: int, spec: AttentionSpec, sinks: bool) -> int:
-    """Which of its versions an engine takes on this device, as v1/attention/backends/flash_attn.py asks for it."""
+    """Return the flash-attention version that an engine uses on this device.
+
+    Source: v1/attention/backends/flash_attn.py.
+    """
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
     version = get_flash_attn_version(
@@ -218,17 +231,23 @@ def cuda_flash_version(head_dim: int, spec: AttentionSpec, sinks: bool) -> int:
     return version or 2
 
 
-def uses_latents(vllm_config: VllmConfig) -> bool:
-    """Whether vLLM lays out its cache for latent attention: it knows the config's `model_type` for one that has it."""
+def uses_latent_cache(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM caches latents, which it decides by the config's `model_type`."""
     return bool(vllm_config.model_config.use_mla)
 
 
-def latents_lack(vllm_config: VllmConfig, size: int, num_heads: int) -> str | None:
-    """Why vLLM has no kernel for latents and rotated keys of `size` together on this platform; None where it has."""
+def latent_unsupported_reason(vllm_config: VllmConfig, size: int, num_heads: int) -> str | None:
+    """Return why vLLM cannot cache latents on this platform; None if it can.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        size: the combined size of a token's latent and rotated key.
+        num_heads: number of query heads on this rank.
+    """
     cache = vllm_config.cache_config.cache_dtype
     try:
         backend = get_attn_backend(size, model_dtype(vllm_config), cache, use_mla=True, num_heads=num_heads)
     except (ValueError, NotImplementedError) as error:
         return str(error)
     sizes = backend.get_supported_head_sizes()
-    return f"{backend.get_name()} has {', '.join(map(str, sizes))}" if sizes and size not in sizes else None
+    return f"{backend.get_name()} supports only {', '.join(map(str, sizes))}" if sizes and size not in sizes else None

@@ -1,4 +1,4 @@
-"""Engines from outside: their settings, their worker, their end."""
+"""vLLM engines seen from outside: settings, worker, death and shutdown."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 
 def model_dtype(vllm_config: Any) -> torch.dtype:
-    """Of a model's weights, once vLLM has read its config."""
+    """Return the dtype of a model's weights, after vLLM has read its config."""
     return vllm_config.model_config.dtype
 
 
 def engine_dtype(llm: Any) -> torch.dtype:
-    """Of an engine's weights."""
+    """Return the dtype of an engine's weights."""
     return model_dtype(llm.llm_engine.vllm_config)
 
 
 def is_eager(vllm_config: VllmConfig) -> bool:
-    """Whether the model's operators run one by one, as they are written."""
+    """Whether the model runs eagerly, without `torch.compile`."""
     return vllm_config.compilation_config.mode == CompilationMode.NONE
 
 
 def captures_graphs(vllm_config: VllmConfig) -> bool:
-    """Whether forwards are captured as CUDA graphs; on CPU vLLM leaves the mode as it is, and captures nothing."""
+    """Whether forward passes are captured as CUDA graphs; never on CPU, where vLLM ignores the configured mode."""
     on_cpu = vllm_config.device_config.device_type == "cpu"
     return not on_cpu and vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
 
 
 def runs_pipelines(vllm_config: VllmConfig) -> bool:
-    """Whether vLLM makes the buffers between pipeline stages: on CPU it does so only in the run that compiles.
+    """Whether vLLM creates the buffers between pipeline stages; on CPU it does so only while it compiles.
 
     Source: v1/worker/cpu_worker.py and gpu_model_runner.py, `intermediate_tensors`, 0.32.
     """
@@ -48,20 +48,20 @@ def runs_pipelines(vllm_config: VllmConfig) -> bool:
 
 
 def unfinished_requests(llm: Any) -> list[str]:
-    """Ids of the requests that an engine has not finished."""
+    """Return the IDs of an engine's unfinished requests."""
     return list(llm.llm_engine.output_processor.request_states)
 
 
 @dataclass(frozen=True, slots=True)
 class LocalWorker:
-    """The worker of an engine that runs in this very process."""
+    """The worker of an engine that runs in this process."""
 
     model: nn.Module
     vllm_config: VllmConfig
 
 
 def local_worker(llm: Any) -> LocalWorker | None:
-    """An engine's worker, where it is in this process (one process, or torchrun's external launcher); else None."""
+    """Return the worker of an engine in this process (single process or torchrun's external launcher); else None."""
     executor = getattr(llm.llm_engine, "model_executor", None)
     worker = getattr(executor, "driver_worker", None)
     worker = getattr(worker, "worker", worker)
@@ -72,7 +72,7 @@ def local_worker(llm: Any) -> LocalWorker | None:
 
 
 def engine_is_dead(llm: Any) -> bool:
-    """Whether the processes of an engine that has its own are gone.
+    """Whether the child processes of an engine have died.
 
     Source: v1/engine/core_client.py, BackgroundResources, 0.32.
     """
@@ -81,14 +81,14 @@ def engine_is_dead(llm: Any) -> bool:
 
 
 @contextlib.contextmanager
-def ends_with_engine(llm: Any) -> Iterator[None]:
-    """Around a call that waits for an engine's outputs: an engine that was killed ends it with `EngineDeadError`.
+def raises_if_engine_dies(llm: Any) -> Iterator[None]:
+    """Raise `EngineDeadError` from a call that waits for an engine's outputs if the engine is killed.
 
-    vLLM notices the death in a thread of its own, but leaves the call waiting for ever (0.32, v1/engine/core_client.py,
+    vLLM detects the death in a separate thread but leaves the call waiting forever (0.32, v1/engine/core_client.py,
     SyncMPClient.get_output).
     """
-    waiting = getattr(llm.llm_engine.engine_core, "outputs_queue", None)
-    if waiting is None:  # an engine in this process
+    outputs = getattr(llm.llm_engine.engine_core, "outputs_queue", None)
+    if outputs is None:  # an engine in this process
         yield
         return
     done = threading.Event()
@@ -96,7 +96,7 @@ def ends_with_engine(llm: Any) -> Iterator[None]:
     def watch() -> None:
         while not done.wait(0.2):
             if engine_is_dead(llm):
-                waiting.put_nowait(EngineDeadError())
+                outputs.put_nowait(EngineDeadError())
                 return
 
     thread = threading.Thread(target=watch, name="polyshard-engine-watch", daemon=True)
@@ -108,11 +108,15 @@ def ends_with_engine(llm: Any) -> Iterator[None]:
         thread.join()
 
 
-def end_engine(llm: Any, keep_world: bool) -> None:
-    """End an engine: its processes, or in this process its worker.
+def shut_down_engine(llm: Any, keep_world: bool) -> None:
+    """Shut down an engine: its child processes, or its worker in this process.
 
-    vLLM's own shutdown ends with torch's default process group, whoever made it (0.32, distributed/parallel_state.py,
-    destroy_distributed_environment). `keep_world`: an engine in this process leaves it; its own groups go.
+    vLLM's shutdown destroys torch's default process group even if vLLM did not create it (0.32,
+    distributed/parallel_state.py, destroy_distributed_environment).
+
+    Args:
+        llm: the engine.
+        keep_world: keep the default process group, and destroy only the groups of an engine in this process.
     """
     client = llm.llm_engine.engine_core
     core = getattr(client, "engine_core", None)

@@ -1,4 +1,4 @@
-"""Weights into vLLM's layers: its own work after loading, and its layerwise reload."""
+"""Loading weights into vLLM's layers: processing after a load, and layerwise reload."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, initialize_layerwise_reload
 
-# The shard ids that vLLM's fused layers' weight loaders take, by segment.
+# The shard IDs that the weight loader of vLLM's QKV layer expects, by segment.
 QKV_SHARD_IDS = ("q", "k", "v")
 
 
-# vLLM 0.33 asks a WeightSource for `metadata` as a cached property and for `iter_full()`; 0.32 calls both.
+# In vLLM 0.33 `WeightSource.metadata` is a cached property and iteration uses `iter_full()`; in 0.32 it is a method.
 source_metadata: Any = cached_property if hasattr(WeightSource, "iter_full") else lambda function: function
 
 
 def process_after_loading(module: Any) -> None:
-    """vLLM's own work on a layer whose weights are loaded (packed CPU copies); none where the layer is not vLLM's."""
+    """Run vLLM's processing of a layer after loading (it packs CPU copies); no-op for layers of other libraries."""
     method = getattr(module, "quant_method", None)
     if isinstance(method, QuantizeMethodBase):
         method.process_weights_after_loading(module)
 
 
 def base_layer(module: nn.Module) -> nn.Module:
-    """The layer that holds the weights, out of vLLM's wrapper for LoRA."""
+    """Return the layer that holds the weights, unwrapped from vLLM's LoRA wrappers."""
     while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
         module = inner
     return module
 
 
 def absorb_latents(module: nn.Module) -> None:
-    """An MLA layer keeps its expansion's weights in the form of its decode: make that anew; none for other layers."""
+    """Recompute the absorbed decode weights of an MLA layer; no-op for others."""
     if isinstance(module, MLAAttention):
         module.process_weights_after_loading(module.kv_b_proj.params_dtype)
 
 
 def begin_reload(model: nn.Module, vllm_config: VllmConfig) -> None:
-    """vLLM's layerwise reload: parameters become meta tensors that their loaders fill."""
+    """Begin vLLM's layerwise reload, which replaces parameters by meta tensors that their loaders fill."""
     with set_current_vllm_config(vllm_config):
         initialize_layerwise_reload(model)
 
 
 def load_into(model: Any, vllm_config: VllmConfig, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
-    """The model's own loading; gives the names of the parameters that were loaded, where the model tells."""
+    """Call the model's `load_weights`; return the names of the loaded parameters, or None if the model returns none."""
     with set_current_vllm_config(vllm_config):
         return model.load_weights(weights)
 
@@ -57,8 +57,8 @@ def load_into(model: Any, vllm_config: VllmConfig, weights: Iterable[tuple[str, 
 def end_reload(model: nn.Module, vllm_config: VllmConfig) -> None:
     """End vLLM's layerwise reload, and pack shared weights again.
 
-    vLLM packs a weight for each layer that uses it, but reloads it for the first alone: on CPU a head that is tied to
-    the embedding would go on with the old weights (0.32.0, model_executor/model_loader/reload/layerwise.py).
+    vLLM packs a shared weight for each layer that uses it but reloads it only for the first. On CPU a head tied to the
+    embedding would keep the old weights (0.32.0, model_executor/model_loader/reload/layerwise.py).
     """
     with set_current_vllm_config(vllm_config):
         finalize_layerwise_reload(model, vllm_config.model_config)

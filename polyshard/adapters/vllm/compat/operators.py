@@ -1,4 +1,4 @@
-"""vLLM's products, rotary embedding and norm, as single operators."""
+"""vLLM's matmul, rotary embedding, norm and activation, as single operators."""
 
 from __future__ import annotations
 
@@ -11,52 +11,52 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.platforms import current_platform
 
 
-def vllm_product(layer: Any, remove_weight: bool) -> Any:
-    """Pack `layer.weight` for vLLM's CPU matrix product, and give that product `(x, weight, bias)`."""
+def vllm_matmul(layer: Any, remove_weight: bool) -> Any:
+    """Pack `layer.weight` for vLLM's CPU matmul, and return the matmul `(x, weight, bias) -> x Wᵀ + b`."""
     dispatch_cpu_unquantized_gemm(layer, remove_weight=remove_weight)
     return layer.cpu_linear
 
 
-def has_product_of_processor(dtype: torch.dtype) -> bool:
-    """Whether vLLM's CPU product has instructions for this dtype that the compiled one has not, or AMD's zentorch."""
+def has_vllm_only_instructions(dtype: torch.dtype) -> bool:
+    """Whether vLLM's CPU matmul uses instructions for this dtype that the native one does not, or AMD's zentorch."""
     if current_platform.is_zen_cpu() and hasattr(torch.ops.zentorch, "zentorch_linear_unary"):
         return True
-    able = torch.cpu.get_capabilities()
-    wanted = {torch.bfloat16: ("amx_bf16",), torch.float16: ("avx512_fp16", "amx_fp16")}
-    return any(able.get(name, False) for name in wanted.get(dtype, ()))
+    capabilities = torch.cpu.get_capabilities()
+    instructions = {torch.bfloat16: ("amx_bf16",), torch.float16: ("avx512_fp16", "amx_fp16")}
+    return any(capabilities.get(name, False) for name in instructions.get(dtype, ()))
 
 
-def cpu_packed_product(weight: torch.Tensor) -> Any:
-    """vLLM's packed CPU matrix product `x -> x Wᵀ` of oneDNN, whatever kernel an engine would choose for the size."""
+def cpu_packed_matmul(weight: torch.Tensor) -> Any:
+    """Return vLLM's packed oneDNN matmul `x -> x Wᵀ`, even where an engine would choose another kernel for the size."""
     from vllm import _custom_ops as operators
 
     handler = operators.create_onednn_mm(weight.detach().contiguous().t(), 32)
     return partial(operators.onednn_mm, handler, bias=None)
 
 
-def has_packed_product(dtype: torch.dtype) -> bool:
-    """Whether `cpu_packed_product` takes a dtype on this processor."""
+def has_packed_matmul(dtype: torch.dtype) -> bool:
+    """Whether `cpu_packed_matmul` supports a dtype on this processor."""
     try:
-        cpu_packed_product(torch.zeros(32, 32, dtype=dtype))
+        cpu_packed_matmul(torch.zeros(32, 32, dtype=dtype))
     except RuntimeError:  # oneDNN has no primitive
         return False
     return True
 
 
-ROTARY_MULTIPLE = 16  # rotary dims of whole vectors; at others the operator writes past the end on CPU (0.32.0)
+ROTARY_MULTIPLE = 16  # for other rotary dimensions the CPU operator writes past the end of its tensors (0.32.0)
 
 
-def takes_rotary(q: torch.Tensor, cos: torch.Tensor) -> bool:
-    """Whether the operator below takes heads and cosines like these: one rule for trainer and engine in exact mode."""
+def supports_rotary(q: torch.Tensor, cos: torch.Tensor) -> bool:
+    """Whether `rotate_in_place` supports these tensors; in exact mode trainer and engine both follow this rule."""
     return 2 * cos.shape[-1] % ROTARY_MULTIPLE == 0 and cos.dtype == q.dtype
 
 
 def rotate_in_place(rows: torch.Tensor, q: torch.Tensor, k: torch.Tensor, head_dim: int, table: torch.Tensor) -> None:
-    """vLLM's rotary operator, halves turned against each other (neox style).
+    """Apply vLLM's rotary operator in place, rotating the two halves of a head against each other (NeoX style).
 
     Args:
-        rows: int64 `[tokens]`, into `table`.
-        q: `[tokens, heads * head_dim]`, a view of the memory to be changed; a token's heads lie together.
+        rows: int64 `[tokens]`, the row of `table` for each token.
+        q: `[tokens, heads * head_dim]`, a view of the memory to change, with a token's heads contiguous.
         k: `[tokens, kv_heads * head_dim]`.
         head_dim: size of a head.
         table: `[rows, rotary_dim]`, cosines before sines, in the dtype of `q`.
@@ -66,27 +66,27 @@ def rotate_in_place(rows: torch.Tensor, q: torch.Tensor, k: torch.Tensor, head_d
     operators.rotary_embedding(rows, q, k, head_dim, table, True)
 
 
-def operator_takes_norm(x: torch.Tensor) -> bool:
-    """Whether the operator below takes this size on CPU: whole vectors."""
+def operator_supports_norm(x: torch.Tensor) -> bool:
+    """Whether `operator_rms_norm` supports this size on CPU: full vectors only."""
     return x.shape[-1] % 8 == 0
 
 
 def operator_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """vLLM's norm in one operator; its own layer runs one torch operation after another on CPU."""
+    """Return the norm from vLLM's fused operator; vLLM's own layer uses separate torch operations on CPU."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     torch.ops._C.rms_norm(out, x.contiguous(), weight, eps)
     return out
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """`silu(gate) * up` in one operator, `[..., 2 size]` to `[..., size]`."""
+    """Return `silu(gate) * up` from one operator, `[..., 2 * size]` to `[..., size]`."""
     out = torch.empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2), dtype=gate_up.dtype, device=gate_up.device)
     torch.ops._C.silu_and_mul(out, gate_up.contiguous())
     return out
 
 
 def batch_invariant() -> Any:
-    """vLLM's batch-invariant CUDA operators."""
+    """Return the module of vLLM's batch-invariant CUDA operators."""
     from vllm.model_executor.determinism import batch_invariant
 
     return batch_invariant

@@ -1,4 +1,4 @@
-"""Packed keys and values as blocks of a cache, and a batch as pieces of queries; imports nothing of vLLM."""
+"""Conversion of packed keys and values to cache blocks, and of a batch to chunks of queries. Does not import vLLM."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-CPU_BLOCK = 32  # tokens of a cache block; vLLM's CPU kernel takes multiples of it
+CPU_BLOCK = 32  # tokens per cache block; vLLM's CPU kernel requires a multiple
 CUDA_BLOCK = 16  # vLLM's default on CUDA
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Where packed sequences lie in a paged cache that holds nothing else.
+    """Positions of packed sequences in a paged cache that holds nothing else.
 
     Attributes:
-        count: of all blocks.
-        table: `[sequences, blocks of the longest]`; entries past a sequence's end are never read.
-        slots: int64 `[tokens]`.
+        count: number of blocks.
+        table: block numbers `[sequences, blocks of the longest]`; entries past a sequence's end are never read.
+        slots: cache slot of each token, int64 `[tokens]`.
     """
 
     count: int
@@ -27,7 +27,7 @@ class Blocks:
 
     @classmethod
     def of(cls, bounds: torch.Tensor, size: int) -> Blocks:
-        """For cumulative lengths `[sequences + 1]` and blocks of `size` tokens."""
+        """Return the blocks for cumulative lengths `[sequences + 1]` and blocks of `size` tokens."""
         lengths = bounds.diff()
         blocks = (lengths + size - 1) // size
         first = blocks.cumsum(0) - blocks
@@ -37,15 +37,18 @@ class Blocks:
         return cls(int(blocks.sum()), table, slots.to(torch.int64))
 
 
-def filled(t: torch.Tensor, size: int) -> torch.Tensor:
-    """The last dimension filled up with zeros to `size`; nothing is copied where it has that size."""
+def pad_last_dim(t: torch.Tensor, size: int) -> torch.Tensor:
+    """Pad the last dimension with zeros to `size`; return the tensor itself if it has that size."""
     return t if t.shape[-1] == size else F.pad(t, (0, size - t.shape[-1]))
 
 
-def paged(
+def page_keys_values(
     k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys and values `[tokens, heads, dim]` as `[blocks, size, heads, dim]`, and int32 `[sequences, blocks]`."""
+    """Page keys and values `[tokens, heads, dim]`; return both as `[blocks, size, heads, dim]`, and the block table.
+
+    The block table is int32 `[sequences, blocks]`.
+    """
     blocks = Blocks.of(bounds, size)
     slots = blocks.slots.to(k.device)
     cached = tuple(t.new_zeros(blocks.count * size, *t.shape[1:]).index_copy(0, slots, t) for t in (k, v))
@@ -53,26 +56,26 @@ def paged(
     return k, v, blocks.table.to(k.device, torch.int32)
 
 
-def cut_queries(
-    bounds: torch.Tensor, seen: torch.Tensor, table: torch.Tensor, piece: int
+def split_queries(
+    bounds: torch.Tensor, key_counts: torch.Tensor, table: torch.Tensor, size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A batch whose sequences have at most `piece` queries each: longer ones become several over the same keys.
+    """Split sequences into chunks of at most `size` queries over the same keys.
 
     Args:
         bounds: int `[sequences + 1]`, cumulative numbers of queries.
-        seen: int `[sequences]`, keys up to each one's last query.
-        table: int `[sequences, blocks]`.
-        piece: queries.
+        key_counts: int `[sequences]`, number of keys up to each sequence's last query.
+        table: int block table `[sequences, blocks]`.
+        size: maximum number of queries in a chunk.
 
     Returns:
-        The same three of the pieces.
+        The same three tensors with one entry per chunk.
     """
     lengths = bounds.diff()
-    if int(lengths.max()) <= piece:
-        return bounds, seen, table
-    pieces = (lengths + piece - 1) // piece
-    sequence = torch.arange(len(lengths), device=bounds.device).repeat_interleave(pieces)
-    number = torch.arange(len(sequence), device=bounds.device) - (pieces.cumsum(0) - pieces)[sequence]
-    ends = torch.minimum((number + 1) * piece, lengths[sequence])  # in its sequence
-    cut = torch.cat((bounds[:1], bounds[:-1][sequence] + ends)).to(bounds.dtype)
-    return cut, (seen[sequence] - lengths[sequence] + ends).to(seen.dtype), table[sequence].contiguous()
+    if int(lengths.max()) <= size:
+        return bounds, key_counts, table
+    chunks = (lengths + size - 1) // size
+    sequence = torch.arange(len(lengths), device=bounds.device).repeat_interleave(chunks)
+    number = torch.arange(len(sequence), device=bounds.device) - (chunks.cumsum(0) - chunks)[sequence]
+    ends = torch.minimum((number + 1) * size, lengths[sequence])  # relative to the sequence
+    split = torch.cat((bounds[:1], bounds[:-1][sequence] + ends)).to(bounds.dtype)
+    return split, (key_counts[sequence] - lengths[sequence] + ends).to(key_counts.dtype), table[sequence].contiguous()

@@ -11,23 +11,23 @@ from vllm.model_executor.model_loader.utils import _MODEL_ARCH_BY_HASH
 
 
 def register_class(name: str, model_class: type[nn.Module]) -> None:
-    """Put a class into vLLM's registry; one of the same name gives way, also where an engine has looked it up already.
+    """Register a model class with vLLM, replacing any class of that name, even if an engine has looked it up already.
 
-    A class object: the lazy string form costs a subprocess, and caches stale flags. vLLM keeps the class that it found
-    for a checkpoint (0.32, model_executor/model_loader/utils.py), and would go on with the one registered before.
+    It takes a class object, because vLLM's lazy string form costs a subprocess and caches stale flags. vLLM also caches
+    the class of each checkpoint (0.32, model_executor/model_loader/utils.py), so entries of this name are dropped.
     """
     ModelRegistry.register_model(name, model_class)
-    for key in [key for key, (_, found) in _MODEL_ARCH_BY_HASH.items() if found == name]:
+    for key in [key for key, (_, cached) in _MODEL_ARCH_BY_HASH.items() if cached == name]:
         del _MODEL_ARCH_BY_HASH[key]
 
 
 def register_loader(load_format: str, loader: type[BaseModelLoader]) -> None:
-    """Make a way of loading known to vLLM in this process; again is as once."""
+    """Register a load format with vLLM in this process. Idempotent."""
     if load_format not in model_loader._LOAD_FORMAT_TO_MODEL_LOADER:
         model_loader.register_model_loader(load_format)(loader)
 
 
 def register_transfer(name: str, module: str, attribute: str) -> None:
-    """Make a weight transfer backend known to vLLM in this process; again is as once."""
+    """Register a weight transfer backend with vLLM in this process. Idempotent."""
     if name not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(name, module, attribute)

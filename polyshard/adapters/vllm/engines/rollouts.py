@@ -1,7 +1,7 @@
-"""`RolloutEngine`: a vLLM engine beside a trainer, which samples from the trainer's weights.
+"""`RolloutEngine`: a vLLM engine beside a trainer, which samples with the trainer's weights.
 
-It stands in the trainer's own processes (colocated), or in processes of its own, which may die: then another is
-started, given the trainer's weights, and asked again.
+The engine runs in the trainer's processes (colocated) or in separate processes. If separate processes die, another
+engine is started, receives the trainer's weights, and repeats the call.
 """
 
 from __future__ import annotations
@@ -31,20 +31,25 @@ from polyshard.registry import engine_errors
 logger = logging.getLogger(__name__)
 
 _TORCHRUN = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC")
-_NOTICE = 5.0  # seconds
+_DEATH_NOTICE = 5.0  # seconds until vLLM reports that an engine died
 _MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """One sampled answer.
+    """One sampled completion.
 
     Attributes:
-        prompt: token ids.
-        tokens: that were sampled, the one that ended the answer included.
-        logprobs: of each, as the engine told them when it sampled.
-        finished: whether the model ended the answer, rather than its length.
-        version: of the weights that sampled it.
+        prompt: token IDs of the prompt.
+        tokens: sampled token IDs, including the stop token.
+        logprobs: log-probability of each sampled token, as the engine returned it.
+        finished: whether the model ended the completion; False if it reached the length limit.
+        version: version of the weights that sampled it.
+
+    Example:
+        >>> rollout = Rollout(prompt=(1, 2), tokens=(7, 3), logprobs=(-0.5, -1.0), finished=True, version="4")
+        >>> torch.tensor(rollout.logprobs).sum()  # log-probability of the completion
+        tensor(-1.5000)
     """
 
     prompt: tuple[int, ...]
@@ -55,26 +60,33 @@ class Rollout:
 
 
 class RolloutEngine:
-    """Samples with a trainer's weights. Every rank of the trainer makes one, and calls its methods alike.
+    """A vLLM engine that samples with a trainer's weights.
+
+    Every rank of the trainer creates one, and calls the same methods in the same order.
 
     Args:
-        directory: a Hugging Face directory of the model: its weights matter until the first sync alone.
-        architecture: a registered model's name.
-        trainer: a training engine, or a model as its factory built it.
-        parallel_context: with which it was built.
-        colocated: in the trainer's own processes, tensor-parallel over all ranks; else in processes of its own, started
-            by the first rank.
-        restarts: how many deaths of an engine in processes of its own are mended.
-        sync_timeout: seconds after which an engine that does not answer is an error.
-        options: of `vllm.LLM`. Without others it runs eagerly, and without a tokenizer. Beside a trainer on a GPU give
-            `gpu_memory_utilization`: vLLM's default wants nine tenths of the device to be free.
+        directory: a Hugging Face directory of the model; its weights are used only until the first sync.
+        architecture: name of a registered model.
+        trainer: a training engine, or a model that its factory built.
+        parallel_context: the context that the model was built with.
+        colocated: run in the trainer's processes, tensor-parallel over all ranks. If False, the first rank starts
+            separate processes.
+        restarts: how often an engine in separate processes is restarted after it dies.
+        sync_timeout: seconds after which an unresponsive engine is an error.
+        options: arguments of `vllm.LLM`. By default the engine runs eagerly and without a tokenizer. Beside a trainer
+            on a GPU set `gpu_memory_utilization`: vLLM's default requires 90% of the device memory to be free.
 
     Attributes:
-        restarted: how often another engine had to be started.
+        restarted: number of restarts so far.
 
     Raises:
-        RegistrationError: the engine cannot serve the model; or another error of a worker, with its cause.
-        ConfigurationError: it cannot take weights, or one of the two sides alone is in exact mode.
+        RegistrationError: the engine cannot serve the model. Other errors of a worker are raised with their cause.
+        ConfigurationError: the engine cannot receive weights, or only one of trainer and engine is in exact mode.
+
+    Example:
+        >>> with RolloutEngine("model", "MyModel", trainer, context) as engine:  # needs vLLM  # doctest: +SKIP
+        ...     report = engine.sync()
+        ...     (samples,) = engine.generate([[1, 2, 3]], samples=4, max_tokens=16)
     """
 
     def __init__(
@@ -91,7 +103,7 @@ class RolloutEngine:
     ) -> None:
         self._directory, self._architecture = str(directory), architecture
         self._trainer, self._context = trainer, parallel_context
-        self._colocated, self._left, self._timeout = colocated, restarts, sync_timeout
+        self._colocated, self._restarts_left, self._timeout = colocated, restarts, sync_timeout
         self._options: dict[str, Any] = {
             "enforce_eager": True,
             "skip_tokenizer_init": True,
@@ -99,48 +111,54 @@ class RolloutEngine:
             **options,
         }
         self._ranks = Ranks.of(parallel_context)
-        self._world_was_there = dist.is_available() and dist.is_initialized()
+        self._keep_process_group = dist.is_available() and dist.is_initialized()
         self._version = "0"
         self.restarted = 0
         self.llm: Any = None
         self._sync: WeightSync | None = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None  # of the engine's sockets
+        self._folder: tempfile.TemporaryDirectory[str] | None = None  # for the engine's sockets
         self._start()
 
     def generate(self, prompts: Sequence[Sequence[int]], *, samples: int = 1, **sampling: Any) -> list[list[Rollout]]:
-        """Sample answers to each prompt; the same on every rank.
+        """Sample completions of each prompt; every rank gets the same result.
 
         Args:
-            prompts: token ids, the same on every rank.
-            samples: of each prompt.
-            sampling: of `vllm.SamplingParams`: `max_tokens`, `temperature`, `stop_token_ids`, ...; not those whose
-                answer a `Rollout` does not hold.
+            prompts: token IDs, the same on every rank.
+            samples: number of completions per prompt.
+            sampling: arguments of `vllm.SamplingParams`: `max_tokens`, `temperature`, `stop_token_ids`, ...; except
+                those that request results which a `Rollout` does not hold.
+
+        Returns:
+            For each prompt, `samples` rollouts.
 
         Raises:
-            ConfigurationError: a prompt is empty; a sampling parameter is unknown or unsupported here.
-            Exception: the engine died more often than `restarts`; the error is vLLM's.
+            ConfigurationError: a prompt is empty, or a sampling parameter is unknown or unsupported.
+            Exception: the engine died more than `restarts` times; the error is vLLM's.
         """
         check_sampling(sampling)
-        asked = [list(prompt) for prompt in prompts]
-        if not all(asked):
-            raise ConfigurationError(f"prompt {asked.index([])} of {len(asked)} is empty")
-        return self._mended(lambda: self._generate(asked, samples, sampling))
+        token_ids = [list(prompt) for prompt in prompts]
+        if not all(token_ids):
+            raise ConfigurationError(f"prompt {token_ids.index([])} of {len(token_ids)} is empty")
+        return self._with_restarts(lambda: self._generate(token_ids, samples, sampling))
 
     def sync(self, version: str | None = None) -> SyncReport:
-        """Bring the engine to the trainer's weights of this moment; see `WeightSync`. A collective.
+        """Send the trainer's current weights to the engine; see `WeightSync`. A collective.
+
+        Args:
+            version: a name for the weights; by default a number that counts up.
 
         Raises:
-            WeightSyncError: the engine lives, and does not hold what was sent.
+            WeightSyncError: the engine is alive but does not hold the weights that were sent.
         """
         name = str(int(self._version) + 1) if version is None and self._version.isdigit() else version
-        return self._mended(lambda: self._synced(name))
+        return self._with_restarts(lambda: self._synced(name))
 
     def close(self) -> None:
-        """End the engine, and release what it held."""
+        """Shut down the engine, and release its resources."""
         if self._sync is not None:
             self._sync.close()
         if self.llm is not None:
-            compat.end_engine(self.llm, self._world_was_there)
+            compat.shut_down_engine(self.llm, self._keep_process_group)
         self.llm = self._sync = None
         if self._folder is not None:
             self._folder.cleanup()
@@ -153,12 +171,12 @@ class RolloutEngine:
         self.close()
 
     def _generate(self, prompts: list[list[int]], samples: int, sampling: dict[str, Any]) -> list[list[Rollout]]:
-        if self.llm is None:  # another rank has it
+        if self.llm is None:  # it runs on another rank
             return []
         from vllm import SamplingParams
 
         parameters = SamplingParams(n=samples, logprobs=0, detokenize=False, **sampling)
-        with compat.ends_with_engine(self.llm):
+        with compat.raises_if_engine_dies(self.llm):
             outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
         return [
             [_rollout(prompt, answer, self._version) for answer in output.outputs]
@@ -171,8 +189,8 @@ class RolloutEngine:
         self._version = report.version
         return report
 
-    def _mended(self, action: Callable[[], Any]) -> Any:
-        """Do it; where the engine died over it start another, give it the weights, and do it again."""
+    def _with_restarts(self, action: Callable[[], Any]) -> Any:
+        """Run an action; if the engine dies meanwhile, start another, send it the weights, and run the action again."""
         if self._colocated:
             return action()
         while True:
@@ -186,19 +204,21 @@ class RolloutEngine:
             if not died:
                 self._ranks.raise_on_all(error, "the rollout engine failed", WeightSyncError)
                 return self._ranks.broadcast(answer)
-            if self._left == 0:
+            if self._restarts_left == 0:
                 self._ranks.raise_on_all(error, "the rollout engine died", WeightSyncError)
-            self._left -= 1
+            self._restarts_left -= 1
             self.restarted += 1
             if self._ranks.rank == 0:
-                logger.warning("the rollout engine died (%s): starting another, %d restarts left", error, self._left)
+                logger.warning(
+                    "the rollout engine died (%s): starting another one, %d restarts left", error, self._restarts_left
+                )
             self.close()
             self._start()
             self._synced(self._version)
 
     def _engine_died(self) -> bool:
-        """Whether an error was the engine's death; vLLM's own notice of it may still be on its way."""
-        deadline = time.monotonic() + _NOTICE
+        """Whether the engine died; waits, because vLLM reports a death with a delay."""
+        deadline = time.monotonic() + _DEATH_NOTICE
         while self.llm is not None:
             if compat.engine_is_dead(self.llm):
                 return True
@@ -215,7 +235,7 @@ class RolloutEngine:
                 if self._colocated:
                     self.llm = self._colocated_engine()
                 elif self._ranks.rank == 0:
-                    self.llm = self._engine_of_its_own()
+                    self.llm = self._separate_engine()
         except Exception as problem:
             error = problem
         if not self._colocated:
@@ -234,7 +254,7 @@ class RolloutEngine:
         with _environment({_MULTIPROCESSING: "0"}):
             return LLM(self._directory, hf_overrides={"architectures": [self._architecture]}, **options)
 
-    def _engine_of_its_own(self) -> Any:
+    def _separate_engine(self) -> Any:
         from vllm import LLM
 
         hidden = {name: None for name in os.environ if name.startswith(_TORCHRUN)}
@@ -253,12 +273,12 @@ _UNSUPPORTED = {
     "prompt_logprobs": "a Rollout holds log-probabilities of sampled tokens only; use ps.token_logprobs for prompts",
     "logprob_token_ids": "a Rollout holds the log-probability of each sampled token and of no other",
     "detokenize": "a Rollout holds token IDs",
-    "output_kind": "a Rollout is a finished answer",
+    "output_kind": "a Rollout is a finished completion",
 }
 
 
 def check_sampling(sampling: dict[str, Any]) -> None:
-    """Raise `ConfigurationError` for a sampling parameter that vLLM lacks or whose answer a `Rollout` does not hold."""
+    """Raise `ConfigurationError` for sampling parameters that vLLM lacks or whose results a `Rollout` does not hold."""
     from vllm import SamplingParams
 
     known = set(inspect.signature(SamplingParams).parameters) - set(_UNSUPPORTED)
@@ -286,7 +306,7 @@ def _rollout(prompt: list[int], answer: Any, version: str) -> Rollout:
 
 @contextmanager
 def _environment(changes: dict[str, str | None]) -> Iterator[None]:
-    """Environment variables that vLLM reads while an engine starts; put back afterwards."""
+    """Set environment variables that vLLM reads while an engine starts; restore them afterwards."""
     before = {name: os.environ.get(name) for name in changes}
     _set(changes)
     try:

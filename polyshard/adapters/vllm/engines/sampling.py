@@ -1,7 +1,7 @@
-"""Tokens that a real vLLM engine samples, with their log-probabilities, from a process of its own.
+"""Sampling with a real vLLM engine in a separate process, with log-probabilities.
 
-The job is one that a trainer's bits are hard to match: prompts of many lengths in chunks beside decoding requests, then
-single requests, and prompts whose prefix is cached.
+The workload is one whose bits are hard for a trainer to reproduce: prompts of many lengths, prefilled in chunks beside
+decoding requests, then a single request, and prompts with a cached prefix.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ NAME = "PolyshardSampled"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingJob:
-    """What an engine is asked.
+    """A workload for one engine.
 
     Attributes:
         directory: a Hugging Face directory.
-        factory: `module:attribute`.
-        dtype: of the engine, as vLLM names it.
-        prompts: token ids.
-        tokens: to be sampled for each prompt.
+        factory: `module:attribute` of the model factory.
+        dtype: dtype of the engine, as vLLM names it.
+        prompts: token IDs of each prompt.
+        tokens: number of tokens to sample per prompt.
         tensor: tensor-parallel size.
-        adapter: whose layers serve.
-        exact: whether in exact mode.
-        shards: of exact mode.
-        chunk: most tokens of a step: longer prompts come in chunks.
-        threads: of each worker.
+        adapter: adapter whose layers serve the model.
+        exact: whether to serve in exact mode.
+        shards: `exact_shards` of exact mode.
+        chunk: maximum number of tokens in a step; longer prompts are prefilled in chunks.
+        threads: number of threads per worker.
     """
 
     directory: str
@@ -56,12 +56,12 @@ class SamplingJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """One answer.
+    """One completion.
 
     Attributes:
-        prompt: token ids.
-        tokens: that were sampled.
-        logprobs: of each, as the engine told them.
+        prompt: token IDs of the prompt.
+        tokens: sampled token IDs.
+        logprobs: log-probability of each sampled token, as the engine returned it.
     """
 
     prompt: list[int]
@@ -70,26 +70,26 @@ class Sampled:
 
 
 def sample(job: SamplingJob, trace: Path | None = None) -> list[Sampled]:
-    """Have an engine do the job; with `trace`, the workers record every module's values there.
+    """Run a job on a new engine; with `trace`, the workers record every module's values in that directory.
 
     Raises:
-        PolyshardError: the engine failed; the message holds the end of what it printed.
+        PolyshardError: the engine failed; the message holds the end of its output.
     """
     with engine_folder() as folder:
         environment = engine_environment(job.tensor, folder) | {"OMP_NUM_THREADS": str(job.threads)}
         if trace is not None:
             environment[TRACE.name] = str(trace)
-        asked, answered = Path(folder, "job.json"), Path(folder, "answers.json")
-        asked.write_text(json.dumps(asdict(job)))
-        command = [sys.executable, "-m", __name__, str(asked), str(answered)]
+        request, response = Path(folder, "job.json"), Path(folder, "answers.json")
+        request.write_text(json.dumps(asdict(job)))
+        command = [sys.executable, "-m", __name__, str(request), str(response)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-        if not answered.exists():
+        if not response.exists():
             raise PolyshardError(f"vLLM at tensor-parallel {job.tensor} failed:\n{done.stderr[-2000:]}")
-        return [Sampled(**answer) for answer in json.loads(answered.read_text())]
+        return [Sampled(**answer) for answer in json.loads(response.read_text())]
 
 
 def register_for(job: SamplingJob) -> dict[str, Any]:
-    """Register the job's model in this process; the options of its engine."""
+    """Register the job's model in this process; return the options of its engine."""
     register_model(NAME, job.factory, adapter=job.adapter, exact=job.exact, exact_shards=job.shards)
     return {
         "hf_overrides": {"architectures": [NAME]},
@@ -106,7 +106,7 @@ def register_for(job: SamplingJob) -> dict[str, Any]:
 
 
 def answers_of(llm: Any, job: SamplingJob) -> list[Sampled]:
-    """What an engine with those options answers."""
+    """Return the completions of an engine with the options of `register_for`."""
     from vllm import SamplingParams
 
     parameters = SamplingParams(temperature=1.0, max_tokens=job.tokens, logprobs=0, ignore_eos=True, detokenize=False)
@@ -128,7 +128,7 @@ def _main() -> None:
     with engine_errors():
         llm = LLM(job.directory, **options)
     answers = [asdict(answer) for answer in answers_of(llm, job)]
-    # Whole or not at all: a worker's error after this is no answer.
+    # Written atomically, so that a failed run never leaves a partial file.
     temporary = Path(sys.argv[2]).with_suffix(".writing")
     temporary.write_text(json.dumps(answers))
     os.replace(temporary, sys.argv[2])

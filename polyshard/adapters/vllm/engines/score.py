@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens in a real vLLM engine, in a process of its own.
+"""Log-probabilities of given tokens in a real vLLM engine, in a separate process.
 
 python -m polyshard.adapters.vllm.engines.score DIRECTORY FACTORY ADAPTER TENSOR_PARALLEL TOKENS_AS_JSON
 """
@@ -19,9 +19,10 @@ _MARK = "polyshard-scores:"
 
 
 def engine_environment(tensor: int, folder: str) -> dict[str, str]:
-    """Return the environment of a process that runs one engine for a comparison and ends.
+    """Return the environment of a process that runs one engine for a comparison.
 
-    It is quiet, compiles nothing, and runs the engine in itself if it can. Its sockets lie in `folder`.
+    The process logs only errors and does not compile. It runs the engine without child processes if it can, and creates
+    its sockets in `folder`.
     """
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "TORCH_COMPILE_DISABLE": "1", "TMPDIR": folder}
     environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -31,10 +32,10 @@ def engine_environment(tensor: int, folder: str) -> dict[str, str]:
 
 
 def scores(directory: str, factory: str, adapter: str, tensor: int, token_ids: list[int]) -> list[float]:
-    """Log-probability of each token but the first, given those before it.
+    """Return the log-probability of each token except the first, given the tokens before it.
 
     Raises:
-        PolyshardError: the engine failed; the message holds the end of what it printed.
+        PolyshardError: the engine failed; the message holds the end of its output.
     """
     command = [sys.executable, "-m", __name__, directory, factory, adapter, str(tensor), json.dumps(token_ids)]
     with engine_folder() as folder:
@@ -65,8 +66,8 @@ def _main() -> None:
     parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
     output = llm.generate({"prompt_token_ids": token_ids}, parameters, use_tqdm=False)[0]
     assert output.prompt_logprobs is not None
-    found = [step[i].logprob for step, i in zip(output.prompt_logprobs[1:], token_ids[1:]) if step is not None]
-    print(_MARK + json.dumps(found), flush=True)
+    logprobs = [step[i].logprob for step, i in zip(output.prompt_logprobs[1:], token_ids[1:]) if step is not None]
+    print(_MARK + json.dumps(logprobs), flush=True)
 
 
 if __name__ == "__main__":

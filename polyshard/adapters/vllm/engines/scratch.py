@@ -1,4 +1,4 @@
-"""One folder for the temporary files of an engine that we start; it is removed with the engine."""
+"""The folder for the temporary files of an engine, which is removed with the engine."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def engine_folder() -> tempfile.TemporaryDirectory[str]:
 
 @contextmanager
 def temporary_files_in(folder: str | Path) -> Iterator[None]:
-    """Have this process, and children that it starts, make their temporary files in `folder`.
+    """Make this process, and children that it starts, create their temporary files in `folder`.
 
-    vLLM leaves its sockets and rendezvous files where it made them.
+    vLLM does not remove its sockets and rendezvous files.
     """
     before, variable = tempfile.tempdir, os.environ.get("TMPDIR")
     tempfile.tempdir = os.environ["TMPDIR"] = str(folder)

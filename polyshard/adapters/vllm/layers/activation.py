@@ -1,4 +1,4 @@
-"""The activation of an engine on a GPU: vLLM's operator, where a model names the layer before it."""
+"""SwiGLU of an engine on a GPU with vLLM's operator, for models that pass the gate/up layer to `polyshard.swiglu`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from polyshard.layers.activation import swiglu
 from polyshard.layers.fused import FusedProducts
 
 
-def activate_by_operator(layer: Any) -> None:
-    """Have `polyshard.swiglu(x, layer)` taken by vLLM's operator; torch.compile fuses torch's operations by itself.
+def use_swiglu_operator(layer: Any) -> None:
+    """Make `polyshard.swiglu(x, layer)` use vLLM's operator, unless torch.compile fuses torch's operations.
 
     Args:
-        layer: of gates and what they gate.
+        layer: a merged gate/up projection.
     """
 
     def activated(x: torch.Tensor) -> torch.Tensor:

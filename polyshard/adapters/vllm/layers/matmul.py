@@ -1,4 +1,4 @@
-"""The matrix product of an engine on CPU: polyshard's compiled one where it is faster than vLLM's, else vLLM's."""
+"""The matmul of an engine on CPU: polyshard's native one if it is faster than vLLM's, else vLLM's."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from polyshard.adapters.vllm.compat import (
     RowParallelLinear,
     UnquantizedEmbeddingMethod,
     UnquantizedLinearMethod,
-    has_product_of_processor,
-    vllm_product,
+    has_vllm_only_instructions,
+    vllm_matmul,
 )
 from polyshard.core.environment import MATMUL
 from polyshard.core.errors import ConfigurationError
@@ -29,98 +29,98 @@ Kind = Literal["native", "vllm"]
 
 @functools.cache
 def select_matmul(dtype: torch.dtype) -> Kind:
-    """Select the matrix product for weights of this dtype, equally on every machine like this one.
+    """Select the matmul for weights of this dtype; the choice is the same on equal machines.
 
     It is vLLM's if the processor has instructions for this dtype that the native kernels do not use; else the native
     one. The environment variable POLYSHARD_MATMUL forces either.
 
     Raises:
-        ConfigurationError: the variable has another value, or the native product is not available.
+        ConfigurationError: the variable has another value, or the native matmul is unavailable.
     """
-    asked = MATMUL.read()
-    if asked not in (None, "vllm", "native"):
-        raise ConfigurationError(f"{MATMUL.name} must be 'native' or 'vllm', got {asked!r}")
-    if asked == "vllm" or (not asked and has_product_of_processor(dtype)):
-        return "vllm"  # before anything is compiled
+    forced = MATMUL.read()
+    if forced not in (None, "vllm", "native"):
+        raise ConfigurationError(f"{MATMUL.name} must be 'native' or 'vllm', got {forced!r}")
+    if forced == "vllm" or (not forced and has_vllm_only_instructions(dtype)):
+        return "vllm"  # before the native kernel is built
     reason = unsupported_reason(dtype)
     if reason is None:
         return "native"
-    if asked:
-        raise ConfigurationError(f"{MATMUL.name}=native: the native matrix product {reason}")
-    logger.info("vLLM's matrix product is used for %s: the native one %s", dtype, reason)
+    if forced:
+        raise ConfigurationError(f"{MATMUL.name}=native is unsupported: the native matmul {reason}")
+    logger.info("using vLLM's matmul for %s: the native one %s", dtype, reason)
     return "vllm"
 
 
-def pack_weight(layer: Any, remove_weight: bool = False, user: Any = None, gates: bool = False) -> Any:
-    """Pack `layer.weight` `[out, in]`, and give the product `(x, weight, bias) -> x Wᵀ + b` by what was packed.
+def pack_weight(layer: Any, remove_weight: bool = False, user: Any = None, gate_up: bool = False) -> Any:
+    """Pack `layer.weight` `[out, in]`, and return the matmul `(x, weight, bias) -> x Wᵀ + b` over the packed weight.
 
     Args:
-        layer: whose bias, if any, is added.
+        layer: the module with the weight and, optionally, a bias.
         remove_weight: free the weight, as vLLM does for its own layers.
-        user: the module that a model calls, where its forward is this product: it is told what can be computed inside
-            (`polyshard.add_residual`, `polyshard.swiglu`).
-        gates: whether the first half of the outputs may be gates of the second.
+        user: the module that a model calls, if its forward is only this matmul. Its `fused_products` is set for
+            `polyshard.add_residual` and `polyshard.swiglu`.
+        gate_up: whether the layer may be a merged gate/up projection.
     """
     weight = layer.weight
     if weight.is_meta or select_matmul(weight.dtype) == "vllm":
         if user is not None:
             user.fused_products = None
-        return vllm_product(layer, remove_weight)
-    product = PackedProduct(weight, gated=gates)
+        return vllm_matmul(layer, remove_weight)
+    matmul = PackedProduct(weight, gated=gate_up)
     if user is not None:
         user.fused_products = FusedProducts(
-            out_features=product.out_features,
-            added_to=lambda residual, x: product.added_to(residual, x, getattr(layer, "bias", None)),
-            swiglu=(lambda x: product.swiglu(x, getattr(layer, "bias", None))) if gates else None,
+            out_features=matmul.out_features,
+            added_to=lambda residual, x: matmul.added_to(residual, x, getattr(layer, "bias", None)),
+            swiglu=(lambda x: matmul.swiglu(x, getattr(layer, "bias", None))) if gate_up else None,
         )
-    layer.cpu_linear = lambda x, weight, bias=None: product(x, bias)
+    layer.cpu_linear = lambda x, weight, bias=None: matmul(x, bias)
     if remove_weight:
         layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
     return layer.cpu_linear
 
 
-def are_gates(output_sizes: list[int]) -> bool:
-    """Whether the outputs of a merged layer may be gates and what they gate."""
+def is_gate_up(output_sizes: list[int]) -> bool:
+    """Whether a merged layer with these output sizes may be a gate/up projection."""
     return len(output_sizes) == 2 and output_sizes[0] == output_sizes[1]
 
 
 class PackedLinearMethod(UnquantizedLinearMethod):
-    """vLLM's, with the chosen product."""
+    """vLLM's method for linear layers, with the selected matmul."""
 
-    gates = False
+    gate_up = False
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Pack."""
-        if getattr(layer, "_cpu_skip_gemm_dispatch", False):  # its weight is read as it is
+        """Pack the layer's weight."""
+        if getattr(layer, "_cpu_skip_gemm_dispatch", False):  # its weight is read directly
             super().process_weights_after_loading(layer)
         else:
-            summed = isinstance(layer, RowParallelLinear) and layer.tp_size > 1
-            pack_weight(layer, remove_weight=True, user=None if summed else layer, gates=self.gates)
+            reduced = isinstance(layer, RowParallelLinear) and layer.tp_size > 1
+            pack_weight(layer, remove_weight=True, user=None if reduced else layer, gate_up=self.gate_up)
 
 
-class PackedGateMethod(PackedLinearMethod):
-    """The same for gates and what they gate."""
+class PackedGateUpMethod(PackedLinearMethod):
+    """`PackedLinearMethod` of a merged gate/up projection."""
 
-    gates = True
+    gate_up = True
 
 
 class PackedHeadMethod(UnquantizedEmbeddingMethod):
-    """vLLM's for an output projection, with the chosen product."""
+    """vLLM's method for an output projection, with the selected matmul."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Pack; the weight stays, since an embedding may share it."""
+        """Pack the weight, and keep the original, which an embedding may share."""
         pack_weight(layer)
 
 
 class LookupMethod(UnquantizedEmbeddingMethod):
-    """vLLM's for an embedding, of which no product is taken: vLLM's own packs it all the same."""
+    """vLLM's method for an embedding, without the packing: an embedding needs no matmul."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def use_selected_matmul(layer: Any, method: type[QuantizeMethodBase]) -> Any:
-    """The layer, which packs by `method` where vLLM would pack its whole weight on CPU."""
+    """Make a layer pack with `method` if it is unquantized and on CPU; return the layer."""
     unquantized = type(layer.quant_method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
     if unquantized and layer.weight.device.type == "cpu":
         layer.quant_method = method()

@@ -1,4 +1,4 @@
-"""Whether what follows the last attention waits for the tokens that are sampled."""
+"""Whether an engine uses a model's early exit, and runs `finish` for sampled tokens only."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import nn
 from polyshard.adapters.vllm.compat import VllmConfig, captures_graphs
 from polyshard.core.serving import forward_takes
 
-_DRAFT_FROM_TOKENS = ("ngram", "suffix")  # the others are given the target's hidden states
+_DRAFT_FROM_TOKENS = ("ngram", "suffix")  # other methods read the target's hidden states
 
 
-def finished_later(model: nn.Module, vllm_config: VllmConfig) -> bool:
-    """Whether vLLM is to be given what the model's `finish` takes, and `compute_logits` finishes the rows it is given.
+def uses_early_exit(model: nn.Module, vllm_config: VllmConfig) -> bool:
+    """Whether forward ends after the last attention, and `compute_logits` calls `finish` on the rows it is given.
 
-    All that vLLM then does with hidden states is to choose rows for `compute_logits`, unless it drafts from them. LoRA
-    adapters are chosen for all tokens of a batch, in order, and not for some. Captured graphs hold the forward alone:
-    what is outside is launched anew for each token, and what that costs was not measured.
+    This requires that vLLM uses hidden states only to select rows for `compute_logits`, so it is off where vLLM drafts
+    from them. It is off with LoRA, which selects adapters for all tokens of a batch in order. It is also off with
+    captured graphs: they contain only the forward pass, and the cost of launching `finish` outside was not measured.
     """
     speculative = vllm_config.speculative_config
     return (

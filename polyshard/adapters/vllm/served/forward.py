@@ -1,4 +1,4 @@
-"""The user's forward as one function of tensors, which vLLM compiles where it compiles its own models."""
+"""The user's forward as one function of tensors, which vLLM compiles as it compiles its own models."""
 
 from __future__ import annotations
 
@@ -20,33 +20,37 @@ from polyshard.registry.in_process import is_kept
 
 logger = logging.getLogger(__name__)
 
-COMPILED = ("vllm", "torch")  # adapters whose layers torch.compile is known to take whole
+COMPILED = ("vllm", "torch")  # adapters whose layers torch.compile can trace as one graph
 
 
-def make_body(
-    registered: RegisteredModel, model: nn.Module, vllm_config: VllmConfig, finished_later: bool
+def make_model_forward(
+    registered: RegisteredModel, model: nn.Module, vllm_config: VllmConfig, early_exit: bool
 ) -> nn.Module:
-    """A module `(input_ids, positions, inputs_embeds)` around the user's model, compiled where the engine compiles.
+    """Return a module `(input_ids, positions, inputs_embeds)` around the user's model, compiled if the engine compiles.
 
-    Where it is finished later, forward is asked to end after the last attention.
+    vLLM caches compiled models on disk by config hash and forward name, and torch caches them in the process by code
+    object. All three are made unique per registration, so that no model runs another's compiled code.
 
-    vLLM keeps compiled models on disk under its config and the name of the forward, and torch in the process under the
-    code object. All three are made this registration's own, so that no model ever runs another's compiled code.
+    Args:
+        registered: the registration.
+        model: the user's model.
+        vllm_config: vLLM's configuration; the registration is added to its `additional_config`, which vLLM hashes.
+        early_exit: make forward end after the last attention.
     """
-    asked = {"finish": False} if finished_later else {}
-    identity = json.dumps([as_entry(registered), asked], sort_keys=True)
+    options = {"finish": False} if early_exit else {}
+    identity = json.dumps([as_entry(registered), options], sort_keys=True)
     if is_kept(registered.reference):
-        identity += uuid.uuid4().hex  # a closure has no name that would tell it from another
+        identity += uuid.uuid4().hex  # closures cannot be told apart by name
     if isinstance(vllm_config.additional_config, dict):  # part of vLLM's hash of a config
         vllm_config.additional_config["polyshard"] = identity
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
     takes_embeddings = forward_takes(model, "inputs_embeds")
     batched = registered.inputs == "batched"
 
-    class Body(nn.Module):
+    class ModelForward(nn.Module):
         def __init__(self, *, vllm_config: VllmConfig) -> None:
             super().__init__()
-            self.held = (model,)  # in a tuple: its parameters are the served model's, under their own names
+            self.held = (model,)  # in a tuple, so that its parameters are registered only in the served model
 
         def forward(
             self, input_ids: torch.Tensor | None, positions: torch.Tensor, inputs_embeds: torch.Tensor | None
@@ -56,12 +60,13 @@ def make_body(
                 input_ids = None if input_ids is None else input_ids.unsqueeze(0)
                 inputs_embeds = None if inputs_embeds is None else inputs_embeds.unsqueeze(0)
             if inputs_embeds is None:
-                out = self.held[0](input_ids, positions, **asked)
+                out = self.held[0](input_ids, positions, **options)
             elif takes_embeddings:
-                out = self.held[0](input_ids, positions, inputs_embeds=inputs_embeds, **asked)
+                out = self.held[0](input_ids, positions, inputs_embeds=inputs_embeds, **options)
             else:
                 raise RegistrationError(
-                    f"model {registered.name!r}: its forward takes no inputs_embeds, which this request needs"
+                    f"model {registered.name!r}: its forward lacks inputs_embeds, which this request needs. Add "
+                    "the argument"
                 )
             if not isinstance(out, torch.Tensor) or out.shape[:-1] != positions.shape:
                 got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
@@ -72,14 +77,14 @@ def make_body(
                 )
             return out.squeeze(0) if batched else out
 
-    own = Body.forward
-    assert isinstance(own, FunctionType)
-    own.__code__ = own.__code__.replace(co_name=f"forward_{digest}")
-    own.__qualname__ = f"{registered.name}_{digest}.forward"
+    function = ModelForward.forward
+    assert isinstance(function, FunctionType)
+    function.__code__ = function.__code__.replace(co_name=f"forward_{digest}")
+    function.__qualname__ = f"{registered.name}_{digest}.forward"
     if not _compiles(registered, vllm_config):
-        return Body(vllm_config=vllm_config)
+        return ModelForward(vllm_config=vllm_config)
     dims = {"input_ids": 0, "positions": 0, "inputs_embeds": 0}
-    compiled = support_torch_compile(dynamic_arg_dims=dims)(Body)  # pyrefly: ignore  # its overloads lack its arguments
+    compiled = support_torch_compile(dynamic_arg_dims=dims)(ModelForward)  # pyrefly: ignore  # incomplete overloads
     return compiled(vllm_config=vllm_config)
 
 
@@ -89,18 +94,20 @@ def _compiles(registered: RegisteredModel, vllm_config: VllmConfig) -> bool:
     if registered.adapter in COMPILED:
         return True
     logger.warning(
-        "model %r is not compiled: torch.compile does not take %s's layers whole", registered.name, registered.adapter
+        "model %r is not compiled: torch.compile cannot trace %s's layers as one graph",
+        registered.name,
+        registered.adapter,
     )
     return False
 
 
 @contextmanager
-def traced_whole(name: str) -> Iterator[None]:
-    """Around a body's call: the way out in the error where torch.compile cannot trace it."""
+def explain_trace_errors(name: str) -> Iterator[None]:
+    """Raise `RegistrationError` with the remedy if torch.compile cannot trace the forward of model `name`."""
     try:
         yield
     except torch._dynamo.exc.TorchDynamoException as error:
         raise RegistrationError(
-            f"model {name!r}: torch.compile cannot trace its forward as one graph: {error}. Change what it names, "
-            "or start the engine with enforce_eager=True"
+            f"model {name!r}: torch.compile cannot trace its forward as one graph: {error}. Change the code that it "
+            "names, or start the engine with enforce_eager=True"
         ) from error

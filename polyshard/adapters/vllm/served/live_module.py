@@ -1,4 +1,4 @@
-"""vLLM's loading of a module that exists in this process: none, since it has its weights."""
+"""The vLLM model loader of a live module, which loads nothing because the module holds its weights."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ LOAD_FORMAT = "polyshard"
 
 
 class SharedWeights(BaseModelLoader):
-    """`load_format="polyshard"`: the model was built over weights that are there."""
+    """The loader for `load_format="polyshard"`: the model was built over existing weights."""
 
     def download_model(self, model_config: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
-        """Nothing, for a model that says that its weights are there.
+        """Check that the model shares the weights of a live module; load nothing.
 
         Raises:
-            RegistrationError: it is another one, and would be served with whatever its memory holds.
+            RegistrationError: it does not, and would be served with uninitialized memory.
         """
         if not getattr(model, "shares_memory", False):
             raise RegistrationError(
-                f"load_format={LOAD_FORMAT!r} is for a module of this process that was given to "
-                f"polyshard.register_model, and {type(model).__name__} is none: leave it out"
+                f"load_format={LOAD_FORMAT!r} is only for a module of this process that was passed to "
+                f"polyshard.register_model: got {type(model).__name__}. Remove load_format"
             )
 
 
 def check_load_format(name: str, shares_memory: bool, vllm_config: VllmConfig) -> None:
-    """Raise `RegistrationError` where vLLM would write into the trainer's memory: dummy weights, or a checkpoint's."""
-    found = vllm_config.load_config.load_format
-    if shares_memory and found != LOAD_FORMAT:
+    """Raise `RegistrationError` if vLLM would write dummy or checkpoint weights into the trainer's memory."""
+    load_format = vllm_config.load_config.load_format
+    if shares_memory and load_format != LOAD_FORMAT:
         raise RegistrationError(
-            f"model {name!r} is a module of this process, and load_format={found!r} would write over its weights: "
-            f"start the engine with load_format={LOAD_FORMAT!r}"
+            f"model {name!r} is a module of this process, and load_format={load_format!r} would overwrite its weights. "
+            f"Start the engine with load_format={LOAD_FORMAT!r}"
         )

@@ -1,7 +1,7 @@
-"""Weights from vLLM's loader into a served model, through the weight layouts.
+"""Loading weights from vLLM's loader into a served model, according to the weight layouts.
 
-Data reaches a parameter only through its `weight_loader`, which is looked up at load time: vLLM's reload replaces the
-parameters, and a direct copy would then be lost without a word.
+Data reaches a parameter only through its `weight_loader`, which is looked up at load time. vLLM's reload replaces the
+parameters, and would silently lose a direct copy.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from polyshard.core.weight_table import IGNORED_TENSORS, WeightEntry, WeightTabl
 
 
 def shard_loader(layout: WeightLayout, count: int, rank: int, size: int) -> Callable[..., None]:
-    """The `weight_loader` of a parameter whose layer brings none: copies this rank's part.
+    """Return the `weight_loader` of a parameter whose layer has none; it copies this rank's shard.
 
-    A function whose first argument is called `param`: vLLM's reload asks for its name, and binds that argument anew.
+    Its first argument must be called `param`, because vLLM's reload inspects the signature and rebinds that argument.
     """
 
     def load(param: torch.Tensor, loaded_weight: torch.Tensor, index: int = 0) -> None:
@@ -34,7 +34,7 @@ def shard_loader(layout: WeightLayout, count: int, rank: int, size: int) -> Call
 
 
 def attach_loaders(model: nn.Module, table: WeightTable, context: ParallelContext) -> None:
-    """Give a `shard_loader` to every parameter without a loader of its own."""
+    """Set a `shard_loader` on every parameter that has no loader."""
     rank, size = context.get_tensor_parallel_rank(), context.get_tensor_parallel_world_size()
     for name, parameter in model.named_parameters():
         if not hasattr(parameter, "weight_loader"):
@@ -44,30 +44,30 @@ def attach_loaders(model: nn.Module, table: WeightTable, context: ParallelContex
 
 
 def packed_names(table: WeightTable, name: str) -> dict[str, list[str]]:
-    """Each fused layer's own name, with the names of its projections in a checkpoint, as vLLM's LoRA asks it.
+    """Return the projections that each fused layer has in a checkpoint, by layer name, as vLLM's LoRA needs them.
 
     Raises:
-        RegistrationError: layers of one name are fused from differently named projections.
+        RegistrationError: layers of the same name are fused from differently named projections.
     """
-    found: dict[str, list[str]] = {}
+    projections: dict[str, list[str]] = {}
     for entry in table.values():
         layer, _, kind = entry.parameter.rpartition(".")
         if kind != "weight" or len(entry.checkpoint_names) == 1:
             continue
         fused = layer.rpartition(".")[2]
         parts = [stored.split(".")[-2] for stored in entry.checkpoint_names]
-        if found.setdefault(fused, parts) != parts:
+        if projections.setdefault(fused, parts) != parts:
             raise RegistrationError(
-                f"model {name!r}: layers called {fused!r} are fused from {found[fused]} and from {parts}; "
-                "vLLM tells layers apart by that name: give them different ones"
+                f"model {name!r}: layers called {fused!r} are fused from {projections[fused]} and from {parts}, but "
+                "vLLM identifies fused layers by name. Give them different names"
             )
-    return found
+    return projections
 
 
 def keep_buffers(model: nn.Module) -> None:
-    """Make every buffer non-persistent: vLLM's reload leaves persistent ones uninitialised, without a word.
+    """Make every buffer non-persistent, since vLLM's reload silently leaves persistent buffers uninitialized.
 
-    No checkpoint holds them: loading fills parameters alone.
+    Checkpoints contain no buffers: loading fills only parameters.
     """
     for module in model.modules():
         module._non_persistent_buffers_set.update(module._buffers)
@@ -79,48 +79,49 @@ def load_weights(
     weights: Iterable[tuple[str, torch.Tensor]],
     name: str,
     rename: Callable[[str], str],
-    elsewhere: frozenset[str],
+    other_stages: frozenset[str],
     quantized: QuantizedLayers | None = None,
 ) -> set[str]:
     """Load each parameter exactly once.
 
     Args:
-        model: as the factory built it.
-        table: its layouts.
-        weights: names and full tensors as stored.
+        model: the model that the factory built.
+        table: its weight layouts.
+        weights: stored names with full tensors.
         name: the architecture, for messages.
-        rename: from a stored name to that of the model's layers.
-        elsewhere: names of the weights that other pipeline stages hold.
-        quantized: layers that load codes and scales in place of weights.
+        rename: maps a stored name to the name in the model.
+        other_stages: names of the weights on other pipeline stages.
+        quantized: layers that load codes and scales instead of weights.
 
     Returns:
-        Names, in the model, of the parameters that were loaded: all of them.
+        The names of the loaded parameters in the model, that is, of all parameters.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected, doubled, of another shape, or not finite; all are listed.
+        CheckpointError: tensors are missing, unexpected, duplicated, of the wrong shape, or not finite. The message
+            lists them.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     targets = table.by_checkpoint_name()
     coded = None
     if quantized is not None:
         coded = QuantizedLoading(quantized.parts)
-        targets = {stored: found for stored, found in targets.items() if found[0].parameter not in quantized.weights}
+        targets = {n: target for n, target in targets.items() if target[0].parameter not in quantized.weights}
     tied = {other: entry.checkpoint_names[0] for entry in table.values() for other in entry.tied_names}
     loaded: set[str] = set()
     problems: list[str] = []
-    for found_name, tensor in weights:
-        canonical = stored_name = rename(found_name)
-        taken = None if coded is None else coded.take(stored_name, tensor)
-        if taken is not None:
-            problems += taken
+    for checkpoint_name, tensor in weights:
+        canonical = stored_name = rename(checkpoint_name)
+        quantized_problems = None if coded is None else coded.load(stored_name, tensor)
+        if quantized_problems is not None:
+            problems += quantized_problems
             continue
         if stored_name not in targets and stored_name in tied:
             canonical = tied[stored_name]
             if canonical in loaded:
-                continue  # the same weight again, under its other name
+                continue  # a duplicate of the tied weight
         if canonical not in targets:
             held = f"{stored_name.rpartition('.')[0]}.weight" if quantized else stored_name  # scales go with weights
-            if not elsewhere & {held, stored_name} and not any(
+            if not other_stages & {held, stored_name} and not any(
                 fnmatch.fnmatch(stored_name, pattern) for pattern in IGNORED_TENSORS
             ):
                 problems.append(f"unexpected {stored_name}")
@@ -128,16 +129,16 @@ def load_weights(
         entry, index = targets[canonical]
         expected = stored_shape(entry.layout, len(entry.checkpoint_names), index)
         if tuple(tensor.shape) != expected:
-            problems.append(f"{stored_name} is {list(tensor.shape)}, the model has {list(expected)}")
+            problems.append(f"{stored_name} has the wrong shape: got {list(tensor.shape)}, expected {list(expected)}")
         elif tensor.dtype not in FLOATS:
-            problems.append(f"{stored_name} is {short(tensor.dtype)}: codes, of which no scales make a weight here")
+            problems.append(f"{stored_name} is {short(tensor.dtype)}: quantized codes without a supported scheme")
         elif canonical in loaded:
-            problems.append(f"{stored_name} came twice")
+            problems.append(f"duplicate {stored_name}")
         else:
             _load_one(model, parameters, entry, index, tensor)
         loaded.add(canonical)
-    missing = [wanted for wanted in targets if wanted not in loaded] + ([] if coded is None else coded.missing())
-    problems.extend(f"missing {wanted}" for wanted in missing)
+    missing = [target for target in targets if target not in loaded] + ([] if coded is None else coded.missing())
+    problems.extend(f"missing {target}" for target in missing)
     if problems:
         more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise CheckpointError(f"the checkpoint does not fit model {name!r}: {'; '.join(problems[:12])}{more}")
@@ -146,10 +147,10 @@ def load_weights(
 
 
 def check_finite(parameters: dict[str, nn.Parameter], name: str) -> None:
-    """Raise `CheckpointError` where a loaded weight holds NaN or infinity: answers would be garbage without a word.
+    """Raise `CheckpointError` if a loaded weight holds NaN or infinity, which would silently give garbage answers.
 
-    One pass over what this rank holds, on its device. Codes (integers, 8-bit floats) and parameters that vLLM's
-    reload has yet to make are passed over.
+    It reads this rank's parameters once, on their device. Codes (integers, 8-bit floats) and parameters that vLLM's
+    reload has not created yet are skipped.
     """
     found = []
     for parameter_name, parameter in parameters.items():
@@ -162,8 +163,8 @@ def check_finite(parameters: dict[str, nn.Parameter], name: str) -> None:
     if found:
         more = f"; and {len(found) - 12} more" if len(found) > 12 else ""
         raise CheckpointError(
-            f"the checkpoint of model {name!r} holds NaN or infinity in {'; '.join(found[:12])}{more}: it is "
-            "damaged, or its training diverged. Serve an earlier checkpoint"
+            f"the checkpoint of model {name!r} holds NaN or infinity in {'; '.join(found[:12])}{more}. It is "
+            "damaged, or its training diverged: serve an earlier checkpoint"
         )
 
 
@@ -176,7 +177,7 @@ def _load_one(
 ) -> None:
     _call_loader(model, parameters, entry.parameter, len(entry.checkpoint_names), index, tensor)
     for other in entry.tied_parameters:
-        # One object at the first load; two after vLLM's reload has replaced them.
+        # One object at the first load, but two objects after vLLM's reload.
         if parameters[other] is not parameters[entry.parameter]:
             _call_loader(model, parameters, other, len(entry.checkpoint_names), index, tensor)
 

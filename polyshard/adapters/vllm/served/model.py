@@ -1,4 +1,4 @@
-"""The class that vLLM is given for a registered factory."""
+"""The model class that vLLM instantiates for a registered factory."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from polyshard.adapters.vllm.compat import (
 )
 from polyshard.adapters.vllm.config import fill_rotary_base
 from polyshard.adapters.vllm.context import serving_context
-from polyshard.adapters.vllm.served.early_exit import finished_later
-from polyshard.adapters.vllm.served.forward import make_body, traced_whole
+from polyshard.adapters.vllm.served.early_exit import uses_early_exit
+from polyshard.adapters.vllm.served.forward import explain_trace_errors, make_model_forward
 from polyshard.adapters.vllm.served.live_module import check_load_format
 from polyshard.adapters.vllm.served.loading import attach_loaders, keep_buffers, load_weights, packed_names
-from polyshard.adapters.vllm.served.pipeline import HIDDEN, check_pipeline, stored_elsewhere
+from polyshard.adapters.vllm.served.pipeline import HIDDEN, check_pipeline, names_on_other_stages
 from polyshard.adapters.vllm.served.quantized import quantize_layers, refuse_quantized_reload, refuse_unserved_codes
 from polyshard.adapters.vllm.transfer.guard import WeightGuard, shared_memory_watch
 from polyshard.core.errors import CheckpointError, RegistrationError
@@ -32,22 +32,22 @@ from polyshard.core.weight_table import collect_layouts
 from polyshard.exact.trace import recorder_of
 from polyshard.layers.vocabulary import gather_logits
 from polyshard.registry import renamer, report_to_parent
-from polyshard.registry.live_module import ExistingModel
+from polyshard.registry.live_module import LiveModel
 from polyshard.weights.view import parameter_changes
 
 logger = logging.getLogger(__name__)
 
 _LORA_ON_CPU = (
-    "vLLM 0.32 on CPU, with its own models too, answers a request without a LoRA adapter by the adapter of its last "
-    "slot where one batch holds both kinds: set max_loras above the number of adapters, or do not mix them"
+    "vLLM 0.32 on CPU applies the LoRA adapter of its last slot to requests without an adapter if a batch mixes both "
+    "kinds (also for vLLM's own models). Set max_loras above the number of adapters, or do not mix them"
 )
 
 
-# LoRA with every adapter: vLLM 0.33 refuses a class that lacks it, before ours can name the way out.
+# With every adapter, because vLLM 0.33 rejects a class without SupportsLoRA before `_check_supported` can explain why.
 class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
-    """What vLLM calls; the user's model is `self.model`.
+    """The module that vLLM calls; the user's model is `self.model`.
 
-    A registration is a subclass: vLLM makes instances itself, and inspects the class.
+    Each registration is a subclass, because vLLM inspects the class and creates the instances itself.
 
     Attributes:
         registered: the registration.
@@ -65,9 +65,9 @@ class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
             self.build(vllm_config)
 
     def build(self, vllm_config: VllmConfig) -> None:
-        """Build the user's model in this worker, and all that vLLM needs around it."""
-        _refuse_unsupported(self.registered, vllm_config)
-        self.shares_memory = isinstance(self.factory, ExistingModel)
+        """Build the user's model in this worker, and everything that vLLM needs around it."""
+        _check_supported(self.registered, vllm_config)
+        self.shares_memory = isinstance(self.factory, LiveModel)
         check_load_format(self.registered.name, self.shares_memory, vllm_config)
         self.context = serving_context(vllm_config, self.registered)
         self.config = config = vllm_config.model_config.hf_config
@@ -89,20 +89,20 @@ class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
         on_cpu = self.context.device.type == "cpu"
         if vllm_config.lora_config is not None and on_cpu and self.context.rank == 0:
             logger.warning(_LORA_ON_CPU)
-        self.elsewhere = stored_elsewhere(self.registered.name, self.table)
-        refuse_unserved_codes(self.registered.name, vllm_config, self.table, rename, self.elsewhere, self.quantized)
+        self.other_stages = names_on_other_stages(self.registered.name, self.table)
+        refuse_unserved_codes(self.registered.name, vllm_config, self.table, rename, self.other_stages, self.quantized)
         self.hidden_size = vllm_config.model_config.get_hidden_size()
         attach_loaders(self.model, self.table, self.context)
         keep_buffers(self.model)
         self.weights = WeightGuard()
-        if isinstance(self.factory, ExistingModel):
+        if isinstance(self.factory, LiveModel):
             changes = parameter_changes(self.factory.module)
             self.weights.accept("the trainer's own", shared_memory_watch(changes, "the engine was started"))
         self.recorder = recorder_of(self.model, self.context.get_tensor_parallel_rank())
-        can_wait = self.registered.outputs == "hidden" and self.last_stage and self.recorder is None
-        self.finished_later = can_wait and finished_later(self.model, vllm_config)
-        # A submodule: vLLM warms up, and captures piecewise, what it finds compiled among a model's modules.
-        self.body = make_body(self.registered, self.model, vllm_config, self.finished_later)
+        can_exit = self.registered.outputs == "hidden" and self.last_stage and self.recorder is None
+        self.early_exit = can_exit and uses_early_exit(self.model, vllm_config)
+        # A submodule, because vLLM warms up and captures the compiled modules that it finds in a model.
+        self.model_forward = make_model_forward(self.registered, self.model, vllm_config, self.early_exit)
         self.loaded = False
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -110,7 +110,8 @@ class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
         embed = getattr(self.model, "embed_input_ids", None)
         if embed is None:
             raise RegistrationError(
-                f"model {self.registered.name!r} has no embed_input_ids(input_ids): prompts given as embeddings need it"
+                f"model {self.registered.name!r} has no embed_input_ids(input_ids), which prompts given as embeddings "
+                "need. Add the method"
             )
         return embed(input_ids)
 
@@ -132,8 +133,8 @@ class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
         self.weights.check()
         if not self.first_stage:
             inputs_embeds = intermediate_tensors[HIDDEN]
-        with traced_whole(self.registered.name):
-            hidden = self.body(None if inputs_embeds is not None else input_ids, positions, inputs_embeds)
+        with explain_trace_errors(self.registered.name):
+            hidden = self.model_forward(None if inputs_embeds is not None else input_ids, positions, inputs_embeds)
         if not self.last_stage:
             return IntermediateTensors({HIDDEN: hidden})
         return self.full_logits(hidden) if self.registered.outputs == "logits" else hidden
@@ -141,39 +142,39 @@ class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
     def make_empty_intermediate_tensors(
         self, batch_size: int, dtype: torch.dtype, device: torch.device
     ) -> IntermediateTensors:
-        """Return buffers for what an earlier stage sends."""
+        """Return buffers for the hidden states that the previous stage sends."""
         hidden = torch.zeros(batch_size, self.hidden_size, dtype=dtype, device=device)
         return IntermediateTensors({HIDDEN: hidden})
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return logits `[tokens, vocabulary]` of all tensor-parallel ranks."""
-        self.weights.check()  # here too: a captured graph stands for the forward
+        self.weights.check()  # here as well, since a captured graph replaces forward
         if self.registered.outputs == "logits":
             return hidden_states
-        if self.finished_later:
+        if self.early_exit:
             hidden_states = self.model.finish(hidden_states)  # pyrefly: ignore  # checked when built
         return self.full_logits(self.model.compute_logits(hidden_states))  # pyrefly: ignore  # checked when built
 
     def full_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """Gather logits over the vocabulary, and cut off its padding."""
-        if logits.shape[-1] >= self.vocab_size:  # one rank, or gathered by the model
+        """Gather logits over the vocabulary, and drop its padding."""
+        if logits.shape[-1] >= self.vocab_size:  # one rank, or already gathered
             return logits[..., : self.vocab_size]
         return gather_logits(logits, self.context, self.vocab_size)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors; return the names of the parameters that were loaded."""
-        reloading = any(parameter.is_meta for parameter in self.model.parameters())  # vLLM has made them so
+        reloading = any(parameter.is_meta for parameter in self.model.parameters())  # as vLLM's reload makes them
         if self.loaded and not reloading:
             raise CheckpointError(
                 f"model {self.registered.name!r} is running: load_weights alone would leave packed copies of the old "
-                "weights. Use polyshard.WeightSync, or vLLM's reload_weights"
+                "weights. Call polyshard.WeightSync, or vLLM's reload_weights"
             )
         if reloading:
             self.weights.refuse("a reload of its weights has begun and is not finished")
             refuse_quantized_reload(self.registered.name, self.quantized)
         with report_to_parent(self.context.rank):
             names = load_weights(
-                self.model, self.table, weights, self.registered.name, self.rename, self.elsewhere, self.quantized
+                self.model, self.table, weights, self.registered.name, self.rename, self.other_stages, self.quantized
             )
         if reloading:
             self.weights.accept(None)
@@ -186,22 +187,22 @@ def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type
     return type(registered.name, (ServedModel,), {"registered": registered, "factory": staticmethod(factory)})
 
 
-def _refuse_unsupported(registered: RegisteredModel, vllm_config: VllmConfig) -> None:
-    """What vLLM would pass over in silence on a model that does not take part in it."""
+def _check_supported(registered: RegisteredModel, vllm_config: VllmConfig) -> None:
+    """Raise `RegistrationError` for features that vLLM would silently ignore on this model."""
     name = registered.name
     if vllm_config.model_config.runner_type == "pooling":
         raise RegistrationError(
             f"model {name!r} cannot be served for embeddings, scores or rewards: registered models generate text. "
             "Leave out runner='pooling'"
         )
-    asked = {
+    features = {
         "a quantized checkpoint": vllm_config.quant_config is not None,
         "LoRA": vllm_config.lora_config is not None,
     }
-    for feature, wanted in asked.items():
-        if wanted and registered.adapter != "vllm":
+    for feature, enabled in features.items():
+        if enabled and registered.adapter != "vllm":
             raise RegistrationError(
                 f"model {name!r}: {feature} needs vLLM's own layers, but it was registered with "
-                f"adapter={registered.adapter!r}: register it with adapter='vllm'"
+                f"adapter={registered.adapter!r}. Register it with adapter='vllm'"
             )
     check_pipeline(name, vllm_config)

@@ -1,4 +1,4 @@
-"""Pipeline stages of a served model: what each holds, and what passes between them."""
+"""Pipeline stages of a served model: checks, the tensor passed between stages, and the weights of other stages."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from polyshard.adapters.vllm.compat import VllmConfig, get_pp_group, runs_pipeli
 from polyshard.core.errors import RegistrationError
 from polyshard.core.weight_table import WeightTable
 
-HIDDEN = "hidden_states"  # what a stage hands to the next
+HIDDEN = "hidden_states"  # name of the tensor that a stage sends to the next
 
 
 def check_pipeline(name: str, vllm_config: VllmConfig) -> None:
-    """Raise `RegistrationError` where vLLM itself would fail on several stages."""
+    """Raise `RegistrationError` if vLLM itself cannot run several stages with this configuration."""
     if vllm_config.parallel_config.pipeline_parallel_size > 1 and not runs_pipelines(vllm_config):
         raise RegistrationError(
-            f"model {name!r}: vLLM 0.32 on CPU runs pipeline stages, its own models' too, only with "
-            "enforce_eager=False and compilation_config={'mode': 2, 'backend': 'eager'}, and without "
+            f"model {name!r}: pipeline stages on CPU are unsupported by vLLM 0.32 in eager mode, also for its own "
+            "models. Set enforce_eager=False and compilation_config={'mode': 2, 'backend': 'eager'}, and unset "
             "TORCH_COMPILE_DISABLE"
         )
 
 
-def stored_elsewhere(name: str, table: WeightTable) -> frozenset[str]:
-    """Names, as stored, of the weights that other stages hold. A collective over the stages.
+def names_on_other_stages(name: str, table: WeightTable) -> frozenset[str]:
+    """Return the stored names of the weights on other stages. A collective over the stages.
 
     Raises:
-        RegistrationError: every stage holds the whole model.
+        RegistrationError: every stage holds the full model.
     """
     group = get_pp_group()
     if group.world_size == 1:
@@ -35,8 +35,8 @@ def stored_elsewhere(name: str, table: WeightTable) -> frozenset[str]:
     dist.all_gather_object(stages, mine, group=group.cpu_group)
     if all(stage == mine for stage in stages):
         raise RegistrationError(
-            f"model {name!r}: its factory built the whole model on each of {len(stages)} pipeline stages: let it build "
-            "polyshard.pipeline_stage(num_layers, parallel_context), as docs/how-to/bring-a-model.md shows, or serve "
-            "it without pipeline parallel"
+            f"model {name!r}: its factory built the full model on each of {len(stages)} pipeline stages. Build only "
+            "the layers of polyshard.pipeline_stage(num_layers, parallel_context), as docs/how-to/bring-a-model.md "
+            "shows, or serve it without pipeline parallel"
         )
     return frozenset(set().union(*stages) - mine)

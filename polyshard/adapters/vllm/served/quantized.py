@@ -1,7 +1,7 @@
-"""Quantized checkpoints on vLLM's own layers: each layer's scheme, and its codes and scales from the checkpoint.
+"""Quantized checkpoints on vLLM's layers: the scheme of each layer, and the loading of its codes and scales.
 
-vLLM chooses a scheme by a layer's name, which no layer knows while a factory builds it. So the linear layers are built
-without memory first, and once more under their names.
+vLLM chooses a scheme by layer name, but a layer does not know its name while a factory builds it. Linear layers are
+therefore first built without memory, and then rebuilt under their names.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from polyshard.core.weight_table import IGNORED_TENSORS, WeightTable
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A layer of a checkpoint, and where it goes.
+    """The destination of one layer of a checkpoint.
 
     Attributes:
-        layer: of the model; maybe fused from several.
-        shard: what its loaders call this part; None where it is the whole.
+        layer: the layer of the model, which may be fused from several layers of the checkpoint.
+        shard: the name that the weight loader gives this part; None if the layer is not fused.
     """
 
     layer: nn.Module
@@ -41,8 +41,8 @@ class QuantizedLayers:
     """The quantized layers of a model.
 
     Attributes:
-        parts: by their names in a checkpoint.
-        weights: names, in the model, of the weights that are loaded here and not by their layouts.
+        parts: the destinations by layer name in a checkpoint.
+        weights: names in the model of the weights that are loaded here and not by their layouts.
     """
 
     parts: Mapping[str, Part]
@@ -50,14 +50,14 @@ class QuantizedLayers:
 
 
 class QuantizedLoading:
-    """One pass over a checkpoint: every tensor of every quantized layer once."""
+    """One pass over a checkpoint, which loads each tensor of each quantized layer once."""
 
     def __init__(self, parts: Mapping[str, Part]) -> None:
         self._parts = parts
         self._loaded: set[str] = set()
 
-    def take(self, stored_name: str, tensor: torch.Tensor) -> list[str] | None:
-        """Load a tensor; problems, or None where it belongs to no quantized layer."""
+    def load(self, stored_name: str, tensor: torch.Tensor) -> list[str] | None:
+        """Load a tensor; return the problems found, or None if the tensor belongs to no quantized layer."""
         layer_name, _, kind = stored_name.rpartition(".")
         part = self._parts.get(layer_name)
         if part is None:
@@ -68,9 +68,9 @@ class QuantizedLoading:
         if parameter is None:
             return [] if kind == "g_idx" and _in_order(tensor) else [f"unexpected {stored_name}"]
         if stored_name in self._loaded:
-            return [f"{stored_name} came twice"]
+            return [f"duplicate {stored_name}"]
         if tensor.dtype != parameter.dtype and not {tensor.dtype, parameter.dtype} <= set(FLOATS):
-            return [f"{stored_name} is {short(tensor.dtype)}, this scheme has {short(parameter.dtype)}"]
+            return [f"{stored_name} has the wrong dtype: got {short(tensor.dtype)}, expected {short(parameter.dtype)}"]
         loader: Any = parameter.weight_loader  # pyrefly: ignore  # set by vLLM's quantization methods
         self._loaded.add(stored_name)
         try:
@@ -81,18 +81,18 @@ class QuantizedLoading:
         return []
 
     def missing(self) -> list[str]:
-        """Names of what did not come."""
-        wanted = [
+        """Return the names of the tensors that have not been loaded."""
+        expected = [
             f"{name}.{kind}"
             for name, part in self._parts.items()
             for kind, parameter in part.layer._parameters.items()
-            if parameter is not None  # what a scheme does not use
+            if parameter is not None  # None: unused by the scheme
         ]
-        return [name for name in wanted if name not in self._loaded and not name.endswith(".bias")]
+        return [name for name in expected if name not in self._loaded and not name.endswith(".bias")]
 
 
 def _in_order(groups: torch.Tensor) -> bool:
-    """Whether GPTQ's groups are runs of equal length in order, which is what a scheme without `g_idx` computes with."""
+    """Whether GPTQ's groups are consecutive runs of equal length, as a scheme without `g_idx` assumes."""
     length = int((groups == 0).sum())
     return length > 0 and torch.equal(groups.long(), torch.arange(len(groups)) // length)
 
@@ -133,7 +133,7 @@ def refuse_unserved_codes(
     if vllm_config.load_config.load_format not in ("auto", "safetensors"):
         return
     if not directory.is_dir() or next(directory.glob("*.safetensors"), None) is None:
-        return  # of the Hub, or pickles: each tensor is looked at when it comes
+        return  # from the Hub, or pickles: each tensor is checked when it is loaded
     reader = TensorReader(directory)
     known = {other for entry in table.values() for other in (*entry.checkpoint_names, *entry.tied_names)} | elsewhere
     own = {stored for stored in reader.where if rename(stored) in known}
@@ -159,15 +159,15 @@ def refuse_unserved_codes(
 
 
 def refuse_quantized_reload(name: str, quantized: QuantizedLayers | None) -> None:
-    """Raise `CheckpointError` where a running model is quantized.
+    """Raise `CheckpointError` if a running model is quantized.
 
-    vLLM's layers keep codes and scales in the form of their kernels alone, and do not take new ones: vLLM's own int8
-    model answers garbage after `reload_weights`, without a word (0.32.0, CPU; `tests/serving/test_vllm_quantized.py`).
+    vLLM's layers keep codes and scales only in the layout of their kernels, and cannot load new ones. vLLM's own int8
+    model silently answers garbage after `reload_weights` (0.32.0, CPU; `tests/serving/test_vllm_quantized.py`).
     """
     if quantized is not None:
         raise CheckpointError(
-            f"model {name!r} serves a quantized checkpoint, which vLLM cannot load into a running engine: start the "
-            "engine anew"
+            f"model {name!r} serves a quantized checkpoint, which vLLM cannot reload into a running engine. Restart "
+            "the engine"
         )
 
 
@@ -176,20 +176,20 @@ def _unsupported(path: str, quant_config: Any, error: Exception) -> str:
     return (
         f"quantization {method} of {path} is unsupported by vLLM on this device: got {reason}. Write floating-point "
         "weights with `polyshard convert --dtype bfloat16` (FP8, MXFP4, compressed-tensors' int8 and float8), or serve "
-        "a checkpoint that is quantized otherwise"
+        "a checkpoint with another quantization"
     )
 
 
 def quantize_layers(model: nn.Module, table: WeightTable, quant_config: Any) -> QuantizedLayers:
-    """Build the linear layers anew, by vLLM's scheme for each.
+    """Rebuild the linear layers, each with vLLM's quantization scheme for it.
 
     Args:
-        model: as its factory built it, its linear layers on the meta device.
-        table: its layouts.
-        quant_config: vLLM's, which knows the names of fused layers.
+        model: the model that the factory built, with its linear layers on the meta device.
+        table: its weight layouts.
+        quant_config: vLLM's quantization config, which knows the names of fused layers.
 
     Raises:
-        RegistrationError: vLLM has no kernel for a layer's scheme.
+        RegistrationError: vLLM has no kernel for a layer's scheme on this device.
     """
     parts: dict[str, Part] = {}
     weights: set[str] = set()

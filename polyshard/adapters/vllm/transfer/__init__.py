@@ -1,1 +1,1 @@
-"""Live weights: from a trainer of any library and size into running vLLM engines, proved on arrival."""
+"""Weight transfer from a trainer of any library and size into running vLLM engines, verified by fingerprints."""

@@ -1,4 +1,4 @@
-"""A buffer of bounded size in shared memory, through which whole tensors pass from all trainer ranks to all workers."""
+"""A shared-memory buffer of bounded size that carries full tensors from all trainer ranks to all workers."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ TensorSpec = tuple[str, tuple[int, ...]]  # name and shape
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The tensors that pass together.
+    """Tensors that are sent together.
 
     Attributes:
-        names: of the tensors.
-        shapes: whole.
-        offsets: first byte of each in the bucket.
-        nbytes: of all.
+        names: stored names of the tensors.
+        shapes: full shapes.
+        offsets: first byte of each tensor in the bucket.
+        nbytes: total size in bytes.
     """
 
     names: tuple[str, ...]
@@ -37,12 +37,12 @@ class Chunk:
     nbytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the names, shapes and offsets as JSON."""
         return {"names": list(self.names), "shapes": [list(s) for s in self.shapes], "offsets": list(self.offsets)}
 
 
 def plan_chunks(tensors: Iterable[TensorSpec], itemsize: int, limit: int) -> list[Chunk]:
-    """Tensors in order, in chunks of at most `limit` bytes, or one tensor that is larger."""
+    """Divide tensors, in order, into chunks of at most `limit` bytes; a larger tensor gets its own chunk."""
     chunks: list[Chunk] = []
     names: list[str] = []
     shapes: list[tuple[int, ...]] = []
@@ -70,9 +70,9 @@ class Bucket:
     """A file in shared memory, mapped by every process that uses it.
 
     Args:
-        path: of the file.
-        nbytes: its size.
-        create: make it, and remove it at `close`.
+        path: path of the file.
+        nbytes: size in bytes.
+        create: create the file, and remove it in `close`.
     """
 
     def __init__(self, path: str | Path, nbytes: int, *, create: bool = False) -> None:
@@ -84,19 +84,20 @@ class Bucket:
             except OSError as error:
                 self.path.unlink()
                 raise WeightSyncError(
-                    f"{self.path.parent} has no room for a bucket of {nbytes} bytes ({error.strerror}): "
-                    "pass a smaller bucket_bytes, or enlarge the shared memory"
+                    f"{self.path.parent} has no space for a bucket of {nbytes} bytes ({error.strerror}). "
+                    "Pass a smaller bucket_bytes, or enlarge the shared memory"
                 ) from None
             finally:
                 os.close(descriptor)
         elif not self.path.is_file() or self.path.stat().st_size < nbytes:
             raise WeightSyncError(
-                f"the bucket {self.path} is not there in full: trainer and engine must share a machine and {path}"
+                f"the bucket {self.path} is missing or truncated. Run trainer and engine on one machine that "
+                f"shares {path}"
             )
         self._memory = torch.from_file(str(self.path), shared=True, size=max(1, nbytes), dtype=torch.uint8)
 
     def tensors(self, chunk: Chunk, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Views of the chunk's tensors, whole."""
+        """Return views of the chunk's full tensors."""
         result: dict[str, torch.Tensor] = {}
         for name, shape, offset in zip(chunk.names, chunk.shapes, chunk.offsets):
             size = torch.Size(shape).numel() * dtype.itemsize
@@ -104,38 +105,38 @@ class Bucket:
         return result
 
     def close(self) -> None:
-        """Remove the file; mappings live on until their processes let go."""
+        """Remove the file; existing mappings stay valid until their processes release them."""
         if self._owned:
             self.path.unlink(missing_ok=True)
             self._owned = False
 
 
 def bucket_folder() -> Path:
-    """Shared memory where the machine has it, else the folder for temporary files."""
+    """Return the folder of shared memory; the folder for temporary files if there is none."""
     shared = Path("/dev/shm")
     return shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
 
 
 def bucket_path() -> Path:
-    """A name that no other process has."""
+    """Return a path that no other process uses."""
     return bucket_folder() / f"{_prefix()}{os.getpid()}-{secrets.token_hex(6)}"
 
 
 def remove_abandoned(folder: Path | None = None) -> None:
-    """Remove buckets of this host whose makers are gone: killed processes leave theirs behind."""
+    """Remove the buckets that killed processes of this host left behind."""
     for path in (folder or bucket_folder()).glob(f"{_prefix()}*-*"):
-        maker = path.name.removeprefix(_prefix()).partition("-")[0]
-        if maker.isdigit() and not Path(f"/proc/{maker}").exists() and Path("/proc/self").exists():
+        pid = path.name.removeprefix(_prefix()).partition("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
             path.unlink(missing_ok=True)
 
 
 def _prefix() -> str:
-    # Containers may share the memory's folder, but not the numbers of their processes.
+    # Containers may share the folder but have separate process IDs.
     return f"polyshard-{socket.gethostname()}-"
 
 
 def chunk_from(fields: dict[str, Sequence[Any]], nbytes: int) -> Chunk:
-    """The inverse of `Chunk.to_dict`."""
+    """Return the chunk that `Chunk.to_dict` encoded."""
     return Chunk(
         tuple(fields["names"]),
         tuple(tuple(shape) for shape in fields["shapes"]),

@@ -1,4 +1,4 @@
-"""Whether a served model's weights may be used: a half-updated model refuses to compute."""
+"""The check that a served model's weights are usable: a partially updated model refuses to compute."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from polyshard.core.errors import WeightSyncError
 
 
 def shared_memory_watch(changes: Callable[[], int], since: str) -> Callable[[], str | None]:
-    """Says why an engine that shares a trainer's memory may not go on, once `changes` counts more than it does now.
+    """Return a function that says why an engine sharing a trainer's memory must not generate; None while it may.
 
     Args:
-        changes: counts the trainer's changes of its weights.
-        since: when the engine was last right, for the message.
+        changes: returns how often the trainer has changed its weights.
+        since: the last moment when the engine was up to date, for the message.
     """
-    now = changes()
-    told = f"it shares the trainer's memory, and the trainer has changed its weights since {since}"
-    return lambda: None if changes() == now else told
+    initial = changes()
+    problem = f"it shares the trainer's memory, and the trainer has changed its weights since {since}"
+    return lambda: None if changes() == initial else problem
 
 
 class WeightGuard:
-    """Asked by every forward, and before logits, since a captured graph asks nothing.
+    """The state of a served model's weights, checked in every forward and, for captured graphs, before logits.
 
     Attributes:
-        version: of the weights, once an update has finished.
+        version: version of the weights after a complete update; None for those of a checkpoint.
     """
 
     def __init__(self) -> None:
@@ -33,26 +33,26 @@ class WeightGuard:
 
     @property
     def problem(self) -> str | None:
-        """Why the weights may not be used; None where they may."""
+        """Why the weights must not be used; None if they may."""
         if self._problem is None and self._watch is not None:
             return self._watch()
         return self._problem
 
     def refuse(self, problem: str) -> None:
-        """From now on forward raises."""
+        """Make forward raise an error with this problem."""
         self._problem = problem
 
     def accept(self, version: str | None, watch: Callable[[], str | None] | None = None) -> None:
-        """The weights are whole again.
+        """Allow the weights to be used again.
 
         Args:
-            version: of the weights; None for those of a checkpoint.
-            watch: asked before each forward, where the trainer's own memory is served: why it may not be used now.
+            version: version of the weights; None for those of a checkpoint.
+            watch: called before each forward if the trainer's memory is shared; see `shared_memory_watch`.
         """
         self.version, self._problem, self._watch = version, None, watch
 
     def check(self) -> None:
-        """Raise `WeightSyncError` where the weights may not be used."""
+        """Raise `WeightSyncError` if the weights must not be used."""
         problem = self.problem
         if problem is not None:
-            raise WeightSyncError(f"this engine refuses to generate: {problem}. A complete weight update mends it")
+            raise WeightSyncError(f"this engine refuses to generate: {problem}. Complete a weight update first")

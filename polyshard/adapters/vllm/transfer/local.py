@@ -1,4 +1,4 @@
-"""An engine whose worker is this very process: memory to memory, and shared where it can be."""
+"""An engine whose worker runs in this process: weights are copied within memory, or shared if possible."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from polyshard.weights.regions import Region, regions
 
 
 @dataclass(frozen=True, slots=True)
-class Copied:
-    """What was copied of a parameter: fingerprints of this trainer rank's part by name, and what then stood there."""
+class CopiedShard:
+    """The record of one parameter's transfer: sent fingerprints by stored name, and the regions read back."""
 
     sent: dict[str, int] = field(default_factory=dict)
     arrived: list[Moved] = field(default_factory=list)
@@ -31,9 +31,9 @@ class LocalEngine:
 
     Args:
         llm: the engine.
-        name: for messages.
+        name: the engine's name, for messages.
         worker: its worker.
-        share: let the engine use the trainer's memory where shape and dtype allow.
+        share: let the engine use the trainer's memory if shape and dtype allow it.
     """
 
     def __init__(self, llm: Any, name: str, worker: compat.LocalWorker, share: bool) -> None:
@@ -43,28 +43,28 @@ class LocalEngine:
         self.dtype = compat.engine_dtype(llm)
         self.exact = identity_of(getattr(worker.model, "context", None))
         self.tensor_size: int = worker.vllm_config.parallel_config.tensor_parallel_size
-        # Captured CUDA graphs hold addresses: memory must then stay where it is.
+        # Captured CUDA graphs hold addresses, so parameters must keep their memory.
         self._share = share and bool(worker.vllm_config.model_config.enforce_eager)
         self.shared_bytes = 0
 
     def require_idle(self) -> None:
-        """Raise where requests are under way; those that a half-updated model refused are dropped."""
+        """Raise if requests are unfinished; abort them if a partially updated model has refused them."""
         requests = compat.unfinished_requests(self._llm)
         if requests and self.receiver.guard.problem is not None:
             self._llm.llm_engine.abort_request(requests, internal=True)
         elif requests:
             raise WeightSyncError(
-                f"{self.name} has {len(requests)} unfinished requests: their cache is of the old weights. "
-                "Let them finish, or abort them, before a sync"
+                f"{self.name} has {len(requests)} unfinished requests: their KV cache was computed with the "
+                "old weights. Let them finish, or abort them, before a sync"
             )
 
     def begin(self, version: str) -> None:
-        """From here on the engine refuses to generate."""
+        """Start an update; the engine refuses to generate until `finish`."""
         self.shared_bytes = 0
         self.receiver.begin(version)
 
-    def reaches(self, table: WeightTable, tensor_rank: int, tensor_size: int) -> set[str]:
-        """Stored names of which the trainer's shard in this process holds all that this worker needs."""
+    def loads_directly(self, table: WeightTable, tensor_rank: int, tensor_size: int) -> set[str]:
+        """Return the stored names for which this process's trainer shard contains everything that its worker needs."""
         receiver = self.receiver
         if not isinstance(receiver, ServedReceiver):
             return set()
@@ -78,7 +78,7 @@ class LocalEngine:
             if name in held and all(_covering(region, held[name]) is not None for region in needed)
         }
 
-    def take_shard(
+    def load_shard(
         self,
         entry: WeightEntry,
         shard: torch.Tensor,
@@ -86,38 +86,40 @@ class LocalEngine:
         tensor_size: int,
         lasting: bool,
         names: Mapping[str, tuple[int, ...]],
-    ) -> Copied:
-        """Load from the trainer's shard of a parameter, without a detour.
+    ) -> CopiedShard:
+        """Load a parameter directly from the trainer's shard of it.
 
         Args:
-            entry: the trainer's.
-            shard: the trainer's.
-            tensor_rank: the trainer's.
-            tensor_size: the trainer's.
-            lasting: `shard` is the parameter itself and not a gathered copy.
-            names: which of the entry's stored tensors to load, with their shapes.
+            entry: the trainer's entry of the parameter.
+            shard: the trainer's shard.
+            tensor_rank: the trainer's position on its tensor axis.
+            tensor_size: the size of the trainer's tensor axis.
+            lasting: whether `shard` is the parameter itself and not a gathered copy.
+            names: the stored tensors of the entry to load, with their shapes.
 
         Raises:
-            WeightSyncError: a tensor does not fit, or what stands in a part that several workers hold differs.
+            WeightSyncError: a tensor does not fit the model, or a replicated region was read back with other bits.
         """
         receiver = self.receiver
         assert isinstance(receiver, ServedReceiver)
-        wanted = [name for name in (receiver.expect(sent, shape) for sent, shape in names.items()) if name is not None]
-        result = Copied()
+        wanted = [
+            name for name in (receiver.resolve_name(sent, shape) for sent, shape in names.items()) if name is not None
+        ]
+        result = CopiedShard()
         if not wanted:
             return result
         target = receiver.targets[wanted[0]][0]
-        if receiver.is_at(target, shard):
+        if receiver.shares_memory_with(target, shard):
             self.shared_bytes += shard.nbytes
-        elif self._fits_as_it_is(target, entry, shard, tensor_rank, tensor_size, set(wanted), lasting):
-            receiver.place(target, shard)  # nothing was copied, and nothing can differ
+        elif self._can_share(target, entry, shard, tensor_rank, tensor_size, set(wanted), lasting):
+            receiver.place(target, shard)  # shared, not copied, so nothing can differ
             self.shared_bytes += shard.nbytes
         else:
             flat = shard.detach().reshape(-1)
             memory = receiver.shard(target)
             for name in wanted:
                 held = [region for region in regions(entry, tensor_rank, tensor_size) if region.name == name]
-                # What is sent is read by the trainer's layout, what arrived by the server's.
+                # Sent values are read by the trainer's layout, and arrived values by the server's.
                 prints = [fingerprint(r.view(flat).to(memory.dtype), r.offsets) for r in held if r.first]
                 result.sent[name] = total(prints)
                 for region in receiver.regions.get(name, []):
@@ -125,32 +127,35 @@ class LocalEngine:
                     moved = take_region(region, memory, values)
                     result.arrived.append(moved)
                     if not region.first and moved.print != fingerprint(values, region.offsets):
-                        told = f"{name!r} arrived damaged in worker {receiver.rank} of {self.name}"
-                        raise WeightSyncError(told, (name,), (receiver.rank,))
+                        message = f"{name!r} arrived damaged in worker {receiver.rank} of {self.name}"
+                        raise WeightSyncError(message, (name,), (receiver.rank,))
         for name in wanted:
-            receiver.came(name)
+            receiver.mark_received(name)
         return result
 
-    def take(self, tensors: Mapping[str, torch.Tensor]) -> list[tuple[int, Moved]]:
-        """Load whole tensors; what stands in the model afterwards."""
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> list[tuple[int, Moved]]:
+        """Load full tensors; return the worker and the region read back for each region written."""
         receiver = self.receiver
         rank = receiver.rank if isinstance(receiver, ServedReceiver) else 0
-        return [(rank, moved) for moved in receiver.take(tensors)]
+        return [(rank, moved) for moved in receiver.load(tensors)]
 
     def finish(self, version: str, watch: Callable[[], str | None]) -> None:
-        """The engine generates again."""
+        """Finish the update; the engine generates again."""
         self.receiver.finish()
         if self.shared_bytes:
             self.receiver.guard.accept(version, watch)
         self._llm.llm_engine.set_weight_version(version)
         if not self._llm.llm_engine.reset_prefix_cache():
-            self.receiver.guard.refuse(f"its prefix cache was not emptied after the update to weights {version!r}")
-            raise WeightSyncError(f"{self.name} did not empty its prefix cache: requests are under way")
+            self.receiver.guard.refuse(f"its prefix cache was not reset after the update to weights {version!r}")
+            raise WeightSyncError(
+                f"{self.name} did not reset its prefix cache, because requests are unfinished. Abort them, and sync "
+                "again"
+            )
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: a local engine holds no resources."""
 
-    def _fits_as_it_is(
+    def _can_share(
         self,
         target: WeightEntry,
         entry: WeightEntry,
@@ -160,7 +165,7 @@ class LocalEngine:
         wanted: set[str],
         lasting: bool,
     ) -> bool:
-        """Whether the engine can use the trainer's shard itself."""
+        """Whether the engine can use the memory of the trainer's shard."""
         receiver = self.receiver
         assert isinstance(receiver, ServedReceiver)
         same = target.layout == entry.layout and set(target.checkpoint_names) == wanted
@@ -172,7 +177,7 @@ class LocalEngine:
             and here
             and (kind.dtype, kind.device) == (shard.dtype, shard.device)
             and shard.is_contiguous()
-            and (lasting or kind.packed_alone)
+            and (lasting or kind.only_packed)
         )
 
 

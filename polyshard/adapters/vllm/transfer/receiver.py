@@ -1,8 +1,8 @@
-"""Whole tensors into the memory of one worker's model, layer by layer, with fingerprints of what then stands there.
+"""Loading full tensors into the model of one worker, layer by layer, with fingerprints read back from its memory.
 
-A registered model's parameters are written directly, by their layouts: no meta tensors, no deferred copies. Where
-vLLM keeps a packed copy of a weight (CPU linear layers) it is made anew as soon as the layer is complete, also for a
-head that is tied to the embedding. vLLM's own models go through vLLM's layerwise reload.
+Parameters of a registered model are written directly by their layouts, without meta tensors or deferred copies. If
+vLLM keeps a packed copy of a weight (CPU linear layers), it is repacked once the layer is complete, also for a head
+tied to the embedding. vLLM's own models go through vLLM's layerwise reload.
 """
 
 from __future__ import annotations
@@ -29,40 +29,46 @@ class Receiver(Protocol):
     guard: WeightGuard
 
     def begin(self, version: str) -> None:
-        """From here on the model refuses to compute."""
+        """Start an update; the model refuses to compute until `finish`."""
         ...
 
-    def take(self, tensors: Mapping[str, torch.Tensor]) -> list[Moved]:
-        """Load whole tensors, by stored name; what stands in the model afterwards."""
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> list[Moved]:
+        """Load full tensors by stored name; return the regions read back from the model."""
         ...
 
     def finish(self) -> None:
-        """Check that all weights came, and compute again."""
+        """Check that all weights were received, and allow the model to compute again."""
         ...
 
 
 def receiver_for(model: nn.Module, vllm_config: Any) -> Receiver:
-    """The receiver of a worker's model; one for its whole life."""
-    known = getattr(model, "polyshard_receiver", None)
-    if known is None:
+    """Return the receiver of a worker's model; there is one per model.
+
+    Raises:
+        WeightSyncError: the engine serves a quantized checkpoint.
+    """
+    receiver = getattr(model, "polyshard_receiver", None)
+    if receiver is None:
         if getattr(model, "quantized", None) is not None:
-            raise WeightSyncError("the engine serves a quantized checkpoint: weights would have to be quantized too")
-        known = ServedReceiver(model) if hasattr(model, "table") else NativeReceiver(model, vllm_config)
-        object.__setattr__(model, "polyshard_receiver", known)
-    return known
+            raise WeightSyncError(
+                "weight sync is unsupported for quantized checkpoints. Serve a floating-point checkpoint"
+            )
+        receiver = ServedReceiver(model) if hasattr(model, "table") else NativeReceiver(model, vllm_config)
+        object.__setattr__(model, "polyshard_receiver", receiver)
+    return receiver
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryKind:
-    """Dtype and device of a parameter, and whether vLLM keeps nothing of it but a packed copy."""
+    """Dtype and device of a parameter, and whether vLLM keeps only a packed copy of it."""
 
     dtype: torch.dtype
     device: torch.device
-    packed_alone: bool
+    only_packed: bool
 
 
 class ServedReceiver:
-    """For a model that polyshard registered."""
+    """The receiver of a model that was registered with polyshard."""
 
     def __init__(self, model: Any) -> None:
         self.guard: WeightGuard = model.weights
@@ -83,64 +89,66 @@ class ServedReceiver:
             for module, _ in owners:
                 self._parameters.setdefault(module, []).append(parameter)
         self._version = ""
-        self._came: set[str] = set()
+        self._received: set[str] = set()
         self._shards: dict[str, torch.Tensor] = {}
 
     def begin(self, version: str) -> None:
-        """From here on the model refuses to compute.
+        """Start an update; the model refuses to compute until `finish`.
 
         Raises:
-            WeightSyncError: a reload from a checkpoint has failed, and left parameters without memory.
+            WeightSyncError: a failed reload from a checkpoint has left parameters without memory.
         """
         if any(parameter.is_meta for parameter in self._model.parameters()):
             raise WeightSyncError(
-                f"model {self._name!r} has parameters without memory since a reload failed: call reload_weights with a "
-                "checkpoint that fits, or start the engine anew"
+                f"model {self._name!r} has parameters without memory after a failed reload. Call reload_weights with a "
+                "matching checkpoint, or restart the engine"
             )
         self.guard.refuse(f"the update to weights {version!r} has begun and is not finished")
-        self._version, self._came = version, set()
+        self._version, self._received = version, set()
         self._shards.clear()
 
-    def take(self, tensors: Mapping[str, torch.Tensor]) -> list[Moved]:
-        """Load whole tensors into this rank's shards."""
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> list[Moved]:
+        """Load full tensors into this rank's shards; return the regions read back."""
         moved: list[Moved] = []
-        for sent, whole in tensors.items():
-            name = self.expect(sent, tuple(whole.shape))
+        for sent, full in tensors.items():
+            name = self.resolve_name(sent, tuple(full.shape))
             if name is None:
                 continue
             entry = self.targets[name][0]
             shard = self.shard(entry)
             for region in self.regions.get(name, []):
-                moved.append(take_region(region, shard, rectangle(whole, region.offsets, region.sizes)))
-            self.came(name)
+                moved.append(take_region(region, shard, rectangle(full, region.offsets, region.sizes)))
+            self.mark_received(name)
         return moved
 
-    def expect(self, sent: str, shape: tuple[int, ...]) -> str | None:
-        """The stored name that a tensor is for; None where it came already under the name it is tied to.
+    def resolve_name(self, sent: str, shape: tuple[int, ...]) -> str | None:
+        """Return the stored name that a sent tensor belongs to; None if it was already received under its tied name.
 
         Raises:
-            WeightSyncError: it is no weight of this model, came before, or has another shape.
+            WeightSyncError: it is not a weight of this model, was received before, or has the wrong shape.
         """
         name = sent if sent in self.targets else self._tied.get(sent)
         if name is None:
-            raise WeightSyncError(f"{sent!r} is no weight of model {self._name!r}", (sent,), (self.rank,))
-        if name in self._came:
+            raise WeightSyncError(f"{sent!r} is not a weight of model {self._name!r}", (sent,), (self.rank,))
+        if name in self._received:
             if name != sent:
                 return None
-            raise WeightSyncError(f"{sent!r} came twice in one update", (sent,), (self.rank,))
+            raise WeightSyncError(f"{sent!r} was sent twice in one update", (sent,), (self.rank,))
         entry, index = self.targets[name]
         expected = stored_shape(entry.layout, len(entry.checkpoint_names), index)
         if shape != expected:
             raise WeightSyncError(
-                f"{sent!r} came as {list(shape)}, model {self._name!r} has {list(expected)}", (sent,), (self.rank,)
+                f"{sent!r} has the wrong shape for model {self._name!r}: got {list(shape)}, expected {list(expected)}",
+                (sent,),
+                (self.rank,),
             )
         return name
 
     def shard(self, entry: WeightEntry) -> torch.Tensor:
-        """Flattened memory of a parameter's shard: its own, or a new one where vLLM keeps but a packed copy."""
-        held = self._shards.get(entry.parameter)
-        if held is not None:
-            return held
+        """Return the flattened memory of a parameter's shard, allocated if vLLM keeps only a packed copy."""
+        known = self._shards.get(entry.parameter)
+        if known is not None:
+            return known
         parameter = self._parameter(entry.parameter)
         shape = entry.layout.local_shape(self.rank, self.size)
         if tuple(parameter.shape) != shape:
@@ -151,25 +159,25 @@ class ServedReceiver:
         return self._shards[entry.parameter]
 
     def memory_kind(self, entry: WeightEntry) -> MemoryKind:
-        """What a parameter's memory is like."""
+        """Return the properties of a parameter's memory."""
         parameter = self._parameter(entry.parameter)
         packed = tuple(parameter.shape) != entry.layout.local_shape(self.rank, self.size)
         return MemoryKind(parameter.dtype, parameter.device, packed)
 
-    def is_at(self, entry: WeightEntry, values: torch.Tensor) -> bool:
-        """Whether the parameter's memory is that of `values`: the engine serves the trainer's own module."""
+    def shares_memory_with(self, entry: WeightEntry, values: torch.Tensor) -> bool:
+        """Whether the parameter uses the memory of `values`, as when the engine serves a live module."""
         parameter = self._parameter(entry.parameter)
         return parameter.shape == values.shape and parameter.data_ptr() == values.data_ptr() != 0
 
     def place(self, entry: WeightEntry, values: torch.Tensor) -> None:
-        """Make `values` the parameter's memory, wherever the parameter is used."""
+        """Use `values` as the parameter's memory in every module that has the parameter."""
         parameter = nn.Parameter(values, requires_grad=False)
         for module, leaf in self._owners[entry.parameter]:
             module.register_parameter(leaf, parameter)
 
-    def came(self, name: str) -> None:
-        """A stored tensor stands in its shard; where its layer is complete, packed copies are made anew."""
-        self._came.add(name)
+    def mark_received(self, name: str) -> None:
+        """Record that a stored tensor is in its shard, and repack its layers once they are complete."""
+        self._received.add(name)
         entry = self.targets[name][0]
         for module, _ in self._owners[entry.parameter]:
             if self._is_complete(module):
@@ -178,8 +186,8 @@ class ServedReceiver:
                     self._shards.pop(parameter, None)
 
     def finish(self) -> None:
-        """Check that all weights came, and compute again."""
-        missing = [name for name in self.targets if name not in self._came]
+        """Check that all weights were received, and allow the model to compute again."""
+        missing = [name for name in self.targets if name not in self._received]
         if missing:
             raise WeightSyncError(
                 f"the update to weights {self._version!r} lacks {len(missing)} tensors: {', '.join(missing[:5])}",
@@ -201,34 +209,37 @@ class ServedReceiver:
         return [(compat.base_layer(self._model.get_submodule(module)), leaf) for module, _, leaf in parts]
 
     def _is_complete(self, module: nn.Module) -> bool:
-        return all(name in self._came for p in self._parameters[module] for name in self.table[p].checkpoint_names)
+        return all(name in self._received for p in self._parameters[module] for name in self.table[p].checkpoint_names)
 
 
 class NativeReceiver:
-    """For vLLM's own models, through vLLM's layerwise reload. What is proved is what arrived, not what was loaded."""
+    """The receiver of vLLM's own models, through vLLM's layerwise reload.
+
+    Its fingerprints are those of the tensors that arrived, not of the loaded parameters.
+    """
 
     def __init__(self, model: nn.Module, vllm_config: Any) -> None:
         self.guard = WeightGuard()
         self._model, self._config = model, vllm_config
         self._version = ""
         self._loaded: set[str] = set()
-        self._came: set[str] = set()
+        self._received: set[str] = set()
         self._names = {name for name, _ in model.named_parameters()}
         model.register_forward_pre_hook(lambda *_: self.guard.check())
 
     def begin(self, version: str) -> None:
-        """From here on the model refuses to compute."""
+        """Start an update; the model refuses to compute until `finish`."""
         self.guard.refuse(f"the update to weights {version!r} has begun and is not finished")
-        self._version, self._loaded, self._came = version, set(), set()
+        self._version, self._loaded, self._received = version, set(), set()
         compat.begin_reload(self._model, self._config)
 
-    def take(self, tensors: Mapping[str, torch.Tensor]) -> list[Moved]:
-        """Hand whole tensors to the model's own `load_weights`."""
-        doubled = [name for name in tensors if name in self._came]
-        if doubled:
-            raise WeightSyncError(f"{doubled[0]!r} came twice in one update", tuple(doubled))
-        self._came |= set(tensors)
-        # vLLM defers the copy until a layer is complete: the tensors have to outlive this call.
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> list[Moved]:
+        """Pass full tensors to the model's own `load_weights`; return fingerprints of what arrived."""
+        duplicates = [name for name in tensors if name in self._received]
+        if duplicates:
+            raise WeightSyncError(f"{duplicates[0]!r} was sent twice in one update", tuple(duplicates))
+        self._received |= set(tensors)
+        # vLLM copies a layer only once it is complete, so the tensors must outlive this call.
         kept = {name: tensor.clone() for name, tensor in tensors.items()}
         loaded = compat.load_into(self._model, self._config, kept.items())
         self._loaded |= loaded if loaded is not None else self._names
@@ -238,7 +249,7 @@ class NativeReceiver:
         ]
 
     def finish(self) -> None:
-        """End the reload, and compute again."""
+        """End the reload, and allow the model to compute again."""
         missing = sorted(self._names - self._loaded)
         if missing:
             raise WeightSyncError(

@@ -1,4 +1,4 @@
-"""The trainer's weights as a `WeightSource` of vLLM's own weight transfer: for its nccl and ipc backends on GPUs."""
+"""The trainer's weights as a `WeightSource` for vLLM's own weight transfer (its nccl and ipc backends on GPUs)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,20 @@ from polyshard.weights.view import view_weights
 
 
 class LayoutSource(WeightSource):
-    """Names and whole tensors as a Hugging Face checkpoint would hold them, one parameter gathered at a time.
+    """Names and full tensors as in a Hugging Face checkpoint, gathered one parameter at a time.
 
-    Every trainer rank iterates it to the end: gathering is a collective.
+    Every trainer rank must iterate it to the end, because gathering is a collective.
 
     Args:
-        model: a model as its factory built it, or a training engine around one.
+        model: a model that its factory built, or a training engine around one.
         parallel_context: the context that the model was built with.
-        dtype: of the engine; default as the trainer's.
+        dtype: dtype of the engine; by default the parameters' own.
+
+    Example:
+        >>> context = ps.initialize("torch")
+        >>> layer = ps.column_parallel(4, 2, context)
+        >>> [(name, tensor.shape, tensor.dtype) for name, tensor in LayoutSource(layer, context, torch.bfloat16)]
+        [('weight', torch.Size([2, 4]), torch.bfloat16)]
     """
 
     def __init__(
@@ -36,7 +42,7 @@ class LayoutSource(WeightSource):
 
     @source_metadata
     def metadata(self) -> list[ParamMeta]:
-        """Name, dtype and shape of all that iteration yields, in its order; nothing is transferred."""
+        """Return the name, dtype and shape of each tensor, in iteration order, without transferring it."""
         return [
             ParamMeta(name, self._dtypes[entry.parameter], stored_shape(entry.layout, len(entry.checkpoint_names), i))
             for entry in self._view.table.values()
@@ -44,7 +50,7 @@ class LayoutSource(WeightSource):
         ]
 
     def iter_full(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each name with its whole tensor, as vLLM 0.33 asks for them."""
+        """Return an iterator over names and full tensors, the interface of vLLM 0.33."""
         return iter(self)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:

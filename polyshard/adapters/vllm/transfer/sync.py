@@ -1,9 +1,9 @@
-"""`WeightSync`: a trainer's weights into running vLLM engines, without a restart and without a file.
+"""`WeightSync`: transfer of a trainer's weights into running vLLM engines, without a restart or a file.
 
-In one process (or with torchrun's external launcher) memory goes to memory: an engine uses the trainer's own where
-shape and dtype allow, packs its CPU layers straight from it, and copies the rest. Everything else, other sizes and
-engines in processes of their own, passes in chunks through a bucket in shared memory: each trainer rank writes what it
-holds, each worker reads what it needs, and nothing is gathered. Every tensor's fingerprint is compared.
+In one process (or with torchrun's external launcher) weights move within memory. The engine shares the trainer's memory
+if shape and dtype allow it, packs its CPU layers directly from it, and copies the rest. For different tensor-parallel
+sizes and for engines in separate processes, weights move in chunks through a bucket in shared memory. Each trainer rank
+writes its shards and each worker reads its own, without gathering. The fingerprint of every tensor is compared.
 """
 
 from __future__ import annotations
@@ -40,15 +40,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncReport:
-    """What one sync did, as this rank saw it.
+    """The result of one sync, as this rank saw it.
 
     Attributes:
-        version: of the weights.
-        tensors: how many stored tensors.
-        nbytes: of the whole model, in the engine's dtype.
-        shared_bytes: of the trainer's memory that this process's engines use without a copy of their own, or packed
-            straight from it.
+        version: version of the weights.
+        tensors: number of stored tensors.
+        nbytes: size of the full model in bytes, in the engine's dtype.
+        shared_bytes: size of the trainer's memory that this process's engines share, or pack directly from.
         seconds: wall time.
+
+    Example:
+        >>> report = SyncReport(version="1", tensors=2, nbytes=4_000_000, shared_bytes=1_000_000, seconds=0.5)
+        >>> f"{report.nbytes / report.seconds / 1e6:.0f} MB/s, {report.shared_bytes / report.nbytes:.0%} shared"
+        '8 MB/s, 25% shared'
     """
 
     version: str
@@ -59,23 +63,29 @@ class SyncReport:
 
 
 class WeightSync:
-    """Call it after a training step. Every trainer rank makes one, and calls it.
+    """A callable that sends a trainer's weights to vLLM engines; every trainer rank creates one, and calls it.
 
     Args:
-        model: a training engine, or a model as its factory built it.
+        model: a training engine, or a model that its factory built.
         parallel_context: the context that the model was built with.
-        engines: `vllm.LLM`s. An engine in this process is given on every rank that runs one (all ranks, under the
-            external launcher); one in processes of its own is given on the first rank alone, and was started with
-            `weight_transfer_config={"backend": "polyshard"}`. Other ranks give none.
-        bucket_bytes: of shared memory, for what cannot go from memory to memory; at least the largest tensor.
-        timeout: seconds after which an engine that does not answer is an error that names the worker.
-        share: let an engine in this process use the trainer's memory. It then refuses to generate between a step and
-            the next sync.
+        engines: `vllm.LLM` objects. Pass an engine in this process on every rank that runs one (with the external
+            launcher, all ranks). Pass an engine in separate processes only on the first rank, and start it with
+            `weight_transfer_config={"backend": "polyshard"}`. Other ranks pass none.
+        bucket_bytes: size of the shared memory for weights that cannot move within one process's memory. A larger
+            tensor enlarges it.
+        timeout: seconds after which an unresponsive engine is an error that names the worker.
+        share: let an engine in this process use the trainer's memory. It then refuses to generate between a training
+            step and the next sync.
 
     Raises:
-        ConfigurationError: an engine cannot take weights, the engines have different dtypes, or one of trainer and
-            engine alone is in exact mode.
-        WeightSyncError: the engines' weights are not those of the trainer.
+        ConfigurationError: an engine cannot receive weights, the engines have different dtypes, or only one of trainer
+            and engine is in exact mode.
+        WeightSyncError: the engine's model does not match the trainer's weights.
+
+    Example:
+        >>> with ps.WeightSync(engine, context, llm) as sync:  # needs vLLM  # doctest: +SKIP
+        ...     report = sync()
+        ...     print(f"{report.tensors} tensors in {report.seconds:.1f} s")
     """
 
     def __init__(
@@ -119,14 +129,14 @@ class WeightSync:
         self._count = 0
 
     def __call__(self, version: str | None = None) -> SyncReport:
-        """Bring all engines to the trainer's weights of this moment. A collective.
+        """Send the trainer's current weights to all engines. A collective.
 
         Args:
-            version: a name for them, which the engine then tells; default counts up.
+            version: a name for the weights, which the engines report; by default a number that counts up.
 
         Raises:
-            WeightSyncError: an engine has unfinished requests, did not answer, or holds other values than were sent;
-                it refuses to generate until a sync is complete. The message names the tensor and the worker.
+            WeightSyncError: an engine has unfinished requests, did not answer, or holds other values than were sent.
+                The message names the tensor and the worker. The engine refuses to generate until a sync completes.
             RankFailureError: a trainer rank died.
         """
         started = time.perf_counter()
@@ -153,7 +163,7 @@ class WeightSync:
         )
 
     def close(self) -> None:
-        """Release the shared memory; the engines go on with the weights that they have."""
+        """Release the shared memory; the engines keep their weights."""
         if self._bucket is not None:
             self._bucket.close()
         for engine in (*self._local, *self._remote):
@@ -179,8 +189,8 @@ class WeightSync:
                 client = LlmClient(engine, name)
             if self._ranks.rank:
                 raise ConfigurationError(
-                    f"{name} runs in processes of its own: give it on the first trainer rank alone, not on rank "
-                    f"{self._ranks.rank}"
+                    f"{name} runs in separate processes, but was passed on rank {self._ranks.rank}. Pass it only "
+                    "on the first trainer rank"
                 )
             self._remote.append(RemoteEngine(client, timeout))
 
@@ -190,14 +200,14 @@ class WeightSync:
         }
         if len(found) != 1:
             raise ConfigurationError(
-                f"the engines have {sorted(map(str, found)) or 'no'} dtypes: give one engine or several of one dtype, "
-                "and make a WeightSync for each dtype"
+                f"the engines must have one dtype: got {', '.join(sorted(map(str, found))) or 'no engines'}. Pass at "
+                "least one engine, and create a WeightSync for each dtype"
             )
         return found.pop()
 
     def _reached_directly(self) -> set[str]:
-        """Stored names that every worker finds in its own process."""
-        sets = [engine.reaches(self._view.table, self._axis.rank, self._axis.size) for engine in self._local]
+        """Return the stored names that every worker can load from the trainer shard in its process."""
+        sets = [engine.loads_directly(self._view.table, self._axis.rank, self._axis.size) for engine in self._local]
         if self._remote:
             sets.append(set())
         everyone = self._ranks.gather(set.intersection(*sets) if sets else None)
@@ -211,7 +221,7 @@ class WeightSync:
             mine = creating == (self._ranks.rank == 0)
             return Bucket(path, size, create=creating) if mine else None
 
-        # The first rank creates it, and the others open it after that.
+        # The first rank creates it before the others open it.
         made = [self._ranks.run_on_all(partial(make, c), "no shared memory", WeightSyncError) for c in (True, False)]
         return next(bucket for bucket in made if bucket is not None)
 
@@ -219,7 +229,7 @@ class WeightSync:
         return self._ranks.run_on_all(action, what, WeightSyncError)
 
     def _send_directly(self) -> None:
-        """From the shards in this process; ranks go through the parameters in step, since gathering is a collective."""
+        """Load from the shards in this process; all ranks iterate in step, because gathering is a collective."""
         if not self._direct:
             return
         parameters = dict(self._view.module.named_parameters())
@@ -230,11 +240,11 @@ class WeightSync:
             entry = self._view.table[name]
             wanted = {n: self._shapes[n] for n in entry.checkpoint_names if n in self._direct}
             if not wanted or error is not None:
-                continue  # after an error, too: gathering goes on until all ranks have come to the end
+                continue  # also after an error, since all ranks must take part in every gather
             lasting = shard.data_ptr() == parameters[name].data_ptr()
             try:
                 for number, engine in enumerate(self._local):
-                    copied = engine.take_shard(entry, shard, self._axis.rank, self._axis.size, lasting, wanted)
+                    copied = engine.load_shard(entry, shard, self._axis.rank, self._axis.size, lasting, wanted)
                     sent.update({(number, stored): print_ for stored, print_ in copied.sent.items()})
                     arrived += [(number, self._axis.rank, moved) for moved in copied.arrived]
             except Exception as problem:
@@ -251,23 +261,23 @@ class WeightSync:
         for index, chunk in enumerate(self._chunks):
             buffers = self._bucket.tensors(chunk, self.dtype)
             mine = put_pieces(pieces, self._view.table, self._axis.rank, self._axis.size, buffers)
-            parts = self._ranks.gather(mine)  # and every rank has written
+            parts = self._ranks.gather(mine)  # also a barrier: every rank has written
             sent = {name: total(part[name] for part in parts if name in part) for name in chunk.names}
             arrived = self._together(partial(self._deliver, version, index, chunk, buffers))
-            everywhere = self._ranks.gather(arrived)  # and every worker has read
+            everywhere = self._ranks.gather(arrived)  # also a barrier: every worker has read
             self._together(partial(verify_chunk, sent, everywhere, buffers, self._kinds, self._ranks.rank))
 
     def _deliver(self, version: str, index: int, chunk: Chunk, buffers: dict[str, torch.Tensor]) -> list[Arrived]:
         assert self._bucket is not None
         arrived: list[Arrived] = []
         for number, engine in enumerate(self._local):
-            arrived += [(number, worker, moved) for worker, moved in engine.take(buffers)]
+            arrived += [(number, worker, moved) for worker, moved in engine.load(buffers)]
         for number, engine in enumerate(self._remote, start=len(self._local)):
-            arrived += [(number, worker, moved) for worker, moved in engine.take(version, index, chunk, self._bucket)]
+            arrived += [(number, worker, moved) for worker, moved in engine.load(version, index, chunk, self._bucket)]
         return arrived
 
     def _pieces(self) -> list[tuple[Piece, int, int]]:
-        """This rank's pieces, each with the run of it that this rank writes."""
+        """Return this rank's pieces, each with the range of elements that this rank writes."""
         rank, size, table = self._axis.rank, self._axis.size, self._view.table
         return [
             (piece, *shared_run(piece, table[piece.parameter].layout.local_shape(rank, size)))

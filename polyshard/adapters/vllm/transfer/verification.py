@@ -1,4 +1,4 @@
-"""The proof of a sync: fingerprints of what trainer ranks sent and of what stands in the engines' workers."""
+"""Verification of a sync: fingerprints sent by trainer ranks against those read back from the engines' workers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from polyshard.core.errors import WeightSyncError
 from polyshard.weights.fingerprint import fingerprint, text, total
 from polyshard.weights.movement import Moved, rectangle
 
-Arrived = tuple[int, int, Moved]  # engine, worker, and what stands there
+Arrived = tuple[int, int, Moved]  # engine, worker, and the region read back
 
 
 class EngineKind(NamedTuple):
-    """How an engine's workers are numbered.
+    """The numbering of an engine's workers.
 
     Attributes:
-        in_ranks: its workers are the trainer's ranks, and not processes of the engine.
-        tensor_size: workers of one copy of the model.
+        in_ranks: whether its workers are the trainer's ranks, and not separate processes.
+        tensor_size: number of workers per copy of the model.
     """
 
     in_ranks: bool
@@ -27,12 +27,12 @@ class EngineKind(NamedTuple):
 
 
 class DirectRecord(NamedTuple):
-    """What one trainer rank moved from memory to memory.
+    """The record of what one trainer rank moved within its memory.
 
     Attributes:
-        tensor_rank: the trainer rank's position along its tensor axis.
-        sent: fingerprint of its part, by engine and stored name.
-        arrived: what then stood in the workers of its process.
+        tensor_rank: the trainer rank's position on its tensor axis.
+        sent: fingerprint of its shard, by engine and stored name.
+        arrived: regions read back from the workers in its process.
     """
 
     tensor_rank: int
@@ -41,11 +41,11 @@ class DirectRecord(NamedTuple):
 
 
 def verify_direct(everywhere: Sequence[DirectRecord], kinds: Sequence[EngineKind]) -> None:
-    """Compare what each copy of the model holds with what the trainer ranks of the same processes hold.
+    """Compare each copy of the model with the weights of the trainer ranks in the same processes.
 
     Args:
-        everywhere: of each trainer rank, in rank order.
-        kinds: of each engine.
+        everywhere: the record of each trainer rank, in rank order.
+        kinds: the kind of each engine.
 
     Raises:
         WeightSyncError: a sum of fingerprints differs, or data-parallel ranks of the trainer hold different values.
@@ -56,8 +56,8 @@ def verify_direct(everywhere: Sequence[DirectRecord], kinds: Sequence[EngineKind
         for (number, name), print_ in record.sent.items():
             parts = sent.setdefault((number, rank // kinds[number].tensor_size, name), {})
             if parts.setdefault(record.tensor_rank, print_) != print_:
-                told = f"{name!r}: data-parallel ranks of the trainer hold different values (rank {rank} is one)"
-                raise WeightSyncError(told, (name,))
+                message = f"{name!r}: data-parallel ranks of the trainer hold different values (rank {rank} is one)"
+                raise WeightSyncError(message, (name,))
         for number, _, moved in record.arrived:
             if moved.first:
                 key = (number, rank // kinds[number].tensor_size, moved.name)
@@ -81,19 +81,19 @@ def verify_chunk(
     kinds: Sequence[EngineKind],
     rank: int,
 ) -> None:
-    """Compare what each copy of the model holds with what all trainer ranks wrote into the shared buffers.
+    """Compare each copy of the model with the tensors that all trainer ranks wrote into the shared buffers.
 
     Args:
         sent: fingerprint of each tensor, summed over the trainer's ranks.
-        everywhere: what stands in the workers that each trainer rank has delivered to, in rank order.
+        everywhere: regions read back from the workers that each trainer rank delivered to, in rank order.
         buffers: full tensors by stored name.
-        kinds: of each engine.
-        rank: this trainer rank's, which looks at the parts that several of its workers hold.
+        kinds: the kind of each engine.
+        rank: this trainer rank, which checks the regions that several of its workers hold.
 
     Raises:
-        WeightSyncError: naming tensor, worker and place.
+        WeightSyncError: a tensor differs; the message names tensor, worker and position.
     """
-    found: dict[tuple[int, int], dict[str, int]] = {}  # engine, and which of its copies
+    found: dict[tuple[int, int], dict[str, int]] = {}  # by engine and copy of the model
     for sender, part in enumerate(everywhere):
         for number, worker, moved in part:
             if moved.first:
@@ -115,5 +115,5 @@ def verify_chunk(
     if wrong:
         name = min(wrong)
         raise WeightSyncError(
-            f"{name!r} did not pass through the bucket as the trainer wrote it ({text(sent[name])})", tuple(wrong)
+            f"{name!r} was changed in the bucket: expected {text(sent[name])} as the trainer wrote it", tuple(wrong)
         )

@@ -1,7 +1,7 @@
-"""The backend that vLLM's workers run: `weight_transfer_config={"backend": "polyshard"}`.
+"""The weight transfer backend in vLLM's workers: `weight_transfer_config={"backend": "polyshard"}`.
 
-Values come through a bucket in shared memory, what came goes back through one small file for each worker: vLLM's own
-calls (`start_weight_update`, `update_weights`, `finish_weight_update`) drive it, and return nothing themselves.
+vLLM's calls (`start_weight_update`, `update_weights`, `finish_weight_update`) drive it. Weights arrive through a bucket
+in shared memory. Because the calls return nothing, each worker reports through a small file.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from polyshard.weights.movement import Moved
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Where workers report."""
+    """The folder where workers write their reports."""
 
     reports: str = ""
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """One chunk, or word that the update has failed."""
+    """One chunk, or the notice that the trainer abandons the update."""
 
     version: str = ""
     index: int = 0
@@ -46,7 +46,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
 
 
 class PolyshardTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """vLLM's `WeightTransferEngine` over polyshard's receivers."""
+    """vLLM's `WeightTransferEngine` on polyshard's receivers."""
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
@@ -64,12 +64,12 @@ class PolyshardTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._failed: str | None = None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """A trainer introduces itself."""
+        """Connect to a trainer."""
         self._reports = Path(init_info.reports)
         self._report("ready", -1)
 
     def start_weight_update(self) -> None:
-        """The version comes with the first chunk; from here on the model refuses to compute."""
+        """Start an update; the model refuses to compute. The first chunk brings the version."""
         self._version, self._open, self._failed = None, True, None
         self._receiver.guard.refuse("a weight update has begun and is not finished")
         self._report("started", -1)
@@ -84,30 +84,30 @@ class PolyshardTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
                 self._receiver.begin(update_info.version)
             chunk = chunk_from(update_info.chunk, update_info.nbytes)
             bucket = Bucket(update_info.path, update_info.nbytes)
-            moved = self._receiver.take(bucket.tensors(chunk, getattr(torch, update_info.dtype)))
-            self._report("taken", update_info.index, moved)
+            moved = self._receiver.load(bucket.tensors(chunk, getattr(torch, update_info.dtype)))
+            self._report("loaded", update_info.index, moved)
 
     def finish_weight_update(self) -> None:
-        """Check that all came, and compute again; or end an update that failed, and go on refusing."""
+        """Finish an update if all weights were received; a failed update leaves the model refusing to compute."""
         self._open = False
         with self._reporting(-1):
             if self._failed is not None:
                 raise WeightSyncError(self._failed)
             if self._version is None:
-                raise WeightSyncError("the weight update was ended before any tensor came")
+                raise WeightSyncError("the weight update ended before any tensor was received")
             self._receiver.finish()
             self._report("finished", -1)
 
     def shutdown(self) -> None:
-        """Nothing is held between updates."""
+        """Disconnect from the trainer; nothing else is held between updates."""
         self._reports = None
 
     @contextmanager
     def _reporting(self, index: int) -> Iterator[None]:
-        """A failure is reported and not raised.
+        """Report a failure instead of raising it.
 
-        vLLM reads the other workers' answers no more when one has raised, and takes them for answers to its next call
-        (0.32.0, v1/executor/multiproc_executor.py, get_response).
+        When one worker raises, vLLM stops reading the answers of the others, and takes them for answers to its next
+        call (0.32.0, v1/executor/multiproc_executor.py, get_response).
         """
         try:
             yield
