@@ -45,10 +45,10 @@ if TYPE_CHECKING:
         UnsupportedVersionError,
         WeightSyncError,
     )
-    from polyshard.core.layout import ParallelLayout
     from polyshard.core.linear_adapter import LinearAdapter
+    from polyshard.core.parallel_layout import ParallelLayout
     from polyshard.core.precision import Precision
-    from polyshard.core.weight_layout import Segment, WeightLayout
+    from polyshard.core.weight_sharding import Segment, WeightLayout
     from polyshard.core.weight_table import collect_layouts
     from polyshard.exact import exact_context
     from polyshard.launch import initialize, shutdown
@@ -61,9 +61,9 @@ if TYPE_CHECKING:
     from polyshard.layers.residual import add_residual
     from polyshard.layers.vocabulary import gather_logits, lm_head, vocab_embedding, vocab_parallel_cross_entropy
     from polyshard.registry import engine_errors, register_model, registered_models
-    from polyshard.training.batch import train_batch
     from polyshard.training.dropout import Dropout
     from polyshard.training.generators import manual_seed, sharded_random
+    from polyshard.training.train_batch import train_batch
     from polyshard.transformers import transformers_model
     from polyshard.transformers.replaced import replace_with_trainable_attention
 
@@ -92,7 +92,7 @@ _HOMES = {
     "polyshard.layers.residual": ("add_residual",),
     "polyshard.core.adapter": ("Adapter", "AdamW", "StepResult", "TrainingEngine"),
     "polyshard.core.batch": ("BatchResult",),
-    "polyshard.training.batch": ("train_batch",),
+    "polyshard.training.train_batch": ("train_batch",),
     "polyshard.core.capabilities": ("Capabilities", "Rejected"),
     "polyshard.core.context": ("GroupContext", "ParallelContext"),
     "polyshard.core.discovery": ("adapter_names", "load_adapter"),
@@ -112,13 +112,13 @@ _HOMES = {
     "polyshard.training.generators": ("manual_seed", "sharded_random"),
     "polyshard.training.dropout": ("Dropout",),
     "polyshard.layers.initialization": ("initialize_weights", "normal_initializer"),
-    "polyshard.core.layout": ("ParallelLayout",),
+    "polyshard.core.parallel_layout": ("ParallelLayout",),
     "polyshard.layers.linear": ("column_parallel", "qkv_parallel", "replicated_linear", "row_parallel"),
     "polyshard.core.linear_adapter": ("LinearAdapter",),
     "polyshard.layers.norm": ("rms_norm",),
     "polyshard.layers.vocabulary": ("gather_logits", "lm_head", "vocab_embedding", "vocab_parallel_cross_entropy"),
     "polyshard.core.precision": ("Precision",),
-    "polyshard.core.weight_layout": ("Segment", "WeightLayout"),
+    "polyshard.core.weight_sharding": ("Segment", "WeightLayout"),
     "polyshard.core.weight_table": ("collect_layouts",),
     "polyshard.exact": ("exact_context",),
     "polyshard.layers.logprobs": ("token_logprobs",),

@@ -10,7 +10,7 @@ from polyshard.attention.rotary import RotaryEmbedding
 from polyshard.core.attention import PackedSequences
 from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.layout import ParallelLayout
+from polyshard.core.parallel_layout import ParallelLayout
 
 
 def sequences_at(

@@ -19,7 +19,7 @@ from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequenc
 from polyshard.core.context import ParallelContext
 from polyshard.core.discovery import load_adapter
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.weight_layout import Segment, WeightLayout
+from polyshard.core.weight_sharding import Segment, WeightLayout
 from polyshard.core.weight_table import attach_layouts, store_as
 from polyshard.layers.linear import qkv_parallel, row_parallel
 from polyshard.layers.norm import rms_norm

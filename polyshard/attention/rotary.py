@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from polyshard.core.errors import ConfigurationError
-from polyshard.native.operator import bare_operator
+from polyshard.native.custom_operator import bare_operator
 
 SCALINGS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 

@@ -8,13 +8,13 @@ from functools import cache
 
 import torch
 
+from polyshard.attention.kernels.attention_operator import register_kernel
 from polyshard.attention.kernels.cpu.kernels import Chunked, Cpu, CpuFlash, CpuNative
 from polyshard.attention.kernels.cuda.flash_attn_2 import FlashAttn2
 from polyshard.attention.kernels.cuda.flash_attn_3 import FlashAttn3
 from polyshard.attention.kernels.cuda.flash_attn_4 import FlashAttn4
 from polyshard.attention.kernels.cuda.torch_varlen import TorchVarlen
 from polyshard.attention.kernels.flex import Flex
-from polyshard.attention.kernels.operator import register_kernel
 from polyshard.attention.kernels.protocol import AttentionKernel, BlockKernel
 from polyshard.core.attention import AttentionSpec
 from polyshard.core.capabilities import Accepted, Rejected

@@ -39,7 +39,7 @@ from polyshard.checkpoint.storage import Progress
 from polyshard.core.adapter import TrainingEngine
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import CheckpointError
-from polyshard.core.layout import ParallelLayout
+from polyshard.core.parallel_layout import ParallelLayout
 from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece
 from polyshard.core.ranks import Ranks
 from polyshard.core.serving import RegisteredModel

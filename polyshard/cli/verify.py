@@ -61,7 +61,7 @@ def verify(
                 small_model.oracle,
             )
         if exact:
-            from polyshard.cli.certify import certify
+            from polyshard.cli.verify_exact import certify
 
             assert model is not None
             assert factory is not None

@@ -22,12 +22,12 @@ from polyshard.core.errors import (
     UnsupportedVersionError,
     WeightSyncError,
 )
-from polyshard.core.layout import Axis, ParallelLayout
 from polyshard.core.linear_adapter import FullLinearAdapter, LinearAdapter
+from polyshard.core.parallel_layout import Axis, ParallelLayout
 from polyshard.core.pieces import OptimizerState, Piece
 from polyshard.core.precision import Precision
 from polyshard.core.requirement import Requirement, UntestedVersionWarning
-from polyshard.core.weight_layout import Segment, WeightLayout
+from polyshard.core.weight_sharding import Segment, WeightLayout
 from polyshard.core.weight_table import WeightEntry, WeightTable
 
 __all__ = [

@@ -13,7 +13,7 @@ from torch import nn
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.capabilities import Capabilities
 from polyshard.core.context import ParallelContext
-from polyshard.core.layout import ParallelLayout
+from polyshard.core.parallel_layout import ParallelLayout
 from polyshard.core.pieces import OptimizerState, Piece
 from polyshard.core.precision import Precision
 from polyshard.core.requirement import Requirement

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from polyshard.core.attention import AttentionFactory, LatentFactory
 from polyshard.core.exact_mode import ExactMode
-from polyshard.core.layout import AXES, Axis, ParallelLayout
+from polyshard.core.parallel_layout import AXES, Axis, ParallelLayout
 
 
 @runtime_checkable

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from polyshard.core.errors import AdapterError, LayoutError
-from polyshard.core.weight_layout import WeightLayout, replicated
+from polyshard.core.weight_sharding import WeightLayout, replicated
 
 # Shell patterns of tensors in old checkpoints that are not parameters: constants that the config determines.
 IGNORED_TENSORS = ("*rotary_emb.inv_freq", "*.masked_bias", "*.attn.bias")

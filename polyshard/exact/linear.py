@@ -14,7 +14,7 @@ from polyshard.core.context import ParallelContext
 from polyshard.core.errors import AdapterError, ConfigurationError, LayoutError
 from polyshard.core.exact_mode import ExactMode, Matmul
 from polyshard.core.linear_adapter import adapter_with, name_of
-from polyshard.core.weight_layout import WeightLayout, qkv_segments
+from polyshard.core.weight_sharding import WeightLayout, qkv_segments
 from polyshard.exact.matmul import exact_matmul
 from polyshard.exact.norm import ExactRMSNorm
 from polyshard.exact.reduction import sum_in_order
@@ -26,7 +26,7 @@ from polyshard.layers.differentiable import (
     transform_gradient,
 )
 from polyshard.layers.head import PaddedHead
-from polyshard.layers.replicas import sum_replicas
+from polyshard.layers.replica_gradients import sum_replicas
 
 OnBuilt = Callable[[nn.Module], None]
 

@@ -10,7 +10,7 @@ import torch
 from polyshard.core.context import ParallelContext
 from polyshard.core.discovery import load_adapter
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.layout import ParallelLayout
+from polyshard.core.parallel_layout import ParallelLayout
 
 
 def initialize(

@@ -7,7 +7,7 @@ from torch import nn
 
 from polyshard.core.context import ParallelAxis
 from polyshard.core.errors import AdapterError
-from polyshard.core.weight_layout import Segment
+from polyshard.core.weight_sharding import Segment
 
 
 class PaddedHead(nn.Module):

@@ -10,9 +10,9 @@ from torch import nn
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import AdapterError, LayoutError
 from polyshard.core.linear_adapter import choose_adapter, name_of, tensor_rank_and_size, unwrap_tuples
-from polyshard.core.weight_layout import Segment, WeightLayout, qkv_segments, replicated
+from polyshard.core.weight_sharding import Segment, WeightLayout, qkv_segments, replicated
 from polyshard.core.weight_table import attach_layouts
-from polyshard.layers.replicas import sum_replicas
+from polyshard.layers.replica_gradients import sum_replicas
 
 
 def column_parallel(

@@ -11,7 +11,7 @@ from torch import nn
 from polyshard.core.context import ParallelAxis, ParallelContext
 from polyshard.core.discovery import load_adapter
 from polyshard.core.linear_adapter import adapter_with, choose_adapter, name_of, tensor_rank_and_size
-from polyshard.core.weight_layout import Segment, WeightLayout
+from polyshard.core.weight_sharding import Segment, WeightLayout
 from polyshard.core.weight_table import attach_layouts
 from polyshard.layers.token_ids import check_ids_of, check_labels, check_present
 

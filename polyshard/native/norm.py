@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from polyshard.native.build import KINDS, NUMBER, POINTER, SIZE, function, rows_of, supports_tensor, unavailable_reason
-from polyshard.native.operator import bare_operator
+from polyshard.native.custom_operator import bare_operator
 
 SOURCE = Path(__file__).with_name("norm.cpp")
 

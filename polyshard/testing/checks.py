@@ -229,7 +229,7 @@ def dies(adapter: str, timeout: float) -> tuple[float, str, tuple[int, ...]] | N
 
 
 def _layout(tensor: int) -> Any:
-    from polyshard.core.layout import ParallelLayout
+    from polyshard.core.parallel_layout import ParallelLayout
 
     return ParallelLayout.for_world(int(os.environ["WORLD_SIZE"]), tensor=tensor)
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.layout import Axis
+from polyshard.core.parallel_layout import Axis
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from polyshard.attention.kernels import operator  # registers `polyshard::attention`
+from polyshard.attention.kernels import attention_operator as operator  # registers `polyshard::attention`
 from polyshard.core.errors import ConfigurationError
 
 Mode = Literal["none", "selective", "full"]

@@ -18,7 +18,7 @@ from polyshard.core.errors import ConfigurationError
 from polyshard.layers.vocabulary import vocab_parallel_cross_entropy
 from polyshard.transformers.attention import exchange_attention
 from polyshard.transformers.layers import exchange_layers
-from polyshard.transformers.memory import give_memory
+from polyshard.transformers.meta_weights import give_memory
 from polyshard.transformers.replaced.requirement import TRANSFORMERS
 from polyshard.transformers.trial.kinds import kept_modules
 from polyshard.transformers.trial.trial import try_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from polyshard.core.context import ParallelAxis
-from polyshard.core.weight_layout import WeightLayout
+from polyshard.core.weight_sharding import WeightLayout
 
 
 def gather_shards(shard: torch.Tensor, layout: WeightLayout, tensor_axis: ParallelAxis) -> torch.Tensor:

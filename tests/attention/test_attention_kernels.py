@@ -11,7 +11,7 @@ from support.oracles.attention import attention
 
 import polyshard as ps
 from polyshard.attention import explain, select_kernel, selection
-from polyshard.attention.kernels import operator
+from polyshard.attention.kernels import attention_operator as operator
 from polyshard.attention.kernels.cpu import kernels as cpu
 from polyshard.attention.kernels.cpu.native import SOURCE
 from polyshard.core.attention import AttentionSpec

@@ -10,7 +10,7 @@ from support.models.tiny import save_tiny
 import polyshard as ps
 from polyshard.adapters.vllm.engines.sampling import SamplingJob, sample
 from polyshard.adapters.vllm.exact import CudaOperators
-from polyshard.cli.certify import random_prompts
+from polyshard.cli.verify_exact import random_prompts
 from polyshard.proof.certificate import TrainerCase, compare
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -18,7 +18,7 @@ from polyshard.adapters.vllm.engines import sampling
 from polyshard.adapters.vllm.engines.sampling import SamplingJob
 from polyshard.adapters.vllm.exact import CpuOperators, exact_matmuls, exact_serving
 from polyshard.attention.rotary import rotate_heads
-from polyshard.cli.certify import random_prompts
+from polyshard.cli.verify_exact import random_prompts
 from polyshard.core.environment import TRACE
 from polyshard.core.exact_identity import ExactIdentity, check_same_mode
 from polyshard.exact.linear import ExactLinearAdapter

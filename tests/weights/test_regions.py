@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyshard.core.weight_layout import Segment, WeightLayout
+from polyshard.core.weight_sharding import Segment, WeightLayout
 from polyshard.core.weight_table import WeightEntry, checkpoint_names, stored_parts
 from polyshard.weights.regions import regions
 

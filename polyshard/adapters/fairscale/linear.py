@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyshard.adapters.shared.loss import token_losses
+from polyshard.adapters.shared.token_losses import token_losses
 from polyshard.core.context import ParallelContext
 from polyshard.layers.head import PaddedHead, padded_size, tied_weight
 

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import DefaultSavePlanner, save
 
 from polyshard.adapters.megatron.arguments import arguments_of, check_arguments, padded_rows, plain_arguments
 from polyshard.adapters.megatron.names import LAYERS, from_hugging_face, padding_note, to_hugging_face
-from polyshard.adapters.megatron.proof import independent
+from polyshard.adapters.megatron.reference_logits import independent
 from polyshard.adapters.shared.distributed_checkpoint import stored_tensors
 from polyshard.config.decoder_spec import DecoderSpec
 from polyshard.convert.format import Foreign, Independent, Options

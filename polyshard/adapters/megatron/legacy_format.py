@@ -12,7 +12,7 @@ import torch
 from polyshard.adapters.megatron.arguments import check_arguments, padded_rows, plain_arguments
 from polyshard.adapters.megatron.dist_format import NO_ARGUMENTS, iteration
 from polyshard.adapters.megatron.names import LAYERS, padding_note, to_hugging_face
-from polyshard.adapters.megatron.proof import independent
+from polyshard.adapters.megatron.reference_logits import independent
 from polyshard.config.decoder_spec import DecoderSpec
 from polyshard.convert.format import Foreign, Independent, Options
 from polyshard.convert.pickles import load_pickle

@@ -11,7 +11,7 @@ from polyshard.core.capabilities import Capabilities
 from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.discovery import load_adapter
 from polyshard.core.errors import AdapterError
-from polyshard.core.layout import ParallelLayout
+from polyshard.core.parallel_layout import ParallelLayout
 from polyshard.core.requirement import Requirement
 
 

@@ -19,9 +19,9 @@ from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.pieces import WEIGHT, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision, precision_of
 from polyshard.core.weight_table import collect_layouts
-from polyshard.training.batch import train_batch
 from polyshard.training.generators import GeneratorCheck
 from polyshard.training.recompute import Recompute, apply_recomputation
+from polyshard.training.train_batch import train_batch
 
 
 class BaseEngine(ABC):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.weight_layout import WeightLayout
+from polyshard.core.weight_sharding import WeightLayout
 from polyshard.core.weight_table import WeightEntry
 from polyshard.weights.regions import regions
 

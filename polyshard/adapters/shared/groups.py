@@ -12,7 +12,7 @@ import torch.distributed as dist
 from polyshard.adapters.shared.devices import default_backend
 from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.errors import AdapterError
-from polyshard.core.layout import Axis
+from polyshard.core.parallel_layout import Axis
 
 
 def group_context(context: ParallelContext) -> GroupContext:

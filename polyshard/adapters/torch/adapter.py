@@ -17,7 +17,7 @@ from polyshard.convert.format import CheckpointFormat
 from polyshard.core.adapter import OptimizerFactory
 from polyshard.core.capabilities import YES, Capabilities, no
 from polyshard.core.context import GroupContext, ParallelContext
-from polyshard.core.layout import ParallelLayout
+from polyshard.core.parallel_layout import ParallelLayout
 from polyshard.core.requirement import Requirement
 
 logger = logging.getLogger(__name__)

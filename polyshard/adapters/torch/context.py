@@ -20,7 +20,7 @@ from polyshard.adapters.torch.compat import rendezvous_store
 from polyshard.adapters.torch.failure import RankMonitor, backend_timeout
 from polyshard.core.context import FailureGuard, GroupContext, ParallelAxis, no_guard
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.layout import AXES, Axis, ParallelLayout
+from polyshard.core.parallel_layout import AXES, Axis, ParallelLayout
 
 logger = logging.getLogger(__name__)
 

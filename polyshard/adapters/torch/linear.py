@@ -13,7 +13,7 @@ from typing_extensions import override
 from polyshard.adapters.torch.cross_entropy import vocab_parallel_cross_entropy
 from polyshard.adapters.torch.norm import RMSNorm
 from polyshard.core.context import ParallelContext
-from polyshard.core.weight_layout import Segment, WeightLayout, qkv_segments
+from polyshard.core.weight_sharding import Segment, WeightLayout, qkv_segments
 from polyshard.layers.differentiable import (
     copy_to_region,
     gather_sequence,
@@ -22,7 +22,7 @@ from polyshard.layers.differentiable import (
     sum_gradient,
     transform_gradient,
 )
-from polyshard.layers.replicas import sum_replicas
+from polyshard.layers.replica_gradients import sum_replicas
 
 
 def new_weight(layout: WeightLayout, parallel_context: ParallelContext, std: float | None) -> nn.Parameter:

@@ -75,7 +75,7 @@ class VllmAdapter(ServingOnlyAdapter):
     @property
     def attention_kernels(self) -> tuple[Any, ...]:
         """vLLM's attention kernel and its exact variant, with a backward pass. They import vLLM at first use."""
-        from polyshard.adapters.vllm.attention.kernel import VllmKernel
+        from polyshard.adapters.vllm.attention.training_kernel import VllmKernel
 
         return (VllmKernel(), VllmKernel(exact=True))
 

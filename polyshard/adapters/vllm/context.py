@@ -15,7 +15,7 @@ from polyshard.adapters.vllm.layers.linear import VllmLinearAdapter
 from polyshard.adapters.vllm.layers.wrapped import PackedLinearAdapter
 from polyshard.core.context import GroupContext, ParallelAxis
 from polyshard.core.discovery import load_adapter
-from polyshard.core.layout import Axis, ParallelLayout
+from polyshard.core.parallel_layout import Axis, ParallelLayout
 from polyshard.core.serving import RegisteredModel
 
 

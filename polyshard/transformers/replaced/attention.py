@@ -12,7 +12,7 @@ from polyshard.attention.rotary import apply_rotary
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.exact_identity import exact_kernel
-from polyshard.core.weight_layout import replicated
+from polyshard.core.weight_sharding import replicated
 from polyshard.core.weight_table import attach_layouts
 from polyshard.layers.differentiable import sum_gradient
 from polyshard.transformers.replaced.batch import attend_batch, given_boundaries, packed_boundaries, used_mask

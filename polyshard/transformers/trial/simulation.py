@@ -14,7 +14,7 @@ from polyshard.core.attention import AttentionSpec, PackedSequences
 from polyshard.core.context import GroupContext, ParallelAxis
 from polyshard.core.discovery import load_adapter
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.layout import ParallelLayout
+from polyshard.core.parallel_layout import ParallelLayout
 
 
 class Exchange:

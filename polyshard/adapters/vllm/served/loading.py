@@ -17,7 +17,7 @@ from polyshard.adapters.vllm.served.quantized import QuantizedLayers, QuantizedL
 from polyshard.checkpoint.quantization.detect import FLOATS, short
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import CheckpointError, RegistrationError
-from polyshard.core.weight_layout import WeightLayout
+from polyshard.core.weight_sharding import WeightLayout
 from polyshard.core.weight_table import IGNORED_TENSORS, WeightEntry, WeightTable, copy_into_shard, stored_shape
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from typing_extensions import override
 
-from polyshard.attention.kernels import operator
+from polyshard.attention.kernels import attention_operator as operator
 from polyshard.attention.kernels.cpu import chunked, native
 from polyshard.attention.kernels.cpu import flash as cpu_flash
 from polyshard.attention.kernels.cpu.tiles import Run, runs

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from polyshard.attention.kernels import operator
+from polyshard.attention.kernels import attention_operator as operator
 from polyshard.attention.kernels.cuda.flash_limits import flash_unsupported_reason, window_of
 from polyshard.attention.kernels.protocol import AttentionCall, AttentionKernel, BlockKernel
 from polyshard.core.attention import AttentionSpec

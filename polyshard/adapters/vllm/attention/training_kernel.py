@@ -14,7 +14,7 @@ import torch
 from typing_extensions import override
 
 from polyshard.adapters.vllm.compat.paging import CUDA_BLOCK, pad_last_dim, page_keys_values
-from polyshard.attention.kernels import operator
+from polyshard.attention.kernels import attention_operator as operator
 from polyshard.attention.kernels.cpu.chunked import add_logsumexp
 from polyshard.attention.kernels.cpu.kernels import Chunked
 from polyshard.attention.kernels.cpu.tiles import runs

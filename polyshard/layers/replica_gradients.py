@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from polyshard.core.context import ParallelAxis
-from polyshard.core.weight_layout import WeightLayout
+from polyshard.core.weight_sharding import WeightLayout
 
 
 def sum_replicas(gradient: torch.Tensor, layout: WeightLayout, axis: ParallelAxis) -> torch.Tensor:

@@ -51,7 +51,7 @@ def independent(
         with tempfile.TemporaryDirectory(prefix="polyshard-proof-") as folder:
             job = Path(folder) / "job.pt"
             torch.save({"ids": ids, "rounded": rounded, "kind": kind, "place": str(place), **settings}, job)
-            command = [sys.executable, "-m", "polyshard.adapters.megatron.proof", str(job)]
+            command = [sys.executable, "-m", "polyshard.adapters.megatron.reference_logits", str(job)]
             environment = dict(os.environ, CUDA_VISIBLE_DEVICES="")
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment)
             if done.returncode:
