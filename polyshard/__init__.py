@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from polyshard.layers.activation import swiglu
     from polyshard.layers.initialization import initialize_weights, normal_initializer
     from polyshard.layers.linear import column_parallel, qkv_parallel, replicated_linear, row_parallel
+    from polyshard.layers.lm_loss import lm_logprobs, lm_loss
     from polyshard.layers.logprobs import token_logprobs
     from polyshard.layers.norm import rms_norm
     from polyshard.layers.pipeline import PipelineStage, pipeline_stage, stage_layers
@@ -121,6 +122,7 @@ _HOMES = {
     "polyshard.core.weight_sharding": ("Segment", "WeightLayout"),
     "polyshard.core.weight_table": ("collect_layouts",),
     "polyshard.exact": ("exact_context",),
+    "polyshard.layers.lm_loss": ("lm_logprobs", "lm_loss"),
     "polyshard.layers.logprobs": ("token_logprobs",),
     "polyshard.launch": ("initialize", "shutdown"),
     "polyshard.layers.pipeline": ("PipelineStage", "pipeline_stage", "stage_layers"),

@@ -144,7 +144,7 @@ def vocab_parallel_cross_entropy(
         return losses
     if reduction == "sum":
         return losses.sum()
-    return _mean(losses.sum(), (targets != ignore_index).sum(), parallel_context.axis("context"))
+    return mean_loss(losses.sum(), (targets != ignore_index).sum(), parallel_context.axis("context"))
 
 
 def token_losses(
@@ -181,7 +181,7 @@ def _tensor_size(context: ParallelContext) -> int:
     return context.get_tensor_parallel_world_size()
 
 
-def _mean(total: torch.Tensor, count: torch.Tensor, axis: ParallelAxis) -> torch.Tensor:
+def mean_loss(total: torch.Tensor, count: torch.Tensor, axis: ParallelAxis) -> torch.Tensor:
     """Return the mean over the labels of all ranks of the context axis, from this rank's sum; 0 if there are none.
 
     The gradient is that of this rank's tokens times the size of the axis, because engines average over the replicas.

@@ -1,4 +1,5 @@
-"""Every part of vLLM that polyshard depends on, for 0.32 and 0.33. A new vLLM version changes only this package.
+"""Every part of vLLM that polyshard depends on, for 0.32 and 0.33. A new vLLM version changes the code of this
+package only, and the supported range in `adapter.py`.
 
 It is imported on first use of vLLM. `tools/vllm_contract.py` lists each import and signature, and checks the wheel of
 a new version.

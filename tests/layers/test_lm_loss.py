@@ -1,0 +1,58 @@
+"""The head and its loss in chunks: equal to the loss of all logits, without holding them."""
+
+import pytest
+import torch
+from support.workers.chunked_loss import losses_and_gradients
+
+import polyshard as ps
+from polyshard.testing import run_ranks
+
+ADAPTERS = ("torch", "megatron", "deepspeed", "fairscale")
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_losses_and_gradients_are_those_of_all_logits(adapter):
+    for chunked, plain in run_ranks(losses_and_gradients, 2, adapter, {"tensor": 2}):
+        assert torch.equal(chunked["losses"], plain["losses"])  # each token's loss, bit for bit
+        assert torch.equal(chunked["logprobs"], plain["logprobs"])
+        torch.testing.assert_close(chunked["mean"], plain["mean"], rtol=1e-6, atol=0)
+        for name in ("hidden", "weight"):
+            torch.testing.assert_close(chunked[name], plain[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.vllm
+def test_exact_mode_gives_the_same_bits():
+    ((chunked, plain),) = run_ranks(losses_and_gradients, 1, "torch", {"exact": True})
+    assert torch.equal(chunked["logprobs"], plain["logprobs"])
+    assert torch.equal(chunked["losses"], plain["losses"])
+
+
+def test_the_largest_tensor_is_that_of_a_chunk():
+    context = ps.initialize("torch")
+    head = ps.lm_head(16, 4096, context)
+    hidden, labels = torch.randn(512, 16, requires_grad=True), torch.randint(0, 4096, (512,))
+
+    def peak(loss):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            loss().backward()
+        live = most = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                live += event.nbytes()
+                most = max(most, live)
+        return most
+
+    plain = peak(lambda: ps.vocab_parallel_cross_entropy(head(hidden), labels, context))
+    chunked = peak(lambda: ps.lm_loss(hidden, head, labels, context, chunk_tokens=32))
+    assert chunked < plain / 4
+
+
+def test_wrong_calls_are_refused():
+    context = ps.initialize("torch")
+    head, hidden = ps.lm_head(4, 8, context), torch.randn(3, 4)
+    with pytest.raises(ps.ConfigurationError, match="chunk_tokens is invalid: got 0"):
+        ps.lm_loss(hidden, head, torch.zeros(3, dtype=torch.int64), context, chunk_tokens=0)
+    with pytest.raises(ps.ConfigurationError, match=r"labels have the wrong shape: got \(2,\), expected \(3,\)"):
+        ps.lm_loss(hidden, head, torch.zeros(2, dtype=torch.int64), context)
+    with pytest.raises(ValueError, match="label 9 is outside the vocabulary"):
+        ps.lm_loss(hidden, head, torch.tensor([1, 9, 2]), context)

@@ -1,0 +1,37 @@
+"""The loss of a head in chunks beside that of all logits, on each rank."""
+
+from __future__ import annotations
+
+import torch
+
+import polyshard as ps
+
+
+def losses_and_gradients(adapter: str, sizes: dict) -> tuple[dict, dict]:
+    """In chunks, and of all logits: losses, log-probabilities, mean, gradients of hidden states and weight."""
+    context = ps.initialize(adapter, timeout=60, **sizes)
+    head = ps.lm_head(16, 101, context)
+    ps.initialize_weights(head, context, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 101, (2, 13), generator=generator)
+    labels[0, 3] = -100
+    tokens = labels.clamp_min(0)
+    found = []
+    for chunked in (True, False):
+        hidden = torch.randn(2, 13, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        (weight,) = (p for name, p in head.named_parameters() if name.rpartition(".")[2] == "weight")
+        weight.grad = None
+        options = {"vocab_size": 101}
+        if chunked:
+            losses = ps.lm_loss(hidden, head, labels, context, reduction="none", chunk_tokens=4, **options)
+            logprobs = ps.lm_logprobs(hidden, head, tokens, context, chunk_tokens=4, **options)
+            mean = ps.lm_loss(hidden, head, labels, context, chunk_tokens=4, **options)
+        else:
+            losses = ps.vocab_parallel_cross_entropy(head(hidden), labels, context, reduction="none", **options)
+            logprobs = ps.token_logprobs(head(hidden), tokens, context, **options)
+            mean = ps.vocab_parallel_cross_entropy(head(hidden), labels, context, **options)
+        mean.backward()
+        tensors = {"losses": losses, "logprobs": logprobs, "mean": mean, "hidden": hidden.grad, "weight": weight.grad}
+        found.append({name: tensor.detach().clone() for name, tensor in tensors.items()})
+    ps.shutdown(context)
+    return found[0], found[1]
