@@ -17,14 +17,8 @@ TOPICS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         (
             *("column_parallel", "row_parallel", "qkv_parallel", "replicated_linear", "rms_norm", "vocab_embedding"),
             *("lm_head", "gather_logits", "swiglu", "add_residual", "Dropout", "sharded_random"),
-            *(
-                "vocab_parallel_cross_entropy",
-                "token_logprobs",
-                "lm_loss",
-                "lm_logprobs",
-                "initialize_weights",
-                "normal_initializer",
-            ),
+            *("vocab_parallel_cross_entropy", "token_logprobs", "lm_loss", "lm_logprobs"),
+            *("initialize_weights", "normal_initializer"),
             *("PipelineStage", "pipeline_stage", "stage_layers"),
         ),
     ),
