@@ -178,7 +178,7 @@ def nothing_is_loaded(monkeypatch):
     def load(*arguments):
         raise AssertionError("a weight was loaded")
 
-    monkeypatch.setattr("polyshard.adapters.vllm.model.load_weights", load)
+    monkeypatch.setattr("polyshard.adapters.vllm.served.model.load_weights", load)
 
 
 def test_experts_in_mxfp4_are_refused_by_name_before_weights_are_loaded(tmp_path, nothing_is_loaded):
