@@ -163,7 +163,8 @@ def count_gradients(optimizer: Any, named: Mapping[str, torch.nn.Parameter], par
         parts: `(name, values, start) -> the views of a run of the flattened shard that count on this rank`.
     """
 
-    def main_gradients() -> list[torch.Tensor]:
+    def main_gradients(grad_norm_group: str | None = None) -> list[torch.Tensor]:
+        assert grad_norm_group is None, "polyshard's models have no groups of their own"
         base = base_optimizer(optimizer)
         counted: list[torch.Tensor] = []
         for name, parameter in named.items():
@@ -173,12 +174,14 @@ def count_gradients(optimizer: Any, named: Mapping[str, torch.nn.Parameter], par
         return counted
 
     for holder in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not hasattr(holder, "get_main_grads_for_grad_norm"):
+        # Renamed in Megatron-Core 0.19.
+        known = [n for n in ("get_grads_for_grad_norm", "get_main_grads_for_grad_norm") if hasattr(holder, n)]
+        if not known:
             raise AdapterError(
-                f"{type(holder).__name__} of this Megatron-Core has no get_main_grads_for_grad_norm: its gradient norm "
-                "cannot be corrected. Install a supported version"
+                f"the gradient norm of this Megatron-Core cannot be corrected: got {type(holder).__name__} without "
+                "get_grads_for_grad_norm, expected the method. Install a supported version."
             )
-        holder.get_main_grads_for_grad_norm = main_gradients
+        setattr(holder, known[0], main_gradients)
 
 
 @contextlib.contextmanager
