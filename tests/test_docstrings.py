@@ -20,8 +20,7 @@ import polyshard as ps
 PACKAGE = Path(ps.__file__).parent
 VENDORS = {f"polyshard.adapters.{name}": name for name in ("vllm", "megatron", "deepspeed", "fairscale")}
 VENDORS |= {"polyshard.transformers": "transformers", "polyshard.cli": "typer"}
-# Packages whose public names do not all have examples.
-INCOMPLETE: tuple[str, ...] = ()
+VENDORS |= {f"polyshard.exact.{name}": "vllm" for name in ("context", "linear")}  # vLLM's operators
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -59,10 +58,14 @@ def test_public_names_have_examples():
     for package in packages:
         module = importlib.import_module(package)
         for name in getattr(module, "__all__", ()):
-            found = getattr(module, name)
+            try:
+                found = getattr(module, name)
+            except ps.MissingDependencyError:  # vLLM's, which the environment of a run without it lacks
+                assert importlib.util.find_spec("vllm") is None
+                continue
             home = getattr(found, "__module__", "")
             documented = ">>> " in (found.__doc__ or "") or not (inspect.isclass(found) or inspect.isfunction(found))
-            if home.startswith("polyshard.") and not home.startswith(INCOMPLETE) and not documented:
+            if home.startswith("polyshard.") and not documented:
                 missing.add(f"{home}.{name}")
     assert not missing, f"public names without an example: {sorted(missing)}"
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from polyshard.adapters.shared.masters import refresh_masters, round_masters
+
 
 class OptimizerWithMasters(torch.optim.Optimizer):
     """Another optimizer on float32 copies of its parameters.
@@ -52,17 +54,10 @@ class OptimizerWithMasters(torch.optim.Optimizer):
                 master.grad = None
         self.write_parameters()
 
-    @torch.no_grad()
     def write_parameters(self) -> None:
         """Round the masters into the parameters."""
-        for parameter, master in self.masters.items():
-            if master is not parameter:
-                parameter.copy_(master)
+        round_masters(self.masters.items())
 
-    @torch.no_grad()
     def read_parameters(self) -> None:
         """Set masters from parameters that no longer are their rounded values."""
-        for parameter, master in self.masters.items():
-            if master is not parameter:
-                changed = master.to(parameter.dtype) != parameter
-                master.copy_(torch.where(changed, parameter.to(master.dtype), master))
+        refresh_masters(self.masters.items())

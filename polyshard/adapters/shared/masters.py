@@ -42,20 +42,30 @@ class Masters:
             if parameter is not master:
                 yield name, master
 
-    @torch.no_grad()
     def write_parameters(self) -> None:
         """Round the masters into the parameters."""
-        for parameter, master in self._held.values():
-            if parameter is not master:
-                parameter.copy_(master)
+        round_masters(self._held.values())
 
-    @torch.no_grad()
     def read_parameters(self) -> None:
         """Set masters from parameters that no longer are their rounded values; others keep all their bits."""
-        for parameter, master in self._held.values():
-            if parameter is not master:
-                changed = master.to(parameter.dtype) != parameter
-                master.copy_(torch.where(changed, parameter.to(master.dtype), master))
+        refresh_masters(self._held.values())
+
+
+@torch.no_grad()
+def round_masters(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Round each master into its parameter; pairs are (parameter, master)."""
+    for parameter, master in pairs:
+        if parameter is not master:
+            parameter.copy_(master)
+
+
+@torch.no_grad()
+def refresh_masters(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Set masters from parameters that no longer are their rounded values; pairs are (parameter, master)."""
+    for parameter, master in pairs:
+        if parameter is not master:
+            changed = master.to(parameter.dtype) != parameter
+            master.copy_(torch.where(changed, parameter.to(master.dtype), master))
 
 
 @torch.no_grad()
