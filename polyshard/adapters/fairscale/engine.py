@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
-import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -17,8 +15,7 @@ from polyshard.adapters.fairscale.compat import OSS, sharded_data_parallel
 from polyshard.adapters.fairscale.masters import OptimizerWithMasters
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
-from polyshard.adapters.shared.grad_norm import counted_square, scale_gradients
-from polyshard.adapters.shared.loss_scale import LossScale
+from polyshard.adapters.shared.grad_norm import counted_square
 from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, replica_axis
@@ -26,8 +23,6 @@ from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, OptimizerState, Piece
 from polyshard.core.precision import Precision
 from polyshard.training.recompute import Recompute
-
-logger = logging.getLogger(__name__)
 
 
 class FairscaleEngine(BaseEngine):
@@ -72,7 +67,6 @@ class FairscaleEngine(BaseEngine):
             recompute=recompute,
         )
         _check_precision(self.precision)
-        self._scale = LossScale(self.precision.loss_scale) if self.precision.scales_loss else None
         template = optimizer(model.named_parameters())
         group = replica_axis(context).group
         optimizer_class: Any = type(template)
@@ -93,26 +87,14 @@ class FairscaleEngine(BaseEngine):
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients, averaged over the replicas."""
-        super().backward(loss if self._scale is None else loss * self._scale.factor)
+        super().backward(self._scaled(loss))
 
     def step(self) -> StepResult:
         """Clip, update, and clear the gradients; a gradient that is not finite skips the update with a warning."""
         with self._guard("data step"):
             self._generators.compare()
             norm = self._grad_norm()
-            scale = 1.0 if self._scale is None else self._scale.factor
-            value = float(norm) / scale
-            finite = math.isfinite(value)
-            if finite:
-                self.updates += 1  # before the update: an error in it may leave weights changed
-                scale_gradients(self._module.parameters(), norm, self._max_grad_norm, scale)
-                self.optimizer.step()
-            else:
-                logger.warning("gradient norm is %s: this step is skipped", value)
-            if self._scale is not None:
-                self._scale.update(overflowed=not finite)
-        self.zero_grad()
-        return StepResult(grad_norm=value, skipped=not finite)
+            return self._update_if_finite(norm, self._module.parameters())
 
     def zero_grad(self) -> None:
         """Clear accumulated gradients."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,7 +14,8 @@ from torch import nn
 
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.devices import check_devices
-from polyshard.adapters.shared.grad_norm import check_max_grad_norm
+from polyshard.adapters.shared.grad_norm import check_max_grad_norm, scale_gradients
+from polyshard.adapters.shared.loss_scale import LossScale
 from polyshard.core.adapter import StepResult
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.context import ParallelContext, replica_axis
@@ -22,6 +25,8 @@ from polyshard.core.weight_table import collect_layouts
 from polyshard.training.generators import GeneratorCheck
 from polyshard.training.recompute import Recompute, apply_recomputation
 from polyshard.training.train_batch import train_batch
+
+logger = logging.getLogger(__name__)
 
 
 class BaseEngine(ABC):
@@ -62,6 +67,7 @@ class BaseEngine(ABC):
         self._module = model
         self._wrapped: Any = model
         self._guard = context.guard
+        self._scale = LossScale(self.precision.loss_scale if self.precision.scales_loss else 1.0)
         self._undo_recomputation = apply_recomputation(model, recompute)
         self._max_grad_norm = max_grad_norm
         self._generators = GeneratorCheck(model, context, check_random)
@@ -100,6 +106,39 @@ class BaseEngine(ABC):
     ) -> BatchResult:
         """Run the forward and backward passes of one step's micro-batches; see `polyshard.train_batch`."""
         return train_batch(self, self.context, micro_batches, loss, tokens)
+
+    def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """Scale the loss of a float16 run; for engines whose library does not."""
+        return loss * self._scale.factor if self.precision.scales_loss else loss
+
+    def _update_if_finite(
+        self,
+        norm: torch.Tensor,
+        parameters: Iterable[nn.Parameter],
+        local: Callable[[Any], torch.Tensor] = lambda gradient: gradient,
+    ) -> StepResult:
+        """Clip, update and clear the gradients; a norm that is not finite skips the update with a warning.
+
+        Args:
+            norm: of the gradients as they are, equal on every rank.
+            parameters: what the optimizer updates.
+            local: gives this rank's part of a gradient.
+        """
+        value = float(norm) / self._scale.factor
+        finite = math.isfinite(value)
+        if finite:
+            self.updates += 1  # before the update: an error in it may leave weights changed
+            scale_gradients(parameters, norm, self._max_grad_norm, self._scale.factor, local)
+            self._update()
+        else:
+            logger.warning("gradient norm is %s: this step is skipped", value)
+        if self.precision.scales_loss:
+            self._scale.update(overflowed=not finite)
+        self.zero_grad()
+        return StepResult(grad_norm=value, skipped=not finite)
+
+    def _update(self) -> None:
+        self.optimizer.step()
 
     @abstractmethod
     def step(self) -> StepResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.weight_sharding import WeightLayout
 from polyshard.core.weight_table import WeightEntry
-from polyshard.weights.regions import regions
+from polyshard.weights.regions import Region, regions
 
 
 def check_max_grad_norm(max_grad_norm: float | None) -> None:
@@ -58,9 +59,13 @@ def counted_parts(entry: WeightEntry, values: torch.Tensor, start: int, rank: in
         rank: position along the tensor axis.
         size: of the tensor axis.
     """
-    held = max(0, min(values.numel(), math.prod(entry.layout.local_shape(rank, size)) - start))
-    parts = regions(entry, rank, size, start, start + held)
-    return [region.view(values, start) for region in parts if region.first]
+    return [region.view(values, start) for region in _counted_regions(entry, values.numel(), start, rank, size)]
+
+
+@cache  # asked for every parameter in every step
+def _counted_regions(entry: WeightEntry, count: int, start: int, rank: int, size: int) -> tuple[Region, ...]:
+    held = max(0, min(count, math.prod(entry.layout.local_shape(rank, size)) - start))
+    return tuple(region for region in regions(entry, rank, size, start, start + held) if region.first)
 
 
 def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:

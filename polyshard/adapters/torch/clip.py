@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from polyshard.adapters.shared.grad_norm import counted_square, scale_gradients
+from polyshard.adapters.shared.grad_norm import counted_square
 from polyshard.adapters.torch.compat import full_tensor, is_dtensor, local_tensor
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.weight_table import WeightTable
@@ -40,10 +40,3 @@ def global_grad_norm(
         assert replicas.collectives is not None
         over_replicas = replicas.collectives.all_reduce(over_replicas)
     return (over_replicas + everywhere).sqrt()
-
-
-def clip_gradients(
-    parameters: Iterable[nn.Parameter], norm: torch.Tensor, max_norm: float | None, scale: float = 1.0
-) -> None:
-    """Scale gradients in place, DTensors too; see `scale_gradients`."""
-    scale_gradients(parameters, norm, max_norm, scale, local_tensor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -15,14 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
-from polyshard.adapters.shared.loss_scale import LossScale
 from polyshard.adapters.shared.masters import Masters, broadcast_parameters
 from polyshard.adapters.shared.weights import check_shard
-from polyshard.adapters.torch.clip import clip_gradients, global_grad_norm
+from polyshard.adapters.torch.clip import global_grad_norm
 from polyshard.adapters.torch.compat import (
     fsdp_function,
     full_tensor,
     is_dtensor,
+    local_tensor,
     mixed_precision_policy,
     sharded_rows,
     unshard_gradient_sync,
@@ -94,7 +93,6 @@ class TorchEngine(BaseEngine):
         self._sharded = data_parallel == "fsdp" and replicas.size > 1
         self._masters: Masters | None = None
         self._reducer: GradientReducer | None = None
-        self._scale = LossScale(self.precision.loss_scale) if self.precision.scales_loss else None
         self._check_precision()
         if data_parallel == "fsdp" and not self._sharded:
             logger.warning("fsdp does nothing at data-parallel size 1: the model is trained unsharded")
@@ -138,7 +136,7 @@ class TorchEngine(BaseEngine):
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients, averaged over the replicas."""
         with self._guard("data backward"):
-            (loss if self._scale is None else loss * self._scale.factor).backward()
+            self._scaled(loss).backward()
             if self._reducer is not None and self._reducer.sends:
                 self._reducer.finish()
 
@@ -147,21 +145,12 @@ class TorchEngine(BaseEngine):
         with self._guard("data step"):
             self._generators.compare()
             norm = global_grad_norm(self._updated(), self.table, self.context)
-        scale = 1.0 if self._scale is None else self._scale.factor
-        value = float(norm) / scale
-        finite = math.isfinite(value)
-        if finite:
-            self.updates += 1  # before the update: an error in it may leave weights changed
-            clip_gradients((parameter for _, parameter in self._updated()), norm, self._max_grad_norm, scale)
-            self.optimizer.step()
-            if self._masters is not None:
-                self._masters.write_parameters()
-        else:
-            logger.warning("gradient norm is %s: this step is skipped", value)
-        if self._scale is not None:
-            self._scale.update(overflowed=not finite)
-        self.zero_grad()
-        return StepResult(grad_norm=value, skipped=not finite)
+        return self._update_if_finite(norm, (parameter for _, parameter in self._updated()), local_tensor)
+
+    def _update(self) -> None:
+        self.optimizer.step()
+        if self._masters is not None:
+            self._masters.write_parameters()
 
     def zero_grad(self) -> None:
         """Clear accumulated gradients."""
