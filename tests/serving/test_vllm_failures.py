@@ -2,12 +2,15 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import decoder
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -117,25 +120,41 @@ if __name__ == "__main__":
 """
 
 
-def left_behind(before, seconds=20):
-    """Shared memory that came since, and that no living process has: tests beside this one make some of their own."""
+@contextlib.contextmanager
+def shared_memory_of(script):
+    """Collect the names in /dev/shm that the processes of a script map while the block runs.
+
+    Comparing the whole of /dev/shm would count what other tests beside this one make, or leave when they kill.
+    """
+    names, ended = set(), threading.Event()
+
+    def processes():
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process().children():
+                if str(script) in child.cmdline():
+                    yield from (child, *child.children(recursive=True))
+
+    def watch():
+        while not ended.wait(0.1):
+            for process in processes():
+                with contextlib.suppress(OSError):
+                    names.update(re.findall(r"/dev/shm/(\S+)", Path(f"/proc/{process.pid}/maps").read_text()))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield names
+    finally:
+        ended.set()
+        thread.join()
+
+
+def left_behind(names, seconds=20):
+    """Return those of the names that are still in /dev/shm after at most this time."""
     until = time.monotonic() + seconds
-    while True:
-        found = {name for name in set(os.listdir("/dev/shm")) - before if not in_use(name)}
-        if not found or time.monotonic() > until:
-            return found
+    while (found := names & set(os.listdir("/dev/shm"))) and time.monotonic() < until:
         time.sleep(0.5)
-
-
-def in_use(segment):
-    """By a living process, which maps it or stands in its name: then it is of another engine on this machine."""
-    if any(part.isdigit() and Path(f"/proc/{part}").exists() for part in segment.split("-")):
-        return True
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            if f"/dev/shm/{segment}" in maps.read_text():
-                return True
-    return False
+    return found
 
 
 @pytest.mark.parametrize(
@@ -153,19 +172,20 @@ def in_use(segment):
 )
 def test_a_worker_process_tells_its_parent_why(directory, tmp_path, factory, size, kind, message):
     """... and nothing of the engine is left: no process, no shared memory."""
-    before = set(os.listdir("/dev/shm"))
     script = tmp_path / "script.py"
     script.write_text(WORKERS)
-    found, told, notes, alive = run(
-        [sys.executable, str(script), str(directory), factory, str(size)],
-        VLLM_ENABLE_V1_MULTIPROCESSING="1",
-        VLLM_CPU_KVCACHE_SPACE="1",
-    )
+    with shared_memory_of(script) as names:
+        found, told, notes, alive = run(
+            [sys.executable, str(script), str(directory), factory, str(size)],
+            VLLM_ENABLE_V1_MULTIPROCESSING="1",
+            VLLM_CPU_KVCACHE_SPACE="1",
+        )
     assert message in told, told
     assert found in (kind, "RegistrationError")
     assert "Traceback" in notes
     assert not alive
-    assert not left_behind(before)
+    assert any(name.startswith("psm_") for name in names)
+    assert not left_behind(names)
 
 
 def test_a_head_dimension_that_vllm_does_not_have(tmp_path):
