@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
+
+from blake3 import blake3
 
 from polyshard.core.errors import CheckpointError
 from polyshard.core.ranks import Ranks
@@ -17,15 +19,30 @@ from polyshard.core.ranks import Ranks
 logger = logging.getLogger(__name__)
 
 MANIFEST = "polyshard.json"
-VERSION = 1
+VERSION = 2  # version 1 recorded SHA-256
+
+Algorithm = Literal["blake3", "sha256"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileRecord:
-    """Size in bytes and SHA-256 of one file."""
+    """Size in bytes and checksum of one file."""
 
     bytes: int
-    sha256: str
+    digest: str
+    algorithm: Algorithm = "blake3"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record as it stands in the manifest: the digest under the name of its algorithm."""
+        return {"bytes": self.bytes, self.algorithm: self.digest}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> FileRecord:
+        """Return the record that stands in a manifest."""
+        for algorithm in get_args(Algorithm):
+            if set(record) == {"bytes", algorithm}:
+                return cls(bytes=record["bytes"], digest=record[algorithm], algorithm=algorithm)
+        raise ValueError(f"unknown checksum in {dict(record)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +65,8 @@ class Manifest:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write the manifest, which must be the last file of a checkpoint to be written."""
-    (directory / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
+    files = {name: record.as_json() for name, record in manifest.files.items()}
+    (directory / MANIFEST).write_text(json.dumps({**asdict(manifest), "files": files}, indent=1))
 
 
 def read_manifest(directory: Path) -> Manifest | None:
@@ -67,7 +85,7 @@ def read_manifest(directory: Path) -> Manifest | None:
             raise CheckpointError(
                 f"{path} has an unsupported version: got {version}, expected at most {VERSION}. Upgrade polyshard."
             )
-        files = {name: FileRecord(**record) for name, record in fields.pop("files").items()}
+        files = {name: FileRecord.from_json(record) for name, record in fields.pop("files").items()}
         return Manifest(files=files, **fields)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is truncated or not a manifest ({type(error).__name__}: {error})") from None
@@ -88,7 +106,7 @@ def missing_part(directory: Path, manifest: Manifest) -> str | None:
 def record_files(directory: Path, ranks: Ranks) -> dict[str, FileRecord]:
     """Return size and checksum of every file under a directory. A collective: the ranks share the reading."""
     names = ranks.broadcast(sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()))
-    mine = _checksums(directory, names[ranks.rank :: ranks.size])
+    mine = _checksums(directory, dict.fromkeys(names[ranks.rank :: ranks.size], "blake3"))
     return {name: record for part in ranks.gather(mine) for name, record in sorted(part.items())}
 
 
@@ -105,22 +123,27 @@ def verify_files(directory: Path, manifest: Manifest, ranks: Ranks) -> None:
     altered: list[str] = []
     if error is None:
         names = sorted(manifest.files)[ranks.rank :: ranks.size]
-        found = _checksums(directory, names)
+        found = _checksums(directory, {name: manifest.files[name].algorithm for name in names})
         altered = [name for name in names if found[name] != manifest.files[name]]
     altered = [name for part in ranks.gather(altered) for name in part]
     if error is None and altered:
         error = CheckpointError(
-            f"{directory} is damaged: the SHA-256 of {', '.join(altered[:5])} is not the recorded one. Copy it again."
+            f"{directory} is damaged: the checksum of {', '.join(altered[:5])} is not the recorded one. Copy it again."
         )
     ranks.raise_on_all(error, f"{directory} cannot be loaded")
 
 
-def _checksums(directory: Path, names: list[str]) -> dict[str, FileRecord]:
-    with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib releases the GIL
-        return dict(zip(names, pool.map(lambda name: _checksum(directory / name), names)))
+def _checksums(directory: Path, names: Mapping[str, Algorithm]) -> dict[str, FileRecord]:
+    with ThreadPoolExecutor(max_workers=4) as pool:  # both algorithms release the GIL
+        records = pool.map(lambda name: _checksum(directory / name, names[name]), names)
+        return dict(zip(names, records))
 
 
-def _checksum(path: Path) -> FileRecord:
+def _checksum(path: Path, algorithm: Algorithm) -> FileRecord:
+    if algorithm == "blake3":
+        tree = blake3(max_threads=blake3.AUTO)
+        tree.update_mmap(path)
+        return FileRecord(bytes=path.stat().st_size, digest=tree.hexdigest())
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileRecord(bytes=file.tell(), sha256=digest)
+        digest = hashlib.file_digest(file, algorithm).hexdigest()
+        return FileRecord(bytes=file.tell(), digest=digest, algorithm=algorithm)

@@ -156,7 +156,7 @@ def truncate(directory):
 
 
 FAULTS = {
-    "altered": (damage_shard, r"is damaged: the SHA-256 of training/exp_avg.safetensors is not the recorded one"),
+    "altered": (damage_shard, r"is damaged: the checksum of training/exp_avg.safetensors is not the recorded one"),
     "truncated": (truncate, "is truncated"),
     "missing": (lambda d: (d / "training" / "exp_avg_sq.safetensors").unlink(), "exp_avg_sq.*is missing"),
     "no manifest": (
@@ -166,9 +166,9 @@ FAULTS = {
     "manifest": (lambda d: (d / "polyshard.json").write_text('{"version": 1, "fi'), "truncated or not a manifest"),
     "later": (
         lambda d: (d / "polyshard.json").write_text(
-            (d / "polyshard.json").read_text().replace('"version": 1', '"version": 9')
+            (d / "polyshard.json").read_text().replace('"version": 2', '"version": 9')
         ),
-        "has an unsupported version: got 9, expected at most 1",
+        "has an unsupported version: got 9, expected at most 2",
     ),
 }
 
