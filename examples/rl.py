@@ -76,7 +76,7 @@ def main(
     world = int(os.environ.get("WORLD_SIZE", "1"))
     modes: dict[str, Any] = {} if ordinary else {"exact": True, "exact_shards": world}
     # float32 parameters: with such learning rates bfloat16 would round an update away.
-    masters = {} if ordinary else {"exact_dtype": wanted}
+    masters: dict[str, Any] = {} if ordinary else {"precision": ps.Precision(compute=wanted)}
     context = ps.initialize(adapter, tensor=tensor_parallel, **modes, **masters)
     ps.register_model(NAME, build_model, **modes)
     rank, share = context.get_data_parallel_rank(), context.get_data_parallel_world_size()

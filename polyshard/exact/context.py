@@ -11,16 +11,21 @@ from torch import nn
 
 from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.discovery import adapter_names, load_adapter
+from polyshard.core.environment import deprecated
 from polyshard.core.errors import AdapterError, ConfigurationError, LayoutError
 from polyshard.core.exact_mode import ExactMode, ExactOperators
+from polyshard.core.precision import Precision
 from polyshard.exact.linear import ExactLinearAdapter, ExactReplicatedLinear, OnBuilt
 from polyshard.exact.rotary import exact_rotate
+
+_SERVED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def exact_context(
     parallel_context: ParallelContext,
     *,
     shards: int | None = None,
+    precision: Precision | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> GroupContext:
     """Return the context in exact mode, for models that equal, bit for bit, a server registered with `exact=True`.
@@ -29,11 +34,13 @@ def exact_context(
         parallel_context: a context of any training adapter.
         shards: number of partial products that a row-parallel layer is summed from: a multiple of the tensor-parallel
             sizes of trainer and server, equal on both; this context's tensor-parallel size by default.
-        compute_dtype: the server's dtype, if the parameters stay in float32.
+        precision: dtypes of the run; its `compute` is the server's dtype. Default: the dtype of the parameters.
+        compute_dtype: deprecated; `precision=Precision(compute=compute_dtype)`.
 
     Raises:
         LayoutError: `shards` is not a multiple of the tensor-parallel size.
-        ConfigurationError: `compute_dtype` is not one that servers use, or the context axis uses ring attention.
+        ConfigurationError: the dtype of computation is not one that servers use, or the context axis uses ring
+            attention.
         AdapterError: no serving engine with exact operators is installed.
 
     Example:
@@ -43,10 +50,18 @@ def exact_context(
     """
     if not isinstance(parallel_context, GroupContext):
         raise AdapterError(f"exact mode needs a polyshard.GroupContext: got {type(parallel_context).__name__}")
-    if compute_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-        raise ConfigurationError(f"exact_dtype is invalid: got {compute_dtype}, expected float32, bfloat16 or float16")
+    if compute_dtype is not None:
+        deprecated("compute_dtype=", "precision=Precision(compute=...)")
+        precision = Precision(compute=compute_dtype)
+    if precision is not None and precision.compute_dtype not in _SERVED:
+        raise ConfigurationError(
+            f"precision is invalid for exact mode: got compute={precision.compute_dtype}, expected float32, bfloat16 "
+            "or float16"
+        )
     mode = exact_mode(
-        check_shards(shards, parallel_context.layout.tensor), server_operators(parallel_context.device), compute_dtype
+        check_shards(shards, parallel_context.layout.tensor),
+        server_operators(parallel_context.device),
+        precision.compute_dtype if precision is not None and precision.casts else None,
     )
     return replace(parallel_context, exact=mode)
 

@@ -60,7 +60,7 @@ class ExactLinear(nn.Module):
             raise ConfigurationError(
                 f"the input of a layer has the wrong dtype for exact mode: got {x.dtype}, expected {dtype}. Autocast "
                 "is not exact: build the model in the server's dtype, or keep float32 parameters with "
-                "exact_dtype=torch.bfloat16."
+                "ps.initialize(..., exact=True, precision=ps.Precision(compute=torch.bfloat16))."
             )
         packed = None if self.packed is None else self.packed[index]
         return exact_matmul(x, weight.to(dtype), self.exact.operators, packed)

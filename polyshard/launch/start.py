@@ -9,8 +9,10 @@ import torch
 
 from polyshard.core.context import ParallelContext
 from polyshard.core.discovery import load_adapter
+from polyshard.core.environment import deprecated
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.parallel_layout import ParallelLayout
+from polyshard.core.precision import Precision
 
 
 def initialize(
@@ -23,6 +25,7 @@ def initialize(
     sequence_parallel: bool = False,
     exact: bool = False,
     exact_shards: int | None = None,
+    precision: Precision | None = None,
     exact_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> ParallelContext:
@@ -41,7 +44,9 @@ def initialize(
             vLLM.
         exact_shards: number of partial products that a row-parallel layer is summed from in exact mode: a multiple of
             the tensor-parallel sizes of trainer and server, equal on both; `tensor` by default.
-        exact_dtype: the server's dtype in exact mode, if the parameters stay in float32.
+        precision: in exact mode, dtypes of the run: `Precision(compute=torch.bfloat16)` for float32 parameters and a
+            server in bfloat16. Without exact mode, pass it to the engine instead.
+        exact_dtype: deprecated; `precision=Precision(compute=exact_dtype)`.
         options: options of the adapter, such as `device` and `timeout` (seconds).
 
     Raises:
@@ -63,14 +68,21 @@ def initialize(
         expert=expert,
         sequence_parallel=sequence_parallel,
     )
-    if not exact and (exact_shards is not None or exact_dtype is not None):
-        raise ConfigurationError("exact_shards and exact_dtype require exact mode. Add exact=True.")
+    if exact_dtype is not None:
+        deprecated("exact_dtype=", "precision=Precision(compute=...)")
+        precision = Precision(compute=exact_dtype)
+    if not exact and exact_shards is not None:
+        raise ConfigurationError("exact_shards requires exact mode. Add exact=True.")
+    if not exact and precision is not None:
+        raise ConfigurationError(
+            "precision= of initialize requires exact mode. Add exact=True, or pass precision= to the engine."
+        )
     made = load_adapter(adapter).initialize(layout, **options)
     if not exact:
         return made
     from polyshard.exact import exact_context
 
-    return exact_context(made, shards=exact_shards, compute_dtype=exact_dtype)
+    return exact_context(made, shards=exact_shards, precision=precision)
 
 
 def shutdown(parallel_context: ParallelContext) -> None:

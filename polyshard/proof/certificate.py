@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from polyshard.checkpoint import load_checkpoint, read_config
+from polyshard.core.precision import Precision
 from polyshard.core.serving import build_model, check_served_interface, forward_takes
 from polyshard.exact.trace import FirstDifference, Recorder, first_difference
 from polyshard.launch import initialize, shutdown
@@ -189,7 +190,8 @@ def trainer_logprobs(
     wanted = getattr(torch, dtype)
     settings: dict[str, Any] = {}
     if exact:
-        settings = {"exact": True, "exact_shards": shards, "exact_dtype": wanted if case.masters else None}
+        precision = Precision(compute=wanted) if case.masters else None
+        settings = {"exact": True, "exact_shards": shards, "precision": precision}
     context = initialize(case.adapter, tensor=case.tensor, timeout=300, **settings)
     config = read_config(directory)
     model: Any = build_model(resolve(factory), config, context, factory)

@@ -28,6 +28,7 @@ from polyshard.proof.certificate import TrainerCase, compare, trainer_logprobs
 LIBRARIES = ("torch", "megatron", "deepspeed", "fairscale")
 SHAPE = {"head_dim": 32, "hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 6}
 VOCAB = 131
+HALF = ps.Precision(compute=torch.bfloat16)  # float32 parameters
 CASES = {  # sizes equal to the server's and not; float32 parameters, which compute in the server's dtype
     ("bfloat16", 1): [
         TrainerCase(adapter="torch", tensor=1),
@@ -377,6 +378,17 @@ def test_two_products_or_kernels_are_refused_and_named():
             check_same_mode(trainer, trainer._replace(**changes), "an engine")
 
 
+def test_the_engine_takes_the_precision_of_exact_mode():
+    """The layers cast, so that no autocast is needed, and the server's bits stay."""
+    context = ps.initialize("torch", exact=True, precision=HALF)
+    engine = ps.load_adapter("torch").engine(ps.column_parallel(8, 8, context), ps.AdamW(), context, precision=HALF)
+    x = torch.randn(3, 8).bfloat16()
+    assert engine(x).dtype == torch.bfloat16
+    with pytest.warns(DeprecationWarning, match="precision=Precision"):
+        former = ps.initialize("torch", exact=True, exact_dtype=torch.bfloat16)
+    assert former.exact.compute_dtype == context.exact.compute_dtype == torch.bfloat16
+
+
 def test_wrong_settings_are_named():
     context = ps.initialize("torch", exact=True)
     five = ps.initialize("torch", exact=True, exact_shards=5)
@@ -384,8 +396,13 @@ def test_wrong_settings_are_named():
     column, half = ps.column_parallel(8, 8, context), torch.randn(2, 8).bfloat16()
     with pytest.raises(ps.ConfigurationError, match="Add exact=True"):
         ps.initialize("torch", exact_shards=2)
+    double = ps.Precision(parameters=torch.float64, optimizer=torch.float64)
     with pytest.raises(ps.ConfigurationError, match="float32, bfloat16 or float16"):
-        ps.initialize("torch", exact=True, exact_dtype=torch.float64)
+        ps.initialize("torch", exact=True, precision=double)
+    with pytest.raises(ps.ConfigurationError, match="requires exact mode"):
+        ps.initialize("torch", precision=ps.Precision())
+    with pytest.raises(ps.ConfigurationError, match="the engine and exact mode have different dtypes"):
+        ps.load_adapter("torch").engine(column, ps.AdamW(), context, precision=HALF)
     with pytest.raises(ps.LayoutError, match="exact_shards=5"):
         ps.row_parallel(32, 8, five)
     with pytest.raises(ps.RegistrationError, match="Add exact=True"):

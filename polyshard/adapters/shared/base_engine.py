@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from polyshard.adapters.shared.loss_scale import LossScale
 from polyshard.core.adapter import StepResult
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.context import ParallelContext, replica_axis
+from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import WEIGHT, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision, precision_of
 from polyshard.core.weight_table import collect_layouts
@@ -60,7 +62,7 @@ class BaseEngine(ABC):
     ) -> None:
         check_max_grad_norm(max_grad_norm)
         check_devices(model, context)
-        self.precision = precision_of(model, precision)
+        self.precision = _precision_of_run(model, precision, context)
         self.context = context
         self.updates = 0
         self.table = collect_layouts(model)
@@ -193,3 +195,17 @@ class BaseEngine(ABC):
     def _base_optimizer(self) -> Any:
         """Return the torch optimizer inside the library's optimizer, which holds the state."""
         return self.optimizer
+
+
+def _precision_of_run(model: nn.Module, given: Precision | None, context: ParallelContext) -> Precision:
+    """Return the precision by which the library casts: in exact mode the layers cast, and no library does."""
+    precision = precision_of(model, given)
+    if context.exact is None or not precision.casts:
+        return precision
+    if precision.compute_dtype != context.exact.compute_dtype:
+        raise ConfigurationError(
+            f"the engine and exact mode have different dtypes: got compute={precision.compute_dtype}, and "
+            f"{context.exact.compute_dtype or precision.parameters} in the context. Pass the same precision to "
+            "ps.initialize(..., exact=True, precision=...)."
+        )
+    return replace(precision, compute=None)
