@@ -203,14 +203,12 @@ class Decoder(nn.Module):
         if not self.model.stage.last:
             return x
         hidden = self.model.norm(x)
+        context, vocab_size = self.parallel_context, self.config.vocab_size
         if targets is not None:
-            logits = self.compute_logits(hidden)
-            return ps.token_logprobs(logits, targets, self.parallel_context, vocab_size=self.config.vocab_size)
-        if labels is None:
-            return hidden
-        return ps.vocab_parallel_cross_entropy(
-            self.compute_logits(hidden), labels, self.parallel_context, vocab_size=self.config.vocab_size
-        )
+            return ps.lm_logprobs(hidden, self.compute_logits, targets, context, vocab_size=vocab_size)
+        if labels is not None:
+            return ps.lm_loss(hidden, self.compute_logits, labels, context, vocab_size=vocab_size)
+        return hidden
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return the embeddings of token IDs."""

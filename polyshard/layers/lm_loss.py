@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
+from polyshard.layers.forward_gradients import sum_with_gradients
 from polyshard.layers.logprobs import token_logprobs
 from polyshard.layers.vocabulary import mean_loss, vocab_parallel_cross_entropy
 
@@ -31,11 +33,14 @@ def lm_loss(
 ) -> torch.Tensor:
     """Compute the cross-entropy of `head(hidden)` without the logits of all tokens in memory.
 
-    The losses of tokens are those of `vocab_parallel_cross_entropy`, bit for bit. The backward pass computes the logits
-    of each chunk again: the head's matrix product runs four times per step and not three.
+    The losses of tokens are those of `vocab_parallel_cross_entropy`, bit for bit. For a sum or a mean, the gradients of
+    each chunk are computed right after its logits, and the backward pass scales them; the head's gradient is
+    accumulated in float32 or wider. For unreduced losses, and if the library moves the head's weights between calls
+    (ZeRO stage 3), the backward pass computes the logits again.
 
     Args:
-        hidden: `[..., hidden]`, replicated over the tensor axis.
+        hidden: `[..., hidden]`, replicated over the tensor axis, or sharded along the sequence
+            `[..., tokens / size, hidden]` under sequence parallel.
         head: gives this rank's logits `[tokens, local vocabulary]` of `[tokens, hidden]`, such as the layer of
             `polyshard.lm_head` or a model's `compute_logits`.
         labels: `[...]`, the token after each token; `ignore_index` where none counts.
@@ -50,7 +55,7 @@ def lm_loss(
         A scalar, or `[...]` with `"none"`; float32 (float64 for float64 logits).
 
     Raises:
-        ConfigurationError: the chunk size is not positive, or sequence parallel shards `hidden`.
+        ConfigurationError: the chunk size is not positive, or labels and hidden states have different shapes.
         ValueError: as `vocab_parallel_cross_entropy`.
 
     Example:
@@ -75,12 +80,15 @@ def lm_loss(
             label_smoothing=label_smoothing,
         )
 
-    found = _in_chunks(losses, hidden, labels, parallel_context, chunk_tokens)
+    chunks = _Chunks.of(hidden, labels, parallel_context, chunk_tokens)
     if reduction == "none":
-        return found
+        return _each(losses, chunks)
+    total = sum_with_gradients(losses, hidden, chunks.rows, chunks.ids) if torch.is_grad_enabled() else None
+    if total is None:
+        total = _each(losses, chunks).sum()
     if reduction == "sum":
-        return found.sum()
-    return mean_loss(found.sum(), (labels != ignore_index).sum(), parallel_context.axis("context"))
+        return total
+    return mean_loss(total, (labels != ignore_index).sum(), parallel_context.axis("context"))
 
 
 def lm_logprobs(
@@ -96,7 +104,7 @@ def lm_logprobs(
     """Compute `token_logprobs` of `head(hidden)` without the logits of all tokens in memory; equal bit for bit.
 
     Args:
-        hidden: `[..., hidden]`, replicated over the tensor axis.
+        hidden: `[..., hidden]`, replicated over the tensor axis, or sharded under sequence parallel.
         head: gives this rank's logits; see `lm_loss`.
         token_ids: `[...]`, the token after each position.
         parallel_context: the parallel context.
@@ -108,7 +116,7 @@ def lm_logprobs(
         float32 `[...]`, the same on every tensor-parallel rank.
 
     Raises:
-        ConfigurationError: the chunk size is not positive, or sequence parallel shards `hidden`.
+        ConfigurationError: the chunk size is not positive, or IDs and hidden states have different shapes.
 
     Example:
         >>> context = ps.initialize("torch")
@@ -122,33 +130,58 @@ def lm_logprobs(
     def logprobs(hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         return token_logprobs(head(hidden), token_ids, parallel_context, vocab_size=vocab_size, temperature=temperature)
 
-    return _in_chunks(logprobs, hidden, token_ids, parallel_context, chunk_tokens)
+    return _each(logprobs, _Chunks.of(hidden, token_ids, parallel_context, chunk_tokens))
 
 
-def _in_chunks(
-    compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    hidden: torch.Tensor,
-    ids: torch.Tensor,
-    context: ParallelContext,
-    chunk_tokens: int,
-) -> torch.Tensor:
-    """Return `compute(hidden, ids)` `[...]`, whose logits are computed again in the backward pass."""
-    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
-        raise ConfigurationError(f"chunk_tokens is invalid: got {chunk_tokens!r}, expected a positive integer.")
-    if context.layout.sequence_parallel and context.get_tensor_parallel_world_size() > 1:
-        raise ConfigurationError(
-            "chunks of tokens are unsupported with sequence parallel: the head gathers the sequence of each chunk. "
-            "Compute the loss of all tokens with vocab_parallel_cross_entropy."
-        )
-    if hidden.shape[:-1] != ids.shape:
-        raise ConfigurationError(
-            f"labels have the wrong shape: got {tuple(ids.shape)}, expected {tuple(hidden.shape[:-1])}, that of the "
-            "hidden states without the last dimension."
-        )
-    rows, flat = hidden.reshape(-1, hidden.shape[-1]), ids.reshape(-1)
-    parts = zip(rows.split(chunk_tokens), flat.split(chunk_tokens))
+@dataclass(frozen=True, slots=True)
+class _Chunks:
+    """Hidden states and IDs in chunks of tokens.
+
+    Attributes:
+        rows: hidden states `[..., tokens of the chunk on this rank, hidden]`; views.
+        ids: `[..., tokens of the chunk on all ranks]`, in the order in which the head gathers them.
+        shape: of all IDs.
+        ranks: over which sequence parallel shards the tokens; 1 without it.
+    """
+
+    rows: tuple[torch.Tensor, ...]
+    ids: tuple[torch.Tensor, ...]
+    shape: torch.Size
+    ranks: int
+
+    @classmethod
+    def of(cls, hidden: torch.Tensor, ids: torch.Tensor, context: ParallelContext, chunk_tokens: int) -> _Chunks:
+        if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+            raise ConfigurationError(f"chunk_tokens is invalid: got {chunk_tokens!r}, expected a positive integer.")
+        ranks = context.get_tensor_parallel_world_size() if context.layout.sequence_parallel else 1
+        expected = hidden.shape[:-1] if ranks == 1 else (*hidden.shape[:-2], hidden.shape[-2] * ranks)
+        if ids.shape != tuple(expected):
+            raise ConfigurationError(
+                f"labels have the wrong shape: got {tuple(ids.shape)}, expected {tuple(expected)}, that of the hidden "
+                "states without the last dimension."
+            )
+        if ranks == 1:
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            return cls(flat.split(chunk_tokens), ids.reshape(-1).split(chunk_tokens), ids.shape, 1)
+        # The head gathers a chunk over the ranks: its tokens are those of rank 0, then those of rank 1, ...
+        sequences = hidden.shape[:-2].numel()
+        length = max(1, chunk_tokens // (ranks * sequences))
+        by_rank = ids.unflatten(-1, (ranks, hidden.shape[-2]))
+        parts = tuple(part.flatten(-2) for part in by_rank.split(length, dim=-1))
+        return cls(hidden.split(length, dim=-2), parts, ids.shape, ranks)
+
+    def joined(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """Return the figures of all tokens, in the shape of the IDs, from those of the chunks."""
+        if self.ranks == 1:
+            return torch.cat(parts).view(self.shape)
+        return torch.cat([part.unflatten(-1, (self.ranks, -1)) for part in parts], dim=-1).flatten(-2)
+
+
+def _each(compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], chunks: _Chunks) -> torch.Tensor:
+    """Return a figure of each token in the shape of the IDs; the backward pass computes the logits again."""
+    parts = zip(chunks.rows, chunks.ids)
     if torch.is_grad_enabled():
         found = [checkpoint(compute, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
     else:
         found = [compute(*part) for part in parts]
-    return torch.cat(found).view(ids.shape)
+    return chunks.joined(found)

@@ -11,7 +11,7 @@ import torch
 from polyshard.core.batch import IGNORED, BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
-from polyshard.layers.vocabulary import vocab_parallel_cross_entropy
+from polyshard.layers.lm_loss import lm_loss
 
 if TYPE_CHECKING:
     from polyshard.core.adapter import TrainingEngine
@@ -38,8 +38,8 @@ def train_batch(
             loss reads: `[batch, seq]` or `[tokens]`, the token after each token, or -100 to ignore it. Every rank must
             pass the same number; ranks that share an activation must pass the same data.
         loss: `(output of the model's forward, micro-batch)` to the **sum** of this rank's losses, a scalar. By default
-            the cross-entropy of `module.compute_logits(output)` with `labels`. With your own `loss` and `tokens`,
-            `labels` may contain anything.
+            the cross-entropy of `module.compute_logits(output)` with `labels`, by `polyshard.lm_loss`. With your own
+            `loss` and `tokens`, `labels` may contain anything.
         tokens: returns the number of tokens of a micro-batch that count, a scalar tensor; by default the number of
             labels other than -100.
 
@@ -123,7 +123,6 @@ def _cross_entropy(engine: TrainingEngine, context: ParallelContext) -> SumLoss:
         )
 
     def summed(hidden: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
-        logits = module.compute_logits(hidden)
-        return vocab_parallel_cross_entropy(logits, micro_batch["labels"], context, reduction="sum")
+        return lm_loss(hidden, module.compute_logits, micro_batch["labels"], context, reduction="sum")
 
     return summed

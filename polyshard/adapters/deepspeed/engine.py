@@ -33,6 +33,7 @@ from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision
+from polyshard.layers.forward_gradients import mark_gathered_per_call
 from polyshard.training.recompute import Recompute
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,8 @@ class DeepspeedEngine(BaseEngine):
                 dist_init_required=False,
             )
         axis = context.axis("tensor")
+        if zero_stage == 3:
+            mark_gathered_per_call(model.parameters())
         if zero_stage:
             count_gradients(
                 self.optimizer,

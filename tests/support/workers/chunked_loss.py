@@ -7,20 +7,24 @@ import torch
 import polyshard as ps
 
 
-def losses_and_gradients(adapter: str, sizes: dict) -> tuple[dict, dict]:
+def losses_and_gradients(adapter: str, sizes: dict, bias: bool = False) -> tuple[dict, dict]:
     """In chunks, and of all logits: losses, log-probabilities, mean, gradients of hidden states and weight."""
     context = ps.initialize(adapter, timeout=60, **sizes)
-    head = ps.lm_head(16, 101, context)
+    head = ps.lm_head(16, 101, context, bias=bias)
     ps.initialize_weights(head, context, seed=0)
     generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 101, (2, 13), generator=generator)
+    labels = torch.randint(0, 101, (2, 14), generator=generator)
     labels[0, 3] = -100
     tokens = labels.clamp_min(0)
     found = []
     for chunked in (True, False):
-        hidden = torch.randn(2, 13, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        (weight,) = (p for name, p in head.named_parameters() if name.rpartition(".")[2] == "weight")
-        weight.grad = None
+        hidden = torch.randn(2, 14, 16, generator=torch.Generator().manual_seed(1))
+        if context.layout.sequence_parallel:
+            axis = context.axis("tensor")
+            hidden = hidden.chunk(axis.size, dim=-2)[axis.rank].contiguous()
+        hidden.requires_grad_()
+        parameters = {name.rpartition(".")[2]: parameter for name, parameter in head.named_parameters()}
+        head.zero_grad()
         options = {"vocab_size": 101}
         if chunked:
             losses = ps.lm_loss(hidden, head, labels, context, reduction="none", chunk_tokens=4, **options)
@@ -31,7 +35,8 @@ def losses_and_gradients(adapter: str, sizes: dict) -> tuple[dict, dict]:
             logprobs = ps.token_logprobs(head(hidden), tokens, context, **options)
             mean = ps.vocab_parallel_cross_entropy(head(hidden), labels, context, **options)
         mean.backward()
-        tensors = {"losses": losses, "logprobs": logprobs, "mean": mean, "hidden": hidden.grad, "weight": weight.grad}
+        tensors = {"losses": losses, "logprobs": logprobs, "mean": mean, "hidden": hidden.grad}
+        tensors |= {name: parameter.grad for name, parameter in parameters.items()}
         found.append({name: tensor.detach().clone() for name, tensor in tensors.items()})
     ps.shutdown(context)
     return found[0], found[1]
