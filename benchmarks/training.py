@@ -2,20 +2,19 @@
 
     python benchmarks/training.py [MODEL] [--device cuda] [--dtype bfloat16] [--json FILE] [--check]
 
-MODEL is `qwen3-0.6b` (the published shape with random weights), `smollm2` (SmolLM2-135M's shape) or `tiny`. The step is
-forward, loss, backward and torch's fused AdamW on parameters of the given dtype. transformers uses the fastest of the
-installed attention implementations. Every contestant starts from the same weights, and the first losses must agree.
-Utilization is the model's FLOPs (6 per weight and token, and attention's) over a matmul's measured rate. `--check`
-exits with status 1 if polyshard takes more than 0.90 of transformers' time, or more memory.
+MODEL is `qwen3-0.6b` (the published shape with random weights), `qwen3-half` (hidden size 896, six layers), `smollm2`
+(SmolLM2-135M's shape) or `tiny`. The step is forward, loss, backward and torch's fused AdamW on parameters of the given
+dtype. transformers uses the fastest of the installed attention implementations; Megatron-Core's GPTModel takes part
+where it is installed. Every contestant starts from the same weights, and the first losses must agree. Utilization is
+the model's FLOPs (6 per weight and token, and attention's) over a matmul's measured rate; the ratio is polyshard's time
+over the row's. `--check` exits with status 1 if polyshard takes more than 0.90 of transformers' time, more than 0.75 of
+GPTModel's, or more memory.
 """
 
 from __future__ import annotations
 
-import gc
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,17 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import torch
 import typer
-from decoder import build_model
 from report import Report
 from rich.progress import Progress
-from timing import alternating, matmul_peak, seconds, synchronize
-from torch import nn
+from timing import alternating, matmul_peak, synchronize
+from training_contestants import Batch, Contestant, free, of_megatron, of_polyshard, of_transformers, save_random
 
-import polyshard as ps
-
-GOAL = 0.90
+GOALS = {"transformers": 0.90, "megatron": 0.75}  # of their time
 LOADS = {"cuda": ((8, 1024), (1, 8192)), "cpu": ((4, 128), (1, 1024))}
-ATTENTION = {"cuda": ("flash_attention_2", "sdpa"), "cpu": ("sdpa", "eager")}  # the fastest one is used
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {
         "model_type": "qwen3",
@@ -64,6 +59,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
     },
+    "qwen3-half": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
     "tiny": {
         "model_type": "qwen3",
         "vocab_size": 512,
@@ -81,21 +90,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass
-class Contestant:
-    """One implementation of training.
-
-    Attributes:
-        loss: maps `(input IDs [rows, length], labels)` to the mean loss; a label is the next token.
-        step: updates the weights and clears the gradients.
-        detail: the attention implementation.
-    """
-
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    step: Callable[[], Any]
-    detail: str
-
-
 def flops_per_token(shape: dict[str, Any], length: int) -> float:
     """Return the FLOPs of forward and backward: 6 per weight of a matmul, including the head, and attention's."""
     h, f, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
@@ -104,107 +98,29 @@ def flops_per_token(shape: dict[str, Any], length: int) -> float:
     return 6.0 * weights + 6.0 * layers * q * length
 
 
-def transformers_model(directory: Path, attention: str, dtype: torch.dtype, device: torch.device) -> Any:
-    from transformers import AutoModelForCausalLM
+def peak_bytes(contestant: Contestant, batch: Batch, held: int, device: torch.device) -> int:
+    """Return the peak memory of one step, including weights and optimizer state.
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention)
-    return model.to(device).train()
-
-
-def save_random(shape: dict[str, Any], directory: Path, dtype: torch.dtype) -> None:
-    """Return a Hugging Face directory with random weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(**shape)
-    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(directory)
-
-
-def fused_adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-
-
-def of_transformers(
-    directory: Path, dtype: torch.dtype, device: torch.device, compiled: bool, batch: tuple[torch.Tensor, torch.Tensor]
-) -> Contestant:
-    """Return the fastest attention implementation of transformers on this machine, by timing each."""
-    best, times = "", {}
-    for attention in ATTENTION[device.type]:
-        try:
-            model = transformers_model(directory, attention, dtype, device)
-            run = partial(_forward_backward, partial(_transformers_loss, model), batch)
-            run()
-            times[attention] = min(seconds(run, device) for _ in range(2))
-        except (ImportError, ValueError, RuntimeError, torch.OutOfMemoryError):
-            continue
-        finally:
-            model = None
-            _free(device)
-    best = min(times, key=lambda name: times[name])
-    model = transformers_model(directory, best, dtype, device)
-    optimizer = fused_adamw(model)
-    called: Any = torch.compile(model) if compiled else model
-    return Contestant(partial(_transformers_loss, called), partial(_update, optimizer), best)
-
-
-def of_polyshard(directory: Path, dtype: torch.dtype, device: torch.device, compiled: bool) -> Contestant:
-    from polyshard.attention.selection import select_kernel
-
-    context = ps.initialize("torch", device=device)
-    model = build_model(ps.read_config(directory), context)
-    model.to(dtype)
-    ps.load_checkpoint(model, directory, context, verify=False)
-    blocks = list(model.model.layers)
-    if compiled:
-        for block in blocks:
-            block.compile(fullgraph=True)
-    first: Any = blocks[0]
-    kernel = select_kernel(first.self_attn.spec, device, dtype, True).name
-    optimizer = fused_adamw(model)
-    return Contestant(lambda ids, labels: model(ids, labels=labels), partial(_update, optimizer), kernel)
-
-
-def _transformers_loss(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    logits = model(ids, use_cache=False).logits
-    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-
-
-def _forward_backward(loss: Callable[..., torch.Tensor], batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    value = loss(*batch)
-    value.backward()
-    return value.detach()
-
-
-def _update(optimizer: torch.optim.Optimizer) -> None:
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
+    Args:
+        contestant: whose step is run.
+        batch: of the step.
+        held: bytes that the other contestants hold on the GPU.
+        device: where they run. On CPU the profiler's allocations are summed.
+    """
     if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def train_step(contestant: Contestant, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    loss = _forward_backward(contestant.loss, batch)
-    contestant.step()
-    return loss
-
-
-def peak_memory(action: Callable[[], Any], held: int, device: torch.device) -> float | None:
-    """Return the GiB of one step, including weights and optimizer state; None on CPU, which does not count them."""
-    if device.type != "cuda":
-        return None
-    synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    action()
-    synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - held) / 2**30
-
-
-def allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        contestant.step(batch)
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - held
+    with torch.profiler.profile(profile_memory=True) as profile:
+        contestant.step(batch)
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak + contestant.held_bytes()
 
 
 def main(
@@ -213,6 +129,7 @@ def main(
     dtype: str = "bfloat16",
     loads: Annotated[str, typer.Option(help="Rows x length, comma-separated, such as 8x1024,1x8192.")] = "",
     compiled: Annotated[bool, typer.Option(help="Also with torch.compile on both sides.")] = True,
+    megatron: Annotated[bool, typer.Option(help="Also Megatron-Core's GPTModel, which is not compiled.")] = True,
     rounds: int = 5,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     lines: Annotated[Path | None, typer.Option(help="Append each row here as soon as it is measured.")] = None,
@@ -232,7 +149,10 @@ def main(
         modes = (False, True) if compiled else (False,)
         task = bar.add_task("measuring", total=len(modes) * len(chosen))
         for with_compiler in modes:
-            _measure_mode(report, model, Path(work), kind, where, with_compiler, chosen, rounds, peak, bar, task)
+            others = ("transformers", "megatron") if megatron and not with_compiler else ("transformers",)
+            _measure_mode(
+                report, model, Path(work), kind, where, with_compiler, others, chosen, rounds, peak, bar, task
+            )
     report.show()
     report.save(json_file, where)
     if check and report.missed:
@@ -246,6 +166,7 @@ def _measure_mode(
     dtype: torch.dtype,
     device: torch.device,
     compiled: bool,
+    others: tuple[str, ...],
     loads: Any,
     rounds: int,
     peak: float,
@@ -254,29 +175,27 @@ def _measure_mode(
 ) -> None:
     shape, mode = SHAPES[model], "compiled" if compiled else "eager"
     batches = {load: _batch(shape["vocab_size"], *load, device) for load in loads}
+    some = next(iter(batches.values()))
     contestants: dict[str, Contestant] = {}
-    own: dict[str, int] = {}  # bytes of weights and optimizer state
-    for name in ("polyshard", "transformers"):
+    reference = 0.0
+    for name in ("polyshard", *others):
         torch._dynamo.reset()
-        before = allocated(device)
         if name == "polyshard":
             contestants[name] = of_polyshard(directory, dtype, device, compiled)
+        elif name == "transformers":
+            contestants[name] = of_transformers(directory, dtype, device, compiled, some)
         else:
-            contestants[name] = of_transformers(directory, dtype, device, compiled, next(iter(batches.values())))
-        first = train_step(contestants[name], next(iter(batches.values())))
-        own[name] = allocated(device) - before
-        if name == "polyshard":
-            reference = float(first)
-        elif abs(float(first) - reference) > 0.02 * reference:
-            raise SystemExit(f"the first losses differ: {reference:.4f} and {float(first):.4f}")
+            contestants[name] = of_megatron(directory, dtype, device, max(length for _, length in loads))
+        first = float(contestants[name].step(some))
+        reference = reference or first
+        if abs(first - reference) > 0.02 * reference:
+            raise SystemExit(f"the first losses differ: {reference:.4f} of polyshard and {first:.4f} of {name}")
     for load, batch in batches.items():
-        actions = {name: partial(train_step, one, batch) for name, one in contestants.items()}
-        times = alternating(actions, device, rounds)
-        base = times["transformers"]
+        times = alternating({name: partial(one.step, batch) for name, one in contestants.items()}, device, rounds)
         memory = {}
-        for name, action in actions.items():
-            others = sum(size for other, size in own.items() if other != name)
-            memory[name] = peak_memory(action, others, device)
+        for name, one in contestants.items():
+            held = sum(other.held_bytes() for other in contestants.values() if other is not one)
+            memory[name] = peak_bytes(one, batch, held, device)
         for name, one in contestants.items():
             tokens = load[0] * load[1]
             rate = flops_per_token(shape, load[1]) * tokens / times[name]
@@ -287,17 +206,20 @@ def _measure_mode(
                 contestant=name,
                 attention=one.detail,
                 ms=times[name] * 1e3,
-                **{"tokens/s": tokens / times[name], "utilisation": rate / peak, "peak GiB": memory[name]},
-                ratio=times[name] / base,
+                **{"tokens/s": tokens / times[name], "utilisation": rate / peak, "peak GiB": memory[name] / 2**30},
+                ratio=times["polyshard"] / times[name],
             )
-        ratio, ours, theirs = times["polyshard"] / base, memory["polyshard"], memory["transformers"]
-        if ratio > GOAL:
-            report.missed.append(f"{mode}, {load[0]} x {load[1]}: {ratio:.2f} of transformers' time, not {GOAL}")
-        if ours is not None and theirs is not None and ours > theirs:
-            report.missed.append(f"{mode}, {load[0]} x {load[1]}: {ours:.2f} GiB, transformers {theirs:.2f}")
+        for name in others:
+            ratio, where = times["polyshard"] / times[name], f"{mode}, {load[0]} x {load[1]}"
+            if ratio > GOALS[name]:
+                report.missed.append(f"{where}: {ratio:.2f} of {name}'s time, not {GOALS[name]}")
+            if memory["polyshard"] > memory[name]:
+                report.missed.append(
+                    f"{where}: {memory['polyshard'] / 2**30:.2f} GiB, {name} {memory[name] / 2**30:.2f}"
+                )
         bar.advance(task)
     contestants.clear()
-    _free(device)
+    free(device)
 
 
 def _batch(vocabulary: int, rows: int, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
