@@ -45,6 +45,8 @@ WORLDS = {  # ranks, tensor size, context size
     "data 2, context 2": (4, 1, 2),
 }
 
+SMALL_WORLDS = ("tensor 2", "data 2", "context 2")  # each is a part of a larger one: for an adapter's first engine only
+
 Gpus = bool | Literal["shared"]
 
 
@@ -160,6 +162,7 @@ class AdapterSuite:
     @pytest.mark.parametrize("world", WORLDS)
     def test_training(self, world: str, engine: dict[str, Any]) -> None:
         """Compare twenty steps with clipping, half of them with micro-batches, to a single process."""
+        self._first_engine_only(engine, world, SMALL_WORLDS)
         ranks, tensor, context = WORLDS[world]
         self.need("training", "tensor", "data", *(["context"] if context > 1 else []), ranks=ranks)
         losses, norms = (torch.tensor(x) for x in _oracle_training())
@@ -194,6 +197,7 @@ class AdapterSuite:
         self, world: str, engine: dict[str, Any], tmp_path: Path
     ) -> None:
         """At the same sizes, weights, optimizer, random states (dropout) and data positions are restored."""
+        self._first_engine_only(engine, world, ("context 2",))
         ranks, tensor, context = WORLDS[world]
         self.need("training", "data", *(["context"] if context > 1 else []), ranks=ranks)
         half, steps = STEPS // 2, STEPS
@@ -278,6 +282,10 @@ class AdapterSuite:
         assert seconds < timeout
         assert ranks == (1,)
         assert "rank 1 crashed or hung" in message
+
+    def _first_engine_only(self, engine: dict[str, Any], world: str, worlds: Sequence[str]) -> None:
+        if world in worlds and engine != dict(self.engines[0]):
+            pytest.skip(f"{world} is run for the first engine; this one has the larger layouts")
 
     def _judge(self, results: list[Any], tied: str) -> None:
         exact, rounded = (_oracle(tied == "tied", dtype) for dtype in (torch.float64, torch.float32))
