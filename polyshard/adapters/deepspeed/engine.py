@@ -34,6 +34,7 @@ from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision
 from polyshard.training.recompute import Recompute
+from polyshard.training.schedule import SchedulerFactory
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class DeepspeedEngine(BaseEngine):
             get float32 masters at stages 1 to 3.
         recompute: activations that are recomputed in the backward pass: `"none"`, `"selective"`, `"full"`, or a
             function that chooses modules.
+        scheduler: makes a scheduler of torch (`torch.optim.lr_scheduler`) from an optimizer. It advances with each
+            update that is not skipped, and parameter groups scale its rate.
         check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
             of several ranks; see `polyshard.manual_seed`.
         config: further fields of DeepSpeed's configuration.
@@ -70,6 +73,7 @@ class DeepspeedEngine(BaseEngine):
         check_random: bool = True,
         precision: Precision | None = None,
         recompute: Recompute = "none",
+        scheduler: SchedulerFactory | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
         if zero_stage not in (0, 1, 2, 3):
@@ -87,6 +91,7 @@ class DeepspeedEngine(BaseEngine):
             check_random=check_random,
             precision=precision,
             recompute=recompute,
+            scheduler=scheduler,
         )
         _check_precision(self.precision, zero_stage, config or {})
         self._stage = zero_stage
@@ -107,11 +112,12 @@ class DeepspeedEngine(BaseEngine):
             self._wrapped, self.optimizer, _, _ = initialize(
                 model=model,
                 model_parameters=[p for p in model.parameters() if p.requires_grad],
-                optimizer=optimizer(model.named_parameters()),
+                optimizer=self._build(optimizer, model.named_parameters(), whole=zero_stage == 0),
                 config=settings,
                 mpu=Mpu(context),
                 dist_init_required=False,
             )
+        self._start_rate()
         axis = context.axis("tensor")
         if zero_stage:
             count_gradients(
@@ -144,6 +150,8 @@ class DeepspeedEngine(BaseEngine):
         skipped = bool(getattr(self.optimizer, "overflow", False))
         if skipped:
             self.updates -= 1  # counted above, since an error in the step may leave weights changed
+        else:
+            self._rate.updated()
         return StepResult(grad_norm=value, skipped=skipped)
 
     def zero_grad(self) -> None:
@@ -212,7 +220,7 @@ class DeepspeedEngine(BaseEngine):
             for slot, start, values in zero_fragments(self._wrapped.optimizer, base, parameter, self._stage, axis.rank):
                 if slot != MASTER or values.dtype != parameter.dtype:
                     pieces.append(Piece(parameter=name, slot=slot, start=start, values=values))
-        return optimizer_state.state(base, self.optimizer, pieces)
+        return self._state(pieces)
 
     def close(self) -> None:
         """Destroy the engine, and forget its mpu."""

@@ -33,6 +33,7 @@ from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision
 from polyshard.training.recompute import Recompute
+from polyshard.training.schedule import SchedulerFactory
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ class TorchEngine(BaseEngine):
             and by FSDP2's own policy under `"fsdp"`; narrower parameters get masters, under `"ddp"` only.
         recompute: activations that are recomputed in the backward pass: `"none"`, `"selective"`, `"full"`, or a
             function that chooses modules.
+        scheduler: makes a scheduler of torch (`torch.optim.lr_scheduler`) from an optimizer. It advances with each
+            update that is not skipped, and parameter groups scale its rate.
         shard_modules: for FSDP2, selects the modules that are gathered one at a time; by default the items of every
             ModuleList.
 
@@ -77,6 +80,7 @@ class TorchEngine(BaseEngine):
         check_random: bool = True,
         precision: Precision | None = None,
         recompute: Recompute = "none",
+        scheduler: SchedulerFactory | None = None,
         shard_modules: Callable[[nn.Module], bool] | None = None,
     ) -> None:
         if data_parallel not in ("ddp", "fsdp"):
@@ -88,6 +92,7 @@ class TorchEngine(BaseEngine):
             check_random=check_random,
             precision=precision,
             recompute=recompute,
+            scheduler=scheduler,
         )
         replicas = replica_axis(context)
         self._sharded = data_parallel == "fsdp" and replicas.size > 1
@@ -110,7 +115,8 @@ class TorchEngine(BaseEngine):
                 self._wrapped = DistributedDataParallel(
                     model, process_group=replicas.group, gradient_as_bucket_view=True
                 )
-        self.optimizer = optimizer(self._updated())
+        self.optimizer = self._build(optimizer, self._updated(), whole=not self._sharded)
+        self._start_rate()
 
     @property
     def _autocasts(self) -> bool:
@@ -199,7 +205,7 @@ class TorchEngine(BaseEngine):
         ]
         if self._masters is not None:
             pieces += [self._piece(name, MASTER, master.detach()) for name, master in self._masters.narrow()]
-        return optimizer_state.state(self.optimizer, self.optimizer, pieces)
+        return self._state(pieces)
 
     def weights_written(self) -> None:
         """Count the update, and refresh the masters."""
@@ -207,9 +213,9 @@ class TorchEngine(BaseEngine):
         if self._masters is not None:
             self._masters.read_parameters()
 
-    def optimizer_written(self, step: int, lr: float) -> None:
-        """Continue from update `step`; the parameters are the masters, rounded."""
-        super().optimizer_written(step, lr)
+    def optimizer_written(self, state: OptimizerState) -> None:
+        """Continue from a saved state; the parameters are the masters, rounded."""
+        super().optimizer_written(state)
         if self._masters is not None:
             self._masters.write_parameters()
 
