@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from polyshard.registry import engine_errors, register_model, registered_models
     from polyshard.training.dropout import Dropout
     from polyshard.training.generators import manual_seed, sharded_random
+    from polyshard.training.muon import Muon
     from polyshard.training.train_batch import train_batch
     from polyshard.transformers import transformers_model
     from polyshard.transformers.replaced import replace_with_trainable_attention
@@ -97,6 +98,7 @@ _HOMES = {
     "polyshard.core.optimizer": ("AdamW", "TorchOptimizer"),
     "polyshard.core.parameter_groups": ("ParameterGroup",),
     "polyshard.core.batch": ("BatchResult",),
+    "polyshard.training.muon": ("Muon",),
     "polyshard.training.train_batch": ("train_batch",),
     "polyshard.core.capabilities": ("Capabilities", "Rejected"),
     "polyshard.core.context": ("GroupContext", "ParallelContext"),

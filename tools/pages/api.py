@@ -35,7 +35,7 @@ TOPICS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         "Training",
         "Engines, optimizers, and one training step.",
         (
-            *("TrainingEngine", "AdamW", "TorchOptimizer", "ParameterGroup", "Precision"),
+            *("TrainingEngine", "AdamW", "Muon", "TorchOptimizer", "ParameterGroup", "Precision"),
             *("train_batch", "BatchResult", "StepResult"),
         ),
     ),

@@ -112,7 +112,7 @@ class DeepspeedEngine(BaseEngine):
             self._wrapped, self.optimizer, _, _ = initialize(
                 model=model,
                 model_parameters=[p for p in model.parameters() if p.requires_grad],
-                optimizer=self._build(optimizer, model.named_parameters(), whole=zero_stage == 0),
+                optimizer=self._build(optimizer, model.named_parameters(), held="flat" if zero_stage else "whole"),
                 config=settings,
                 mpu=Mpu(context),
                 dist_init_required=False,

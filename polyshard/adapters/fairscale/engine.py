@@ -72,7 +72,7 @@ class FairscaleEngine(BaseEngine):
             scheduler=scheduler,
         )
         _check_precision(self.precision)
-        template = self._build(optimizer, model.named_parameters(), whole=True)
+        template = self._build(optimizer, model.named_parameters(), held="whole")
         group = replica_axis(context).group
         optimizer_class: Any = type(template)
         accepted = inspect.signature(optimizer_class).parameters  # defaults contain more than these

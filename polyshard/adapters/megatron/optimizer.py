@@ -67,5 +67,5 @@ def own_optimizer(optimizer: OptimizerFactory, zero_stage: int) -> OwnOptimizer:
     raise AdapterError(
         f"Megatron creates its own optimizer: got {given} at zero_stage={zero_stage}, expected polyshard.AdamW(...) "
         "without fused=, or at stage 0 polyshard.TorchOptimizer(torch.optim.SGD, ...) with lr, momentum and "
-        "weight_decay at most."
+        "weight_decay at most. Its own Muon needs the package emerging-optimizers."
     )

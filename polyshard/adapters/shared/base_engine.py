@@ -17,7 +17,7 @@ from polyshard.adapters.shared.devices import check_devices
 from polyshard.adapters.shared.grad_norm import check_max_grad_norm, scale_gradients
 from polyshard.adapters.shared.learning_rate import LearningRate, set_scales
 from polyshard.adapters.shared.loss_scale import LossScale
-from polyshard.adapters.shared.parameter_groups import check_elementwise, check_patterns, settings_of_groups
+from polyshard.adapters.shared.parameter_groups import Held, check_elementwise, check_patterns, settings_of_groups
 from polyshard.core.adapter import StepResult
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.context import ParallelContext, replica_axis
@@ -27,6 +27,7 @@ from polyshard.core.pieces import WEIGHT, OptimizerState, Piece, replicated_piec
 from polyshard.core.precision import Precision, precision_of
 from polyshard.core.weight_table import collect_layouts
 from polyshard.training.generators import GeneratorCheck
+from polyshard.training.muon import Muon
 from polyshard.training.recompute import Recompute, apply_recomputation
 from polyshard.training.schedule import SchedulerFactory
 from polyshard.training.train_batch import train_batch
@@ -84,19 +85,21 @@ class BaseEngine(ABC):
         self._generators = GeneratorCheck(model, context, check_random)
 
     def _build(
-        self, optimizer: OptimizerFactory, named: Iterable[tuple[str, nn.Parameter]], whole: bool
+        self, optimizer: OptimizerFactory, named: Iterable[tuple[str, nn.Parameter]], held: Held
     ) -> torch.optim.Optimizer:
         """Return the torch optimizer of parameters, which it gets by their canonical names.
 
         Args:
             optimizer: the user's.
             named: by their names in the built model.
-            whole: whether the optimizer updates whole tensor-parallel shards, and not parts of them.
+            held: what the optimizer updates: whole tensor-parallel shards, DTensors of their rows, or parts of them
+                that the library flattens.
         """
         check_patterns(optimizer, self.table, self.context)
         canonical = {self.table[name].name: parameter for name, parameter in named}
-        built = optimizer(canonical.items())
-        check_elementwise(built, self.table.values(), canonical, self.context.axis("tensor").size, whole)
+        factory = optimizer.on(self.table, self.context) if isinstance(optimizer, Muon) else optimizer
+        built = factory(canonical.items())
+        check_elementwise(built, self.table.values(), canonical, self.context.axis("tensor").size, held)
         self._first_lr = set_scales(built)
         self._settings = settings_of_groups(built, canonical)
         return built

@@ -8,13 +8,16 @@ from typing import Any
 import torch
 
 from polyshard.core.errors import CheckpointError
+from polyshard.training.muon import MuonWithAdamW
 
 ADAM = "adam"
 PLACEHOLDER = "polyshard_placeholder"  # the key of state that no step has made
 
 
 def kind(optimizer: Any) -> str:
-    """Return `"adam"` for Adam and AdamW, whose states are interchangeable; else the qualified class name."""
+    """Return `"adam"` for Adam and AdamW, whose states are interchangeable, `"muon"`, or the qualified class name."""
+    if isinstance(optimizer, MuonWithAdamW):
+        return optimizer.kind
     if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) or hasattr(optimizer, "adam_w_mode"):
         return ADAM
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
@@ -22,6 +25,11 @@ def kind(optimizer: Any) -> str:
 
 def materialize(optimizer: Any) -> None:
     """Create the state that the first step would create, so that a checkpoint can be loaded into it."""
+    if isinstance(optimizer, MuonWithAdamW):
+        optimizer.create_state()
+        if optimizer.adamw is None:
+            return
+        optimizer = optimizer.adamw
     parameters = [p for group in optimizer.param_groups for p in group["params"] if not optimizer.state.get(p)]
     if not parameters:
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from polyshard.core.errors import ConfigurationError
 from polyshard.core.parameter_groups import LR_SCALE, GroupSettings
 from polyshard.core.ranks import Ranks
 from polyshard.core.weight_table import WeightEntry, WeightTable
+from polyshard.training.muon import MuonWithAdamW
+
+Held = Literal["whole", "rows", "flat"]  # tensor-parallel shards, DTensors of their rows, or runs of flattened shards
 
 
 def check_patterns(optimizer: Any, table: WeightTable, context: ParallelContext) -> None:
@@ -24,7 +27,7 @@ def check_patterns(optimizer: Any, table: WeightTable, context: ParallelContext)
     Raises:
         ConfigurationError: a pattern matches nothing.
     """
-    patterns = [group.pattern for group in getattr(optimizer, "groups", ())]
+    patterns = [*getattr(optimizer, "exclude", ()), *(group.pattern for group in getattr(optimizer, "groups", ()))]
     if not patterns:
         return
     names = [entry.name for entry in table.values()]
@@ -36,7 +39,7 @@ def check_patterns(optimizer: Any, table: WeightTable, context: ParallelContext)
     tied = [f"{other} is tied to {entry.name}" for entry in table.values() for other in entry.tied_names]
     meant = [text for text in tied if any(fnmatchcase(text.split()[0], pattern) for pattern in unmatched)]
     raise ConfigurationError(
-        f"ParameterGroup({unmatched[0]!r}) matches no parameter: got {', '.join(names[:8])}"
+        f"the optimizer's pattern {unmatched[0]!r} matches no parameter: got {', '.join(names[:8])}"
         f"{', ...' if len(names) > 8 else ''}, expected a pattern of one of these names."
         f"{''.join(f' {text}.' for text in meant[:2])}"
     )
@@ -47,7 +50,7 @@ def check_elementwise(
     entries: Iterable[WeightEntry],
     parameters: Mapping[str, nn.Parameter],
     tensor_size: int,
-    whole: bool,
+    held: Held,
 ) -> None:
     """Refuse optimizers of torch that would be another optimizer on a part of a weight.
 
@@ -56,12 +59,19 @@ def check_elementwise(
         entries: of the weight table.
         parameters: by canonical name.
         tensor_size: size of the tensor axis.
-        whole: whether the optimizer updates whole tensor-parallel shards, and not parts of them.
+        held: what the optimizer updates.
 
     Raises:
         ConfigurationError: the optimizer needs whole matrices, and a weight is sharded or fused; or it needs a closure.
     """
     name = type(optimizer).__name__
+    if isinstance(optimizer, MuonWithAdamW):
+        if held == "flat":
+            raise ConfigurationError(
+                "Muon needs whole matrices: got an engine that updates runs of flattened weights. Use zero_stage=0, or "
+                "another library."
+            )
+        return
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ConfigurationError("LBFGS is unsupported: it evaluates the loss several times in a step. Use AdamW.")
     needs_matrices = tuple(
@@ -70,7 +80,7 @@ def check_elementwise(
     if not isinstance(optimizer, needs_matrices):
         return
     advice = "Use polyshard.Muon." if name == "Muon" else "Use AdamW."
-    if not whole:
+    if held != "whole":
         raise ConfigurationError(
             f"{name} needs whole matrices: got the parts of them that FSDP or ZeRO leaves on a rank. {advice}"
         )

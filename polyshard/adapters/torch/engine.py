@@ -115,7 +115,7 @@ class TorchEngine(BaseEngine):
                 self._wrapped = DistributedDataParallel(
                     model, process_group=replicas.group, gradient_as_bucket_view=True
                 )
-        self.optimizer = self._build(optimizer, self._updated(), whole=not self._sharded)
+        self.optimizer = self._build(optimizer, self._updated(), held="rows" if self._sharded else "whole")
         self._start_rate()
 
     @property
