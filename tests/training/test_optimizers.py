@@ -83,3 +83,139 @@ def test_groups_frozen_weights_and_schedule_go_through_every_engine(directory, o
     start = dict(transformers.AutoModelForCausalLM.from_pretrained(directory).named_parameters())
     unmoved = [name for name, value in outcomes[-1][1].items() if torch.equal(value, start[name])]
     assert unmoved == ["model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"]
+
+
+def engine_of(optimizer, model=None, **options):
+    context = ps.initialize("torch")
+    return context, ps.load_adapter("torch").engine(model or torch.nn.Linear(3, 2), optimizer, context, **options)
+
+
+def steps(engine, count):
+    for number in range(count):
+        engine.backward(engine(torch.full((1, 3), 1.0 + number)).sum())
+        engine.step()
+    return {name: value.clone() for name, value in engine.weights()}
+
+
+OTHERS = [
+    ps.TorchOptimizer(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.5, nesterov=True),
+    ps.TorchOptimizer(torch.optim.NAdam, lr=0.1),  # keeps a product of rates
+    ps.TorchOptimizer(torch.optim.ASGD, lr=0.1),  # keeps two numbers
+    ps.TorchOptimizer(torch.optim.Rprop, lr=0.1),  # a state that begins at the rate
+    ps.TorchOptimizer(torch.optim.RMSprop, lr=0.1, weight_decay=0.5, centered=True),
+    ps.TorchOptimizer(torch.optim.Adagrad, lr=0.1),
+    ps.Muon(exclude=(), lr=0.1),
+]
+
+
+@pytest.mark.parametrize("optimizer", OTHERS, ids=lambda o: getattr(o, "cls", type(o)).__name__)
+def test_any_optimizer_is_resumed_bit_for_bit(optimizer, tmp_path):
+    """Also when its state was saved before the first update, where it is that of a new optimizer."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = steps(engine_of(optimizer, model)[1], 4)
+
+    for saved_at in (0, 2):
+        model.load_state_dict(start)
+        context, engine = engine_of(optimizer, model)
+        for number in range(saved_at):
+            engine.backward(engine(torch.full((1, 3), 1.0 + number)).sum())
+            engine.step()
+        directory = tmp_path / str(saved_at)
+        ps.save_training_state(engine, directory, context, step=saved_at, config={})
+        context, other = engine_of(optimizer)
+        steps(other, 3)  # an optimizer with a state of its own
+        ps.load_training_state(other, directory, context)
+        for resumed in (engine, other):  # a save changes nothing, and a load restores all
+            for number in range(saved_at, 4):
+                resumed.backward(resumed(torch.full((1, 3), 1.0 + number)).sum())
+                resumed.step()
+            assert all(torch.equal(value, expected[name]) for name, value in resumed.weights()), saved_at
+
+
+def test_state_that_cannot_be_stored_is_refused(tmp_path):
+    context, engine = engine_of(ps.TorchOptimizer(torch.optim.Adafactor, lr=0.1))
+    steps(engine, 1)
+    with pytest.raises(ps.CheckpointError, match=r"state 'col_var' of Adafactor cannot be stored: got shape \(1, 3\)"):
+        ps.save_training_state(engine, tmp_path / "state", context, step=1, config={})
+
+
+def test_a_state_of_other_trained_parameters_is_refused(tmp_path):
+    context, engine = engine_of(ps.AdamW())
+    steps(engine, 1)
+    ps.save_training_state(engine, tmp_path / "state", context, step=1, config={})
+    model = torch.nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    context, other = engine_of(ps.AdamW(), model)
+    with pytest.raises(ps.CheckpointError, match=r"is of other parameters: missing \[\], unexpected \['bias'\]"):
+        ps.load_training_state(other, tmp_path / "state", context)
+    ps.load_training_state(other, tmp_path / "state", context, optimizer=False)
+
+
+def test_groups_keep_their_ratio_when_the_rate_is_set():
+    groups = (ps.ParameterGroup("bias", lr_scale=0.5),)
+    _, engine = engine_of(ps.AdamW(lr=0.1, groups=groups))
+    engine.set_learning_rate(0.3)
+    assert engine.learning_rate == 0.3
+    assert sorted(group["lr"] for group in engine.optimizer.param_groups) == [0.15, 0.3]
+
+    def by_hand(named):
+        weight, bias = (parameter for _, parameter in named)
+        return torch.optim.SGD([{"params": [weight], "lr": 0.4}, {"params": [bias], "lr": 0.1}])
+
+    _, engine = engine_of(by_hand)
+    engine.set_learning_rate(0.8)
+    assert [group["lr"] for group in engine.optimizer.param_groups] == [0.8, 0.2]
+
+
+def test_the_first_group_that_matches_counts():
+    groups = (ps.ParameterGroup("bias", weight_decay=0.7), ps.ParameterGroup("*", lr_scale=0.5))
+    made = ps.AdamW(lr=0.1, groups=groups)(torch.nn.Linear(3, 2).named_parameters())
+    assert [(group["lr"], group["weight_decay"], group["params"][0].dim()) for group in made.param_groups] == [
+        (0.1, 0.7, 1),
+        (0.05, 0.1, 2),
+    ]
+
+
+def test_what_has_no_effect_or_another_one_is_refused():
+    with pytest.raises(ps.ConfigurationError, match=r"pattern '\*norn\*' matches no parameter: got weight, bias"):
+        engine_of(ps.AdamW(groups=(ps.ParameterGroup("*norn*"),)))
+    tied = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(ps.ConfigurationError, match=r"matches no parameter.*1.weight is tied to 0.weight"):
+        engine_of(ps.AdamW(groups=(ps.ParameterGroup("1.weight"),)), tied)
+    with pytest.raises(ps.ConfigurationError, match="nothing to train"):
+        engine_of(ps.AdamW(), torch.nn.Linear(3, 2).requires_grad_(False))
+    with pytest.raises(ps.ConfigurationError, match="LBFGS is unsupported"):
+        engine_of(ps.TorchOptimizer(torch.optim.LBFGS))
+    with pytest.raises(ps.ConfigurationError, match="Rprop has no weight decay"):
+        engine_of(ps.TorchOptimizer(torch.optim.Rprop, groups=(ps.ParameterGroup("bias", weight_decay=0.1),)))
+    with pytest.raises(ps.ConfigurationError, match="expected a subclass of torch.optim.Optimizer"):
+        ps.TorchOptimizer(torch.nn.Linear)
+    for wrong in ({"lr_scale": 0.0}, {"weight_decay": -1.0}):
+        with pytest.raises(ps.ConfigurationError, match="is invalid: got"):
+            ps.ParameterGroup("*", **wrong)
+
+
+def test_optimizers_that_need_whole_matrices_are_refused_on_parts():
+    context = ps.initialize("torch")
+    layer = torch.nn.Sequential(ps.column_parallel(4, [2, 2], context, bias=False, names=["gate", "up"]))
+    muon = ps.TorchOptimizer(torch.optim.Muon, lr=0.1)
+    with pytest.raises(ps.ConfigurationError, match=r"got 2 matrices fused in 0.weight. Use polyshard.Muon"):
+        engine_of(muon, layer)
+    messages = run_ranks(refused_on_shards, 2)
+    assert "Muon needs whole matrices: got a shard of weight. Use polyshard.Muon." in messages[0][0]
+    assert "Adafactor needs whole matrices: got the parts of them that FSDP or ZeRO leaves on a rank" in messages[0][1]
+
+
+def refused_on_shards():
+    messages = []
+    for tensor, cls, options in ((2, torch.optim.Muon, DDP), (1, torch.optim.Adafactor, FSDP)):
+        context = ps.initialize("torch", tensor=tensor, timeout=30)
+        layer = ps.column_parallel(4, 4, context, bias=False)
+        with pytest.raises(ps.ConfigurationError) as caught:
+            ps.load_adapter("torch").engine(layer, ps.TorchOptimizer(cls, lr=0.1), context, **options)
+        messages.append(str(caught.value))
+        ps.shutdown(context)
+    return messages
