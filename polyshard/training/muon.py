@@ -164,8 +164,10 @@ class Matrix:
     def gathered(self, part: torch.Tensor) -> list[torch.Tensor]:
         """Return the matrices, the same on every rank. A collective over the ranks that hold other parts."""
         if isinstance(part, DTensor):
+            kind = part.device_mesh.device_type  # offloaded shards are on the CPU
             with self.guard("data gather of updates"):
-                part = part.full_tensor()
+                on_mesh: Any = part if part.device.type == kind else part.to(kind)
+                part = on_mesh.full_tensor()
         full = gather_shards(part, self.layout, self.tensor_axis)
         return self.layout.split(full) if self.fused else [full]
 
@@ -175,6 +177,7 @@ class Matrix:
         part = self.layout.slice(full, self.tensor_axis.rank, self.tensor_axis.size)
         if isinstance(like, DTensor):
             part = distribute_tensor(part.contiguous(), like.device_mesh, like.placements, src_data_rank=None)
+            part = part.to(like.device)
         return part
 
 

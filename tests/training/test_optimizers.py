@@ -33,7 +33,8 @@ PLACES = [  # data 2, and tensor 2 in between
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("optimizers") / "model", "llama")
+    """A model with one KV head, which tensor-parallel ranks share."""
+    return save_tiny(tmp_path_factory.mktemp("optimizers") / "model", "llama", num_key_value_heads=1)
 
 
 def in_one_process(directory, optimizer, frozen, steps):
@@ -73,6 +74,14 @@ def test_groups_frozen_weights_and_schedule_go_through_every_engine(directory, o
     if optimizer is ADAMW:
         places = [(n, t, ZERO[1] if (n, t) == ("megatron", 2) else options) for n, t, options in PLACES]
     outcomes = run_ranks(moving_run, 2, directory, tmp_path, places, optimizer, FROZEN, timeout=280)[0]
+    check(directory, places, outcomes, optimizer)
+    start = dict(transformers.AutoModelForCausalLM.from_pretrained(directory).named_parameters())
+    unmoved = [name for name, value in outcomes[-1][1].items() if torch.equal(value, start[name])]
+    assert unmoved == ["model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"]
+
+
+def check(directory, places, outcomes, optimizer):
+    """Norms and weights after each step are those of one process."""
     for place, (norm, weights), (norm64, weights64) in zip(
         places, outcomes, in_one_process(directory, optimizer, FROZEN, len(places)), strict=True
     ):
@@ -80,9 +89,34 @@ def test_groups_frozen_weights_and_schedule_go_through_every_engine(directory, o
         assert weights.keys() == weights64.keys()
         for name, value in weights.items():
             assert (value.double() - weights64[name]).abs().max() < 5e-6, (place, name)
-    start = dict(transformers.AutoModelForCausalLM.from_pretrained(directory).named_parameters())
-    unmoved = [name for name, value in outcomes[-1][1].items() if torch.equal(value, start[name])]
-    assert unmoved == ["model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"]
+
+
+OFFLOAD = {"offload": "optimizer"}
+OFFLOADED = [
+    *(("deepspeed", 2, ZERO[1] | OFFLOAD), ("torch", 1, FSDP | OFFLOAD), ("deepspeed", 1, ZERO[2] | OFFLOAD)),
+    *(("deepspeed", 2, ZERO[3] | OFFLOAD), ("deepspeed", 1, ZERO[3] | OFFLOAD), ("torch", 1, FSDP)),
+]
+
+
+def test_offload_changes_no_number(directory, tmp_path):
+    """On CPU ranks: the libraries take their own paths for it, with gradient norms and accumulation of their own."""
+    outcomes = run_ranks(moving_run, 2, directory, tmp_path, OFFLOADED, ADAMW, FROZEN, 2, timeout=280)[0]
+    check(directory, OFFLOADED, outcomes, ADAMW)
+
+
+@pytest.mark.parametrize("adapter", ["torch", "deepspeed", "megatron", "fairscale"])
+def test_offload_is_refused_where_there_is_none(adapter):
+    context = ps.initialize(adapter)
+    options = {"zero_stage": 0} if adapter == "deepspeed" else {}
+    message = {
+        "torch": "expected data_parallel='fsdp' with several replicas",
+        "deepspeed": "expected zero_stage 1 to 3",
+        "megatron": "'megatron' does not support optimizer state and update on the CPU.*: its HybridDeviceOptimizer",
+        "fairscale": "'fairscale' does not support optimizer state and update on the CPU.*: OSS keeps the state",
+    }
+    with pytest.raises(ps.PolyshardError, match=message[adapter]):
+        ps.load_adapter(adapter).engine(torch.nn.Linear(2, 2), ps.AdamW(), context, offload="optimizer", **options)
+    ps.shutdown(context)
 
 
 def engine_of(optimizer, model=None, **options):

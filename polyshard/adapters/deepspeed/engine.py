@@ -23,9 +23,11 @@ from polyshard.adapters.deepspeed.compat import (
     zero_fragments,
 )
 from polyshard.adapters.deepspeed.context import Mpu
+from polyshard.adapters.deepspeed.settings import check_config, with_offload
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
 from polyshard.adapters.shared.grad_norm import clip_factor, counted_parts, counted_square
+from polyshard.adapters.shared.offload import Offload, check_offload
 from polyshard.adapters.shared.quiet import printing_as_log
 from polyshard.adapters.shared.weights import check_shard
 from polyshard.core.adapter import OptimizerFactory, StepResult
@@ -56,10 +58,12 @@ class DeepspeedEngine(BaseEngine):
             update that is not skipped, and parameter groups scale its rate.
         check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
             of several ranks; see `polyshard.manual_seed`.
+        offload: `"optimizer"` keeps masters and optimizer state on the CPU, and updates them there with torch's own
+            optimizer. It has run on CPU ranks only.
         config: further fields of DeepSpeed's configuration.
 
     Raises:
-        ConfigurationError: an unknown stage, or `gradient_accumulation_steps` in `config`.
+        ConfigurationError: an unknown stage; or in `config` gradient accumulation, a scheduler or an optimizer.
     """
 
     def __init__(
@@ -74,15 +78,12 @@ class DeepspeedEngine(BaseEngine):
         precision: Precision | None = None,
         recompute: Recompute = "none",
         scheduler: SchedulerFactory | None = None,
+        offload: Offload = "none",
         config: dict[str, Any] | None = None,
     ) -> None:
         if zero_stage not in (0, 1, 2, 3):
             raise ConfigurationError(f"zero_stage must be 0, 1, 2 or 3, got {zero_stage!r}")
-        if (config or {}).get("gradient_accumulation_steps", 1) != 1:
-            raise ConfigurationError(
-                "config['gradient_accumulation_steps'] must be 1: DeepSpeed would divide every loss by it. Accumulate "
-                "with train_batch(micro_batches), or around micro-batches with accumulate()"
-            )
+        check_config(config or {})
         _check_accelerator(context.device)
         super().__init__(
             model,
@@ -107,6 +108,8 @@ class DeepspeedEngine(BaseEngine):
             **_autocast(self.precision),
             **(config or {}),
         }
+        if check_offload(offload, context.device, zero_stage > 0, "zero_stage 1 to 3"):
+            settings = with_offload(settings, context.device)
         with self._guard("data parallel setup"), printing_as_log(logger, "DeepSpeed"):
             initialize: Any = deepspeed.initialize
             self._wrapped, self.optimizer, _, _ = initialize(

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
 from polyshard.adapters.shared.masters import Masters, broadcast_parameters
+from polyshard.adapters.shared.offload import Offload, check_offload
 from polyshard.adapters.shared.weights import check_shard
 from polyshard.adapters.torch.clip import global_grad_norm
 from polyshard.adapters.torch.compat import (
@@ -23,6 +24,7 @@ from polyshard.adapters.torch.compat import (
     is_dtensor,
     local_tensor,
     mixed_precision_policy,
+    offload_policy,
     sharded_rows,
     unshard_gradient_sync,
 )
@@ -55,6 +57,8 @@ class TorchEngine(BaseEngine):
             function that chooses modules.
         scheduler: makes a scheduler of torch (`torch.optim.lr_scheduler`) from an optimizer. It advances with each
             update that is not skipped, and parameter groups scale its rate.
+        offload: `"optimizer"` keeps FSDP2's shards of parameters, gradients and optimizer state on the CPU, and updates
+            them there. It has run on CPU ranks only.
         shard_modules: for FSDP2, selects the modules that are gathered one at a time; by default the items of every
             ModuleList.
 
@@ -81,6 +85,7 @@ class TorchEngine(BaseEngine):
         precision: Precision | None = None,
         recompute: Recompute = "none",
         scheduler: SchedulerFactory | None = None,
+        offload: Offload = "none",
         shard_modules: Callable[[nn.Module], bool] | None = None,
     ) -> None:
         if data_parallel not in ("ddp", "fsdp"):
@@ -99,10 +104,11 @@ class TorchEngine(BaseEngine):
         self._masters: Masters | None = None
         self._reducer: GradientReducer | None = None
         self._check_precision()
+        offloads = check_offload(offload, context.device, self._sharded, "data_parallel='fsdp' with several replicas")
         if data_parallel == "fsdp" and not self._sharded:
             logger.warning("fsdp does nothing at data-parallel size 1: the model is trained unsharded")
         if self._sharded:
-            _fully_shard(model, context, shard_modules or _is_list_item(model), self.precision)
+            _fully_shard(model, context, shard_modules or _is_list_item(model), self.precision, offloads)
         elif self.precision.has_masters:
             with self._guard("data parallel setup"):
                 broadcast_parameters(model, replicas.group, replicas.ranks)
@@ -248,7 +254,11 @@ def _is_list_item(model: nn.Module) -> Callable[[nn.Module], bool]:
 
 
 def _fully_shard(
-    model: nn.Module, context: ParallelContext, chosen: Callable[[nn.Module], bool], precision: Precision
+    model: nn.Module,
+    context: ParallelContext,
+    chosen: Callable[[nn.Module], bool],
+    precision: Precision,
+    offloads: bool,
 ) -> None:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -258,6 +268,7 @@ def _fully_shard(
             precision.compute_dtype if precision.casts else None,
             precision.reduce if precision.reduce != precision.parameters or precision.casts else None,
         ),
+        **({"offload_policy": offload_policy(context.device)} if offloads else {}),
     )
     group = replica_axis(context).group
     assert group is not None

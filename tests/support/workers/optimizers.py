@@ -42,9 +42,14 @@ def full_weights(engine: ps.TrainingEngine, context: ps.ParallelContext) -> dict
 
 
 def moving_run(
-    directory: Path, states: Path, places: list[Place], optimizer: Callable, frozen: tuple[str, ...] = ()
+    directory: Path,
+    states: Path,
+    places: list[Place],
+    optimizer: Callable,
+    frozen: tuple[str, ...] = (),
+    parts: int = 1,
 ) -> list[tuple[float, dict]]:
-    """The gradient norm of each step, one on each engine, and the weights after it."""
+    """The gradient norm of each step, one on each engine in `parts` micro-batches, and the weights after it."""
     outcomes = []
     for step, (adapter, tensor, options) in enumerate(places):
         context = ps.initialize(adapter, tensor=tensor, timeout=60)
@@ -56,8 +61,8 @@ def moving_run(
         if step:
             ps.load_training_state(engine, states / str(step - 1), context)
         rank, size = context.get_data_parallel_rank(), context.get_data_parallel_world_size()
-        mine = rows_of(step)[rank::size]
-        engine.train_batch([{"input_ids": mine[:, :-1], "labels": mine[:, 1:]}])
+        chunks = rows_of(step)[rank::size].chunk(parts)
+        engine.train_batch([{"input_ids": rows[:, :-1], "labels": rows[:, 1:]} for rows in chunks])
         norm = engine.step().grad_norm
         weights = full_weights(engine, context)
         outcomes.append((norm, weights if context.rank == 0 else {}))
