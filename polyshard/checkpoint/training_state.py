@@ -222,13 +222,13 @@ def load_training_state(
         verify_files(path, opened.manifest, ranks)
 
     carried = {"weights"}
-    for pieces in _by_reader(list(engine.weight_pieces()), opened):
+    for pieces in _by_reader(list(engine.weight_pieces()), opened, table):
         read_pieces(*pieces, table, axis.rank, axis.size, progress)
     engine.weights_written()
     saved = opened.manifest.state
     if optimizer:
         state = engine.optimizer_state()  # after `weights_written`, which refreshes the fp32 copies
-        for pieces in _by_reader(stored_pieces(state.pieces, saved["optimizer"].get("started", True)), opened):
+        for pieces in _by_reader(stored_pieces(state.pieces, saved["optimizer"].get("started", True)), opened, table):
             read_pieces(*pieces, table, axis.rank, axis.size, progress)
         engine.optimizer_written(saved_state(saved["optimizer"], before, scheduler=scheduler))
         warn_of_groups(saved["optimizer"], before, ranks)
@@ -265,15 +265,19 @@ def _open(path: Path, table: WeightTable) -> _Opened:
     return _Opened(manifest, weights, slots)
 
 
-def _by_reader(pieces: list[Piece], opened: _Opened) -> list[tuple[TensorReader, list[Piece]]]:
+def _by_reader(pieces: list[Piece], opened: _Opened, table: WeightTable) -> list[tuple[TensorReader, list[Piece]]]:
     """Group pieces by reader. fp32 masters stand in for weights of a narrower dtype, and the other way round."""
     groups: dict[int, tuple[TensorReader, list[Piece]]] = {}
+    master = opened.slots.get(MASTER)
     for piece in pieces:
         if piece.slot in (WEIGHT, MASTER):
-            master = opened.slots.get(MASTER)
-            reader = master if master is not None and piece.values.dtype == torch.float32 else opened.weights
+            entry = table[piece.parameter]
+            names = {*entry.checkpoint_names, *entry.tied_names}
+            wide = master is not None and piece.values.dtype == torch.float32 and not names.isdisjoint(master.where)
+            reader = master if wide else opened.weights  # a frozen weight has no master
         else:
             reader = opened.slots[piece.slot]
+        assert reader is not None
         groups.setdefault(id(reader), (reader, []))[1].append(piece)
     return list(groups.values())
 

@@ -187,6 +187,22 @@ def test_a_state_of_other_trained_parameters_is_refused(tmp_path):
     ps.load_training_state(other, tmp_path / "state", context, optimizer=False)
 
 
+def test_masters_of_trained_parameters_load_beside_frozen_weights(tmp_path):
+    model = torch.nn.Linear(3, 2).bfloat16()
+    model.bias.requires_grad_(False)
+    context, engine = engine_of(ps.AdamW(), model)
+    engine.backward(engine(torch.ones(1, 3, dtype=torch.bfloat16)).sum())
+    engine.step()
+    ps.save_training_state(engine, tmp_path / "state", context, step=1, config={})
+    wide = torch.nn.Linear(3, 2)
+    wide.bias.requires_grad_(False)
+    context, other = engine_of(ps.AdamW(), wide)
+    ps.load_training_state(other, tmp_path / "state", context)
+    assert torch.equal(wide.bias, model.bias.float())
+    masters = [piece.values for piece in engine.optimizer_state().pieces if piece.slot == "master"]
+    assert torch.equal(wide.weight.flatten(), masters[0])
+
+
 def test_groups_keep_their_ratio_when_the_rate_is_set():
     groups = (ps.ParameterGroup("bias", lr_scale=0.5),)
     _, engine = engine_of(ps.AdamW(lr=0.1, groups=groups))
