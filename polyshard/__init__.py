@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         save_training_state,
     )
     from polyshard.config.families import complete_config
-    from polyshard.core.adapter import AdamW, Adapter, StepResult, TrainingEngine
+    from polyshard.core.adapter import Adapter, StepResult, TrainingEngine
     from polyshard.core.batch import BatchResult
     from polyshard.core.capabilities import Capabilities, Rejected
     from polyshard.core.context import GroupContext, ParallelContext
@@ -46,7 +46,9 @@ if TYPE_CHECKING:
         WeightSyncError,
     )
     from polyshard.core.linear_adapter import LinearAdapter
+    from polyshard.core.optimizer import AdamW, TorchOptimizer
     from polyshard.core.parallel_layout import ParallelLayout
+    from polyshard.core.parameter_groups import ParameterGroup
     from polyshard.core.precision import Precision
     from polyshard.core.weight_sharding import Segment, WeightLayout
     from polyshard.core.weight_table import collect_layouts
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from polyshard.registry import engine_errors, register_model, registered_models
     from polyshard.training.dropout import Dropout
     from polyshard.training.generators import manual_seed, sharded_random
+    from polyshard.training.muon import Muon
     from polyshard.training.train_batch import train_batch
     from polyshard.transformers import transformers_model
     from polyshard.transformers.replaced import replace_with_trainable_attention
@@ -91,8 +94,11 @@ _HOMES = {
     ),
     "polyshard.layers.activation": ("swiglu",),
     "polyshard.layers.residual": ("add_residual",),
-    "polyshard.core.adapter": ("Adapter", "AdamW", "StepResult", "TrainingEngine"),
+    "polyshard.core.adapter": ("Adapter", "StepResult", "TrainingEngine"),
+    "polyshard.core.optimizer": ("AdamW", "TorchOptimizer"),
+    "polyshard.core.parameter_groups": ("ParameterGroup",),
     "polyshard.core.batch": ("BatchResult",),
+    "polyshard.training.muon": ("Muon",),
     "polyshard.training.train_batch": ("train_batch",),
     "polyshard.core.capabilities": ("Capabilities", "Rejected"),
     "polyshard.core.context": ("GroupContext", "ParallelContext"),

@@ -25,6 +25,14 @@ from polyshard.checkpoint.directory import find
 from polyshard.checkpoint.files import TensorReader
 from polyshard.checkpoint.load import check_fit, known_names, read_pieces
 from polyshard.checkpoint.manifest import MANIFEST, Manifest, read_manifest, verify_files
+from polyshard.checkpoint.optimizer_state import (
+    check_optimizer,
+    describe,
+    held_slots,
+    saved_state,
+    stored_pieces,
+    warn_of_groups,
+)
 from polyshard.checkpoint.pending import PendingSave
 from polyshard.checkpoint.plan import PlannedFile, plan_files
 from polyshard.checkpoint.quantization.reading import refuse_quantized
@@ -118,7 +126,8 @@ def save_training_state(
     ranks = Ranks.of(parallel_context)
     table = engine.table
     state = engine.optimizer_state()
-    weights, optimizer = list(engine.weight_pieces()), list(state.pieces)
+    started = any(ranks.gather(state.started))
+    weights, optimizer = list(engine.weight_pieces()), stored_pieces(state.pieces, started)
     dtypes = {name: parameter.dtype for name, parameter in engine.module.named_parameters()}
     slot_dtypes = _slot_dtypes(optimizer, ranks)
     files = weight_files(table, dtypes, max_shard_bytes)
@@ -140,7 +149,7 @@ def save_training_state(
         companions=None if companions is None else Path(companions),
         state={
             "step": step,
-            "optimizer": {"kind": state.kind, "step": state.step, "lr": state.lr, "slots": sorted(slot_dtypes)},
+            "optimizer": describe(state, slot_dtypes, started, ranks),
             "data": positions,
             "layout": {"tensor": layout.tensor, "data": layout.data, "context": layout.context},
         },
@@ -164,6 +173,7 @@ def load_training_state(
     parallel_context: ParallelContext,
     *,
     optimizer: bool = True,
+    scheduler: bool = True,
     verify: bool = True,
     progress: Progress | None = None,
 ) -> TrainingState:
@@ -177,7 +187,8 @@ def load_training_state(
         engine: the training engine, built as for a new run.
         directory: a directory written by `save_training_state`.
         parallel_context: the context of the engine.
-        optimizer: False to load only the weights and start with a new optimizer.
+        optimizer: False to load only the weights and start with a new optimizer and schedule.
+        scheduler: False to keep the engine's learning rate or schedule, which begins at its start.
         verify: compare each file's checksum with the manifest.
         progress: called with (elements read, total elements) of this rank.
 
@@ -197,12 +208,13 @@ def load_training_state(
     axis = parallel_context.axis("tensor")
     table = engine.table
     before: OptimizerState = engine.optimizer_state()
-    slots = set().union(*ranks.gather({piece.slot for piece in before.pieces}))
+    held = held_slots(before.pieces, ranks)
 
     def opened_and_checked() -> _Opened:
         opened = _open(path, table)
         if optimizer:
-            _check_optimizer(opened.manifest, before.kind, slots)
+            saved = opened.manifest.state["optimizer"]
+            check_optimizer(saved, before, held, opened.slots, table, scheduler=scheduler)
         return opened
 
     opened = ranks.run_on_all(opened_and_checked, f"{path} cannot be loaded; nothing was changed")
@@ -210,15 +222,16 @@ def load_training_state(
         verify_files(path, opened.manifest, ranks)
 
     carried = {"weights"}
-    for pieces in _by_reader(list(engine.weight_pieces()), opened):
+    for pieces in _by_reader(list(engine.weight_pieces()), opened, table):
         read_pieces(*pieces, table, axis.rank, axis.size, progress)
     engine.weights_written()
     saved = opened.manifest.state
     if optimizer:
         state = engine.optimizer_state()  # after `weights_written`, which refreshes the fp32 copies
-        for pieces in _by_reader(list(state.pieces), opened):
+        for pieces in _by_reader(stored_pieces(state.pieces, saved["optimizer"].get("started", True)), opened, table):
             read_pieces(*pieces, table, axis.rank, axis.size, progress)
-        engine.optimizer_written(saved["optimizer"]["step"], saved["optimizer"]["lr"])
+        engine.optimizer_written(saved_state(saved["optimizer"], before, scheduler=scheduler))
+        warn_of_groups(saved["optimizer"], before, ranks)
         carried.add("optimizer")
     if _restore_random(path, saved["layout"], parallel_context, ranks):
         carried.add("random")
@@ -252,28 +265,21 @@ def _open(path: Path, table: WeightTable) -> _Opened:
     return _Opened(manifest, weights, slots)
 
 
-def _by_reader(pieces: list[Piece], opened: _Opened) -> list[tuple[TensorReader, list[Piece]]]:
+def _by_reader(pieces: list[Piece], opened: _Opened, table: WeightTable) -> list[tuple[TensorReader, list[Piece]]]:
     """Group pieces by reader. fp32 masters stand in for weights of a narrower dtype, and the other way round."""
     groups: dict[int, tuple[TensorReader, list[Piece]]] = {}
+    master = opened.slots.get(MASTER)
     for piece in pieces:
         if piece.slot in (WEIGHT, MASTER):
-            master = opened.slots.get(MASTER)
-            reader = master if master is not None and piece.values.dtype == torch.float32 else opened.weights
+            entry = table[piece.parameter]
+            names = {*entry.checkpoint_names, *entry.tied_names}
+            wide = master is not None and piece.values.dtype == torch.float32 and not names.isdisjoint(master.where)
+            reader = master if wide else opened.weights  # a frozen weight has no master
         else:
             reader = opened.slots[piece.slot]
+        assert reader is not None
         groups.setdefault(id(reader), (reader, []))[1].append(piece)
     return list(groups.values())
-
-
-def _check_optimizer(manifest: Manifest, kind: str, slots: set[str]) -> None:
-    saved = manifest.state["optimizer"]
-    mine, held = slots - {MASTER}, set(saved["slots"]) - {MASTER}
-    if saved["kind"] != kind or mine != held:
-        raise CheckpointError(
-            f"the optimizer state is incompatible: got {saved['kind']!r} with {sorted(held)}, expected {kind!r} with "
-            f"{sorted(mine)}. Pass optimizer=False to restore weights, step, data positions and random states and to "
-            "start with a new optimizer."
-        )
 
 
 def _slot_dtypes(pieces: list[Piece], ranks: Ranks) -> dict[str, dict[str, torch.dtype]]:

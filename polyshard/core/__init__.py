@@ -4,7 +4,7 @@ Imports only the standard library and torch, never a parallelism library. An ada
 uses the names exported here; see docs/how-to/write-an-adapter.md.
 """
 
-from polyshard.core.adapter import AdamW, Adapter, OptimizerFactory, StepResult, TrainingEngine
+from polyshard.core.adapter import Adapter, StepResult, TrainingEngine
 from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequences
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.capabilities import FEATURES, YES, Capabilities, Rejected, Support, no
@@ -23,7 +23,9 @@ from polyshard.core.errors import (
     WeightSyncError,
 )
 from polyshard.core.linear_adapter import FullLinearAdapter, LinearAdapter
+from polyshard.core.optimizer import AdamW, OptimizerFactory, TorchOptimizer
 from polyshard.core.parallel_layout import Axis, ParallelLayout
+from polyshard.core.parameter_groups import GroupSettings, ParameterGroup
 from polyshard.core.pieces import OptimizerState, Piece
 from polyshard.core.precision import Precision
 from polyshard.core.requirement import Requirement, UntestedVersionWarning
@@ -47,6 +49,7 @@ __all__ = [
     "CountTokens",
     "FullLinearAdapter",
     "GroupContext",
+    "GroupSettings",
     "LayoutError",
     "LinearAdapter",
     "MicroBatch",
@@ -57,6 +60,7 @@ __all__ = [
     "ParallelAxis",
     "ParallelContext",
     "ParallelLayout",
+    "ParameterGroup",
     "Piece",
     "PolyshardError",
     "Precision",
@@ -68,6 +72,7 @@ __all__ = [
     "StepResult",
     "SumLoss",
     "Support",
+    "TorchOptimizer",
     "TrainingEngine",
     "UnsupportedVersionError",
     "UntestedVersionWarning",

@@ -1,8 +1,8 @@
-"""The protocols of an adapter and of its training engine, and the AdamW settings that both read."""
+"""The protocols of an adapter and of its training engine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -13,46 +13,12 @@ from torch import nn
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.capabilities import Capabilities
 from polyshard.core.context import ParallelContext
+from polyshard.core.optimizer import OptimizerFactory
 from polyshard.core.parallel_layout import ParallelLayout
 from polyshard.core.pieces import OptimizerState, Piece
 from polyshard.core.precision import Precision
 from polyshard.core.requirement import Requirement
 from polyshard.core.weight_table import WeightTable
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdamW:
-    """The settings of AdamW. Calling it builds torch's optimizer; a library with its own AdamW reads the fields.
-
-    Weight decay is not applied to vectors (norms and biases).
-
-    Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization".
-
-    Example:
-        >>> optimizer = AdamW(lr=1e-3)(torch.nn.Linear(4, 4).named_parameters())
-        >>> [group["weight_decay"] for group in optimizer.param_groups]
-        [0.1, 0.0]
-    """
-
-    lr: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-
-    def __call__(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        """Return torch's AdamW for the parameters that require a gradient."""
-        trainable = [parameter for _, parameter in named_parameters if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=self.lr, betas=self.betas, eps=self.eps
-        )
-
-
-# The engine calls the factory after it has wrapped the model, because FSDP and ZeRO replace the parameters.
-OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +45,7 @@ class TrainingEngine(Protocol):
 
     Example:
         >>> context = ps.initialize("torch")
-        >>> engine = ps.load_adapter("torch").engine(ps.column_parallel(4, 2, context), AdamW(), context)
+        >>> engine = ps.load_adapter("torch").engine(ps.column_parallel(4, 2, context), ps.AdamW(), context)
         >>> engine.backward(engine(torch.ones(1, 4)).sum())
         >>> engine.step().skipped, engine.updates
         (False, 1)
@@ -128,8 +94,17 @@ class TrainingEngine(Protocol):
         """Clear the accumulated gradients."""
         ...
 
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next update; a parameter group multiplies it by its `lr_scale`."""
+        ...
+
     def set_learning_rate(self, lr: float) -> None:
-        """Set the learning rate, beginning with the next step."""
+        """Set the learning rate, beginning with the next step; parameter groups keep their ratios.
+
+        Raises:
+            ConfigurationError: the engine has a scheduler.
+        """
         ...
 
     def accumulate(self) -> AbstractContextManager[None]:
@@ -162,8 +137,12 @@ class TrainingEngine(Protocol):
         """Return the optimizer's state on this rank. It is created if no step has been taken yet."""
         ...
 
-    def optimizer_written(self, step: int, lr: float) -> None:
-        """Continue from update `step` with rate `lr`, after values were written into the optimizer's pieces."""
+    def optimizer_written(self, state: OptimizerState) -> None:
+        """Continue from a saved state, whose pieces have been written into the optimizer's.
+
+        Args:
+            state: its pieces and groups are not read. A scheduler keeps its own rate and state if `schedule` is None.
+        """
         ...
 
     def close(self) -> None:

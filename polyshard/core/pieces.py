@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from polyshard.core.context import ParallelAxis
+from polyshard.core.parameter_groups import GroupSettings
 
 WEIGHT = "weight"  # the slot of the parameters
 MASTER = "master"  # the slot of the optimizer's copy of the parameters in a wider dtype
@@ -62,8 +64,13 @@ class OptimizerState:
         kind: the meaning of the slots: `"adam"` for Adam and AdamW of any library, else the optimizer's qualified class
             name.
         step: number of completed updates.
-        lr: learning rate of the next update.
+        lr: learning rate of the next update, of a parameter group with scale 1.
         pieces: the pieces of all slots on this rank.
+        schedule: the state of the scheduler as plain JSON; None without one.
+        started: False if the slots only hold places for state that the first update will create.
+        scalars: numbers besides the count of steps that the optimizer keeps, equal for all parameters (NAdam's
+            `mu_product`).
+        groups: learning-rate scale and weight decay of each trained parameter, by its canonical name.
 
     Example:
         >>> context = ps.initialize("torch")
@@ -77,3 +84,7 @@ class OptimizerState:
     step: int
     lr: float
     pieces: Iterable[Piece]
+    schedule: Mapping[str, Any] | None = None
+    started: bool = True
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    groups: Mapping[str, GroupSettings] = field(default_factory=dict)

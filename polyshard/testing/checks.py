@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from polyshard.attention.context_parallel.shards import context_shard, context_unshard
-from polyshard.core.adapter import AdamW
 from polyshard.core.context import GroupContext, ParallelAxis, ParallelContext
 from polyshard.core.discovery import load_adapter
 from polyshard.core.errors import LayoutError, RankFailureError
+from polyshard.core.optimizer import AdamW
 from polyshard.core.weight_table import collect_layouts, copy_into_shard, stored_parts
 from polyshard.launch import initialize, shutdown
 from polyshard.layers.initialization import initialize_weights

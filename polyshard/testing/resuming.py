@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from polyshard.attention.context_parallel.shards import context_shard
 from polyshard.checkpoint import PendingSave, load_training_state, save_training_state
-from polyshard.core.adapter import AdamW
 from polyshard.core.context import ParallelContext
 from polyshard.core.discovery import load_adapter
+from polyshard.core.optimizer import AdamW
 from polyshard.launch import initialize, shutdown
 from polyshard.layers.initialization import initialize_weights
 from polyshard.testing import checks

@@ -88,8 +88,7 @@ def _masters(engine: Any) -> list[Piece]:
 
 
 def _masters_written(engine: Any) -> None:
-    state = engine.optimizer_state()
-    engine.optimizer_written(state.step, state.lr)
+    engine.optimizer_written(engine.optimizer_state())
 
 
 def _shards(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

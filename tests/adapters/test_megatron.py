@@ -28,7 +28,9 @@ RELIED_ON = {
         "DistributedDataParallel.no_sync": set(),
         "DistributedDataParallel.finish_grad_sync": set(),
     },
-    "optimizer/__init__.py": {"get_megatron_optimizer": {"use_gloo_process_groups", "pg_collection"}},
+    "optimizer/__init__.py": {
+        "get_megatron_optimizer": {"use_gloo_process_groups", "pg_collection", "config_overrides"},
+    },
     "parallel_state.py": {"_set_global_memory_buffer": set()},
 }  # fmt: skip
 FIELDS = {
@@ -41,8 +43,9 @@ FIELDS = {
     },
     "optimizer/optimizer_config.py": {
         "optimizer", "lr", "adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "clip_grad", "params_dtype",
-        "use_distributed_optimizer",
+        "use_distributed_optimizer", "sgd_momentum", "predicate", "fn",
     },
+    "optimizer_param_scheduler.py": {"max_lr", "start_wd", "end_wd"},
     "process_groups_config.py": {"tp", "pp", "mp", "dp", "dp_cp", "expt_dp", "intra_dp_cp", "intra_dist_opt"},
     "parallel_state.py": {"_TENSOR_MODEL_PARALLEL_GROUP", "_GLOBAL_MEMORY_BUFFER"},
 }  # fmt: skip

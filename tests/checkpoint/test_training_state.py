@@ -127,11 +127,18 @@ def test_everything_is_plain_safetensors_and_json(state):
     }
     manifest = json.loads((state / "polyshard.json").read_text())
     assert set(manifest["files"]) == files - {"polyshard.json"}
-    assert manifest["state"]["optimizer"] == {
+    optimizer = manifest["state"]["optimizer"]
+    decays = {name: group["weight_decay"] for group in optimizer.pop("groups") for name in group["parameters"]}
+    assert decays["embed.weight"] == 0.05
+    assert decays["norm.weight"] == 0.0
+    assert optimizer == {
         "kind": "adam",
         "step": 2,
         "lr": 3e-3,
         "slots": ["exp_avg", "exp_avg_sq"],
+        "started": True,
+        "scalars": {},
+        "schedule": None,
     }
     assert set(load_file(state / "model.safetensors")) == set(load_file(state / "training/exp_avg.safetensors"))
 

@@ -34,7 +34,10 @@ TOPICS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "training": (
         "Training",
         "Engines, optimizers, and one training step.",
-        ("TrainingEngine", "AdamW", "Precision", "train_batch", "BatchResult", "StepResult"),
+        (
+            *("TrainingEngine", "AdamW", "Muon", "TorchOptimizer", "ParameterGroup", "Precision"),
+            *("train_batch", "BatchResult", "StepResult"),
+        ),
     ),
     "checkpoints": (
         "Configurations and checkpoints",
@@ -59,7 +62,7 @@ TOPICS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
             *("Adapter", "LinearAdapter", "Capabilities", "Rejected", "WeightLayout", "Segment", "collect_layouts"),
             *("core.Requirement", "core.FullLinearAdapter", "core.Collectives", "core.ParallelAxis"),
             *("core.AttentionSpec", "core.PackedSequences", "core.WeightTable", "core.WeightEntry", "core.Piece"),
-            *("core.OptimizerState", "testing.AdapterSuite", "testing.run_ranks"),
+            *("core.OptimizerState", "core.GroupSettings", "testing.AdapterSuite", "testing.run_ranks"),
         ),
     ),
     "errors": (

@@ -198,22 +198,40 @@ def count_gradients(
                 start = optimizer.first_offset[group] if index == 0 else 0
             yield names[id(parameter)], gradient.reshape(-1), start
 
-    def norm(gradients: Any, parameters: Any, norm_type: float = 2) -> torch.Tensor:
-        assert norm_type == 2
+    def offloaded_runs(parameters: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
+        """Yield the same for gradients that ZeRO-Offload has copied to the CPU, beside the fp32 partitions."""
+        rank = torch.distributed.get_rank(groups[0]) if groups[0] is not None else 0
+        for parameter in parameters:
+            place = optimizer.grad_position.get(optimizer.get_param_id(parameter))
+            if place is None:
+                continue
+            group, to, count = place[0], place[-2], place[-1]
+            start = rank * parameter.ds_tensor.numel() if stage == 3 else place[1]
+            partitions = (
+                optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+            )
+            if partitions[group].grad is not None:
+                yield names[id(parameter)], partitions[group].grad.view(-1)[to : to + count], start
+
+    def norm_of(found: Iterator[tuple[str, torch.Tensor, int]]) -> torch.Tensor:
         squares = [
-            torch.linalg.vector_norm(part, dtype=torch.float32).square()
-            for run in runs(gradients, parameters)
-            for part in parts(*run)
+            torch.linalg.vector_norm(part, dtype=torch.float32).square() for run in found for part in parts(*run)
         ]
-        total = (
-            torch.stack(squares).sum() if squares else torch.zeros((), device=get_accelerator().current_device_name())
-        )
+        device = get_accelerator().current_device_name()
+        total = torch.stack(squares).sum().to(device) if squares else torch.zeros((), device=device)
         for group in groups:
             if group is not None:
                 torch.distributed.all_reduce(total, group=group)
         total = total.sqrt()
         return torch.where(total.isfinite(), total, -1.0)  # DeepSpeed's mark of a norm that is not finite
 
+    def norm(gradients: Any, parameters: Any, norm_type: float = 2) -> torch.Tensor:
+        assert norm_type == 2
+        return norm_of(runs(gradients, parameters))
+
+    optimizer.complete_grad_norm_calculation_for_cpu_offload = lambda parameters: norm_of(
+        offloaded_runs(parameters)
+    ).cpu()
     optimizer.get_grad_norm_direct = norm
 
 

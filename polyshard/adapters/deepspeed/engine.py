@@ -23,9 +23,11 @@ from polyshard.adapters.deepspeed.compat import (
     zero_fragments,
 )
 from polyshard.adapters.deepspeed.context import Mpu
+from polyshard.adapters.deepspeed.settings import check_config, with_offload
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
 from polyshard.adapters.shared.grad_norm import clip_factor, counted_parts, counted_square
+from polyshard.adapters.shared.offload import Offload, check_offload
 from polyshard.adapters.shared.quiet import printing_as_log
 from polyshard.adapters.shared.weights import check_shard
 from polyshard.core.adapter import OptimizerFactory, StepResult
@@ -35,6 +37,7 @@ from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, replica
 from polyshard.core.precision import Precision
 from polyshard.layers.forward_gradients import mark_gathered_per_call
 from polyshard.training.recompute import Recompute
+from polyshard.training.schedule import SchedulerFactory
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +55,16 @@ class DeepspeedEngine(BaseEngine):
             get float32 masters at stages 1 to 3.
         recompute: activations that are recomputed in the backward pass: `"none"`, `"selective"`, `"full"`, or a
             function that chooses modules.
+        scheduler: makes a scheduler of torch (`torch.optim.lr_scheduler`) from an optimizer. It advances with each
+            update that is not skipped, and parameter groups scale its rate.
         check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
             of several ranks; see `polyshard.manual_seed`.
+        offload: `"optimizer"` keeps masters and optimizer state on the CPU, and updates them there with torch's own
+            optimizer. It has run on CPU ranks only.
         config: further fields of DeepSpeed's configuration.
 
     Raises:
-        ConfigurationError: an unknown stage, or `gradient_accumulation_steps` in `config`.
+        ConfigurationError: an unknown stage; or in `config` gradient accumulation, a scheduler or an optimizer.
     """
 
     def __init__(
@@ -71,15 +78,13 @@ class DeepspeedEngine(BaseEngine):
         check_random: bool = True,
         precision: Precision | None = None,
         recompute: Recompute = "none",
+        scheduler: SchedulerFactory | None = None,
+        offload: Offload = "none",
         config: dict[str, Any] | None = None,
     ) -> None:
         if zero_stage not in (0, 1, 2, 3):
             raise ConfigurationError(f"zero_stage must be 0, 1, 2 or 3, got {zero_stage!r}")
-        if (config or {}).get("gradient_accumulation_steps", 1) != 1:
-            raise ConfigurationError(
-                "config['gradient_accumulation_steps'] must be 1: DeepSpeed would divide every loss by it. Accumulate "
-                "with train_batch(micro_batches), or around micro-batches with accumulate()"
-            )
+        check_config(config or {})
         _check_accelerator(context.device)
         super().__init__(
             model,
@@ -88,6 +93,7 @@ class DeepspeedEngine(BaseEngine):
             check_random=check_random,
             precision=precision,
             recompute=recompute,
+            scheduler=scheduler,
         )
         _check_precision(self.precision, zero_stage, config or {})
         self._stage = zero_stage
@@ -103,16 +109,19 @@ class DeepspeedEngine(BaseEngine):
             **_autocast(self.precision),
             **(config or {}),
         }
+        if check_offload(offload, context.device, zero_stage > 0, "zero_stage 1 to 3"):
+            settings = with_offload(settings, context.device)
         with self._guard("data parallel setup"), printing_as_log(logger, "DeepSpeed"):
             initialize: Any = deepspeed.initialize
             self._wrapped, self.optimizer, _, _ = initialize(
                 model=model,
                 model_parameters=[p for p in model.parameters() if p.requires_grad],
-                optimizer=optimizer(model.named_parameters()),
+                optimizer=self._build(optimizer, model.named_parameters(), held="flat" if zero_stage else "whole"),
                 config=settings,
                 mpu=Mpu(context),
                 dist_init_required=False,
             )
+        self._start_rate()
         axis = context.axis("tensor")
         if zero_stage == 3:
             mark_gathered_per_call(model.parameters())
@@ -147,6 +156,8 @@ class DeepspeedEngine(BaseEngine):
         skipped = bool(getattr(self.optimizer, "overflow", False))
         if skipped:
             self.updates -= 1  # counted above, since an error in the step may leave weights changed
+        else:
+            self._rate.updated()
         return StepResult(grad_norm=value, skipped=skipped)
 
     def zero_grad(self) -> None:
@@ -215,7 +226,7 @@ class DeepspeedEngine(BaseEngine):
             for slot, start, values in zero_fragments(self._wrapped.optimizer, base, parameter, self._stage, axis.rank):
                 if slot != MASTER or values.dtype != parameter.dtype:
                     pieces.append(Piece(parameter=name, slot=slot, start=start, values=values))
-        return optimizer_state.state(base, self.optimizer, pieces)
+        return self._state(pieces)
 
     def close(self) -> None:
         """Destroy the engine, and forget its mpu."""

@@ -34,6 +34,8 @@ CAPABILITIES = Capabilities(
         "casts": YES,
         "masters": YES,
         "float16": YES,
+        "optimizers": YES,
+        "offload": no("never", "OSS keeps the state on the device of the parameters"),
         "cpu": YES,
         "cuda": YES,
         "training": YES,
@@ -81,6 +83,8 @@ class FairscaleAdapter(BaseAdapter):
         """Return OSS with ShardedDataParallel or DDP around `model`; the options are those of `FairscaleEngine`."""
         from polyshard.adapters.fairscale.engine import FairscaleEngine
 
+        if options.pop("offload", "none") != "none":
+            self.capabilities.require("offload")
         return FairscaleEngine(model, optimizer, context, **options)
 
     @property

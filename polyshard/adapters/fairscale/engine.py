@@ -23,6 +23,7 @@ from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, OptimizerState, Piece
 from polyshard.core.precision import Precision
 from polyshard.training.recompute import Recompute
+from polyshard.training.schedule import SchedulerFactory
 
 
 class FairscaleEngine(BaseEngine):
@@ -38,6 +39,8 @@ class FairscaleEngine(BaseEngine):
             and their gradients are reduced in bfloat16.
         recompute: activations that are recomputed in the backward pass: `"none"`, `"selective"`, `"full"`, or a
             function that chooses modules.
+        scheduler: makes a scheduler of torch (`torch.optim.lr_scheduler`) from an optimizer. It advances with each
+            update that is not skipped, and parameter groups scale its rate.
         check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
             of several ranks; see `polyshard.manual_seed`.
     """
@@ -53,6 +56,7 @@ class FairscaleEngine(BaseEngine):
         check_random: bool = True,
         precision: Precision | None = None,
         recompute: Recompute = "none",
+        scheduler: SchedulerFactory | None = None,
     ) -> None:
         if zero_stage not in (1, 2):
             raise ConfigurationError(
@@ -65,9 +69,10 @@ class FairscaleEngine(BaseEngine):
             check_random=check_random,
             precision=precision,
             recompute=recompute,
+            scheduler=scheduler,
         )
         _check_precision(self.precision)
-        template = optimizer(model.named_parameters())
+        template = self._build(optimizer, model.named_parameters(), held="whole")
         group = replica_axis(context).group
         optimizer_class: Any = type(template)
         accepted = inspect.signature(optimizer_class).parameters  # defaults contain more than these
@@ -76,6 +81,7 @@ class FairscaleEngine(BaseEngine):
             settings |= {"inner": optimizer_class, "dtype": self.precision.optimizer}
             optimizer_class = OptimizerWithMasters
         self.optimizer = OSS(template.param_groups, optim=optimizer_class, group=group, **settings)
+        self._start_rate()
         # In stage 2 only the rank that owns the optimizer state of a parameter keeps its gradient.
         self._owned_only = zero_stage == 2 and replica_axis(context).size > 1
         with self._guard("data parallel setup"):
@@ -120,9 +126,9 @@ class FairscaleEngine(BaseEngine):
         if isinstance(self.optimizer.optim, OptimizerWithMasters):
             self.optimizer.optim.read_parameters()
 
-    def optimizer_written(self, step: int, lr: float) -> None:
-        """Continue from update `step`; the parameters are the masters, rounded, on every rank."""
-        super().optimizer_written(step, lr)
+    def optimizer_written(self, state: OptimizerState) -> None:
+        """Continue from a saved state; the parameters are the masters, rounded, on every rank."""
+        super().optimizer_written(state)
         if isinstance(self.optimizer.optim, OptimizerWithMasters):
             self.optimizer.optim.write_parameters()
             self.optimizer._broadcast_params()
@@ -139,7 +145,7 @@ class FairscaleEngine(BaseEngine):
             if updated is not parameter:
                 tensors[MASTER] = updated.detach()
             pieces += [Piece(parameter=name, slot=s, start=0, values=value.view(-1)) for s, value in tensors.items()]
-        return optimizer_state.state(base, self.optimizer, pieces)
+        return self._state(pieces)
 
     def _base_optimizer(self) -> Any:
         inner = self.optimizer.optim

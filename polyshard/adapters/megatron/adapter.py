@@ -34,6 +34,10 @@ CAPABILITIES = Capabilities(
         "casts": no("never", "Megatron keeps masters of bfloat16 parameters instead"),
         "masters": YES,
         "float16": YES,
+        "optimizers": no("never", "Megatron creates its own optimizer: AdamW, or at stage 0 SGD"),
+        "offload": no(
+            "notimpl", "its HybridDeviceOptimizer needs a GPU, and keeps state where no checkpoint finds it yet"
+        ),
         "cpu": YES,
         "cuda": YES,
         "training": YES,
@@ -81,6 +85,8 @@ class MegatronAdapter(BaseAdapter):
         """Return Megatron's DDP and optimizer around `model`; the options are those of `MegatronEngine`."""
         from polyshard.adapters.megatron.engine import MegatronEngine
 
+        if options.pop("offload", "none") != "none":
+            self.capabilities.require("offload")
         return MegatronEngine(model, optimizer, context, **options)
 
     @property

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from polyshard.adapters.shared.optimizer_state import materialize
 from polyshard.adapters.shared.quiet import printing_as_log
 from polyshard.core.errors import AdapterError
+from polyshard.core.parameter_groups import LR_SCALE, GroupSettings
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ with warnings.catch_warnings(record=True) as _warned, printing_as_log(logger, "M
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy as _cross_entropy
@@ -49,6 +51,7 @@ __all__ = [
     "cuda_as_cpu",
     "current_device_as_cpu",
     "get_megatron_optimizer",
+    "group_overrides",
     "layer_config",
     "optimizer_part",
     "process_groups",
@@ -128,6 +131,31 @@ def base_optimizer(optimizer: Any) -> Any:
     base = chained[0].optimizer
     materialize(base)
     return base
+
+
+def group_overrides(settings: Mapping[torch.nn.Parameter, GroupSettings | None], lr: float) -> dict[Any, Any]:
+    """Return `config_overrides` that give each parameter its learning rate and weight decay.
+
+    Every parameter gets one, since Megatron would otherwise decide by its own rule which weights are decayed.
+
+    Args:
+        settings: of each parameter; None for one that is not trained.
+        lr: learning rate of a parameter with scale 1.
+    """
+
+    def matches(wanted: GroupSettings) -> Callable[[torch.nn.Parameter], bool]:
+        return lambda parameter: settings[parameter] == wanted
+
+    overrides: dict[Any, Any] = {}
+    for found in sorted({found for found in settings.values() if found is not None}, key=str):
+        predicate = ParamPredicate(name=str(found), fn=matches(found))
+        overrides[ParamKey(predicate=predicate)] = {
+            "max_lr": lr * found.lr_scale,
+            "start_wd": found.weight_decay,
+            "end_wd": found.weight_decay,
+            LR_SCALE: found.lr_scale,
+        }
+    return overrides
 
 
 def optimizer_part(optimizer: Any, base: Any, parameter: torch.nn.Parameter) -> OptimizerPart | None:

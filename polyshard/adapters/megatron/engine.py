@@ -15,16 +15,20 @@ import torch.distributed as dist
 from torch import nn
 
 from polyshard.adapters.megatron import compat
+from polyshard.adapters.megatron.optimizer import own_optimizer
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
 from polyshard.adapters.shared.grad_norm import counted_parts
+from polyshard.adapters.shared.parameter_groups import check_patterns
 from polyshard.adapters.shared.weights import load_shards
-from polyshard.core.adapter import AdamW, OptimizerFactory, StepResult
+from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, replica_axis
-from polyshard.core.errors import AdapterError, ConfigurationError
+from polyshard.core.errors import ConfigurationError
+from polyshard.core.parameter_groups import group_settings
 from polyshard.core.pieces import MASTER, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision
 from polyshard.training.recompute import Recompute
+from polyshard.training.schedule import SchedulerFactory
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +38,16 @@ class MegatronEngine(BaseEngine):
 
     Args:
         model: the unwrapped model that its factory built with `context`.
-        optimizer: `polyshard.AdamW`; Megatron creates its own optimizer from these settings.
+        optimizer: `polyshard.AdamW`, or at stage 0 `polyshard.TorchOptimizer(torch.optim.SGD, ...)`; Megatron
+            creates its own optimizer from these settings.
         context: this process's parallel context, which this adapter initialized or adopted.
         zero_stage: 0 for FP32Optimizer, 1 for DistributedOptimizer.
         max_grad_norm: clip the whole model's gradient to this norm; None does not clip.
         precision: dtypes of the run. Parameters in bfloat16 or float16 get float32 masters; float16 scales the loss.
         recompute: activations that are recomputed in the backward pass: `"none"`, `"selective"`, `"full"`, or a
             function that chooses modules.
+        scheduler: makes a scheduler of torch (`torch.optim.lr_scheduler`) from an optimizer. It advances with each
+            update that is not skipped, and parameter groups scale its rate.
         check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
             of several ranks; see `polyshard.manual_seed`.
 
@@ -59,13 +66,11 @@ class MegatronEngine(BaseEngine):
         check_random: bool = True,
         precision: Precision | None = None,
         recompute: Recompute = "none",
+        scheduler: SchedulerFactory | None = None,
     ) -> None:
         if zero_stage not in (0, 1):
             raise ConfigurationError(f"zero_stage must be 0 or 1, got {zero_stage!r}")
-        if not isinstance(optimizer, AdamW):
-            raise AdapterError(
-                f"Megatron creates its own optimizer: got {type(optimizer).__name__}, expected polyshard.AdamW(...)"
-            )
+        own = own_optimizer(optimizer, zero_stage)
         super().__init__(
             model,
             context,
@@ -73,6 +78,7 @@ class MegatronEngine(BaseEngine):
             check_random=check_random,
             precision=precision,
             recompute=recompute,
+            scheduler=scheduler,
         )
         _check_precision(self.precision)
         parameters = self.precision.parameters
@@ -89,12 +95,9 @@ class MegatronEngine(BaseEngine):
             use_distributed_optimizer=sharded,
         )
         settings = compat.OptimizerConfig(
-            optimizer="adam",
-            lr=optimizer.lr,
-            adam_beta1=optimizer.betas[0],
-            adam_beta2=optimizer.betas[1],
-            adam_eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
+            **own.fields,
+            lr=own.lr,
+            weight_decay=own.weight_decay,
             clip_grad=max_grad_norm or 0.0,
             params_dtype=parameters,
             bf16=parameters == torch.bfloat16,
@@ -108,11 +111,22 @@ class MegatronEngine(BaseEngine):
             initialize=False,
             dtype=parameters,
         )
+        check_patterns(optimizer, self.table, context)
+        self._settings = {
+            self.table[name].name: group_settings(self.table[name].name, parameter, own.groups, own.weight_decay)
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        chosen = {model.get_parameter(entry.parameter): self._settings.get(entry.name) for entry in self.table.values()}
         with self._guard("data parallel setup"), compat.cuda_as_cpu(self.context.device):
             wrap: Any = compat.DistributedDataParallel  # typed for TransformerConfig; layer_config suffices
             self._wrapped = wrap(config=config, ddp_config=ddp_config, module=model, pg_collection=groups)
             self.optimizer = compat.get_megatron_optimizer(
-                settings, [self._wrapped], use_gloo_process_groups=False, pg_collection=groups
+                settings,
+                [self._wrapped],
+                config_overrides=compat.group_overrides(chosen, own.lr),
+                use_gloo_process_groups=False,
+                pg_collection=groups,
             )
         axis = context.axis("tensor")
         compat.count_gradients(
@@ -121,8 +135,9 @@ class MegatronEngine(BaseEngine):
             lambda name, values, start: counted_parts(self.table[name], values, start, axis.rank, axis.size),
         )
         for group in self.optimizer.param_groups:
-            # Megatron's OptimizerParamScheduler would do this; otherwise norms and biases would also be decayed.
-            group["weight_decay"] = optimizer.weight_decay * group.get("wd_mult", 1.0)
+            # Megatron's OptimizerParamScheduler would do this; otherwise every group would have the same.
+            group["weight_decay"] = group["start_wd"]
+        self._start_rate(own.lr)
         self.zero_grad()
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -142,6 +157,8 @@ class MegatronEngine(BaseEngine):
         if not updated:
             self.updates -= 1  # counted above, since an error in the step may leave weights changed
             logger.warning("Megatron's optimizer skipped this step: a gradient is not finite")
+        else:
+            self._rate.updated()
         return StepResult(grad_norm=None if norm is None else float(norm), skipped=not updated)
 
     def zero_grad(self) -> None:
@@ -193,7 +210,7 @@ class MegatronEngine(BaseEngine):
                     pieces.append(replicated_piece(name, slot, value, axis))
                 else:
                     pieces.append(Piece(parameter=name, slot=slot, start=found.start, values=value.view(-1)))
-        return optimizer_state.state(base, self.optimizer, pieces)
+        return self._state(pieces)
 
     def _masters(self) -> Iterator[tuple[str, torch.Tensor, int]]:
         """Yield this rank's part of each master: name, values, and the position of the first in the shard."""

@@ -16,16 +16,22 @@ from torch import nn
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.devices import check_devices
 from polyshard.adapters.shared.grad_norm import check_max_grad_norm, scale_gradients
+from polyshard.adapters.shared.learning_rate import LearningRate, set_scales
 from polyshard.adapters.shared.loss_scale import LossScale
+from polyshard.adapters.shared.parameter_groups import Held, check_elementwise, check_patterns, settings_of_groups
 from polyshard.core.adapter import StepResult
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
+from polyshard.core.optimizer import OptimizerFactory
+from polyshard.core.parameter_groups import GroupSettings
 from polyshard.core.pieces import WEIGHT, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision, precision_of
 from polyshard.core.weight_table import collect_layouts
 from polyshard.training.generators import GeneratorCheck
+from polyshard.training.muon import Muon
 from polyshard.training.recompute import Recompute, apply_recomputation
+from polyshard.training.schedule import SchedulerFactory
 from polyshard.training.train_batch import train_batch
 
 logger = logging.getLogger(__name__)
@@ -34,7 +40,7 @@ logger = logging.getLogger(__name__)
 class BaseEngine(ABC):
     """The library-independent part of `TrainingEngine`.
 
-    A subclass wraps the model with its library, and sets `_wrapped` and `optimizer`.
+    A subclass wraps the model with its library, sets `_wrapped` and `optimizer`, and then calls `_start_rate`.
 
     Args:
         model: the unwrapped model that its factory built with `context`.
@@ -43,12 +49,16 @@ class BaseEngine(ABC):
         check_random: compare random generators over the ranks before the first update.
         recompute: which activations are recomputed in the backward pass; see `apply_recomputation`.
         precision: dtypes of the run; default that of the parameters, with float32 in the optimizer.
+        scheduler: makes a scheduler of torch, which sets the learning rate of each update.
 
     Raises:
         ConfigurationError: the norm is not positive, or parameters are not on the context's device.
     """
 
     optimizer: Any  # the library's optimizer
+    _rate: LearningRate
+    _first_lr: float
+    _settings: dict[str, GroupSettings]  # of each trained parameter, by its canonical name
 
     def __init__(
         self,
@@ -59,6 +69,7 @@ class BaseEngine(ABC):
         check_random: bool,
         precision: Precision | None = None,
         recompute: Recompute = "none",
+        scheduler: SchedulerFactory | None = None,
     ) -> None:
         check_max_grad_norm(max_grad_norm)
         check_devices(model, context)
@@ -72,7 +83,32 @@ class BaseEngine(ABC):
         self._scale = LossScale(self.precision.loss_scale if self.precision.scales_loss else 1.0)
         self._undo_recomputation = apply_recomputation(model, recompute)
         self._max_grad_norm = max_grad_norm
+        self._scheduler = scheduler
         self._generators = GeneratorCheck(model, context, check_random)
+
+    def _build(
+        self, optimizer: OptimizerFactory, named: Iterable[tuple[str, nn.Parameter]], held: Held
+    ) -> torch.optim.Optimizer:
+        """Return the torch optimizer of parameters, which it gets by their canonical names.
+
+        Args:
+            optimizer: the user's.
+            named: by their names in the built model.
+            held: what the optimizer updates: whole tensor-parallel shards, DTensors of their rows, or parts of them
+                that the library flattens.
+        """
+        check_patterns(optimizer, self.table, self.context)
+        canonical = {self.table[name].name: parameter for name, parameter in named}
+        factory = optimizer.on(self.table, self.context) if isinstance(optimizer, Muon) else optimizer
+        built = factory(canonical.items())
+        check_elementwise(built, self.table.values(), canonical, self.context.axis("tensor").size, held)
+        self._first_lr = set_scales(built)
+        self._settings = settings_of_groups(built, canonical)
+        return built
+
+    def _start_rate(self, lr: float | None = None) -> None:
+        """Set the first learning rate, after `optimizer` has been set; by default that of the one that was built."""
+        self._rate = LearningRate(self.optimizer, self._first_lr if lr is None else lr, self._scheduler)
 
     @property
     def module(self) -> nn.Module:
@@ -132,6 +168,7 @@ class BaseEngine(ABC):
             self.updates += 1  # before the update: an error in it may leave weights changed
             scale_gradients(parameters, norm, self._max_grad_norm, self._scale.factor, local)
             self._update()
+            self._rate.updated()
         else:
             logger.warning("gradient norm is %s: this step is skipped", value)
         if self.precision.scales_loss:
@@ -162,10 +199,14 @@ class BaseEngine(ABC):
     def optimizer_state(self) -> OptimizerState:
         """Return the optimizer's state on this rank."""
 
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next update; a parameter group multiplies it by its `lr_scale`."""
+        return self._rate.lr
+
     def set_learning_rate(self, lr: float) -> None:
         """Set the learning rate of the following steps."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self._rate.set(lr)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield parameter names with their tensor-parallel shards, which are equal on all replicas."""
@@ -182,10 +223,27 @@ class BaseEngine(ABC):
         """Count the update; the pieces are views of the parameters, so nothing is copied."""
         self.updates += 1
 
-    def optimizer_written(self, step: int, lr: float) -> None:
-        """Set the update count and the learning rate after optimizer state was loaded."""
-        optimizer_state.set_step(self._base_optimizer(), step)
-        self.set_learning_rate(lr)
+    def optimizer_written(self, state: OptimizerState) -> None:
+        """Set update count, numbers and learning rate after optimizer state was loaded."""
+        base = self._base_optimizer()
+        optimizer_state.set_step(base, state.step)
+        optimizer_state.set_scalars(base, state.scalars)
+        optimizer_state.set_started(base, state.started)
+        self._rate.load(state.lr, state.schedule)
+
+    def _state(self, pieces: Iterable[Piece]) -> OptimizerState:
+        """Return the optimizer's state, of which the pieces are given."""
+        base, schedule = self._base_optimizer(), self._rate.schedule
+        return OptimizerState(
+            kind=optimizer_state.kind(base),
+            step=optimizer_state.get_step(base),
+            lr=self._rate.lr,
+            pieces=pieces,
+            schedule=None if schedule is None else schedule.state(),
+            started=optimizer_state.is_started(base),
+            scalars=optimizer_state.scalars(base),
+            groups=self._settings,
+        )
 
     def close(self) -> None:
         """Release the wrapper and the process group that it holds."""

@@ -96,4 +96,5 @@ def scale_gradients(
         factor = factor * clip_factor(norm / scale, max_norm)
     for parameter in parameters:
         if parameter.grad is not None:
-            local(parameter.grad).mul_(factor)
+            gradient = local(parameter.grad)
+            gradient.mul_(factor.to(gradient.device))  # an offloaded gradient is on the CPU

@@ -38,6 +38,8 @@ CAPABILITIES = Capabilities(
         "casts": YES,
         "masters": YES,
         "float16": YES,
+        "optimizers": YES,
+        "offload": YES,
         "cpu": YES,
         "cuda": YES,
         "training": YES,

@@ -28,7 +28,8 @@ def global_grad_norm(
         layout = table[name].layout
         if is_dtensor(parameter.grad) and not layout.has_replicas(tensor_axis.size):
             local = local_tensor(parameter.grad)
-            over_replicas = over_replicas + counted_square(local, layout, tensor_axis.rank, tensor_axis.size)
+            square = counted_square(local, layout, tensor_axis.rank, tensor_axis.size)
+            over_replicas = over_replicas + square.to(context.device)  # offloaded gradients are on the CPU
         else:
             whole = full_tensor(parameter.grad)
             everywhere = everywhere + counted_square(whole, layout, tensor_axis.rank, tensor_axis.size)

@@ -55,6 +55,13 @@ def mixed_precision_policy(compute: torch.dtype | None, reduce: torch.dtype | No
     return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
 
 
+def offload_policy(device: torch.device) -> Any:
+    """FSDP2's policy that keeps shards on the CPU; pinned memory needs an accelerator."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    return CPUOffloadPolicy(pin_memory=device.type != "cpu")
+
+
 def all_gather_flat(output: Tensor, source: Tensor, group: dist.ProcessGroup) -> None:
     """All-gather into one tensor; the function was renamed in torch 2.13."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -74,9 +81,11 @@ def local_tensor(tensor: Any) -> Any:
 
 
 def full_tensor(tensor: Any) -> Any:
-    """Return a DTensor gathered over its mesh (a collective), or the tensor itself."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
+    """Return a DTensor gathered over its mesh (a collective), on the mesh's device, or the tensor itself."""
+    if not is_dtensor(tensor):
+        return tensor
+    kind = tensor.device_mesh.device_type
+    return (tensor if tensor.device.type == kind else tensor.to(kind)).full_tensor()  # offloaded shards are on the CPU
 
 
 def is_dtensor(tensor: Any) -> bool:

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
 from polyshard.adapters.shared.masters import Masters, broadcast_parameters
+from polyshard.adapters.shared.offload import Offload, check_offload
 from polyshard.adapters.shared.weights import check_shard
 from polyshard.adapters.torch.clip import global_grad_norm
 from polyshard.adapters.torch.compat import (
@@ -23,6 +24,7 @@ from polyshard.adapters.torch.compat import (
     is_dtensor,
     local_tensor,
     mixed_precision_policy,
+    offload_policy,
     sharded_rows,
     unshard_gradient_sync,
 )
@@ -33,6 +35,7 @@ from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision
 from polyshard.training.recompute import Recompute
+from polyshard.training.schedule import SchedulerFactory
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +55,10 @@ class TorchEngine(BaseEngine):
             and by FSDP2's own policy under `"fsdp"`; narrower parameters get masters, under `"ddp"` only.
         recompute: activations that are recomputed in the backward pass: `"none"`, `"selective"`, `"full"`, or a
             function that chooses modules.
+        scheduler: makes a scheduler of torch (`torch.optim.lr_scheduler`) from an optimizer. It advances with each
+            update that is not skipped, and parameter groups scale its rate.
+        offload: `"optimizer"` keeps FSDP2's shards of parameters, gradients and optimizer state on the CPU, and updates
+            them there. It has run on CPU ranks only.
         shard_modules: for FSDP2, selects the modules that are gathered one at a time; by default the items of every
             ModuleList.
 
@@ -77,6 +84,8 @@ class TorchEngine(BaseEngine):
         check_random: bool = True,
         precision: Precision | None = None,
         recompute: Recompute = "none",
+        scheduler: SchedulerFactory | None = None,
+        offload: Offload = "none",
         shard_modules: Callable[[nn.Module], bool] | None = None,
     ) -> None:
         if data_parallel not in ("ddp", "fsdp"):
@@ -88,16 +97,18 @@ class TorchEngine(BaseEngine):
             check_random=check_random,
             precision=precision,
             recompute=recompute,
+            scheduler=scheduler,
         )
         replicas = replica_axis(context)
         self._sharded = data_parallel == "fsdp" and replicas.size > 1
         self._masters: Masters | None = None
         self._reducer: GradientReducer | None = None
         self._check_precision()
+        offloads = check_offload(offload, context.device, self._sharded, "data_parallel='fsdp' with several replicas")
         if data_parallel == "fsdp" and not self._sharded:
             logger.warning("fsdp does nothing at data-parallel size 1: the model is trained unsharded")
         if self._sharded:
-            _fully_shard(model, context, shard_modules or _is_list_item(model), self.precision)
+            _fully_shard(model, context, shard_modules or _is_list_item(model), self.precision, offloads)
         elif self.precision.has_masters:
             with self._guard("data parallel setup"):
                 broadcast_parameters(model, replicas.group, replicas.ranks)
@@ -110,7 +121,8 @@ class TorchEngine(BaseEngine):
                 self._wrapped = DistributedDataParallel(
                     model, process_group=replicas.group, gradient_as_bucket_view=True
                 )
-        self.optimizer = optimizer(self._updated())
+        self.optimizer = self._build(optimizer, self._updated(), held="rows" if self._sharded else "whole")
+        self._start_rate()
 
     @property
     def _autocasts(self) -> bool:
@@ -199,7 +211,7 @@ class TorchEngine(BaseEngine):
         ]
         if self._masters is not None:
             pieces += [self._piece(name, MASTER, master.detach()) for name, master in self._masters.narrow()]
-        return optimizer_state.state(self.optimizer, self.optimizer, pieces)
+        return self._state(pieces)
 
     def weights_written(self) -> None:
         """Count the update, and refresh the masters."""
@@ -207,9 +219,9 @@ class TorchEngine(BaseEngine):
         if self._masters is not None:
             self._masters.read_parameters()
 
-    def optimizer_written(self, step: int, lr: float) -> None:
-        """Continue from update `step`; the parameters are the masters, rounded."""
-        super().optimizer_written(step, lr)
+    def optimizer_written(self, state: OptimizerState) -> None:
+        """Continue from a saved state; the parameters are the masters, rounded."""
+        super().optimizer_written(state)
         if self._masters is not None:
             self._masters.write_parameters()
 
@@ -242,7 +254,11 @@ def _is_list_item(model: nn.Module) -> Callable[[nn.Module], bool]:
 
 
 def _fully_shard(
-    model: nn.Module, context: ParallelContext, chosen: Callable[[nn.Module], bool], precision: Precision
+    model: nn.Module,
+    context: ParallelContext,
+    chosen: Callable[[nn.Module], bool],
+    precision: Precision,
+    offloads: bool,
 ) -> None:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -252,6 +268,7 @@ def _fully_shard(
             precision.compute_dtype if precision.casts else None,
             precision.reduce if precision.reduce != precision.parameters or precision.casts else None,
         ),
+        **({"offload_policy": offload_policy(context.device)} if offloads else {}),
     )
     group = replica_axis(context).group
     assert group is not None

@@ -1,0 +1,102 @@
+"""Optimizers as data: AdamW, which every library has, and any optimizer of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyshard.core.errors import ConfigurationError
+from polyshard.core.parameter_groups import NamedParameters, ParameterGroup, build_optimizer
+
+# The engine calls the factory after it has wrapped the model, because FSDP and ZeRO replace the parameters. Names are
+# those of the model as written, without the modules that a library puts in between.
+OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamW:
+    """The settings of AdamW. Calling it builds torch's optimizer; a library with its own AdamW reads the fields.
+
+    Weight decay is not applied to vectors (norms and biases), unless a group says so. Parameters with
+    `requires_grad=False` are left out.
+
+    Attributes:
+        lr: learning rate.
+        betas: decay rates of both moments.
+        eps: added to the denominator.
+        weight_decay: of matrices.
+        groups: other rates and decays by parameter name. The first group that matches counts. Engines check that each
+            pattern matches a parameter.
+        fused: use torch's fused kernel; None for wherever torch has one for the device.
+
+    Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization".
+
+    Example:
+        >>> optimizer = AdamW(lr=1e-3)(torch.nn.Linear(4, 4).named_parameters())
+        >>> [group["weight_decay"] for group in optimizer.param_groups]
+        [0.1, 0.0]
+    """
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    groups: tuple[ParameterGroup, ...] = ()
+    fused: bool | None = None
+
+    def __call__(self, named_parameters: NamedParameters) -> torch.optim.Optimizer:
+        """Return torch's AdamW for the parameters that require a gradient."""
+        settings = {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
+        named = list(named_parameters)
+        if self.fused is not None:
+            return build_optimizer(torch.optim.AdamW, named, self.groups, {**settings, "fused": self.fused})
+        try:
+            return build_optimizer(torch.optim.AdamW, named, self.groups, {**settings, "fused": True})
+        except RuntimeError:  # torch has no fused kernel for this device or dtype
+            return build_optimizer(torch.optim.AdamW, named, self.groups, settings)
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class TorchOptimizer:
+    """An optimizer of torch, or another subclass of `torch.optim.Optimizer`, with its settings.
+
+    It must compute each element by itself, since engines shard parameters: torch's Adafactor and LBFGS do not, and
+    Muon does not (see `polyshard.Muon`). Weight decay is not applied to vectors, unless a group says so, and parameters
+    with `requires_grad=False` are left out. Megatron-Core has SGD and AdamW only.
+
+    Attributes:
+        cls: the class.
+        settings: its arguments.
+        groups: other rates and decays by parameter name; see `AdamW`.
+
+    Raises:
+        ConfigurationError: the optimizer has no learning rate.
+
+    Example:
+        >>> sgd = TorchOptimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
+        >>> sgd(torch.nn.Linear(4, 4).named_parameters()).param_groups[0]["momentum"]
+        0.9
+    """
+
+    cls: type[torch.optim.Optimizer]
+    settings: Mapping[str, Any]
+    groups: tuple[ParameterGroup, ...]
+
+    def __init__(
+        self, cls: type[torch.optim.Optimizer], /, *, groups: tuple[ParameterGroup, ...] = (), **settings: Any
+    ) -> None:
+        if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+            raise ConfigurationError(
+                f"TorchOptimizer takes a class: got {cls!r}, expected a subclass of torch.optim.Optimizer."
+            )
+        object.__setattr__(self, "cls", cls)
+        object.__setattr__(self, "settings", dict(settings))
+        object.__setattr__(self, "groups", groups)
+
+    def __call__(self, named_parameters: NamedParameters) -> torch.optim.Optimizer:
+        """Return the optimizer of the parameters that require a gradient."""
+        return build_optimizer(self.cls, named_parameters, self.groups, self.settings)
