@@ -36,6 +36,11 @@ TOPICS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         "Engines, optimizers, and one training step.",
         ("TrainingEngine", "AdamW", "Precision", "train_batch", "BatchResult", "StepResult"),
     ),
+    "data": (
+        "Data",
+        "Pack documents, and load them so that a run can be resumed.",
+        ("PackedDocuments", "packed_batch", "StepLoader"),
+    ),
     "checkpoints": (
         "Configurations and checkpoints",
         "Read and write Hugging Face directories and training states.",
