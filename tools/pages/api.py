@@ -37,9 +37,12 @@ TOPICS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         ("TrainingEngine", "AdamW", "Precision", "train_batch", "BatchResult", "StepResult"),
     ),
     "data": (
-        "Data",
-        "Pack documents, and load them so that a run can be resumed.",
-        ("PackedDocuments", "packed_batch", "StepLoader"),
+        "Data and monitoring",
+        "Pack documents, load them so that a run can be resumed, and record what each step does.",
+        (
+            *("PackedDocuments", "packed_batch", "StepLoader", "Monitor", "StepRecord", "JsonLines", "TensorBoard"),
+            *("ProgressBar", "model_flops", "ModelFlops", "known_peak_flops", "measured_peak_flops", "profile_steps"),
+        ),
     ),
     "checkpoints": (
         "Configurations and checkpoints",
