@@ -16,6 +16,7 @@ from polyshard.adapters.deepspeed.compat import (
     base_optimizer,
     count_gradients,
     deepspeed,
+    forget_autocast,
     forget_mpu,
     gather_persistent,
     gathered,
@@ -102,6 +103,7 @@ class DeepspeedEngine(BaseEngine):
             **_autocast(self.precision),
             **(config or {}),
         }
+        forget_autocast()
         with self._guard("data parallel setup"), printing_as_log(logger, "DeepSpeed"):
             initialize: Any = deepspeed.initialize
             self._wrapped, self.optimizer, _, _ = initialize(
