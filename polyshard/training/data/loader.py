@@ -157,7 +157,7 @@ class StepLoader:
         for name, value in micro_batch.items():
             if isinstance(value, torch.Tensor):
                 value = value.to(self._context.device, non_blocking=True)
-                if value.shape == shape:
+                if value.shape == shape and name != "cu_seqlens":  # boundaries are those of all tokens
                     value = context_shard(value, self._context, dim=value.dim() - 1)
             placed[name] = value
         return placed

@@ -119,6 +119,9 @@ class Monitor:
 
         Returns:
             The record, the same on every rank.
+
+        Raises:
+            ConfigurationError: a micro-batch has no `input_ids`.
         """
         now = time.perf_counter()
         total, self._began = now - self._began, now
@@ -172,6 +175,10 @@ class Monitor:
         context = self._context.axis("context").size
         tokens, flops = 0, 0.0
         for micro_batch in micro_batches:
+            if "input_ids" not in micro_batch:
+                raise ConfigurationError(
+                    f"a micro-batch has no input_ids to count: got {', '.join(micro_batch)}. Omit micro_batches."
+                )
             tokens += micro_batch["input_ids"].numel()
             if self._flops is not None:
                 flops += self._flops(sequence_lengths(micro_batch, context)) / context
