@@ -60,8 +60,12 @@ def test_flops_of_a_weight_with_more_dimensions_are_not_guessed():
 
 
 def test_figures_are_of_all_ranks_and_rank_0_writes_them(tmp_path):
-    record, other = run_ranks(monitored, 2, tmp_path)
+    model = save_tiny(tmp_path / "model", "llama")
+    (record, sharded), (other, _) = run_ranks(monitored, 2, tmp_path, model)
     assert record == other
+    context = ps.initialize("torch")
+    whole = ps.model_flops(ps.load_adapter("torch").engine(build(model, context), ps.AdamW(), context))
+    assert sharded([5, 7]) == whole([5, 7])
     assert (record.step, record.loss, record.grad_norm, record.learning_rate) == (3, 0.0, 0.5, 1e-3)
     assert (record.tokens, record.labels) == (2 * 8 * (1 + 2), 20)
     assert record.model_flops == record.tokens * 6 * 4 * 4

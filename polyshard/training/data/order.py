@@ -76,7 +76,6 @@ class RowOrder:
                 chosen += taken
                 at += len(taken)
                 if len(chosen) == self.batch:
-                    # The position of an epoch's end is the start of the next, so that it has one form only.
-                    yield chosen, Position(number, at) if at < end else Position(number + 1)
+                    yield chosen, Position(number, at)
                     chosen = []
             number, at = number + 1, 0

@@ -14,8 +14,8 @@ def steps_of(loader: ps.StepLoader, steps: int) -> list[list[list[int]]]:
     return [[batch["input_ids"].tolist() for batch in batches] for _, batches in zip(range(steps), loader)]
 
 
-def read_and_go_on(documents: list, length: int, batch: int, steps: int) -> tuple[list, dict, str]:
-    """Read some steps without workers, and some more from the position, in a worker process."""
+def read_and_go_on(documents: list, length: int, batch: int, steps: int) -> tuple[list, list[dict], str]:
+    """Read some steps without workers, and some more from the position, in a worker process that reads ahead."""
     multiprocessing.current_process()._config["daemon"] = False  # else this rank may have no process of its own
     context = ps.initialize("torch", timeout=60)
     rows = ps.PackedDocuments(documents, length)
@@ -29,7 +29,7 @@ def read_and_go_on(documents: list, length: int, batch: int, steps: int) -> tupl
         error = ""
     except ps.ConfigurationError as problem:
         error = str(problem)
-    return found, position, error
+    return found, [position, second.state_dict()], error
 
 
 def loss_at_context_2(directory: Path, documents: list, length: int) -> tuple[float, int]:

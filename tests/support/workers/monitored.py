@@ -8,12 +8,16 @@ from pathlib import Path
 import torch
 
 import polyshard as ps
+from support.workers.on_ranks import build
 
 SLOW = 0.15  # seconds
 
 
-def monitored(folder: Path) -> ps.StepRecord:
-    """Rank 0 is slow in reading, rank 1 in saving; each has as many rows as its number says. Steps are profiled."""
+def monitored(folder: Path, model: Path) -> tuple[ps.StepRecord, ps.ModelFlops]:
+    """Rank 0 is slow in reading, rank 1 in saving; each has as many rows as its number says. Steps are profiled.
+
+    Then the ranks share the layers of a model, whose FLOPs are counted.
+    """
     context = ps.initialize("torch", timeout=60)
     rank = context.rank
     sinks = [_never_called] if rank else [ps.JsonLines(folder / "steps.jsonl"), ps.TensorBoard(folder / "tensorboard")]
@@ -31,7 +35,13 @@ def monitored(folder: Path) -> ps.StepRecord:
             update = ps.StepResult(grad_norm=0.5, skipped=step == 1)
             record = monitor.record(step + 1, [batch, batch], result, update, learning_rate=1e-3)
             profiler.step()
-    return record
+    ps.shutdown(context)
+    return record, flops_at_tensor_2(model)
+
+
+def flops_at_tensor_2(model: Path) -> ps.ModelFlops:
+    context = ps.initialize("torch", tensor=2, timeout=60)
+    return ps.model_flops(ps.load_adapter("torch").engine(build(model, context), ps.AdamW(), context))
 
 
 def _never_called(record: ps.StepRecord) -> None:
