@@ -134,6 +134,8 @@ def test_rows_at_the_end_of_an_epoch(documents, caplog):
     assert carried[:count] != carried[count : 2 * count], "each epoch has its own order"
     assert set(carried[:count]) == set(carried[count : 2 * count])
     with caplog.at_level(logging.WARNING):
+        assert len(read(loader(epochs=1))) == count - over
+        assert f"{over} rows are dropped after the last epoch" in caplog.text
         dropped = read(loader(epochs=2, last="drop"))
     assert f"{over} of {count} rows are dropped" in caplog.text
     assert len(dropped) == 2 * (count - over)

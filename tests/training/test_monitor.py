@@ -146,7 +146,7 @@ def test_the_peak_of_a_device(monkeypatch):
         "NVIDIA A100-SXM4-80GB": 312e12,
         "T1000": None,
     }
-    for name, peak in {**names, "NVIDIA T1000": None}.items():
+    for name, peak in {**names, "NVIDIA RTX A4000": None}.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert ps.known_peak_flops(torch.device("cuda")) == peak
         assert ps.known_peak_flops(torch.device("cuda"), torch.float32) is None

@@ -90,6 +90,8 @@ class StepLoader:
             )
         if last == "drop" and len(rows) % batch:
             logger.warning("%d of %d rows are dropped in each epoch (last='drop')", len(rows) % batch, len(rows))
+        if last == "carry" and epochs is not None and len(rows) * epochs % batch:
+            logger.warning("%d rows are dropped after the last epoch", len(rows) * epochs % batch)
         self._rows, self._context, self._collate = rows, parallel_context, collate
         self._share, self._micro_batch, self._epochs, self._workers = axis, micro_batch, epochs, workers
         self._position = Position()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 
 import torch
 
-# Dense FLOPs per second in bfloat16, by a part of the name that torch gives to the device; the first that fits.
+# Dense FLOPs per second in bfloat16, by a word in the name that torch gives to the device; the first that fits.
 # Sources: the vendors' data sheets (values "with sparsity" halved).
 BFLOAT16: Mapping[str, float] = {
-    "B300": 2250e12,
+    "GB300": 2500e12,
     "GB200": 2500e12,
+    "B300": 2250e12,
     "B200": 2250e12,
     "GH200": 989e12,
     "H200": 989e12,
@@ -53,7 +55,8 @@ def known_peak_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16) 
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in BFLOAT16.items() if part in name), None)
+    # A whole word: an RTX A4000 is not an A40.
+    return next((peak for part, peak in BFLOAT16.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def measured_peak_flops(
