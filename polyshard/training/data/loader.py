@@ -81,10 +81,15 @@ class StepLoader:
                 f"the batch cannot be divided: got {batch} rows, expected a multiple of {axis.size} data-parallel "
                 f"ranks times {micro_batch} rows of a micro-batch."
             )
-        self._order = RowOrder(rows=len(rows), batch=batch, seed=seed, shuffle=shuffle, last=last)
+        ranks = Ranks.of(parallel_context)
+        self._order = ranks.run_on_all(
+            lambda: RowOrder(rows=len(rows), batch=batch, seed=seed, shuffle=shuffle, last=last),
+            "the loader cannot be built",
+            ConfigurationError,
+        )
         self._identity = {"rows": len(rows), "fingerprint": getattr(rows, "fingerprint", None)}
         settings = (self._order, self._identity, micro_batch, epochs)
-        if any(other != settings for other in Ranks.of(parallel_context).gather(settings)):
+        if any(other != settings for other in ranks.gather(settings)):
             raise ConfigurationError(
                 f"ranks have different data: got {settings} on this rank. Pass the same rows and settings on every one."
             )
