@@ -5,8 +5,6 @@ from __future__ import annotations
 from pydoc_data.topics import topics
 from typing import Any
 
-import torch
-
 VALIDATION_SHARE = 10  # every tenth topic is held out
 
 
@@ -15,18 +13,11 @@ def documents(validation: bool) -> list[str]:
     return [topics[name] for i, name in enumerate(sorted(topics)) if (i % VALIDATION_SHARE == 0) == validation]
 
 
-def token_rows(tokenizer: Any, length: int, validation: bool) -> torch.Tensor:
-    """Return the text as rows of `length + 1` tokens, for inputs and for labels shifted by one.
+def token_documents(tokenizer: Any, validation: bool) -> list[list[int]]:
+    """Return the token IDs of each topic, with the end-of-text token at its end.
 
     Args:
         tokenizer: a tokenizer of transformers.
-        length: number of input tokens in each row.
         validation: return the held-out topics.
-
-    Returns:
-        int64 `[rows, length + 1]`.
     """
-    end = tokenizer.eos_token_id
-    stream = [token for text in documents(validation) for token in [*tokenizer(text)["input_ids"], end]]
-    rows = len(stream) // (length + 1)
-    return torch.tensor(stream[: rows * (length + 1)]).view(rows, length + 1)
+    return [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in documents(validation)]

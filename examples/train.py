@@ -4,7 +4,9 @@
     torchrun --nproc-per-node 3 examples/train.py MODEL OUTPUT --tensor-parallel 3 --sequence-parallel
     torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT --adapter deepspeed --zero 3
     torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT --context-parallel 2
+    torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT --precision bfloat16 --recompute full --chunk-tokens 256
     torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT --states runs/a    # a restart continues the run
+    torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT --records runs/a   # JSON lines, and TensorBoard
 
 MODEL is a Hugging Face directory of a Llama, Qwen2, Qwen3 or Mistral model (`python examples/smollm2.py` prints one),
 and so is OUTPUT. Ranks that tensor and context parallel do not use form the data axis.
@@ -14,20 +16,24 @@ from __future__ import annotations
 
 import json
 import math
-import time
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import torch
 import transformers
 import typer
 from decoder import build_model
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from text import token_rows
+from text import token_documents
 
 import polyshard as ps
 
 NAME = "PolyshardDecoder"  # the architecture name under which servers find this model
+PRECISIONS = {
+    "float32": ps.Precision(),
+    "mixed": ps.Precision(compute=torch.bfloat16),  # float32 parameters, cast for each operation
+    "bfloat16": ps.Precision(parameters=torch.bfloat16),  # with float32 masters in the optimizer
+}
 
 
 def main(
@@ -39,12 +45,19 @@ def main(
     sequence_parallel: Annotated[bool, typer.Option(help="Shard activations along the sequence.")] = False,
     data_parallel: Annotated[str, typer.Option(help="ddp or fsdp (torch adapter).")] = "ddp",
     zero: Annotated[int | None, typer.Option(help="ZeRO stage (other adapters); default the library's.")] = None,
+    precision: Annotated[Literal["float32", "mixed", "bfloat16"], typer.Option(help="Dtypes of the run.")] = "float32",
+    recompute: Annotated[Literal["none", "selective", "full"], typer.Option(help="Activations to recompute.")] = "none",
+    chunk_tokens: Annotated[int | None, typer.Option(help="Tokens whose logits are in memory; default all.")] = None,
     steps: int = 32,
     batch: Annotated[int, typer.Option(help="Rows of each step, over all ranks.")] = 4,
+    micro_batch: Annotated[int | None, typer.Option(help="Rows of a micro-batch on one rank; default all.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of a row.")] = 128,
+    workers: Annotated[int, typer.Option(help="Processes of each rank that read data.")] = 0,
     learning_rate: float = 1e-4,
     validation_rows: int = 16,
     figures: Annotated[Path | None, typer.Option(help="Write losses and speeds here, as JSON.")] = None,
+    records: Annotated[Path | None, typer.Option(help="Write records of steps here, also for TensorBoard.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Write traces of torch.profiler here.")] = None,
     states: Annotated[Path | None, typer.Option(help="Save training states here, and go on from the latest.")] = None,
     every: Annotated[int, typer.Option(help="Steps between training states.")] = 8,
 ) -> None:
@@ -52,68 +65,73 @@ def main(
     context = ps.initialize(
         adapter, tensor=tensor_parallel, context=context_parallel, sequence_parallel=sequence_parallel
     )
-    rank, share = context.get_data_parallel_rank(), context.get_data_parallel_world_size()
+    ps.manual_seed(0, context)
     first = all(context.axis(name).rank == 0 for name in ("data", "tensor", "context"))
-    if batch % share or validation_rows % share:
-        raise typer.BadParameter(f"batch {batch} and {validation_rows} validation rows must divide over {share} ranks")
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    rows = token_rows(tokenizer, length, validation=False)
-    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
-    held_out = token_rows(tokenizer, length, validation=True)[:validation_rows]
+    rows, held_out = (ps.PackedDocuments(token_documents(tokenizer, held), length) for held in (False, True))
+    loader = ps.StepLoader(rows, context, batch=batch, micro_batch=micro_batch, workers=workers)
 
-    config = ps.read_config(model)
-    decoder = build_model(config, context)
+    config, dtypes = ps.read_config(model), PRECISIONS[precision]
+    decoder = build_model(config, context).to(dtypes.parameters)
     ps.load_checkpoint(decoder, model, context)
     trainer = ps.load_adapter(adapter).engine(
         decoder,
         ps.AdamW(lr=learning_rate, weight_decay=0.01),
         context,
+        precision=dtypes,
+        recompute=recompute,
         **engine_options(adapter, data_parallel, zero),
     )
+    loss = None if chunk_tokens is None else chunked_loss(decoder, context, chunk_tokens)
 
-    begin, pending = 0, None
     latest = ps.latest_checkpoint(states) if states else None
-    if latest is not None:
-        begin = ps.load_training_state(trainer, latest, context).step
+    if latest is None:
+        begin, before = 0, validation_loss(trainer, held_out, validation_rows, context)
+    else:
+        state = ps.load_training_state(trainer, latest, context, data={"loader": loader})
+        begin, before = state.step, state.data["validation_before"]
         if first:
             print(f"going on from {latest}", flush=True)
 
-    before = validation_loss(trainer, held_out, context)
-    losses, norms, speeds = [], [], []
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[line]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, disable=not first) as progress:
-        task = progress.add_task("training", total=steps, completed=begin, line="")
-        for step in range(begin, steps):
-            started = time.perf_counter()
-            trainer.set_learning_rate(learning_rate * schedule(step, steps))
-            chosen = rows[[(step * batch + i) % len(rows) for i in range(batch)]][rank::share]
-            inputs, labels = shards(chosen, context)
-            loss = trainer.train_batch([{"input_ids": inputs, "labels": labels}]).loss
-            norm = trainer.step().grad_norm
-            losses.append(float(loss))
-            norms.append(norm)
-            speeds.append(batch * length / (time.perf_counter() - started))
-            line = f"loss {losses[-1]:.3f}  {speeds[-1]:.0f} tokens/s  gradient norm {norm or math.nan:.2f}"
-            progress.update(task, advance=1, line=line)
-            if first and not progress.console.is_terminal and (step % 8 == 0 or step + 1 == steps):
-                print(f"step {step + 1:3d}/{steps}  {line}", flush=True)
+    sinks: list[Any] = [ps.ProgressBar(steps)]
+    if records is not None:
+        sinks += [ps.JsonLines(records / "steps.jsonl"), ps.TensorBoard(records / "tensorboard")]
+    compute = dtypes.compute or dtypes.parameters
+    peak = ps.known_peak_flops(context.device, compute) or ps.measured_peak_flops(context.device, compute)
+    profiler = ps.profile_steps(profile, context) if profile else None
+    pending, done = None, []
+    with (
+        ps.Monitor(context, sinks, flops=ps.model_flops(trainer), peak_flops=peak) as monitor,
+        profiler or nullcontext(),
+    ):
+        for step, micro_batches in zip(range(begin, steps), monitor.data(loader)):
+            rate = learning_rate * schedule(step, steps)
+            trainer.set_learning_rate(rate)
+            with monitor.phase("forward_backward"):
+                result = trainer.train_batch(micro_batches, loss)
+            with monitor.phase("step"):
+                update = trainer.step()
+            done.append(monitor.record(step + 1, micro_batches, result, update, learning_rate=rate))
+            if profiler:
+                profiler.step()
             if states and (step + 1) % every == 0:
-                if isinstance(pending, ps.PendingSave):
-                    pending.wait()
-                place = states / f"step-{step + 1:08d}"
-                pending = ps.save_training_state(
-                    trainer, place, context, step=step + 1, config=config, companions=model, asynchronous=True
-                )
+                with monitor.phase("save"):
+                    if isinstance(pending, ps.PendingSave):
+                        pending.wait()
+                    pending = ps.save_training_state(
+                        trainer,
+                        states / f"step-{step + 1:08d}",
+                        context,
+                        step=step + 1,
+                        config=config,
+                        data={"loader": loader, "validation_before": before},
+                        companions=model,
+                        asynchronous=True,
+                    )
     if isinstance(pending, ps.PendingSave):
         pending.wait()
-    after = validation_loss(trainer, held_out, context)
+    after = validation_loss(trainer, held_out, validation_rows, context)
 
     ps.save_checkpoint(
         trainer,
@@ -127,8 +145,10 @@ def main(
     if first:
         print(f"validation loss {before:.3f} -> {after:.3f}; saved {output}")
         if figures is not None:
-            numbers = {"validation_before": before, "validation_after": after, "losses": losses}
-            figures.write_text(json.dumps({**numbers, "gradient_norms": norms, "tokens_per_second": speeds}, indent=2))
+            columns = {"losses": "loss", "gradient_norms": "grad_norm", "tokens_per_second": "tokens_per_second"}
+            numbers: dict[str, Any] = {"validation_before": before, "validation_after": after}
+            numbers |= {title: [getattr(record, name) for record in done] for title, name in columns.items()}
+            figures.write_text(json.dumps(numbers, indent=2))
     trainer.close()
     ps.shutdown(context)
 
@@ -142,6 +162,16 @@ def engine_options(adapter: str, data_parallel: str, zero: int | None) -> dict[s
     return {"max_grad_norm": 1.0, **({} if zero is None else {"zero_stage": zero})}
 
 
+def chunked_loss(decoder: Any, context: ps.ParallelContext, chunk_tokens: int) -> Any:
+    """Return a loss for `train_batch` that never has the logits of all tokens in memory."""
+
+    def loss(hidden: torch.Tensor, micro_batch: Any) -> torch.Tensor:
+        labels = micro_batch["labels"]
+        return ps.lm_loss(hidden, decoder.compute_logits, labels, context, reduction="sum", chunk_tokens=chunk_tokens)
+
+    return loss
+
+
 def schedule(step: int, steps: int) -> float:
     """Return the learning rate factor: linear warm-up over a tenth of the steps, then cosine decay to a tenth."""
     warmup = max(1, steps // 10)
@@ -151,32 +181,21 @@ def schedule(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def validation_loss(trainer: ps.TrainingEngine, rows: torch.Tensor, context: ps.ParallelContext) -> float:
-    """Return the mean loss over held-out rows, which are divided evenly over data-parallel ranks.
-
-    The mean of the rows' losses is the mean over tokens, since all rows have the same number of labels.
-    """
-    mine = rows[context.get_data_parallel_rank() :: context.get_data_parallel_world_size()]
-    total = torch.zeros((), device=context.device)
-    for part in mine.split(4):
-        inputs, labels = shards(part, context)
-        total += trainer(inputs, labels=labels) * len(part)
-    return mean_over_data(total / len(mine), context)
-
-
-def shards(rows: torch.Tensor, context: ps.ParallelContext) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return this rank's part of the input IDs and labels of rows `[rows, length + 1]`."""
-    rows = rows.to(context.device)
-    inputs, labels = (ps.context_shard(part, context, dim=1) for part in (rows[:, :-1], rows[:, 1:]))
-    return inputs, labels
-
-
-def mean_over_data(value: torch.Tensor, context: ps.ParallelContext) -> float:
-    """Return the mean of a scalar over data-parallel ranks."""
-    axis = context.axis("data")
-    if axis.collectives is None:
-        return float(value)
-    return float(axis.collectives.all_reduce(value.detach())) / axis.size
+def validation_loss(
+    trainer: ps.TrainingEngine, rows: ps.PackedDocuments, count: int, context: ps.ParallelContext
+) -> float:
+    """Return the mean loss over the tokens of `count` rows, which are divided over data-parallel ranks."""
+    loader = ps.StepLoader(rows, context, batch=count, micro_batch=1, shuffle=False)
+    sums = torch.zeros(2, dtype=torch.float64, device=context.device)
+    for micro_batch in next(iter(loader)):
+        labels = (micro_batch["labels"] != -100).sum()
+        sums += torch.stack([trainer(**micro_batch) * labels, labels])
+    for name in ("data", "context"):
+        axis = context.axis(name)
+        if axis.collectives is not None:
+            sums = axis.collectives.all_reduce(sums)
+    total, labels = sums.tolist()
+    return total / labels
 
 
 if __name__ == "__main__":

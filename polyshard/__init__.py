@@ -64,8 +64,21 @@ if TYPE_CHECKING:
     from polyshard.layers.residual import add_residual
     from polyshard.layers.vocabulary import gather_logits, lm_head, vocab_embedding, vocab_parallel_cross_entropy
     from polyshard.registry import engine_errors, register_model, registered_models
+    from polyshard.training.data import PackedDocuments, StepLoader, packed_batch
     from polyshard.training.dropout import Dropout
     from polyshard.training.generators import manual_seed, sharded_random
+    from polyshard.training.monitor import (
+        JsonLines,
+        ModelFlops,
+        Monitor,
+        ProgressBar,
+        StepRecord,
+        TensorBoard,
+        known_peak_flops,
+        measured_peak_flops,
+        model_flops,
+        profile_steps,
+    )
     from polyshard.training.muon import Muon
     from polyshard.training.train_batch import train_batch
     from polyshard.transformers import transformers_model
@@ -117,7 +130,20 @@ _HOMES = {
         "WeightSyncError",
     ),
     "polyshard.training.generators": ("manual_seed", "sharded_random"),
+    "polyshard.training.data": ("PackedDocuments", "StepLoader", "packed_batch"),
     "polyshard.training.dropout": ("Dropout",),
+    "polyshard.training.monitor": (
+        "JsonLines",
+        "ModelFlops",
+        "Monitor",
+        "ProgressBar",
+        "StepRecord",
+        "TensorBoard",
+        "known_peak_flops",
+        "measured_peak_flops",
+        "model_flops",
+        "profile_steps",
+    ),
     "polyshard.layers.initialization": ("initialize_weights", "normal_initializer"),
     "polyshard.core.parallel_layout": ("ParallelLayout",),
     "polyshard.layers.linear": ("column_parallel", "qkv_parallel", "replicated_linear", "row_parallel"),

@@ -12,7 +12,6 @@ beside them, under the weights' names and in their logical shapes, so the state 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from polyshard.checkpoint.data_positions import plain_json, position_of, restore_data
 from polyshard.checkpoint.directory import find
 from polyshard.checkpoint.files import TensorReader
 from polyshard.checkpoint.load import check_fit, known_names, read_pieces
@@ -108,7 +108,8 @@ def save_training_state(
         parallel_context: the context of the engine.
         step: the training step, by which `latest_checkpoint` orders.
         config: fields of config.json: a mapping, a `ModelConfig`, or an object with `to_dict`.
-        data: this data-parallel rank's position in its data, as JSON (such as a loader's `state_dict()`).
+        data: this data-parallel rank's position in its data, and whatever else a run must remember: JSON, an object
+            with a `state_dict` of JSON, such as a `StepLoader`, or a mapping of names to them.
         architecture: this and the remaining arguments are those of `save_checkpoint`.
 
     Returns:
@@ -134,7 +135,7 @@ def save_training_state(
     for slot, by_name in slot_dtypes.items():
         files += _in_folder(plan_files(slot, stored_tensors(table, by_name, slot), max_shard_bytes))
 
-    data = ranks.run_on_all(lambda: _plain_json(data), f"saving {directory} failed; nothing was changed")
+    data = ranks.run_on_all(lambda: plain_json(data), f"saving {directory} failed; nothing was changed")
     first_of_replica = all(parallel_context.axis(a).rank == 0 for a in ("tensor", "context", "pipeline"))
     mine = (parallel_context.axis("data").rank, data) if first_of_replica else None
     positions = [d for _, d in sorted((x for x in ranks.gather(mine) if x is not None), key=lambda x: x[0])]
@@ -158,20 +159,12 @@ def save_training_state(
     return job.start(parallel_context, asynchronous, progress)
 
 
-def _plain_json(data: Any) -> Any:
-    try:
-        return json.loads(json.dumps(data))
-    except (TypeError, ValueError) as problem:
-        raise CheckpointError(
-            f"data is not plain JSON: {problem}, expected numbers, strings, lists and dicts."
-        ) from problem
-
-
 def load_training_state(
     engine: TrainingEngine,
     directory: str | Path,
     parallel_context: ParallelContext,
     *,
+    data: Any = None,
     optimizer: bool = True,
     scheduler: bool = True,
     verify: bool = True,
@@ -187,14 +180,18 @@ def load_training_state(
         engine: the training engine, built as for a new run.
         directory: a directory written by `save_training_state`.
         parallel_context: the context of the engine.
+        data: an object with `load_state_dict`, such as a `StepLoader`, or a mapping of names to such objects, in the
+            place of those given to `save_training_state`; each continues from its saved state.
         optimizer: False to load only the weights and start with a new optimizer and schedule.
         scheduler: False to keep the engine's learning rate or schedule, which begins at its start.
         verify: compare each file's checksum with the manifest.
         progress: called with (elements read, total elements) of this rank.
 
     Raises:
-        CheckpointError: the checkpoint is truncated or altered, does not match the model, or its optimizer state is
-            incompatible with the engine's optimizer; the message says what can be restored.
+        CheckpointError: the checkpoint is truncated or altered, does not match the model, its optimizer state is
+            incompatible with the engine's optimizer, or it has no state for `data`; the message says what can be
+            restored.
+        ConfigurationError: an object of `data` rejects its state.
 
     Example:
         >>> context = ps.initialize("torch")
@@ -217,9 +214,14 @@ def load_training_state(
             check_optimizer(saved, before, held, opened.slots, table, scheduler=scheduler)
         return opened
 
-    opened = ranks.run_on_all(opened_and_checked, f"{path} cannot be loaded; nothing was changed")
+    what = f"{path} cannot be loaded; nothing was changed"
+    opened = ranks.run_on_all(opened_and_checked, what)
     if verify:
         verify_files(path, opened.manifest, ranks)
+    positions = tuple(opened.manifest.state["data"])
+    position = position_of(positions, parallel_context.axis("data"))
+    if data is not None:
+        ranks.run_on_all(lambda: restore_data(data, position, len(positions)), what)
 
     carried = {"weights"}
     for pieces in _by_reader(list(engine.weight_pieces()), opened, table):
@@ -235,12 +237,7 @@ def load_training_state(
         carried.add("optimizer")
     if _restore_random(path, saved["layout"], parallel_context, ranks):
         carried.add("random")
-    positions = tuple(saved["data"])
-    same = len(positions) == parallel_context.axis("data").size
-    data = positions[parallel_context.axis("data").rank] if same else None
-    if not same and positions and all(position == positions[0] for position in positions):
-        data = positions[0]
-    return TrainingState(step=saved["step"], data=data, data_positions=positions, carried=frozenset(carried))
+    return TrainingState(step=saved["step"], data=position, data_positions=positions, carried=frozenset(carried))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,8 @@ from polyshard.layers.token_ids import check_ids_of, check_labels, check_present
 
 logger = logging.getLogger(__name__)
 
+_LOOKUP = "polyshard_lookup"  # marks embeddings, whose class is each library's own
+
 
 def vocab_embedding(
     num_embeddings: int, embedding_dim: int, parallel_context: ParallelContext, *, linear: Any = None
@@ -40,7 +42,13 @@ def vocab_embedding(
     attach_layouts(layer, {"weight": layout}, rank, size)
     if parallel_context.attention is None:  # a serving engine checks the IDs of its requests
         check_ids_of(layer, num_embeddings)
+    setattr(layer, _LOOKUP, True)
     return layer
+
+
+def looks_up(module: nn.Module) -> bool:
+    """Return whether a module reads rows of its weight, by token IDs, and does not multiply by it."""
+    return isinstance(module, nn.Embedding) or getattr(module, _LOOKUP, False)
 
 
 def lm_head(

@@ -1,1 +1,1 @@
-"""Training steps over micro-batches, random number generators and dropout."""
+"""Training steps over micro-batches, their data and monitoring, random number generators and dropout."""

@@ -26,11 +26,13 @@ def run(*command, **environment):
 @pytest.mark.vllm
 def test_train_at_tensor_parallel_3_and_generate(smollm2, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    small = ["--steps", "3", "--batch", "1", "--length", "48", "--validation-rows", "2"]
-    sizes = ["--tensor-parallel", "3", "--sequence-parallel"]
-    output, figures = tmp_path / "trained", tmp_path / "figures.json"
-    printed = run(*torchrun, EXAMPLES / "train.py", smollm2, output, *small, *sizes, "--figures", figures)
+    small = ["--steps", "3", "--batch", "1", "--length", "48", "--validation-rows", "2", "--learning-rate", "1e-5"]
+    sizes = ["--tensor-parallel", "3", "--sequence-parallel", "--precision", "mixed", "--recompute", "selective"]
+    output, figures, records = tmp_path / "trained", tmp_path / "figures.json", tmp_path / "records"
+    files = ["--figures", figures, "--records", records]
+    printed = run(*torchrun, EXAMPLES / "train.py", smollm2, output, *small, *sizes, *files)
     assert "validation loss" in printed
+    assert [json.loads(line)["step"] for line in (records / "steps.jsonl").read_text().splitlines()] == [1, 2, 3]
     numbers = json.loads(figures.read_text())
     assert len(numbers["losses"]) == 3
     assert numbers["validation_after"] < numbers["validation_before"]

@@ -39,6 +39,14 @@ TOPICS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
             *("train_batch", "BatchResult", "StepResult"),
         ),
     ),
+    "data": (
+        "Data and monitoring",
+        "Pack documents, load them so that a run can be resumed, and record what each step does.",
+        (
+            *("PackedDocuments", "packed_batch", "StepLoader", "Monitor", "StepRecord", "JsonLines", "TensorBoard"),
+            *("ProgressBar", "model_flops", "ModelFlops", "known_peak_flops", "measured_peak_flops", "profile_steps"),
+        ),
+    ),
     "checkpoints": (
         "Configurations and checkpoints",
         "Read and write Hugging Face directories and training states.",

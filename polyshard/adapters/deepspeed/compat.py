@@ -34,6 +34,7 @@ with printing_as_log(logger, "DeepSpeed"):
         VocabParallelLinear,
         set_autotp_mode,
     )
+    from deepspeed.runtime import torch_autocast as _autocast
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from deepspeed.sequence.cross_entropy import vocab_parallel_cross_entropy
     from deepspeed.utils import groups as _groups
@@ -55,6 +56,7 @@ __all__ = [
     "count_gradients",
     "deepspeed",
     "enter_training_mode",
+    "forget_autocast",
     "forget_mpu",
     "gather_persistent",
     "gathered",
@@ -92,6 +94,16 @@ def forget_mpu() -> None:
     """Clear the global in which an engine leaves its mpu, where the next engine would find it."""
     state: Any = _groups
     state.mpu = None
+
+
+def forget_autocast() -> None:
+    """Clear the global that an engine with `torch_autocast` leaves set; call it before an engine is built.
+
+    ZeRO's optimizers read it when they are built (stage_1_and_2.py and stage3.py, `is_autocast_initialized`): a later
+    engine without autocast would reduce gradients in the dtype of the parameters in place of float32.
+    """
+    state: Any = _autocast
+    state.TORCH_AUTOCAST_INITIALIZED, state.TORCH_AUTOCAST_DTYPE = False, None
 
 
 def gathered(parameters: Any, modifier_rank: int | None = None) -> Any:

@@ -16,6 +16,7 @@ from polyshard.adapters.deepspeed.compat import (
     base_optimizer,
     count_gradients,
     deepspeed,
+    forget_autocast,
     forget_mpu,
     gather_persistent,
     gathered,
@@ -111,6 +112,7 @@ class DeepspeedEngine(BaseEngine):
         }
         if check_offload(offload, context.device, zero_stage > 0, "zero_stage 1 to 3"):
             settings = with_offload(settings, context.device)
+        forget_autocast()
         with self._guard("data parallel setup"), printing_as_log(logger, "DeepSpeed"):
             initialize: Any = deepspeed.initialize
             self._wrapped, self.optimizer, _, _ = initialize(
