@@ -23,6 +23,7 @@ from polyshard.adapters.deepspeed.compat import (
     zero_fragments,
 )
 from polyshard.adapters.deepspeed.context import Mpu
+from polyshard.adapters.deepspeed.zero_settings import zero_settings
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
 from polyshard.adapters.shared.grad_norm import clip_factor, counted_parts, counted_square
@@ -33,6 +34,7 @@ from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision
+from polyshard.training.compile import Compile
 from polyshard.training.recompute import Recompute
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,7 @@ class DeepspeedEngine(BaseEngine):
             get float32 masters at stages 1 to 3.
         recompute: activations that are recomputed in the backward pass: `"none"`, `"selective"`, `"full"`, or a
             function that chooses modules.
+        compile: modules that torch.compile compiles: True for the blocks, or a function that chooses modules.
         check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
             of several ranks; see `polyshard.manual_seed`.
         config: further fields of DeepSpeed's configuration.
@@ -70,6 +73,7 @@ class DeepspeedEngine(BaseEngine):
         check_random: bool = True,
         precision: Precision | None = None,
         recompute: Recompute = "none",
+        compile: Compile = False,
         config: dict[str, Any] | None = None,
     ) -> None:
         if zero_stage not in (0, 1, 2, 3):
@@ -79,6 +83,7 @@ class DeepspeedEngine(BaseEngine):
                 "config['gradient_accumulation_steps'] must be 1: DeepSpeed would divide every loss by it. Accumulate "
                 "with train_batch(micro_batches), or around micro-batches with accumulate()"
             )
+        zero = zero_settings(zero_stage, config or {}, compile is not False)
         _check_accelerator(context.device)
         super().__init__(
             model,
@@ -87,6 +92,7 @@ class DeepspeedEngine(BaseEngine):
             check_random=check_random,
             precision=precision,
             recompute=recompute,
+            compile=compile,
         )
         _check_precision(self.precision, zero_stage, config or {})
         self._stage = zero_stage
@@ -96,11 +102,11 @@ class DeepspeedEngine(BaseEngine):
             "train_micro_batch_size_per_gpu": 1,  # only the unit of DeepSpeed's throughput log
             "gradient_accumulation_steps": 1,
             "gradient_clipping": max_grad_norm or 0.0,
-            "zero_optimization": {"stage": zero_stage},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**12,
             **_autocast(self.precision),
             **(config or {}),
+            "zero_optimization": zero,
         }
         with self._guard("data parallel setup"), printing_as_log(logger, "DeepSpeed"):
             initialize: Any = deepspeed.initialize
@@ -217,6 +223,7 @@ class DeepspeedEngine(BaseEngine):
     def close(self) -> None:
         """Destroy the engine, and forget its mpu."""
         self._undo_recomputation()
+        self._undo_compile()
         self._wrapped.destroy()
         forget_mpu()
 

@@ -34,6 +34,7 @@ CAPABILITIES = Capabilities(
         "casts": YES,
         "masters": YES,
         "float16": YES,
+        "compile": YES,
         "cpu": YES,
         "cuda": YES,
         "training": YES,

@@ -22,6 +22,7 @@ from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, OptimizerState, Piece
 from polyshard.core.precision import Precision
+from polyshard.training.compile import Compile
 from polyshard.training.recompute import Recompute
 
 
@@ -38,6 +39,7 @@ class FairscaleEngine(BaseEngine):
             and their gradients are reduced in bfloat16.
         recompute: activations that are recomputed in the backward pass: `"none"`, `"selective"`, `"full"`, or a
             function that chooses modules.
+        compile: modules that torch.compile compiles: True for the blocks, or a function that chooses modules.
         check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
             of several ranks; see `polyshard.manual_seed`.
     """
@@ -53,6 +55,7 @@ class FairscaleEngine(BaseEngine):
         check_random: bool = True,
         precision: Precision | None = None,
         recompute: Recompute = "none",
+        compile: Compile = False,
     ) -> None:
         if zero_stage not in (1, 2):
             raise ConfigurationError(
@@ -65,6 +68,7 @@ class FairscaleEngine(BaseEngine):
             check_random=check_random,
             precision=precision,
             recompute=recompute,
+            compile=compile,
         )
         _check_precision(self.precision)
         template = optimizer(model.named_parameters())

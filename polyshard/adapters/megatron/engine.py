@@ -24,6 +24,7 @@ from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import AdapterError, ConfigurationError
 from polyshard.core.pieces import MASTER, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision
+from polyshard.training.compile import Compile
 from polyshard.training.recompute import Recompute
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class MegatronEngine(BaseEngine):
         precision: dtypes of the run. Parameters in bfloat16 or float16 get float32 masters; float16 scales the loss.
         recompute: activations that are recomputed in the backward pass: `"none"`, `"selective"`, `"full"`, or a
             function that chooses modules.
+        compile: modules that torch.compile compiles: True for the blocks, or a function that chooses modules.
         check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
             of several ranks; see `polyshard.manual_seed`.
 
@@ -59,6 +61,7 @@ class MegatronEngine(BaseEngine):
         check_random: bool = True,
         precision: Precision | None = None,
         recompute: Recompute = "none",
+        compile: Compile = False,
     ) -> None:
         if zero_stage not in (0, 1):
             raise ConfigurationError(f"zero_stage must be 0 or 1, got {zero_stage!r}")
@@ -73,6 +76,7 @@ class MegatronEngine(BaseEngine):
             check_random=check_random,
             precision=precision,
             recompute=recompute,
+            compile=compile,
         )
         _check_precision(self.precision)
         parameters = self.precision.parameters

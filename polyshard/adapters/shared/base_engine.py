@@ -22,6 +22,7 @@ from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.pieces import WEIGHT, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision, precision_of
 from polyshard.core.weight_table import collect_layouts
+from polyshard.training.compile import Compile, apply_compile
 from polyshard.training.generators import GeneratorCheck
 from polyshard.training.recompute import Recompute, apply_recomputation
 from polyshard.training.train_batch import train_batch
@@ -40,6 +41,7 @@ class BaseEngine(ABC):
         max_grad_norm: maximum norm of the gradient of the full model; None disables clipping.
         check_random: compare random generators over the ranks before the first update.
         recompute: which activations are recomputed in the backward pass; see `apply_recomputation`.
+        compile: which modules torch.compile compiles; see `apply_compile`.
         precision: dtypes of the run; default that of the parameters, with float32 in the optimizer.
 
     Raises:
@@ -57,6 +59,7 @@ class BaseEngine(ABC):
         check_random: bool,
         precision: Precision | None = None,
         recompute: Recompute = "none",
+        compile: Compile = False,
     ) -> None:
         check_max_grad_norm(max_grad_norm)
         check_devices(model, context)
@@ -68,6 +71,7 @@ class BaseEngine(ABC):
         self._wrapped: Any = model
         self._guard = context.guard
         self._scale = LossScale(self.precision.loss_scale if self.precision.scales_loss else 1.0)
+        self._undo_compile = apply_compile(model, compile, exact=context.exact is not None)
         self._undo_recomputation = apply_recomputation(model, recompute)
         self._max_grad_norm = max_grad_norm
         self._generators = GeneratorCheck(model, context, check_random)
@@ -188,6 +192,7 @@ class BaseEngine(ABC):
     def close(self) -> None:
         """Release the wrapper and the process group that it holds."""
         self._undo_recomputation()
+        self._undo_compile()
         self._wrapped = self._module
 
     def _base_optimizer(self) -> Any:

@@ -32,6 +32,7 @@ from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision
+from polyshard.training.compile import Compile
 from polyshard.training.recompute import Recompute
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class TorchEngine(BaseEngine):
             and by FSDP2's own policy under `"fsdp"`; narrower parameters get masters, under `"ddp"` only.
         recompute: activations that are recomputed in the backward pass: `"none"`, `"selective"`, `"full"`, or a
             function that chooses modules.
+        compile: modules that torch.compile compiles: True for the blocks, or a function that chooses modules.
         shard_modules: for FSDP2, selects the modules that are gathered one at a time; by default the items of every
             ModuleList.
 
@@ -77,6 +79,7 @@ class TorchEngine(BaseEngine):
         check_random: bool = True,
         precision: Precision | None = None,
         recompute: Recompute = "none",
+        compile: Compile = False,
         shard_modules: Callable[[nn.Module], bool] | None = None,
     ) -> None:
         if data_parallel not in ("ddp", "fsdp"):
@@ -88,6 +91,7 @@ class TorchEngine(BaseEngine):
             check_random=check_random,
             precision=precision,
             recompute=recompute,
+            compile=compile,
         )
         replicas = replica_axis(context)
         self._sharded = data_parallel == "fsdp" and replicas.size > 1
