@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from support.models.tiny import save_tiny
+from support.models.tiny import VOCAB, save_tiny, tiny_config
 from support.workers.compiled import compiled_steps, model_with, packed_batches, state_of_compiled_into_eager, trained
 from torch import nn
 
@@ -114,6 +114,22 @@ def test_recomputation_outside_and_inside_of_a_compiled_block_repeats_its_random
     assert_equal_within_rounding(eager, compiled)
     assert_equal_within_rounding(compiled, recomputed)
     assert compiled["breaks"] == recomputed["breaks"] == 0
+
+
+@pytest.mark.usefixtures("captured")
+def test_transformers_models_have_no_graph_break_and_find_packed_sequences_in_it():
+    context, config = ps.initialize("torch"), tiny_config("llama")
+    rows = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
+    restarts = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2], list(range(12))])
+    batches = [{"input_ids": rows}, {"input_ids": rows[:, :9]}, {"input_ids": rows, "positions": restarts}]
+    outcomes = []
+    for compile in (False, True):
+        model = ps.transformers_model(config, context)
+        ps.initialize_weights(model, context, seed=0)
+        engine = ps.load_adapter("torch").engine(model, ps.AdamW(lr=1e-3), context, compile=compile)
+        outcomes.append(trained(engine, [{**batch, "labels": batch["input_ids"]} for batch in batches]))
+    assert_equal_within_rounding(*outcomes)
+    assert (outcomes[1]["graphs"], outcomes[1]["breaks"]) == (2, 0)  # positions that rows share have other strides
 
 
 @pytest.mark.usefixtures("captured")
