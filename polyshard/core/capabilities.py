@@ -30,6 +30,7 @@ FEATURES: Mapping[str, str] = {
     "float16": "computation in float16 with dynamic loss scaling",
     "optimizers": "elementwise optimizers of torch besides AdamW",
     "offload": "optimizer state and update on the CPU, with parameters on a GPU",
+    "compile": "torch.compile of a model's blocks in training",
     "cpu": "CPU with gloo",
     "cuda": "CUDA with NCCL",
     "training": "training (forward and backward pass)",

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from polyshard.attention.kernels import attention_operator as operator  # registers `polyshard::attention`
 from polyshard.core.errors import ConfigurationError
+from polyshard.layers import collective_operators as collectives
+from polyshard.training.blocks import chosen_modules, replace_forwards
 
 Mode = Literal["none", "selective", "full"]
 Recompute = Mode | Callable[[nn.Module], bool]
@@ -36,9 +38,9 @@ def apply_recomputation(model: nn.Module, recompute: Recompute) -> Callable[[], 
 
     Args:
         model: as built.
-        recompute: `"full"` keeps only the input of each block. `"selective"` also keeps the outputs of attention, and
-            those of matrix products if all layers are torch's or polyshard's. `"none"` changes nothing. A function
-            chooses modules that are recomputed in full.
+        recompute: `"full"` keeps only the input of each block. `"selective"` also keeps the outputs of attention and of
+            the collectives of torch's layers, and those of matrix products if all layers are torch's or polyshard's.
+            `"none"` changes nothing. A function chooses modules that are recomputed in full.
 
     Returns:
         A function that undoes it.
@@ -59,24 +61,11 @@ def apply_recomputation(model: nn.Module, recompute: Recompute) -> Callable[[], 
         )
     if recompute == "none":
         return lambda: None
-    blocks = {id(item) for module in model.modules() if isinstance(module, nn.ModuleList) for item in module}
-    chosen = [m for m in model.modules() if (recompute(m) if callable(recompute) else id(m) in blocks)]
-    if not chosen:
-        raise ConfigurationError(
-            f"recompute={recompute!r} finds nothing to recompute in {type(model).__name__}: it has no ModuleList, or "
-            "the function chose no module. Pass a function that returns True for the modules to recompute."
-        )
+    chosen = chosen_modules(model, "recompute", recompute, recompute if callable(recompute) else None)
     kept: tuple[Any, ...] | None = None
     if recompute == "selective":
-        kept = _ATTENTION + (_MATMULS if _sums_out_of_place(model) else ())
-    for module in chosen:
-        module.forward = _recomputed(module.forward, kept)
-
-    def undo() -> None:
-        for module in chosen:
-            module.__dict__.pop("forward", None)
-
-    return undo
+        kept = _ATTENTION + collectives.OPERATORS + (_MATMULS if _sums_out_of_place(model) else ())
+    return replace_forwards(chosen, lambda forward: _recomputed(forward, kept))
 
 
 def _sums_out_of_place(model: nn.Module) -> bool:

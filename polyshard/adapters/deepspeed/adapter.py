@@ -36,6 +36,7 @@ CAPABILITIES = Capabilities(
         "float16": no("notyet", "its loss scaling does not run on CPU, and has not been tested on CUDA"),
         "optimizers": YES,
         "offload": YES,
+        "compile": YES,
         "cpu": YES,
         "cuda": YES,
         "training": YES,

@@ -25,6 +25,7 @@ from polyshard.adapters.deepspeed.compat import (
 )
 from polyshard.adapters.deepspeed.context import Mpu
 from polyshard.adapters.deepspeed.settings import check_config, with_offload
+from polyshard.adapters.deepspeed.zero_settings import zero_settings
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
 from polyshard.adapters.shared.grad_norm import clip_factor, counted_parts, counted_square
@@ -37,6 +38,7 @@ from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision
 from polyshard.layers.forward_gradients import mark_gathered_per_call
+from polyshard.training.compile import Compile
 from polyshard.training.recompute import Recompute
 from polyshard.training.schedule import SchedulerFactory
 
@@ -58,6 +60,7 @@ class DeepspeedEngine(BaseEngine):
             function that chooses modules.
         scheduler: makes a scheduler of torch (`torch.optim.lr_scheduler`) from an optimizer. It advances with each
             update that is not skipped, and parameter groups scale its rate.
+        compile: modules that torch.compile compiles: True for the blocks, or a function that chooses modules.
         check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
             of several ranks; see `polyshard.manual_seed`.
         offload: `"optimizer"` keeps masters and optimizer state on the CPU, and updates them there with torch's own
@@ -81,11 +84,13 @@ class DeepspeedEngine(BaseEngine):
         recompute: Recompute = "none",
         scheduler: SchedulerFactory | None = None,
         offload: Offload = "none",
+        compile: Compile = False,
         config: dict[str, Any] | None = None,
     ) -> None:
         if zero_stage not in (0, 1, 2, 3):
             raise ConfigurationError(f"zero_stage must be 0, 1, 2 or 3, got {zero_stage!r}")
         check_config(config or {})
+        zero = zero_settings(zero_stage, config or {}, compile is not False)
         _check_accelerator(context.device)
         super().__init__(
             model,
@@ -95,6 +100,7 @@ class DeepspeedEngine(BaseEngine):
             precision=precision,
             recompute=recompute,
             scheduler=scheduler,
+            compile=compile,
         )
         _check_precision(self.precision, zero_stage, config or {})
         self._stage = zero_stage
@@ -104,11 +110,11 @@ class DeepspeedEngine(BaseEngine):
             "train_micro_batch_size_per_gpu": 1,  # only the unit of DeepSpeed's throughput log
             "gradient_accumulation_steps": 1,
             "gradient_clipping": max_grad_norm or 0.0,
-            "zero_optimization": {"stage": zero_stage},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**12,
             **_autocast(self.precision),
             **(config or {}),
+            "zero_optimization": zero,
         }
         if check_offload(offload, context.device, zero_stage > 0, "zero_stage 1 to 3"):
             settings = with_offload(settings, context.device)
@@ -233,6 +239,7 @@ class DeepspeedEngine(BaseEngine):
     def close(self) -> None:
         """Destroy the engine, and forget its mpu."""
         self._undo_recomputation()
+        self._undo_compile()
         self._wrapped.destroy()
         forget_mpu()
 

@@ -36,6 +36,7 @@ CAPABILITIES = Capabilities(
         "float16": YES,
         "optimizers": YES,
         "offload": no("never", "OSS keeps the state on the device of the parameters"),
+        "compile": YES,
         "cpu": YES,
         "cuda": YES,
         "training": YES,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fairscale.nn.data_parallel import ShardedDataParallel
@@ -10,6 +11,8 @@ from fairscale.nn.model_parallel.cross_entropy import vocab_parallel_cross_entro
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from fairscale.optim.oss import OSS
 from torch import nn
+
+from polyshard.adapters.shared.options import checked_options, parameters_of
 
 _state: Any = initialize
 
@@ -21,6 +24,7 @@ __all__ = [
     "get_group",
     "set_group",
     "sharded_data_parallel",
+    "sharded_options",
     "vocab_parallel_cross_entropy",
 ]
 
@@ -35,13 +39,27 @@ def set_group(group: Any) -> None:
     _state._MODEL_PARALLEL_GROUP = group
 
 
-def sharded_data_parallel(model: nn.Module, optimizer: OSS, group: Any) -> ShardedDataParallel:
+def sharded_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return checked options of ShardedDataParallel.
+
+    Raises:
+        ConfigurationError: an unknown name, or one that the engine sets itself.
+    """
+    # reduce_fp16 would round the gradients, which polyshard.Precision decides; without the synchronization at the start
+    # ranks may start from different weights.
+    reserved = {"module", "sharded_optimizer", "process_group", "reduce_fp16", "sync_models_at_startup"}
+    return checked_options("ddp_options", options, parameters_of(ShardedDataParallel, reserved))
+
+
+def sharded_data_parallel(
+    model: nn.Module, optimizer: OSS, group: Any, options: Mapping[str, Any]
+) -> ShardedDataParallel:
     """Return ShardedDataParallel that keeps the gradients it owns on a group that is not the world.
 
     sharded_ddp.py:431 compares `dst_rank`, a rank within the group, with `_global_rank`, and drops the gradients that
     this rank owns if the two differ. Training with tensor parallelism would then be silently wrong. The attribute is
     read nowhere else. `tests/adapters/test_fairscale.py` fails when FairScale no longer needs this.
     """
-    sharded = ShardedDataParallel(model, optimizer, process_group=group)
+    sharded = ShardedDataParallel(model, optimizer, process_group=group, **options)
     sharded._global_rank = sharded._rank
     return sharded

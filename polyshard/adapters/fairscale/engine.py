@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,17 +11,19 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from polyshard.adapters.fairscale.compat import OSS, sharded_data_parallel
+from polyshard.adapters.fairscale.compat import OSS, sharded_data_parallel, sharded_options
 from polyshard.adapters.fairscale.masters import OptimizerWithMasters
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
 from polyshard.adapters.shared.grad_norm import counted_square
+from polyshard.adapters.shared.options import ddp_options as checked_ddp_options
 from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, OptimizerState, Piece
 from polyshard.core.precision import Precision
+from polyshard.training.compile import Compile
 from polyshard.training.recompute import Recompute
 from polyshard.training.schedule import SchedulerFactory
 
@@ -41,8 +43,11 @@ class FairscaleEngine(BaseEngine):
             function that chooses modules.
         scheduler: makes a scheduler of torch (`torch.optim.lr_scheduler`) from an optimizer. It advances with each
             update that is not skipped, and parameter groups scale its rate.
+        compile: modules that torch.compile compiles: True for the blocks, or a function that chooses modules.
         check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
             of several ranks; see `polyshard.manual_seed`.
+        ddp_options: arguments of torch's DistributedDataParallel at stage 1, of ShardedDataParallel at stage 2, such as
+            `reduce_buffer_size`.
     """
 
     def __init__(
@@ -57,11 +62,14 @@ class FairscaleEngine(BaseEngine):
         precision: Precision | None = None,
         recompute: Recompute = "none",
         scheduler: SchedulerFactory | None = None,
+        compile: Compile = False,
+        ddp_options: Mapping[str, Any] | None = None,
     ) -> None:
         if zero_stage not in (1, 2):
             raise ConfigurationError(
                 f"zero_stage must be 1 (OSS with DDP) or 2 (OSS with ShardedDDP), got {zero_stage!r}"
             )
+        ddp = sharded_options(ddp_options) if zero_stage == 2 else checked_ddp_options(ddp_options)
         super().__init__(
             model,
             context,
@@ -70,6 +78,7 @@ class FairscaleEngine(BaseEngine):
             precision=precision,
             recompute=recompute,
             scheduler=scheduler,
+            compile=compile,
         )
         _check_precision(self.precision)
         template = self._build(optimizer, model.named_parameters(), held="whole")
@@ -86,9 +95,9 @@ class FairscaleEngine(BaseEngine):
         self._owned_only = zero_stage == 2 and replica_axis(context).size > 1
         with self._guard("data parallel setup"):
             self._wrapped = (
-                sharded_data_parallel(model, self.optimizer, group)
+                sharded_data_parallel(model, self.optimizer, group, ddp)
                 if zero_stage == 2
-                else DistributedDataParallel(model, process_group=group)
+                else DistributedDataParallel(model, process_group=group, **ddp)
             )
 
     def backward(self, loss: torch.Tensor) -> None:

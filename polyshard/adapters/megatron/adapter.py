@@ -38,6 +38,7 @@ CAPABILITIES = Capabilities(
         "offload": no(
             "notimpl", "its HybridDeviceOptimizer needs a GPU, and keeps state where no checkpoint finds it yet"
         ),
+        "compile": YES,
         "cpu": YES,
         "cuda": YES,
         "training": YES,

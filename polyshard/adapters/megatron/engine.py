@@ -6,7 +6,7 @@ Both wrap any module, and take an explicit collection of process groups.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,6 +19,7 @@ from polyshard.adapters.megatron.optimizer import own_optimizer
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
 from polyshard.adapters.shared.grad_norm import counted_parts
+from polyshard.adapters.shared.options import checked_options
 from polyshard.adapters.shared.parameter_groups import check_patterns
 from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import OptimizerFactory, StepResult
@@ -27,6 +28,7 @@ from polyshard.core.errors import ConfigurationError
 from polyshard.core.parameter_groups import group_settings
 from polyshard.core.pieces import MASTER, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision
+from polyshard.training.compile import Compile
 from polyshard.training.recompute import Recompute
 from polyshard.training.schedule import SchedulerFactory
 
@@ -48,11 +50,15 @@ class MegatronEngine(BaseEngine):
             function that chooses modules.
         scheduler: makes a scheduler of torch (`torch.optim.lr_scheduler`) from an optimizer. It advances with each
             update that is not skipped, and parameter groups scale its rate.
+        compile: modules that torch.compile compiles: True for the blocks, or a function that chooses modules.
         check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
             of several ranks; see `polyshard.manual_seed`.
+        ddp_options: fields of Megatron's DistributedDataParallelConfig: `overlap_grad_reduce`, `bucket_size` and
+            `pad_buckets_for_high_nccl_busbw`.
 
     Raises:
         AdapterError: another optimizer.
+        ConfigurationError: a stage, a precision or an option that the engine does not support.
     """
 
     def __init__(
@@ -67,10 +73,13 @@ class MegatronEngine(BaseEngine):
         precision: Precision | None = None,
         recompute: Recompute = "none",
         scheduler: SchedulerFactory | None = None,
+        compile: Compile = False,
+        ddp_options: Mapping[str, Any] | None = None,
     ) -> None:
         if zero_stage not in (0, 1):
             raise ConfigurationError(f"zero_stage must be 0 or 1, got {zero_stage!r}")
         own = own_optimizer(optimizer, zero_stage)
+        overlap = _checked_options(ddp_options)
         super().__init__(
             model,
             context,
@@ -79,6 +88,7 @@ class MegatronEngine(BaseEngine):
             precision=precision,
             recompute=recompute,
             scheduler=scheduler,
+            compile=compile,
         )
         _check_precision(self.precision)
         parameters = self.precision.parameters
@@ -91,8 +101,8 @@ class MegatronEngine(BaseEngine):
         sharded = zero_stage == 1
         ddp_config = compat.DistributedDataParallelConfig(
             grad_reduce_in_fp32=self.precision.reduce == torch.float32,
-            overlap_grad_reduce=False,
             use_distributed_optimizer=sharded,
+            **overlap,
         )
         settings = compat.OptimizerConfig(
             **own.fields,
@@ -222,6 +232,23 @@ class MegatronEngine(BaseEngine):
 
     def _base_optimizer(self) -> Any:
         return compat.base_optimizer(self.optimizer)
+
+
+def _checked_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    if (options or {}).get("overlap_param_gather"):
+        raise ConfigurationError(
+            "overlap_param_gather is unsupported: between a step and the next forward pass Megatron's weights would be "
+            "those before the step, and checkpoints and weight syncs would read them. Omit it; overlap_grad_reduce is "
+            "supported."
+        )
+    names = {"overlap_grad_reduce", "bucket_size", "pad_buckets_for_high_nccl_busbw"}
+    overlap = {"overlap_grad_reduce": False, **checked_options("ddp_options", options, names)}
+    if overlap.get("bucket_size") is not None and not overlap["overlap_grad_reduce"]:
+        raise ConfigurationError(
+            "bucket_size has no effect: Megatron makes one bucket without overlap_grad_reduce. Pass "
+            "overlap_grad_reduce=True, too."
+        )
+    return overlap
 
 
 def _check_precision(precision: Precision) -> None:

@@ -28,6 +28,7 @@ from polyshard.core.parameter_groups import GroupSettings
 from polyshard.core.pieces import WEIGHT, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision, precision_of
 from polyshard.core.weight_table import collect_layouts
+from polyshard.training.compile import Compile, apply_compile
 from polyshard.training.generators import GeneratorCheck
 from polyshard.training.muon import Muon
 from polyshard.training.recompute import Recompute, apply_recomputation
@@ -48,6 +49,7 @@ class BaseEngine(ABC):
         max_grad_norm: maximum norm of the gradient of the full model; None disables clipping.
         check_random: compare random generators over the ranks before the first update.
         recompute: which activations are recomputed in the backward pass; see `apply_recomputation`.
+        compile: which modules torch.compile compiles; see `apply_compile`.
         precision: dtypes of the run; default that of the parameters, with float32 in the optimizer.
         scheduler: makes a scheduler of torch, which sets the learning rate of each update.
 
@@ -70,6 +72,7 @@ class BaseEngine(ABC):
         precision: Precision | None = None,
         recompute: Recompute = "none",
         scheduler: SchedulerFactory | None = None,
+        compile: Compile = False,
     ) -> None:
         check_max_grad_norm(max_grad_norm)
         check_devices(model, context)
@@ -81,6 +84,7 @@ class BaseEngine(ABC):
         self._wrapped: Any = model
         self._guard = context.guard
         self._scale = LossScale(self.precision.loss_scale if self.precision.scales_loss else 1.0)
+        self._undo_compile = apply_compile(model, compile, exact=context.exact is not None)
         self._undo_recomputation = apply_recomputation(model, recompute)
         self._max_grad_norm = max_grad_norm
         self._scheduler = scheduler
@@ -248,6 +252,7 @@ class BaseEngine(ABC):
     def close(self) -> None:
         """Release the wrapper and the process group that it holds."""
         self._undo_recomputation()
+        self._undo_compile()
         self._wrapped = self._module
 
     def _base_optimizer(self) -> Any:

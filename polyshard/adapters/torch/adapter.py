@@ -40,6 +40,7 @@ CAPABILITIES = Capabilities(
         "float16": YES,
         "optimizers": YES,
         "offload": YES,
+        "compile": YES,
         "cpu": YES,
         "cuda": YES,
         "training": YES,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -28,12 +28,14 @@ from polyshard.adapters.torch.compat import (
     sharded_rows,
     unshard_gradient_sync,
 )
+from polyshard.adapters.torch.overlap import FsdpOptions, overlap_options, reducer_options
 from polyshard.adapters.torch.reducer import GradientReducer
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision
+from polyshard.training.compile import Compile
 from polyshard.training.recompute import Recompute
 from polyshard.training.schedule import SchedulerFactory
 
@@ -59,8 +61,12 @@ class TorchEngine(BaseEngine):
             update that is not skipped, and parameter groups scale its rate.
         offload: `"optimizer"` keeps FSDP2's shards of parameters, gradients and optimizer state on the CPU, and updates
             them there. It has run on CPU ranks only.
+        compile: modules that torch.compile compiles: True for the blocks, or a function that chooses modules.
         shard_modules: for FSDP2, selects the modules that are gathered one at a time; by default the items of every
             ModuleList.
+        ddp_options: arguments of DistributedDataParallel, such as `bucket_cap_mb` and `static_graph`. With masters only
+            `bucket_cap_mb`.
+        fsdp_options: `reshard_after_forward`, `forward_prefetch` and `backward_prefetch`; see `FsdpOptions`.
 
     Raises:
         ConfigurationError: `data_parallel` is unknown, the norm is not positive, or the precision is unsupported.
@@ -86,10 +92,14 @@ class TorchEngine(BaseEngine):
         recompute: Recompute = "none",
         scheduler: SchedulerFactory | None = None,
         offload: Offload = "none",
+        compile: Compile = False,
         shard_modules: Callable[[nn.Module], bool] | None = None,
+        ddp_options: Mapping[str, Any] | None = None,
+        fsdp_options: Mapping[str, Any] | None = None,
     ) -> None:
         if data_parallel not in ("ddp", "fsdp"):
             raise ConfigurationError(f"data_parallel must be 'ddp' or 'fsdp', got {data_parallel!r}")
+        ddp, fsdp = overlap_options(data_parallel, ddp_options, fsdp_options)
         super().__init__(
             model,
             context,
@@ -98,29 +108,34 @@ class TorchEngine(BaseEngine):
             precision=precision,
             recompute=recompute,
             scheduler=scheduler,
+            compile=compile,
         )
         replicas = replica_axis(context)
         self._sharded = data_parallel == "fsdp" and replicas.size > 1
         self._masters: Masters | None = None
         self._reducer: GradientReducer | None = None
+        # DDP's static graph fails if its first backward pass is under no_sync (reducer.cpp:1732, torch 2.13).
+        self._skips_sync = not ddp.get("static_graph", False)
         self._check_precision()
         offloads = check_offload(offload, context.device, self._sharded, "data_parallel='fsdp' with several replicas")
         if data_parallel == "fsdp" and not self._sharded:
             logger.warning("fsdp does nothing at data-parallel size 1: the model is trained unsharded")
         if self._sharded:
-            _fully_shard(model, context, shard_modules or _is_list_item(model), self.precision, offloads)
+            _fully_shard(model, context, shard_modules or _is_list_item(model), self.precision, fsdp, offloads)
         elif self.precision.has_masters:
             with self._guard("data parallel setup"):
                 broadcast_parameters(model, replicas.group, replicas.ranks)
             self._masters = Masters(model.named_parameters(), self.precision.optimizer)
             self._reducer = GradientReducer(
-                model.named_parameters(), self._masters, self.precision.reduce, replicas.group
+                model.named_parameters(),
+                self._masters,
+                self.precision.reduce,
+                replicas.group,
+                **reducer_options(ddp_options or {}, self.precision),
             )
         elif replicas.size > 1:
             with self._guard("data parallel setup"):
-                self._wrapped = DistributedDataParallel(
-                    model, process_group=replicas.group, gradient_as_bucket_view=True
-                )
+                self._wrapped = DistributedDataParallel(model, process_group=replicas.group, **ddp)
         self.optimizer = self._build(optimizer, self._updated(), held="rows" if self._sharded else "whole")
         self._start_rate()
 
@@ -151,6 +166,7 @@ class TorchEngine(BaseEngine):
             self._scaled(loss).backward()
             if self._reducer is not None and self._reducer.sends:
                 self._reducer.finish()
+        self._skips_sync = True
 
     def step(self) -> StepResult:
         """Clip, update, and clear the gradients; a gradient that is not finite skips the update with a warning."""
@@ -173,7 +189,7 @@ class TorchEngine(BaseEngine):
     def accumulate(self) -> AbstractContextManager[None]:
         """Return a context manager for all micro-batches except the last."""
         if isinstance(self._wrapped, DistributedDataParallel):
-            return self._wrapped.no_sync()
+            return self._wrapped.no_sync() if self._skips_sync else nullcontext()
         if self._reducer is not None:
             return self._without_sending(self._reducer)
         return self._without_sync() if self._sharded else nullcontext()
@@ -258,6 +274,7 @@ def _fully_shard(
     context: ParallelContext,
     chosen: Callable[[nn.Module], bool],
     precision: Precision,
+    options: FsdpOptions,
     offloads: bool,
 ) -> None:
     from torch.distributed.device_mesh import DeviceMesh
@@ -273,9 +290,10 @@ def _fully_shard(
     group = replica_axis(context).group
     assert group is not None
     mesh = DeviceMesh.from_group(group, context.device.type)
-    for module in reversed(list(model.modules())):
-        if module is not model and chosen(module):
-            fully_shard(module, mesh=mesh)
+    modules = [module for module in model.modules() if module is not model and chosen(module)]
+    for module in reversed(modules):
+        fully_shard(module, mesh=mesh, reshard_after_forward=options.reshard_after_forward)
+    options.prefetch(modules)
     # The root's own weights (embedding, head, final norm) stay gathered between forward and backward. Its other methods
     # must not be registered with register_fsdp_forward_method: when forward calls them, FSDP2 frees weights that the
     # backward pass still needs, and the process crashes (torch 2.13).

@@ -15,7 +15,7 @@ from torch import nn
 
 from polyshard.adapters.shared.masters import Masters
 
-BUCKET_BYTES = 25 << 20  # as DistributedDataParallel's default
+BUCKET_MB = 25  # as DistributedDataParallel's default
 
 
 class _Bucket:
@@ -39,6 +39,7 @@ class GradientReducer:
         masters: whose `grad` gets the averages.
         dtype: in which gradients are added up and sent.
         group: the replicas; None for one.
+        bucket_cap_mb: largest size of a message, in MiB.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class GradientReducer:
         masters: Masters,
         dtype: torch.dtype,
         group: dist.ProcessGroup | None,
+        bucket_cap_mb: float = BUCKET_MB,
     ) -> None:
         self.sends = True  # False while all but the last micro-batch accumulate
         self._masters, self._dtype, self._group = masters, dtype, group
@@ -54,10 +56,11 @@ class GradientReducer:
         self._buckets: list[_Bucket] = []
         self._bucket_of: dict[str, _Bucket] = {}
         self._next = 0
-        filled = BUCKET_BYTES
+        capacity = int(bucket_cap_mb * (1 << 20))
+        filled = capacity
         for name, parameter in reversed([(n, p) for n, p in named_parameters if p.requires_grad]):
             nbytes = parameter.numel() * dtype.itemsize
-            if filled + nbytes > BUCKET_BYTES:
+            if filled + nbytes > capacity:
                 self._buckets.append(_Bucket())
                 filled = 0
             filled += nbytes

@@ -33,6 +33,7 @@ CAPABILITIES = Capabilities(
         "float16": no("never", _FORWARD_ONLY),
         "optimizers": no("never", _FORWARD_ONLY),
         "offload": no("never", _FORWARD_ONLY),
+        "compile": no("never", _FORWARD_ONLY),
         "cpu": YES,
         "cuda": YES,
         "training": no("never", _FORWARD_ONLY),

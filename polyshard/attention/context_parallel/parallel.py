@@ -12,9 +12,10 @@ from polyshard.attention.context_parallel.ulysses import heads_divide, ulysses_a
 from polyshard.attention.kernel_call import call_of, run_kernel
 from polyshard.attention.kernels.cpu.kernels import Chunked
 from polyshard.attention.kernels.protocol import BlockKernel
+from polyshard.attention.packing import pack
 from polyshard.attention.selection import select_kernel
 from polyshard.core.attention import AttentionSpec, PackedSequences
-from polyshard.core.context import ParallelContext
+from polyshard.core.context import ParallelAxis, ParallelContext
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.exact_identity import exact_kernel
 
@@ -75,11 +76,13 @@ def context_parallel_attention(
         kernel, way = exact_kernel(parallel_context, kernel), "ulysses"  # a ring sums in a different order
     if axis.size == 1:
         return run_kernel(q, k, v, sequences, spec, training, kernel, sinks=sinks)
-    tokens = int(sequences.host[-1])
-    if tokens != q.shape[0] * axis.size:
+    expected = q.shape[0] * axis.size
+    if torch.compiler.is_compiling():  # the check is an operator there
+        sequences = replace(sequences, host=pack(sequences.host, expected).host)
+    elif (tokens := int(sequences.host[-1])) != expected:
         raise ConfigurationError(
             f"The boundaries do not match the tokens: got {tokens} tokens in the sequences, expected "
-            f"{q.shape[0] * axis.size} ({q.shape[0]} on each of {axis.size} ranks). Pass the boundaries of the tokens "
+            f"{expected} ({q.shape[0]} on each of {axis.size} ranks). Pass the boundaries of the tokens "
             "of all ranks."
         )
     if way not in get_args(Way):
@@ -92,6 +95,22 @@ def context_parallel_attention(
             return run_kernel(q, k, v, sequences, part, training, kernel, sinks=sinks)
 
         return ulysses_attention(q, k, v, spec, sinks, axis, rows, attend)
+    return _ring(q, k, v, sequences, spec, sinks, axis, rows, training, kernel)
+
+
+@torch.compiler.disable(reason="ring attention exchanges keys and values in Python")
+def _ring(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sequences: PackedSequences,
+    spec: AttentionSpec,
+    sinks: torch.Tensor | None,
+    axis: ParallelAxis,
+    rows: int,
+    training: bool,
+    kernel: str | None,
+) -> torch.Tensor:
     if not training and spec.dropout:
         spec = replace(spec, dropout=0.0)
     call = call_of(q, sequences, spec)

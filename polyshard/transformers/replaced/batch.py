@@ -191,6 +191,8 @@ def packed_boundaries(
     if mask is not None and mask.dim() != 2:
         return None  # a dense mask already separates sequences
     position_ids = position_ids.expand(batch, -1)
+    if mask is None and torch.compiler.is_compiling():
+        return _boundaries(position_ids)
     steps = position_ids.diff(dim=1)
     if bool((steps == 1).all()):
         return None
@@ -212,3 +214,16 @@ def packed_boundaries(
     starts = torch.nn.functional.pad(steps <= 0, (1, 0), value=True)
     flat = starts.flatten().nonzero().flatten()
     return torch.cat((flat, flat.new_tensor([starts.numel()])))
+
+
+@torch.library.custom_op("polyshard::boundaries_of_positions", mutates_args=())
+def _boundaries(position_ids: torch.Tensor) -> torch.Tensor:
+    """Return boundaries, also if each row is one sequence; an operator, since torch.compile cannot branch on values."""
+    rows, length = position_ids.shape
+    bounds = packed_boundaries(position_ids, rows, length, None)
+    return torch.arange(rows + 1, device=position_ids.device) * length if bounds is None else bounds
+
+
+@_boundaries.register_fake
+def _(position_ids: torch.Tensor) -> torch.Tensor:
+    return position_ids.new_empty(torch.library.get_ctx().new_dynamic_size(min=2), dtype=torch.int64)
