@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from polyshard.layers.pipeline import PipelineStage, pipeline_stage, stage_layers
     from polyshard.layers.residual import add_residual
     from polyshard.layers.vocabulary import gather_logits, lm_head, vocab_embedding, vocab_parallel_cross_entropy
+    from polyshard.lora import add_lora, load_lora, lora_disabled, save_lora, save_merged_lora
     from polyshard.registry import engine_errors, register_model, registered_models
     from polyshard.training.dropout import Dropout
     from polyshard.training.generators import manual_seed, sharded_random
@@ -125,6 +126,7 @@ _HOMES = {
     "polyshard.layers.lm_loss": ("lm_logprobs", "lm_loss"),
     "polyshard.layers.logprobs": ("token_logprobs",),
     "polyshard.launch": ("initialize", "shutdown"),
+    "polyshard.lora": ("add_lora", "load_lora", "lora_disabled", "save_lora", "save_merged_lora"),
     "polyshard.layers.pipeline": ("PipelineStage", "pipeline_stage", "stage_layers"),
     "polyshard.registry": ("engine_errors", "register_model", "registered_models"),
     "polyshard.transformers.replaced": ("replace_with_trainable_attention",),

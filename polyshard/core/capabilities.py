@@ -28,6 +28,7 @@ FEATURES: Mapping[str, str] = {
     "casts": "float32 parameters with computation in bfloat16",
     "masters": "bfloat16 parameters with float32 masters in the optimizer",
     "float16": "computation in float16 with dynamic loss scaling",
+    "lora": "LoRA (low-rank matrices beside frozen weights)",
     "cpu": "CPU with gloo",
     "cuda": "CUDA with NCCL",
     "training": "training (forward and backward pass)",

@@ -10,7 +10,7 @@ from support.paths import ROOT
 import polyshard as ps
 from polyshard.core.capabilities import FEATURES
 
-VENDORS = ("vllm", "megatron", "deepspeed", "fairscale", "flash_attn", "transformers", "typer", "rich")
+VENDORS = ("vllm", "megatron", "deepspeed", "fairscale", "flash_attn", "transformers", "peft", "typer", "rich")
 
 
 def modules_after(statement):

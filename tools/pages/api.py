@@ -34,7 +34,10 @@ TOPICS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "training": (
         "Training",
         "Engines, optimizers, and one training step.",
-        ("TrainingEngine", "AdamW", "Precision", "train_batch", "BatchResult", "StepResult"),
+        (
+            *("TrainingEngine", "AdamW", "Precision", "train_batch", "BatchResult", "StepResult"),
+            *("add_lora", "lora_disabled", "save_lora", "load_lora", "save_merged_lora"),
+        ),
     ),
     "checkpoints": (
         "Configurations and checkpoints",

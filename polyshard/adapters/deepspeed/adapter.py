@@ -34,6 +34,7 @@ CAPABILITIES = Capabilities(
         "casts": YES,
         "masters": YES,
         "float16": no("notyet", "its loss scaling does not run on CPU, and has not been tested on CUDA"),
+        "lora": YES,
         "cpu": YES,
         "cuda": YES,
         "training": YES,

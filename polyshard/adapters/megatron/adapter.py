@@ -34,6 +34,7 @@ CAPABILITIES = Capabilities(
         "casts": no("never", "Megatron keeps masters of bfloat16 parameters instead"),
         "masters": YES,
         "float16": YES,
+        "lora": YES,
         "cpu": YES,
         "cuda": YES,
         "training": YES,

@@ -38,6 +38,7 @@ CAPABILITIES = Capabilities(
         "casts": YES,
         "masters": YES,
         "float16": YES,
+        "lora": YES,
         "cpu": YES,
         "cuda": YES,
         "training": YES,

@@ -31,6 +31,7 @@ CAPABILITIES = Capabilities(
         "casts": no("never", _FORWARD_ONLY),
         "masters": no("never", _FORWARD_ONLY),
         "float16": no("never", _FORWARD_ONLY),
+        "lora": YES,
         "cpu": YES,
         "cuda": YES,
         "training": no("never", _FORWARD_ONLY),
