@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from polyshard.adapters.vllm.engines.rollouts import Rollout, RolloutEngine
+    from polyshard.adapters.vllm.transfer.lora_sync import LoraSync
     from polyshard.adapters.vllm.transfer.sync import SyncReport, WeightSync
     from polyshard.attention import RotaryEmbedding, TrainableFlashAttention, TrainableMLA, packed_attention
     from polyshard.attention.context_parallel import context_parallel_attention, context_shard, context_unshard
@@ -73,6 +74,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "polyshard.adapters.vllm.engines.rollouts": ("Rollout", "RolloutEngine"),
+    "polyshard.adapters.vllm.transfer.lora_sync": ("LoraSync",),
     "polyshard.adapters.vllm.transfer.sync": ("SyncReport", "WeightSync"),
     "polyshard.attention": ("RotaryEmbedding", "TrainableFlashAttention", "TrainableMLA", "packed_attention"),
     "polyshard.attention.context_parallel": ("context_parallel_attention", "context_shard", "context_unshard"),

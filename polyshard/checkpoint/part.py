@@ -19,6 +19,7 @@ from polyshard.core.weight_table import WeightTable
 from polyshard.weights.fingerprint import fingerprint, text, total
 from polyshard.weights.movement import shared_run
 from polyshard.weights.regions import regions
+from polyshard.weights.view import WeightView
 
 _ATTRIBUTE = "stored_part"
 
@@ -73,6 +74,24 @@ class StoredPart:
 def part_of(module: nn.Module) -> StoredPart | None:
     """Return the part that training states of a model store; None if they store all weights."""
     return getattr(module, _ATTRIBUTE, None)
+
+
+def without_part(view: WeightView) -> WeightView:
+    """Return the view of a model's frozen weights only; the view itself if none of them are."""
+    part = part_of(view.module)
+    if part is None:
+        return view
+    table = part.rest(view.table)
+    frozen = [parameter for name, parameter in view.module.named_parameters() if name in table]
+    return replace(
+        view,
+        table=table,
+        pieces=lambda: (piece for piece in view.pieces() if piece.parameter in table),
+        shards=lambda: ((name, shard) for name, shard in view.shards() if name in table),
+        changes=lambda: sum(parameter._version for parameter in frozen),
+        has_masters=False,
+        masters=list,
+    )
 
 
 def check_kind(part: StoredPart | None, state: Mapping[str, Any], path: Path) -> None:

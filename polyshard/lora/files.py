@@ -70,7 +70,7 @@ def save_lora(
         ['adapter_config.json', 'adapter_model.safetensors', 'polyshard.json']
     """
     view = view_weights(model, parallel_context)
-    part = _part(view.module)
+    part = lora_part_of(view.module)
     table = part.table(view.table)
     dtypes = {name: dtype or parameter.dtype for name, parameter in view.module.named_parameters()}
     documents = {name: dict(fields) for name, fields in part.documents().items()}
@@ -125,7 +125,7 @@ def load_lora(
     """
     path, ranks = find(directory), Ranks.of(parallel_context)
     view = view_weights(model, parallel_context)
-    part = _part(view.module)
+    part = lora_part_of(view.module)
     table = part.table(view.table)
 
     def opened() -> tuple[Manifest | None, TensorReader]:
@@ -149,7 +149,12 @@ def load_lora(
         view.masters_written()
 
 
-def _part(module: nn.Module) -> StoredPart:
+def lora_part_of(module: nn.Module) -> StoredPart:
+    """Return the part of a model that is its adapter.
+
+    Raises:
+        ConfigurationError: the model has no adapter.
+    """
     lora_layers(module)  # raises if there are none
     part = part_of(module)
     if part is None:

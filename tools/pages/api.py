@@ -51,8 +51,8 @@ TOPICS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         "Serving and weight sync",
         "Register a model with vLLM, and keep a running engine's weights equal to a trainer's.",
         (
-            *("register_model", "registered_models", "engine_errors", "WeightSync", "SyncReport", "RolloutEngine"),
-            *("Rollout", "exact_context", "transformers_model"),
+            *("register_model", "registered_models", "engine_errors", "WeightSync", "SyncReport", "LoraSync"),
+            *("RolloutEngine", "Rollout", "exact_context", "transformers_model"),
         ),
     ),
     "adapters": (

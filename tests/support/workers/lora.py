@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,28 @@ from support.models.tiny import VOCAB
 from support.workers.on_ranks import build
 
 STEPS = 3
-FIELDS = {"r": 4, "lora_alpha": 8, "use_rslora": True, "init_lora_weights": False}
+# Names of Hugging Face and of the model; not all projections of `qkv`.
+FIELDS = {
+    "r": 4,
+    "lora_alpha": 8,
+    "use_rslora": True,
+    "init_lora_weights": False,
+    "target_modules": ["q_proj", "v_proj", "o_proj", "gate_up", "down_proj"],
+    "rank_pattern": {"up_proj": 2},
+}
 # With eps of 1, Adam's update is in proportion to the gradient, so that a wrong gradient shows.
-ADAMW: dict[str, Any] = {"lr": 3e-1, "betas": (0.9, 0.95), "eps": 1.0, "weight_decay": 0.0}
+ADAMW: dict[str, Any] = {"lr": 1e-1, "betas": (0.9, 0.95), "eps": 1.0, "weight_decay": 0.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One run: options of the engine, changes of the config, dtype of the base, and what is saved under `name`."""
+
+    name: str
+    options: dict
+    fields: dict = dataclasses.field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    saves: tuple[str, ...] = ("end",)
 
 
 def rows(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,52 +52,81 @@ def mine(tensor: torch.Tensor, context: ps.ParallelContext) -> torch.Tensor:
     return ps.context_shard(part, context, dim=1) if context.get_context_parallel_world_size() > 1 else part
 
 
-def start(
-    directory: Path,
-    context: ps.ParallelContext,
-    options: dict,
-    fields: dict,
-    dtype: torch.dtype = torch.float32,
-    weights: Path | None = None,
-    seed: int = 0,
-) -> ps.TrainingEngine:
+def start(directory: Path, context: ps.ParallelContext, case: Case) -> ps.TrainingEngine:
     from peft import LoraConfig
 
-    model = build(directory, context).to(dtype)
-    model = ps.add_lora(model, LoraConfig(**FIELDS | fields), context, seed=seed)
-    if weights is not None:
-        ps.load_lora(model, weights, context)
+    model = build(directory, context).to(case.dtype)
+    ps.add_lora(model, LoraConfig(**FIELDS | case.fields), context)
+    ps.manual_seed(1, context)
     adapter = ps.load_adapter(type(context.linear).__name__.removesuffix("LinearAdapter").lower())
-    return adapter.engine(model, ps.AdamW(**ADAMW), context, max_grad_norm=None, **options)
+    return adapter.engine(model, ps.AdamW(**ADAMW), context, max_grad_norm=None, **case.options)
 
 
 def run(engine: ps.TrainingEngine, context: ps.ParallelContext, first: int = 0, steps: int = STEPS) -> list[float]:
-    """The loss of each step."""
+    """The loss of each step of two micro-batches."""
     losses = []
     for step in range(first, first + steps):
-        ids, labels = (mine(tensor, context) for tensor in rows(step))
-        losses.append(float(engine.train_batch([{"input_ids": ids, "labels": labels}]).loss))
+        parts = [mine(tensor, context).chunk(2) for tensor in rows(step)]
+        batches = [{"input_ids": ids, "labels": labels} for ids, labels in zip(*parts)]
+        losses.append(float(engine.train_batch(batches).loss))
         engine.step()
     return losses
 
 
-def trained(directory: Path, out: Path, adapter: str, sizes: dict, cases: list[tuple[str, dict, dict, Any]]) -> dict:
-    """For each case (name, options of the engine, fields of the config, dtype): the losses of some steps, and whether
-    the optimizer holds state of the matrices only. The adapter is saved before and after, and merged."""
-    context = ps.initialize(adapter, timeout=60, **sizes)
+def trained(directory: Path, out: Path, adapter: str, layouts: list[tuple[dict, list[Case]]]) -> dict[str, list]:
+    """The losses of each case, and which parameters have optimizer state."""
     results = {}
-    for name, options, fields, dtype in cases:
-        engine = start(directory, context, options, fields, dtype)
-        ps.save_lora(engine, out / name / "start", context)
-        frozen = {n: w.clone() for n, w in engine.weights() if ".lora_" not in n}
-        losses = run(engine, context)
-        ps.save_lora(engine, out / name / "end", context)
-        ps.save_merged_lora(engine, out / name / "merged", context, config=ps.read_config(directory))
-        slots = {piece.parameter for piece in engine.optimizer_state().pieces}
-        assert all(".lora_" in parameter for parameter in slots), slots
-        for n, w in engine.weights():
-            assert n not in frozen or torch.equal(w, frozen[n]), n
-        results[name] = losses
-        engine.close()
-    ps.shutdown(context)
+    for sizes, cases in layouts:
+        context = ps.initialize(adapter, timeout=60, **sizes)
+        for case in cases:
+            engine = start(directory, context, case)
+            if "start" in case.saves:
+                ps.save_lora(engine, out / case.name / "start", context)
+            frozen = {n: w.clone() for n, w in engine.weights() if ".lora_" not in n}
+            losses = run(engine, context)
+            if "end" in case.saves:
+                ps.save_lora(engine, out / case.name / "end", context)
+            if "merged" in case.saves:
+                folder = out / case.name / "merged"
+                ps.save_merged_lora(engine, folder, context, config=ps.read_config(directory))
+            for name, weight in engine.weights():
+                assert name not in frozen or torch.equal(weight, frozen[name]), name
+            results[case.name] = losses, {piece.parameter for piece in engine.optimizer_state().pieces}
+            engine.close()
+        ps.shutdown(context)
     return results
+
+
+def logits_of(directory: Path, adapter: Path, sizes: dict) -> torch.Tensor:
+    """The logits of step 0 of a model whose adapter PEFT has written."""
+    from peft import LoraConfig
+
+    context = ps.initialize(timeout=60, **sizes)
+    model = build(directory, context)
+    ps.add_lora(model, LoraConfig.from_pretrained(str(adapter)), context)
+    ps.load_lora(model, adapter, context)
+    assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad]  # inference_mode
+    with torch.no_grad():
+        logits = ps.gather_logits(model.compute_logits(model(rows(0)[0])), context, VOCAB)
+    ps.shutdown(context)
+    return logits
+
+
+Kind = tuple[str, dict, Case]  # adapter, sizes, case
+
+
+def saved_and_moved(directory: Path, states: list[Path], kinds: list[Kind]) -> list[list[float]]:
+    """Train and save by the first kind; load, save and train on by each of the others. Losses after each start."""
+    losses = []
+    for index, (adapter, sizes, case) in enumerate(kinds):
+        context = ps.initialize(adapter, timeout=60, **sizes)
+        engine = start(directory, context, case)
+        if index:
+            ps.load_training_state(engine, states[index - 1], context)
+        else:
+            run(engine, context, 0, 2)
+        ps.save_training_state(engine, states[index], context, step=2, config=ps.read_config(directory))
+        losses.append(run(engine, context, 2, 2))
+        engine.close()
+        ps.shutdown(context)
+    return losses
