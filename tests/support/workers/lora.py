@@ -28,12 +28,13 @@ ADAMW: dict[str, Any] = {"lr": 1e-1, "betas": (0.9, 0.95), "eps": 1.0, "weight_d
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One run: options of the engine, changes of the config, dtype of the base, and what is saved under `name`."""
+    """One run: options of the engine, changes of the config, dtypes, and what is saved under `name`."""
 
     name: str
     options: dict
     fields: dict = dataclasses.field(default_factory=dict)
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32  # of the base
+    widened: bool = True  # matrices beside a bfloat16 base are float32
     saves: tuple[str, ...] = ("end",)
 
 
@@ -56,7 +57,7 @@ def start(directory: Path, context: ps.ParallelContext, case: Case) -> ps.Traini
     from peft import LoraConfig
 
     model = build(directory, context).to(case.dtype)
-    ps.add_lora(model, LoraConfig(**FIELDS | case.fields), context)
+    ps.add_lora(model, LoraConfig(**FIELDS | case.fields), context, autocast_adapter_dtype=case.widened)
     ps.manual_seed(1, context)
     adapter = ps.load_adapter(type(context.linear).__name__.removesuffix("LinearAdapter").lower())
     return adapter.engine(model, ps.AdamW(**ADAMW), context, max_grad_norm=None, **case.options)
