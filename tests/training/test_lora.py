@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from support.models.tiny import save_tiny
 from support.oracles.transformers_reference import FLOOR, MARGIN
 from support.suite_engines import ENGINES
-from support.workers.lora import ADAMW, FIELDS, STEPS, Case, logits_of, rows, run, saved_and_moved, start, trained
+from support.workers.lora import ADAMW, CLIP, FIELDS, STEPS, Case, logits_of, rows, run, saved_and_moved, start, trained
 from torch import nn
 from torch.nn import functional as F
 
@@ -39,16 +39,18 @@ class PeftRun:
         model = with_peft(base, first, dtype, is_trainable=True)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trainable, **ADAMW)
-        losses = []
+        figures = []
         for step in range(STEPS):
             ids, labels = rows(step)
             scores = model(ids).logits.to(torch.promote_types(dtype, torch.float32))
             loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten())
             loss.backward()
+            norm = nn.utils.clip_grad_norm_(trainable, CLIP)
+            assert norm > CLIP
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(loss.detach().double())
-        self.model, self.losses = model, torch.stack(losses)
+            figures += [loss.detach().double(), norm.double()]
+        self.model, self.figures = model, torch.stack(figures)
         self.end = {name: value.detach() for name, value in peft.get_peft_model_state_dict(model).items()}
         self.logits = logits(model)
 
@@ -61,11 +63,10 @@ class Oracle:
         self.first = ps.save_lora(start(base, context, Case("", {})), folder / "start", context)
         dtypes = (torch.float64, torch.float32, torch.bfloat16)  # of the base: PEFT widens bfloat16 matrices to float32
         exact, rounded, narrow = (PeftRun(base, self.first, dtype) for dtype in dtypes)
-        self.losses, self.end = exact.losses, exact.end
-        self.loss_bounds = {
-            dtype: MARGIN * float((run.losses - exact.losses).abs().max()) + FLOOR * float(exact.losses.max())
-            for dtype, run in ((torch.float32, rounded), (torch.bfloat16, narrow))
-        }
+        self.figures, self.end = exact.figures, exact.end
+        self.figures_bound = MARGIN * worst(rounded.figures, exact.figures) + FLOOR * float(exact.figures.max())
+        # In bfloat16 a norm is off by 1% to 4%, with either of transformers' attentions, too: only losses are compared.
+        self.narrow_bound = MARGIN * worst(narrow.figures[::2], exact.figures[::2])
         self.bound = MARGIN * max(float((rounded.end[n] - value).abs().max()) for n, value in exact.end.items())
         self.folder = folder / "end"
         rounded.model.save_pretrained(self.folder)
@@ -103,10 +104,14 @@ def test_training_is_that_of_peft(base, oracle, tmp_path, adapter):
     outcome = run_ranks(trained, 2, base, tmp_path, adapter, layouts, timeout=280)
     cases = [case for _, cases in layouts for case in cases]
     for case in cases:
-        for losses, with_state in (of_rank[case.name] for of_rank in outcome):
+        for figures, with_state in (of_rank[case.name] for of_rank in outcome):
             assert all(".lora_" in name for name in with_state), "the optimizer holds state of the matrices only"
             if not case.fields:
-                assert (torch.tensor(losses) - oracle.losses).abs().max() < oracle.loss_bounds[case.dtype], case
+                found = torch.tensor(figures)
+                if case.dtype == torch.float32:
+                    assert worst(found, oracle.figures) < oracle.figures_bound, case
+                else:
+                    assert worst(found[::2], oracle.figures[::2]) < oracle.narrow_bound, case
         if "start" in case.saves:
             assert_close(load_file(tmp_path / case.name / "start" / "adapter_model.safetensors"), first(oracle), 0.0)
         if case.dtype == torch.float32 and "end" in case.saves:
@@ -121,9 +126,9 @@ def test_training_is_that_of_peft(base, oracle, tmp_path, adapter):
     if adapter == "torch":  # with dropout and recomputation, every layout is a single process
         context = ps.initialize("torch")
         alone = run(start(base, context, Case("", {}, DROPPED)), context)
-        assert alone != pytest.approx(oracle.losses.tolist(), rel=1e-3)
+        assert alone != pytest.approx(oracle.figures.tolist(), rel=1e-3)
         for name in ("dropped tensor", "dropped sequence", "dropped context"):
-            assert outcome[0][name][0] == pytest.approx(alone, rel=2e-6), name
+            assert outcome[0][name][0] == pytest.approx(alone, rel=1e-5), name
 
 
 def logits(model):
@@ -170,10 +175,10 @@ def test_a_training_state_resumes_bit_for_bit_and_moves_between_libraries(base, 
     outcome, _ = run_ranks(saved_and_moved, 2, base, states, kinds, timeout=280)
     assert outcome[1] == outcome[0]
     assert outcome[6] == outcome[5]
-    for losses in outcome[2:5]:
-        assert losses == pytest.approx(outcome[0], rel=2e-6)
-    for losses in outcome[5:]:
-        assert losses == pytest.approx(outcome[0], rel=5e-3)
+    for figures in outcome[2:5]:
+        assert figures == pytest.approx(outcome[0], rel=1e-5)
+    for figures in outcome[5:]:
+        assert figures[::2] == pytest.approx(outcome[0][::2], rel=5e-3)
     # Matrices, and masters after them, pass through all libraries without losing a bit.
     matrices = load_file(states[0] / "adapter_model.safetensors")
     for state in states[1:5]:

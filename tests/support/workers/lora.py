@@ -13,6 +13,7 @@ from support.models.tiny import VOCAB
 from support.workers.on_ranks import build
 
 STEPS = 3
+CLIP = 1.0  # below all gradient norms
 # Names of Hugging Face and of the model; not all projections of `qkv`.
 FIELDS = {
     "r": 4,
@@ -60,22 +61,24 @@ def start(directory: Path, context: ps.ParallelContext, case: Case) -> ps.Traini
     ps.add_lora(model, LoraConfig(**FIELDS | case.fields), context, autocast_adapter_dtype=case.widened)
     ps.manual_seed(1, context)
     adapter = ps.load_adapter(type(context.linear).__name__.removesuffix("LinearAdapter").lower())
-    return adapter.engine(model, ps.AdamW(**ADAMW), context, max_grad_norm=None, **case.options)
+    return adapter.engine(model, ps.AdamW(**ADAMW), context, max_grad_norm=CLIP, **case.options)
 
 
 def run(engine: ps.TrainingEngine, context: ps.ParallelContext, first: int = 0, steps: int = STEPS) -> list[float]:
-    """The loss of each step of two micro-batches."""
-    losses = []
+    """Loss and gradient norm of each step of two micro-batches."""
+    figures = []
     for step in range(first, first + steps):
         parts = [mine(tensor, context).chunk(2) for tensor in rows(step)]
         batches = [{"input_ids": ids, "labels": labels} for ids, labels in zip(*parts)]
-        losses.append(float(engine.train_batch(batches).loss))
-        engine.step()
-    return losses
+        figures.append(float(engine.train_batch(batches).loss))
+        norm = engine.step().grad_norm
+        assert norm is not None
+        figures.append(norm)
+    return figures
 
 
 def trained(directory: Path, out: Path, adapter: str, layouts: list[tuple[dict, list[Case]]]) -> dict[str, list]:
-    """The losses of each case, and which parameters have optimizer state."""
+    """Losses and gradient norms of each case, and which parameters have optimizer state."""
     results = {}
     for sizes, cases in layouts:
         context = ps.initialize(adapter, timeout=60, **sizes)
@@ -117,7 +120,7 @@ Kind = tuple[str, dict, Case]  # adapter, sizes, case
 
 
 def saved_and_moved(directory: Path, states: list[Path], kinds: list[Kind]) -> list[list[float]]:
-    """Train and save by the first kind; load, save and train on by each of the others. Losses after each start."""
+    """Train and save by the first kind; load, save and train on by each of the others. Losses and norms of each."""
     losses = []
     for index, (adapter, sizes, case) in enumerate(kinds):
         context = ps.initialize(adapter, timeout=60, **sizes)
