@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from polyshard.adapters.vllm.engines.rollouts import Rollout, RolloutEngine
+    from polyshard.adapters.vllm.transfer.lora_sync import LoraSync
     from polyshard.adapters.vllm.transfer.sync import SyncReport, WeightSync
     from polyshard.attention import RotaryEmbedding, TrainableFlashAttention, TrainableMLA, packed_attention
     from polyshard.attention.context_parallel import context_parallel_attention, context_shard, context_unshard
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from polyshard.layers.pipeline import PipelineStage, pipeline_stage, stage_layers
     from polyshard.layers.residual import add_residual
     from polyshard.layers.vocabulary import gather_logits, lm_head, vocab_embedding, vocab_parallel_cross_entropy
+    from polyshard.lora import add_lora, load_lora, lora_disabled, save_lora, save_merged_lora
     from polyshard.registry import engine_errors, register_model, registered_models
     from polyshard.training.data import PackedDocuments, StepLoader, packed_batch
     from polyshard.training.dropout import Dropout
@@ -88,6 +90,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "polyshard.adapters.vllm.engines.rollouts": ("Rollout", "RolloutEngine"),
+    "polyshard.adapters.vllm.transfer.lora_sync": ("LoraSync",),
     "polyshard.adapters.vllm.transfer.sync": ("SyncReport", "WeightSync"),
     "polyshard.attention": ("RotaryEmbedding", "TrainableFlashAttention", "TrainableMLA", "packed_attention"),
     "polyshard.attention.context_parallel": ("context_parallel_attention", "context_shard", "context_unshard"),
@@ -157,6 +160,7 @@ _HOMES = {
     "polyshard.layers.lm_loss": ("lm_logprobs", "lm_loss"),
     "polyshard.layers.logprobs": ("token_logprobs",),
     "polyshard.launch": ("initialize", "shutdown"),
+    "polyshard.lora": ("add_lora", "load_lora", "lora_disabled", "save_lora", "save_merged_lora"),
     "polyshard.layers.pipeline": ("PipelineStage", "pipeline_stage", "stage_layers"),
     "polyshard.registry": ("engine_errors", "register_model", "registered_models"),
     "polyshard.transformers.replaced": ("replace_with_trainable_attention",),

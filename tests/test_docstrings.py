@@ -19,7 +19,7 @@ import polyshard as ps
 
 PACKAGE = Path(ps.__file__).parent
 VENDORS = {f"polyshard.adapters.{name}": name for name in ("vllm", "megatron", "deepspeed", "fairscale")}
-VENDORS |= {"polyshard.transformers": "transformers", "polyshard.cli": "typer"}
+VENDORS |= {"polyshard.transformers": "transformers", "polyshard.cli": "typer", "polyshard.lora": "peft"}
 VENDORS |= {f"polyshard.exact.{name}": "vllm" for name in ("context", "linear")}  # vLLM's operators
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 

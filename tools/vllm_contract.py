@@ -95,10 +95,14 @@ SIGNATURES: dict[tuple[str, str], tuple[str, ...]] = {
     ),
     ("vllm.model_executor.models.registry", "_ModelRegistry.register_model"): ("model_arch", "model_cls"),
     ("vllm.model_executor.models.utils", "WeightsMapper"): ("orig_to_new_prefix",),
+    ("vllm.v1.engine.llm_engine", "LLMEngine.add_lora"): ("lora_request",),
+    ("vllm.v1.engine.llm_engine", "LLMEngine.remove_lora"): ("lora_id",),
 }
 
 # What else is read, as it stands in the source.
 TEXT: dict[str, tuple[str, ...]] = {
+    "vllm/lora/request.py": ("lora_name: str", "lora_int_id: int", "lora_path: str", "load_inplace: bool"),
+    "vllm/lora/worker_manager.py": ("or lora_request.load_inplace",),
     "vllm/plugins/__init__.py": ('"vllm.general_plugins"',),
     "vllm/distributed/parallel_state.py": (
         "global _WORLD, _NODE_COUNT",

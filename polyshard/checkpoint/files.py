@@ -130,11 +130,14 @@ class TensorReader:
     Args:
         directory: a Hugging Face directory.
         stem: read `STEM.safetensors`, or `STEM-00001-of-00002.safetensors` and so on, instead of the model's files.
+        prefix: left out of the names in the files.
     """
 
-    def __init__(self, directory: Path, stem: str | None = None) -> None:
+    def __init__(self, directory: Path, stem: str | None = None, prefix: str = "") -> None:
         found = find(directory)
-        self.where = locate_tensors(found) if stem is None else _in_files(_of_stem(found, stem))
+        where = locate_tensors(found) if stem is None else _in_files(_of_stem(found, stem))
+        self._stored = {name.removeprefix(prefix): name for name in where}
+        self.where = {name: where[stored] for name, stored in self._stored.items()}
         self._open: dict[Path, Any] = {}
 
     def _file(self, name: str) -> Any:
@@ -143,13 +146,16 @@ class TensorReader:
             self._open[path] = _open(path)
         return self._open[path]
 
+    def _slice(self, name: str) -> Any:
+        return self._file(name).get_slice(self._stored[name])
+
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype as stored.
 
         Raises:
             CheckpointError: torch has no such dtype.
         """
-        found = str(self._file(name).get_slice(name).get_dtype())
+        found = str(self._slice(name).get_dtype())
         for dtype, text in DTYPE_NAMES.items():
             if text == found:
                 return dtype
@@ -157,15 +163,15 @@ class TensorReader:
 
     def region(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
         """Read a rectangle of a tensor and nothing else."""
-        part = self._file(name).get_slice(name)
+        part = self._slice(name)
         if not sizes:
-            return self._file(name).get_tensor(name)
+            return self._file(name).get_tensor(self._stored[name])
         return part[tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes))]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape as stored."""
-        return tuple(self._file(name).get_slice(name).get_shape())
+        return tuple(self._slice(name).get_shape())
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read the full tensor."""
-        return self._file(name).get_tensor(name)
+        return self._file(name).get_tensor(self._stored[name])

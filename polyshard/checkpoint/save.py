@@ -22,6 +22,7 @@ from polyshard.checkpoint.directory import begin, publish, staging_name
 from polyshard.checkpoint.files import INDEX
 from polyshard.checkpoint.manifest import Manifest, record_files, write_manifest
 from polyshard.checkpoint.model_code import check_code
+from polyshard.checkpoint.part import part_of
 from polyshard.checkpoint.pending import PendingSave
 from polyshard.checkpoint.plan import PlannedFile, StoredTensor, index_of, plan_files
 from polyshard.checkpoint.storage import LayoutPlanner, LayoutWriter, Progress, storage_key
@@ -82,7 +83,7 @@ def save_checkpoint(
         The directory, or the pending save.
 
     Raises:
-        CheckpointError: a rank could not write; raised on every rank, naming the rank.
+        CheckpointError: a rank could not write; raised on every rank, naming the rank. Or the model has a LoRA adapter.
 
     Example:
         >>> context = ps.initialize("torch")
@@ -92,6 +93,12 @@ def save_checkpoint(
         ['config.json', 'model.safetensors', 'polyshard.json']
     """
     view = view_weights(model, parallel_context)
+    part = part_of(view.module)
+    if part is not None:
+        raise CheckpointError(
+            f"the model has a {part.what}, which is no part of a Hugging Face checkpoint. Save the adapter with "
+            "polyshard.save_lora, or the sum of both with polyshard.save_merged_lora."
+        )
     dtypes = {name: dtype or parameter.dtype for name, parameter in view.module.named_parameters()}
     job = SaveJob(
         directory=Path(directory),

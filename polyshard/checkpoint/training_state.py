@@ -13,7 +13,7 @@ beside them, under the weights' names and in their logical shapes, so the state 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from polyshard.checkpoint.optimizer_state import (
     stored_pieces,
     warn_of_groups,
 )
+from polyshard.checkpoint.part import StoredPart, check_kind, check_same_base, fingerprints, part_of
 from polyshard.checkpoint.pending import PendingSave
 from polyshard.checkpoint.plan import PlannedFile, plan_files
 from polyshard.checkpoint.quantization.reading import refuse_quantized
@@ -101,6 +102,9 @@ def save_training_state(
 ) -> Path | PendingSave:
     """Write everything that is needed to resume training. A collective: every rank must call it.
 
+    Of a model with a LoRA adapter (`polyshard.add_lora`), the state holds the adapter, as PEFT stores it, and the
+    fingerprints of the frozen weights, which it does not copy.
+
     Args:
         engine: the training engine.
         directory: the target, such as `runs/a/step-00000100`; `latest_checkpoint("runs/a")` finds the newest.
@@ -125,13 +129,15 @@ def save_training_state(
         PosixPath('run/step-100')
     """
     ranks = Ranks.of(parallel_context)
-    table = engine.table
+    part = part_of(engine.module)
+    table = engine.table if part is None else part.table(engine.table)
     state = engine.optimizer_state()
     started = any(ranks.gather(state.started))
-    weights, optimizer = list(engine.weight_pieces()), stored_pieces(state.pieces, started)
+    weights = _of(table, engine.weight_pieces())
+    optimizer = stored_pieces(_of(table, state.pieces), started)
     dtypes = {name: parameter.dtype for name, parameter in engine.module.named_parameters()}
     slot_dtypes = _slot_dtypes(optimizer, ranks)
-    files = weight_files(table, dtypes, max_shard_bytes)
+    files = _weight_files(part, table, dtypes, max_shard_bytes)
     for slot, by_name in slot_dtypes.items():
         files += _in_folder(plan_files(slot, stored_tensors(table, by_name, slot), max_shard_bytes))
 
@@ -140,19 +146,25 @@ def save_training_state(
     mine = (parallel_context.axis("data").rank, data) if first_of_replica else None
     positions = [d for _, d in sorted((x for x in ranks.gather(mine) if x is not None), key=lambda x: x[0])]
     layout = parallel_context.layout
+    documents = model_documents(config, architecture, factory, dtypes, getattr(engine.module, "architecture", None))
+    base: dict[str, Any] = {}
+    if part is not None:
+        documents |= part.documents()
+        base = part.state(fingerprints(engine.weight_pieces(), part.rest(engine.table), parallel_context))
     job = SaveJob(
         directory=Path(directory),
         kind=KIND,
         pieces=[*weights, *optimizer],
         table=table,
         files=files,
-        documents=model_documents(config, architecture, factory, dtypes, getattr(engine.module, "architecture", None)),
+        documents=documents,
         companions=None if companions is None else Path(companions),
         state={
             "step": step,
             "optimizer": describe(state, slot_dtypes, started, ranks),
             "data": positions,
             "layout": {"tensor": layout.tensor, "data": layout.data, "context": layout.context},
+            **base,
         },
         blobs={f"{FOLDER}/{RANDOM}.safetensors": _random_states(ranks)},
     )
@@ -190,7 +202,7 @@ def load_training_state(
     Raises:
         CheckpointError: the checkpoint is truncated or altered, does not match the model, its optimizer state is
             incompatible with the engine's optimizer, or it has no state for `data`; the message says what can be
-            restored.
+            restored. Or a LoRA adapter was trained over other weights than the model's.
         ConfigurationError: an object of `data` rejects its state.
 
     Example:
@@ -203,12 +215,13 @@ def load_training_state(
     """
     path, ranks = find(directory), Ranks.of(parallel_context)
     axis = parallel_context.axis("tensor")
-    table = engine.table
+    part = part_of(engine.module)
+    table = engine.table if part is None else part.table(engine.table)
     before: OptimizerState = engine.optimizer_state()
-    held = held_slots(before.pieces, ranks)
+    held = held_slots(_of(table, before.pieces), ranks)
 
     def opened_and_checked() -> _Opened:
-        opened = _open(path, table)
+        opened = _open(path, table, part)
         if optimizer:
             saved = opened.manifest.state["optimizer"]
             check_optimizer(saved, before, held, opened.slots, table, scheduler=scheduler)
@@ -220,17 +233,23 @@ def load_training_state(
         verify_files(path, opened.manifest, ranks)
     positions = tuple(opened.manifest.state["data"])
     position = position_of(positions, parallel_context.axis("data"))
+    if part is not None:
+        found = fingerprints(engine.weight_pieces(), part.rest(engine.table), parallel_context)
+        other = check_same_base(opened.manifest.state["base"], found, part.what)
+        if other and ranks.rank == 0:
+            logger.warning("%s frozen tensors have another dtype than in %s and were not compared", len(other), path)
     if data is not None:
         ranks.run_on_all(lambda: restore_data(data, position, len(positions)), what)
 
     carried = {"weights"}
-    for pieces in _by_reader(list(engine.weight_pieces()), opened, table):
+    for pieces in _by_reader(_of(table, engine.weight_pieces()), opened, table):
         read_pieces(*pieces, table, axis.rank, axis.size, progress)
     engine.weights_written()
     saved = opened.manifest.state
     if optimizer:
         state = engine.optimizer_state()  # after `weights_written`, which refreshes the fp32 copies
-        for pieces in _by_reader(stored_pieces(state.pieces, saved["optimizer"].get("started", True)), opened, table):
+        stored = stored_pieces(_of(table, state.pieces), saved["optimizer"].get("started", True))
+        for pieces in _by_reader(stored, opened, table):
             read_pieces(*pieces, table, axis.rank, axis.size, progress)
         engine.optimizer_written(saved_state(saved["optimizer"], before, scheduler=scheduler))
         warn_of_groups(saved["optimizer"], before, ranks)
@@ -247,7 +266,17 @@ class _Opened:
     slots: Mapping[str, TensorReader]
 
 
-def _open(path: Path, table: WeightTable) -> _Opened:
+def _of(table: WeightTable, pieces: Iterable[Piece]) -> list[Piece]:
+    return [piece for piece in pieces if piece.parameter in table]
+
+
+def _weight_files(
+    part: StoredPart | None, table: WeightTable, dtypes: Mapping[str, torch.dtype], limit: int
+) -> list[PlannedFile]:
+    return weight_files(table, dtypes, limit) if part is None else [part.file(stored_tensors(table, dtypes))]
+
+
+def _open(path: Path, table: WeightTable, part: StoredPart | None) -> _Opened:
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory")
     manifest = read_manifest(path)
@@ -255,7 +284,8 @@ def _open(path: Path, table: WeightTable) -> _Opened:
         raise CheckpointError(f"{path} is not a complete training state: {MANIFEST} is missing")
     if manifest.kind != KIND:
         raise CheckpointError(f"{path} holds only {manifest.kind}. Load it with load_checkpoint.")
-    weights = TensorReader(path)
+    check_kind(part, manifest.state, path)
+    weights = TensorReader(path) if part is None else part.reader(path)
     refuse_quantized(path, weights, known_names(table), IGNORED_TENSORS)
     check_fit(table, weights, IGNORED_TENSORS)
     slots = {slot: TensorReader(path / FOLDER, stem=slot) for slot in manifest.state["optimizer"]["slots"]}

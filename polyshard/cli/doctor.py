@@ -18,6 +18,7 @@ from polyshard.core.attention import AttentionSpec
 from polyshard.core.capabilities import Accepted, Rejected
 from polyshard.core.discovery import adapter_names, load_adapter
 from polyshard.core.requirement import Requirement
+from polyshard.lora.requirement import PEFT
 from polyshard.native.matmul import unsupported_reason
 from polyshard.transformers.replaced.requirement import TRANSFORMERS
 
@@ -88,7 +89,7 @@ def adapters() -> list[Finding]:
             findings.append(installed(kind, name, adapter.requirement))
         except Exception as error:
             findings.append(Finding("adapter", name, False, None, f"{type(error).__name__}: {error}"))
-    return [*findings, installed("models", "transformers", TRANSFORMERS)]
+    return [*findings, installed("models", "transformers", TRANSFORMERS), installed("lora", "peft", PEFT)]
 
 
 def installed(kind: str, name: str, requirement: Requirement) -> Finding:

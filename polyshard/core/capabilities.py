@@ -31,6 +31,7 @@ FEATURES: Mapping[str, str] = {
     "optimizers": "elementwise optimizers of torch besides AdamW",
     "offload": "optimizer state and update on the CPU, with parameters on a GPU",
     "compile": "torch.compile of a model's blocks in training",
+    "lora": "LoRA (low-rank matrices beside frozen weights)",
     "cpu": "CPU with gloo",
     "cuda": "CUDA with NCCL",
     "training": "training (forward and backward pass)",

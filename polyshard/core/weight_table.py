@@ -140,6 +140,33 @@ def store_as(owner: nn.Module, child: str, name: str) -> None:
     setattr(owner, _ATTRIBUTE, {**getattr(owner, _ATTRIBUTE, {}), **moved})
 
 
+def layer_paths(model: nn.Module) -> dict[str, str]:
+    """Return the name of the layer of each parameter that has a layout, by the parameter's name.
+
+    Example:
+        >>> layer_paths(nn.Sequential(ps.row_parallel(8, 4, ps.initialize("torch"))))
+        {'0.weight': '0'}
+    """
+    found: dict[str, str] = {}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for name, (canonical, _) in getattr(module, _ATTRIBUTE, {}).items():
+            child = name.partition(".")[0] if "." in canonical else ""  # `store_as` moves layouts to the owner
+            found[f"{module_name}.{name}" if module_name else name] = ".".join(filter(None, (module_name, child)))
+    return found
+
+
+def store_layouts(model: nn.Module, layouts: Mapping[str, tuple[str, WeightLayout]]) -> None:
+    """Replace all layouts that a model's layers have by these, for a model whose layers were wrapped.
+
+    Args:
+        model: the whole model.
+        layouts: canonical name and layout, by the parameter's name.
+    """
+    for module in model.modules():
+        vars(module).pop(_ATTRIBUTE, None)
+    setattr(model, _ATTRIBUTE, dict(layouts))
+
+
 def collect_layouts(model: nn.Module) -> WeightTable:
     """Return the weight table of a built model. Parameters without a layout are replicated.
 

@@ -10,7 +10,7 @@ from support.paths import ROOT
 import polyshard as ps
 from polyshard.core.capabilities import FEATURES
 
-VENDORS = ("vllm", "megatron", "deepspeed", "fairscale", "flash_attn", "transformers", "typer", "rich")
+VENDORS = ("vllm", "megatron", "deepspeed", "fairscale", "flash_attn", "transformers", "peft", "typer", "rich")
 
 
 def modules_after(statement):
@@ -52,7 +52,7 @@ def test_every_public_name_exists():
     """Those that need vLLM say how to install it where it is missing."""
     missing = importlib.util.find_spec("vllm") is None
     for name in ps.__all__:
-        if missing and name in ("Rollout", "RolloutEngine", "SyncReport", "WeightSync"):
+        if missing and name in ("Rollout", "RolloutEngine", "SyncReport", "WeightSync", "LoraSync"):
             with pytest.raises(ps.MissingDependencyError, match=r"pip install 'polyshard\[vllm\]'"):
                 getattr(ps, name)
         else:

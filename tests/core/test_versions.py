@@ -13,6 +13,7 @@ from support.paths import ROOT
 import polyshard as ps
 from polyshard.core import requirement as module
 from polyshard.core.requirement import Requirement, UntestedVersionWarning
+from polyshard.lora.requirement import PEFT
 from polyshard.transformers.replaced.requirement import TRANSFORMERS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -27,7 +28,10 @@ def declared():
     return found
 
 
-NEEDED = {name: ps.load_adapter(name).requirement for name in ps.adapter_names()} | {"transformers": TRANSFORMERS}
+NEEDED = {name: ps.load_adapter(name).requirement for name in ps.adapter_names()} | {
+    "transformers": TRANSFORMERS,
+    "peft": PEFT,
+}
 
 
 @pytest.mark.parametrize("library", NEEDED)

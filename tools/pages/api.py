@@ -37,6 +37,7 @@ TOPICS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         (
             *("TrainingEngine", "AdamW", "Muon", "TorchOptimizer", "ParameterGroup", "Precision"),
             *("train_batch", "BatchResult", "StepResult"),
+            *("add_lora", "lora_disabled", "save_lora", "load_lora", "save_merged_lora"),
         ),
     ),
     "data": (
@@ -59,8 +60,8 @@ TOPICS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         "Serving and weight sync",
         "Register a model with vLLM, and keep a running engine's weights equal to a trainer's.",
         (
-            *("register_model", "registered_models", "engine_errors", "WeightSync", "SyncReport", "RolloutEngine"),
-            *("Rollout", "exact_context", "transformers_model"),
+            *("register_model", "registered_models", "engine_errors", "WeightSync", "SyncReport", "LoraSync"),
+            *("RolloutEngine", "Rollout", "exact_context", "transformers_model"),
         ),
     ),
     "adapters": (

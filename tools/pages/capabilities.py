@@ -2,6 +2,7 @@
 
 import polyshard as ps
 from polyshard.core.capabilities import FEATURES
+from polyshard.lora.requirement import PEFT
 from polyshard.transformers.replaced.requirement import TRANSFORMERS
 from tools.pages.tables import markdown
 
@@ -24,6 +25,6 @@ def table() -> str:
 
 
 def versions() -> str:
-    needed = (*(ps.load_adapter(name).requirement for name in ps.adapter_names()), TRANSFORMERS)
+    needed = (*(ps.load_adapter(name).requirement for name in ps.adapter_names()), TRANSFORMERS, PEFT)
     rows = ((n.title, f"`{n.supported}`", ", ".join(n.tested), f"`{n.install}`") for n in needed)
     return markdown(("library", "supported", "tested", "installed by"), rows)

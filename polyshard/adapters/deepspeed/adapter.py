@@ -37,6 +37,7 @@ CAPABILITIES = Capabilities(
         "optimizers": YES,
         "offload": YES,
         "compile": YES,
+        "lora": YES,
         "cpu": YES,
         "cuda": YES,
         "training": YES,

@@ -37,6 +37,7 @@ CAPABILITIES = Capabilities(
         "optimizers": YES,
         "offload": no("never", "OSS keeps the state on the device of the parameters"),
         "compile": YES,
+        "lora": YES,
         "cpu": YES,
         "cuda": YES,
         "training": YES,

@@ -39,6 +39,7 @@ CAPABILITIES = Capabilities(
             "notimpl", "its HybridDeviceOptimizer needs a GPU, and keeps state where no checkpoint finds it yet"
         ),
         "compile": YES,
+        "lora": YES,
         "cpu": YES,
         "cuda": YES,
         "training": YES,

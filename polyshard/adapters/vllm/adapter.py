@@ -34,6 +34,7 @@ CAPABILITIES = Capabilities(
         "optimizers": no("never", _FORWARD_ONLY),
         "offload": no("never", _FORWARD_ONLY),
         "compile": no("never", _FORWARD_ONLY),
+        "lora": YES,
         "cpu": YES,
         "cuda": YES,
         "training": no("never", _FORWARD_ONLY),

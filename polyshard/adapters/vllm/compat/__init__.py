@@ -81,6 +81,7 @@ from polyshard.adapters.vllm.compat.loading import (
     process_after_loading,
     source_metadata,
 )
+from polyshard.adapters.vllm.compat.lora import lora_config, lora_request, max_lora_rank, replace_lora
 from polyshard.adapters.vllm.compat.operators import (
     batch_invariant,
     cpu_packed_matmul,
@@ -156,6 +157,9 @@ __all__ = [
     "latent_unsupported_reason",
     "load_into",
     "local_worker",
+    "lora_config",
+    "lora_request",
+    "max_lora_rank",
     "model_dtype",
     "operator_rms_norm",
     "operator_supports_norm",
@@ -165,6 +169,7 @@ __all__ = [
     "register_class",
     "register_loader",
     "register_transfer",
+    "replace_lora",
     "rotate_in_place",
     "runs_pipelines",
     "shut_down_engine",

@@ -21,8 +21,10 @@ import torch.distributed as dist
 
 from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.engines.scratch import engine_folder, temporary_files_in
+from polyshard.adapters.vllm.transfer.lora_sync import LoraSync, largest_rank
 from polyshard.adapters.vllm.transfer.remote import BACKEND
 from polyshard.adapters.vllm.transfer.sync import SyncReport, WeightSync
+from polyshard.checkpoint.part import part_of
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError, WeightSyncError
 from polyshard.core.ranks import Ranks
@@ -65,7 +67,8 @@ class RolloutEngine:
     Every rank of the trainer creates one, and calls the same methods in the same order.
 
     Args:
-        directory: a Hugging Face directory of the model; its weights are used only until the first sync.
+        directory: a Hugging Face directory of the model, without a LoRA adapter; its weights are used only until the
+            first sync.
         architecture: name of a registered model.
         trainer: a training engine, or a model that its factory built.
         parallel_context: the context that the model was built with.
@@ -116,6 +119,14 @@ class RolloutEngine:
         self.restarted = 0
         self.llm: Any = None
         self._sync: WeightSync | None = None
+        module = getattr(trainer, "module", trainer)
+        self._lora_rank = 0 if part_of(module) is None else largest_rank(module)
+        self._lora: LoraSync | None = None
+        if self._lora_rank:
+            rank = compat.max_lora_rank(self._lora_rank)
+            if rank is None:
+                raise ConfigurationError(f"vLLM serves no LoRA adapter of rank {self._lora_rank}.")
+            self._options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank, **self._options}
         self._folder: tempfile.TemporaryDirectory[str] | None = None  # for the engine's sockets
         self._start()
 
@@ -144,6 +155,8 @@ class RolloutEngine:
     def sync(self, version: str | None = None) -> SyncReport:
         """Send the trainer's current weights to the engine; see `WeightSync`. A collective.
 
+        Of a trainer with a LoRA adapter, the frozen weights are sent to each engine once, then the adapter alone.
+
         Args:
             version: a name for the weights; by default a number that counts up.
 
@@ -155,8 +168,10 @@ class RolloutEngine:
 
     def close(self) -> None:
         """Shut down the engine, and release its resources."""
-        if self._sync is not None:
-            self._sync.close()
+        for sync in (self._sync, self._lora):
+            if sync is not None:
+                sync.close()
+        self._lora = None
         if self.llm is not None:
             compat.shut_down_engine(self.llm, self._keep_process_group)
         self.llm = self._sync = None
@@ -177,7 +192,12 @@ class RolloutEngine:
 
         parameters = SamplingParams(n=samples, logprobs=0, detokenize=False, **sampling)
         with compat.raises_if_engine_dies(self.llm):
-            outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
+            outputs = self.llm.generate(
+                [{"prompt_token_ids": p} for p in prompts],
+                parameters,
+                lora_request=None if self._lora is None else self._lora.request,
+                use_tqdm=False,
+            )
         return [
             [_rollout(prompt, answer, self._version) for answer in output.outputs]
             for prompt, output in zip(prompts, outputs)
@@ -185,7 +205,10 @@ class RolloutEngine:
 
     def _synced(self, version: str | None) -> SyncReport:
         assert self._sync is not None
-        report = self._sync(version)
+        if self._lora_rank and self._lora is None:
+            self._sync(version)
+            self._lora = LoraSync(self._trainer, self._context, self.llm, timeout=self._timeout)
+        report = (self._lora or self._sync)(version)
         self._version = report.version
         return report
 

@@ -23,6 +23,7 @@ from polyshard.adapters.vllm.transfer.guard import shared_memory_watch
 from polyshard.adapters.vllm.transfer.local import LocalEngine
 from polyshard.adapters.vllm.transfer.remote import Client, LlmClient, RemoteEngine
 from polyshard.adapters.vllm.transfer.verification import Arrived, DirectRecord, EngineKind, verify_chunk, verify_direct
+from polyshard.checkpoint.part import without_part
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError, WeightSyncError
 from polyshard.core.exact_identity import check_same_mode, identity_of
@@ -66,7 +67,8 @@ class WeightSync:
     """A callable that sends a trainer's weights to vLLM engines; every trainer rank creates one, and calls it.
 
     Args:
-        model: a training engine, or a model that its factory built.
+        model: a training engine, or a model that its factory built. Of a model with a LoRA adapter, the frozen weights
+            are sent; `LoraSync` sends the adapter.
         parallel_context: the context that the model was built with.
         engines: `vllm.LLM` objects. Pass an engine in this process on every rank that runs one (with the external
             launcher, all ranks). Pass an engine in separate processes only on the first rank, and start it with
@@ -100,7 +102,7 @@ class WeightSync:
     ) -> None:
         if bucket_bytes < 1:
             raise ConfigurationError(f"bucket_bytes must be positive, got {bucket_bytes}")
-        self._view = view_weights(model, parallel_context)
+        self._view = without_part(view_weights(model, parallel_context))
         self._ranks = Ranks.of(parallel_context)
         self._axis = parallel_context.axis("tensor")
         self._shapes = {
