@@ -8,11 +8,11 @@ import torch
 import transformers
 from support.engines import greedy
 from support.models.tiny import tiny_config, tiny_model
+from support.scripts import on_engine_ranks
 from support.workers.lora_sync import OPTIONS, PROMPTS, TOKENS, sample, served_on_ranks, step, trainer_of
 
 import polyshard as ps
 from polyshard.adapters.vllm import compat
-from polyshard.testing import run_ranks
 
 pytestmark = pytest.mark.vllm
 
@@ -92,6 +92,6 @@ def test_an_engine_serves_the_adapter_of_the_last_sync(directories, tmp_path, co
 
 def test_megatrons_shards_are_served_over_the_same_two_ranks(directories, tmp_path):
     base, other = directories
-    for outcome in run_ranks(served_on_ranks, 2, base, other, tmp_path, timeout=280):
+    for outcome in on_engine_ranks(served_on_ranks, 2, base, other, tmp_path):
         for version, rollouts in zip(("1", "2"), outcome):
             check_served(rollouts, by_peft(base, tmp_path / version))
