@@ -11,7 +11,15 @@ import polyshard as ps
 
 PROMPTS = [[1, 2, 3, 4, 5], list(range(60)), list(range(60))]  # the last meets the prefix cache
 TOKENS = 6
-CONFIG = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "target_modules": ["qkv", "o_proj", "up_proj"]}
+CONFIG = {
+    "r": 4,
+    "lora_alpha": 8,
+    "init_lora_weights": False,
+    "target_modules": ["qkv", "o_proj", "up_proj"],
+    "use_rslora": True,
+    "rank_pattern": {"up_proj": 2},
+    "alpha_pattern": {"up_proj": 3},
+}
 OPTIONS = {"dtype": "float32", "max_model_len": 256, "kv_cache_memory_bytes": 64 << 20, "enable_prefix_caching": True}
 
 
