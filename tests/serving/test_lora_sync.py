@@ -8,29 +8,33 @@ import torch
 import transformers
 from support.engines import greedy
 from support.models.tiny import tiny_config, tiny_model
+from support.scripts import on_engine_ranks
+from support.workers.lora_sync import OPTIONS, PROMPTS, TOKENS, sample, served_on_ranks, step, trainer_of
 
 import polyshard as ps
 from polyshard.adapters.vllm import compat
 
 pytestmark = pytest.mark.vllm
 
-PROMPTS = [[1, 2, 3, 4, 5], list(range(60)), list(range(60))]  # the last meets the prefix cache
-TOKENS = 6
 BOUND = 2e-5
-CONFIG = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "target_modules": ["qkv", "o_proj", "up_proj"]}
-OPTIONS = {"dtype": "float32", "max_model_len": 256, "kv_cache_memory_bytes": 64 << 20, "enable_prefix_caching": True}
 
 
-def trainer_of(directory, context, **changes):
-    model = decoder.build_model(ps.read_config(directory), context)
-    ps.load_checkpoint(model, directory, context)
-    ps.add_lora(model, peft.LoraConfig(**CONFIG | changes), context)
-    return ps.load_adapter("torch").engine(model, ps.AdamW(lr=5e-2), context)
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """The trainer's base, and other weights that the engine is started with."""
+    folder = tmp_path_factory.mktemp("bases")
+    for seed, name in enumerate(("base", "other")):
+        tiny_model(tiny_config("llama", hidden_size=96, head_dim=32), seed).save_pretrained(folder / name)
+    return folder / "base", folder / "other"
+
+
+def by_peft(base, adapter):
+    return peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), str(adapter))
 
 
 def check_served(rollouts, model):
     """Each rollout's log-probabilities are the model's, to which they are the likeliest tokens."""
-    for (rollout,) in rollouts:
+    for rollout in rollouts:
         ids = torch.tensor([[*rollout.prompt, *rollout.tokens]])
         with torch.no_grad():
             scores = model(ids).logits[0].log_softmax(-1)[len(rollout.prompt) - 1 : -1]
@@ -40,43 +44,31 @@ def check_served(rollouts, model):
 
 
 @pytest.mark.parametrize("colocated", [True, False], ids=["in this process", "in processes of its own"])
-def test_an_engine_serves_the_adapter_of_the_last_sync(tmp_path, colocated, monkeypatch):
+def test_an_engine_serves_the_adapter_of_the_last_sync(directories, tmp_path, colocated, monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0" if colocated else "1")
-    base, other = tmp_path / "base", tmp_path / "other"
-    for seed, directory in enumerate((base, other)):
-        tiny_model(tiny_config("llama", hidden_size=96, head_dim=32), seed).save_pretrained(directory)
+    base, other = directories
     context = ps.initialize("torch")
     trainer = trainer_of(base, context)
     ps.register_model("LoraSynced", decoder.build_model)
-
-    def by_peft():
-        saved = ps.save_lora(trainer, tmp_path / "saved", context)
-        return peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), str(saved))
-
     with ps.RolloutEngine(other, "LoraSynced", trainer, context, colocated=colocated, **OPTIONS) as engine:
         served = []
         for version in ("1", "2"):
             report = engine.sync()
-            assert (report.version, report.shared_bytes) == (version, 0)
-            assert report.tensors == 2 * 5 * 2
-            rollouts = engine.generate(PROMPTS, temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
-            check_served(rollouts, by_peft())
-            served.append([rollout.logprobs for (rollout,) in rollouts])
-            assert {rollout.version for (rollout,) in rollouts} == {version}
-            ids = torch.arange(24).reshape(2, 12)
-            trainer.backward(trainer(ids[:, :-1], labels=ids[:, 1:]))
-            trainer.step()
-        assert served[0] != served[1]
+            assert (report.version, report.shared_bytes, report.tensors) == (version, 0, 2 * 5 * 2)
+            served.append(sample(engine))
+            check_served(served[-1], by_peft(base, ps.save_lora(trainer, tmp_path / "saved", context)))
+            assert {rollout.version for rollout in served[-1]} == {version}
+            step(trainer)
+        assert [r.logprobs for r in served[0]] != [r.logprobs for r in served[1]]
 
         # A sync that fails leaves all requests at the version before.
         with monkeypatch.context() as patched:
             patched.setattr(engine.llm.llm_engine, "reset_prefix_cache", lambda: False)
             with pytest.raises(ps.WeightSyncError, match="did not reset its prefix cache"):
                 engine.sync()
-        again = engine.generate(PROMPTS, temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
-        assert {rollout.version for (rollout,) in again} == {"2"}
-        for before, (after,) in zip(served[1], again):
-            assert after.logprobs == pytest.approx(before, abs=BOUND)
+        for before, after in zip(served[1], sample(engine)):
+            assert after.version == "2"
+            assert after.logprobs == pytest.approx(before.logprobs, abs=BOUND)
         if not colocated:
             return
 
@@ -96,3 +88,10 @@ def test_an_engine_serves_the_adapter_of_the_last_sync(tmp_path, colocated, monk
         monkeypatch.setattr(compat, "unfinished_requests", lambda llm: ["one"])
         with pytest.raises(ps.WeightSyncError, match="1 unfinished requests: their KV cache was computed with the old"):
             sync()
+
+
+def test_megatrons_shards_are_served_over_the_same_two_ranks(directories, tmp_path):
+    base, other = directories
+    for outcome in on_engine_ranks(served_on_ranks, 2, base, other, tmp_path):
+        for version, rollouts in zip(("1", "2"), outcome):
+            check_served(rollouts, by_peft(base, tmp_path / version))
