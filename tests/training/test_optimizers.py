@@ -3,6 +3,7 @@
 One run moves through all engines, one step on each: state, rates and schedule go with it.
 """
 
+import json
 from fnmatch import fnmatch
 
 import pytest
@@ -202,6 +203,23 @@ def test_masters_of_trained_parameters_load_beside_frozen_weights(tmp_path):
     assert torch.equal(wide.bias, model.bias.float())
     masters = [piece.values for piece in engine.optimizer_state().pieces if piece.slot == "master"]
     assert torch.equal(wide.weight.flatten(), masters[0])
+
+
+def test_a_state_of_an_earlier_version_is_read(tmp_path):
+    """Its manifest has neither groups nor schedule."""
+    context, engine = engine_of(ps.AdamW(lr=0.1))
+    steps(engine, 2)
+    ps.save_training_state(engine, tmp_path / "state", context, step=2, config={})
+    path = tmp_path / "state" / "polyshard.json"
+    manifest = json.loads(path.read_text())
+    optimizer = manifest["state"]["optimizer"]
+    manifest["state"]["optimizer"] = {name: optimizer[name] for name in ("kind", "step", "lr", "slots")}
+    path.write_text(json.dumps(manifest))
+    context, other = engine_of(ps.AdamW(lr=0.2))
+    ps.load_training_state(other, tmp_path / "state", context)
+    assert other.learning_rate == 0.1
+    expected = steps(engine, 2)
+    assert all(torch.equal(value, expected[name]) for name, value in steps(other, 2).items())
 
 
 def test_groups_keep_their_ratio_when_the_rate_is_set():
