@@ -83,6 +83,15 @@ def test_what_cannot_set_the_rate_is_refused():
         engine.set_learning_rate(0.1)
 
 
+def test_a_scheduler_in_the_configuration_of_deepspeed_is_refused():
+    """DeepSpeed would build it, and a resumed run would begin it anew."""
+    context = ps.initialize("deepspeed")
+    config = {"scheduler": {"type": "WarmupLR"}}
+    with pytest.raises(ps.ConfigurationError, match=r"config sets the scheduler: .* Pass scheduler= to the engine"):
+        ps.load_adapter("deepspeed").engine(torch.nn.Linear(2, 2), ps.AdamW(), context, config=config)
+    ps.shutdown(context)
+
+
 def test_a_state_of_another_schedule_is_refused_unless_it_is_left_out(tmp_path):
     context, engine = engine_with("cosine")
     step(engine)

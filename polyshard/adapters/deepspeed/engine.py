@@ -24,7 +24,7 @@ from polyshard.adapters.deepspeed.compat import (
     zero_fragments,
 )
 from polyshard.adapters.deepspeed.context import Mpu
-from polyshard.adapters.deepspeed.settings import check_config, with_offload
+from polyshard.adapters.deepspeed.settings import autocast_settings, check_config, check_precision, with_offload
 from polyshard.adapters.deepspeed.zero_settings import zero_settings
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
@@ -102,7 +102,7 @@ class DeepspeedEngine(BaseEngine):
             scheduler=scheduler,
             compile=compile,
         )
-        _check_precision(self.precision, zero_stage, config or {})
+        check_precision(self.precision, zero_stage, config or {})
         self._stage = zero_stage
         self._norm: torch.Tensor | None = None  # of the step under way, at stage 0
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -112,7 +112,7 @@ class DeepspeedEngine(BaseEngine):
             "gradient_clipping": max_grad_norm or 0.0,
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**12,
-            **_autocast(self.precision),
+            **autocast_settings(self.precision),
             **(config or {}),
             "zero_optimization": zero,
         }
@@ -278,38 +278,6 @@ class DeepspeedEngine(BaseEngine):
             yield
         finally:
             self._wrapped.set_gradient_accumulation_boundary(True)
-
-
-def _autocast(precision: Precision) -> dict[str, Any]:
-    if not precision.casts:
-        return {}
-    return {"torch_autocast": {"enabled": True, "dtype": str(precision.compute_dtype).removeprefix("torch.")}}
-
-
-def _check_precision(precision: Precision, stage: int, config: dict[str, Any]) -> None:
-    """Raise `ConfigurationError` for what DeepSpeed 0.19 lacks, or gets wrong."""
-    if config.keys() & {"bf16", "fp16", "torch_autocast"}:
-        # Stage 0 with "bf16" steps once while it is built, and keeps its masters where no checkpoint finds them.
-        raise ConfigurationError(
-            f"config sets the precision: got {', '.join(sorted(config.keys() & {'bf16', 'fp16', 'torch_autocast'}))}. "
-            "Pass precision=polyshard.Precision(...) instead."
-        )
-    if precision.scales_loss:
-        raise ConfigurationError(
-            "float16 is unsupported with DeepSpeed: its loss scaling does not run on CPU and has not been tested. "
-            "Compute in bfloat16."
-        )
-    if precision.parameters == torch.bfloat16 and (stage == 0 or not precision.has_masters):
-        raise ConfigurationError(
-            f"DeepSpeed's ZeRO stage {stage} keeps no masters of bfloat16 parameters: got {precision}. Use stages 1 to "
-            "3 with optimizer=torch.float32, or build the model in float32 and pass "
-            "precision=Precision(compute=torch.bfloat16)."
-        )
-    if precision.reduce != torch.float32:
-        raise ConfigurationError(
-            f"DeepSpeed's engine reduces gradients in float32 here: got reduce={precision.reduce}, expected "
-            "torch.float32."
-        )
 
 
 def _check_accelerator(device: torch.device) -> None:

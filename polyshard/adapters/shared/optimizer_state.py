@@ -64,13 +64,16 @@ def materialize(optimizer: Any) -> None:
     for parameter in parameters:
         optimizer.state[parameter][PLACEHOLDER] = True
 
-    def drop(optimizer: Any, args: Any, kwargs: Any) -> None:
-        handle.remove()
-        for parameter, state in list(optimizer.state.items()):
-            if PLACEHOLDER in state:
-                del optimizer.state[parameter]
+    waiting = [True]
 
-    handle = optimizer.register_step_pre_hook(drop)
+    def drop(optimizer: Any, args: Any, kwargs: Any) -> None:
+        if waiting:  # a hook cannot remove itself while torch iterates over the hooks
+            waiting.clear()
+            for parameter, state in list(optimizer.state.items()):
+                if PLACEHOLDER in state:
+                    del optimizer.state[parameter]
+
+    optimizer.register_step_pre_hook(drop)
 
 
 def is_started(optimizer: Any) -> bool:
