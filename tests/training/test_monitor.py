@@ -1,6 +1,7 @@
 """Records of steps: figures over all ranks, FLOPs as other libraries count them, and files that a restart continues."""
 
 import json
+import logging
 from dataclasses import replace
 
 import pytest
@@ -52,11 +53,16 @@ def test_masked_pairs_are_not_counted(causal, window):
     assert ps.ModelFlops(per_token=0, attention=(spec,))(lengths) == 3 * 2 * pairs * 3 * (8 + 4)
 
 
-def test_flops_of_a_weight_with_more_dimensions_are_not_guessed():
+def test_flops_that_are_unknown_are_not_guessed(caplog):
     context = ps.initialize("torch")
     engine = ps.load_adapter("torch").engine(torch.nn.Conv1d(2, 2, 3), ps.AdamW(), context)
     with pytest.raises(ps.ConfigurationError, match="the FLOPs of weight are unknown"):
         ps.model_flops(engine)
+    layers = torch.nn.ModuleDict({"mixer": torch.nn.MultiheadAttention(8, 2), "mlp": torch.nn.Linear(8, 8)})
+    with caplog.at_level(logging.WARNING):
+        found = ps.model_flops(ps.load_adapter("torch").engine(layers, ps.AdamW(), context))
+    assert "the FLOPs of attention in mixer are not counted" in caplog.text
+    assert found.per_token == 6 * (3 + 1 + 1) * 8 * 8
 
 
 def test_figures_are_of_all_ranks_and_rank_0_writes_them(tmp_path):

@@ -5,12 +5,13 @@ hold the position of the loader. The processes kill themselves by SIGKILL betwee
 """
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.models.tiny import save_tiny
-from support.workers.restarted import STEPS, Case, restarted, restarted_then_killed, undisturbed_then_killed
+from support.workers.restarted import STEPS, Case, restarted, restarted_then_killed, train, undisturbed_then_killed
 
 import polyshard as ps
 from polyshard.launch.ranks import RankError
@@ -79,3 +80,17 @@ def test_a_killed_run_continues_bit_for_bit(model, tmp_path, library):
             assert torch.equal(value, last[1][name]), name
         left = {path.name for path in (killed / "states").iterdir()}
         assert left == {f"step-{step:08d}" for step in (2, 4, 6)}, "a killed save is cleared"
+
+
+def test_a_run_continues_with_the_same_rows_on_one_rank(model, tmp_path):
+    """Dropout draws other masks at another size; the rows, and so the number of labels, are the same."""
+    case = CASES["torch"][0]
+    run_ranks(train, 2, tmp_path / "two", model, case)
+    shutil.copytree(tmp_path / "two" / "states" / "step-00000002", tmp_path / "one" / "states" / "step-00000002")
+    train(tmp_path / "one", model, case)
+    two, one = lines_of(tmp_path / "two")[2:], lines_of(tmp_path / "one")
+    assert [line["step"] for line in one] == [3, 4, 5, 6]
+    assert [line["labels"] for line in one] == [line["labels"] for line in two]
+    assert len({line["labels"] for line in one}) > 2
+    for a, b in zip(one, two):
+        assert a["loss"] == pytest.approx(b["loss"], abs=0.05)

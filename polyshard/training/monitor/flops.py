@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ from polyshard.layers.vocabulary import looks_up
 
 if TYPE_CHECKING:
     from polyshard.core.adapter import TrainingEngine
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +59,8 @@ def model_flops(engine: TrainingEngine) -> ModelFlops:
     """Count the FLOPs of an engine's model, at the sizes of the full model.
 
     A weight of two dimensions is taken for a matrix product of every token, unless it belongs to a `vocab_embedding` or
-    a `torch.nn.Embedding`. Attention layers are modules with a `spec`, such as `TrainableFlashAttention`.
+    a `torch.nn.Embedding`. Attention layers are modules with a `spec`, such as `TrainableFlashAttention`; others are
+    named in a warning.
 
     Args:
         engine: the training engine. Of a pipeline, the parts of all stages must be added.
@@ -85,17 +89,24 @@ def model_flops(engine: TrainingEngine) -> ModelFlops:
             )
         if len(shape) == 2:
             per_token += uses * 2 * math.prod(shape) * (3 if trainable[entry.parameter] else 2)
+    uncounted = [name for name, part in module.named_modules() if _is_attention(part) and not list(_specs(part))]
+    if uncounted:
+        logger.warning("the FLOPs of attention in %s are not counted: it has no AttentionSpec", ", ".join(uncounted))
     return ModelFlops(per_token=per_token, attention=tuple(_specs(module)))
 
 
 def sequence_lengths(micro_batch: MicroBatch, context_size: int) -> list[int]:
     """Return the lengths of a micro-batch's sequences, over all context-parallel ranks."""
-    boundaries: Any = micro_batch.get("cu_seqlens")
+    boundaries: Any = micro_batch.get("cu_seqlens", micro_batch.get("cu_seq_lens_q"))  # the latter is transformers'
     if boundaries is not None:
         return boundaries.diff().tolist()
     shape = micro_batch["input_ids"].shape
     rows = 1 if len(shape) == 1 else int(shape[0])
     return [int(shape[-1]) * context_size] * rows
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return "Attention" in type(module).__name__ and next(module.parameters(), None) is not None
 
 
 def _specs(module: nn.Module) -> Iterable[AttentionSpec]:
