@@ -5,7 +5,14 @@ import dataclasses
 import pytest
 import torch
 from support.models.tiny import VOCAB, save_tiny, tiny_config
-from support.workers.compiled import compiled_steps, model_with, packed_batches, state_of_compiled_into_eager, trained
+from support.workers.compiled import (
+    compiled_steps,
+    model_with,
+    packed_batches,
+    rank_that_crashes_in_a_compiled_block,
+    state_of_compiled_into_eager,
+    trained,
+)
 from torch import nn
 
 import polyshard as ps
@@ -87,6 +94,12 @@ def test_a_state_saved_by_a_compiled_engine_continues_in_an_eager_one_of_another
         # Libraries name the head's weight differently.
         named = dict(zip(continued["weights"], resumed["weights"].values(), strict=True))
         assert_equal_within_rounding({**resumed, "weights": named}, continued)
+
+
+def test_a_rank_that_crashes_while_others_wait_in_compiled_code_is_named(directory):
+    error, _ = run_ranks(rank_that_crashes_in_a_compiled_block, 2, directory, silent=(1,))
+    assert "rank 0: tensor all_reduce failed" in error
+    assert "rank 1 crashed or hung" in error
 
 
 @pytest.fixture

@@ -65,10 +65,10 @@ def test_fsdp_gathers_the_next_blocks_before_a_block_runs(directory):
     assert early == ["gather", "gather", "gather", "block 0", "gather", "block 1", "block 2"]
 
 
-def refused(adapter, **options):
+def refused(adapter, dtype=torch.float32, **options):
     context = ps.initialize("torch")
     with pytest.raises(ps.ConfigurationError) as error:
-        ps.load_adapter(adapter).engine(nn.Linear(2, 2), ps.AdamW(), context, **options)
+        ps.load_adapter(adapter).engine(nn.Linear(2, 2, dtype=dtype), ps.AdamW(), context, **options)
     return str(error.value)
 
 
@@ -76,6 +76,7 @@ def test_options_without_effect_are_refused_with_the_reason():
     assert "unexpected names: got bucket_size, expected some of" in refused("torch", ddp_options={"bucket_size": 1})
     assert "got process_group" in refused("torch", ddp_options={"process_group": None})
     assert "data_parallel='ddp'" in refused("torch", fsdp_options={"reshard_after_forward": False})
+    assert "without effect: got static_graph" in refused("torch", torch.bfloat16, ddp_options={"static_graph": True})
     assert "forward_prefetch is invalid: got -1" in refused(
         "torch", data_parallel="fsdp", fsdp_options={"forward_prefetch": -1}
     )

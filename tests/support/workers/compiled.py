@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from pathlib import Path
 from unittest import mock
 
@@ -121,3 +122,21 @@ def state_of_compiled_into_eager(directory: Path, state: Path) -> tuple[dict, di
     engine.close()
     ps.shutdown(context)
     return {**continued, "graphs": graphs}, resumed
+
+
+def rank_that_crashes_in_a_compiled_block(directory: Path) -> str:
+    """Rank 1 crashes in the second step, between two blocks; the error of rank 0."""
+    torch._dynamo.config.disable = False
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    context = ps.initialize("torch", timeout=30, tensor=2)
+    model = model_with(directory, context)
+    engine = ps.load_adapter("torch").engine(model, ps.AdamW(), context, compile=True)
+    batch = packed_batches(context)[0]
+    engine.train_batch([batch])
+    if context.rank == 1:
+        model.model.layers[1].register_forward_pre_hook(lambda *_: os._exit(1))
+    try:
+        engine.train_batch([batch])
+    except ps.RankFailureError as error:
+        return str(error)
+    return "no error"
