@@ -30,7 +30,7 @@ def standard_slopes(num_heads: int) -> tuple[float, ...]:
     If `num_heads` is not a power of two, they are the slopes for the next lower power `p`, and then every second of
     the slopes for `2 p`.
 
-    Example:
+    Examples:
         >>> standard_slopes(4)
         (0.25, 0.0625, 0.015625, 0.00390625)
     """

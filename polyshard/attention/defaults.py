@@ -82,7 +82,7 @@ def sequence_positions(
     Raises:
         ConfigurationError: `cu_seqlens` is given for a batch, or is invalid.
 
-    Example:
+    Examples:
         >>> sequence_positions(torch.tensor([5, 6, 7, 8, 9]), torch.tensor([0, 2, 5]))
         tensor([0, 1, 0, 1, 2])
     """

@@ -54,7 +54,7 @@ def packed_attention(
     Raises:
         ConfigurationError: shapes, dtypes, devices or boundaries are invalid, or no kernel supports the request.
 
-    Example:
+    Examples:
         >>> q, k, v = torch.randn(7, 4, 16), torch.randn(7, 2, 16), torch.randn(7, 2, 16)
         >>> out = packed_attention(q, k, v, ps.pack(torch.tensor([0, 3, 7]), tokens=7))
         >>> out.shape

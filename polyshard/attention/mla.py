@@ -63,7 +63,7 @@ class TrainableMLA(nn.Module):
         LayoutError: the heads cannot be divided over the tensor axis, or sequence parallel is on (unsupported here).
         ConfigurationError: a setting is out of range.
 
-    Example:
+    Examples:
         >>> sizes = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
         >>> attention = TrainableMLA(64, 4, **sizes, rotary=ps.RotaryEmbedding(8))
         >>> attention(torch.randn(2, 5, 64)).shape

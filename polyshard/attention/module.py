@@ -71,7 +71,7 @@ class TrainableFlashAttention(nn.Module):
         LayoutError: the heads cannot be divided over the tensor axis.
         ConfigurationError: a setting is out of range.
 
-    Example:
+    Examples:
         >>> rotary = ps.RotaryEmbedding(16)
         >>> attention = TrainableFlashAttention(64, num_heads=4, num_kv_heads=2, rotary=rotary)
         >>> attention(torch.randn(2, 5, 64)).shape  # a batch

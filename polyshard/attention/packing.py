@@ -37,7 +37,7 @@ def pack(cu_seqlens: torch.Tensor, tokens: int) -> PackedSequences:
     Raises:
         ConfigurationError: `cu_seqlens` is invalid, or `tokens` does not fit into int32.
 
-    Example:
+    Examples:
         >>> pack(torch.tensor([0, 3, 7]), tokens=7).lengths
         (3, 4)
     """

@@ -42,7 +42,7 @@ def rotary_frequencies(
     Raises:
         ConfigurationError: the dimension is odd, the scaling is unknown, or one of its parameters is missing.
 
-    Example:
+    Examples:
         >>> rotary_frequencies(4, 10000.0, {"rope_type": "linear", "factor": 2.0}, 4096)
         (tensor([0.5000, 0.0050]), 1.0)
     """
@@ -173,7 +173,7 @@ class RotaryEmbedding(nn.Module):
     Raises:
         ConfigurationError: the rotary dimension is odd, or the scaling is unknown or incomplete.
 
-    Example:
+    Examples:
         >>> rotary = RotaryEmbedding(64, theta=500000.0)
         >>> cos, sin = rotary(torch.arange(5), torch.bfloat16)
         >>> cos.shape, cos.dtype

@@ -85,7 +85,7 @@ def explain(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, train
         dtype: dtype of the tensors.
         training: whether dropout applies and a backward pass follows.
 
-    Example:
+    Examples:
         >>> from polyshard.core import AttentionSpec
         >>> spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=64, scale=0.125, softcap=50.0)
         >>> for verdict in explain(spec, torch.device("cpu"), torch.float32, training=True)[4:7]:
@@ -114,7 +114,7 @@ def select_kernel(
         ConfigurationError: the named kernel is unknown or does not support the request, or no kernel supports it; the
             message contains the reason of each.
 
-    Example:
+    Examples:
         >>> from polyshard.core import AttentionSpec
         >>> spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=64, scale=0.125)
         >>> select_kernel(spec, torch.device("cpu"), torch.bfloat16, training=True).name

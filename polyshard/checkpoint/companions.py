@@ -29,7 +29,7 @@ def companions(directory: Path, *, is_model: bool) -> tuple[dict[str, Path], tup
         is_model: whether the directory is a model's, as on the Hugging Face Hub, and not a training run's. All
             folders of a model's directory are then copied, or named in the notes.
 
-    Example:
+    Examples:
         >>> _ = Path("tokenizer.json").write_text("{}")
         >>> _ = Path("model.safetensors").write_bytes(b"")
         >>> companions(Path("."), is_model=True)

@@ -15,7 +15,7 @@ from polyshard.core.errors import CheckpointError
 class ModelConfig(SimpleNamespace):
     """The fields of a config.json as attributes, without added defaults; `to_dict` returns them.
 
-    Example:
+    Examples:
         >>> config = ModelConfig(model_type="llama", hidden_size=64)
         >>> config.hidden_size, config.to_dict()
         (64, {'model_type': 'llama', 'hidden_size': 64})
@@ -44,7 +44,7 @@ def read_config(directory: str | Path) -> ModelConfig:
         CheckpointError: the file is missing or is not a JSON object.
         ConfigFileError: a key is not a valid field name, or a field that decoders share has a value of the wrong type.
 
-    Example:
+    Examples:
         >>> _ = ps.save_config("model", {"model_type": "llama", "hidden_size": 64})
         >>> read_config("model").hidden_size
         64

@@ -100,7 +100,7 @@ def latest_checkpoint(root: str | Path) -> Path | None:
 
     A directory whose save was killed, or with missing or truncated files, is skipped with a warning.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> for step in (10, 20):
         ...     _ = ps.save_checkpoint(torch.nn.Linear(2, 2), f"run/{step}", context, config={})

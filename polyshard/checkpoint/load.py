@@ -59,7 +59,7 @@ def load_checkpoint(
         CheckpointError: files are missing, truncated or altered; tensors are missing, unexpected, or have the wrong
             shape or dtype (the message lists all of them); or weights are quantized in an unsupported way.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> model = torch.nn.Linear(2, 2)
         >>> directory = ps.save_checkpoint(model, "out", context, config={"model_type": "example"})

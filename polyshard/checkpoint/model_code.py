@@ -22,7 +22,7 @@ def check_code(config: Mapping[str, Any], names: Mapping[str, Path], advice: str
     Raises:
         CheckpointError: a file is missing, so that transformers could not load the model.
 
-    Example:
+    Examples:
         >>> check_code({"auto_map": {"AutoModel": "modeling.Model"}}, {"modeling.py": Path("modeling.py")}, "")
     """
     named = [("config.json", config)]

@@ -17,7 +17,7 @@ from polyshard.core.ranks import Ranks
 class PendingSave:
     """A save that runs in the background. It writes the weights as they were when the save was requested.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> pending = ps.save_checkpoint(torch.nn.Linear(2, 2), "out", context, config={}, asynchronous=True)
         >>> pending.wait()

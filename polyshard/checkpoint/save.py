@@ -85,7 +85,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: a rank could not write; raised on every rank, naming the rank. Or the model has a LoRA adapter.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> model = torch.nn.Linear(2, 2)
         >>> directory = save_checkpoint(model, "out", context, config={"model_type": "example"})
@@ -191,7 +191,7 @@ def save_config(
     Raises:
         CheckpointError: the config is not a mapping of plain JSON.
 
-    Example:
+    Examples:
         >>> save_config("out", {"hidden_size": 64}, architecture="MyModel")
         PosixPath('out')
         >>> ps.read_config("out").architectures

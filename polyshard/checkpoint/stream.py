@@ -45,7 +45,7 @@ def write_tensors(
     Raises:
         CheckpointError: a tensor could not be read or written; nothing is left behind.
 
-    Example:
+    Examples:
         >>> tensors = [("a.weight", (2,), torch.float32, lambda: torch.ones(2))]
         >>> sorted(write_tensors(Path("out"), tensors, {"model_type": "example"}))
         ['a.weight']

@@ -73,7 +73,7 @@ class TrainingState:
         data_positions: the saved positions of all data-parallel ranks.
         carried: the parts that were restored: a subset of `"weights"`, `"optimizer"` and `"random"`.
 
-    Example:
+    Examples:
         >>> state = TrainingState(step=9, data=None, data_positions=(), carried=frozenset({"weights"}))
         >>> "optimizer" in state.carried
         False
@@ -122,7 +122,7 @@ def save_training_state(
     Raises:
         CheckpointError: a rank could not write, or `data` is not JSON; raised on every rank, naming the rank.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> engine = ps.load_adapter("torch").engine(torch.nn.Linear(2, 2), ps.AdamW(), context)
         >>> save_training_state(engine, "run/step-100", context, step=100, config={}, data={"row": 7})
@@ -205,7 +205,7 @@ def load_training_state(
             restored. Or a LoRA adapter was trained over other weights than the model's.
         ConfigurationError: an object of `data` rejects its state.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> engine = ps.load_adapter("torch").engine(torch.nn.Linear(2, 2), ps.AdamW(), context)
         >>> directory = ps.save_training_state(engine, "run/step-100", context, step=100, config={}, data={"row": 7})

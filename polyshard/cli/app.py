@@ -47,7 +47,7 @@ app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options"
 def main() -> None:
     """Run the command line; a user error prints one line instead of a traceback.
 
-    Example:
+    Examples:
         >>> import sys
         >>> sys.argv = ["polyshard", "--version"]
         >>> main()

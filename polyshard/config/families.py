@@ -77,7 +77,7 @@ def complete_config(config: Any) -> SimpleNamespace:
     Raises:
         ConfigurationError: the model type is unsupported, or a field is missing or has a value of the wrong type.
 
-    Example:
+    Examples:
         >>> sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
         >>> fields = {"model_type": "mistral", "num_attention_heads": 8, "rms_norm_eps": 1e-6, **sizes}
         >>> complete_config(fields).layer_windows

@@ -21,7 +21,7 @@ def config_fields(config: Any) -> dict[str, Any]:
     Raises:
         ConfigurationError: the config is none of these.
 
-    Example:
+    Examples:
         >>> config_fields({"model_type": "llama", "num_hidden_layers": 2})
         {'model_type': 'llama', 'num_hidden_layers': 2}
     """
@@ -75,7 +75,7 @@ def typed_config(config: Any, config_type: type) -> Any:
     Raises:
         ConfigurationError: `config_type` is not a dataclass, or fields without a default are missing.
 
-    Example:
+    Examples:
         >>> Sizes = dataclasses.make_dataclass("Sizes", [("hidden_size", int)])
         >>> typed_config(ps.ModelConfig(hidden_size=64, vocab_size=96), Sizes)
         Sizes(hidden_size=64)

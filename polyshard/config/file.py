@@ -40,7 +40,7 @@ def check_fields(fields: Mapping[str, Any], file: object) -> None:
         ConfigFileError: a key is not a valid field name, or a value has the wrong type. Lists and mappings are
             accepted where other families have them, and null everywhere.
 
-    Example:
+    Examples:
         >>> check_fields({"sliding_window": 2.5}, "out/config.json")
         Traceback (most recent call last):
         polyshard.config.file.ConfigFileError: out/config.json: sliding_window is wrong: got 2.5, expected an \

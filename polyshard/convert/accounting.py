@@ -26,7 +26,7 @@ PREFIXES = ("", "module.", "model.", "app.model.", "_orig_mod.", "module.module.
 def some(names: Iterable[str], at_most: int = 5) -> str:
     """Format names for an error: the first few, and the number of the others.
 
-    Example:
+    Examples:
         >>> some(["c", "a", "b"], at_most=2)
         'a, b and 1 more'
     """
@@ -47,7 +47,7 @@ def account(where: object, held: Iterable[str], carried: Iterable[str], what_to_
     Raises:
         CheckpointError: some tensors would be dropped.
 
-    Example:
+    Examples:
         >>> account("source", ["a.weight", "rotary_emb.inv_freq"], ["a.weight"])
     """
     left = [name for name in set(held) - set(carried) if not REDUNDANT.search(name)]

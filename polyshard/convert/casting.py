@@ -58,7 +58,7 @@ def checked_cast(name: str, values: torch.Tensor, casts: Casts) -> torch.Tensor:
         CheckpointError: a finite value overflows; an element of a vector, or a row of a matrix as a whole, becomes
             subnormal and loses more than bfloat16 would; or the whole tensor becomes zero.
 
-    Example:
+    Examples:
         >>> checked_cast("a.weight", torch.tensor([1.0, 2.0]), Casts(torch.bfloat16))
         tensor([1., 2.], dtype=torch.bfloat16)
     """

@@ -56,7 +56,7 @@ class Conversion:
         compared: descriptions of what was compared.
         not_compared: descriptions of what was not compared, with reasons.
 
-    Example:
+    Examples:
         >>> done = Conversion(found="a file", source="gguf", target="huggingface", tensors=9, nbytes=36, notes=())
         >>> done.verified is None
         True
@@ -102,7 +102,7 @@ def convert(
         CheckpointError: the source cannot be read or holds data that the target would lose, the target is not empty or
             cannot be written, a value does not fit the dtype, or the verification fails. Nothing is left behind.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> source = ps.save_checkpoint(torch.nn.Linear(2, 2), "source", context, config={"model_type": "example"})
         >>> done = convert(source, Path("target"), dtype=torch.bfloat16)

@@ -74,7 +74,7 @@ class Options:
         tensor_parallel: number of ranks to write for, in formats with one file for each.
         padded_vocabulary: multiple to which the vocabulary is padded, in formats that pad.
 
-    Example:
+    Examples:
         >>> Options(config={"model_type": "llama"}, tensor_parallel=2).tensor_parallel
         2
     """
@@ -176,7 +176,7 @@ def config_fields_of(path: Path) -> dict[str, Any]:
 def lazy(tensor: torch.Tensor) -> LazyTensor:
     """Wrap a tensor that is already in memory.
 
-    Example:
+    Examples:
         >>> lazy(torch.ones(2, 3)).shape
         (2, 3)
     """

@@ -14,7 +14,7 @@ from polyshard.core.errors import CheckpointError
 def formats() -> list[CheckpointFormat]:
     """Return all formats, in the order in which they are tried. No library is imported.
 
-    Example:
+    Examples:
         >>> [entry.name for entry in formats()][:3]
         ['huggingface', 'huggingface-bin', 'gguf']
     """
@@ -30,7 +30,7 @@ def format_named(name: str) -> CheckpointFormat:
     Raises:
         CheckpointError: there is no such format.
 
-    Example:
+    Examples:
         >>> format_named("gguf").writes
         False
     """

@@ -68,7 +68,7 @@ def load_pickle(path: Path, options: Options) -> Any:
     Raises:
         CheckpointError: the file is truncated or names a type that is not allowed, or pickles are not allowed.
 
-    Example:
+    Examples:
         >>> torch.save({"a": torch.ones(2)}, "weights.pt")
         >>> load_pickle(Path("weights.pt"), Options(allow_pickle=True))
         {'a': tensor([1., 1.])}

@@ -152,7 +152,7 @@ def compare(first: Foreign, second: Foreign) -> int:
     Raises:
         CheckpointError: tensors differ, or exist on one side only.
 
-    Example:
+    Examples:
         >>> from polyshard.convert.format import lazy
         >>> compare(Foreign(tensors={"a": lazy(torch.ones(2))}), Foreign(tensors={"a": lazy(torch.ones(2))}))
         1

@@ -30,7 +30,7 @@ class StepResult:
             compute it.
         skipped: whether the step was skipped because a gradient was not finite. The weights are then unchanged.
 
-    Example:
+    Examples:
         >>> StepResult(grad_norm=0.5)
         StepResult(grad_norm=0.5, skipped=False)
     """
@@ -43,7 +43,7 @@ class StepResult:
 class TrainingEngine(Protocol):
     """A model wrapped by a parallelism library: data parallelism, gradient clipping and the optimizer.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> engine = ps.load_adapter("torch").engine(ps.column_parallel(4, 2, context), ps.AdamW(), context)
         >>> engine.backward(engine(torch.ones(1, 4)).sum())
@@ -160,7 +160,7 @@ class Adapter(Protocol):
         requirement: the library behind it and its supported versions.
         linear: the `LinearAdapter` that builds its layers.
 
-    Example:
+    Examples:
         >>> isinstance(ps.load_adapter("torch"), Adapter)
         True
     """

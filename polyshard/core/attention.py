@@ -37,7 +37,7 @@ class AttentionSpec:
     Raises:
         ConfigurationError: `sliding_window` is not a positive integer.
 
-    Example:
+    Examples:
         >>> spec = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=64, scale=64**-0.5, sliding_window=4096)
         >>> spec.v_dim
         64
@@ -95,7 +95,7 @@ class PackedSequences:
         host: the same values on the CPU, which kernels read without synchronizing the device. The same tensor if the
             device is the CPU.
 
-    Example:
+    Examples:
         >>> sequences = ps.pack(torch.tensor([0, 3, 8]), tokens=8)
         >>> sequences.lengths, sequences.max_length
         ((3, 5), 5)
@@ -120,7 +120,7 @@ class AttentionCore(Protocol):
 
     In training it is a kernel over packed sequences, in a server the paged KV cache.
 
-    Example:
+    Examples:
         A core that forgets the past, so that every token sees only itself:
 
         >>> def core(q, k, v, sequences):

@@ -23,7 +23,7 @@ class BatchResult:
         loss: float64 scalar: the mean over all tokens with a label, equal on every rank; 0 if there are none.
         tokens: float64 scalar: the number of tokens with a label, over all micro-batches and ranks.
 
-    Example:
+    Examples:
         >>> result = BatchResult(loss=torch.tensor(2.5), tokens=torch.tensor(96.0))
         >>> f"loss {result.loss:.2f} over {result.tokens:.0f} tokens"
         'loss 2.50 over 96 tokens'

@@ -51,7 +51,7 @@ class Support:
     Raises:
         ValueError: an unavailable feature without a reason or a category.
 
-    Example:
+    Examples:
         >>> Support(False, "FairScale has no sequence parallel", "never").available
         False
     """
@@ -74,7 +74,7 @@ YES = Support(True)
 def no(whose: Whose, reason: str) -> Support:
     """Return the `Support` of an unavailable feature.
 
-    Example:
+    Examples:
         >>> no("notyet", "the library has no ZeRO stage 3")
         Support(available=False, reason='the library has no ZeRO stage 3', whose='notyet')
     """
@@ -92,7 +92,7 @@ class Capabilities:
     Raises:
         ValueError: a feature is unknown or missing.
 
-    Example:
+    Examples:
         >>> capabilities = ps.load_adapter("torch").capabilities
         >>> capabilities["fsdp"].available
         True
@@ -136,7 +136,7 @@ class Accepted:
 class Rejected:
     """A candidate that does not support a request, with the reason.
 
-    Example:
+    Examples:
         >>> str(Rejected("flash_attn_2", "needs CUDA, not cpu"))
         'flash_attn_2: needs CUDA, not cpu'
     """

@@ -22,7 +22,7 @@ class Collectives(Protocol):
     No method modifies its input. A server provides its own implementation (custom all-reduce, shared memory); training
     uses torch.distributed.
 
-    Example:
+    Examples:
         The smallest implementation, for a group of one rank:
 
         >>> class OneRank:
@@ -57,7 +57,7 @@ class ParallelAxis:
         group: the process group; may be None if the axis has one rank.
         collectives: the collectives of this group; None if the axis has one rank.
 
-    Example:
+    Examples:
         >>> ParallelAxis(name="tensor", ranks=(4, 5), rank=1).size
         2
     """
@@ -103,7 +103,7 @@ class ParallelContext(Protocol):
     The context is data and builds no layers itself. `polyshard.initialize` returns one; `GroupContext` is the
     implementation that all built-in adapters return.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> isinstance(context, ParallelContext)
         True
@@ -207,7 +207,7 @@ class GroupContext:
             the ordinary mode.
         on_shutdown: functions that undo the initialization, in order.
 
-    Example:
+    Examples:
         >>> layout, device = ps.ParallelLayout(), torch.device("cpu")
         >>> context = GroupContext(layout=layout, device=device, linear=ps.load_adapter("torch").linear)
         >>> ps.column_parallel(4, 8, context)(torch.ones(2, 4)).shape

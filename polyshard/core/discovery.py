@@ -29,7 +29,7 @@ def _entry_points() -> dict[str, EntryPoint]:
 def adapter_names() -> tuple[str, ...]:
     """Return the names of all registered adapters, whether or not their libraries are installed.
 
-    Example:
+    Examples:
         >>> "torch" in adapter_names() and "vllm" in adapter_names()
         True
     """
@@ -44,7 +44,7 @@ def load_adapter(name: str) -> Adapter:
         MissingDependencyError: the adapter's library is not installed; the message contains the command that
             installs it.
 
-    Example:
+    Examples:
         >>> load_adapter("megatron").requirement.title
         'Megatron-Core'
     """

@@ -29,7 +29,7 @@ class Variable:
     def read(self) -> str | None:
         """Return the variable's value, or None if it is unset or empty.
 
-        Example:
+        Examples:
             >>> Variable(name="NOT_SET", meaning="...").read() is None
             True
         """

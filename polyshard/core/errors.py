@@ -10,7 +10,7 @@ from __future__ import annotations
 class PolyshardError(Exception):
     """The base class of all errors that polyshard raises.
 
-    Example:
+    Examples:
         >>> try:
         ...     ps.load_adapter("unknown")
         ... except ps.PolyshardError as error:
@@ -22,7 +22,7 @@ class PolyshardError(Exception):
 class LayoutError(PolyshardError, ValueError):
     """Sizes that do not match: a world size, a division over ranks, the shape of a parameter.
 
-    Example:
+    Examples:
         >>> ps.ParallelLayout(tensor=0)
         Traceback (most recent call last):
         polyshard.core.errors.LayoutError: ...
@@ -32,7 +32,7 @@ class LayoutError(PolyshardError, ValueError):
 class ConfigurationError(PolyshardError, ValueError):
     """A setting or a model configuration that is invalid or unsupported.
 
-    Example:
+    Examples:
         >>> ps.Precision(parameters=torch.int8)
         Traceback (most recent call last):
         polyshard.core.errors.ConfigurationError: Precision.parameters is unsupported: got torch.int8, ...
@@ -42,7 +42,7 @@ class ConfigurationError(PolyshardError, ValueError):
 class AdapterError(PolyshardError, ValueError):
     """An adapter that is unknown, or that lacks a feature or method that a model requires.
 
-    Example:
+    Examples:
         >>> ps.load_adapter("unknown")
         Traceback (most recent call last):
         polyshard.core.errors.AdapterError: ...
@@ -52,7 +52,7 @@ class AdapterError(PolyshardError, ValueError):
 class MissingDependencyError(PolyshardError, ImportError):
     """A library that is not installed; the message contains the command that installs it.
 
-    Example:
+    Examples:
         >>> from polyshard.core import Requirement
         >>> Requirement(title="X", module="x_lib", distributions=("x",), tested=(), install="pip install x").require()
         Traceback (most recent call last):
@@ -63,7 +63,7 @@ class MissingDependencyError(PolyshardError, ImportError):
 class UnsupportedVersionError(PolyshardError, ImportError):
     """A library in a version that is known to compute something wrong without an error.
 
-    Example:
+    Examples:
         >>> from polyshard.core import Requirement
         >>> names = {"title": "torch", "module": "torch", "distributions": ("torch",), "tested": ("2.13.0",)}
         >>> Requirement(**names, install="pip install torch", refused=((">=2", "an example"),)).require()
@@ -75,7 +75,7 @@ class UnsupportedVersionError(PolyshardError, ImportError):
 class CheckpointError(PolyshardError, ValueError):
     """A checkpoint that is missing, incomplete, or does not match the model. Nothing has been loaded.
 
-    Example:
+    Examples:
         >>> ps.read_config("missing")
         Traceback (most recent call last):
         polyshard.core.errors.CheckpointError: ...
@@ -89,7 +89,7 @@ class WeightSyncError(PolyshardError, RuntimeError):
         tensors: names of the affected tensors; empty if unknown.
         ranks: ranks of the affected workers of the server; empty if unknown.
 
-    Example:
+    Examples:
         >>> ps.WeightSyncError("embed.weight arrived damaged", ("embed.weight",), (1,)).tensors
         ('embed.weight',)
     """
@@ -103,7 +103,7 @@ class WeightSyncError(PolyshardError, RuntimeError):
 class RegistrationError(PolyshardError, ValueError):
     """A model factory that cannot be registered with a server, or a model that the server cannot run.
 
-    Example:
+    Examples:
         >>> ps.register_model("not an identifier", print)
         Traceback (most recent call last):
         polyshard.core.errors.RegistrationError: ...
@@ -116,7 +116,7 @@ class RankFailureError(PolyshardError, RuntimeError):
     Attributes:
         ranks: the global ranks at fault; empty if unknown.
 
-    Example:
+    Examples:
         >>> ps.RankFailureError("rank 3 stopped responding", (3,)).ranks
         (3,)
     """

@@ -39,7 +39,7 @@ class LinearAdapter(Protocol):
 
     A class with static methods or a module also satisfies it.
 
-    Example:
+    Examples:
         The smallest adapter, for one rank:
 
         >>> class Unsharded:
@@ -65,7 +65,7 @@ class LinearAdapter(Protocol):
 class FullLinearAdapter(LinearAdapter, Protocol):
     """A `LinearAdapter` that also builds row-parallel layers.
 
-    Example:
+    Examples:
         >>> isinstance(ps.load_adapter("torch").linear, FullLinearAdapter)
         True
     """

@@ -35,7 +35,7 @@ class AdamW:
 
     Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization".
 
-    Example:
+    Examples:
         >>> optimizer = AdamW(lr=1e-3)(torch.nn.Linear(4, 4).named_parameters())
         >>> [group["weight_decay"] for group in optimizer.param_groups]
         [0.1, 0.0]
@@ -76,7 +76,7 @@ class TorchOptimizer:
     Raises:
         ConfigurationError: the optimizer has no learning rate.
 
-    Example:
+    Examples:
         >>> sgd = TorchOptimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
         >>> sgd(torch.nn.Linear(4, 4).named_parameters()).param_groups[0]["momentum"]
         0.9

@@ -31,7 +31,7 @@ class ParallelLayout:
     Raises:
         LayoutError: a size is not a positive integer, or `expert` does not divide `data`.
 
-    Example:
+    Examples:
         >>> layout = ParallelLayout(tensor=2, data=2)
         >>> layout.world_size, layout.groups("tensor"), layout.groups("data")
         (4, [(0, 1), (2, 3)], [(0, 2), (1, 3)])
@@ -71,7 +71,7 @@ class ParallelLayout:
         Raises:
             LayoutError: the product of the other sizes does not divide `world_size`.
 
-        Example:
+        Examples:
             >>> ParallelLayout.for_world(8, tensor=2).data
             4
         """

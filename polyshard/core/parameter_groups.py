@@ -35,7 +35,7 @@ class ParameterGroup:
     Raises:
         ConfigurationError: `lr_scale` is not positive, or `weight_decay` is negative.
 
-    Example:
+    Examples:
         >>> optimizer = ps.AdamW(lr=1e-3, groups=(ps.ParameterGroup("embed*", lr_scale=0.1, weight_decay=0.0),))
         >>> model = nn.ModuleDict({"embed": nn.Embedding(4, 2), "linear": nn.Linear(2, 2, bias=False)})
         >>> [(group["lr"], group["weight_decay"]) for group in optimizer(model.named_parameters()).param_groups]
@@ -67,7 +67,7 @@ class GroupSettings:
         lr_scale: ratio of the learning rate to the optimizer's.
         weight_decay: of these parameters.
 
-    Example:
+    Examples:
         >>> GroupSettings(lr_scale=1.0, weight_decay=0.1)
         GroupSettings(lr_scale=1.0, weight_decay=0.1)
     """
@@ -87,7 +87,7 @@ def group_settings(
         groups: in order.
         weight_decay: the optimizer's.
 
-    Example:
+    Examples:
         >>> groups = (ParameterGroup("*norm*", lr_scale=0.5),)
         >>> group_settings("norm.weight", torch.ones(4), groups, 0.1)
         GroupSettings(lr_scale=0.5, weight_decay=0.0)
@@ -116,7 +116,7 @@ def build_optimizer(
         ConfigurationError: no parameter requires a gradient, or the optimizer has no learning rate, or none of the
             weight decay that a group sets.
 
-    Example:
+    Examples:
         >>> named = torch.nn.Linear(2, 2).named_parameters()
         >>> optimizer = build_optimizer(torch.optim.SGD, named, (ParameterGroup("bias", lr_scale=2.0),), {"lr": 0.1})
         >>> sorted(group["lr"] for group in optimizer.param_groups)

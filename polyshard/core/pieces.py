@@ -28,7 +28,7 @@ class Piece:
         holder: this rank's position among the ranks that hold the same run.
         holders: the number of ranks that hold the same run.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> layer = ps.column_parallel(4, 2, context)
         >>> engine = ps.load_adapter("torch").engine(layer, ps.AdamW(), context)
@@ -72,7 +72,7 @@ class OptimizerState:
             `mu_product`).
         groups: learning-rate scale and weight decay of each trained parameter, by its canonical name.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> layer = ps.column_parallel(4, 2, context)
         >>> state = ps.load_adapter("torch").engine(layer, ps.AdamW(), context).optimizer_state()

@@ -32,7 +32,7 @@ class Precision:
     Raises:
         ConfigurationError: a dtype is not a float, or one is narrower than it can be used for.
 
-    Example:
+    Examples:
         >>> precision = ps.Precision(parameters=torch.bfloat16)
         >>> precision.has_masters, precision.compute_dtype
         (True, torch.bfloat16)
@@ -98,7 +98,7 @@ def precision_of(model: nn.Module, given: Precision | None) -> Precision:
     Raises:
         ConfigurationError: the model's parameters have another dtype than `given.parameters`.
 
-    Example:
+    Examples:
         >>> precision_of(torch.nn.Linear(2, 2).bfloat16(), None).has_masters
         True
     """

@@ -71,7 +71,7 @@ class Ranks:
         Returns:
             The result of this rank's `action`.
 
-        Example:
+        Examples:
             >>> Ranks().run_on_all(lambda: 1 + 1, "the addition failed")
             2
         """

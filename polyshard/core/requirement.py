@@ -14,7 +14,7 @@ from polyshard.core.errors import MissingDependencyError, UnsupportedVersionErro
 class UntestedVersionWarning(UserWarning):
     """A library in a version outside the supported range. The warning is issued once, at the first use.
 
-    Example:
+    Examples:
         >>> import warnings
         >>> warnings.simplefilter("ignore", UntestedVersionWarning)  # accept an untested version
     """
@@ -35,7 +35,7 @@ class Requirement:
         supported: the range of supported versions, such as `>=0.16,<0.20`; empty for any.
         refused: pairs of a range and a reason: versions that are known to compute something wrong without an error.
 
-    Example:
+    Examples:
         >>> names = {"title": "NumPy", "module": "numpy", "distributions": ("numpy",)}
         >>> numpy = Requirement(**names, tested=("2.3.0",), install="pip install numpy", supported=">=2,<3")
         >>> numpy.supports("2.4.0"), numpy.supports("1.26.4")

@@ -30,7 +30,7 @@ class Segment:
     Raises:
         LayoutError: `size` is not a positive multiple of `unit`.
 
-    Example:
+    Examples:
         Two KV heads of size 64 over four ranks, two ranks to a head:
 
         >>> keys = Segment(size=128, unit=64, name="k_proj", replicate=True)
@@ -99,7 +99,7 @@ class WeightLayout:
     Raises:
         LayoutError: the fields contradict each other.
 
-    Example:
+    Examples:
         A merged gate/up projection with 4 output features each, over two ranks:
 
         >>> gate_up = (Segment(size=4, name="gate_proj"), Segment(size=4, name="up_proj"))
@@ -227,7 +227,7 @@ def qkv_segments(
 
     KV heads are replicated if there are fewer of them than ranks.
 
-    Example:
+    Examples:
         >>> [segment.size for segment in qkv_segments(num_heads=8, num_kv_heads=2, head_dim=64)]
         [512, 128, 128]
     """

@@ -34,7 +34,7 @@ class WeightEntry:
         tied_names: canonical names of the other places where the model uses the same parameter.
         tied_parameters: the names of these places in the built model.
 
-    Example:
+    Examples:
         >>> names = ["gate_proj", "up_proj"]
         >>> layer = ps.column_parallel(4, [8, 8], ps.initialize("torch"), names=names)
         >>> ps.collect_layouts(nn.ModuleDict({"gate_up": layer}))["gate_up.weight"].checkpoint_names
@@ -53,7 +53,7 @@ class WeightEntry:
 class WeightTable(Mapping[str, WeightEntry]):
     """The entries of all parameters of a model, by their names in the built model, in the model's order.
 
-    Example:
+    Examples:
         >>> table = ps.collect_layouts(nn.Sequential(ps.column_parallel(4, 8, ps.initialize("torch"))))
         >>> list(table), table["0.weight"].layout.dim
         (['0.weight'], 0)
@@ -143,7 +143,7 @@ def store_as(owner: nn.Module, child: str, name: str) -> None:
 def layer_paths(model: nn.Module) -> dict[str, str]:
     """Return the name of the layer of each parameter that has a layout, by the parameter's name.
 
-    Example:
+    Examples:
         >>> layer_paths(nn.Sequential(ps.row_parallel(8, 4, ps.initialize("torch"))))
         {'0.weight': '0'}
     """
@@ -170,7 +170,7 @@ def store_layouts(model: nn.Module, layouts: Mapping[str, tuple[str, WeightLayou
 def collect_layouts(model: nn.Module) -> WeightTable:
     """Return the weight table of a built model. Parameters without a layout are replicated.
 
-    Example:
+    Examples:
         >>> table = collect_layouts(nn.Sequential(ps.row_parallel(8, 4, ps.initialize("torch"))))
         >>> table["0.weight"].layout.shape, table["0.weight"].layout.local_shape(rank=0, tensor_size=2)
         ((4, 8), (4, 4))

@@ -43,7 +43,7 @@ def exact_context(
             attention.
         AdapterError: no serving engine with exact operators is installed.
 
-    Example:
+    Examples:
         >>> context = ps.exact_context(ps.initialize("torch"), shards=2)
         >>> context.exact.shards
         2

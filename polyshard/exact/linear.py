@@ -140,7 +140,7 @@ class ExactLinearAdapter:
         exact: the exact mode.
         on_built: called with every layer; a server packs the layer after its weights are loaded.
 
-    Example:
+    Examples:
         >>> context = ps.exact_context(ps.initialize("torch"))
         >>> ps.column_parallel(16, 32, context)(torch.ones(3, 16)).shape
         torch.Size([3, 32])

@@ -31,7 +31,7 @@ PRELOAD = [
 class RankError(AssertionError):
     """Failure of one or more ranks; the message contains each rank's traceback, or how it ended.
 
-    Example:
+    Examples:
         >>> import math
         >>> run_ranks(math.sqrt, 1, -1.0)
         Traceback (most recent call last):
@@ -94,7 +94,7 @@ def run_ranks(
     Raises:
         RankError: a rank raised an error, crashed, or did not finish in time.
 
-    Example:
+    Examples:
         >>> from polyshard.testing import run_ranks
         >>> import math
         >>> run_ranks(math.sqrt, 2, 16.0)

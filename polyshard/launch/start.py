@@ -54,7 +54,7 @@ def initialize(
         ConfigurationError: options of exact mode are set without it, or the dtype is not one that servers use.
         LayoutError: the sizes do not match the number of processes.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch", device="cpu")
         >>> context.layout.world_size, context.device
         (1, device(type='cpu'))
@@ -88,7 +88,7 @@ def initialize(
 def shutdown(parallel_context: ParallelContext) -> None:
     """Wait for all ranks, and destroy what `initialize` created; `initialize` may then be called again.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> ps.shutdown(context)
     """

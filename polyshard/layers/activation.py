@@ -32,7 +32,7 @@ def swiglu(x: torch.Tensor, layer: nn.Module | None = None) -> torch.Tensor:
     Raises:
         ConfigurationError: the last dimension of the gate/up tensor is odd.
 
-    Example:
+    Examples:
         >>> ps.swiglu(torch.tensor([[0.0, 1.0, 2.0, 3.0]]))
         tensor([[0.0000, 2.1932]])
     """

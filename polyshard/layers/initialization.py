@@ -27,7 +27,7 @@ def generator_for(name: str, seed: int) -> torch.Generator:
 def normal_initializer(std: float = 0.02) -> Initializer:
     """Return an initializer: matrices from N(0, std²), biases and sinks 0, other vectors (norms) 1, in float32.
 
-    Example:
+    Examples:
         >>> draw = ps.normal_initializer(std=0.02)
         >>> draw("norm.weight", (2,), torch.Generator())
         tensor([1., 1.])
@@ -58,7 +58,7 @@ def initialize_weights(
         seed: the same on all ranks.
         initializer: `(checkpoint name, logical shape, generator) -> full tensor`; `normal_initializer()` by default.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> first, second = (ps.column_parallel(4, 8, context) for _ in range(2))
         >>> for layer in (first, second):

@@ -46,7 +46,7 @@ def column_parallel(
     Raises:
         LayoutError: a size is not divisible by the tensor-parallel size.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> layer = ps.column_parallel(16, [32, 32], context, names=["gate_proj", "up_proj"])
         >>> layer(torch.ones(5, 16)).shape
@@ -89,7 +89,7 @@ def row_parallel(
         LayoutError: `input_size` is not divisible by the tensor-parallel size.
         AdapterError: the adapter has no row-parallel layers.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> ps.row_parallel(32, 16, context)(torch.ones(5, 32)).shape
         torch.Size([5, 16])
@@ -139,7 +139,7 @@ def qkv_parallel(
     Raises:
         LayoutError: the heads cannot be divided.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> ps.qkv_parallel(32, 4, 2, 8, context)(torch.ones(5, 32)).shape
         torch.Size([5, 64])
@@ -174,7 +174,7 @@ def replicated_linear(
     Returns:
         A module `[..., input_size] -> [..., output_size]`.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> ps.replicated_linear(8, 4, context)(torch.ones(2, 8)).shape
         torch.Size([2, 4])

@@ -58,7 +58,7 @@ def lm_loss(
         ConfigurationError: the chunk size is not positive, or labels and hidden states have different shapes.
         ValueError: as `vocab_parallel_cross_entropy`.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> head = ps.lm_head(4, 8, context)
         >>> hidden, labels = torch.randn(6, 4), torch.tensor([1, 2, 3, 4, 5, -100])
@@ -118,7 +118,7 @@ def lm_logprobs(
     Raises:
         ConfigurationError: the chunk size is not positive, or IDs and hidden states have different shapes.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> head = ps.lm_head(4, 8, context)
         >>> hidden, ids = torch.randn(6, 4), torch.arange(6)

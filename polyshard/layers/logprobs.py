@@ -39,7 +39,7 @@ def token_logprobs(
     Raises:
         ValueError: a token ID is outside the vocabulary (on a GPU, an asynchronous assertion).
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> ps.token_logprobs(torch.zeros(2, 4), torch.tensor([1, 3]), context)
         tensor([-1.3863, -1.3863])

@@ -31,7 +31,7 @@ def rms_norm(
 
     Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
 
-    Example:
+    Examples:
         >>> norm = ps.rms_norm(2, ps.initialize("torch"))
         >>> norm(torch.tensor([[3.0, 4.0]]))
         tensor([[0.8485, 1.1314]], grad_fn=...)

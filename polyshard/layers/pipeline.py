@@ -20,7 +20,7 @@ class PipelineStage:
         first: whether it embeds tokens; other stages receive hidden states in place of embeddings.
         last: whether it has the final norm and the head; other stages return hidden states.
 
-    Example:
+    Examples:
         >>> PipelineStage(range(0, 2), first=True, last=False).layers
         range(0, 2)
     """
@@ -36,7 +36,7 @@ def pipeline_stage(num_layers: int, parallel_context: ParallelContext) -> Pipeli
     Raises:
         LayoutError: there are fewer layers than stages.
 
-    Example:
+    Examples:
         >>> ps.pipeline_stage(4, ps.initialize("torch"))
         PipelineStage(layers=range(0, 4), first=True, last=True)
     """
@@ -51,7 +51,7 @@ def pipeline_stage(num_layers: int, parallel_context: ParallelContext) -> Pipeli
 def even_stages(num_layers: int, rank: int, size: int) -> tuple[int, int]:
     """Return a stage's first layer and one past its last, distributed evenly; the first stages have one more.
 
-    Example:
+    Examples:
         >>> [even_stages(5, rank, 2) for rank in range(2)]
         [(0, 3), (3, 5)]
     """
@@ -63,7 +63,7 @@ def even_stages(num_layers: int, rank: int, size: int) -> tuple[int, int]:
 def stage_layers(stage: PipelineStage, make: Callable[[int], nn.Module]) -> nn.ModuleList:
     """Create the layers of a stage, named by their index in the full model as in a checkpoint.
 
-    Example:
+    Examples:
         >>> stage = ps.pipeline_stage(2, ps.initialize("torch"))
         >>> list(ps.stage_layers(stage, lambda index: torch.nn.Linear(2, 2)).state_dict())
         ['0.weight', '0.bias', '1.weight', '1.bias']

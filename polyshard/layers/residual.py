@@ -21,7 +21,7 @@ def add_residual(residual: torch.Tensor | None, x: torch.Tensor, layer: nn.Modul
     Returns:
         `[..., out]`.
 
-    Example:
+    Examples:
         >>> layer = torch.nn.Linear(2, 2)
         >>> x = torch.ones(3, 2)
         >>> torch.equal(ps.add_residual(x, x, layer), x + layer(x))

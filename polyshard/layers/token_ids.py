@@ -19,7 +19,7 @@ def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
     Raises:
         IndexError: an ID is outside the vocabulary (on the CPU).
 
-    Example:
+    Examples:
         >>> check_ids(torch.tensor([0, 5]), vocab_size=5)
         Traceback (most recent call last):
         IndexError: token ID 5 is outside the vocabulary: expected 0 to 4

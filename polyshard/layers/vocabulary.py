@@ -30,7 +30,7 @@ def vocab_embedding(
         sequence under sequence parallel. In training, an ID outside `[0, num_embeddings)` raises an IndexError that
         names it; on a GPU, an asynchronous assertion fails.
 
-    Example:
+    Examples:
         >>> embedding = ps.vocab_embedding(10, 4, ps.initialize("torch"))
         >>> embedding(torch.tensor([1, 9])).shape
         torch.Size([2, 4])
@@ -74,7 +74,7 @@ def lm_head(
         A module `[..., hidden_size] -> [..., local vocabulary]`; padding columns are -inf. Pass the output to
         `vocab_parallel_cross_entropy`, or to `gather_logits` for full logits.
 
-    Example:
+    Examples:
         >>> head = ps.lm_head(4, 10, ps.initialize("torch"))
         >>> head(torch.ones(3, 4)).shape
         torch.Size([3, 10])
@@ -124,7 +124,7 @@ def vocab_parallel_cross_entropy(
         ValueError: the reduction is unknown, the label smoothing is outside [0, 1], or a label is neither in the
             vocabulary nor `ignore_index` (on a GPU, an asynchronous assertion).
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> ps.vocab_parallel_cross_entropy(torch.zeros(3, 8), torch.tensor([1, 2, -100]), context)
         tensor(2.0794)
@@ -206,7 +206,7 @@ def mean_loss(total: torch.Tensor, count: torch.Tensor, axis: ParallelAxis) -> t
 def gather_logits(logits: torch.Tensor, parallel_context: ParallelContext, vocab_size: int) -> torch.Tensor:
     """Return full logits `[..., vocab_size]` from those of a vocabulary-parallel head, on every rank, without gradient.
 
-    Example:
+    Examples:
         >>> ps.gather_logits(torch.zeros(2, 8), ps.initialize("torch"), vocab_size=7).shape
         torch.Size([2, 7])
     """

@@ -72,7 +72,7 @@ def add_lora(
         ConfigurationError: a field of the config is unsupported, a target does not exist or is an embedding or the
             output projection, the model already has an adapter, or the context is a server's or in exact mode.
 
-    Example:
+    Examples:
         >>> from peft import LoraConfig
         >>> context = ps.initialize("torch")
         >>> model = torch.nn.ModuleDict({"up_proj": ps.column_parallel(4, 8, context)})
@@ -122,7 +122,7 @@ def lora_disabled(model: nn.Module | Any) -> Iterator[None]:
     Raises:
         ConfigurationError: the model has no adapter.
 
-    Example:
+    Examples:
         >>> from peft import LoraConfig
         >>> context = ps.initialize("torch")
         >>> model = torch.nn.ModuleDict({"up_proj": ps.column_parallel(4, 8, context)})

@@ -61,7 +61,7 @@ def save_lora(
         ConfigurationError: the model has no adapter.
         CheckpointError: a rank could not write; raised on every rank, naming the rank.
 
-    Example:
+    Examples:
         >>> from peft import LoraConfig
         >>> context = ps.initialize("torch")
         >>> model = torch.nn.ModuleDict({"up_proj": ps.column_parallel(4, 8, context)})
@@ -113,7 +113,7 @@ def load_lora(
         CheckpointError: files are missing or altered; tensors are missing, unexpected, or have the wrong shape; or the
             adapter has another scaling.
 
-    Example:
+    Examples:
         >>> from peft import LoraConfig
         >>> context = ps.initialize("torch")
         >>> config = LoraConfig(r=2, target_modules=["up_proj"])

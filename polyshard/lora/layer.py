@@ -179,7 +179,7 @@ class LoraLinear(nn.Module):
 def projections(layout: WeightLayout) -> list[tuple[Segment, ...]]:
     """Return the segments of each projection of a column-parallel layer, as a checkpoint stores them.
 
-    Example:
+    Examples:
         >>> gate_up = (ps.Segment(size=4, name="gate_proj"), ps.Segment(size=4, name="up_proj"))
         >>> len(projections(ps.WeightLayout(shape=(8, 3), dim=0, segments=gate_up)))
         2

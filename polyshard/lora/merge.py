@@ -52,7 +52,7 @@ def save_merged_lora(
         ConfigurationError: the model has no adapter.
         CheckpointError: a rank could not write; raised on every rank, naming the rank.
 
-    Example:
+    Examples:
         >>> from peft import LoraConfig
         >>> context = ps.initialize("torch")
         >>> model = torch.nn.ModuleDict({"up_proj": ps.column_parallel(4, 8, context)})

@@ -17,7 +17,7 @@ SOURCE = Path(__file__).with_name("matmul.cpp")
 def unsupported_reason(dtype: torch.dtype) -> str | None:
     """Return why a weight of this dtype cannot be packed on this machine; None if it can. The first call may compile.
 
-    Example:
+    Examples:
         >>> unsupported_reason(torch.int8)
         'supports float32, bfloat16, float16, not torch.int8'
     """

@@ -72,7 +72,7 @@ def register_model(
         RegistrationError: the name or the factory is invalid, or workers could not find the factory.
         AdapterError: there is no such adapter.
 
-    Example:
+    Examples:
         >>> model = register_model("TinyModel", "polyshard.proof.small_model:build_model")
         >>> model.reference, model.adapter
         ('polyshard.proof.small_model:build_model', 'vllm')
@@ -127,7 +127,7 @@ def factory_of(model: RegisteredModel) -> ModelFactory:
     Raises:
         RegistrationError: the factory cannot be found in this process.
 
-    Example:
+    Examples:
         >>> model = register_model("TinyModel", "polyshard.proof.small_model:build_model")
         >>> factory_of(model).__name__
         'build_model'
@@ -146,7 +146,7 @@ def registered_models() -> dict[str, RegisteredModel]:
     Raises:
         RegistrationError: the environment variable is malformed.
 
-    Example:
+    Examples:
         >>> _ = ps.register_model("TinyModel", "polyshard.proof.small_model:build_model")
         >>> "TinyModel" in registered_models()
         True
@@ -184,7 +184,7 @@ def model_from_entry(name: str, entry: Any, where: str) -> RegisteredModel:
     Raises:
         RegistrationError: the entry is malformed.
 
-    Example:
+    Examples:
         >>> model_from_entry("TinyModel", {"factory": "decoder:build_model", "outputs": "logits"}, "a test").outputs
         'logits'
     """

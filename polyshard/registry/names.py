@@ -35,7 +35,7 @@ def renamer(names: Mapping[str, str] | str) -> Callable[[str], str]:
     Raises:
         RegistrationError: the value is neither.
 
-    Example:
+    Examples:
         >>> renamer({"^transformer": "model"})("transformer.norm.weight")
         'model.norm.weight'
     """

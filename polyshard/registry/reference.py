@@ -19,7 +19,7 @@ def resolve(reference: str) -> Any:
     Raises:
         RegistrationError: the object cannot be imported or found; the cause is chained.
 
-    Example:
+    Examples:
         >>> resolve("math:sqrt")(9)
         3.0
     """
@@ -46,7 +46,7 @@ def reference_of(factory: Any) -> str:
     Raises:
         RegistrationError: there is none (a lambda, a closure, an object created at run time).
 
-    Example:
+    Examples:
         >>> reference_of(resolve)
         'polyshard.registry.reference:resolve'
     """

@@ -40,7 +40,7 @@ def engine_errors() -> Iterator[None]:
             polyshard's), with the worker's rank, message and traceback. The engine's own exception is its cause. An
             exception without a worker's report is re-raised unchanged.
 
-    Example:
+    Examples:
         >>> with engine_errors():
         ...     pass  # llm = vllm.LLM(...)
     """
@@ -67,7 +67,7 @@ def engine_errors() -> Iterator[None]:
 def report_to_parent(rank: int) -> Iterator[None]:
     """Write this worker's exception to the file that `engine_errors` reads.
 
-    Example:
+    Examples:
         >>> with engine_errors(), report_to_parent(rank=1):
         ...     raise RegistrationError("no such factory")
         Traceback (most recent call last):

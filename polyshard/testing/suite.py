@@ -87,7 +87,7 @@ class AdapterSuite:
             machine has are skipped. `"shared"`: ranks share the GPUs and communicate through gloo.
         max_ranks: tests that need more ranks are skipped; None runs all.
 
-    Example:
+    Examples:
         >>> class TestMyAdapter(AdapterSuite):
         ...     adapter = "torch"
         >>> TestMyAdapter().need("training")["training"].available

@@ -23,7 +23,7 @@ def chosen_modules(
     Raises:
         ConfigurationError: there is no such module.
 
-    Example:
+    Examples:
         >>> model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.ReLU()])})
         >>> chosen_modules(model, "recompute", "full", None)
         [Linear(in_features=2, out_features=2, bias=True), ReLU()]

@@ -45,7 +45,7 @@ def apply_compile(model: nn.Module, compile: Compile, *, exact: bool = False) ->
     Raises:
         ConfigurationError: another value, no module to compile, or exact mode.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
         >>> undo = apply_compile(model, lambda module: isinstance(module, torch.nn.Linear))
         >>> undo()

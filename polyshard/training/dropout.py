@@ -36,7 +36,7 @@ class Dropout(nn.Module):
     Raises:
         ConfigurationError: `p` is outside [0, 1], or the region is unknown.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch", device="cpu")
         >>> ps.manual_seed(0, context)
         >>> dropout = ps.Dropout(0.5, context)

@@ -42,7 +42,7 @@ def manual_seed(seed: int, parallel_context: ParallelContext) -> None:
     Raises:
         ConfigurationError: the seed is negative or not an integer.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch", device="cpu")
         >>> ps.manual_seed(7, context)
         >>> first = torch.rand(3)
@@ -76,7 +76,7 @@ def sharded_random(parallel_context: ParallelContext) -> Iterator[None]:
     parallelism. The seed of the region is drawn from torch's generator, so recomputation (`torch.utils.checkpoint`)
     draws the same numbers. `polyshard.Dropout` does not need it.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> with ps.sharded_random(context):
         ...     y = torch.nn.functional.dropout(torch.ones(4), 0.5)

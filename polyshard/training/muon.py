@@ -46,7 +46,7 @@ class Muon:
 
     Source: Jordan 2024, "Muon: An optimizer for hidden layers in neural networks"; `torch.optim.Muon`.
 
-    Example:
+    Examples:
         >>> model = nn.ModuleDict({"embed": nn.Embedding(4, 2), "linear": nn.Linear(2, 2)})
         >>> optimizer = Muon(exclude=("embed*",), lr=0.02, adamw=ps.AdamW(lr=1e-3))(model.named_parameters())
         >>> [(group["algorithm"], group["lr"]) for group in optimizer.param_groups]

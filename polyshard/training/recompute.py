@@ -48,7 +48,7 @@ def apply_recomputation(model: nn.Module, recompute: Recompute) -> Callable[[], 
     Raises:
         ConfigurationError: an unknown mode, or no module to recompute.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
         >>> undo = apply_recomputation(model, lambda module: isinstance(module, torch.nn.Linear))
         >>> model(torch.ones(1, 2)).sum().backward()

@@ -43,7 +43,7 @@ class Schedule:
     Raises:
         ConfigurationError: `factory` returns no scheduler of that optimizer, or one that needs a metric.
 
-    Example:
+    Examples:
         >>> schedule = Schedule(lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5), 0.1)
         >>> schedule.step()
         >>> schedule.lr
@@ -99,7 +99,7 @@ def check_schedule(mine: Mapping[str, Any] | None, saved: Mapping[str, Any] | No
     Raises:
         CheckpointError: one of them is None, or the settings differ.
 
-    Example:
+    Examples:
         >>> mine = Schedule(lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1), 0.1).state()
         >>> check_schedule(mine, mine)
     """

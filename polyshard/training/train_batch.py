@@ -47,7 +47,7 @@ def train_batch(
         ConfigurationError: there is no micro-batch, ranks have different numbers of them, a micro-batch has no labels
             and `tokens` is not given, or the model has no `compute_logits` and `loss` is not given.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> engine = ps.load_adapter("torch").engine(torch.nn.Linear(4, 2), ps.AdamW(), context)
         >>> batch = {"input": torch.ones(3, 4), "labels": torch.tensor([1, 0, -100])}

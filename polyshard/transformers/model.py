@@ -36,7 +36,7 @@ class TransformersModel(nn.Module):
 
     Operations of the model class after the head (a soft-cap, a factor) run in the class's own code.
 
-    Example:
+    Examples:
         >>> import transformers
         >>> config = transformers.LlamaConfig(
         ...     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
@@ -197,7 +197,7 @@ def transformers_model(config: Any, parallel_context: ParallelContext) -> Transf
             logits that differ from transformers', or the layout uses pipeline, context or sequence parallel. The error
             is raised before memory is allocated.
 
-    Example:
+    Examples:
         >>> import transformers
         >>> config = transformers.LlamaConfig(
         ...     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2

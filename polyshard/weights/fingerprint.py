@@ -27,7 +27,7 @@ def fingerprint(part: torch.Tensor, offsets: Sequence[int] = ()) -> int:
         part: a rectangular part of any dtype and any strides.
         offsets: its position in the full tensor, one number for each dimension; the origin by default.
 
-    Example:
+    Examples:
         >>> full = torch.arange(12.0).view(3, 4)
         >>> halves = fingerprint(full[:, :2]), fingerprint(full[:, 2:], (0, 2))
         >>> total(halves) == fingerprint(full)
@@ -65,7 +65,7 @@ def total(parts: Iterable[int]) -> int:
 def text(value: int) -> str:
     """Format a fingerprint as sixteen hexadecimal digits.
 
-    Example:
+    Examples:
         >>> text(255)
         '00000000000000ff'
     """

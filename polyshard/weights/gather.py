@@ -13,7 +13,7 @@ def gather_shards(shard: torch.Tensor, layout: WeightLayout, tensor_axis: Parall
 
     This is a collective if the layout is sharded and the axis has more than one rank.
 
-    Example:
+    Examples:
         >>> from polyshard.core.context import ParallelAxis
         >>> layout = ps.WeightLayout(shape=(4, 2), dim=0)
         >>> gather_shards(torch.ones(4, 2), layout, ParallelAxis(name="tensor")).shape

@@ -25,7 +25,7 @@ class LazyTensor:
     def part(self, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
         """Read a rectangle.
 
-        Example:
+        Examples:
             >>> values = torch.arange(6).view(2, 3)
             >>> LazyTensor((2, 3), torch.int64, lambda: values).part((0, 1), (2, 1))
             tensor([[1],

@@ -65,7 +65,7 @@ def regions(entry: WeightEntry, rank: int, size: int, start: int = 0, stop: int 
         start: first element.
         stop: one past the last element; the end of the shard by default.
 
-    Example:
+    Examples:
         >>> table = ps.collect_layouts(torch.nn.Linear(2, 3, bias=False))
         >>> [(region.offsets, region.sizes) for region in regions(table["weight"], 0, 1, start=1, stop=4)]
         [((0, 1), (1, 1)), ((1, 0), (1, 2))]

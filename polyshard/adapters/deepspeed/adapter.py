@@ -59,7 +59,7 @@ REQUIREMENT = Requirement(
 class DeepspeedAdapter(BaseAdapter):
     """The `Adapter` of DeepSpeed.
 
-    Example:
+    Examples:
         >>> adapter = ps.load_adapter("deepspeed")
         >>> [name for name in ("zero1", "zero2", "zero3") if adapter.capabilities[name].available]
         ['zero1', 'zero2', 'zero3']

@@ -19,7 +19,7 @@ def zero_settings(stage: int, config: Mapping[str, Any], compiles: bool) -> dict
     Raises:
         ConfigurationError: the configuration names another stage, or stage 3 is to be compiled.
 
-    Example:
+    Examples:
         >>> zero_settings(2, {"zero_optimization": {"overlap_comm": True}}, False)
         {'overlap_comm': True, 'stage': 2}
     """

@@ -59,7 +59,7 @@ REQUIREMENT = Requirement(
 class FairscaleAdapter(BaseAdapter):
     """The `Adapter` of FairScale.
 
-    Example:
+    Examples:
         >>> adapter = ps.load_adapter("fairscale")
         >>> [checkpoint_format.name for checkpoint_format in adapter.formats]
         ['llama']

@@ -61,7 +61,7 @@ REQUIREMENT = Requirement(
 class MegatronAdapter(BaseAdapter):
     """The `Adapter` of Megatron-Core.
 
-    Example:
+    Examples:
         >>> adapter = ps.load_adapter("megatron")
         >>> adapter.capabilities["zero1"].available, adapter.capabilities["zero3"].available
         (True, False)

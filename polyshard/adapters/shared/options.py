@@ -37,7 +37,7 @@ def checked_options(name: str, options: Mapping[str, Any] | None, allowed: Colle
     Raises:
         ConfigurationError: a name is not allowed.
 
-    Example:
+    Examples:
         >>> checked_options("ddp_options", {"bucket_cap_mb": 50}, {"bucket_cap_mb"})
         {'bucket_cap_mb': 50}
     """

@@ -63,7 +63,7 @@ REQUIREMENT = Requirement(
 class TorchAdapter:
     """The `Adapter` of plain torch.
 
-    Example:
+    Examples:
         >>> adapter = ps.load_adapter("torch")
         >>> context = adapter.initialize()  # without torchrun, a context of one process
         >>> model = ps.column_parallel(4, 2, context)

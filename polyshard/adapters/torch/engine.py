@@ -71,7 +71,7 @@ class TorchEngine(BaseEngine):
     Raises:
         ConfigurationError: `data_parallel` is unknown, the norm is not positive, or the precision is unsupported.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> engine = TorchEngine(ps.column_parallel(4, 2, context), ps.AdamW(lr=0.1), context, max_grad_norm=1.0)
         >>> engine.backward(engine(torch.ones(1, 4)).sum())

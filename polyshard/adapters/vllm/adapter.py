@@ -56,7 +56,7 @@ REQUIREMENT = Requirement(
 class VllmAdapter(ServingOnlyAdapter):
     """vLLM's layers, and vLLM as a server. It does not train.
 
-    Example:
+    Examples:
         >>> ps.load_adapter("vllm").capabilities["serving"].available
         True
         >>> ps.load_adapter("vllm").capabilities["training"].reason

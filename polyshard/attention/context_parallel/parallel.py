@@ -60,7 +60,7 @@ def context_parallel_attention(
     Raises:
         ConfigurationError: heads or tokens cannot be divided over the ranks, or the kernel cannot run in a ring.
 
-    Example:
+    Examples:
         On one rank, which holds all tokens:
 
         >>> from polyshard.core import AttentionSpec

@@ -28,7 +28,7 @@ def context_shard(tensor: torch.Tensor, parallel_context: ParallelContext, dim: 
     Raises:
         ConfigurationError: the number of tokens is not a multiple of twice the context-parallel size.
 
-    Example:
+    Examples:
         >>> context_shard(torch.arange(8), ps.initialize("torch"))  # with two ranks, rank 0 gets 0, 1, 6, 7
         tensor([0, 1, 2, 3, 4, 5, 6, 7])
     """
@@ -47,7 +47,7 @@ def context_unshard(tensor: torch.Tensor, parallel_context: ParallelContext, dim
         parallel_context: the context with the context axis.
         dim: the token dimension: 0 for packed tokens, 1 for a batch.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> context_unshard(context_shard(torch.arange(4), context), context)
         tensor([0, 1, 2, 3])
@@ -74,7 +74,7 @@ def context_positions(
     Returns:
         int64 `[tokens / context size]`.
 
-    Example:
+    Examples:
         >>> sequences = ps.pack(torch.tensor([0, 3, 5]), tokens=5)
         >>> context_positions(sequences, 5, ps.initialize("torch"), torch.device("cpu"))
         tensor([0, 1, 2, 0, 1])

@@ -60,7 +60,7 @@ def dequantized(
     Raises:
         CheckpointError: the quantization is unsupported; the message names the tensors.
 
-    Example:
+    Examples:
         >>> from polyshard.convert.format import lazy
         >>> codes = {"a.weight": lazy(torch.ones(1, 2).char()), "a.weight_scale": lazy(torch.tensor([0.5]))}
         >>> dequantized(codes, None, "here").tensors["a.weight"].load()

@@ -34,7 +34,7 @@ def signs_of_quantization(
         config: fields of config.json.
         known: names of the model's own weights, which are never treated as scales.
 
-    Example:
+    Examples:
         >>> from polyshard.convert.format import lazy
         >>> signs_of_quantization({"up.weight": lazy(torch.ones(2, 2, dtype=torch.int8))}, None)
         ['up.weight in int8']
@@ -80,7 +80,7 @@ def refuse_codes(
     Raises:
         CheckpointError: the checkpoint is quantized.
 
-    Example:
+    Examples:
         >>> from polyshard.convert.format import lazy
         >>> refuse_codes({"up.weight": lazy(torch.ones(2, 2))}, None, "out")
     """

@@ -49,7 +49,7 @@ class StepLoader:
         ConfigurationError: the batch cannot be divided over ranks and micro-batches, the dataset is too small, or ranks
             have different datasets or settings.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> rows = ps.PackedDocuments([[1, 2, 3], [4, 5, 6], [7, 8, 9], [1, 1, 1]], length=3)
         >>> loader = StepLoader(rows, context, batch=2, micro_batch=1)
@@ -141,7 +141,7 @@ class StepLoader:
         Raises:
             ConfigurationError: it is a position in other data, or in another order, or the loader is being iterated.
 
-        Example:
+        Examples:
             >>> rows = ps.PackedDocuments([[1, 2], [3, 4]], length=2)
             >>> loader = ps.StepLoader(rows, ps.initialize("torch"), batch=1)
             >>> loader.load_state_dict({**loader.state_dict(), "row": 1})

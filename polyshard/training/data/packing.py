@@ -46,7 +46,7 @@ class PackedDocuments(Dataset[Row]):
         ConfigurationError: the length is not positive, there are no tokens, or a document has other tokens than
             `lengths` says.
 
-    Example:
+    Examples:
         >>> rows = PackedDocuments([[1, 2, 3, 4], [5, 6], [7, 8, 9]], length=6)
         >>> len(rows), rows[0]["input_ids"], rows[0]["labels"]
         (2, tensor([1, 2, 3, 4, 5, 6]), tensor([   2,    3,    4, -100,    6, -100]))
@@ -130,7 +130,7 @@ def packed_batch(rows: Sequence[Mapping[str, torch.Tensor]]) -> Row:
     Returns:
         `input_ids`, `labels` and `positions` `[rows * length]`, and int32 `cu_seqlens` of all sequences.
 
-    Example:
+    Examples:
         >>> rows = ps.PackedDocuments([[1, 2], [3, 4], [5]], length=2)
         >>> packed_batch([rows[0], rows[1]])["cu_seqlens"]
         tensor([0, 2, 4], dtype=torch.int32)

@@ -35,7 +35,7 @@ class ModelFlops:
         per_token: FLOPs of the matrix products with weights, for one token.
         attention: a spec for each attention layer, with the heads of all tensor-parallel ranks.
 
-    Example:
+    Examples:
         >>> spec = ps.core.AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, scale=0.25)
         >>> flops = ModelFlops(per_token=1000, attention=(spec,))
         >>> flops([2])  # 3 pairs: 2 matmuls of 16 multiplications in 4 heads, forward and twice backward
@@ -68,7 +68,7 @@ def model_flops(engine: TrainingEngine) -> ModelFlops:
     Raises:
         ConfigurationError: a weight has more than two dimensions, so that its FLOPs are unknown.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> model = torch.nn.Sequential(ps.column_parallel(4, 8, context), ps.row_parallel(8, 4, context))
         >>> model_flops(ps.load_adapter("torch").engine(model, ps.AdamW(), context)).per_token

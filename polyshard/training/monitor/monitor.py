@@ -32,7 +32,7 @@ class Monitor:
         peak_flops: FLOPs per second of one device, for the utilization: `known_peak_flops`, `measured_peak_flops`, or
             your own figure; None leaves it out.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> with Monitor(context, [lambda record: print(record.step, sorted(record.seconds))]) as monitor:
         ...     with monitor.phase("forward_backward"):

@@ -48,7 +48,7 @@ def known_peak_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16) 
     Returns:
         FLOPs per second.
 
-    Example:
+    Examples:
         >>> known_peak_flops(torch.device("cpu")) is None
         True
     """
@@ -73,7 +73,7 @@ def measured_peak_flops(
     Returns:
         FLOPs per second.
 
-    Example:
+    Examples:
         >>> measured_peak_flops(torch.device("cpu"), torch.float32, size=64, seconds=0.01) > 1e6
         True
     """

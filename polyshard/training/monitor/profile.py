@@ -33,7 +33,7 @@ def profile_steps(
         active: steps that are recorded.
         options: further arguments of `torch.profiler.profile`, such as `profile_memory=True`.
 
-    Example:
+    Examples:
         >>> with profile_steps("trace", ps.initialize("torch"), wait=0, warmup=1, active=1) as profiler:
         ...     for _ in range(2):
         ...         total = torch.ones(4).sum()

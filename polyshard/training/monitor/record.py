@@ -31,7 +31,7 @@ class StepRecord:
         memory: the largest peak of all ranks, in bytes. On a GPU the peak of torch's allocator in this step; on a CPU
             the peak of the process since it began.
 
-    Example:
+    Examples:
         >>> record = StepRecord(step=1, loss=2.5, tokens=96, total_seconds=0.5, tokens_per_second=192.0)
         >>> record.loss, record.utilization
         (2.5, None)
@@ -54,7 +54,7 @@ class StepRecord:
     def figures(self) -> dict[str, float]:
         """Return the figures that are known as one flat mapping, for a sink that takes names and numbers.
 
-        Example:
+        Examples:
             >>> StepRecord(step=1, loss=2.5, seconds={"data": 0.1}).figures()["seconds/data"]
             0.1
         """

@@ -23,7 +23,7 @@ class JsonLines:
     Args:
         path: the file; folders that do not exist are created.
 
-    Example:
+    Examples:
         >>> sink = JsonLines("run/steps.jsonl")
         >>> sink(ps.StepRecord(step=1, loss=2.5))
         >>> sink.close()
@@ -75,7 +75,7 @@ class TensorBoard:
     Raises:
         MissingDependencyError: the package tensorboard is not installed.
 
-    Example:
+    Examples:
         >>> sink = TensorBoard("run/tensorboard")
         >>> sink(ps.StepRecord(step=1, loss=2.5))
         >>> sink.close()
@@ -111,7 +111,7 @@ class ProgressBar:
         steps: the number of steps of the run.
         every: steps between two lines, if the output is no terminal.
 
-    Example:
+    Examples:
         >>> sink = ProgressBar(8)
         >>> sink(ps.StepRecord(step=1, loss=2.5, tokens_per_second=192.0))  # doctest: +ELLIPSIS
         step   1/8  loss 2.500  192 tokens/s

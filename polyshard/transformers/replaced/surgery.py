@@ -26,7 +26,7 @@ _TOKENS = 12  # length of the input on which both modules are compared
 class Kept:
     """An attention module that was not replaced, and the reason.
 
-    Example:
+    Examples:
         >>> Kept("layers.0.attn", "it clips queries, keys and values").reason
         'it clips queries, keys and values'
     """
@@ -43,7 +43,7 @@ class Replacement:
         replaced: names of the modules that were replaced.
         kept: modules that look like attention but were not replaced, with reasons.
 
-    Example:
+    Examples:
         >>> Replacement(replaced=("layers.0.attn",), kept=()).replaced
         ('layers.0.attn',)
     """
@@ -81,7 +81,7 @@ def replace_with_trainable_attention(
         ConfigurationError: no module looks like attention, a module cannot be replaced (with `strict`), or the model's
             output would change. The model is then unchanged.
 
-    Example:
+    Examples:
         >>> import transformers
         >>> config = transformers.LlamaConfig(
         ...     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2

@@ -48,7 +48,7 @@ class Rollout:
         finished: whether the model ended the completion; False if it reached the length limit.
         version: version of the weights that sampled it.
 
-    Example:
+    Examples:
         >>> rollout = Rollout(prompt=(1, 2), tokens=(7, 3), logprobs=(-0.5, -1.0), finished=True, version="4")
         >>> torch.tensor(rollout.logprobs).sum()  # log-probability of the completion
         tensor(-1.5000)
@@ -86,7 +86,7 @@ class RolloutEngine:
         RegistrationError: the engine cannot serve the model. Other errors of a worker are raised with their cause.
         ConfigurationError: the engine cannot receive weights, or only one of trainer and engine is in exact mode.
 
-    Example:
+    Examples:
         >>> with RolloutEngine("model", "MyModel", trainer, context) as engine:  # needs vLLM  # doctest: +SKIP
         ...     report = engine.sync()
         ...     (samples,) = engine.generate([[1, 2, 3]], samples=4, max_tokens=16)

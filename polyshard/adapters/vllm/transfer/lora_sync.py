@@ -45,7 +45,7 @@ class LoraSync:
     Raises:
         ConfigurationError: the model has no adapter, or an engine was started without LoRA or with a smaller rank.
 
-    Example:
+    Examples:
         >>> with ps.LoraSync(engine, context, llm) as sync:  # needs vLLM  # doctest: +SKIP
         ...     report = sync()
         ...     outputs = llm.generate(prompts, lora_request=sync.request)

@@ -25,7 +25,7 @@ class LayoutSource(WeightSource):
         parallel_context: the context that the model was built with.
         dtype: dtype of the engine; by default the parameters' own.
 
-    Example:
+    Examples:
         >>> context = ps.initialize("torch")
         >>> layer = ps.column_parallel(4, 2, context)
         >>> [(name, tensor.shape, tensor.dtype) for name, tensor in LayoutSource(layer, context, torch.bfloat16)]

@@ -50,7 +50,7 @@ class SyncReport:
         shared_bytes: size of the trainer's memory that this process's engines share, or pack directly from.
         seconds: wall time.
 
-    Example:
+    Examples:
         >>> report = SyncReport(version="1", tensors=2, nbytes=4_000_000, shared_bytes=1_000_000, seconds=0.5)
         >>> f"{report.nbytes / report.seconds / 1e6:.0f} MB/s, {report.shared_bytes / report.nbytes:.0%} shared"
         '8 MB/s, 25% shared'
@@ -84,7 +84,7 @@ class WeightSync:
             and engine is in exact mode.
         WeightSyncError: the engine's model does not match the trainer's weights.
 
-    Example:
+    Examples:
         >>> with ps.WeightSync(engine, context, llm) as sync:  # needs vLLM  # doctest: +SKIP
         ...     report = sync()
         ...     print(f"{report.tensors} tensors in {report.seconds:.1f} s")
