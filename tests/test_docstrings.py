@@ -70,6 +70,11 @@ def test_public_names_have_examples():
     assert not missing, f"public names without an example: {sorted(missing)}"
 
 
+def test_examples_have_the_heading_by_which_the_site_renders_them_as_code():
+    wrong = [str(path) for path in PACKAGE.rglob("*.py") if re.search(r"^\s*Example:$", path.read_text(), re.MULTILINE)]
+    assert not wrong, f"Example: must be Examples: in {wrong}"
+
+
 def test_a_skipped_example_says_what_it_needs():
     for path in PACKAGE.rglob("*.py"):
         for line in path.read_text().splitlines():
