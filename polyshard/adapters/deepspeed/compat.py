@@ -181,6 +181,11 @@ def zero_fragments(
         yield slot, start, whole.detach().view(-1)[address.start : address.start + address.numel]
 
 
+def skip_infinite_gradients(optimizer: Any) -> None:
+    """Let ZeRO 1 to 3 skip a step whose gradient norm is not finite, in bfloat16 as well (engine.py, 0.19.8)."""
+    optimizer.check_grad_overflow = True
+
+
 def count_gradients(
     optimizer: Any, stage: int, named: Mapping[str, torch.nn.Parameter], parts: CountedParts, groups: Sequence[Any]
 ) -> None:

@@ -21,6 +21,7 @@ from polyshard.adapters.deepspeed.compat import (
     gather_persistent,
     gathered,
     partition,
+    skip_infinite_gradients,
     zero_fragments,
 )
 from polyshard.adapters.deepspeed.context import Mpu
@@ -134,6 +135,7 @@ class DeepspeedEngine(BaseEngine):
         if zero_stage == 3:
             mark_gathered_per_call(model.parameters())
         if zero_stage:
+            skip_infinite_gradients(self.optimizer)
             count_gradients(
                 self.optimizer,
                 zero_stage,
@@ -150,19 +152,21 @@ class DeepspeedEngine(BaseEngine):
             self._wrapped.backward(loss)
 
     def step(self) -> StepResult:
-        """Run DeepSpeed's step, which clips, updates, and clears the gradients."""
+        """Run DeepSpeed's step, which clips, updates, and clears the gradients; skip it if a gradient is not finite."""
         self.updates += 1
         with self._guard("data step"):
             self._generators.compare()
             self._norm = self._unsharded_norm() if self._stage == 0 else None
-            self._wrapped.step()
+            if self._norm is not None and not math.isfinite(float(self._norm)):
+                skipped = True  # at stage 0 DeepSpeed checks float16 alone
+                self.zero_grad()
+            else:
+                self._wrapped.step()
+                skipped = bool(getattr(self.optimizer, "overflow", False))
             norm = self._wrapped.get_global_grad_norm() if self._norm is None else self._norm
         value = None if norm is None else float(norm)
-        finite = value is None or (math.isfinite(value) and value != -1.0)
-        if not finite:
-            logger.warning("gradient norm is %s", value)
-        skipped = bool(getattr(self.optimizer, "overflow", False))
         if skipped:
+            logger.warning("gradient norm is %s: this step is skipped", value)
             self.updates -= 1  # counted above, since an error in the step may leave weights changed
         else:
             self._rate.updated()

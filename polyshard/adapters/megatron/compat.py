@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -56,6 +57,7 @@ __all__ = [
     "optimizer_part",
     "process_groups",
     "sequence_parallel_state",
+    "skip_infinite_gradients",
     "vocab_parallel_cross_entropy",
 ]
 
@@ -177,6 +179,26 @@ def optimizer_part(optimizer: Any, base: Any, parameter: torch.nn.Parameter) -> 
     group, order = place
     run = holder._get_model_param_range_map(parameter)["param"]
     return OptimizerPart(base.param_groups[group]["params"][order], run.start)
+
+
+def skip_infinite_gradients(optimizer: Any) -> None:
+    """Let `step` leave the weights unchanged if the gradient norm is not finite, and return False.
+
+    Megatron checks float16 alone (optimizer.py, 0.16.1: `prepare_grads` looks for infinities with a loss scale).
+    """
+    norm_of, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
+    finite = [True]
+
+    def get_grad_norm() -> Any:
+        norm = norm_of()
+        finite[0] = math.isfinite(float(norm))
+        return norm
+
+    def step_with_ready_grads() -> bool:
+        return update() if finite[0] else False
+
+    optimizer.get_grad_norm = get_grad_norm
+    optimizer.step_with_ready_grads = step_with_ready_grads
 
 
 def count_gradients(optimizer: Any, named: Mapping[str, torch.nn.Parameter], parts: CountedParts) -> None:

@@ -139,6 +139,7 @@ class MegatronEngine(BaseEngine):
                 pg_collection=groups,
             )
         axis = context.axis("tensor")
+        compat.skip_infinite_gradients(self.optimizer)
         compat.count_gradients(
             self.optimizer,
             dict(model.named_parameters()),

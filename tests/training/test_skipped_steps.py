@@ -1,0 +1,27 @@
+"""A gradient that is not finite on one rank: every rank skips the step, and the weights stay as they were."""
+
+import pytest
+import torch
+from support.suite_engines import ENGINES
+from support.workers.skipped_steps import steps
+
+from polyshard.testing import run_ranks
+
+CASES = [
+    ("torch", torch.float32),
+    ("megatron", torch.float32),
+    ("megatron", torch.bfloat16),  # with masters
+    ("fairscale", torch.float32),
+    ("deepspeed", torch.float32),
+    ("deepspeed", torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("adapter", "dtype"), CASES, ids=[f"{a} {str(d)[6:]}" for a, d in CASES])
+def test_weights_stay_and_training_continues(adapter, dtype):
+    engines = [e for e in ENGINES[adapter] if (adapter, dtype, e.get("zero_stage")) != ("deepspeed", torch.bfloat16, 0)]
+    for outcome in run_ranks(steps, 2, adapter, engines, dtype, timeout=120):
+        for options, skipped, changed, updates in outcome:
+            assert skipped == [False, True, False], options
+            assert changed == [True, False, True], options
+            assert updates == 2, options
