@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 3 examples/train.py MODEL OUTPUT --tensor-parallel 3 --sequence-parallel
     torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT --adapter deepspeed --zero 3
     torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT --context-parallel 2
-    torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT --precision bfloat16 --recompute full --chunk-tokens 256
+    torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT --precision bfloat16 --recompute full
+    torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT --data-parallel fsdp --precision mixed --compile
     torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT --states runs/a    # a restart continues the run
     torchrun --nproc-per-node 2 examples/train.py MODEL OUTPUT --records runs/a   # JSON lines, and TensorBoard
 
@@ -25,6 +26,7 @@ import transformers
 import typer
 from decoder import build_model
 from text import token_documents
+from torch.optim.lr_scheduler import LambdaLR
 
 import polyshard as ps
 
@@ -47,7 +49,7 @@ def main(
     zero: Annotated[int | None, typer.Option(help="ZeRO stage (other adapters); default the library's.")] = None,
     precision: Annotated[Literal["float32", "mixed", "bfloat16"], typer.Option(help="Dtypes of the run.")] = "float32",
     recompute: Annotated[Literal["none", "selective", "full"], typer.Option(help="Activations to recompute.")] = "none",
-    chunk_tokens: Annotated[int | None, typer.Option(help="Tokens whose logits are in memory; default all.")] = None,
+    compile: Annotated[bool, typer.Option(help="Compile the blocks with torch.compile.")] = False,
     steps: int = 32,
     batch: Annotated[int, typer.Option(help="Rows of each step, over all ranks.")] = 4,
     micro_batch: Annotated[int | None, typer.Option(help="Rows of a micro-batch on one rank; default all.")] = None,
@@ -81,9 +83,10 @@ def main(
         context,
         precision=dtypes,
         recompute=recompute,
+        compile=compile,
+        scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: schedule(step, steps)),
         **engine_options(adapter, data_parallel, zero),
     )
-    loss = None if chunk_tokens is None else chunked_loss(decoder, context, chunk_tokens)
 
     latest = ps.latest_checkpoint(states) if states else None
     if latest is None:
@@ -106,10 +109,9 @@ def main(
         profiler or nullcontext(),
     ):
         for step, micro_batches in zip(range(begin, steps), monitor.data(loader)):
-            rate = learning_rate * schedule(step, steps)
-            trainer.set_learning_rate(rate)
+            rate = trainer.learning_rate
             with monitor.phase("forward_backward"):
-                result = trainer.train_batch(micro_batches, loss)
+                result = trainer.train_batch(micro_batches)
             with monitor.phase("step"):
                 update = trainer.step()
             done.append(monitor.record(step + 1, micro_batches, result, update, learning_rate=rate))
@@ -160,16 +162,6 @@ def engine_options(adapter: str, data_parallel: str, zero: int | None) -> dict[s
             raise typer.BadParameter("the torch adapter has no --zero: its form of stage 3 is --data-parallel fsdp")
         return {"max_grad_norm": 1.0, "data_parallel": data_parallel}
     return {"max_grad_norm": 1.0, **({} if zero is None else {"zero_stage": zero})}
-
-
-def chunked_loss(decoder: Any, context: ps.ParallelContext, chunk_tokens: int) -> Any:
-    """Return a loss for `train_batch` that never has the logits of all tokens in memory."""
-
-    def loss(hidden: torch.Tensor, micro_batch: Any) -> torch.Tensor:
-        labels = micro_batch["labels"]
-        return ps.lm_loss(hidden, decoder.compute_logits, labels, context, reduction="sum", chunk_tokens=chunk_tokens)
-
-    return loss
 
 
 def schedule(step: int, steps: int) -> float:
