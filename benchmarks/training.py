@@ -139,8 +139,6 @@ def main(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind, shape = getattr(torch, dtype), SHAPES[model]
     chosen = [tuple(map(int, load.split("x"))) for load in loads.split(",")] if loads else LOADS[where.type]
-    # The lengths of packed sequences are data; without this, Dynamo breaks the graph at every attention call.
-    torch._dynamo.config.capture_dynamic_output_shape_ops = True
     columns = ("model", "load", "mode", "contestant", "attention", "ms", "tokens/s", "utilisation", "peak GiB", "ratio")
     report = Report(columns, lines)
     peak = matmul_peak(kind, where)

@@ -95,16 +95,14 @@ def of_transformers(
 
 def of_polyshard(directory: Path, dtype: torch.dtype, device: torch.device, compiled: bool) -> Contestant:
     from polyshard.attention.selection import select_kernel
+    from polyshard.training.compile import apply_compile
 
     context = ps.initialize("torch", device=device)
     model = build_model(ps.read_config(directory), context)
     model.to(dtype)
     ps.load_checkpoint(model, directory, context, verify=False)
-    blocks = list(model.model.layers)
-    if compiled:
-        for block in blocks:
-            block.compile(fullgraph=True)
-    first: Any = blocks[0]
+    apply_compile(model, compiled)
+    first: Any = model.model.layers[0]
     kernel = select_kernel(first.self_attn.spec, device, dtype, True).name
     return _contestant(lambda ids, labels: model(ids, labels=labels), model, kernel)
 

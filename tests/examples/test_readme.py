@@ -59,13 +59,15 @@ def test_every_command_does_what_the_readme_says(newcomer):
     assert newcomer.types(serve).splitlines()[-1] == f"after 20, 21, 22, 23: {answer}"
     with socket.socket() as probe:
         port = 8000 if probe.connect_ex(("127.0.0.1", 8000)) else free_port()
-    for server in (polyshard_serve, plain_vllm):
-        command = server if port == 8000 else f"{server.rstrip()} --port {port}"
-        with running_server(
-            ["bash", "-ec", command], port, newcomer.folder / "server.log", newcomer.env, cwd=newcomer.folder
-        ):
-            told = json.loads(newcomer.types(request.replace("8000", str(port))))
-        assert told["choices"][0]["token_ids"] == json.loads(answer)
+    # `polyshard serve` is run by the tutorial's test, with other names.
+    tutorial = code_blocks((ROOT / "docs" / "tutorial.md").read_text(), "bash")
+    assert polyshard_serve.replace("checkpoint", "by-twos").replace("my_model", "decoder") in tutorial
+    command = plain_vllm if port == 8000 else f"{plain_vllm.rstrip()} --port {port}"
+    with running_server(
+        ["bash", "-ec", command], port, newcomer.folder / "server.log", newcomer.env, cwd=newcomer.folder
+    ):
+        told = json.loads(newcomer.types(request.replace("8000", str(port))))
+    assert told["choices"][0]["token_ids"] == json.loads(answer)
 
 
 def test_every_link_leads_to_a_file():

@@ -69,7 +69,7 @@ def test_two_ranks_share_their_processes_with_the_engine(tmp_path, options):
 
 def test_a_dead_engine_is_replaced_and_goes_on_with_the_trainers_weights(tmp_path):
     """Killed in the middle of a run: the next answers come from the same weights, and still agree bit for bit."""
-    command = [sys.executable, EXAMPLE, str(tmp_path), *SMALL, "--separate", "--steps", "60"]
+    command = [sys.executable, EXAMPLE, str(tmp_path), *SMALL, "--separate", "--steps", "30"]
     process = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
@@ -86,7 +86,7 @@ def test_a_dead_engine_is_replaced_and_goes_on_with_the_trainers_weights(tmp_pat
         process.kill()
     assert process.returncode == 0, errors[-3000:]
     metrics = metrics_of(tmp_path)
-    assert [step["step"] for step in metrics] == list(range(1, 61))
+    assert [step["step"] for step in metrics] == list(range(1, 31))
     assert (metrics[0]["restarted"], metrics[-1]["restarted"]) == (0, 1)
     assert is_exact(metrics)
 
