@@ -29,6 +29,7 @@ def server(command, log, **environment):
     """A client of a running server; its whole process group is ended afterwards."""
     port = free_port()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment}
+    env["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # the engine does not import everything again
     command = [*command, *OPTIONS, "--port", str(port)]
     with running_server(command, port, log, env):
         from openai import OpenAI

@@ -135,7 +135,7 @@ def shared_memory_of(script):
                     yield from (child, *child.children(recursive=True))
 
     def watch():
-        while not ended.wait(0.1):
+        while not ended.wait(0.5):
             for process in processes():
                 with contextlib.suppress(OSError):
                     names.update(re.findall(r"/dev/shm/(\S+)", Path(f"/proc/{process.pid}/maps").read_text()))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import support.vllm_required  # noqa: F401
@@ -43,8 +44,17 @@ def run(scenario, ranks, folder):
     return json.loads(result.read_text())
 
 
-def test_a_frozen_worker_and_a_frozen_trainer(tmp_path):
-    result = run("frozen", 2, tmp_path)
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Both scenarios at the same time: they mostly wait for timeouts."""
+    names = ("frozen", "killed")
+    with ThreadPoolExecutor(len(names)) as pool:
+        found = pool.map(lambda name: run(name, 2, tmp_path_factory.mktemp(name)), names)
+        return dict(zip(names, found))
+
+
+def test_a_frozen_worker_and_a_frozen_trainer(outcomes):
+    result = outcomes["frozen"]
     worker = result["worker frozen"]
     assert worker["error"] == "WeightSyncError"
     assert "worker 1 (process" in worker["told"]
@@ -59,8 +69,8 @@ def test_a_frozen_worker_and_a_frozen_trainer(tmp_path):
     assert result["then"]["error"] is not None, "a half-updated model generated"
 
 
-def test_a_killed_worker_and_a_killed_trainer(tmp_path):
-    result = run("killed", 2, tmp_path)
+def test_a_killed_worker_and_a_killed_trainer(outcomes):
+    result = outcomes["killed"]
     worker = result["worker killed"]
     assert worker["error"] == "WeightSyncError"
     assert "worker 0 (process" in worker["told"]

@@ -68,16 +68,16 @@ class One(nn.Module):
 
 
 def small_updates(adapter: str, cases: list[tuple[ps.Precision, dict, int]]) -> list[float]:
-    """The optimizer's value of a weight of 1 after a thousand updates of 1e-4, for each case."""
+    """The optimizer's value of a weight of 1 after updates of 1e-4, a thousand for the first case, 200 for others."""
     context = ps.initialize(adapter, timeout=60)
     values = []
-    for precision, options, _ in cases:
+    for index, (precision, options, _) in enumerate(cases):
         model = One().to(precision.parameters)
         optimizer = ps.AdamW(lr=1e-4, weight_decay=0.0)
         engine = ps.load_adapter(adapter).engine(
             model, optimizer, context, max_grad_norm=None, precision=precision, **options
         )
-        for _ in range(1000):
+        for _ in range(200 if index else 1000):
             engine.backward(engine(torch.ones(1, 1, dtype=torch.int64)))
             engine.step()
         pieces = engine.weight_pieces()
