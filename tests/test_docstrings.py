@@ -20,6 +20,7 @@ import polyshard as ps
 PACKAGE = Path(ps.__file__).parent
 VENDORS = {f"polyshard.adapters.{name}": name for name in ("vllm", "megatron", "deepspeed", "fairscale")}
 VENDORS |= {"polyshard.transformers": "transformers", "polyshard.cli": "typer", "polyshard.lora": "peft"}
+VENDORS |= {"polyshard.adapters.torch.float8": "torchao"}
 VENDORS |= {f"polyshard.exact.{name}": "vllm" for name in ("context", "linear")}  # vLLM's operators
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 

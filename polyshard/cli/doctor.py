@@ -12,6 +12,7 @@ import torch
 import typer
 
 from polyshard import __version__
+from polyshard.adapters.torch.float8 import TORCHAO
 from polyshard.attention.kernels.cpu import native_paged as paged
 from polyshard.attention.selection import explain
 from polyshard.core.attention import AttentionSpec
@@ -89,7 +90,8 @@ def adapters() -> list[Finding]:
             findings.append(installed(kind, name, adapter.requirement))
         except Exception as error:
             findings.append(Finding("adapter", name, False, None, f"{type(error).__name__}: {error}"))
-    return [*findings, installed("models", "transformers", TRANSFORMERS), installed("lora", "peft", PEFT)]
+    others = (("models", "transformers", TRANSFORMERS), ("lora", "peft", PEFT), ("float8", "torchao", TORCHAO))
+    return [*findings, *(installed(*other) for other in others)]
 
 
 def installed(kind: str, name: str, requirement: Requirement) -> Finding:

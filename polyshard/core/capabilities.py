@@ -28,6 +28,7 @@ FEATURES: Mapping[str, str] = {
     "casts": "float32 parameters with computation in bfloat16",
     "masters": "bfloat16 parameters with float32 masters in the optimizer",
     "float16": "computation in float16 with dynamic loss scaling",
+    "float8": "matrix products of tensor-parallel layers in float8",
     "optimizers": "elementwise optimizers of torch besides AdamW",
     "offload": "optimizer state and update on the CPU, with parameters on a GPU",
     "compile": "torch.compile of a model's blocks in training",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -11,6 +12,9 @@ from polyshard.core.errors import ConfigurationError
 
 HALF = (torch.bfloat16, torch.float16)
 _SUPPORTED = (torch.float64, torch.float32, *HALF)
+_BESIDE_FLOAT8 = (torch.float32, torch.bfloat16)
+
+Float8Recipe = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]  # named as in torchao
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,9 +32,13 @@ class Precision:
         reduce: in which gradients are accumulated over micro-batches and summed over ranks.
         optimizer: of the values that the optimizer updates; if wider than `parameters`, it keeps masters.
         loss_scale: first factor of dynamic loss scaling, which is used if `compute` is float16.
+        float8: how the inputs of the matrix products of tensor-parallel layers are scaled before they are cast to
+            float8: `"tensorwise"`, `"rowwise"`, or `"rowwise_with_gw_hp"`, which computes the gradient of the weight in
+            `compute`. All other operations, and the outputs of these, keep the dtype of `compute`. None for no float8.
 
     Raises:
-        ConfigurationError: a dtype is not a float, or one is narrower than it can be used for.
+        ConfigurationError: a dtype is not a float, or one is narrower than it can be used for; `float8` is unknown, or
+            `compute` is neither bfloat16 nor float32 with it.
 
     Examples:
         >>> precision = ps.Precision(parameters=torch.bfloat16)
@@ -43,6 +51,7 @@ class Precision:
     reduce: torch.dtype = torch.float32
     optimizer: torch.dtype = torch.float32
     loss_scale: float = 2.0**16
+    float8: Float8Recipe | None = None
 
     def __post_init__(self) -> None:
         for name in ("parameters", "compute", "reduce", "optimizer"):
@@ -62,6 +71,20 @@ class Precision:
             )
         if not self.loss_scale >= 1:
             raise ConfigurationError(f"Precision.loss_scale is invalid: got {self.loss_scale}, expected at least 1.")
+        if self.float8 is not None:
+            self._check_float8()
+
+    def _check_float8(self) -> None:
+        if self.float8 not in get_args(Float8Recipe):
+            known = ", ".join(map(repr, get_args(Float8Recipe)))
+            raise ConfigurationError(
+                f"Precision.float8 is invalid: got {self.float8!r}, expected None or one of {known}."
+            )
+        if self.compute_dtype not in _BESIDE_FLOAT8:
+            raise ConfigurationError(
+                f"Precision.float8 is unsupported with compute={self.compute_dtype}: expected torch.bfloat16 or "
+                "torch.float32. Pass compute=torch.bfloat16."
+            )
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -85,7 +108,8 @@ class Precision:
 
     def __str__(self) -> str:
         names = {name: getattr(self, name) for name in ("parameters", "compute", "reduce", "optimizer")}
-        return ", ".join(f"{name} {str(d).removeprefix('torch.')}" for name, d in names.items() if d is not None)
+        parts = [f"{name} {str(d).removeprefix('torch.')}" for name, d in names.items() if d is not None]
+        return ", ".join([*parts, f"float8 {self.float8}"] if self.float8 else parts)
 
 
 def precision_of(model: nn.Module, given: Precision | None) -> Precision:

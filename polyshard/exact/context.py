@@ -58,6 +58,11 @@ def exact_context(
             f"precision is invalid for exact mode: got compute={precision.compute_dtype}, expected float32, bfloat16 "
             "or float16"
         )
+    if precision is not None and precision.float8 is not None:
+        raise ConfigurationError(
+            f"precision is invalid for exact mode: got float8={precision.float8!r}, expected None. The server computes "
+            "no matrix products in float8."
+        )
     mode = exact_mode(
         check_shards(shards, parallel_context.layout.tensor),
         server_operators(parallel_context.device),

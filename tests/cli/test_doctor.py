@@ -28,6 +28,7 @@ def test_the_report_covers_every_adapter_and_kernel(doctor):
     assert {"native matmul", "native attention"} <= set(findings)
     assert findings["vllm"]["kind"] == "serving"
     assert findings["peft"]["version"] == version("peft")
+    assert findings["torchao"]["version"] == version("torchao")
     assert findings["megatron"]["version"] == version("megatron-core")
     assert findings["torch_varlen"]["usable"] or findings["torch_varlen"]["detail"]
     assert all(f["detail"] for f in findings.values())

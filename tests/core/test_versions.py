@@ -11,6 +11,7 @@ from packaging.specifiers import SpecifierSet
 from support.paths import ROOT
 
 import polyshard as ps
+from polyshard.adapters.torch.float8 import TORCHAO
 from polyshard.core import requirement as module
 from polyshard.core.requirement import Requirement, UntestedVersionWarning
 from polyshard.lora.requirement import PEFT
@@ -31,6 +32,7 @@ def declared():
 NEEDED = {name: ps.load_adapter(name).requirement for name in ps.adapter_names()} | {
     "transformers": TRANSFORMERS,
     "peft": PEFT,
+    "torchao": TORCHAO,
 }
 
 

@@ -87,3 +87,27 @@ def test_a_model_built_by_its_factory_trains_where_its_context_says(tmp_path, dt
     want = gradients["model.embed_tokens.weight"].grad
     got = model.model.embed_tokens.weight.grad[:VOCAB].cpu().double()
     assert (got - want).norm() < 3 * close * want.norm()
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+def test_float8_products_are_those_that_torchao_emulates_on_the_cpu(recipe):
+    """Of 21 tokens, which are no multiple of 16, as the gradient of a weight needs it."""
+    pytest.importorskip("torchao")
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a GPU with float8 matrix products")
+    found = {}
+    for device in ("cpu", "cuda"):
+        context = ps.initialize("torch", device=device)
+        torch.manual_seed(0)
+        layer = ps.column_parallel(64, 96, context)
+        x, gradient = (torch.randn(21, size, generator=torch.Generator().manual_seed(1)) for size in (64, 96))
+        x = x.to(device, torch.bfloat16).requires_grad_()
+        engine = ps.load_adapter("torch").engine(
+            layer.bfloat16(), ps.AdamW(), context, precision=ps.Precision(parameters=torch.bfloat16, float8=recipe)
+        )
+        y = engine(x)
+        of_input, of_weight = torch.autograd.grad(y, [x, layer.weight], gradient.to(y))
+        found[device] = [tensor.float().cpu() for tensor in (y, of_input, of_weight)]
+        ps.shutdown(context)
+    for value, wanted in zip(found["cuda"], found["cpu"]):
+        assert (value - wanted).norm() < 1e-2 * wanted.norm()

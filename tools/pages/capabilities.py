@@ -1,6 +1,7 @@
 """What each adapter supports, and which versions of its library."""
 
 import polyshard as ps
+from polyshard.adapters.torch.float8 import TORCHAO
 from polyshard.core.capabilities import FEATURES
 from polyshard.lora.requirement import PEFT
 from polyshard.transformers.replaced.requirement import TRANSFORMERS
@@ -25,6 +26,6 @@ def table() -> str:
 
 
 def versions() -> str:
-    needed = (*(ps.load_adapter(name).requirement for name in ps.adapter_names()), TRANSFORMERS, PEFT)
+    needed = (*(ps.load_adapter(name).requirement for name in ps.adapter_names()), TRANSFORMERS, PEFT, TORCHAO)
     rows = ((n.title, f"`{n.supported}`", ", ".join(n.tested), f"`{n.install}`") for n in needed)
     return markdown(("library", "supported", "tested", "installed by"), rows)

@@ -34,6 +34,7 @@ CAPABILITIES = Capabilities(
         "casts": YES,
         "masters": YES,
         "float16": no("notyet", "its loss scaling does not run on CPU, and has not been tested on CUDA"),
+        "float8": no("notyet", "the layers of DeepSpeed's automatic tensor parallelism have no float8"),
         "optimizers": YES,
         "offload": YES,
         "compile": YES,

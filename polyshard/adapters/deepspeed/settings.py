@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from polyshard.adapters.deepspeed.adapter import CAPABILITIES
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.precision import Precision
 
@@ -55,6 +56,8 @@ def check_precision(precision: Precision, stage: int, config: dict[str, Any]) ->
             f"config sets the precision: got {', '.join(sorted(config.keys() & {'bf16', 'fp16', 'torch_autocast'}))}. "
             "Pass precision=polyshard.Precision(...) instead."
         )
+    if precision.float8 is not None:
+        CAPABILITIES.require("float8")
     if precision.scales_loss:
         raise ConfigurationError(
             "float16 is unsupported with DeepSpeed: its loss scaling does not run on CPU and has not been tested. "

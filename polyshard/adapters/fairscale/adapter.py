@@ -34,6 +34,7 @@ CAPABILITIES = Capabilities(
         "casts": YES,
         "masters": YES,
         "float16": YES,
+        "float8": no("never", "FairScale has no float8, and is no longer developed"),
         "optimizers": YES,
         "offload": no("never", "OSS keeps the state on the device of the parameters"),
         "compile": YES,

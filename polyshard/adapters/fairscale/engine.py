@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from polyshard.adapters.fairscale.adapter import CAPABILITIES
 from polyshard.adapters.fairscale.compat import OSS, sharded_data_parallel, sharded_options
 from polyshard.adapters.fairscale.masters import OptimizerWithMasters
 from polyshard.adapters.shared import optimizer_state
@@ -178,6 +179,8 @@ class FairscaleEngine(BaseEngine):
 
 
 def _check_precision(precision: Precision) -> None:
+    if precision.float8 is not None:
+        CAPABILITIES.require("float8")
     if precision.parameters == torch.float16:
         raise ConfigurationError(
             "float16 parameters are unsupported with FairScale: torch refuses to unscale their gradients. Build the "

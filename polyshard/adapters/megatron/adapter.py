@@ -34,6 +34,7 @@ CAPABILITIES = Capabilities(
         "casts": no("never", "Megatron keeps masters of bfloat16 parameters instead"),
         "masters": YES,
         "float16": YES,
+        "float8": no("notimpl", "Megatron computes in float8 in Transformer Engine's layers, which are not wired up"),
         "optimizers": no("never", "Megatron creates its own optimizer: AdamW, or at stage 0 SGD"),
         "offload": no(
             "notimpl", "its HybridDeviceOptimizer needs a GPU, and keeps state where no checkpoint finds it yet"

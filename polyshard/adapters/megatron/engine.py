@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from polyshard.adapters.megatron import compat
+from polyshard.adapters.megatron.adapter import CAPABILITIES
 from polyshard.adapters.megatron.optimizer import own_optimizer
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
@@ -253,6 +254,8 @@ def _checked_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _check_precision(precision: Precision) -> None:
+    if precision.float8 is not None:
+        CAPABILITIES.require("float8")
     if precision.casts:
         raise ConfigurationError(
             f"Megatron casts no parameters for computation: got compute={precision.compute_dtype} for parameters in "

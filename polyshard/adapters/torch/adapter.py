@@ -38,6 +38,7 @@ CAPABILITIES = Capabilities(
         "casts": YES,
         "masters": YES,
         "float16": YES,
+        "float8": YES,
         "optimizers": YES,
         "offload": YES,
         "compile": YES,

@@ -28,6 +28,7 @@ from polyshard.adapters.torch.compat import (
     sharded_rows,
     unshard_gradient_sync,
 )
+from polyshard.adapters.torch.float8 import apply_float8
 from polyshard.adapters.torch.overlap import FsdpOptions, overlap_options, reducer_options
 from polyshard.adapters.torch.reducer import GradientReducer
 from polyshard.core.adapter import OptimizerFactory, StepResult
@@ -54,7 +55,8 @@ class TorchEngine(BaseEngine):
         check_random: compare random generators over the ranks before the first update, in one small all-reduce per axis
             of several ranks; see `polyshard.manual_seed`.
         precision: dtypes of the run. Float32 parameters with a narrower `compute` are cast by autocast under `"ddp"`
-            and by FSDP2's own policy under `"fsdp"`; narrower parameters get masters, under `"ddp"` only.
+            and by FSDP2's own policy under `"fsdp"`; narrower parameters get masters, under `"ddp"` only. `float8` is
+            computed by torchao, in all `ps.column_parallel`, `ps.row_parallel` and `ps.qkv_parallel` layers.
         recompute: activations that are recomputed in the backward pass: `"none"`, `"selective"`, `"full"`, or a
             function that chooses modules.
         scheduler: makes a scheduler of torch (`torch.optim.lr_scheduler`) from an optimizer. It advances with each
@@ -117,6 +119,7 @@ class TorchEngine(BaseEngine):
         # DDP's static graph fails if its first backward pass is under no_sync (reducer.cpp:1732, torch 2.13).
         self._skips_sync = not ddp.get("static_graph", False)
         self._check_precision()
+        self._undo_float8 = apply_float8(model, self.precision.float8, context)
         offloads = check_offload(offload, context.device, self._sharded, "data_parallel='fsdp' with several replicas")
         if data_parallel == "fsdp" and not self._sharded:
             logger.warning("fsdp does nothing at data-parallel size 1: the model is trained unsharded")
@@ -240,6 +243,11 @@ class TorchEngine(BaseEngine):
         super().optimizer_written(state)
         if self._masters is not None:
             self._masters.write_parameters()
+
+    def close(self) -> None:
+        """Release the wrapper, and compute the model's matrix products without float8 again."""
+        self._undo_float8()
+        super().close()
 
     def _piece(self, name: str, slot: str, tensor: Any) -> Piece:
         if is_dtensor(tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -55,6 +56,8 @@ class ColumnParallelLinear(nn.Module):
     `[..., tokens, out / size]`.
     """
 
+    product: Callable[..., torch.Tensor] = staticmethod(F.linear)  # an engine may set another one on a layer
+
     def __init__(
         self,
         input_size: int,
@@ -81,7 +84,7 @@ class ColumnParallelLinear(nn.Module):
             add_up = partial(sum_replicas, layout=self.layout, axis=self.axis)
             weight = transform_gradient(weight, add_up)
             bias = None if bias is None else transform_gradient(bias, add_up)
-        return F.linear(x, weight, bias)
+        return self.product(x, weight, bias)
 
     def extra_repr(self) -> str:
         """Return the full sizes and this rank's position."""
@@ -95,6 +98,8 @@ class RowParallelLinear(nn.Module):
     `[..., tokens / size, out]`). The bias is added after the sum.
     """
 
+    product: Callable[..., torch.Tensor] = staticmethod(F.linear)  # an engine may set another one on a layer
+
     def __init__(self, input_size: int, output_size: int, context: ParallelContext, bias: bool) -> None:
         super().__init__()
         self.input_size, self.output_size = input_size, output_size
@@ -106,7 +111,7 @@ class RowParallelLinear(nn.Module):
 
     @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.linear(x, self.weight)
+        y = self.product(x, self.weight)
         if not self.sequence_parallel:
             y = reduce_from_region(y, self.axis)
             return y if self.bias is None else y + self.bias

@@ -31,6 +31,7 @@ CAPABILITIES = Capabilities(
         "casts": no("never", _FORWARD_ONLY),
         "masters": no("never", _FORWARD_ONLY),
         "float16": no("never", _FORWARD_ONLY),
+        "float8": no("never", _FORWARD_ONLY),
         "optimizers": no("never", _FORWARD_ONLY),
         "offload": no("never", _FORWARD_ONLY),
         "compile": no("never", _FORWARD_ONLY),
