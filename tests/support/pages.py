@@ -35,8 +35,8 @@ def newcomer_with_files(page, folder):
     for block in code_blocks(page, "python"):
         ast.parse(block)
         (folder / re.match(r"# (\w+\.py)\n", block).group(1)).write_text(block)
-    # Settings that only speed up the test: one thread, no compilation, a small KV cache, a server's engine forked from it
-    # instead of started anew with all its imports.
+    # Settings that only speed up the test: one thread, no compilation, a small KV cache, and a server's engine that is
+    # forked from it, instead of started anew with all its imports.
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     env["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
