@@ -58,6 +58,7 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/layers.py
+	$(BIN)/python benchmarks/lm_loss.py
 	$(BIN)/python benchmarks/weights.py
 
 gpu-check: $(READY)

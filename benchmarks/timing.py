@@ -45,3 +45,22 @@ def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
         a @ b
     spent = statistics.median(seconds(lambda: a @ b, device) for _ in range(10))
     return 2 * size**3 / spent
+
+
+def peak_bytes(action: Callable[[], Any], device: torch.device) -> int:
+    """Return the peak of the memory that one call of `action` takes; on CPU the profiler's allocations are summed."""
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        action()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - held
+    with torch.profiler.profile(profile_memory=True) as profile:
+        action()
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():  # pyrefly: ignore[missing-attribute]
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak

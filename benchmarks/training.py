@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,8 +26,8 @@ import torch
 import typer
 from report import Report
 from rich.progress import Progress
-from timing import alternating, matmul_peak, synchronize
-from training_contestants import Batch, Contestant, free, of_megatron, of_polyshard, of_transformers, save_random
+from timing import alternating, matmul_peak, peak_bytes
+from training_contestants import Contestant, free, of_megatron, of_polyshard, of_transformers, save_random
 
 GOALS = {"transformers": 0.90, "megatron": 0.75}  # of their time
 LOADS = {"cuda": ((8, 1024), (1, 8192)), "cpu": ((4, 128), (1, 1024))}
@@ -98,31 +99,6 @@ def flops_per_token(shape: dict[str, Any], length: int) -> float:
     return 6.0 * weights + 6.0 * layers * q * length
 
 
-def peak_bytes(contestant: Contestant, batch: Batch, held: int, device: torch.device) -> int:
-    """Return the peak memory of one step, including weights and optimizer state.
-
-    Args:
-        contestant: whose step is run.
-        batch: of the step.
-        held: bytes that the other contestants hold on the GPU.
-        device: where they run. On CPU the profiler's allocations are summed.
-    """
-    if device.type == "cuda":
-        synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        contestant.step(batch)
-        synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - held
-    with torch.profiler.profile(profile_memory=True) as profile:
-        contestant.step(batch)
-    live = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak + contestant.held_bytes()
-
-
 def main(
     model: Annotated[str, typer.Argument(help=f"One of {', '.join(SHAPES)}.")] = "qwen3-0.6b",
     device: Annotated[str, typer.Option(help="cuda or cpu; default cuda if there is one.")] = "",
@@ -147,7 +123,8 @@ def main(
         modes = (False, True) if compiled else (False,)
         task = bar.add_task("measuring", total=len(modes) * len(chosen))
         for with_compiler in modes:
-            others = ("transformers", "megatron") if megatron and not with_compiler else ("transformers",)
+            also = megatron and not with_compiler and find_spec("megatron") is not None
+            others = ("transformers", "megatron") if also else ("transformers",)
             _measure_mode(
                 report, model, Path(work), kind, where, with_compiler, others, chosen, rounds, peak, bar, task
             )
@@ -192,8 +169,7 @@ def _measure_mode(
         times = alternating({name: partial(one.step, batch) for name, one in contestants.items()}, device, rounds)
         memory = {}
         for name, one in contestants.items():
-            held = sum(other.held_bytes() for other in contestants.values() if other is not one)
-            memory[name] = peak_bytes(one, batch, held, device)
+            memory[name] = one.held_bytes() + peak_bytes(partial(one.step, batch), device)
         for name, one in contestants.items():
             tokens = load[0] * load[1]
             rate = flops_per_token(shape, load[1]) * tokens / times[name]
