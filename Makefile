@@ -17,7 +17,7 @@ help:
 	@echo "make release   build the wheel and check it in an empty environment"
 	@echo "make lint    ruff, pyrefly, import-linter"
 	@echo "make bench   the benchmarks"
-	@echo "make test-transformers   the tests of transformers' models on the newest supported transformers"
+	@echo "make test-transformers   the tests of transformers' models on the newest supported transformers, and of float8"
 	@echo "make test-newest   the suite without vLLM's tests on Python 3.12 with the newest of everything"
 	@echo "make test-torch-2.11   the suite without vLLM's tests on Python 3.12, torch 2.11 and what else a GPU machine has"
 	@echo "make gpu-check   collect what a GPU machine without network lacks, and print the command to run there"
@@ -79,12 +79,15 @@ test-torch-2.11:
 	.venv-2.11/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not vllm"
 
 # The tests of replaced and of transformers' own models on the newest supported transformers, laid over the lock's.
+TORCHAO := 0.18.0
 NEWEST_TRANSFORMERS := 5.24.0
 test-transformers: $(READY)
-	test -d .overlay/transformers-$(NEWEST_TRANSFORMERS).dist-info || \
-		(rm -rf .overlay && $(BIN)/pip install --quiet --no-deps --target .overlay transformers==$(NEWEST_TRANSFORMERS))
+	test -d .overlay/transformers-$(NEWEST_TRANSFORMERS).dist-info -a -d .overlay/torchao-$(TORCHAO).dist-info || \
+		(rm -rf .overlay && $(BIN)/pip install --quiet --no-deps --target .overlay \
+			transformers==$(NEWEST_TRANSFORMERS) torchao==$(TORCHAO))
 	PYTHONPATH=$(CURDIR)/.overlay $(BIN)/python -m pytest -n 2 --dist loadfile -m "not vllm" \
-		tests/hf_models/test_replaced_attention.py tests/hf_models/test_replace_caches.py tests/hf_models/test_transformers_models.py tests/examples/test_generic_models.py
+		tests/hf_models/test_replaced_attention.py tests/hf_models/test_replace_caches.py tests/hf_models/test_transformers_models.py tests/examples/test_generic_models.py \
+		tests/training/test_float8.py
 
 # The suite without vLLM's tests on Python 3.12 with the newest of everything (CUDA builds: some 5 GB), on the CPU.
 test-newest:

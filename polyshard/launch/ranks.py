@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -134,6 +136,7 @@ def _run(
     pipe: Connection,
 ) -> None:
     os.environ.update(environment)
+    faulthandler.enable(sys.__stderr__ or sys.stderr)  # a crash in native code prints where Python was
     torch.set_num_threads(1)
     try:
         answer = ("returned", tree_map_only(torch.Tensor, torch.Tensor.cpu, function(*args)))

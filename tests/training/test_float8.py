@@ -24,6 +24,7 @@ from polyshard.core.precision import Float8Recipe
 from polyshard.testing import run_ranks
 from polyshard.training.compile import apply_compile
 
+pytest.importorskip("torchao", reason="needs torchao, which make test-transformers installs")
 RECIPES = get_args(Float8Recipe)
 BF16 = torch.bfloat16
 SHAPE = {"hidden_size": 64, "intermediate_size": 96}  # multiples of 16 on each of two tensor-parallel ranks
