@@ -58,7 +58,7 @@ def sum_with_gradients(
         if leaf.requires_grad:
             parts[index].copy_(gradients.pop(0))
         if index == 0:
-            sums = [gradient.to(_accumulated(gradient.dtype)) for gradient in gradients]
+            sums = [g.to(_accumulated(g.dtype)) if len(rows) > 1 else g for g in gradients]
         else:
             for total, gradient in zip(sums, gradients):
                 total.add_(gradient)
