@@ -50,7 +50,7 @@ def sum_with_gradients(
         values.append(figures.detach().reshape(-1))
         if index == 0:
             leaves = [found for found in _leaves(value) if found is not leaf]
-        if not value.requires_grad or any(_is_left_alone(leaf) for leaf in leaves):
+        if not value.requires_grad or any(_has_hooks(leaf) for leaf in leaves):
             return None
         with torch.autocast(inputs.device.type, enabled=False):
             wanted = [leaf, *leaves] if leaf.requires_grad else leaves
@@ -75,7 +75,7 @@ def mark_gathered_per_call(parameters: Iterable[nn.Parameter]) -> None:
         setattr(parameter, _GATHERED_PER_CALL, True)
 
 
-def _is_left_alone(leaf: torch.Tensor) -> bool:
+def _has_hooks(leaf: torch.Tensor) -> bool:
     return bool(leaf._backward_hooks) or getattr(leaf, _GATHERED_PER_CALL, False)
 
 

@@ -12,10 +12,9 @@ import torch
 import transformers
 from support.models.tiny import save_tiny
 from support.workers.float8 import STEPS, outcomes
-from support.workers.precision import ADAMW, learnable_rows
+from support.workers.precision import losses_of_transformers_model
 from torch import nn
 from torch._dynamo.utils import counters
-from torch.nn import functional as F
 
 import polyshard as ps
 from polyshard.adapters.torch.float8 import apply_float8
@@ -127,20 +126,7 @@ def test_each_rank_scales_its_own_shards(ranks, layers):
 def losses_of_transformers(directory, recipe=None):
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     model = model if recipe is None else by_torchao(model, recipe)
-    groups = [
-        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": ADAMW["weight_decay"]},
-        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=ADAMW["lr"], betas=ADAMW["betas"], eps=ADAMW["eps"])
-    losses = []
-    for step in range(STEPS):
-        ids = learnable_rows(step)
-        loss = F.cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return torch.tensor(losses)
+    return torch.tensor(losses_of_transformers_model(model, STEPS))
 
 
 def test_losses_follow_float32_at_every_parallel_layout(ranks, directory):

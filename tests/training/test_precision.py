@@ -8,8 +8,7 @@ import pytest
 import torch
 import transformers
 from support.models.tiny import save_tiny
-from support.workers.precision import ADAMW, STEPS, curves, learnable_rows, small_updates
-from torch.nn import functional as F
+from support.workers.precision import STEPS, curves, losses_of_transformers_model, small_updates
 
 import polyshard as ps
 from polyshard.testing import run_ranks
@@ -56,20 +55,7 @@ def directory(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(directory):
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    settings = {name: value for name, value in ADAMW.items() if name != "weight_decay"}
-    groups = [{"params": matrices, "weight_decay": ADAMW["weight_decay"]}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, **settings)
-    losses = []
-    for step in range(STEPS):
-        ids = learnable_rows(step)
-        loss = F.cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return torch.tensor(losses, dtype=torch.float64)
+    return torch.tensor(losses_of_transformers_model(model, STEPS), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("adapter", CASES)

@@ -25,8 +25,13 @@ from polyshard.adapters.deepspeed.compat import (
     zero_fragments,
 )
 from polyshard.adapters.deepspeed.context import Mpu
-from polyshard.adapters.deepspeed.settings import autocast_settings, check_config, check_precision, with_offload
-from polyshard.adapters.deepspeed.zero_settings import zero_settings
+from polyshard.adapters.deepspeed.settings import (
+    autocast_settings,
+    check_config,
+    check_precision,
+    with_offload,
+    zero_settings,
+)
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
 from polyshard.adapters.shared.grad_norm import clip_factor, counted_parts, counted_square

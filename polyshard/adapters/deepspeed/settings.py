@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration: what it must not contain, and what precision and offload add."""
+"""DeepSpeed's configuration: fields that users must not set, and those of ZeRO, precision and offload."""
 
 from __future__ import annotations
 
@@ -29,6 +29,35 @@ def check_config(config: Mapping[str, Any]) -> None:
                 f"config sets the {field}: got {config[field]!r}, which no training state would hold. Pass {field}= to "
                 "the engine instead."
             )
+
+
+def zero_settings(stage: int, config: Mapping[str, Any], compiles: bool) -> dict[str, Any]:
+    """Return `zero_optimization` with the stage and the user's fields, such as `overlap_comm`.
+
+    Args:
+        stage: the engine's ZeRO stage.
+        config: further fields of DeepSpeed's configuration.
+        compiles: whether blocks are compiled.
+
+    Raises:
+        ConfigurationError: the configuration names another stage, or stage 3 is to be compiled.
+
+    Examples:
+        >>> zero_settings(2, {"zero_optimization": {"overlap_comm": True}}, False)
+        {'overlap_comm': True, 'stage': 2}
+    """
+    fields = config.get("zero_optimization", {})
+    if fields.get("stage", stage) != stage:
+        raise ConfigurationError(
+            f"config['zero_optimization']['stage'] does not match zero_stage: got {fields['stage']}, expected {stage}. "
+            "Pass the stage as zero_stage."
+        )
+    if stage == 3 and compiles:
+        raise ConfigurationError(
+            "compile is unsupported with ZeRO stage 3: DeepSpeed's hooks gather parameters inside of each block, and "
+            "torch.compile would leave most of it uncompiled. Use stages 0 to 2, or torch's FSDP2."
+        )
+    return {**fields, "stage": stage}
 
 
 def with_offload(settings: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import polyshard as ps
 from support.models.tiny import VOCAB
@@ -24,6 +25,24 @@ def learnable_rows(step: int, rows: int = 4, length: int = 33) -> torch.Tensor:
         noise = torch.randint(VOCAB, following.shape, generator=generator)
         ids = torch.cat((ids, torch.where(torch.rand(following.shape, generator=generator) < 0.1, noise, following)), 1)
     return ids
+
+
+def losses_of_transformers_model(model: nn.Module, steps: int) -> list[float]:
+    """Losses of transformers' model on the same rows, by torch's AdamW in one process: the oracle of `run`."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": ADAMW["weight_decay"]},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=ADAMW["lr"], betas=ADAMW["betas"], eps=ADAMW["eps"])
+    losses = []
+    for step in range(steps):
+        ids = learnable_rows(step)
+        loss = F.cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
 
 
 def run(engine: ps.TrainingEngine, context: ps.ParallelContext, first: int, steps: int, parts: int = 1) -> list[float]:
