@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from polyshard.core.errors import ConfigurationError
+from polyshard.native import rotary as native
 from polyshard.native.custom_operator import bare_operator
 
 SCALINGS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
@@ -229,7 +231,29 @@ def rotate_heads(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply the rotary embedding to queries and keys; see `apply_rotary`."""
+    if not torch.compiler.is_compiling() and native.supports(q, cos) and native.supports(k, cos):
+        return _Rotation.apply(q, k, cos, sin)
     return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+
+
+class _Rotation(torch.autograd.Function):
+    """`apply_rotary` of queries and keys by the native kernel; cosine and sine get no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return native.rotate(q, cos, sin), native.rotate(k, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, *gradients: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        to_q, to_k = (native.rotate(gradient.to(cos.dtype), cos, sin, -1) for gradient in gradients)
+        return to_q, to_k, None, None
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from polyshard.core.errors import ConfigurationError
@@ -59,13 +60,10 @@ class _Swiglu(torch.autograd.Function):
         return native.swiglu(gate_up)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:  # pyrefly: ignore[bad-override]
         (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.float().chunk(2, dim=-1)
-        gradient = gradients[0].float()
-        sigmoid = torch.sigmoid(gate)
-        to_gate = gradient * up * sigmoid * (1 + gate * (1 - sigmoid))
-        return torch.cat((to_gate, gradient * gate * sigmoid), dim=-1).to(gate_up.dtype)
+        return native.swiglu_backward(gate_up, gradients[0])
 
 
 def _plain(gate_up: torch.Tensor) -> torch.Tensor:

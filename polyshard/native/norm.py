@@ -44,6 +44,20 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
     return out
 
 
+def rms_norm_backward(
+    x: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of `x`, in its dtype, and of `weight`, in float32, from that of the result."""
+    size = x.shape[-1]
+    weight = weight.contiguous()
+    (rows, stride), (gradients, step) = rows_of(x), rows_of(gradient.to(x.dtype))
+    to_x, to_weight = x.new_empty(x.shape), torch.empty(size, dtype=torch.float32)
+    given = rows.data_ptr(), stride, weight.data_ptr(), gradients.data_ptr(), step
+    places = to_x.data_ptr(), to_weight.data_ptr()
+    _backward()(KINDS[x.dtype], *given, *places, rows.shape[0], size, eps, torch.get_num_threads())
+    return to_x, to_weight
+
+
 # Also used under torch.compile, whose generated loops are slower.
 _operator = bare_operator(
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm, lambda x, weight, eps: x.new_empty(x.shape)
@@ -55,3 +69,10 @@ def _function() -> Any:
     return function(
         SOURCE, "polyshard_norm", NUMBER, POINTER, SIZE, POINTER, POINTER, SIZE, SIZE, ctypes.c_float, NUMBER
     )
+
+
+@functools.cache
+def _backward() -> Any:
+    given, places = (POINTER, SIZE, POINTER, POINTER, SIZE), (POINTER, POINTER)
+    sizes = SIZE, SIZE, ctypes.c_float
+    return function(SOURCE, "polyshard_norm_backward", NUMBER, *given, *places, *sizes, NUMBER)

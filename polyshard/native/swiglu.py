@@ -28,6 +28,21 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def swiglu_backward(gate_up: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of `gate_up` `[..., 2 size]`, from that of the result `[..., size]`."""
+    (rows, stride), (gradients, step) = rows_of(gate_up), rows_of(gradient.to(gate_up.dtype))
+    out = gate_up.new_empty(gate_up.shape)
+    pointers = rows.data_ptr(), stride, gradients.data_ptr(), step, out.data_ptr()
+    _backward()(KINDS[gate_up.dtype], *pointers, rows.shape[0], rows.shape[1] // 2, torch.get_num_threads())
+    return out
+
+
 @functools.cache
 def _function() -> Any:
     return function(SOURCE, "polyshard_swiglu", NUMBER, POINTER, SIZE, POINTER, SIZE, SIZE, NUMBER)
+
+
+@functools.cache
+def _backward() -> Any:
+    pointers = POINTER, SIZE, POINTER, SIZE, POINTER
+    return function(SOURCE, "polyshard_swiglu_backward", NUMBER, *pointers, SIZE, SIZE, NUMBER)

@@ -54,7 +54,7 @@ def lacks(kernel, feature, dtype):
     """Whether a kernel says that it has not got this: it must not run it without."""
     if kernel == "cpu_native":
         odd = [d for d in (FEATURES[feature].get("value_dim", 32), 32) if d % width()]
-        return dtype != torch.float32 or feature in ("soft-cap", "alibi", "everything") or bool(odd)
+        return dtype == torch.float64 or feature in ("soft-cap", "alibi", "everything") or bool(odd)
     if kernel == "cpu_flash":
         return "window" in feature or feature.split()[0] in ("soft-cap", "alibi", "values", "everything")
     return kernel == "vllm" and (dtype == torch.float64 or feature == "window, not causal")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from polyshard.native.build import unavailable_reason
-from polyshard.native.norm import SOURCE, rms_norm, supports
+from polyshard.native.norm import SOURCE, rms_norm, rms_norm_backward, supports
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,6 +26,22 @@ def test_it_is_the_norm_in_float64_rounded(shape, dtype):
         got, want = rms_norm(x * scale, weight, eps), expected(x * scale, weight, eps)
         assert got.dtype == dtype
         assert ((got.double() - want).abs() <= (torch.finfo(dtype).eps / 2 + 5e-7) * want.abs() + 1e-7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 15), (7, 2, 33), (0, 8), (40, 576)], ids=str)
+def test_its_gradients_are_those_of_float64_rounded(shape, dtype):
+    generator = torch.Generator().manual_seed(3)
+    x, weight, gradient = (torch.randn(s, generator=generator).to(dtype) for s in (shape, shape[-1:], shape))
+    wide = [tensor.double().requires_grad_() for tensor in (x, weight)]
+    expected(*wide, 1e-5).backward(gradient.double())
+    to_x, to_weight = rms_norm_backward(x, weight, gradient, 1e-5)
+    strided = torch.cat((gradient, gradient), dim=-1)[..., : shape[-1]]
+    assert torch.equal(rms_norm_backward(x, weight, strided, 1e-5)[0], to_x)
+    assert (to_x.dtype, to_weight.dtype) == (dtype, torch.float32)
+    terms = (expected(x, weight, 1e-5) * gradient.double() / x.double()).abs().amax(-1, keepdim=True)  # they may cancel
+    assert ((to_x.double() - wide[0].grad).abs() <= torch.finfo(dtype).eps * wide[0].grad.abs() + 2e-6 * terms).all()
+    torch.testing.assert_close(to_weight.double(), wide[1].grad, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from polyshard.core.context import ParallelAxis
+from polyshard.native import cross_entropy as native
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
@@ -66,6 +68,39 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return gradient.mul_(scale).to(ctx.dtype), None, None, None, None, None
 
 
+class _NativeCrossEntropy(torch.autograd.Function):
+    """The same by native kernels, which keep no probabilities; without label smoothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, axis: ParallelAxis, ignore_index: int
+    ) -> torch.Tensor:
+        length = logits.shape[-1]
+        ignored = targets == ignore_index
+        local = targets - axis.rank * length
+        columns = local.masked_fill(ignored | (local < 0) | (local >= length), -1)
+        top = native.largest(logits)
+        if axis.size > 1:
+            assert axis.collectives is not None
+            top = axis.collectives.all_reduce(top, "max")
+        target_logit = logits.gather(-1, columns.clamp(min=0).unsqueeze(-1)).squeeze(-1).float() - top
+        target_logit, normalizer = target_logit.masked_fill(columns < 0, 0.0), native.sum_exp(logits, top)
+        if axis.size > 1:
+            assert axis.collectives is not None
+            target_logit, normalizer = axis.collectives.all_reduce(torch.stack((target_logit, normalizer))).unbind(0)
+        ctx.save_for_backward(logits, top, normalizer, columns, ignored)
+        return (normalizer.log() - target_logit).masked_fill(ignored, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, *gradients: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        logits, top, normalizer, columns, ignored = ctx.saved_tensors
+        scale = gradients[0].masked_fill(ignored, 0.0)
+        return native.gradient(logits, top, normalizer, scale, columns), None, None, None
+
+
 def vocab_parallel_cross_entropy(
     logits: torch.Tensor,
     targets: torch.Tensor,
@@ -78,5 +113,8 @@ def vocab_parallel_cross_entropy(
     """Return the loss of each token; see `polyshard.vocab_parallel_cross_entropy`, which checks the arguments."""
     flat = logits.reshape(-1, logits.shape[-1])
     flat_targets = targets.reshape(-1)
-    losses = _VocabParallelCrossEntropy.apply(flat, flat_targets, axis, vocab_size, ignore_index, label_smoothing)
+    if not label_smoothing and not torch.compiler.is_compiling() and native.supports(flat):
+        losses = _NativeCrossEntropy.apply(flat, flat_targets, axis, ignore_index)
+    else:
+        losses = _VocabParallelCrossEntropy.apply(flat, flat_targets, axis, vocab_size, ignore_index, label_smoothing)
     return losses.view(targets.shape)

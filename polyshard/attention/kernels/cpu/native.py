@@ -1,4 +1,7 @@
-"""The native attention kernel (C++) for runs of packed sequences. It reads and writes the tensors without copies."""
+"""The native attention kernel (C++) for runs of packed sequences.
+
+It reads and writes float32 tensors without copies. bfloat16 and float16 are converted, and the results rounded once.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ def unsupported_feature(spec: AttentionSpec, dtype: torch.dtype) -> str | None:
     """Return the first feature of a request that the kernel does not support, or None."""
     lanes = width()
     features = {
-        f"computes in float32, not {str(dtype).removeprefix('torch.')}": dtype != torch.float32,
+        f"computes in float32, not {str(dtype).removeprefix('torch.')}": dtype == torch.float64,
         "has no dropout": bool(spec.dropout),
         "has no softcap": spec.softcap is not None,
         "has no ALiBi": spec.alibi_slopes is not None,
@@ -67,10 +70,15 @@ def forward_run(
     out: torch.Tensor,
     logsumexp: torch.Tensor,
 ) -> None:
-    """Write a run's part of `out` `[tokens, heads, value_dim]` and `logsumexp`; all float32 with contiguous rows."""
-    places = ((q, run.query), (k, run.key), (v, run.key), (out, run.query), (logsumexp, run.query))
-    assert all(x.dtype == torch.float32 for x, _ in places)
-    library(SOURCE).polyshard_attention_forward(_run(run, call), *(packed(*place) for place in places))
+    """Write a run's part of `out` `[tokens, heads, value_dim]` and float32 `logsumexp`; all with contiguous rows."""
+    queries, keys = run.query_rows, run.key_rows
+    wide = [x[rows].float() for x, rows in ((q, queries), (k, keys), (v, keys))]
+    result = out[queries] if out.dtype == torch.float32 else out[queries].float()
+    library(SOURCE).polyshard_attention_forward(
+        _run(run, call), *(packed(x) for x in (*wide, result, logsumexp[queries]))
+    )
+    if out.dtype != torch.float32:
+        out[queries] = result
 
 
 def backward_run(
@@ -84,12 +92,16 @@ def backward_run(
     call: AttentionCall,
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
-    """Write a run's part of the gradients of q, k and v; all tensors are float32 with contiguous rows."""
-    grad_q, grad_k, grad_v = grads
-    places = ((grad_out, run.query), (q, run.query), (k, run.key), (v, run.key), (out, run.query))
-    results = ((logsumexp, run.query), (grad_q, run.query), (grad_k, run.key), (grad_v, run.key))
-    assert all(x.dtype == torch.float32 for x, _ in (*places, *results))
-    library(SOURCE).polyshard_attention_backward(_run(run, call), *(packed(*place) for place in (*places, *results)))
+    """Write a run's part of the gradients of q, k and v; all tensors have contiguous rows."""
+    queries, keys = run.query_rows, run.key_rows
+    given = ((grad_out, queries), (q, queries), (k, keys), (v, keys), (out, queries), (logsumexp, queries))
+    wide = [x[rows].float() for x, rows in given]
+    parts = [grad[rows] for grad, rows in zip(grads, (queries, keys, keys))]
+    results = [part if part.dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32) for part in parts]
+    library(SOURCE).polyshard_attention_backward(_run(run, call), *(packed(x) for x in (*wide, *results)))
+    for part, result in zip(parts, results):
+        if result is not part:
+            part.copy_(result)
 
 
 def _run(run: Run, call: AttentionCall) -> object:
@@ -99,8 +111,7 @@ def _run(run: Run, call: AttentionCall) -> object:
     return ctypes.byref(_Run(*sizes, *rest))
 
 
-def packed(x: torch.Tensor, first: int) -> object:
-    """Return a pointer to the C struct of `x [tokens, heads(, dim)]` from token `first` on, with contiguous `dim`."""
+def packed(x: torch.Tensor) -> object:
+    """Return a pointer to the C struct of `x [tokens, heads(, dim)]`, with contiguous `dim`."""
     assert x.dim() == 2 or x.stride(-1) == 1
-    place = x.data_ptr() + first * x.stride(0) * x.element_size()
-    return ctypes.byref(_Packed(place, x.stride(0), x.stride(1)))
+    return ctypes.byref(_Packed(x.data_ptr(), x.stride(0), x.stride(1)))

@@ -130,14 +130,14 @@ def attend(
     assert q.shape[1:] == out.shape[1:] == pages.shape, (q.shape, out.shape, pages.shape)
     assert q.dtype == pages.dtype == out.dtype, (q.dtype, pages.dtype, out.dtype)
     wide = None if sinks is None else sinks.detach().float().contiguous()
-    sums = None if logsumexp is None else packed(logsumexp, 0)
+    sums = None if logsumexp is None else packed(logsumexp)
     threads = ctypes.c_int64(torch.get_num_threads())
     library(SOURCE).polyshard_attention_paged(
         KINDS[q.dtype],
         requests.pointers,
         *pages.pointers,
-        packed(q, 0),
-        packed(out, 0),
+        packed(q),
+        packed(out),
         ctypes.c_void_p(None if wide is None else wide.data_ptr()),
         sums,
         threads,

@@ -38,6 +38,16 @@ class Run:
     query_id: int
     key_id: int
 
+    @property
+    def query_rows(self) -> slice:
+        """The rows of the run's queries in q."""
+        return slice(self.query, self.query + self.count * self.rows)
+
+    @property
+    def key_rows(self) -> slice:
+        """The rows of the run's keys in k and v."""
+        return slice(self.key, self.key + self.count * self.keys)
+
     def part(self, first: int, count: int) -> Run:
         """Return the run of `count` of the sequences, beginning with sequence `first`."""
         return Run(
