@@ -56,15 +56,22 @@ class TorchPipeline:
     Args:
         stages: this rank's stages.
         context: the parallel context.
+        scaled: applies the factor of a float16 run to a loss.
         after_backward: called after each backward pass of a micro-batch.
     """
 
     def __init__(
-        self, stages: Stages, context: ParallelContext, after_backward: Callable[[], None] | None = None
+        self,
+        stages: Stages,
+        context: ParallelContext,
+        *,
+        scaled: Callable[[torch.Tensor], torch.Tensor],
+        after_backward: Callable[[], None] | None = None,
     ) -> None:
         check_stage_interface(stages)
         self.modules = [StageModule(stage, number) for number, stage in zip(stages.numbers, stages)]
-        self._plan, self._context, self._after = stages.plan, context, after_backward
+        self._plan, self._context = stages.plan, context
+        self._scaled, self._after = scaled, after_backward
         self._probed: tuple[torch.Size, list[Boundary]] | None = None
         self._key: Any = None
         self._schedule: Any = None
@@ -103,7 +110,7 @@ class TorchPipeline:
     def _loss(self, output: torch.Tensor, index: int) -> torch.Tensor:
         assert self._step is not None
         try:
-            return self._step.loss(index, output)
+            return self._scaled(self._step.loss(index, output))
         except Exception as error:
             self._loss_error = error
             raise

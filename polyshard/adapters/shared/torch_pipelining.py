@@ -20,10 +20,21 @@ from polyshard.core.pipeline_plan import PipelinePlan
 Boundary = torch.Tensor  # an empty tensor with the shape and dtype of what travels between two stages
 
 
-class _CollectingStage(PipelineStage):
-    """A stage that calls a function after each backward pass that leaves gradients of weights."""
+class _Stage(PipelineStage):
+    """A stage that calls a function after each backward pass, and that evaluates in V placements.
+
+    Without a backward pass, torch 2.13 asks a stage for gradients that its neighbour on the same rank would take, and
+    raises (schedules.py:2571).
+    """
 
     after_backward: Callable[[], None] | None = None
+
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
     def backward_one_chunk(self, *args: Any, **kwargs: Any) -> None:
         super().backward_one_chunk(*args, **kwargs)
@@ -69,7 +80,7 @@ def make_schedule(
     ends = (tokens, *boundaries, boundaries[-1])
     stages = []
     for number, module in modules:
-        stage = _CollectingStage(
+        stage = _Stage(
             module,
             number,
             plan.num_stages,

@@ -130,7 +130,7 @@ class TorchEngine(BaseEngine):
         if data_parallel == "fsdp" and not self._sharded:
             logger.warning("fsdp does nothing at data-parallel size 1: the model is trained unsharded")
         if self._stages is not None:
-            self._start_pipeline(self._stages, shard_modules, fsdp, offloads, ddp_options)
+            self._start_pipeline(self._stages, shard_modules, fsdp, offloads, ddp_options, recompute)
         elif self._sharded:
             _fully_shard(model, context, shard_modules or _is_list_item(model), self.precision, fsdp, offloads)
         elif self.precision.has_masters:
@@ -157,6 +157,7 @@ class TorchEngine(BaseEngine):
         fsdp: FsdpOptions,
         offloads: bool,
         ddp_options: Mapping[str, Any] | None,
+        recompute: Recompute,
     ) -> None:
         """Prepare the stages for torch's schedules.
 
@@ -166,8 +167,13 @@ class TorchEngine(BaseEngine):
         parameters = dict(self._module.named_parameters())
         copy_from_owners(parameters, self.model_weights, self.context)
         splits = stages.plan.schedule in SPLIT_BACKWARD
+        if splits and recompute == "selective":
+            raise ConfigurationError(
+                f"recompute='selective' is unsupported with {stages.plan.schedule}: torch runs the backward pass of such "
+                "a block only once, and the schedule runs it for inputs and for weights. Use 'full', or 1f1b."
+            )
         if self._sharded:
-            self._pipeline = TorchPipeline(stages, self.context)
+            self._pipeline = TorchPipeline(stages, self.context, scaled=self._scaled)
             if splits and shard_modules is not None:
                 raise ConfigurationError(
                     f"shard_modules is unsupported with {stages.plan.schedule}: FSDP2's hooks of single blocks do not "
@@ -194,7 +200,9 @@ class TorchEngine(BaseEngine):
             replicas.group,
             **reducer_options(ddp_options or {}, self.precision),
         )
-        self._pipeline = TorchPipeline(stages, self.context, reducer.collect if splits else None)
+        self._pipeline = TorchPipeline(
+            stages, self.context, scaled=self._scaled, after_backward=reducer.collect if splits else None
+        )
 
     def _run_pipeline(self, step: PipelineStep, *, backward: bool) -> None:
         assert self._pipeline is not None
