@@ -24,6 +24,7 @@ class WeightView:
         module: the model as its factory built it.
         table: the layouts of the model's parameters, on all pipeline stages.
         dtypes: the dtypes of these parameters.
+        owners: the pipeline rank that stores and sends each parameter.
         owned: the parameters of this rank that it stores and sends; another stage does so for copies of a tied weight.
         pieces: `() -> this rank's runs of elements of its parameters`, without communication.
         shards: `() -> name and tensor-parallel shard of each parameter`, full over the data axis. A collective.
@@ -37,6 +38,7 @@ class WeightView:
     module: nn.Module
     table: WeightTable
     dtypes: Mapping[str, torch.dtype]
+    owners: Mapping[str, int]
     owned: frozenset[str]
     pieces: Callable[[], Iterable[Piece]]
     shards: Callable[[], Iterable[tuple[str, torch.Tensor]]]
@@ -71,6 +73,7 @@ def view_weights(model: nn.Module | Any, parallel_context: ParallelContext) -> W
         module=model.module,
         table=weights.table,
         dtypes=weights.dtypes,
+        owners=weights.owners,
         owned=weights.owned,
         pieces=model.weight_pieces,
         shards=model.weights,
@@ -94,6 +97,7 @@ def _module_view(module: nn.Module, parallel_context: ParallelContext) -> Weight
         module=module,
         table=weights.table,
         dtypes=weights.dtypes,
+        owners=weights.owners,
         owned=weights.owned,
         pieces=lambda: module_pieces(module, parallel_context),
         shards=lambda: _shards(module),

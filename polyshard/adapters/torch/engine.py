@@ -169,8 +169,8 @@ class TorchEngine(BaseEngine):
         splits = stages.plan.schedule in SPLIT_BACKWARD
         if splits and recompute == "selective":
             raise ConfigurationError(
-                f"recompute='selective' is unsupported with {stages.plan.schedule}: torch runs the backward pass of such "
-                "a block only once, and the schedule runs it for inputs and for weights. Use 'full', or 1f1b."
+                f"recompute='selective' is unsupported with {stages.plan.schedule}: torch runs the backward pass of "
+                "such a block only once, and the schedule runs it for inputs and for weights. Use 'full', or 1f1b."
             )
         if self._sharded:
             self._pipeline = TorchPipeline(stages, self.context, scaled=self._scaled)
