@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from polyshard.checkpoint import read_config
+from polyshard.cli.verify import stages_of
 from polyshard.core.errors import ConfigurationError
 from polyshard.proof.certificate import Certificate, Comparison, TrainerCase, compare
 
@@ -59,10 +60,10 @@ def certify(
         TrainerCase(adapter=name, tensor=size, pipeline=count)
         for name in adapters
         for size in sizes
-        for count in stages
+        for count in stages_of(name, stages)
     ]
     if dtype != "float32":
-        cases += [TrainerCase(adapter=name, tensor=sizes[0], pipeline=stages[0], masters=True) for name in adapters]
+        cases += [TrainerCase(adapter=name, tensor=sizes[0], masters=True) for name in adapters]
     found: list[Comparison] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"vLLM, tensor-parallel {server_size}", total=len(cases) + 1)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from polyshard.core.context import ParallelAxis, ParallelContext
+from polyshard.core.errors import ConfigurationError
 from polyshard.core.weight_table import WeightEntry, WeightTable
 
 STAGE_OF_PARAMETER = "stage_of_parameter"  # attribute of a module with several stages: name -> stage number
@@ -42,15 +43,19 @@ class ModelWeights:
             module: this rank's stage or stages.
             table: its weight table.
             context: the parallel context.
+
+        Raises:
+            ConfigurationError: a weight that several stages hold is frozen on some of them only.
         """
         axis = context.axis("pipeline")
-        dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
+        parameters = dict(module.named_parameters())
+        dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
         if axis.size == 1:
             owners = dict.fromkeys(table, 0)
             return cls(table=table, dtypes=dtypes, owned=frozenset(table), holders={}, owners=owners)
         stage_of: Mapping[str, int] = getattr(module, STAGE_OF_PARAMETER, {})
         mine = [
-            (stage_of.get(name, axis.rank), index, entry, dtypes[name])
+            (stage_of.get(name, axis.rank), index, entry, dtypes[name], parameters[name].requires_grad)
             for index, (name, entry) in enumerate(table.items())
         ]
         with context.guard("pipeline exchange"):
@@ -58,13 +63,19 @@ class ModelWeights:
         return cls._merge(gathered, axis.rank)
 
     @classmethod
-    def _merge(cls, gathered: list[list[tuple[int, int, WeightEntry, torch.dtype]]], rank: int) -> ModelWeights:
+    def _merge(cls, gathered: list[list[tuple[int, int, WeightEntry, torch.dtype, bool]]], rank: int) -> ModelWeights:
         flat = [(*item, holder) for holder, part in enumerate(gathered) for item in part]
-        flat.sort(key=lambda item: (item[0], item[1], item[4]))
+        flat.sort(key=lambda item: (item[0], item[1], item[5]))
         entries: dict[str, WeightEntry] = {}
         dtypes: dict[str, torch.dtype] = {}
         held: dict[str, list[int]] = {}
-        for _, _, entry, dtype, holder in flat:
+        trained: dict[str, bool] = {}
+        for _, _, entry, dtype, trains, holder in flat:
+            if trained.setdefault(entry.parameter, trains) != trains:
+                raise ConfigurationError(
+                    f"{entry.parameter} is held by several pipeline stages, and frozen on some of them only. Set "
+                    "requires_grad alike on all stages."
+                )
             name = entry.parameter
             before = entries.get(name)
             entries[name] = entry if before is None else _joined(before, entry)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,21 +28,32 @@ def copy_from_owners(parameters: Mapping[str, torch.Tensor], weights: ModelWeigh
                 _from_owner(parameters[name].detach(), holders, axis)
 
 
-def sum_tied_gradients(gradients: Mapping[str, torch.Tensor], weights: ModelWeights, context: ParallelContext) -> None:
+def sum_tied_gradients(
+    parameters: Mapping[str, torch.Tensor],
+    weights: ModelWeights,
+    context: ParallelContext,
+    local: Callable[[Any], torch.Tensor] = lambda gradient: gradient,
+) -> None:
     """Replace the gradient of each copy of a tied weight by the sum over its copies, equal bit for bit. A collective.
 
+    A copy without a gradient, such as that of a head that a loss does not use, counts as zero and gets the sum.
+
     Args:
-        gradients: of this rank's parameters, by name; written in place.
+        parameters: of this rank, by name, with gradients that are averaged over the replicas.
         weights: the weights of all stages.
         context: the parallel context.
+        local: gives this rank's part of a gradient.
     """
     axis = context.axis("pipeline")
     for name in sorted(weights.holders):
         holders = weights.holders[name]
-        if axis.rank not in holders or name not in gradients:
+        if axis.rank not in holders or name not in parameters or not parameters[name].requires_grad:
             continue
         with context.guard("pipeline tied gradients"), torch.no_grad():
-            gradient = gradients[name].detach()
+            parameter = parameters[name]
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradient = local(parameter.grad).detach()
             if axis.rank == holders[0]:
                 for other in holders[1:]:  # in one order
                     received = torch.empty_like(_on_wire(gradient, axis), memory_format=torch.contiguous_format)

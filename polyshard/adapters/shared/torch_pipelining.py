@@ -101,6 +101,8 @@ def make_schedule(
     name = plan.schedule
     if name == "1f1b" and count < plan.num_stages:
         name = "gpipe"  # torch's 1F1B refuses fewer micro-batches than stages, where both are the same order
+    if name == "dualpipe-v" and count < plan.num_stages:
+        name = "zero-bubble-v"  # the same placement; DualPipeV refuses as well
     given = stages[0] if name in ("gpipe", "1f1b") else stages
     return classes[name](given, n_microbatches=count, loss_fn=loss, scale_grads=False)
 

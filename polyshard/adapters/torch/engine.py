@@ -224,8 +224,7 @@ class TorchEngine(BaseEngine):
         if reducer is not None:
             with self._guard("data gradients"):
                 reducer.finish()
-        gradients = {name: local_tensor(p.grad) for name, p in self._updated() if p.grad is not None}
-        sum_tied_gradients(gradients, self.model_weights, self.context)
+        sum_tied_gradients(dict(self._updated()), self.model_weights, self.context, local_tensor)
         for parameter, gradient in earlier:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
