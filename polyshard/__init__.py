@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from polyshard.config.families import complete_config
     from polyshard.core.adapter import Adapter, StepResult, TrainingEngine
     from polyshard.core.batch import BatchResult
+    from polyshard.core.build_stages import build_stages
     from polyshard.core.capabilities import Capabilities, Rejected
     from polyshard.core.context import GroupContext, ParallelContext
     from polyshard.core.discovery import adapter_names, load_adapter
@@ -50,7 +51,9 @@ if TYPE_CHECKING:
     from polyshard.core.optimizer import AdamW, TorchOptimizer
     from polyshard.core.parallel_layout import ParallelLayout
     from polyshard.core.parameter_groups import ParameterGroup
+    from polyshard.core.pipeline_plan import PipelinePlan, pipeline_plan
     from polyshard.core.precision import Precision
+    from polyshard.core.stages import Stages
     from polyshard.core.weight_sharding import Segment, WeightLayout
     from polyshard.core.weight_table import collect_layouts
     from polyshard.exact import exact_context
@@ -114,6 +117,9 @@ _HOMES = {
     "polyshard.core.optimizer": ("AdamW", "TorchOptimizer"),
     "polyshard.core.parameter_groups": ("ParameterGroup",),
     "polyshard.core.batch": ("BatchResult",),
+    "polyshard.core.build_stages": ("build_stages",),
+    "polyshard.core.pipeline_plan": ("PipelinePlan", "pipeline_plan"),
+    "polyshard.core.stages": ("Stages",),
     "polyshard.training.muon": ("Muon",),
     "polyshard.training.train_batch": ("train_batch",),
     "polyshard.core.capabilities": ("Capabilities", "Rejected"),

@@ -99,11 +99,11 @@ def save_checkpoint(
             f"the model has a {part.what}, which is no part of a Hugging Face checkpoint. Save the adapter with "
             "polyshard.save_lora, or the sum of both with polyshard.save_merged_lora."
         )
-    dtypes = {name: dtype or parameter.dtype for name, parameter in view.module.named_parameters()}
+    dtypes = {name: dtype or found for name, found in view.dtypes.items()}
     job = SaveJob(
         directory=Path(directory),
         kind="weights",
-        pieces=list(view.pieces()),
+        pieces=view.owned_pieces(),
         table=view.table,
         files=weight_files(view.table, dtypes, max_shard_bytes),
         documents=model_documents(config, architecture, factory, dtypes, getattr(view.module, "architecture", None)),

@@ -13,7 +13,7 @@ beside them, under the weights' names and in their logical shapes, so the state 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from polyshard.checkpoint.storage import Progress
 from polyshard.core.adapter import TrainingEngine
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import CheckpointError
+from polyshard.core.model_weights import ModelWeights
 from polyshard.core.parallel_layout import ParallelLayout
 from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece
 from polyshard.core.ranks import Ranks
@@ -130,12 +131,13 @@ def save_training_state(
     """
     ranks = Ranks.of(parallel_context)
     part = part_of(engine.module)
-    table = engine.table if part is None else part.table(engine.table)
+    model = ModelWeights.of(engine.module, engine.table, parallel_context)
+    table = model.table if part is None else part.table(model.table)
     state = engine.optimizer_state()
     started = any(ranks.gather(state.started))
-    weights = _of(table, engine.weight_pieces())
-    optimizer = stored_pieces(_of(table, state.pieces), started)
-    dtypes = {name: parameter.dtype for name, parameter in engine.module.named_parameters()}
+    weights = _of(table, engine.weight_pieces(), model.owned)
+    optimizer = stored_pieces(_of(table, state.pieces, model.owned), started)
+    dtypes = model.dtypes
     slot_dtypes = _slot_dtypes(optimizer, ranks)
     files = _weight_files(part, table, dtypes, max_shard_bytes)
     for slot, by_name in slot_dtypes.items():
@@ -150,7 +152,8 @@ def save_training_state(
     base: dict[str, Any] = {}
     if part is not None:
         documents |= part.documents()
-        base = part.state(fingerprints(engine.weight_pieces(), part.rest(engine.table), parallel_context))
+        frozen = part.rest(model.table)
+        base = part.state(fingerprints(_of(frozen, engine.weight_pieces(), model.owned), frozen, parallel_context))
     job = SaveJob(
         directory=Path(directory),
         kind=KIND,
@@ -163,7 +166,7 @@ def save_training_state(
             "step": step,
             "optimizer": describe(state, slot_dtypes, started, ranks),
             "data": positions,
-            "layout": {"tensor": layout.tensor, "data": layout.data, "context": layout.context},
+            "layout": _sizes(layout),
             **base,
         },
         blobs={f"{FOLDER}/{RANDOM}.safetensors": _random_states(ranks)},
@@ -216,7 +219,8 @@ def load_training_state(
     path, ranks = find(directory), Ranks.of(parallel_context)
     axis = parallel_context.axis("tensor")
     part = part_of(engine.module)
-    table = engine.table if part is None else part.table(engine.table)
+    model = ModelWeights.of(engine.module, engine.table, parallel_context)
+    table = model.table if part is None else part.table(model.table)
     before: OptimizerState = engine.optimizer_state()
     held = held_slots(_of(table, before.pieces), ranks)
 
@@ -234,7 +238,8 @@ def load_training_state(
     positions = tuple(opened.manifest.state["data"])
     position = position_of(positions, parallel_context.axis("data"))
     if part is not None:
-        found = fingerprints(engine.weight_pieces(), part.rest(engine.table), parallel_context)
+        frozen = part.rest(model.table)
+        found = fingerprints(_of(frozen, engine.weight_pieces(), model.owned), frozen, parallel_context)
         other = check_same_base(opened.manifest.state["base"], found, part.what)
         if other and ranks.rank == 0:
             logger.warning("%s frozen tensors have another dtype than in %s and were not compared", len(other), path)
@@ -266,8 +271,14 @@ class _Opened:
     slots: Mapping[str, TensorReader]
 
 
-def _of(table: WeightTable, pieces: Iterable[Piece]) -> list[Piece]:
-    return [piece for piece in pieces if piece.parameter in table]
+def _of(table: WeightTable, pieces: Iterable[Piece], owned: Collection[str] | None = None) -> list[Piece]:
+    """Return the pieces of a table's parameters, and only those that this rank stores if `owned` is given."""
+    return [p for p in pieces if p.parameter in table and (owned is None or p.parameter in owned)]
+
+
+def _sizes(layout: ParallelLayout) -> dict[str, int]:
+    """Return the sizes that decide which random states a rank continues from."""
+    return {axis: getattr(layout, axis) for axis in ("tensor", "data", "context", "pipeline")}
 
 
 def _weight_files(
@@ -333,13 +344,15 @@ def _random_states(ranks: Ranks) -> dict[str, torch.Tensor]:
 def _restore_random(path: Path, saved: Mapping[str, Any], context: ParallelContext, ranks: Ranks) -> bool:
     """Restore the random generators; return False if this rank's states could not be restored.
 
-    At the sizes of the save every rank takes its own states. At other tensor-parallel or context-parallel sizes it
-    takes those of the first rank with its data-parallel position; with `polyshard.manual_seed` these were all equal.
-    A data-parallel position that was not saved gets a seed from the first rank's next draw and its own number.
+    At the sizes of the save every rank takes its own states. At other tensor-parallel, context-parallel or pipeline
+    sizes it takes those of the first rank with its data-parallel position; with `polyshard.manual_seed` these were
+    equal over the tensor and context axes. A data-parallel position that was not saved, and a later pipeline stage,
+    get a seed from the first rank's next draw and their own number.
     """
-    now, reader = context.layout, TensorReader(path / FOLDER, stem=RANDOM)
-    same = dict(saved) == {"tensor": now.tensor, "data": now.data, "context": now.context}
-    data = context.axis("data").rank
+    now, reader = _sizes(context.layout), TensorReader(path / FOLDER, stem=RANDOM)
+    saved = {"pipeline": 1, **saved}  # older states have no pipeline
+    same = saved == now
+    data, stage = context.axis("data").rank, context.axis("pipeline").rank
     known = data < saved["data"]
     source = ranks.rank
     if not same:
@@ -347,13 +360,13 @@ def _restore_random(path: Path, saved: Mapping[str, Any], context: ParallelConte
         source = layout.groups("data")[0][data if known else 0]  # the other coordinates of the first group are all 0
         if ranks.rank == 0:
             logger.warning(
-                "random states were saved at tensor %s, data %s, context %s: each data-parallel rank takes those of "
-                "the first rank at its position, so the run differs from an uninterrupted one",
-                *(saved[name] for name in ("tensor", "data", "context")),
+                "random states were saved at tensor %s, data %s, context %s, pipeline %s: each data-parallel rank "
+                "takes those of the first rank at its position, so the run differs from an uninterrupted one",
+                *(saved[name] for name in ("tensor", "data", "context", "pipeline")),
             )
     prefix = f"{source:05d}."
     generators.restore({n.removeprefix(prefix): reader.tensor(n) for n in reader.where if n.startswith(prefix)})
-    if not known:
+    if not known or (stage and not same):
         seed = int(torch.randint(2**62, (), device="cpu"))
-        generators.seed_all(generators.mixed(seed, data))
+        generators.seed_all(generators.mixed(seed, data + now["data"] * stage))
     return known

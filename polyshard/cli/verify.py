@@ -27,6 +27,9 @@ def verify(
     ] = None,
     adapters: Annotated[str, typer.Option(help="Names separated by commas; by default all that can train here.")] = "",
     tensor_parallel: Annotated[str, typer.Option(help="Sizes, separated by commas.")] = "1,2",
+    pipeline_parallel: Annotated[
+        str, typer.Option(help="Numbers of pipeline stages of trainers, separated by commas.")
+    ] = "1",
     vllm: Annotated[
         bool, typer.Option(help="Also compare log-probabilities with vLLM on each adapter's layers.")
     ] = False,
@@ -48,11 +51,13 @@ def verify(
     """
     names = [n.strip() for n in adapters.split(",") if n.strip()] or trainable()
     sizes = parse_sizes(tensor_parallel)
+    stages = parse_sizes(pipeline_parallel, "--pipeline-parallel")
     if (model is None) != (factory is None):
         raise ConfigurationError("--model and --factory must be passed together")
     with tempfile.TemporaryDirectory(prefix="polyshard-verify-") as work:
         oracle: Callable[[list[int]], dict[str, Any]] | None = None
-        if (vllm or exact) and model is None:  # an engine loads a checkpoint, so save the small model
+        staged = max(stages) > 1
+        if (vllm or exact or staged) and model is None:  # it is loaded from a checkpoint, so save the small model
             from polyshard.proof import small_model
 
             model, factory, oracle = (
@@ -65,9 +70,9 @@ def verify(
 
             assert model is not None
             assert factory is not None
-            certify(model, factory, names, sizes, server_tensor_parallel, dtype, tokens, certificate, as_json)
+            certify(model, factory, names, sizes, stages, server_tensor_parallel, dtype, tokens, certificate, as_json)
             return
-        _verify(model, factory, names, sizes, vllm, tokens, tolerance, as_json, oracle)
+        _verify(model, factory, names, sizes, stages, vllm, tokens, tolerance, as_json, oracle)
 
 
 def _verify(
@@ -75,6 +80,7 @@ def _verify(
     factory: str | None,
     names: list[str],
     sizes: list[int],
+    stages: list[int],
     vllm: bool,
     tokens: int,
     tolerance: float,
@@ -88,17 +94,19 @@ def _verify(
     if model is not None:
         vocab_size = read_config(model).vocab_size
         ids = torch.randint(vocab_size, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
-    cases: list[tuple[str, str, int]] = [("train", name, size) for name in names for size in sizes]
+    cases: list[tuple[str, str, int, int]] = [
+        ("train", name, size, count) for name in names for size in sizes for count in stages_of(name, stages)
+    ]
     if vllm:
-        cases += [("serve", name, size) for name in ["vllm", *names] for size in sizes]
+        cases += [("serve", name, size, 1) for name in ["vllm", *names] for size in sizes]
     rows: list[dict[str, Any]] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("reference", total=len(cases) + 1)
         reference = _reference(model, ids) if oracle is None else oracle(ids)
         progress.advance(task)
-        for what, name, size in cases:
-            progress.update(task, description=f"{what}: {name}, tensor-parallel {size}")
-            rows.append(judge(what, name, size, model, factory, ids, reference, tolerance))
+        for what, name, size, count in cases:
+            progress.update(task, description=f"{what}: {name}, tensor-parallel {size}, pipeline-parallel {count}")
+            rows.append(judge(what, name, size, count, model, factory, ids, reference, tolerance))
             progress.advance(task)
     if as_json:
         print(
@@ -128,8 +136,16 @@ def trainable() -> list[str]:
     return names
 
 
-def parse_sizes(text: str) -> list[int]:
-    """Parse `"1,2,4"` to numbers.
+def stages_of(name: str, stages: list[int]) -> list[int]:
+    """Return the numbers of stages that an adapter can train; a note on stderr tells why others are left out."""
+    answer = load_adapter(name).capabilities["pipeline"]
+    if not answer.available and max(stages) > 1:
+        print(f"{name} is left out at pipeline-parallel {max(stages)}: {answer.reason}", file=sys.stderr)
+    return [count for count in stages if count == 1 or answer.available]
+
+
+def parse_sizes(text: str, option: str = "--tensor-parallel") -> list[int]:
+    """Parse `"1,2,4"`, the value of `option`, to numbers.
 
     Raises:
         LayoutError: the text is anything else.
@@ -137,9 +153,9 @@ def parse_sizes(text: str) -> list[int]:
     try:
         sizes = [int(part) for part in text.split(",")]
     except ValueError:
-        raise LayoutError(f"--tensor-parallel is invalid: got {text!r}, expected numbers separated by commas") from None
+        raise LayoutError(f"{option} is invalid: got {text!r}, expected numbers separated by commas") from None
     if any(size < 1 for size in sizes):
-        raise LayoutError(f"--tensor-parallel is invalid: got {text!r}, expected sizes of 1 or more")
+        raise LayoutError(f"{option} is invalid: got {text!r}, expected sizes of 1 or more")
     return sizes
 
 
@@ -147,6 +163,7 @@ def judge(
     what: str,
     name: str,
     size: int,
+    stages: int,
     model: Path | None,
     factory: str | None,
     ids: list[int],
@@ -156,8 +173,9 @@ def judge(
     """Return one row of the result: the differences, or the error."""
     from polyshard.launch.ranks import RankError, run_ranks
     from polyshard.proof.parity import compare, run_built_in, run_model
+    from polyshard.proof.pipelined import merged, run_stages
 
-    row: dict[str, Any] = {"what": what, "adapter": name, "tensor_parallel": size}
+    row: dict[str, Any] = {"what": what, "adapter": name, "tensor_parallel": size, "pipeline_parallel": stages}
     try:
         if model is None or factory is None:
             difference = compare(run_built_in(name, size), reference)
@@ -169,7 +187,12 @@ def judge(
             want = logprobs.gather(-1, torch.tensor(ids[1:])[:, None]).squeeze(-1)
             gap = float((torch.tensor(scores(str(model), factory, name, size, ids)) - want).abs().max())
             return {**row, "logprobs": gap, "ok": gap <= tolerance}
-        found = run_ranks(run_model, size, name, size, str(model), factory, ids, timeout=600)[0]
+        if stages > 1:
+            found = merged(
+                run_ranks(run_stages, size * stages, name, size, stages, str(model), factory, ids, timeout=600)
+            )
+        else:
+            found = run_ranks(run_model, size, name, size, str(model), factory, ids, timeout=600)[0]
         difference = compare(found, reference)
         return {**row, **asdict(difference), "ok": difference.within(tolerance)}
     except (RankError, PolyshardError) as error:
@@ -181,14 +204,15 @@ def show(rows: list[dict[str, Any]], tolerance: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", "layers", "tensor", "loss", "logits", "gradients", "log-probabilities", "")
+    table = Table("", "layers", "tensor", "stages", "loss", "logits", "gradients", "log-probabilities", "")
     for row in rows:
         numbers = [f"{row[key]:.1e}" if key in row else "" for key in ("loss", "logits", "gradients", "logprobs")]
         verdict = (
             "[green]equal[/green]" if row["ok"] else f"[red]{row.get('error') or row.get('worst', 'differs')}[/red]"
         )
         what = "train" if row["what"] == "train" else "vLLM"
-        table.add_row(what, row["adapter"], str(row["tensor_parallel"]), *numbers, verdict)
+        sizes = (str(row["tensor_parallel"]), str(row["pipeline_parallel"]))
+        table.add_row(what, row["adapter"], *sizes, *numbers, verdict)
     table.caption = f"largest difference to the reference; tolerance {tolerance:.0e}"
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 

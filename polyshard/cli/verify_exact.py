@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from polyshard.checkpoint import read_config
+from polyshard.cli.verify import stages_of
 from polyshard.core.errors import ConfigurationError
 from polyshard.proof.certificate import Certificate, Comparison, TrainerCase, compare
 
@@ -22,6 +23,7 @@ def certify(
     factory: str,
     adapters: list[str],
     sizes: list[int],
+    stages: list[int],
     server_size: int,
     dtype: str,
     tokens: int,
@@ -54,7 +56,12 @@ def certify(
         tensor=server_size,
         shards=shards,
     )
-    cases = [TrainerCase(adapter=name, tensor=size) for name in adapters for size in sizes]
+    cases = [
+        TrainerCase(adapter=name, tensor=size, pipeline=count)
+        for name in adapters
+        for size in sizes
+        for count in stages_of(name, stages)
+    ]
     if dtype != "float32":
         cases += [TrainerCase(adapter=name, tensor=sizes[0], masters=True) for name in adapters]
     found: list[Comparison] = []
@@ -63,7 +70,8 @@ def certify(
         answers = sample(job)
         progress.advance(task)
         for case in cases:
-            progress.update(task, description=f"{case.adapter}, tensor-parallel {case.tensor}")
+            sizes_of = f"tensor-parallel {case.tensor}, pipeline-parallel {case.pipeline}"
+            progress.update(task, description=f"{case.adapter}, {sizes_of}")
             found.append(
                 compare(case, answers, str(model), factory, dtype, shards, trace=lambda folder: sample(job, folder))
             )
@@ -106,12 +114,12 @@ def show(certificate: Certificate) -> None:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 120)
-    table = Table("trainer", "tensor", "parameters", "tokens", "bits differ in", "by at most", "")
+    table = Table("trainer", "tensor", "stages", "parameters", "tokens", "bits differ in", "by at most", "")
     for row in certificate.comparisons:
         verdict = "[green]equal[/green]" if row.holds else f"[red]{row.error or 'differs'}[/red]"
         parameters = "float32" if row.masters else certificate.dtype
         numbers = (str(row.tokens), str(row.differ), f"{row.largest:.3g}")
-        table.add_row(row.adapter, str(row.tensor), parameters, *numbers, verdict)
+        table.add_row(row.adapter, str(row.tensor), str(row.pipeline), parameters, *numbers, verdict)
     server = certificate.server
     table.title = (
         f"{Path(certificate.model).name} in {certificate.dtype}, exact mode, {certificate.shards} shards; vLLM at "

@@ -9,6 +9,7 @@ from torch import nn
 
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import LayoutError
+from polyshard.core.pipeline_plan import even_stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +47,6 @@ def pipeline_stage(num_layers: int, parallel_context: ParallelContext) -> Pipeli
     divide = parallel_context.pipeline_layers or even_stages
     start, stop = divide(num_layers, axis.rank, axis.size)
     return PipelineStage(range(start, stop), first=axis.rank == 0, last=axis.rank == axis.size - 1)
-
-
-def even_stages(num_layers: int, rank: int, size: int) -> tuple[int, int]:
-    """Return a stage's first layer and one past its last, distributed evenly; the first stages have one more.
-
-    Examples:
-        >>> [even_stages(5, rank, 2) for rank in range(2)]
-        [(0, 3), (3, 5)]
-    """
-    each, more = divmod(num_layers, size)
-    start = rank * each + min(rank, more)
-    return start, start + each + (rank < more)
 
 
 def stage_layers(stage: PipelineStage, make: Callable[[int], nn.Module]) -> nn.ModuleList:

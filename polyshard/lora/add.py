@@ -231,6 +231,11 @@ def _check_model(model: nn.Module, context: ParallelContext) -> None:
         raise ConfigurationError("the context is a server's: pass a LoRA adapter to vLLM as a LoRARequest.")
     if context.exact is not None:
         raise ConfigurationError("LoRA is unsupported in exact mode: vLLM computes it with other kernels.")
+    if context.axis("pipeline").size > 1:
+        raise ConfigurationError(
+            "LoRA is unsupported in a pipeline: the stages' adapters are not yet stored as one. Use tensor or data "
+            "parallel."
+        )
 
 
 def _renamed(parameter: str, paths: Iterable[str]) -> str:

@@ -21,6 +21,7 @@ from polyshard.core.serving import build_model, check_served_interface, forward_
 from polyshard.exact.trace import FirstDifference, Recorder, first_difference
 from polyshard.launch import initialize, shutdown
 from polyshard.layers.logprobs import token_logprobs
+from polyshard.proof.pipelined import logprobs_of_stages
 from polyshard.registry import resolve
 
 
@@ -51,11 +52,13 @@ class TrainerCase:
         adapter: name of the library's adapter.
         tensor: tensor-parallel size.
         masters: whether the parameters stay in float32 while computing in the server's dtype.
+        pipeline: number of pipeline stages.
     """
 
     adapter: str
     tensor: int
     masters: bool = False
+    pipeline: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +69,7 @@ class Comparison:
         adapter: the trainer's adapter.
         tensor: the trainer's tensor-parallel size.
         masters: whether the trainer's parameters are in float32.
+        pipeline: the trainer's number of pipeline stages.
         tokens: number of tokens compared.
         differ: number of tokens whose log-probabilities are not equal bit for bit.
         largest: largest absolute difference.
@@ -76,6 +80,7 @@ class Comparison:
     adapter: str
     tensor: int
     masters: bool = False
+    pipeline: int = 1
     tokens: int = 0
     differ: int = 0
     largest: float = 0.0
@@ -151,11 +156,11 @@ def compare(
     sequences = [(answer.prompt, answer.tokens) for answer in answers]
     arguments = (case, sequences, directory, factory, dtype, shards, exact)
     try:
-        own = run_ranks(trainer_logprobs, case.tensor, *arguments, timeout=900)[0]
+        own = run_ranks(trainer_logprobs, case.tensor * case.pipeline, *arguments, timeout=900)[-1]
         reported = torch.tensor([value for answer in answers for value in answer.logprobs], dtype=torch.float32)
         differ = own != reported
         first = None
-        if bool(differ.any()) and trace is not None:
+        if bool(differ.any()) and trace is not None and case.pipeline == 1:
             with tempfile.TemporaryDirectory(prefix="polyshard-trace-") as folder:
                 again = trace(Path(folder, "server"))
                 sequences = [(answer.prompt, answer.tokens) for answer in again]
@@ -164,11 +169,9 @@ def compare(
                 first = first_difference(Path(folder, "trainer"), Path(folder, "server"))
     except RankError as error:
         last = str(error).strip().splitlines()[-1]
-        return Comparison(adapter=case.adapter, tensor=case.tensor, masters=case.masters, error=last)
+        return Comparison(**asdict(case), error=last)
     return Comparison(
-        adapter=case.adapter,
-        tensor=case.tensor,
-        masters=case.masters,
+        **asdict(case),
         tokens=len(reported),
         differ=int(differ.sum()),
         largest=float((own - reported).abs().max()),
@@ -186,13 +189,22 @@ def trainer_logprobs(
     exact: bool,
     trace: str | None = None,
 ) -> torch.Tensor:
-    """Return log-probabilities of the sampled tokens from one packed, differentiable forward; runs on each rank."""
+    """Return log-probabilities of the sampled tokens from one packed, differentiable forward; runs on each rank.
+
+    In a pipeline, only the ranks of the last stage have them; the others return an empty tensor.
+    """
     wanted = getattr(torch, dtype)
     settings: dict[str, Any] = {}
     if exact:
         precision = Precision(compute=wanted) if case.masters else None
         settings = {"exact": True, "exact_shards": shards, "precision": precision}
-    context = initialize(case.adapter, tensor=case.tensor, timeout=300, **settings)
+    context = initialize(case.adapter, tensor=case.tensor, pipeline=case.pipeline, timeout=300, **settings)
+    if case.pipeline > 1:
+        parameters = torch.float32 if case.masters else wanted
+        precision = Precision(compute=wanted) if case.masters else None
+        found = logprobs_of_stages(context, sequences, directory, factory, parameters, case.adapter, precision)
+        shutdown(context)
+        return found
     config = read_config(directory)
     model: Any = build_model(resolve(factory), config, context, factory)
     check_served_interface(model, factory)

@@ -16,6 +16,7 @@ from polyshard.core.context import ParallelContext
 from polyshard.core.weight_table import collect_layouts, copy_into_shard
 from polyshard.launch import initialize, shutdown
 from polyshard.layers.norm import rms_norm
+from polyshard.layers.pipeline import pipeline_stage, stage_layers
 from polyshard.layers.vocabulary import lm_head, vocab_embedding
 from polyshard.testing.model import SuiteBlock, SuiteConfig
 from polyshard.testing.reference import reference_run, reference_weights
@@ -30,10 +31,13 @@ class SmallModel(nn.Module):
 
     def __init__(self, config: SuiteConfig, context: ParallelContext) -> None:
         super().__init__()
-        self.embed = vocab_embedding(config.vocab_size, config.hidden_size, context)
-        self.blocks = nn.ModuleList(SuiteBlock(config, context) for _ in range(config.num_layers))
-        self.norm = rms_norm(config.hidden_size, context)
-        self.head = lm_head(config.hidden_size, config.vocab_size, context)
+        self.stage = stage = pipeline_stage(config.num_layers, context)
+        if stage.first:
+            self.embed = vocab_embedding(config.vocab_size, config.hidden_size, context)
+        self.blocks = stage_layers(stage, lambda _: SuiteBlock(config, context))
+        if stage.last:
+            self.norm = rms_norm(config.hidden_size, context)
+            self.head = lm_head(config.hidden_size, config.vocab_size, context)
 
     def forward(
         self,
@@ -41,12 +45,16 @@ class SmallModel(nn.Module):
         positions: torch.Tensor | None = None,
         *,
         cu_seqlens: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return hidden states `[..., hidden]` of token IDs `[batch, seq]` or packed `[tokens]`."""
-        x = self.embed(input_ids)
+        """Return hidden states `[..., hidden]` of token IDs `[batch, seq]` or packed `[tokens]`.
+
+        A later pipeline stage gets those of the stage before as `inputs_embeds`.
+        """
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         for block in self.blocks:
             x = block(x, positions, cu_seqlens)
-        return self.norm(x)
+        return self.norm(x) if self.stage.last else x
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return this rank's shard of the logits."""

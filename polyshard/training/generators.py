@@ -1,7 +1,8 @@
 """Random number generators of a process: seeding, states to save, and a consistency check over ranks.
 
-Ranks that share an activation (the tensor, context and pipeline ranks of one data-parallel rank) must have generators
-in the same state; data-parallel ranks have different states. `polyshard.manual_seed` sets them accordingly.
+Ranks that share an activation (the tensor and context ranks of one data-parallel rank and pipeline stage) must have
+generators in the same state; data-parallel ranks and stages have different states, so that no two layers draw the same
+masks. `polyshard.manual_seed` sets them accordingly.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ _SEEDS = 2**63
 def manual_seed(seed: int, parallel_context: ParallelContext) -> None:
     """Seed the generators of Python, NumPy (if it is imported) and torch, on CPU and GPU, for this rank.
 
-    Ranks that share an activation get the same state and data-parallel ranks different ones; that of rank 0 is the
-    state after `torch.manual_seed(seed)`.
+    Ranks that share an activation get the same state, data-parallel ranks and pipeline stages different ones; that of
+    rank 0 is the state after `torch.manual_seed(seed)`.
 
     Args:
         seed: the seed of the run, 0 or more; the same on every rank.
@@ -51,7 +52,8 @@ def manual_seed(seed: int, parallel_context: ParallelContext) -> None:
     """
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise ConfigurationError(f"the seed is invalid: got {seed!r}, expected an integer of 0 or more")
-    seed_all(mixed(seed, parallel_context.axis("data").rank))
+    data, pipeline = parallel_context.axis("data"), parallel_context.axis("pipeline")
+    seed_all(mixed(seed, data.rank + data.size * pipeline.rank))
 
 
 def seed_all(seed: int) -> None:

@@ -58,10 +58,10 @@ def train_batch(
     """
     if not micro_batches:
         raise ConfigurationError("micro_batches is empty. Pass at least one micro-batch.")
-    sum_loss = _cross_entropy(engine, context) if loss is None else loss
-    counted = [(tokens or _labelled)(micro_batch) for micro_batch in micro_batches]
+    sum_loss = lm_loss_of(engine.module, context) if loss is None else loss
+    counted = [(tokens or count_labels)(micro_batch) for micro_batch in micro_batches]
     replicas = replica_axis(context)
-    total = _total(counted, context)
+    total = total_tokens(counted, context)
     # Engines average over the replicas, so the sum is multiplied by their number.
     factor = replicas.size / total.clamp_min(1.0)
     summed = torch.zeros((), dtype=torch.float64, device=context.device)
@@ -83,7 +83,32 @@ def train_batch(
     return BatchResult(loss=summed / total.clamp_min(1.0), tokens=total)
 
 
-def _total(counted: Sequence[torch.Tensor], context: ParallelContext) -> torch.Tensor:
+def eval_batch(
+    engine: TrainingEngine,
+    context: ParallelContext,
+    micro_batches: Sequence[MicroBatch],
+    loss: SumLoss | None = None,
+    tokens: CountTokens | None = None,
+) -> BatchResult:
+    """Return the loss of micro-batches without gradients; the arguments are those of `train_batch`."""
+    if not micro_batches:
+        raise ConfigurationError("micro_batches is empty. Pass at least one micro-batch.")
+    sum_loss = lm_loss_of(engine.module, context) if loss is None else loss
+    total = total_tokens([(tokens or count_labels)(micro_batch) for micro_batch in micro_batches], context)
+    summed = torch.zeros((), dtype=torch.float64, device=context.device)
+    with torch.no_grad():
+        for micro_batch in micro_batches:
+            arguments = {name: value for name, value in micro_batch.items() if name != "labels"}
+            with engine.computing():
+                summed += sum_loss(engine(**arguments), micro_batch).double()
+    replicas = replica_axis(context)
+    if replicas.size > 1:
+        assert replicas.collectives is not None
+        summed = replicas.collectives.all_reduce(summed)
+    return BatchResult(loss=summed / total.clamp_min(1.0), tokens=total)
+
+
+def total_tokens(counted: Sequence[torch.Tensor], context: ParallelContext) -> torch.Tensor:
     """Return the number of tokens that count over all micro-batches and replicas, in float64.
 
     Raises:
@@ -106,7 +131,12 @@ def _total(counted: Sequence[torch.Tensor], context: ParallelContext) -> torch.T
     return tokens
 
 
-def _labelled(micro_batch: MicroBatch) -> torch.Tensor:
+def count_labels(micro_batch: MicroBatch) -> torch.Tensor:
+    """Return the number of labels other than -100, a scalar.
+
+    Raises:
+        ConfigurationError: the micro-batch has no labels.
+    """
     if "labels" not in micro_batch:
         raise ConfigurationError(
             f"a micro-batch has no labels: got {', '.join(micro_batch)}. Add labels, or pass tokens=."
@@ -114,9 +144,12 @@ def _labelled(micro_batch: MicroBatch) -> torch.Tensor:
     return (micro_batch["labels"] != IGNORED).sum()
 
 
-def _cross_entropy(engine: TrainingEngine, context: ParallelContext) -> SumLoss:
-    """Return the default loss of a model with `compute_logits`."""
-    module: Any = engine.module
+def lm_loss_of(module: Any, context: ParallelContext) -> SumLoss:
+    """Return the default loss of a model with `compute_logits`.
+
+    Raises:
+        ConfigurationError: the model has none.
+    """
     if not callable(getattr(module, "compute_logits", None)):
         raise ConfigurationError(
             f"{type(module).__name__} has no compute_logits. Pass loss=, which sums the losses of a micro-batch."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from polyshard.core.context import ParallelContext
+from polyshard.core.model_weights import ModelWeights
 from polyshard.core.pieces import MASTER, Piece
 from polyshard.core.weight_table import WeightTable, collect_layouts
 from polyshard.weights.movement import module_pieces
@@ -21,8 +22,11 @@ class WeightView:
 
     Attributes:
         module: the model as its factory built it.
-        table: the layouts of its parameters.
-        pieces: `() -> this rank's runs of elements of all parameters`, without communication.
+        table: the layouts of the model's parameters, on all pipeline stages.
+        dtypes: the dtypes of these parameters.
+        owners: the pipeline rank that stores and sends each parameter.
+        owned: the parameters of this rank that it stores and sends; another stage does so for copies of a tied weight.
+        pieces: `() -> this rank's runs of elements of its parameters`, without communication.
         shards: `() -> name and tensor-parallel shard of each parameter`, full over the data axis. A collective.
         has_masters: whether an optimizer keeps wider copies of parameters.
         masters: `() -> this rank's runs of the optimizer's wider copies of parameters`; empty without masters.
@@ -33,6 +37,9 @@ class WeightView:
 
     module: nn.Module
     table: WeightTable
+    dtypes: Mapping[str, torch.dtype]
+    owners: Mapping[str, int]
+    owned: frozenset[str]
     pieces: Callable[[], Iterable[Piece]]
     shards: Callable[[], Iterable[tuple[str, torch.Tensor]]]
     has_masters: bool = False
@@ -41,9 +48,19 @@ class WeightView:
     changes: Callable[[], int]
     written: Callable[[Iterable[Piece]], None]
 
+    def owned_pieces(self) -> list[Piece]:
+        """Return this rank's runs of the parameters that it stores, without communication."""
+        return [piece for piece in self.pieces() if piece.parameter in self.owned]
+
+    @property
+    def local_table(self) -> WeightTable:
+        """The entries of the parameters that this rank holds."""
+        held = {name for name, _ in self.module.named_parameters()}
+        return WeightTable({name: entry for name, entry in self.table.items() if name in held})
+
 
 def view_weights(model: nn.Module | Any, parallel_context: ParallelContext) -> WeightView:
-    """Return the view of a training engine's weights, or of a module's.
+    """Return the view of a training engine's weights, or of a module's. A collective over the pipeline axis.
 
     Args:
         model: a model as its factory built it, or a training engine around one.
@@ -51,9 +68,13 @@ def view_weights(model: nn.Module | Any, parallel_context: ParallelContext) -> W
     """
     if isinstance(model, nn.Module):
         return _module_view(model, parallel_context)
+    weights = ModelWeights.of(model.module, model.table, parallel_context)
     return WeightView(
         module=model.module,
-        table=model.table,
+        table=weights.table,
+        dtypes=weights.dtypes,
+        owners=weights.owners,
+        owned=weights.owned,
         pieces=model.weight_pieces,
         shards=model.weights,
         has_masters=model.precision.has_masters,
@@ -71,9 +92,13 @@ def parameter_changes(module: nn.Module) -> Callable[[], int]:
 
 
 def _module_view(module: nn.Module, parallel_context: ParallelContext) -> WeightView:
+    weights = ModelWeights.of(module, collect_layouts(module), parallel_context)
     return WeightView(
         module=module,
-        table=collect_layouts(module),
+        table=weights.table,
+        dtypes=weights.dtypes,
+        owners=weights.owners,
+        owned=weights.owned,
         pieces=lambda: module_pieces(module, parallel_context),
         shards=lambda: _shards(module),
         masters=list,

@@ -20,6 +20,7 @@ TOPICS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
             *("vocab_parallel_cross_entropy", "token_logprobs", "lm_loss", "lm_logprobs"),
             *("initialize_weights", "normal_initializer"),
             *("PipelineStage", "pipeline_stage", "stage_layers"),
+            *("PipelinePlan", "pipeline_plan", "build_stages", "Stages"),
         ),
     ),
     "attention": (

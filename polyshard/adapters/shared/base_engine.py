@@ -21,19 +21,23 @@ from polyshard.adapters.shared.loss_scale import LossScale
 from polyshard.adapters.shared.parameter_groups import Held, check_elementwise, check_patterns, settings_of_groups
 from polyshard.core.adapter import StepResult
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
+from polyshard.core.build_stages import as_stages
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
+from polyshard.core.model_weights import ModelWeights
 from polyshard.core.optimizer import OptimizerFactory
 from polyshard.core.parameter_groups import GroupSettings
 from polyshard.core.pieces import WEIGHT, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision, precision_of
+from polyshard.core.stages import Stages
 from polyshard.core.weight_table import collect_layouts
 from polyshard.training.compile import Compile, apply_compile
 from polyshard.training.generators import GeneratorCheck
 from polyshard.training.muon import Muon
+from polyshard.training.pipeline_step import PipelineStep
 from polyshard.training.recompute import Recompute, apply_recomputation
 from polyshard.training.schedule import SchedulerFactory
-from polyshard.training.train_batch import train_batch
+from polyshard.training.train_batch import eval_batch, train_batch
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +45,8 @@ logger = logging.getLogger(__name__)
 class BaseEngine(ABC):
     """The library-independent part of `TrainingEngine`.
 
-    A subclass wraps the model with its library, sets `_wrapped` and `optimizer`, and then calls `_start_rate`.
+    A subclass wraps the model with its library, sets `_wrapped` and `optimizer`, and then calls `_start_rate`. If the
+    library runs pipelines, it also overrides `_run_pipeline`, and trains `_stages` where that is not None.
 
     Args:
         model: the unwrapped model that its factory built with `context`.
@@ -75,11 +80,14 @@ class BaseEngine(ABC):
         compile: Compile = False,
     ) -> None:
         check_max_grad_norm(max_grad_norm)
+        self._stages = as_stages(model, context) if context.axis("pipeline").size > 1 else None
+        model = self._stages or _only_stage(model)
         check_devices(model, context)
         self.precision = _precision_of_run(model, precision, context)
         self.context = context
         self.updates = 0
         self.table = collect_layouts(model)
+        self.model_weights = ModelWeights.of(model, self.table, context)
         self._module = model
         self._wrapped: Any = model
         self._guard = context.guard
@@ -121,6 +129,7 @@ class BaseEngine(ABC):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward inside the library's wrapper, in the dtype of computation."""
+        self._refuse_in_pipeline("the engine's forward pass")
         with self._guard("data forward"), self._generators.watching(), self.computing():
             return self._wrapped(*args, **kwargs)
 
@@ -140,14 +149,71 @@ class BaseEngine(ABC):
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients of `loss`, averaged over the replicas."""
+        self._refuse_in_pipeline("the engine's backward pass")
         with self._guard("data backward"):
             loss.backward()
 
     def train_batch(
         self, micro_batches: Sequence[MicroBatch], loss: SumLoss | None = None, tokens: CountTokens | None = None
     ) -> BatchResult:
-        """Run the forward and backward passes of one step's micro-batches; see `polyshard.train_batch`."""
-        return train_batch(self, self.context, micro_batches, loss, tokens)
+        """Run the forward and backward passes of one step's micro-batches; see `polyshard.train_batch`.
+
+        In a pipeline all its ranks pass the same micro-batches, which contain `input_ids`. The `loss` is called on the
+        ranks of the last stage only.
+        """
+        if self._stages is None:
+            return train_batch(self, self.context, micro_batches, loss, tokens)
+        step = self._pipeline_step(self._stages, micro_batches, loss, tokens)
+        with self._generators.watching():
+            self._run_pipeline(step, backward=True)
+        return step.result()
+
+    def eval_batch(
+        self, micro_batches: Sequence[MicroBatch], loss: SumLoss | None = None, tokens: CountTokens | None = None
+    ) -> BatchResult:
+        """Return the loss of micro-batches without gradients; the arguments are those of `train_batch`."""
+        if self._stages is None:
+            return eval_batch(self, self.context, micro_batches, loss, tokens)
+        step = self._pipeline_step(self._stages, micro_batches, loss, tokens)
+        self._run_pipeline(step, backward=False)
+        return step.result()
+
+    def _pipeline_step(
+        self,
+        stages: Stages,
+        micro_batches: Sequence[MicroBatch],
+        loss: SumLoss | None,
+        tokens: CountTokens | None,
+    ) -> PipelineStep:
+        return PipelineStep(
+            stages,
+            self.context,
+            micro_batches,
+            loss,
+            tokens,
+            computing=self.computing,
+            fixed_shapes=self._pipeline_has_fixed_shapes,
+        )
+
+    @property
+    def _pipeline_has_fixed_shapes(self) -> bool:
+        """Whether micro-batches of unequal length are padded, because the library's buffers have a fixed size."""
+        return True
+
+    def _run_pipeline(self, step: PipelineStep, *, backward: bool) -> None:
+        """Run a step by the library's schedule; if `backward`, leave gradients as `step` of the engine expects them.
+
+        The gradients are averaged over the replicas, and those of tied weights are summed over the stages.
+        """
+        del step, backward
+        raise NotImplementedError(f"{type(self).__name__} declares the capability pipeline, but runs none")
+
+    def _refuse_in_pipeline(self, what: str) -> None:
+        if self._stages is not None:
+            raise ConfigurationError(
+                f"{what} does not exist in a pipeline of {self._stages.plan.num_stages} stages. Use "
+                "engine.train_batch(micro_batches) and engine.step(), or engine.eval_batch(micro_batches)."
+            )
 
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
         """Scale the loss of a float16 run; for engines whose library does not."""
@@ -272,3 +338,10 @@ def _precision_of_run(model: nn.Module, given: Precision | None, context: Parall
             "ps.initialize(..., exact=True, precision=...)."
         )
     return replace(precision, compute=None)
+
+
+def _only_stage(model: nn.Module) -> nn.Module:
+    """Return the full model that `build_stages` built without a pipeline."""
+    if isinstance(model, Stages):
+        (model,) = model
+    return model

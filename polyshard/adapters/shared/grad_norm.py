@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.weight_sharding import WeightLayout
 from polyshard.core.weight_table import WeightEntry
@@ -66,6 +67,15 @@ def counted_parts(entry: WeightEntry, values: torch.Tensor, start: int, rank: in
 def _counted_regions(entry: WeightEntry, count: int, start: int, rank: int, size: int) -> tuple[Region, ...]:
     held = max(0, min(count, math.prod(entry.layout.local_shape(rank, size)) - start))
     return tuple(region for region in regions(entry, rank, size, start, start + held) if region.first)
+
+
+def over_stages(square: torch.Tensor, context: ParallelContext) -> torch.Tensor:
+    """Return the squared norm summed over the pipeline stages. A collective over the pipeline axis."""
+    axis = context.axis("pipeline")
+    if axis.size == 1:
+        return square
+    assert axis.collectives is not None
+    return axis.collectives.all_reduce(square)
 
 
 def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:

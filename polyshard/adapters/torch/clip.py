@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
 
-from polyshard.adapters.shared.grad_norm import counted_square
+from polyshard.adapters.shared.grad_norm import counted_square, over_stages
 from polyshard.adapters.torch.compat import full_tensor, is_dtensor, local_tensor
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.weight_table import WeightTable
 
 
 def global_grad_norm(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], table: WeightTable, context: ParallelContext
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    table: WeightTable,
+    context: ParallelContext,
+    owned: Collection[str],
 ) -> torch.Tensor:
     """Return the 2-norm of the full model's gradient, a float32 scalar with the same value on every rank.
 
-    Squares are summed over the tensor axis, and for FSDP also over the replicas.
+    Squares are summed over the tensor and pipeline axes, and for FSDP also over the replicas.
+
+    Args:
+        named_parameters: with gradients.
+        table: the weight table.
+        context: the parallel context.
+        owned: the names that count; another pipeline stage counts a weight that is tied to it.
     """
     tensor_axis, replicas = context.axis("tensor"), replica_axis(context)
     over_replicas, everywhere = torch.zeros(2, device=context.device).unbind(0)
     for name, parameter in named_parameters:
-        if parameter.grad is None:
+        if parameter.grad is None or name not in owned:
             continue
         layout = table[name].layout
         if is_dtensor(parameter.grad) and not layout.has_replicas(tensor_axis.size):
@@ -40,4 +49,4 @@ def global_grad_norm(
     if replicas.size > 1:
         assert replicas.collectives is not None
         over_replicas = replicas.collectives.all_reduce(over_replicas)
-    return (over_replicas + everywhere).sqrt()
+    return over_stages(over_replicas + everywhere, context).sqrt()

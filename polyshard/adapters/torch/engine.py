@@ -16,6 +16,9 @@ from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
 from polyshard.adapters.shared.masters import Masters, broadcast_parameters
 from polyshard.adapters.shared.offload import Offload, check_offload
+from polyshard.adapters.shared.reducer import GradientReducer
+from polyshard.adapters.shared.tied_weights import copy_from_owners, sum_tied_gradients
+from polyshard.adapters.shared.torch_pipeline import TorchPipeline
 from polyshard.adapters.shared.weights import check_shard
 from polyshard.adapters.torch.clip import global_grad_norm
 from polyshard.adapters.torch.compat import (
@@ -30,13 +33,15 @@ from polyshard.adapters.torch.compat import (
 )
 from polyshard.adapters.torch.float8 import apply_float8
 from polyshard.adapters.torch.overlap import FsdpOptions, overlap_options, reducer_options
-from polyshard.adapters.torch.reducer import GradientReducer
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, replicated_piece
+from polyshard.core.pipeline_plan import SPLIT_BACKWARD
 from polyshard.core.precision import Precision
+from polyshard.core.stages import Stages
 from polyshard.training.compile import Compile
+from polyshard.training.pipeline_step import PipelineStep
 from polyshard.training.recompute import Recompute
 from polyshard.training.schedule import SchedulerFactory
 
@@ -112,10 +117,11 @@ class TorchEngine(BaseEngine):
             scheduler=scheduler,
             compile=compile,
         )
-        replicas = replica_axis(context)
+        model, replicas = self._module, replica_axis(context)
         self._sharded = data_parallel == "fsdp" and replicas.size > 1
         self._masters: Masters | None = None
         self._reducer: GradientReducer | None = None
+        self._pipeline: TorchPipeline | None = None
         # DDP's static graph fails if its first backward pass is under no_sync (reducer.cpp:1732, torch 2.13).
         self._skips_sync = not ddp.get("static_graph", False)
         self._check_precision()
@@ -123,7 +129,9 @@ class TorchEngine(BaseEngine):
         offloads = check_offload(offload, context.device, self._sharded, "data_parallel='fsdp' with several replicas")
         if data_parallel == "fsdp" and not self._sharded:
             logger.warning("fsdp does nothing at data-parallel size 1: the model is trained unsharded")
-        if self._sharded:
+        if self._stages is not None:
+            self._start_pipeline(self._stages, shard_modules, fsdp, offloads, ddp_options, recompute)
+        elif self._sharded:
             _fully_shard(model, context, shard_modules or _is_list_item(model), self.precision, fsdp, offloads)
         elif self.precision.has_masters:
             with self._guard("data parallel setup"):
@@ -141,6 +149,84 @@ class TorchEngine(BaseEngine):
                 self._wrapped = DistributedDataParallel(model, process_group=replicas.group, **ddp)
         self.optimizer = self._build(optimizer, self._updated(), held="rows" if self._sharded else "whole")
         self._start_rate()
+
+    def _start_pipeline(
+        self,
+        stages: Stages,
+        shard_modules: Callable[[nn.Module], bool] | None,
+        fsdp: FsdpOptions,
+        offloads: bool,
+        ddp_options: Mapping[str, Any] | None,
+        recompute: Recompute,
+    ) -> None:
+        """Prepare the stages for torch's schedules.
+
+        DistributedDataParallel gets no stage: its hooks do not fire in schedules that compute gradients of weights
+        separately (pytorch#144530), so replicas would drift apart. Gradients are reduced after the schedule.
+        """
+        parameters = dict(self._module.named_parameters())
+        copy_from_owners(parameters, self.model_weights, self.context)
+        splits = stages.plan.schedule in SPLIT_BACKWARD
+        if splits and recompute == "selective":
+            raise ConfigurationError(
+                f"recompute='selective' is unsupported with {stages.plan.schedule}: torch runs the backward pass of "
+                "such a block only once, and the schedule runs it for inputs and for weights. Use 'full', or 1f1b."
+            )
+        if self._sharded:
+            self._pipeline = TorchPipeline(stages, self.context, scaled=self._scaled)
+            if splits and shard_modules is not None:
+                raise ConfigurationError(
+                    f"shard_modules is unsupported with {stages.plan.schedule}: FSDP2's hooks of single blocks do not "
+                    "run when gradients of weights are computed separately, and the gradients would be wrong. Remove "
+                    "it, and each stage is gathered as a whole, or use 1f1b."
+                )
+            if sum(len(list(stage.parameters())) for stage in stages) > len(parameters):
+                raise ConfigurationError(
+                    f"FSDP2 cannot shard a weight that two pipeline stages of a rank share, as {stages.plan.schedule} "
+                    "does with tied embeddings. Use data_parallel='ddp', or 1f1b."
+                )
+            for module in self._pipeline.modules:
+                chosen = (lambda _: False) if splits else shard_modules or _is_list_item(module)
+                _fully_shard(module, self.context, chosen, self.precision, fsdp, offloads)
+            return
+        replicas = replica_axis(self.context)
+        with self._guard("data parallel setup"):
+            broadcast_parameters(self._module, replicas.group, replicas.ranks)
+        self._masters = Masters(parameters.items(), self.precision.optimizer)
+        self._reducer = reducer = GradientReducer(
+            parameters.items(),
+            self._masters,
+            self.precision.reduce,
+            replicas.group,
+            **reducer_options(ddp_options or {}, self.precision),
+        )
+        self._pipeline = TorchPipeline(
+            stages, self.context, scaled=self._scaled, after_backward=reducer.collect if splits else None
+        )
+
+    def _run_pipeline(self, step: PipelineStep, *, backward: bool) -> None:
+        assert self._pipeline is not None
+        if not backward:
+            self._pipeline.run(step, backward=False)
+            return
+        # Gradients of an earlier train_batch are whole already: they must not be summed over tied copies again.
+        earlier = [(p, p.grad) for _, p in self._updated() if p.grad is not None]
+        for parameter, _ in earlier:
+            parameter.grad = None
+        reducer = self._reducer
+        if reducer is not None:
+            reducer.sends = False
+        try:
+            self._pipeline.run(step)
+        finally:
+            if reducer is not None:
+                reducer.sends = True
+        if reducer is not None:
+            with self._guard("data gradients"):
+                reducer.finish()
+        sum_tied_gradients(dict(self._updated()), self.model_weights, self.context, local_tensor)
+        for parameter, gradient in earlier:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     @property
     def _autocasts(self) -> bool:
@@ -165,6 +251,7 @@ class TorchEngine(BaseEngine):
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients, averaged over the replicas."""
+        self._refuse_in_pipeline("the engine's backward pass")
         with self._guard("data backward"):
             self._scaled(loss).backward()
             if self._reducer is not None and self._reducer.sends:
@@ -175,7 +262,7 @@ class TorchEngine(BaseEngine):
         """Clip, update, and clear the gradients; a gradient that is not finite skips the update with a warning."""
         with self._guard("data step"):
             self._generators.compare()
-            norm = global_grad_norm(self._updated(), self.table, self.context)
+            norm = global_grad_norm(self._updated(), self.table, self.context, self.model_weights.owned)
         return self._update_if_finite(norm, (parameter for _, parameter in self._updated()), local_tensor)
 
     def _update(self) -> None:
@@ -191,6 +278,7 @@ class TorchEngine(BaseEngine):
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Return a context manager for all micro-batches except the last."""
+        self._refuse_in_pipeline("accumulate()")
         if isinstance(self._wrapped, DistributedDataParallel):
             return self._wrapped.no_sync() if self._skips_sync else nullcontext()
         if self._reducer is not None:

@@ -41,6 +41,7 @@ class RankMonitor:
         self._store, self._rank, self._world_size = store, rank, world_size
         self._entered: Counter[str] = Counter()
         self._operation = ""
+        self._raised = ""  # an error of the program during the last operation, which the others may wait for
         self._stopping = threading.Event()
         self._beat("running")
         self._thread = threading.Thread(target=self._run, name="polyshard-heartbeat", daemon=True)
@@ -60,7 +61,7 @@ class RankMonitor:
         """Count a collective, and convert a backend error in it to `RankFailureError`."""
         axis = operation.split(" ", 1)[0]
         self._entered[axis] += 1
-        self._operation = operation
+        self._operation, self._raised = operation, ""
         started = time.monotonic()
         try:
             yield
@@ -68,6 +69,7 @@ class RankMonitor:
             raise
         except Exception as error:
             if not is_communication_error(error):
+                self._report(error)
                 raise
             raise self._diagnose(operation, axis, time.monotonic() - started, error) from error
 
@@ -78,12 +80,21 @@ class RankMonitor:
             except (dist.DistError, RuntimeError):
                 return  # the store's process is gone, which the next collective reports
 
+    def _report(self, error: Exception) -> None:
+        """Tell the other ranks of an error at once; this rank may end before its next heartbeat."""
+        self._raised = f"{type(error).__name__}: {_first_line(error)}"
+        try:
+            _in_time(lambda: self._beat("running"), PATIENCE)
+        except (dist.DistError, RuntimeError, TimeoutError) as gone:
+            logger.debug("the store was gone after an error: %s", gone)
+
     def _beat(self, state: str) -> None:
         beat = {
             "time": time.time(),
             "state": state,
             "entered": dict(self._entered),
             "operation": self._operation,
+            "raised": self._raised,
         }
         self._store.set(str(self._rank), json.dumps(beat))
 
@@ -105,6 +116,7 @@ class RankMonitor:
                 f"{here}: the process that keeps the store (torchrun's agent, or rank 0) is gone "
                 f"({type(gone).__name__}); backend: {_first_line(error)}"
             )
+        suspects |= {rank for rank in others if latest[rank].get("raised")}
         if suspects:
             told = "; ".join(_describe(rank, latest[rank]) for rank in sorted(suspects))
             return RankFailureError(f"{here}: {told}; backend: {_first_line(error)}", tuple(sorted(suspects)))
@@ -157,6 +169,8 @@ def _in_time(action: Callable[[], T], seconds: float) -> T:
 
 def _describe(rank: int, beat: dict[str, Any]) -> str:
     last = f"last heartbeat at {_clock(beat['time'])}, {max(0.0, time.time() - beat['time']):.1f} s ago"
+    if beat.get("raised"):
+        return f"rank {rank} raised {beat['raised']} ({last}, in {beat['operation']})"
     if beat["state"] == "finished":
         return f"rank {rank} had shut down ({last})"
     return f"rank {rank} crashed or hung ({last}, in {beat['operation'] or 'no collective yet'})"

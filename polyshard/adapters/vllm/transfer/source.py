@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from polyshard.adapters.vllm.compat import ParamMeta, WeightSource, source_metadata
@@ -36,9 +37,9 @@ class LayoutSource(WeightSource):
         self, model: nn.Module | Any, parallel_context: ParallelContext, dtype: torch.dtype | None = None
     ) -> None:
         self._view = view_weights(model, parallel_context)
+        self._context = parallel_context
         self._axis = parallel_context.axis("tensor")
-        self._dtype = dtype
-        self._dtypes = {name: dtype or parameter.dtype for name, parameter in self._view.module.named_parameters()}
+        self._dtypes = {name: dtype or found for name, found in self._view.dtypes.items()}
 
     @source_metadata
     def metadata(self) -> list[ParamMeta]:
@@ -54,7 +55,24 @@ class LayoutSource(WeightSource):
         return iter(self)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, shard in self._view.shards():
+        for name, full in self._full():
             entry = self._view.table[name]
-            full = gather_shards(shard.to(self._dtypes[name]), entry.layout, self._axis)
             yield from zip(entry.checkpoint_names, stored_parts(entry.layout, len(entry.checkpoint_names), full))
+
+    def _full(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the full tensors of all pipeline stages; their owners broadcast them to the other stages."""
+        view, stages = self._view, self._context.axis("pipeline")
+        shards = iter(view.shards())
+        for name, entry in view.table.items():
+            if view.owners[name] == stages.rank:
+                shard = next(shard for found, shard in shards if found == name)
+                full = gather_shards(shard.to(self._dtypes[name]), entry.layout, self._axis)
+            else:
+                full = torch.empty(entry.layout.shape, dtype=self._dtypes[name], device=self._context.device)
+            if stages.size > 1:
+                full = full.contiguous()
+                with self._context.guard("pipeline broadcast of weights"):
+                    dist.broadcast(full, src=stages.ranks[view.owners[name]], group=stages.group)
+            yield name, full
+        for _ in shards:  # copies of weights that another stage owns: gathering them is a collective, too
+            pass

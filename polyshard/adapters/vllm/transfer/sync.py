@@ -209,7 +209,9 @@ class WeightSync:
 
     def _reached_directly(self) -> set[str]:
         """Return the stored names that every worker can load from the trainer shard in its process."""
-        sets = [engine.loads_directly(self._view.table, self._axis.rank, self._axis.size) for engine in self._local]
+        sets = [
+            engine.loads_directly(self._view.local_table, self._axis.rank, self._axis.size) for engine in self._local
+        ]
         if self._remote:
             sets.append(set())
         everyone = self._ranks.gather(set.intersection(*sets) if sets else None)
@@ -283,5 +285,5 @@ class WeightSync:
         rank, size, table = self._axis.rank, self._axis.size, self._view.table
         return [
             (piece, *shared_run(piece, table[piece.parameter].layout.local_shape(rank, size)))
-            for piece in self._view.pieces()
+            for piece in self._view.owned_pieces()
         ]

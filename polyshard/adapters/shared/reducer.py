@@ -56,6 +56,7 @@ class GradientReducer:
         self._buckets: list[_Bucket] = []
         self._bucket_of: dict[str, _Bucket] = {}
         self._next = 0
+        self._parameters: dict[str, nn.Parameter] = {}
         capacity = int(bucket_cap_mb * (1 << 20))
         filled = capacity
         for name, parameter in reversed([(n, p) for n, p in named_parameters if p.requires_grad]):
@@ -66,6 +67,7 @@ class GradientReducer:
             filled += nbytes
             self._buckets[-1].names.append(name)
             self._bucket_of[name] = self._buckets[-1]
+            self._parameters[name] = parameter
             parameter.register_post_accumulate_grad_hook(partial(self._add, name))
         self._restart()
 
@@ -111,6 +113,12 @@ class GradientReducer:
                 master.grad = average if master.grad is None else master.grad.add_(average)
         self._sums.clear()
         self._restart()
+
+    def collect(self) -> None:
+        """Take gradients that autograd has left in parameters without running their hooks, as `autograd.grad` does."""
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                self._add(name, parameter)
 
     def clear(self) -> None:
         """Forget sums that have not been sent."""

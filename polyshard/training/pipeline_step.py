@@ -1,0 +1,198 @@
+"""One training step of a pipeline: what each stage computes of each micro-batch, whatever library runs the schedule."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
+from polyshard.core.context import ParallelAxis, ParallelContext, replica_axis
+from polyshard.core.errors import ConfigurationError
+from polyshard.core.serving import forward_takes
+from polyshard.core.stages import Stages
+from polyshard.training.padding import pad_arguments, padded_shape, unpadded
+from polyshard.training.train_batch import count_labels, lm_loss_of, total_tokens
+
+Computing = Callable[[], AbstractContextManager[Any]]
+
+
+class PipelineStep:
+    """The micro-batches of one step, as the stages of this rank compute them.
+
+    An engine makes its library's schedule call `forward` for each stage and micro-batch, and `loss` after the last
+    stage. Every rank of a pipeline has all micro-batches, so that only hidden states travel between stages.
+
+    Args:
+        stages: this rank's stages.
+        context: the parallel context.
+        micro_batches: of this step; see `polyshard.train_batch`. They must contain `input_ids`.
+        loss: as in `polyshard.train_batch`; called on the ranks of the last stage only.
+        tokens: as in `polyshard.train_batch`.
+        computing: enters the dtype of computation.
+        fixed_shapes: pad micro-batches of unequal length to one shape, by tokens that no loss counts.
+
+    Raises:
+        ConfigurationError: as `polyshard.train_batch`; or the ranks of a pipeline have different micro-batches, or a
+            micro-batch cannot be padded.
+    """
+
+    def __init__(
+        self,
+        stages: Stages,
+        context: ParallelContext,
+        micro_batches: Sequence[MicroBatch],
+        loss: SumLoss | None = None,
+        tokens: CountTokens | None = None,
+        *,
+        computing: Computing = nullcontext,
+        fixed_shapes: bool = False,
+    ) -> None:
+        if not micro_batches:
+            raise ConfigurationError("micro_batches is empty. Pass at least one micro-batch.")
+        for micro_batch in micro_batches:
+            if not isinstance(micro_batch.get("input_ids"), torch.Tensor):
+                raise ConfigurationError(
+                    f"a micro-batch of a pipeline has no input_ids: got {', '.join(micro_batch)}. Later stages get it "
+                    "beside the hidden states."
+                )
+        self._stages, self._context, self._computing = stages, context, computing
+        self._micro_batches = list(micro_batches)
+        counted = [(tokens or count_labels)(micro_batch) for micro_batch in micro_batches]
+        headless = (
+            loss is None and stages.last is not None and not callable(getattr(stages.last, "compute_logits", None))
+        )
+        _check_same_over_pipeline(micro_batches, counted, headless, context)
+        self.tokens = total_tokens(counted, context)
+        # Engines average over the replicas, so the sum is multiplied by their number.
+        self._factor = replica_axis(context).size / self.tokens.clamp_min(1.0)
+        self._sums = torch.zeros((), dtype=torch.float64, device=context.device)
+        self._arguments: list[dict[str, Any]] = [
+            {name: value for name, value in micro_batch.items() if name != "labels"} for micro_batch in micro_batches
+        ]
+        self._shape: tuple[int, ...] | None = None
+        if fixed_shapes:
+            self._shape = padded_shape([a["input_ids"].shape for a in self._arguments], context, loss is not None)
+        if self._shape is not None:
+            self._arguments = [pad_arguments(arguments, self._shape) for arguments in self._arguments]
+        self._loss = lm_loss_of(stages.last, context) if loss is None and stages.last is not None else loss
+
+    def __len__(self) -> int:
+        return len(self._micro_batches)
+
+    def input_ids(self, index: int) -> torch.Tensor:
+        """Return the token IDs of a micro-batch as the first stage gets them, padded if shapes are fixed."""
+        return self._arguments[index]["input_ids"]
+
+    def forward(self, stage: nn.Module, number: int, index: int, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """Run a stage's forward pass on a micro-batch.
+
+        Args:
+            stage: one of this rank's stages, or a library's wrapper of it.
+            number: its number over all stages.
+            index: of the micro-batch.
+            hidden: the output of the stage before; ignored by the first stage.
+
+        Returns:
+            The stage's output: hidden states; of the last stage, what its `forward` returns.
+
+        Raises:
+            ConfigurationError: the model's `forward` does not take `inputs_embeds`.
+        """
+        arguments = self._arguments[index]
+        if number > 0:
+            arguments = {**arguments, "inputs_embeds": hidden}
+        with self._computing():
+            return stage(**arguments)
+
+    def loss(self, index: int, output: torch.Tensor) -> torch.Tensor:
+        """Return the share of a micro-batch in the step's loss, a scalar to run the backward pass on.
+
+        The gradients of all micro-batches must be added up, and then averaged over the replicas.
+
+        Args:
+            index: of the micro-batch.
+            output: of the last stage.
+        """
+        assert self._loss is not None
+        if self._shape is not None:
+            original = self._micro_batches[index]["input_ids"].shape
+            output, micro_batch = unpadded(output, self._micro_batches[index], original, self._shape)
+        else:
+            micro_batch = self._micro_batches[index]
+        with self._computing():
+            value = self._loss(output, micro_batch)
+        if value.dim():
+            raise ConfigurationError(f"the loss has the wrong shape: got {tuple(value.shape)}, expected a scalar sum")
+        self._sums += value.detach().double()
+        return value * self._factor.to(value.dtype)
+
+    def result(self) -> BatchResult:
+        """Return the loss of all micro-batches and replicas on every rank. A collective, after the schedule."""
+        summed = self._sums
+        for axis in (self._context.axis("pipeline"), replica_axis(self._context)):
+            if axis.size > 1:
+                assert axis.collectives is not None
+                summed = axis.collectives.all_reduce(summed)
+        return BatchResult(loss=summed / self.tokens.clamp_min(1.0), tokens=self.tokens)
+
+
+def check_stage_interface(stages: Stages) -> None:
+    """Raise `ConfigurationError` unless the stages' forward takes the hidden states of the stage before."""
+    for number, stage in zip(stages.numbers, stages):
+        if number > 0 and not forward_takes(stage, "inputs_embeds"):
+            raise ConfigurationError(
+                f"{type(stage).__name__} cannot be a later pipeline stage: its forward has no argument inputs_embeds, "
+                "which is the output of the stage before in place of embeddings. Add it, as for a vLLM pipeline."
+            )
+
+
+def _check_same_over_pipeline(
+    micro_batches: Sequence[MicroBatch], counted: Sequence[torch.Tensor], headless: bool, context: ParallelContext
+) -> None:
+    """Raise `ConfigurationError`, on all ranks of a pipeline, unless they have the same micro-batches and a head."""
+    axis: ParallelAxis = context.axis("pipeline")
+    if axis.size == 1:
+        return
+    shapes = [
+        (name, tuple(value.shape), str(value.dtype)) if isinstance(value, torch.Tensor) else name
+        for micro_batch in micro_batches
+        for name, value in sorted(micro_batch.items())
+    ]
+    structure = hashlib.blake2b(repr((len(micro_batches), shapes)).encode(), digest_size=6).digest()
+    mine = torch.stack(
+        (
+            torch.tensor(float(int.from_bytes(structure, "little")), dtype=torch.float64, device=context.device),
+            torch.stack([torch.as_tensor(count, device=context.device).double() for count in counted]).sum(),
+            _content(micro_batches, context.device),
+        )
+    )
+    assert axis.collectives is not None
+    figures = torch.cat((mine, -mine, mine.new_tensor((float(headless), 0.0))))
+    most, least, heads = axis.collectives.all_reduce(figures, "max").split((3, 3, 2))
+    if bool(heads[0]):
+        raise ConfigurationError(
+            "The last pipeline stage has no compute_logits. Pass loss=, which sums the losses of a micro-batch."
+        )
+    if bool((most != -least).any()):
+        raise ConfigurationError(
+            f"the ranks of a pipeline have different micro-batches: got {len(micro_batches)} on this rank, with "
+            f"{float(mine[1]):.0f} tokens. Pass the same ones on all ranks {axis.ranks}: select data by "
+            "context.axis('data').rank, and seed samplers alike."
+        )
+
+
+def _content(micro_batches: Sequence[MicroBatch], device: torch.device) -> torch.Tensor:
+    """Return a number that depends on all elements and their order, in float64."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for index, micro_batch in enumerate(micro_batches):
+        for place, (_, value) in enumerate(sorted(micro_batch.items())):
+            if isinstance(value, torch.Tensor) and value.numel():
+                flat: Any = value.detach().reshape(-1).to(device, torch.float64).nan_to_num()
+                ramp = torch.arange(flat.numel(), dtype=torch.float64, device=device).remainder_(1021.0).add_(1.0)
+                total = total + (flat @ ramp) * (1.0 + index + 0.37 * place)
+    return total

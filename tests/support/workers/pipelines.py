@@ -1,0 +1,85 @@
+"""On each rank: a decoder that is cut into pipeline stages, and trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import decoder
+import torch
+
+import polyshard as ps
+from polyshard.core.weight_table import stored_parts
+from polyshard.weights.gather import gather_shards
+from support.oracles.pipeline_training import STEPS, micro_batches
+
+SGD = ps.TorchOptimizer(torch.optim.SGD, lr=1.0, weight_decay=0.0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run; `kind` is that of its micro-batches, `layers` the library of the model's layers."""
+
+    name: str
+    directory: str
+    plan: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, Any] = field(default_factory=lambda: {"pipeline": 2})
+    options: dict[str, Any] = field(default_factory=dict)
+    kind: str = "rows"
+    layers: str = "torch"
+    adapter: str = "torch"
+    built: bool = True  # by build_stages, and not by the factory alone
+
+
+def start(case, optimizer=SGD, timeout=90):
+    """A context, and an engine around the stages with the weights of the directory."""
+    context = ps.initialize(case.adapter, timeout=timeout, **case.sizes)
+    if case.layers != case.adapter:
+        context = ps.load_adapter(case.layers).adopt(context)
+    config = ps.read_config(case.directory)
+    plan = ps.pipeline_plan(config.num_hidden_layers, context.layout.pipeline, **case.plan)
+    if case.built:
+        model = ps.build_stages(decoder.build_model, config, context, plan)
+    else:
+        model = decoder.build_model(config, context)
+    ps.load_checkpoint(model, case.directory, context)
+    options = {"max_grad_norm": None, **case.options}
+    return context, ps.load_adapter(case.adapter).engine(model, optimizer, context, **options)
+
+
+def mine(context, batches):
+    """This rank's micro-batches: those of its data-parallel position, and its part of their tokens."""
+    data = context.axis("data")
+    return [
+        {name: ps.context_shard(value, context, dim=1).contiguous() for name, value in micro_batch.items()}
+        if micro_batch["input_ids"].dim() == 2
+        else micro_batch
+        for micro_batch in batches[data.rank :: data.size]
+    ]
+
+
+def full_weights(engine, context):
+    """The weights of this rank's stages by checkpoint names, gathered over the tensor axis."""
+    found = {}
+    for name, shard in engine.weights():
+        entry = engine.table[name]
+        full = gather_shards(shard, entry.layout, context.axis("tensor"))
+        found.update(zip(entry.checkpoint_names, stored_parts(entry.layout, len(entry.checkpoint_names), full.clone())))
+    return found
+
+
+def train(cases):
+    """Losses, evaluation losses, norms and weights of each case."""
+    results = {}
+    for case in cases:
+        context, engine = start(case)
+        losses, evaluated, norms = [], [], []
+        for step in range(STEPS):
+            batches = mine(context, micro_batches(case.kind, step))
+            evaluated.append(engine.eval_batch(batches).loss.item())
+            losses.append(engine.train_batch(batches).loss.item())
+            norms.append(engine.step().grad_norm)
+        results[case.name] = losses, evaluated, norms, full_weights(engine, context)
+        engine.close()
+        ps.shutdown(context)
+    return results
