@@ -34,7 +34,7 @@ CAPABILITIES = Capabilities(
         "zero3": no("never", "FSDP2 is equivalent. Use fsdp"),
         "pipeline": no("notimpl", "torch.distributed.pipelining is not wired up yet"),
         "context": YES,
-        "expert": no("notimpl", "no mixture-of-experts layers yet"),
+        "expert": YES,
         "casts": YES,
         "masters": YES,
         "float16": YES,
@@ -99,9 +99,8 @@ class TorchAdapter:
         """
         self.requirement.require()
         layout = layout or ParallelLayout.for_world(world_size_from_environment())
-        for axis in ("pipeline", "expert"):
-            if getattr(layout, axis) > 1:
-                self.capabilities.require(axis)
+        if layout.pipeline > 1:
+            self.capabilities.require("pipeline")
         context = initialize(layout, self.linear, device=device, backend=backend, timeout=timeout)
         if layout.sequence_parallel and layout.tensor == 1 and context.rank == 0:
             logger.warning("sequence_parallel does nothing at tensor-parallel size 1")
