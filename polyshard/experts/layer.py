@@ -15,7 +15,7 @@ from polyshard.core.experts import ClampedSwiglu, ExpertBank, ExpertStorage
 from polyshard.core.linear_adapter import adapter_with, choose_adapter
 from polyshard.core.weight_table import set_layouts
 from polyshard.experts.balance import Balance
-from polyshard.experts.observed import Observed, in_backward, observe
+from polyshard.experts.observed import Observed, observe
 from polyshard.experts.router import Router
 from polyshard.layers.activation import swiglu
 from polyshard.layers.differentiable import sum_gradient
@@ -164,7 +164,7 @@ class MixtureOfExperts(nn.Module):
         routing = self.rule.route(logits, self.experts_per_token, self.matrix.correction, self._replayed(tokens))
         if self.records:
             self.recorded = routing.experts
-        if self.training and not in_backward():
+        if self.training:
             observe(self, logits, routing.experts, x.shape, cu_seqlens)
         y = self.experts(tokens, routing).view_as(x)
         if self._shared is None:

@@ -47,11 +47,6 @@ class Observed:
         self.warned = False
 
 
-def in_backward() -> bool:
-    """Whether a backward pass is running, which recomputes a forward pass."""
-    return torch._C._current_graph_task_id() != -1
-
-
 def observe(
     layer: MixtureOfExperts,
     logits: torch.Tensor,
@@ -68,40 +63,62 @@ def observe(
         shape: of the layer's input.
         cu_seqlens: boundaries of packed sequences.
     """
-    held, balance, context = layer.observed, layer.balance, layer.context
-    number = layer.bank.num_experts
-    scores = layer.rule.scores(logits)
-    shares = scores / scores.sum(-1, keepdim=True) if layer.rule.score == "sigmoid" else scores
-    counts = choices_by_sequence(experts, number, None, 1)[0].double()
-    held.load = counts if held.load is None else held.load + counts
-    held.unbalanced = counts if held.unbalanced is None else held.unbalanced + counts
-    entropy = summed_entropy(shares.detach()).double()
-    held.entropy = entropy if held.entropy is None else held.entropy + entropy
-    held.tokens += len(logits)
-    if not balance.has_loss or not torch.is_grad_enabled():
+    held, recomputes = layer.observed, _in_backward()
+    counts = choices_by_sequence(experts, layer.bank.num_experts, None, 1)[0].double()
+    if not recomputes:
+        _add_up(held, counts, shares_of(layer, logits.detach()))
+    if not layer.balance.has_loss or not torch.is_grad_enabled():
         return
-    if held.loss is not None and not held.warned:
+    if held.loss is not None and not held.warned and not recomputes:
         held.warned = True
         logger.warning(
             "the balance loss of a mixture of experts was not added to the model's loss. Use engine.train_batch, or "
             "add polyshard.router_loss(model) to the loss"
         )
-    losses = []
-    sequence_ranks = _sequence_axes(context)
+    # A recomputed forward pass must save the same tensors for backward, so it computes the loss and drops it.
+    loss = _loss(layer, logits, counts, experts, shape, cu_seqlens)
+    if not recomputes:
+        held.loss = loss
+
+
+def shares_of(layer: MixtureOfExperts, logits: torch.Tensor) -> torch.Tensor:
+    """Return the scores `[tokens, experts]`, divided by their sum over the experts."""
+    scores = layer.rule.scores(logits)
+    return scores / scores.sum(-1, keepdim=True) if layer.rule.score == "sigmoid" else scores
+
+
+@torch.no_grad()
+def _add_up(held: Observed, counts: torch.Tensor, shares: torch.Tensor) -> None:
+    held.load = counts if held.load is None else held.load + counts
+    held.unbalanced = counts if held.unbalanced is None else held.unbalanced + counts
+    entropy = summed_entropy(shares).double()
+    held.entropy = entropy if held.entropy is None else held.entropy + entropy
+    held.tokens += len(shares)
+
+
+def _loss(
+    layer: MixtureOfExperts,
+    logits: torch.Tensor,
+    counts: torch.Tensor,
+    experts: torch.Tensor,
+    shape: torch.Size,
+    cu_seqlens: torch.Tensor | None,
+) -> torch.Tensor:
+    balance, context = layer.balance, layer.context
+    losses, shares, sequence_ranks = [], shares_of(layer, logits), _sequence_axes(context)
     if balance.z:
         losses.append(balance.z * z_loss(logits))
     if balance.batch:
-        everywhere = (replica_axis(context), *sequence_ranks[:1])
-        total = summed_over(everywhere, counts)[None]
+        total = summed_over(_token_axes(context), counts)[None]
         losses.append(balance.batch * balance_loss(shares, total, None, total.new_tensor([len(logits)])))
     if balance.sequence:
         rows, lengths = _rows(shape, cu_seqlens, sequence_ranks, logits.device)
-        by_sequence = choices_by_sequence(experts, number, rows, len(lengths)).double()
+        by_sequence = choices_by_sequence(experts, layer.bank.num_experts, rows, len(lengths)).double()
         total = summed_over(sequence_ranks, by_sequence)
         losses.append(balance.sequence * balance_loss(shares, total, rows, lengths))
     loss = torch.stack([value.float() for value in losses]).sum()
     # Under sequence parallel, the gradients of tensor-parallel ranks are added up, each a mean over its own tokens.
-    held.loss = loss / context.axis("tensor").size if context.layout.sequence_parallel else loss
+    return loss / context.axis("tensor").size if context.layout.sequence_parallel else loss
 
 
 def _sequence_axes(context: ParallelContext) -> tuple[ParallelAxis, ...]:
@@ -133,6 +150,11 @@ def expert_layers(model: nn.Module) -> Iterator[tuple[str, MixtureOfExperts]]:
     for name, module in model.named_modules():
         if isinstance(getattr(module, "observed", None), Observed):
             yield name, module  # pyrefly: ignore  # the only module with that attribute
+
+
+def is_router_bias(name: str) -> bool:
+    """Whether a parameter is a router's correction bias, which is float32 and has no gradient."""
+    return name.rpartition(".")[2] == "e_score_correction_bias"
 
 
 def router_loss(model: nn.Module) -> torch.Tensor | None:
@@ -234,3 +256,8 @@ def _token_axes(context: ParallelContext) -> tuple[ParallelAxis, ...]:
     """Return the axes over which tokens are distributed."""
     tensor = (context.axis("tensor"),) if context.layout.sequence_parallel else ()
     return (*tensor, replica_axis(context))
+
+
+def _in_backward() -> bool:
+    """Whether a backward pass is running, which recomputes a forward pass."""
+    return torch._C._current_graph_task_id() != -1

@@ -21,7 +21,7 @@ from polyshard.adapters.shared.loss_scale import LossScale
 from polyshard.adapters.shared.parameter_groups import Held, check_elementwise, check_patterns, settings_of_groups
 from polyshard.core.adapter import StepResult
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
-from polyshard.core.context import ParallelContext, replica_axis
+from polyshard.core.context import ParallelContext, holder_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.optimizer import OptimizerFactory
 from polyshard.core.parameter_groups import GroupSettings
@@ -219,8 +219,8 @@ class BaseEngine(ABC):
 
     def weight_pieces(self) -> Iterator[Piece]:
         """Yield this rank's piece of every parameter; all replicas hold the full shard."""
-        axis = replica_axis(self.context)
         for name, parameter in self._module.named_parameters():
+            axis = holder_axis(self.context, self.table[name].layout)
             yield replicated_piece(name, WEIGHT, parameter.detach(), axis)
 
     def weights_written(self) -> None:
