@@ -78,7 +78,11 @@ def train_batch(
                     f"the loss has the wrong shape: got {tuple(value.shape)}, expected a scalar sum"
                 )
             balance = router_loss(engine.module)
-            balanced = value if balance is None else value + balance.to(value.dtype) * torch.as_tensor(counted[index], device=value.device)
+            balanced = (
+                value
+                if balance is None
+                else value + balance.to(value.dtype) * torch.as_tensor(counted[index], device=value.device)
+            )
             engine.backward(balanced * factor.to(value.dtype))
         summed += value.detach().double()
     if replicas.size > 1:

@@ -166,7 +166,5 @@ def _of_experts(
     each, row = len(layout.segments), math.prod(sizes[1:])
     for index in range(sizes[0]):
         expert = layout.experts.first + offsets[0] + index
-        one = replace(
-            entry, layout=layout.of_one_expert(), checkpoint_names=names[expert * each : (expert + 1) * each]
-        )
+        one = replace(entry, layout=layout.of_one_expert(), checkpoint_names=names[expert * each : (expert + 1) * each])
         yield from _in_stored(one, rank, size, run + index * row, offsets[1:], sizes[1:])

@@ -87,8 +87,11 @@ def initialize(
     rank = dist.get_rank()
     guard: FailureGuard = monitor.guard if monitor else no_guard
     axes: dict[Axis, ParallelAxis] = {}
-    same: dict[Axis, Axis] = {"replica": "data"} if layout.context == 1 else {}
-    same |= {"expert_replica": "replica"} if layout.expert == 1 else {}
+    same: dict[Axis, Axis] = {}  # axes with the ranks of an earlier one
+    if layout.context == 1:
+        same["replica"] = "data"
+    if layout.expert == 1:
+        same["expert_replica"] = "replica"
     for name in AXES:
         if name in same:
             axes[name] = dataclasses.replace(axes[same[name]], name=name)

@@ -323,11 +323,11 @@ def _fully_shard(
     parameters = dict(model.named_parameters())
     # A router's correction bias must stay float32, and FSDP2 would cast it with the others.
     ignored = {parameter for name, parameter in parameters.items() if is_router_bias(name)}
-    experts, holders = distributed_experts(table, context), context.axis("expert_replica")
-    if experts and holders.group is None:
+    experts, holders = distributed_experts(table, context), context.axis("expert_replica").group
+    if holders is None:
         ignored |= {parameters[name] for name in experts}
     elif experts:
-        expert_mesh = DeviceMesh.from_group(holders.group, context.device.type)
+        expert_mesh = DeviceMesh.from_group(holders, context.device.type)
         for path in sorted({name.rpartition(".")[0] for name in experts}):
             fully_shard(
                 model.get_submodule(path), mesh=expert_mesh, reshard_after_forward=options.reshard_after_forward

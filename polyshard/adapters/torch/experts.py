@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn import functional as F
 from typing_extensions import override
 
 from polyshard.adapters.torch.grouped import grouped_matmul
