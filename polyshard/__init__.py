@@ -44,9 +44,11 @@ if TYPE_CHECKING:
         PolyshardError,
         RankFailureError,
         RegistrationError,
+        RoutingError,
         UnsupportedVersionError,
         WeightSyncError,
     )
+    from polyshard.core.experts import ClampedSwiglu, ExpertStorage
     from polyshard.core.linear_adapter import LinearAdapter
     from polyshard.core.optimizer import AdamW, TorchOptimizer
     from polyshard.core.parallel_layout import ParallelLayout
@@ -57,6 +59,10 @@ if TYPE_CHECKING:
     from polyshard.core.weight_sharding import Segment, WeightLayout
     from polyshard.core.weight_table import collect_layouts
     from polyshard.exact import exact_context
+    from polyshard.experts.balance import Balance, RouterStatistics
+    from polyshard.experts.layer import MixtureOfExperts, SharedExperts, mixture_of_experts
+    from polyshard.experts.observed import router_loss, router_statistics, update_router_bias
+    from polyshard.experts.router import Router
     from polyshard.launch import initialize, shutdown
     from polyshard.layers.activation import swiglu
     from polyshard.layers.initialization import initialize_weights, normal_initializer
@@ -135,6 +141,7 @@ _HOMES = {
         "PolyshardError",
         "RankFailureError",
         "RegistrationError",
+        "RoutingError",
         "UnsupportedVersionError",
         "WeightSyncError",
     ),
@@ -163,6 +170,11 @@ _HOMES = {
     "polyshard.core.weight_sharding": ("Segment", "WeightLayout"),
     "polyshard.core.weight_table": ("collect_layouts",),
     "polyshard.exact": ("exact_context",),
+    "polyshard.core.experts": ("ClampedSwiglu", "ExpertStorage"),
+    "polyshard.experts.balance": ("Balance", "RouterStatistics"),
+    "polyshard.experts.layer": ("MixtureOfExperts", "SharedExperts", "mixture_of_experts"),
+    "polyshard.experts.observed": ("router_loss", "router_statistics", "update_router_bias"),
+    "polyshard.experts.router": ("Router",),
     "polyshard.layers.lm_loss": ("lm_logprobs", "lm_loss"),
     "polyshard.layers.logprobs": ("token_logprobs",),
     "polyshard.launch": ("initialize", "shutdown"),

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from polyshard.core.attention import AttentionFactory, LatentFactory
 from polyshard.core.exact_mode import ExactMode
 from polyshard.core.parallel_layout import AXES, Axis, ParallelLayout
+from polyshard.core.weight_sharding import WeightLayout
 
 
 @runtime_checkable
@@ -80,6 +81,13 @@ def replica_axis(parallel_context: ParallelContext) -> ParallelAxis:
     Gradients are averaged over these ranks, and ZeRO shards its states over them.
     """
     return parallel_context.axis("data" if parallel_context.axis("context").size == 1 else "replica")
+
+
+def holder_axis(parallel_context: ParallelContext, layout: WeightLayout) -> ParallelAxis:
+    """Return the axis of the ranks that hold the same shard of a weight: of experts, a part of the replica axis."""
+    if layout.experts is None or parallel_context.axis("expert").size == 1:
+        return replica_axis(parallel_context)
+    return parallel_context.axis("expert_replica")
 
 
 class FailureGuard(Protocol):

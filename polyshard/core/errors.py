@@ -39,6 +39,16 @@ class ConfigurationError(PolyshardError, ValueError):
     """
 
 
+class RoutingError(PolyshardError, RuntimeError):
+    """A router of a mixture of experts whose logits are not finite.
+
+    Examples:
+        >>> ps.Router().route(torch.tensor([[float("nan"), 0.0]]), 1)
+        Traceback (most recent call last):
+        polyshard.core.errors.RoutingError: The router's logits are not finite for 1 of 1 tokens. ...
+    """
+
+
 class AdapterError(PolyshardError, ValueError):
     """An adapter that is unknown, or that lacks a feature or method that a model requires.
 

@@ -9,6 +9,7 @@ methods or uses the torch adapter's:
     create_vocab_embedding(num_embeddings, embedding_dim, parallel_context)
     create_lm_head(hidden_size, vocab_size, parallel_context, bias=False, tied_to=None)
     create_norm(hidden_size, parallel_context, eps, partial_gradient)
+    create_experts(bank, parallel_context)  # see polyshard.core.experts.ExpertsAdapter
     vocab_parallel_cross_entropy(logits, targets, parallel_context, vocab_size, ignore_index, label_smoothing)
                           # the loss of each token, in the shape of targets; 0 where the target is ignore_index
     smooths_labels: bool  # whether that loss supports label smoothing (default True); if not, the torch adapter's is

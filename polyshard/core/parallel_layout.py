@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from polyshard.core.errors import LayoutError
 
-Axis = Literal["tensor", "pipeline", "data", "context", "expert", "replica"]
+Axis = Literal["tensor", "pipeline", "data", "context", "expert", "replica", "expert_replica"]
 AXES: tuple[Axis, ...] = get_args(Axis)
 LAYOUT_AXES: tuple[Axis, ...] = ("tensor", "pipeline", "data", "context", "expert")  # the fields of a layout
 
@@ -119,7 +119,8 @@ class ParallelLayout:
     def groups(self, axis: Axis) -> list[tuple[int, ...]]:
         """Return all groups of an axis: the global ranks that differ only in that coordinate, in coordinate order.
 
-        The replica axis is the data and the context axis together: the ranks that hold the same weights.
+        The replica axis is the data and the context axis together: the ranks that hold the same weights. The
+        expert_replica axis is the part of it whose ranks also hold the same experts.
         """
         members: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
@@ -127,8 +128,10 @@ class ParallelLayout:
             if axis == "expert":
                 others = [position[a] for a in RANK_ORDER if a != "data"]
                 others.append(position["data"] // self.expert)
-            elif axis == "replica":
+            elif axis in ("replica", "expert_replica"):
                 others = [position[a] for a in RANK_ORDER if a not in ("data", "context")]
+                if axis == "expert_replica":
+                    others.append(position["expert"])
             else:
                 others = [position[a] for a in RANK_ORDER if a != axis]
             members.setdefault(tuple(others), []).append(rank)

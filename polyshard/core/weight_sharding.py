@@ -2,14 +2,15 @@
 
 A `WeightLayout` describes the logical (full) tensor. Along at most one dimension it consists of segments that are
 sharded separately: `q | k | v`, `gate | up`. The layout determines each rank's shard, how shards are assembled into
-the full tensor, the names and parts in a Hugging Face checkpoint, and the loading into a server's fused layers.
+the full tensor, the names and parts in a Hugging Face checkpoint, and the loading into a server's fused layers. The
+weights of a mixture of experts have the experts as dimension 0, which the expert axis shards besides.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -86,15 +87,63 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertRange:
+    """The experts that a rank holds, of all experts of a layer.
+
+    Attributes:
+        total: number of experts of the layer.
+        first: the first one on this rank.
+        count: number of experts on this rank.
+
+    Raises:
+        LayoutError: the range is not part of the experts, or there are fewer than two experts.
+
+    Examples:
+        >>> ExpertRange.of_rank(8, 1, 2)
+        ExpertRange(total=8, first=4, count=4)
+    """
+
+    total: int
+    first: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.total < 2 or self.first < 0 or self.count < 1 or self.first + self.count > self.total:
+            raise LayoutError(
+                f"The range of experts is invalid: got {self.count} from {self.first} on, of {self.total}, expected a "
+                "part of at least two experts."
+            )
+
+    @classmethod
+    def of_rank(cls, total: int, rank: int, size: int) -> ExpertRange:
+        """Return the experts of one rank of an expert axis.
+
+        Raises:
+            LayoutError: the experts cannot be divided evenly over the ranks.
+        """
+        if total % size:
+            raise LayoutError(
+                f"{total} experts cannot be divided by expert-parallel size {size}. Use an expert-parallel size that "
+                f"divides {total}."
+            )
+        return cls(total=total, first=rank * (total // size), count=total // size)
+
+    def __contains__(self, expert: object) -> bool:
+        return isinstance(expert, int) and self.first <= expert < self.first + self.count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightLayout:
     """The logical shape of a parameter and how it is sharded.
 
     Attributes:
-        shape: logical shape, without padding or replication.
+        shape: logical shape, without padding or replication. With `experts`, dimension 0 is the experts.
         dim: the sharded dimension; None if the parameter is replicated.
         segments: parts along `dim`, in order; their sizes must add up to `shape[dim]`. Default: one segment.
         gradient: `"partial"` if each tensor-parallel rank's gradient is a partial sum that the training engine must add
             up (a norm under sequence parallel in a library that leaves this to its engine), else `"complete"`.
+        experts: the experts on this rank, for weights of a mixture of experts; else None. It is the only field whose
+            value depends on the rank.
 
     Raises:
         LayoutError: the fields contradict each other.
@@ -116,8 +165,14 @@ class WeightLayout:
     dim: int | None = None
     segments: tuple[Segment, ...] = field(default=())
     gradient: str = "complete"
+    experts: ExpertRange | None = None
 
     def __post_init__(self) -> None:
+        if self.experts is not None and (self.dim == 0 or not self.shape or self.shape[0] != self.experts.total):
+            raise LayoutError(
+                f"The layout of experts is invalid: got shape {self.shape}, sharded dimension {self.dim} and "
+                f"{self.experts.total} experts, expected the experts as dimension 0, sharded by the expert axis only."
+            )
         if self.gradient not in ("complete", "partial"):
             raise LayoutError(f"gradient is invalid: got {self.gradient!r}, expected 'complete' or 'partial'.")
         if self.dim is None:
@@ -140,6 +195,8 @@ class WeightLayout:
 
     def local_shape(self, rank: int, tensor_size: int) -> tuple[int, ...]:
         """Return the shape of a rank's shard."""
+        if self.experts is not None:
+            return self.of_local_experts().local_shape(rank, tensor_size)
         if self.dim is None:
             return self.shape
         local = sum(segment.local_range(rank, tensor_size)[1] for segment in self.segments)
@@ -178,6 +235,9 @@ class WeightLayout:
         """Return a rank's shard of the full tensor (all segments, in order). May be a view of `full`."""
         if tuple(full.shape) != self.shape:
             raise LayoutError(f"The full tensor has the wrong shape: got {tuple(full.shape)}, expected {self.shape}.")
+        if self.experts is not None:
+            local = full.narrow(0, self.experts.first, self.experts.count)
+            return self.of_local_experts().slice(local, rank, tensor_size)
         if self.dim is None:
             return full
         parts = full.split([segment.size for segment in self.segments], dim=self.dim)
@@ -191,7 +251,10 @@ class WeightLayout:
         return list(full.split([segment.size for segment in self.segments], dim=self.dim))
 
     def assemble(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Assemble the full tensor from the shards of all ranks, in rank order. Drops padding and replicas."""
+        """Assemble the full tensor from the shards of all tensor-parallel ranks, in rank order.
+
+        Drops padding and replicas. Of a mixture of experts, the result has the experts of the shards.
+        """
         if self.dim is None:
             return shards[0]
         tensor_size = len(shards)
@@ -205,6 +268,15 @@ class WeightLayout:
             joined = torch.cat(pieces, dim=self.dim)
             parts.append(joined.narrow(self.dim, 0, segment.size))
         return torch.cat(parts, dim=self.dim)
+
+    def of_local_experts(self) -> WeightLayout:
+        """Return the layout of this rank's experts, as one tensor without an expert axis."""
+        assert self.experts is not None
+        return replace(self, shape=(self.experts.count, *self.shape[1:]), experts=None)
+
+    def of_one_expert(self) -> WeightLayout:
+        """Return the layout of one expert's weight."""
+        return replace(self, shape=self.shape[1:], dim=None if self.dim is None else self.dim - 1, experts=None)
 
     def has_replicas(self, tensor_size: int) -> bool:
         """Return whether a part of some segment is held by more than one rank."""

@@ -31,6 +31,7 @@ class WeightEntry:
             modules that a library puts in between.
         layout: how the logical tensor is sharded.
         checkpoint_names: names of the segments' tensors in a checkpoint; one name for a tensor that is stored as one.
+            Of experts that are stored one by one, the segments of all experts, expert after expert.
         tied_names: canonical names of the other places where the model uses the same parameter.
         tied_parameters: the names of these places in the built model.
 
@@ -127,6 +128,11 @@ def attach_layouts(module: nn.Module, layouts: Mapping[str, WeightLayout], tenso
     setattr(module, _ATTRIBUTE, found)
 
 
+def set_layouts(module: nn.Module, layouts: Mapping[str, tuple[str, WeightLayout]]) -> None:
+    """Store canonical names and layouts of a layer's parameters on the layer, by their names in it."""
+    setattr(module, _ATTRIBUTE, dict(layouts))
+
+
 def store_as(owner: nn.Module, child: str, name: str) -> None:
     """Store the parameters of a child of `owner` in checkpoints under the name `name` instead of the child's.
 
@@ -207,24 +213,40 @@ def checkpoint_names(canonical: str, layout: WeightLayout) -> tuple[str, ...]:
 
     A parameter with named segments has one for each: `mlp.gate_up.weight` with segments gate_proj and up_proj is stored
     as `mlp.gate_proj.weight` and `mlp.up_proj.weight`. A parameter with unnamed segments is stored as one tensor under
-    its canonical name.
+    its canonical name. Experts with named segments are stored one by one: `mlp.experts.gate_up.weight` as
+    `mlp.experts.0.gate_proj.weight` and so on.
     """
     names = [segment.name for segment in layout.segments]
     if not any(names):
         return (canonical,)
     module, leaf = canonical.rsplit(".", 1)
     parent = module.rsplit(".", 1)[0] + "." if "." in module else ""
+    if layout.experts is not None:
+        return tuple(f"{parent}{i}.{name}.{leaf}" for i in range(layout.experts.total) for name in names)
     return tuple(f"{parent}{name}.{leaf}" for name in names)
 
 
 def stored_parts(layout: WeightLayout, count: int, full: torch.Tensor) -> list[torch.Tensor]:
     """Split a full tensor into the `count` tensors that a checkpoint stores."""
-    return [full] if count == 1 else layout.split(full)
+    if count == 1:
+        return [full]
+    if layout.experts is None:
+        return layout.split(full)
+    return [part for expert in full.unbind(0) for part in layout.of_one_expert().split(expert)]
 
 
 def stored_shape(layout: WeightLayout, count: int, index: int) -> tuple[int, ...]:
     """Return the shape of tensor `index` of the `count` tensors that a checkpoint stores for a parameter."""
-    return layout.shape if count == 1 else layout.segment_shape(index)
+    if count == 1:
+        return layout.shape
+    if layout.experts is None:
+        return layout.segment_shape(index)
+    return layout.of_one_expert().segment_shape(index % len(layout.segments))
+
+
+def is_stored_here(layout: WeightLayout, count: int, index: int) -> bool:
+    """Return whether tensor `index` of `count` contributes to this rank's shard: False for another rank's expert."""
+    return layout.experts is None or count == 1 or index // len(layout.segments) in layout.experts
 
 
 def local_part(
@@ -252,7 +274,17 @@ def copy_into_shard(
     rank: int,
     tensor_size: int,
 ) -> None:
-    """Copy a stored tensor's part into a rank's shard, converting the dtype."""
+    """Copy a stored tensor's part into a rank's shard, converting the dtype; nothing of another rank's expert."""
+    if layout.experts is not None:
+        if count == 1:
+            full = full.narrow(0, layout.experts.first, layout.experts.count)
+            layout = layout.of_local_experts()
+        else:
+            expert, index = divmod(index, len(layout.segments))
+            if expert not in layout.experts:
+                return
+            parameter = parameter[expert - layout.experts.first]
+            count, layout = len(layout.segments), layout.of_one_expert()
     values, start, length = local_part(layout, count, index, full, rank, tensor_size)
     with torch.no_grad():
         target = parameter if layout.dim is None else parameter.narrow(layout.dim, start, length)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from polyshard.core.context import ParallelContext
-from polyshard.core.weight_table import collect_layouts, copy_into_shard, stored_shape
+from polyshard.core.weight_table import collect_layouts, copy_into_shard, is_stored_here, stored_shape
 
 Initializer = Callable[[str, tuple[int, ...], torch.Generator], torch.Tensor]
 
@@ -74,6 +74,8 @@ def initialize_weights(
         for entry in collect_layouts(model).values():
             count = len(entry.checkpoint_names)
             for index, name in enumerate(entry.checkpoint_names):
+                if not is_stored_here(entry.layout, count, index):
+                    continue
                 shape = stored_shape(entry.layout, count, index)
                 full = draw(name, shape, generator_for(name, seed))
                 copy_into_shard(parameters[entry.parameter], entry.layout, count, index, full, rank, size)

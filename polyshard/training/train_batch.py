@@ -11,6 +11,7 @@ import torch
 from polyshard.core.batch import IGNORED, BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
+from polyshard.experts.observed import router_loss
 from polyshard.layers.lm_loss import lm_loss
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def train_batch(
     """Run forward and backward for one step's micro-batches; `engine.step()` then updates the weights.
 
     The gradient equals that of a single process with the full batch: the sum of all tokens' losses, divided by the
-    number of tokens of all micro-batches and all data-parallel and context-parallel ranks. Micro-batches and ranks may
+    number of tokens of all micro-batches and all data-parallel and context-parallel ranks. The balance losses of a
+    mixture of experts are added to it, but not to the result. Micro-batches and ranks may
     have different numbers of labels, or none. One small all-reduce before the first backward pass exchanges the number
     of tokens, and another one after the last exchanges the loss.
 
@@ -75,7 +77,13 @@ def train_batch(
                 raise ConfigurationError(
                     f"the loss has the wrong shape: got {tuple(value.shape)}, expected a scalar sum"
                 )
-            engine.backward(value * factor.to(value.dtype))
+            balance = router_loss(engine.module)
+            balanced = (
+                value
+                if balance is None
+                else value + balance.to(value.dtype) * torch.as_tensor(counted[index], device=value.device)
+            )
+            engine.backward(balanced * factor.to(value.dtype))
         summed += value.detach().double()
     if replicas.size > 1:
         assert replicas.collectives is not None

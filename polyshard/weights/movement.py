@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from polyshard.core.context import ParallelContext, replica_axis
+from polyshard.core.context import ParallelContext, holder_axis
 from polyshard.core.pieces import WEIGHT, Piece, replicated_piece
-from polyshard.core.weight_table import WeightTable
+from polyshard.core.weight_table import WeightTable, collect_layouts
 from polyshard.weights.fingerprint import fingerprint, total
 from polyshard.weights.regions import Region, regions
 
@@ -36,10 +36,10 @@ class Moved:
 
 
 def module_pieces(module: nn.Module, context: ParallelContext) -> Iterator[Piece]:
-    """Yield the parameters of a model as pieces, which are identical on all replicas."""
-    axis = replica_axis(context)
+    """Yield the parameters of a model as pieces, which are identical on all ranks that hold them."""
+    table = collect_layouts(module)
     for name, parameter in module.named_parameters():
-        yield replicated_piece(name, WEIGHT, parameter.detach().contiguous(), axis)
+        yield replicated_piece(name, WEIGHT, parameter.detach().contiguous(), holder_axis(context, table[name].layout))
 
 
 def shared_run(piece: Piece, shape: Sequence[int]) -> tuple[int, int]:

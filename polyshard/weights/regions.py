@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -114,6 +114,9 @@ def _in_stored(
     entry: WeightEntry, rank: int, size: int, run: int, offsets: tuple[int, ...], sizes: tuple[int, ...]
 ) -> Iterator[Region]:
     layout, count = entry.layout, len(entry.checkpoint_names)
+    if layout.experts is not None:
+        yield from _of_experts(entry, rank, size, run, offsets, sizes)
+        return
     if layout.dim is None:
         yield Region(
             name=entry.checkpoint_names[0],
@@ -146,3 +149,22 @@ def _in_stored(
                 first=rank % segment.replicas(size) == 0,
             )
         before += segment.size
+
+
+def _of_experts(
+    entry: WeightEntry, rank: int, size: int, run: int, offsets: tuple[int, ...], sizes: tuple[int, ...]
+) -> Iterator[Region]:
+    """Yield the rectangles of a box in this rank's experts, which are stored as one tensor or expert by expert."""
+    layout, names = entry.layout, entry.checkpoint_names
+    assert layout.experts is not None
+    if len(names) == 1:
+        local = replace(entry, layout=layout.of_local_experts())
+        for region in _in_stored(local, rank, size, run, offsets, sizes):
+            place = (region.offsets[0] + layout.experts.first, *region.offsets[1:])
+            yield replace(region, shape=layout.shape, offsets=place)
+        return
+    each, row = len(layout.segments), math.prod(sizes[1:])
+    for index in range(sizes[0]):
+        expert = layout.experts.first + offsets[0] + index
+        one = replace(entry, layout=layout.of_one_expert(), checkpoint_names=names[expert * each : (expert + 1) * each])
+        yield from _in_stored(one, rank, size, run + index * row, offsets[1:], sizes[1:])

@@ -22,7 +22,7 @@ from polyshard.adapters.shared.parameter_groups import Held, check_elementwise, 
 from polyshard.core.adapter import StepResult
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.build_stages import as_stages
-from polyshard.core.context import ParallelContext, replica_axis
+from polyshard.core.context import ParallelContext, holder_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.model_weights import ModelWeights
 from polyshard.core.optimizer import OptimizerFactory
@@ -285,8 +285,8 @@ class BaseEngine(ABC):
 
     def weight_pieces(self) -> Iterator[Piece]:
         """Yield this rank's piece of every parameter; all replicas hold the full shard."""
-        axis = replica_axis(self.context)
         for name, parameter in self._module.named_parameters():
+            axis = holder_axis(self.context, self.table[name].layout)
             yield replicated_piece(name, WEIGHT, parameter.detach(), axis)
 
     def weights_written(self) -> None:

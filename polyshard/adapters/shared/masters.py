@@ -69,9 +69,12 @@ def refresh_masters(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 
 @torch.no_grad()
-def broadcast_parameters(module: nn.Module, group: dist.ProcessGroup | None, ranks: Sequence[int]) -> None:
+def broadcast_parameters(
+    module: nn.Module, group: dist.ProcessGroup | None, ranks: Sequence[int], without: frozenset[str] = frozenset()
+) -> None:
     """Give every replica the first one's parameters and buffers, as DistributedDataParallel does when it is built."""
     if group is None or len(ranks) == 1:
         return
-    for tensor in (*module.parameters(), *module.buffers()):
+    parameters = [parameter for name, parameter in module.named_parameters() if name not in without]
+    for tensor in (*parameters, *module.buffers()):
         dist.broadcast(tensor, src=ranks[0], group=group)

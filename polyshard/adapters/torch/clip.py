@@ -21,7 +21,8 @@ def global_grad_norm(
 ) -> torch.Tensor:
     """Return the 2-norm of the full model's gradient, a float32 scalar with the same value on every rank.
 
-    Squares are summed over the tensor and pipeline axes, and for FSDP also over the replicas.
+    Squares are summed over the tensor and pipeline axes, for FSDP also over the replicas, and for experts over the
+    expert axis.
 
     Args:
         named_parameters: with gradients.
@@ -29,8 +30,8 @@ def global_grad_norm(
         context: the parallel context.
         owned: the names that count; another pipeline stage counts a weight that is tied to it.
     """
-    tensor_axis, replicas = context.axis("tensor"), replica_axis(context)
-    over_replicas, everywhere = torch.zeros(2, device=context.device).unbind(0)
+    tensor_axis, replicas, expert_axis = context.axis("tensor"), replica_axis(context), context.axis("expert")
+    over_replicas, over_experts, everywhere = torch.zeros(3, device=context.device).unbind(0)
     for name, parameter in named_parameters:
         if parameter.grad is None or name not in owned:
             continue
@@ -41,12 +42,19 @@ def global_grad_norm(
             over_replicas = over_replicas + square.to(context.device)  # offloaded gradients are on the CPU
         else:
             whole = full_tensor(parameter.grad)
-            everywhere = everywhere + counted_square(whole, layout, tensor_axis.rank, tensor_axis.size)
+            square = counted_square(whole, layout, tensor_axis.rank, tensor_axis.size)
+            if layout.experts is None:
+                everywhere = everywhere + square
+            else:
+                over_experts = over_experts + square
     if tensor_axis.size > 1:
         assert tensor_axis.collectives is not None
-        summed = tensor_axis.collectives.all_reduce(torch.stack((over_replicas, everywhere)))
-        over_replicas, everywhere = summed.unbind(0)
+        summed = tensor_axis.collectives.all_reduce(torch.stack((over_replicas, over_experts, everywhere)))
+        over_replicas, over_experts, everywhere = summed.unbind(0)
+    if expert_axis.size > 1:
+        assert expert_axis.collectives is not None
+        over_experts = expert_axis.collectives.all_reduce(over_experts)
     if replicas.size > 1:
         assert replicas.collectives is not None
         over_replicas = replicas.collectives.all_reduce(over_replicas)
-    return over_stages(over_replicas + everywhere, context).sqrt()
+    return over_stages(over_replicas + over_experts + everywhere, context).sqrt()

@@ -87,9 +87,14 @@ def initialize(
     rank = dist.get_rank()
     guard: FailureGuard = monitor.guard if monitor else no_guard
     axes: dict[Axis, ParallelAxis] = {}
+    same: dict[Axis, Axis] = {}  # axes with the ranks of an earlier one
+    if layout.context == 1:
+        same["replica"] = "data"
+    if layout.expert == 1:
+        same["expert_replica"] = "replica"
     for name in AXES:
-        if name == "replica" and layout.context == 1:
-            axes[name] = dataclasses.replace(axes["data"], name=name)
+        if name in same:
+            axes[name] = dataclasses.replace(axes[same[name]], name=name)
             continue
         axis, group = _make_axis(layout, name, rank, timeout, guard)
         axes[name] = axis

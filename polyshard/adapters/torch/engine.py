@@ -24,6 +24,7 @@ from polyshard.adapters.torch.clip import global_grad_norm
 from polyshard.adapters.torch.compat import (
     fsdp_function,
     full_tensor,
+    ignore_in_ddp,
     is_dtensor,
     local_tensor,
     mixed_precision_policy,
@@ -31,15 +32,18 @@ from polyshard.adapters.torch.compat import (
     sharded_rows,
     unshard_gradient_sync,
 )
+from polyshard.adapters.torch.expert_parallel import ExpertGradients, distributed_experts, group_of_each
 from polyshard.adapters.torch.float8 import apply_float8
 from polyshard.adapters.torch.overlap import FsdpOptions, overlap_options, reducer_options
 from polyshard.core.adapter import OptimizerFactory, StepResult
-from polyshard.core.context import ParallelContext, replica_axis
+from polyshard.core.context import ParallelContext, holder_axis, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, replicated_piece
 from polyshard.core.pipeline_plan import SPLIT_BACKWARD
 from polyshard.core.precision import Precision
 from polyshard.core.stages import Stages
+from polyshard.core.weight_table import WeightTable
+from polyshard.experts.observed import is_router_bias
 from polyshard.training.compile import Compile
 from polyshard.training.pipeline_step import PipelineStep
 from polyshard.training.recompute import Recompute
@@ -122,30 +126,45 @@ class TorchEngine(BaseEngine):
         self._masters: Masters | None = None
         self._reducer: GradientReducer | None = None
         self._pipeline: TorchPipeline | None = None
+        self._experts: ExpertGradients | None = None  # beside DistributedDataParallel
+        experts = distributed_experts(self.table, context)
         # DDP's static graph fails if its first backward pass is under no_sync (reducer.cpp:1732, torch 2.13).
         self._skips_sync = not ddp.get("static_graph", False)
         self._check_precision()
         self._undo_float8 = apply_float8(model, self.precision.float8, context)
+        if experts and offload != "none":
+            raise ConfigurationError(
+                f"offload={offload!r} is unsupported with expert parallel: the experts' optimizer state would stay on "
+                "the device. Use an expert-parallel size of 1, or no offload."
+            )
         offloads = check_offload(offload, context.device, self._sharded, "data_parallel='fsdp' with several replicas")
         if data_parallel == "fsdp" and not self._sharded:
             logger.warning("fsdp does nothing at data-parallel size 1: the model is trained unsharded")
         if self._stages is not None:
             self._start_pipeline(self._stages, shard_modules, fsdp, offloads, ddp_options, recompute)
         elif self._sharded:
-            _fully_shard(model, context, shard_modules or _is_list_item(model), self.precision, fsdp, offloads)
+            _fully_shard(
+                model, context, shard_modules or _is_list_item(model), self.precision, fsdp, offloads, self.table
+            )
         elif self.precision.has_masters:
             with self._guard("data parallel setup"):
-                broadcast_parameters(model, replicas.group, replicas.ranks)
+                broadcast_parameters(model, replicas.group, replicas.ranks, without=experts)
+                ExpertGradients(model.named_parameters(), experts, context.axis("expert_replica"), self._guard)
             self._masters = Masters(model.named_parameters(), self.precision.optimizer)
             self._reducer = GradientReducer(
                 model.named_parameters(),
                 self._masters,
                 self.precision.reduce,
-                replicas.group,
+                group_of_each(self.table, context),
                 **reducer_options(ddp_options or {}, self.precision),
             )
         elif replicas.size > 1:
             with self._guard("data parallel setup"):
+                if experts:
+                    self._experts = ExpertGradients(
+                        model.named_parameters(), experts, context.axis("expert_replica"), self._guard
+                    )
+                    ignore_in_ddp(model, experts)
                 self._wrapped = DistributedDataParallel(model, process_group=replicas.group, **ddp)
         self.optimizer = self._build(optimizer, self._updated(), held="rows" if self._sharded else "whole")
         self._start_rate()
@@ -187,7 +206,7 @@ class TorchEngine(BaseEngine):
                 )
             for module in self._pipeline.modules:
                 chosen = (lambda _: False) if splits else shard_modules or _is_list_item(module)
-                _fully_shard(module, self.context, chosen, self.precision, fsdp, offloads)
+                _fully_shard(module, self.context, chosen, self.precision, fsdp, offloads, self.table)
             return
         replicas = replica_axis(self.context)
         with self._guard("data parallel setup"):
@@ -256,6 +275,8 @@ class TorchEngine(BaseEngine):
             self._scaled(loss).backward()
             if self._reducer is not None and self._reducer.sends:
                 self._reducer.finish()
+            if self._experts is not None and self._wrapped.require_backward_grad_sync:
+                self._experts.average()
         self._skips_sync = True
 
     def step(self) -> StepResult:
@@ -341,7 +362,7 @@ class TorchEngine(BaseEngine):
         if is_dtensor(tensor):
             start, local = sharded_rows(tensor)
             return Piece(parameter=name, slot=slot, start=start, values=local.view(-1))
-        return replicated_piece(name, slot, tensor, replica_axis(self.context))
+        return replicated_piece(name, slot, tensor, holder_axis(self.context, self.table[name].layout))
 
     @contextmanager
     def _without_sending(self, reducer: GradientReducer) -> Iterator[None]:
@@ -372,6 +393,7 @@ def _fully_shard(
     precision: Precision,
     options: FsdpOptions,
     offloads: bool,
+    table: WeightTable,
 ) -> None:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -386,6 +408,19 @@ def _fully_shard(
     group = replica_axis(context).group
     assert group is not None
     mesh = DeviceMesh.from_group(group, context.device.type)
+    parameters = dict(model.named_parameters())
+    # A router's correction bias must stay float32, and FSDP2 would cast it with the others.
+    ignored = {parameter for name, parameter in parameters.items() if is_router_bias(name)}
+    experts, holders = distributed_experts(table, context), context.axis("expert_replica").group
+    if holders is None:
+        ignored |= {parameters[name] for name in experts}
+    elif experts:
+        expert_mesh = DeviceMesh.from_group(holders, context.device.type)
+        for path in sorted({name.rpartition(".")[0] for name in experts}):
+            fully_shard(
+                model.get_submodule(path), mesh=expert_mesh, reshard_after_forward=options.reshard_after_forward
+            )
+    fully_shard = partial(fully_shard, ignored_params=ignored)
     modules = [module for module in model.modules() if module is not model and chosen(module)]
     for module in reversed(modules):
         fully_shard(module, mesh=mesh, reshard_after_forward=options.reshard_after_forward)

@@ -14,6 +14,7 @@ from typing_extensions import override
 from polyshard.adapters.torch.cross_entropy import vocab_parallel_cross_entropy
 from polyshard.adapters.torch.norm import RMSNorm
 from polyshard.core.context import ParallelContext
+from polyshard.core.experts import ExpertBank
 from polyshard.core.weight_sharding import Segment, WeightLayout, qkv_segments
 from polyshard.layers.differentiable import (
     copy_to_region,
@@ -220,6 +221,12 @@ class TorchLinearAdapter:
     ) -> nn.Module:
         """Return a row-parallel layer."""
         return RowParallelLinear(input_size, output_size, parallel_context, bias)
+
+    def create_experts(self, bank: ExpertBank, parallel_context: ParallelContext) -> nn.Module:
+        """Return the experts of a mixture of experts."""
+        from polyshard.adapters.torch.experts import TorchExperts
+
+        return TorchExperts(bank, parallel_context)
 
     def create_vocab_embedding(
         self, num_embeddings: int, embedding_dim: int, parallel_context: ParallelContext

@@ -1,0 +1,189 @@
+"""Experts of plain torch tensors: rows sorted by expert, exchanged over the expert axis, and multiplied in groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from typing_extensions import override
+
+from polyshard.adapters.torch.grouped import grouped_matmul
+from polyshard.adapters.torch.linear import new_weight
+from polyshard.core.context import FailureGuard, ParallelAxis, ParallelContext
+from polyshard.core.experts import ClampedSwiglu, ExpertBank, Routing
+from polyshard.layers.activation import swiglu
+from polyshard.layers.differentiable import (
+    copy_to_region,
+    gather_sequence,
+    reduce_from_region,
+    scatter_sum_sequence,
+    transform_gradient,
+)
+
+
+class TorchExperts(nn.Module):
+    """The experts of one layer on this rank: `(x [tokens, hidden], Routing) -> [tokens, hidden]`.
+
+    Under sequence parallel, `x` and the result are this rank's tokens; else they are equal on all tensor-parallel
+    ranks. No token is dropped.
+    """
+
+    def __init__(self, bank: ExpertBank, context: ParallelContext) -> None:
+        super().__init__()
+        self.bank = bank
+        self.tensor_axis, self.expert_axis = context.axis("tensor"), context.axis("expert")
+        self.sequence_parallel = context.layout.sequence_parallel
+        self.guard = context.guard
+        stds = {"gate_up": bank.hidden_size**-0.5, "down": bank.expert_size**-0.5}
+        for name, layout in bank.layouts(self.expert_axis.rank, self.expert_axis.size).items():
+            self.register_parameter(name, new_weight(layout, context, stds.get(name)))
+
+    @override
+    def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        weights, experts = routing.weights, routing.experts
+        enter = partial(gather_sequence, dim=0) if self.sequence_parallel else copy_to_region
+        x, weights = enter(x, self.tensor_axis), enter(weights, self.tensor_axis)
+        if self.sequence_parallel and self.tensor_axis.collectives is not None:
+            experts = self.tensor_axis.collectives.all_gather(experts, 0)
+        tokens, per_token = experts.shape
+        order = experts.reshape(-1).argsort(stable=True)
+        counts = torch.bincount(experts.reshape(-1), minlength=self.bank.num_experts)
+        rows = x[order.div(per_token, rounding_mode="floor")]
+        if self.bank.scale_input:
+            rows = rows * weights.reshape(-1, 1)[order].to(rows.dtype)
+        if self.expert_axis.size == 1:
+            y = self._outputs(rows, counts)
+        else:
+            exchange = Exchange.of(counts, self.expert_axis, self.guard)
+            y = exchange.back(self._outputs(exchange.to_experts(rows), exchange.counts))
+        slots = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        y = y[slots].view(tokens, per_token, -1)
+        y = y.to(weights.dtype)
+        combined = y.sum(1) if self.bank.scale_input else (y * weights.unsqueeze(-1)).sum(1)
+        combined = combined.to(x.dtype)
+        if self.sequence_parallel:
+            return scatter_sum_sequence(combined, self.tensor_axis, dim=0)
+        return reduce_from_region(combined, self.tensor_axis)
+
+    def _outputs(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Return the outputs of this rank's experts for rows that are sorted by expert."""
+        bank, stacked = self.bank, self.bank.storage.stacked is not None
+        multiply = partial(grouped_matmul, counts=counts)
+        gate_up, down = self._weight("gate_up", rows), self._weight("down", rows)
+        hidden = multiply(rows, gate_up if stacked else gate_up.transpose(1, 2))
+        if bank.bias:
+            hidden = hidden + self._weight("gate_up_bias", rows).repeat_interleave(counts, 0, output_size=len(rows))
+        if bank.storage.interleaved:
+            hidden = torch.cat((hidden[..., ::2], hidden[..., 1::2]), dim=-1)
+        y = multiply(_activated(hidden, bank.activation), down if stacked else down.transpose(1, 2))
+        if bank.bias:
+            # Added once, though the outputs are summed over the tensor axis.
+            bias = self._weight("down_bias", rows) if self.tensor_axis.rank == 0 else None
+            y = y if bias is None else y + bias.repeat_interleave(counts, 0, output_size=len(rows))
+        return y
+
+    def _weight(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        weight = getattr(self, name)
+        dtype = rows.dtype
+        if torch.is_autocast_enabled(rows.device.type):
+            dtype = torch.get_autocast_dtype(rows.device.type)
+        size = self.expert_axis.size
+        if size > 1 and torch.is_grad_enabled():
+            weight = transform_gradient(weight, lambda gradient: gradient / size)
+        return weight.to(dtype)
+
+    def extra_repr(self) -> str:
+        """Return the sizes and this rank's position."""
+        expert, tensor = self.expert_axis, self.tensor_axis
+        return (
+            f"experts={self.bank.num_experts}, hidden={self.bank.hidden_size}, size={self.bank.expert_size}, "
+            f"expert_parallel={expert.rank}/{expert.size}, tensor_parallel={tensor.rank}/{tensor.size}"
+        )
+
+
+def _activated(hidden: torch.Tensor, activation: str | ClampedSwiglu) -> torch.Tensor:
+    """Return the activation of `[rows, 2 * size]`, gates before up projections."""
+    if not isinstance(activation, ClampedSwiglu):
+        return swiglu(hidden)
+    gate, up = hidden.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * activation.alpha))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exchange:
+    """The exchange of rows between the ranks that hold the tokens and those that hold the experts.
+
+    Attributes:
+        sent: number of rows for each rank, which are sorted by expert.
+        received: number of rows from each rank.
+        order: positions among the received rows in the order of this rank's experts.
+        counts: int64 `[local experts]`, received rows of each expert.
+        axis: the expert axis.
+        guard: names the rank at fault.
+    """
+
+    sent: list[int]
+    received: list[int]
+    order: torch.Tensor
+    counts: torch.Tensor
+    axis: ParallelAxis
+    guard: FailureGuard
+
+    @classmethod
+    def of(cls, counts: torch.Tensor, axis: ParallelAxis, guard: FailureGuard) -> Exchange:
+        """Return the exchange for this rank's rows of each expert, int64 `[experts]`. A collective."""
+        sent = counts.view(axis.size, -1)
+        received = torch.empty_like(sent)
+        with guard("expert all_to_all"):
+            dist.all_to_all_single(received, sent, group=axis.group)
+        local = torch.arange(sent.shape[1], device=counts.device).repeat(axis.size)
+        by_expert = local.repeat_interleave(received.reshape(-1))
+        return cls(
+            sent=sent.sum(1).tolist(),
+            received=received.sum(1).tolist(),
+            order=by_expert.argsort(stable=True),
+            counts=received.sum(0),
+            axis=axis,
+            guard=guard,
+        )
+
+    def to_experts(self, rows: torch.Tensor) -> torch.Tensor:
+        """Send rows `[sent, hidden]` to the ranks of their experts; return those of this rank's, sorted by expert."""
+        return self._move(rows, self.sent, self.received)[self.order]
+
+    def back(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the experts' outputs to the ranks of the tokens, in the order of `to_experts`' argument."""
+        place = torch.empty_like(self.order).scatter_(
+            0, self.order, torch.arange(len(self.order), device=self.order.device)
+        )
+        return self._move(rows[place], self.received, self.sent)
+
+    def _move(self, rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        return _AllToAll.apply(rows, sent, received, self.axis, self.guard)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, sent: list[int], received: list[int], axis: ParallelAxis, guard: FailureGuard
+    ) -> torch.Tensor:
+        ctx.reverse = received, sent, axis, guard
+        return _all_to_all(rows, sent, received, axis, guard)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        return _all_to_all(gradients[0], *ctx.reverse), None, None, None, None
+
+
+def _all_to_all(
+    rows: torch.Tensor, sent: list[int], received: list[int], axis: ParallelAxis, guard: FailureGuard
+) -> torch.Tensor:
+    result = rows.new_empty((sum(received), *rows.shape[1:]))
+    with guard("expert all_to_all"):
+        dist.all_to_all_single(result, rows.contiguous(), received, sent, group=axis.group)
+    return result

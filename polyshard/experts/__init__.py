@@ -1,0 +1,1 @@
+"""Mixture of experts: the layer, its routers, and losses and statistics for a balanced load."""

@@ -1,0 +1,149 @@
+"""Routers: from logits to the experts of each token and their weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from polyshard.core.errors import ConfigurationError, RoutingError
+from polyshard.core.experts import Routing
+
+Score = Literal["softmax", "sigmoid", "softmax_of_chosen"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Router:
+    """How a token's experts are chosen from the router's logits, and how their outputs are weighted.
+
+    | family | router |
+    |---|---|
+    | Mixtral, Qwen3-MoE with `norm_topk_prob` | `Router(normalize=True)` |
+    | OLMoE, Qwen2-MoE | `Router()` |
+    | DeepSeek-V3, GLM-4 | `Router(score="sigmoid", normalize=True, correction_bias=True, groups=8, chosen_groups=4, scale=2.5, dtype=torch.float32)` |
+    | Llama 4 | `Router(score="sigmoid", scale_input=True)`, one expert per token |
+    | gpt-oss | `Router(score="softmax_of_chosen", bias=True)` |
+
+    Attributes:
+        score: `"softmax"` over all experts, `"sigmoid"` of each logit, or `"softmax_of_chosen"`: softmax over the
+            logits of the chosen experts. Scores are computed in float32.
+        normalize: divide the weights of a token by their sum.
+        scale: factor of all weights.
+        groups: number of groups of neighbouring experts.
+        chosen_groups: experts are chosen within this many groups, those with the largest sum of their two best scores.
+        correction_bias: add a bias `e_score_correction_bias` `[experts]` to the scores for the choice, not for the
+            weights. It is float32 and has no gradient; see `polyshard.update_router_bias`.
+        bias: add a bias to the logits.
+        scale_input: multiply an expert's input by the weight, instead of its output.
+        dtype: of the logits' matrix product; None for the model's.
+
+    Raises:
+        ConfigurationError: the score is unknown, or the groups are contradictory.
+
+    Examples:
+        >>> router = Router(normalize=True)
+        >>> router.route(torch.tensor([[2.0, 1.0, 0.0]]), 2).experts
+        tensor([[0, 1]])
+    """  # noqa: E501
+
+    score: Score = "softmax"
+    normalize: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    chosen_groups: int = 1
+    correction_bias: bool = False
+    bias: bool = False
+    scale_input: bool = False
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.score not in get_args(Score):
+            raise ConfigurationError(
+                f"The router's score is unknown: got {self.score!r}, expected {', '.join(get_args(Score))}."
+            )
+        if not 1 <= self.chosen_groups <= self.groups:
+            raise ConfigurationError(
+                f"The router's groups are invalid: got {self.chosen_groups} chosen of {self.groups}, expected at least "
+                "one and at most all."
+            )
+        if self.score == "softmax_of_chosen" and (self.normalize or self.groups > 1 or self.correction_bias):
+            raise ConfigurationError(
+                "The router is contradictory: a softmax over the chosen experts is normalized already, and has no "
+                "groups and no correction bias. Use score='softmax' or 'sigmoid'."
+            )
+
+    def check(self, num_experts: int, experts_per_token: int) -> None:
+        """Raise `ConfigurationError` unless tokens can choose so many of the experts."""
+        each, rest = divmod(num_experts, self.groups)
+        if not 1 <= experts_per_token <= num_experts:
+            raise ConfigurationError(
+                f"The number of experts per token is invalid: got {experts_per_token}, expected 1 to {num_experts}, "
+                "the number of experts."
+            )
+        if rest or experts_per_token > each * self.chosen_groups or (self.groups > 1 and each < 2):
+            raise ConfigurationError(
+                f"The router's groups do not fit the experts: got {self.groups} groups of {num_experts} experts, of "
+                f"which {self.chosen_groups} are chosen, expected groups of equal size, with two experts or more, "
+                f"that hold {experts_per_token} experts per token."
+            )
+
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the scores `[tokens, experts]` of all experts, in float32 (float64 for float64)."""
+        logits = _wide(logits)
+        return logits.sigmoid() if self.score == "sigmoid" else logits.softmax(-1)
+
+    def route(
+        self,
+        logits: torch.Tensor,
+        experts_per_token: int,
+        correction: torch.Tensor | None = None,
+        experts: torch.Tensor | None = None,
+    ) -> Routing:
+        """Choose the experts of each token.
+
+        Args:
+            logits: `[tokens, experts]`.
+            experts_per_token: number of experts per token.
+            correction: float32 `[experts]`, added to the scores for the choice.
+            experts: int64 `[tokens, experts per token]` to take instead of choosing. Their weights are computed from
+                `logits`, so that the router has a gradient.
+
+        Returns:
+            The routing, in the order of descending scores.
+
+        Raises:
+            RoutingError: on CPU, a logit is not finite.
+        """
+        if logits.device.type == "cpu" and not torch.compiler.is_compiling() and not logits.isfinite().all():
+            bad = int((~logits.isfinite().all(-1)).sum())
+            raise RoutingError(
+                f"The router's logits are not finite for {bad} of {logits.shape[0]} tokens. The hidden states or the "
+                "router's weights hold NaN or infinity: check the learning rate, or load an earlier checkpoint."
+            )
+        if self.score == "softmax_of_chosen":
+            logits = _wide(logits)
+            experts = logits.topk(experts_per_token, dim=-1).indices if experts is None else experts
+            return Routing(weights=logits.gather(1, experts).softmax(-1) * self.scale, experts=experts)
+        scores = self.scores(logits)
+        if experts is None:
+            with torch.no_grad():
+                choice = scores if correction is None else scores + correction
+                if self.groups > 1:
+                    choice = self._within_groups(choice)
+                experts = choice.topk(experts_per_token, dim=-1).indices
+        weights = scores.gather(1, experts)
+        if self.normalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if self.score == "sigmoid" else 0.0))
+        return Routing(weights=weights * self.scale if self.scale != 1.0 else weights, experts=experts)
+
+    def _within_groups(self, choice: torch.Tensor) -> torch.Tensor:
+        """Return the scores with those outside of the chosen groups at minus infinity."""
+        grouped = choice.unflatten(-1, (self.groups, -1))
+        best = grouped.topk(2, dim=-1).values.sum(-1).topk(self.chosen_groups, dim=-1).indices
+        kept = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=choice.device).scatter_(1, best, True)
+        return grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

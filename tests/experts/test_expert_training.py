@@ -1,0 +1,92 @@
+"""Training of mixtures of experts over the expert axis equals transformers in one process, in every layout."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.models.experts import VOCAB, load_reference, save_moe
+from support.oracles.transformers_reference import FLOOR, MARGIN, batch, relative_error
+from support.workers.experts import RATE, trained
+from torch.nn import functional as F
+
+from polyshard.launch.ranks import run_ranks
+
+FSDP = {"data_parallel": "fsdp"}
+LAYOUTS = {  # over 4 ranks, by family: adapter, sizes, and options of the engine
+    "qwen3_moe": {
+        "experts on each rank": ("torch", {}, {}),
+        "expert 2": ("torch", {"expert": 2}, {"recompute": "full"}),
+        "expert 4": ("torch", {"expert": 4}, {}),
+        "tensor 2, expert 2": ("torch", {"tensor": 2, "expert": 2}, {}),
+        "sequence parallel": ("torch", {"tensor": 2, "expert": 2, "sequence_parallel": True}, {}),
+        "context 2, expert 2": ("torch", {"context": 2, "expert": 2}, {}),
+        "fsdp": ("torch", {}, FSDP),
+        "fsdp, expert 2": ("torch", {"expert": 2}, FSDP),
+        "megatron": ("megatron", {"tensor": 2}, {"zero_stage": 0}),
+        "deepspeed": ("deepspeed", {"tensor": 2}, {"zero_stage": 2}),
+        "fairscale": ("fairscale", {"tensor": 2}, {"zero_stage": 1}),
+    },
+    "deepseek_v3": {"tensor 2, expert 2": ("torch", {"tensor": 2, "expert": 2}, {})},
+    "gpt_oss": {
+        "tensor 2, expert 2": ("torch", {"tensor": 2, "expert": 2}, {}),
+        "fsdp": ("torch", {"expert": 4}, FSDP),
+    },
+}
+RESUMES = {
+    "tensor 2, expert 2": ({"tensor": 2, "expert": 2}, {}),
+    "expert 4": ({"expert": 4}, {}),
+    "fsdp, expert 2": ({"expert": 2}, FSDP),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    directory, results = (tmp_path_factory.mktemp(name) for name in ("models", "results"))
+    for kind in LAYOUTS:
+        save_moe(directory / kind, kind)
+    rows = batch(vocab=VOCAB, rows=4, length=16)
+    found = run_ranks(trained, 4, directory, results, rows, LAYOUTS, RESUMES, timeout=240)
+    references = {
+        kind: (step(directory / kind, rows, torch.float64), step(directory / kind, rows, torch.float32))
+        for kind in LAYOUTS
+    }
+    return results, found, references, load_file(directory / "deepseek_v3" / "model.safetensors")
+
+
+def step(directory, rows, dtype):
+    """One step of SGD: loss, gradient norm and update of every tensor."""
+    model = load_reference(directory, dtype)
+    logits = model(rows[0]).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), rows[1].flatten())
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    torch.optim.SGD(model.parameters(), lr=RATE).step()
+    model.save_pretrained(place := directory.with_name(f"{directory.name}-{dtype}"))
+    return loss.item(), norm.item(), load_file(place / "model.safetensors")
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, found in LAYOUTS.items() for name in found])
+def test_step_equals_transformers(runs, kind, name):
+    results, found, ((loss, norm, exact), (*_, rounded)) = runs[0], runs[1], runs[2][kind]
+    weights = load_file(results / kind / name / "model.safetensors")
+    assert set(weights) == set(exact)
+    for rank in found:
+        assert rank[kind][name] == (pytest.approx(loss, rel=1e-6), pytest.approx(norm, rel=1e-6))
+    trained_names = [n for n in exact if "correction_bias" not in n]
+    worst = max(relative_error(rounded[n], exact[n]) for n in trained_names)
+    for n in trained_names:
+        assert relative_error(weights[n], exact[n]) < MARGIN * worst + FLOOR, n
+
+
+def test_training_resumes_with_the_same_bits(runs):
+    straight, same = (runs[0] / "resumed" / name / "model.safetensors" for name in ("straight", "tensor 2, expert 2"))
+    assert straight.read_bytes() == same.read_bytes()
+
+
+@pytest.mark.parametrize("name", [name for name in RESUMES if name != "tensor 2, expert 2"])
+def test_training_resumes_in_another_layout(runs, name):
+    results, start = runs[0] / "resumed", runs[3]
+    straight, other = (load_file(results / n / "model.safetensors") for n in ("straight", name))
+    assert set(straight) == set(other)
+    for n, weight in straight.items():
+        # Adam divides small gradients by small numbers, so single elements differ more than their rounding.
+        assert (other[n] - weight).norm() < 1e-3 * (weight - start[n]).norm(), n

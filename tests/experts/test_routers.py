@@ -1,0 +1,161 @@
+"""Routers against transformers' own, and the errors of layers that cannot be."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
+from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
+from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
+import transformers
+
+import polyshard as ps
+
+HIDDEN, SIZE, EXPERTS = 32, 24, 8
+CONTEXT = ps.initialize("torch")
+SIZES = {"hidden_size": HIDDEN, "intermediate_size": SIZE, "num_experts_per_tok": 3}
+
+
+def layer(router, **options):
+    return ps.mixture_of_experts(HIDDEN, SIZE, EXPERTS, options.pop("per_token", 3), CONTEXT, router=router, **options)
+
+
+def blocks():
+    """Transformers' block, polyshard's layer, and parameters of the first by those of the second."""
+    config = transformers.OlmoeConfig(**SIZES, num_experts=EXPERTS, norm_topk_prob=False)
+    yield "olmoe", OlmoeSparseMoeBlock(config), layer(ps.Router()), {}
+    config = transformers.Qwen2MoeConfig(
+        **SIZES, num_experts=EXPERTS, moe_intermediate_size=SIZE, shared_expert_intermediate_size=40
+    )
+    shared = ps.SharedExperts(size=40, gated=True, name="shared_expert")
+    yield "qwen2_moe", Qwen2MoeSparseMoeBlock(config), layer(ps.Router(), shared=shared), {}
+    groups = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "n_shared_experts": 2}
+    config = transformers.DeepseekV3Config(**SIZES, n_routed_experts=EXPERTS, moe_intermediate_size=SIZE, **groups)
+    router = ps.Router(
+        score="sigmoid", normalize=True, scale=2.5, groups=4, chosen_groups=2, correction_bias=True, dtype=torch.float32
+    )
+    yield "deepseek_v3", DeepseekV3MoE(config), layer(router, shared=ps.SharedExperts(size=2 * SIZE)), {}
+    config = Llama4TextConfig(**{**SIZES, "num_experts_per_tok": 1}, num_local_experts=EXPERTS)
+    stacked = ps.ExpertStorage(stacked="gate_up_proj", down="down_proj")
+    router = ps.Router(score="sigmoid", scale_input=True)
+    shared = ps.SharedExperts(size=SIZE, name="shared_expert")
+    ours = layer(router, per_token=1, shared=shared, storage=stacked, router_name="router")
+    yield "llama4", Llama4TextMoe(config), ours, {}
+    config = transformers.GptOssConfig(**SIZES, num_local_experts=EXPERTS)
+    stacked = ps.ExpertStorage(stacked="gate_up_proj", down="down_proj", interleaved=True)
+    options = {"storage": stacked, "bias": True, "activation": ps.ClampedSwiglu(), "router_name": "router"}
+    yield "gpt_oss", GptOssMLP(config), layer(ps.Router(score="softmax_of_chosen", bias=True), **options), {}
+
+
+def copied(block, ours):
+    """Pairs of parameters, by the canonical names of ours; both get the same random values."""
+    theirs = {**dict(block.named_parameters()), **{n: b for n, b in block.named_buffers() if "correction" in n}}
+    pairs = []
+    for name, parameter in ours.named_parameters():
+        names = {"experts.gate_up": "experts.gate_up_proj", "experts.down": "experts.down_proj"}
+        names |= {f"{ours_}_bias": f"{theirs_}_bias" for ours_, theirs_ in names.items()}
+        source = names.get(name, name)
+        if source.endswith("gate_up.weight"):  # of shared experts, fused in ours
+            pairs.append(([theirs[source.replace("gate_up", f"{part}_proj")] for part in ("gate", "up")], parameter))
+        else:
+            pairs.append(([theirs[source]], parameter))
+    for parts, parameter in pairs:
+        for part in parts:
+            torch.nn.init.normal_(part, std=0.3)
+        with torch.no_grad():
+            parameter.copy_(torch.cat(list(parts)))
+    assert sum(len(parts) for parts, _ in pairs) == len(theirs)
+    return pairs
+
+
+@pytest.mark.parametrize("case", blocks(), ids=lambda case: case[0])
+def test_output_and_gradients_equal_transformers(case):
+    _, block, ours, _ = case
+    torch.manual_seed(0)
+    pairs = copied(block, ours)
+    x = torch.randn(2, 9, HIDDEN)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [block(inputs[0]), ours(inputs[1])]
+    theirs, mine = (out[0] if isinstance(out, tuple) else out for out in outputs)
+    weight = torch.randn_like(x)
+    (theirs.view_as(x) * weight).sum().backward()
+    (mine * weight).sum().backward()
+    compared = [(theirs.view_as(x), mine), (inputs[0].grad, inputs[1].grad)]
+    compared += [(torch.cat([p.grad for p in parts]), q.grad) for parts, q in pairs if q.requires_grad]
+    for expected, found in compared:
+        torch.testing.assert_close(found, expected, rtol=0, atol=4e-6 * expected.abs().max().item())
+
+
+def test_the_sum_over_experts_is_float32_in_bfloat16():
+    torch.manual_seed(0)
+    wide = layer(ps.Router(normalize=True))
+    narrow = layer(ps.Router(normalize=True)).bfloat16()
+    narrow.load_state_dict(wide.bfloat16().state_dict())
+    x = torch.randn(16, HIDDEN).bfloat16()
+    ids = torch.stack([torch.randperm(EXPERTS)[:3] for _ in range(16)])
+    narrow.replay = wide.replay = ids
+    exact = wide.double()(x.double())
+    assert (narrow(x).double() - exact).abs().max() < 2**-7 * exact.abs().max()  # two roundings to 8 bits
+
+
+def test_replayed_experts_are_taken_and_weighted_by_the_logits():
+    torch.manual_seed(0)
+    ours = layer(ps.Router(normalize=True))
+    x = torch.randn(5, HIDDEN)
+    ours.replay = torch.tensor([[0, 1, 2]]).expand(5, 3)
+    out = ours(x)
+    weights = F.linear(x, ours.gate.weight).softmax(-1)[:, :3]
+    experts = ours.experts
+    each = [ps.swiglu(x @ experts.gate_up[e].T) @ experts.down[e].T for e in range(3)]
+    expected = sum(w[:, None] * y for w, y in zip((weights / weights.sum(-1, keepdim=True)).unbind(1), each))
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    assert ours.gate.weight.grad.abs().max() > 0
+    ours.replay = torch.zeros(4, 3, dtype=torch.long)
+    with pytest.raises(ps.ConfigurationError, match=r"replayed experts have the wrong shape: got \(4, 3\)"):
+        ours(x)
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("experts per token is invalid: got 9, expected 1 to 8", {"router": ps.Router(), "per_token": 9}),
+        ("got 3 groups of 8 experts", {"router": ps.Router(groups=3)}),
+        ("got 4 groups of 8 experts, of which 1", {"router": ps.Router(groups=4)}),
+        ("biases are unsupported: got storage expert by expert", {"router": ps.Router(), "bias": True}),
+        ("activation is unknown: got 'gelu'", {"router": ps.Router(), "activation": "gelu"}),
+    ],
+)
+def test_a_layer_that_cannot_be_is_refused(message, options):
+    with pytest.raises(ps.ConfigurationError, match=message):
+        layer(**options)
+
+
+def test_a_router_that_cannot_be_is_refused():
+    with pytest.raises(ps.ConfigurationError, match="score is unknown: got 'tanh'"):
+        ps.Router(score="tanh")
+    with pytest.raises(ps.ConfigurationError, match="got 3 chosen of 2"):
+        ps.Router(groups=2, chosen_groups=3)
+    with pytest.raises(ps.ConfigurationError, match="contradictory"):
+        ps.Router(score="softmax_of_chosen", normalize=True)
+
+
+def test_experts_that_do_not_divide_are_refused():
+    axes = {"expert": ps.GroupContext(layout=CONTEXT.layout, device=CONTEXT.device, linear=None).axis("expert")}
+    axes = {name: type(axes["expert"])(name=name, ranks=(0, 1, 2)) for name in ("expert", "tensor")}
+    for name, message in (("expert", "8 experts cannot be divided by expert-parallel size 3"), ("tensor", "gate_proj: 25")):
+        context = ps.GroupContext(
+            layout=CONTEXT.layout, device=CONTEXT.device, linear=CONTEXT.linear, axes={name: axes[name]}
+        )
+        with pytest.raises(ps.LayoutError, match=f"mixture_of_experts: {message}"):
+            ps.mixture_of_experts(HIDDEN, 25, EXPERTS, 2, context)
+
+
+def test_nan_in_the_router_is_named():
+    ours = layer(ps.Router())
+    x = torch.randn(5, HIDDEN)
+    x[3, 1] = float("nan")
+    with pytest.raises(ps.RoutingError, match="not finite for 1 of 5 tokens"):
+        ours(x)

@@ -1,0 +1,74 @@
+"""What tests of experts run on each rank. Top-level functions: other processes import them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import moe
+import torch
+
+import polyshard as ps
+
+RATE = 100.0  # large, so that rounding of the weights does not hide an update
+
+
+def build(directory: Path, context: ps.ParallelContext, balance: ps.Balance | None = None) -> moe.Decoder:
+    model = moe.build_model(ps.read_config(directory), context, balance)
+    ps.load_checkpoint(model, directory, context)
+    return model
+
+
+def rows_of(context: ps.ParallelContext, ids: torch.Tensor, labels: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """Micro-batches of one row: those of this rank, and of them this rank's part of each sequence."""
+    axis = context.axis("data")
+    return [
+        {
+            name: ps.context_shard(x[row : row + 1], context, dim=1)
+            for name, x in (("input_ids", ids), ("labels", labels))
+        }
+        for row in range(axis.rank, len(ids), axis.size)
+    ]
+
+
+def one_step(directory: Path, results: Path, batch: tuple, layouts: dict) -> dict:
+    """Loss and gradient norm of a step of SGD in each layout, whose weights are saved under its name."""
+    found = {}
+    for name, (adapter, sizes, options) in layouts.items():
+        context = ps.initialize(adapter, timeout=60, **sizes)
+        sgd = ps.TorchOptimizer(torch.optim.SGD, lr=RATE)
+        engine = ps.load_adapter(adapter).engine(build(directory, context), sgd, context, max_grad_norm=0.5, **options)
+        result = engine.train_batch(rows_of(context, *batch))
+        norm = engine.step().grad_norm
+        ps.save_checkpoint(engine, results / name, context, config=ps.read_config(directory))
+        found[name] = (float(result.loss), norm)
+        engine.close()
+        ps.shutdown(context)
+    return found
+
+
+def resumed(directory: Path, results: Path, batch: tuple, layouts: dict) -> None:
+    """Two steps of AdamW in the first layout, whose state is saved; one more in each layout, from that state.
+
+    The weights after the third step are saved under the layout's name, those without interruption as `straight`.
+    """
+    for index, (name, (sizes, options)) in enumerate([("straight", next(iter(layouts.values()))), *layouts.items()]):
+        context = ps.initialize("torch", timeout=60, **sizes)
+        model = build(directory, context, ps.Balance(sequence=0.01, z=0.001, bias_rate=0.01))
+        engine = ps.load_adapter("torch").engine(model, ps.AdamW(lr=1e-2), context, **options)
+        if index:
+            ps.load_training_state(engine, results / "state", context)
+        for step in range(2 if index else 0, 3):
+            engine.train_batch(rows_of(context, *batch))
+            engine.step()
+            ps.update_router_bias(engine.module, context)
+            if step == 1:
+                ps.save_training_state(engine, results / "state", context, step=2, config=ps.read_config(directory))
+        ps.save_checkpoint(engine, results / name, context, config=ps.read_config(directory))
+        engine.close()
+        ps.shutdown(context)
+
+
+def trained(directory: Path, results: Path, batch: tuple, layouts: dict, resumes: dict) -> dict:
+    (results / "resumed").mkdir(exist_ok=True)
+    resumed(directory / "deepseek_v3", results / "resumed", batch, resumes)
+    return {kind: one_step(directory / kind, results / kind, batch, found) for kind, found in layouts.items()}
