@@ -216,7 +216,7 @@ class TorchEngine(BaseEngine):
             parameters.items(),
             self._masters,
             self.precision.reduce,
-            replicas.group,
+            group_of_each(self.table, self.context),
             **reducer_options(ddp_options or {}, self.precision),
         )
         self._pipeline = TorchPipeline(
