@@ -7,7 +7,7 @@ import torch
 
 import polyshard as ps
 from support.oracles.pipeline_training import micro_batches
-from support.workers.pipelines import Case, full_weights, mine, start
+from support.workers.pipelines import full_weights, mine, start
 
 ADAMW = ps.AdamW(lr=1e-2)
 
