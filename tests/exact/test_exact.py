@@ -33,6 +33,7 @@ CASES = {  # sizes equal to the server's and not; float32 parameters, which comp
     ("bfloat16", 1): [
         TrainerCase(adapter="torch", tensor=1),
         TrainerCase(adapter="torch", tensor=2),
+        TrainerCase(adapter="torch", tensor=1, pipeline=2),
         TrainerCase(adapter="megatron", tensor=2),
         TrainerCase(adapter="deepspeed", tensor=1, masters=True),
         TrainerCase(adapter="fairscale", tensor=2, masters=True),

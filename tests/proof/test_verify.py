@@ -47,6 +47,15 @@ def test_without_a_model_the_built_in_one_is_judged_in_float64(verify):
     assert all(row["gradients"] < 1e-5 for row in rows)
 
 
+def test_a_pipeline_is_equal_to_transformers(directory, verify):
+    options = ("--adapters", "torch,fairscale", "--tensor-parallel", "1", "--pipeline-parallel", "2", "--json")
+    done = verify("--model", directory, "--factory", FACTORY, *options)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    rows = json.loads(done.stdout)["rows"]
+    assert {(row["adapter"], row["pipeline_parallel"]) for row in rows} == {("torch", 2), ("fairscale", 2)}
+    assert all(max(row["loss"], row["logits"], row["gradients"]) < 1e-5 for row in rows)
+
+
 @pytest.mark.vllm
 @pytest.mark.parametrize("option", ["--vllm", "--exact"])
 def test_without_a_model_the_small_one_is_served_and_nothing_is_left_behind(option, tmp_path):

@@ -18,6 +18,7 @@ def directory(tmp_path_factory):
 TRAINERS = [
     ("torch", 2, {}),
     ("torch", 1, {"data_parallel": "fsdp"}),
+    ("torch", 1, {"pipeline": 2}),
     ("megatron", 2, {"zero_stage": 1}),
     ("deepspeed", 1, {"zero_stage": 3}),
     ("fairscale", 1, {"zero_stage": 2}),
@@ -32,6 +33,7 @@ def test_trainers_beside_an_engine_of_two_ranks(directory, tmp_path, served):
         for name, result in results.items():
             assert result["new"], name
             assert result["as loaded from disk"], name
+            assert result["as a source of vLLM's"], name
             assert (result["shared"] > 0) == (" 2 " in name), name
 
 

@@ -66,7 +66,7 @@ def test_two_ranks(tied, untied):
         *(Case(f"uneven lengths, {name}", tied, {"schedule": name}, kind="uneven") for name in ("1f1b", *SPLIT)),
         Case("ragged rows", tied, kind="ragged rows"),
         Case("recompute", tied, {"schedule": "zero-bubble-v"}, options={"recompute": "full"}),
-        *(Case(f"layers of {name}", tied, layers=name) for name in ("megatron", "deepspeed", "fairscale")),
+        *(Case(f"layers of {name}", tied, layers=name) for name in ("megatron", "deepspeed")),
     ]
     judge(cases, run_ranks(train, 2, cases, timeout=300))
 
@@ -78,6 +78,10 @@ def test_each_pair_of_axes(tied, untied):
         *(Case(f"data, {name}", tied, {"schedule": name}) for name in ("gpipe", "1f1b", *SPLIT, "dualpipe-v")),
         *(Case(f"fsdp, {name}", untied, {"schedule": name}, options=FSDP) for name in ("1f1b", *SPLIT)),
         Case("fsdp, tied", tied, options=FSDP),
+        *(
+            Case(f"OSS, {n}", tied, {"schedule": n}, adapter="fairscale", layers="fairscale")
+            for n in ("1f1b", SPLIT[1])
+        ),
         *(Case(f"tensor, {name}", tied, {"schedule": name}, sizes=both) for name in ("1f1b", "zero-bubble-v")),
         Case("sequence", tied, sizes={**both, "sequence_parallel": True}),
         Case("sequence, ragged rows", tied, sizes={**both, "sequence_parallel": True}, kind="ragged rows"),

@@ -28,7 +28,7 @@ CAPABILITIES = Capabilities(
         "zero1": YES,
         "zero2": YES,
         "zero3": no("never", "FairScale's stage 3 is its FullyShardedDataParallel"),
-        "pipeline": no("never", "its Pipe runs in one process"),
+        "pipeline": YES,
         "context": YES,
         "expert": no("notimpl", "its MOELayer is not wired up"),
         "casts": YES,

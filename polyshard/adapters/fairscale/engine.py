@@ -16,15 +16,20 @@ from polyshard.adapters.fairscale.compat import OSS, sharded_data_parallel, shar
 from polyshard.adapters.fairscale.masters import OptimizerWithMasters
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
-from polyshard.adapters.shared.grad_norm import counted_square
+from polyshard.adapters.shared.grad_norm import counted_square, over_stages
+from polyshard.adapters.shared.masters import Masters, broadcast_parameters
 from polyshard.adapters.shared.options import ddp_options as checked_ddp_options
+from polyshard.adapters.shared.pipeline_training import PipelineTraining
+from polyshard.adapters.shared.reducer import GradientReducer
 from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, OptimizerState, Piece
 from polyshard.core.precision import Precision
+from polyshard.core.stages import Stages
 from polyshard.training.compile import Compile
+from polyshard.training.pipeline_step import PipelineStep
 from polyshard.training.recompute import Recompute
 from polyshard.training.schedule import SchedulerFactory
 
@@ -36,7 +41,8 @@ class FairscaleEngine(BaseEngine):
         model: the unwrapped model that its factory built with `context`.
         optimizer: creates an optimizer whose class, groups and settings are passed to OSS for this rank's shard.
         context: this process's parallel context.
-        zero_stage: 1 for OSS with torch's DDP, 2 for OSS with ShardedDataParallel.
+        zero_stage: 1 for OSS with torch's DDP, 2 for OSS with ShardedDataParallel. Default 2, and 1 in a pipeline, whose
+            stages run on torch's schedules.
         max_grad_norm: clip the whole model's gradient to this norm; None does not clip.
         precision: dtypes of the run. Float32 parameters are cast by autocast; bfloat16 parameters get float32 masters,
             and their gradients are reduced in bfloat16.
@@ -57,7 +63,7 @@ class FairscaleEngine(BaseEngine):
         optimizer: OptimizerFactory,
         context: ParallelContext,
         *,
-        zero_stage: int = 2,
+        zero_stage: int | None = None,
         max_grad_norm: float | None = 1.0,
         check_random: bool = True,
         precision: Precision | None = None,
@@ -66,9 +72,16 @@ class FairscaleEngine(BaseEngine):
         compile: Compile = False,
         ddp_options: Mapping[str, Any] | None = None,
     ) -> None:
+        staged = context.axis("pipeline").size > 1
+        zero_stage = (1 if staged else 2) if zero_stage is None else zero_stage
         if zero_stage not in (1, 2):
             raise ConfigurationError(
                 f"zero_stage must be 1 (OSS with DDP) or 2 (OSS with ShardedDDP), got {zero_stage!r}"
+            )
+        if staged and (zero_stage == 2 or ddp_options is not None):
+            raise ConfigurationError(
+                "zero_stage=2 and ddp_options are unsupported in a pipeline: ShardedDDP and DDP would reduce gradients "
+                "after each micro-batch. Use zero_stage=1 without ddp_options."
             )
         ddp = sharded_options(ddp_options) if zero_stage == 2 else checked_ddp_options(ddp_options)
         super().__init__(
@@ -82,6 +95,7 @@ class FairscaleEngine(BaseEngine):
             compile=compile,
         )
         _check_precision(self.precision)
+        model = self._module
         template = self._build(optimizer, model.named_parameters(), held="whole")
         group = replica_axis(context).group
         optimizer_class: Any = type(template)
@@ -94,12 +108,35 @@ class FairscaleEngine(BaseEngine):
         self._start_rate()
         # In stage 2 only the rank that owns the optimizer state of a parameter keeps its gradient.
         self._owned_only = zero_stage == 2 and replica_axis(context).size > 1
+        self._pipeline = None if self._stages is None else self._start_pipeline(self._stages, recompute)
+        if self._pipeline is None:
+            with self._guard("data parallel setup"):
+                self._wrapped = (
+                    sharded_data_parallel(model, self.optimizer, group, ddp)
+                    if zero_stage == 2
+                    else DistributedDataParallel(model, process_group=group, **ddp)
+                )
+
+    def _start_pipeline(self, stages: Stages, recompute: Recompute) -> PipelineTraining:
+        replicas = replica_axis(self.context)
         with self._guard("data parallel setup"):
-            self._wrapped = (
-                sharded_data_parallel(model, self.optimizer, group, ddp)
-                if zero_stage == 2
-                else DistributedDataParallel(model, process_group=group, **ddp)
-            )
+            broadcast_parameters(self._module, replicas.group, replicas.ranks)
+        # Each parameter stands for itself: OSS keeps the masters of narrow ones.
+        own = Masters(self._module.named_parameters(), self.precision.parameters)
+        reducer = GradientReducer(self._module.named_parameters(), own, self.precision.reduce, replicas.group)
+        return PipelineTraining(
+            stages,
+            self.model_weights,
+            self.context,
+            self._module.named_parameters,
+            scaled=self._scaled,
+            recompute=recompute,
+            reducer=reducer,
+        )
+
+    def _run_pipeline(self, step: PipelineStep, *, backward: bool) -> None:
+        assert self._pipeline is not None
+        self._pipeline.run(step, backward=backward)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients, averaged over the replicas."""
@@ -114,10 +151,11 @@ class FairscaleEngine(BaseEngine):
 
     def zero_grad(self) -> None:
         """Clear accumulated gradients."""
-        self._wrapped.zero_grad(set_to_none=True)
+        self._wrapped.zero_grad(set_to_none=True)  # the stages themselves in a pipeline
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Return a context manager for all micro-batches except the last."""
+        self._refuse_in_pipeline("accumulate()")
         return self._wrapped.no_sync()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -166,7 +204,11 @@ class FairscaleEngine(BaseEngine):
         total = torch.zeros((), device=self.context.device)
         owner = self.optimizer._param_to_rank if self._owned_only else None
         for name, parameter in self._module.named_parameters():
-            if parameter.grad is None or (owner is not None and owner[parameter] != replicas.rank):
+            if (
+                parameter.grad is None
+                or name not in self.model_weights.owned
+                or (owner is not None and owner[parameter] != replicas.rank)
+            ):
                 continue
             total = total + counted_square(parameter.grad, self.table[name].layout, tensor_axis.rank, tensor_axis.size)
         if tensor_axis.size > 1:
@@ -175,7 +217,7 @@ class FairscaleEngine(BaseEngine):
         if self._owned_only:
             assert replicas.collectives is not None
             total = replicas.collectives.all_reduce(total)
-        return total.sqrt()
+        return over_stages(total, self.context).sqrt()
 
 
 def _check_precision(precision: Precision) -> None:

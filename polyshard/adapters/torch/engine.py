@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,34 +15,27 @@ from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
 from polyshard.adapters.shared.masters import Masters, broadcast_parameters
 from polyshard.adapters.shared.offload import Offload, check_offload
+from polyshard.adapters.shared.pipeline_training import PipelineTraining
 from polyshard.adapters.shared.reducer import GradientReducer
-from polyshard.adapters.shared.tied_weights import copy_from_owners, sum_tied_gradients
-from polyshard.adapters.shared.torch_pipeline import TorchPipeline
 from polyshard.adapters.shared.weights import check_shard
 from polyshard.adapters.torch.clip import global_grad_norm
 from polyshard.adapters.torch.compat import (
-    fsdp_function,
     full_tensor,
     ignore_in_ddp,
     is_dtensor,
     local_tensor,
-    mixed_precision_policy,
-    offload_policy,
     sharded_rows,
     unshard_gradient_sync,
 )
 from polyshard.adapters.torch.expert_parallel import ExpertGradients, distributed_experts, group_of_each
 from polyshard.adapters.torch.float8 import apply_float8
-from polyshard.adapters.torch.overlap import FsdpOptions, overlap_options, reducer_options
+from polyshard.adapters.torch.overlap import overlap_options, reducer_options
+from polyshard.adapters.torch.sharding import fully_shard_model, fully_shard_stages, is_list_item
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, holder_axis, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, replicated_piece
-from polyshard.core.pipeline_plan import SPLIT_BACKWARD
 from polyshard.core.precision import Precision
-from polyshard.core.stages import Stages
-from polyshard.core.weight_table import WeightTable
-from polyshard.experts.observed import is_router_bias
 from polyshard.training.compile import Compile
 from polyshard.training.pipeline_step import PipelineStep
 from polyshard.training.recompute import Recompute
@@ -125,7 +117,7 @@ class TorchEngine(BaseEngine):
         self._sharded = data_parallel == "fsdp" and replicas.size > 1
         self._masters: Masters | None = None
         self._reducer: GradientReducer | None = None
-        self._pipeline: TorchPipeline | None = None
+        self._pipeline: PipelineTraining | None = None
         self._experts: ExpertGradients | None = None  # beside DistributedDataParallel
         experts = distributed_experts(self.table, context)
         # DDP's static graph fails if its first backward pass is under no_sync (reducer.cpp:1732, torch 2.13).
@@ -140,25 +132,12 @@ class TorchEngine(BaseEngine):
         offloads = check_offload(offload, context.device, self._sharded, "data_parallel='fsdp' with several replicas")
         if data_parallel == "fsdp" and not self._sharded:
             logger.warning("fsdp does nothing at data-parallel size 1: the model is trained unsharded")
-        if self._stages is not None:
-            self._start_pipeline(self._stages, shard_modules, fsdp, offloads, ddp_options, recompute)
-        elif self._sharded:
-            _fully_shard(
-                model, context, shard_modules or _is_list_item(model), self.precision, fsdp, offloads, self.table
-            )
-        elif self.precision.has_masters:
-            with self._guard("data parallel setup"):
-                broadcast_parameters(model, replicas.group, replicas.ranks, without=experts)
-                ExpertGradients(model.named_parameters(), experts, context.axis("expert_replica"), self._guard)
-            self._masters = Masters(model.named_parameters(), self.precision.optimizer)
-            self._reducer = GradientReducer(
-                model.named_parameters(),
-                self._masters,
-                self.precision.reduce,
-                group_of_each(self.table, context),
-                **reducer_options(ddp_options or {}, self.precision),
-            )
-        elif replicas.size > 1:
+        if self._sharded and self._stages is None:
+            chosen = shard_modules or is_list_item(model)
+            fully_shard_model(model, context, chosen, self.precision, fsdp, offloads, self.table)
+        elif not self._sharded and (self._stages is not None or self.precision.has_masters):
+            self._start_reducer(ddp_options)
+        elif not self._sharded and replicas.size > 1:
             with self._guard("data parallel setup"):
                 if experts:
                     self._experts = ExpertGradients(
@@ -166,86 +145,44 @@ class TorchEngine(BaseEngine):
                     )
                     ignore_in_ddp(model, experts)
                 self._wrapped = DistributedDataParallel(model, process_group=replicas.group, **ddp)
+        if self._stages is not None:
+            self._pipeline = PipelineTraining(
+                self._stages,
+                self.model_weights,
+                context,
+                self._updated,
+                scaled=self._scaled,
+                recompute=recompute,
+                reducer=self._reducer,
+                local=local_tensor,
+            )
+            if self._sharded:
+                modules = self._pipeline.modules
+                fully_shard_stages(
+                    self._stages, modules, context, shard_modules, self.precision, fsdp, offloads, self.table
+                )
         self.optimizer = self._build(optimizer, self._updated(), held="rows" if self._sharded else "whole")
         self._start_rate()
 
-    def _start_pipeline(
-        self,
-        stages: Stages,
-        shard_modules: Callable[[nn.Module], bool] | None,
-        fsdp: FsdpOptions,
-        offloads: bool,
-        ddp_options: Mapping[str, Any] | None,
-        recompute: Recompute,
-    ) -> None:
-        """Prepare the stages for torch's schedules.
-
-        DistributedDataParallel gets no stage: its hooks do not fire in schedules that compute gradients of weights
-        separately (pytorch#144530), so replicas would drift apart. Gradients are reduced after the schedule.
-        """
-        parameters = dict(self._module.named_parameters())
-        copy_from_owners(parameters, self.model_weights, self.context)
-        splits = stages.plan.schedule in SPLIT_BACKWARD
-        if splits and recompute == "selective":
-            raise ConfigurationError(
-                f"recompute='selective' is unsupported with {stages.plan.schedule}: torch runs the backward pass of "
-                "such a block only once, and the schedule runs it for inputs and for weights. Use 'full', or 1f1b."
-            )
-        if self._sharded:
-            self._pipeline = TorchPipeline(stages, self.context, scaled=self._scaled)
-            if splits and shard_modules is not None:
-                raise ConfigurationError(
-                    f"shard_modules is unsupported with {stages.plan.schedule}: FSDP2's hooks of single blocks do not "
-                    "run when gradients of weights are computed separately, and the gradients would be wrong. Remove "
-                    "it, and each stage is gathered as a whole, or use 1f1b."
-                )
-            if sum(len(list(stage.parameters())) for stage in stages) > len(parameters):
-                raise ConfigurationError(
-                    f"FSDP2 cannot shard a weight that two pipeline stages of a rank share, as {stages.plan.schedule} "
-                    "does with tied embeddings. Use data_parallel='ddp', or 1f1b."
-                )
-            for module in self._pipeline.modules:
-                chosen = (lambda _: False) if splits else shard_modules or _is_list_item(module)
-                _fully_shard(module, self.context, chosen, self.precision, fsdp, offloads, self.table)
-            return
-        replicas = replica_axis(self.context)
+    def _start_reducer(self, ddp_options: Mapping[str, Any] | None) -> None:
+        """Reduce gradients into the optimizer's tensors without DistributedDataParallel."""
+        replicas, experts = replica_axis(self.context), distributed_experts(self.table, self.context)
         with self._guard("data parallel setup"):
-            broadcast_parameters(self._module, replicas.group, replicas.ranks)
-        self._masters = Masters(parameters.items(), self.precision.optimizer)
-        self._reducer = reducer = GradientReducer(
-            parameters.items(),
+            broadcast_parameters(self._module, replicas.group, replicas.ranks, without=experts)
+            holders = self.context.axis("expert_replica")
+            ExpertGradients(self._module.named_parameters(), experts, holders, self._guard)
+        self._masters = Masters(self._module.named_parameters(), self.precision.optimizer)
+        self._reducer = GradientReducer(
+            self._module.named_parameters(),
             self._masters,
             self.precision.reduce,
             group_of_each(self.table, self.context),
-            **reducer_options(ddp_options or {}, self.precision),
-        )
-        self._pipeline = TorchPipeline(
-            stages, self.context, scaled=self._scaled, after_backward=reducer.collect if splits else None
+            **reducer_options(ddp_options or {}, "a pipeline" if self._stages is not None else self.precision),
         )
 
     def _run_pipeline(self, step: PipelineStep, *, backward: bool) -> None:
         assert self._pipeline is not None
-        if not backward:
-            self._pipeline.run(step, backward=False)
-            return
-        # Gradients of an earlier train_batch are whole already: they must not be summed over tied copies again.
-        earlier = [(p, p.grad) for _, p in self._updated() if p.grad is not None]
-        for parameter, _ in earlier:
-            parameter.grad = None
-        reducer = self._reducer
-        if reducer is not None:
-            reducer.sends = False
-        try:
-            self._pipeline.run(step)
-        finally:
-            if reducer is not None:
-                reducer.sends = True
-        if reducer is not None:
-            with self._guard("data gradients"):
-                reducer.finish()
-        sum_tied_gradients(dict(self._updated()), self.model_weights, self.context, local_tensor)
-        for parameter, gradient in earlier:
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        self._pipeline.run(step, backward=backward)
 
     @property
     def _autocasts(self) -> bool:
@@ -379,56 +316,6 @@ class TorchEngine(BaseEngine):
             yield
         finally:
             unshard_gradient_sync(self._module, True)
-
-
-def _is_list_item(model: nn.Module) -> Callable[[nn.Module], bool]:
-    items = {id(item) for module in model.modules() if isinstance(module, nn.ModuleList) for item in module}
-    return lambda module: id(module) in items
-
-
-def _fully_shard(
-    model: nn.Module,
-    context: ParallelContext,
-    chosen: Callable[[nn.Module], bool],
-    precision: Precision,
-    options: FsdpOptions,
-    offloads: bool,
-    table: WeightTable,
-) -> None:
-    from torch.distributed.device_mesh import DeviceMesh
-
-    fully_shard = partial(
-        fsdp_function(),
-        mp_policy=mixed_precision_policy(
-            precision.compute_dtype if precision.casts else None,
-            precision.reduce if precision.reduce != precision.parameters or precision.casts else None,
-        ),
-        **({"offload_policy": offload_policy(context.device)} if offloads else {}),
-    )
-    group = replica_axis(context).group
-    assert group is not None
-    mesh = DeviceMesh.from_group(group, context.device.type)
-    parameters = dict(model.named_parameters())
-    # A router's correction bias must stay float32, and FSDP2 would cast it with the others.
-    ignored = {parameter for name, parameter in parameters.items() if is_router_bias(name)}
-    experts, holders = distributed_experts(table, context), context.axis("expert_replica").group
-    if holders is None:
-        ignored |= {parameters[name] for name in experts}
-    elif experts:
-        expert_mesh = DeviceMesh.from_group(holders, context.device.type)
-        for path in sorted({name.rpartition(".")[0] for name in experts}):
-            fully_shard(
-                model.get_submodule(path), mesh=expert_mesh, reshard_after_forward=options.reshard_after_forward
-            )
-    fully_shard = partial(fully_shard, ignored_params=ignored)
-    modules = [module for module in model.modules() if module is not model and chosen(module)]
-    for module in reversed(modules):
-        fully_shard(module, mesh=mesh, reshard_after_forward=options.reshard_after_forward)
-    options.prefetch(modules)
-    # The root's own weights (embedding, head, final norm) stay gathered between forward and backward. Its other methods
-    # must not be registered with register_fsdp_forward_method: when forward calls them, FSDP2 frees weights that the
-    # backward pass still needs, and the process crashes (torch 2.13).
-    fully_shard(model, mesh=mesh)
 
 
 def _like(value: torch.Tensor, parameter: Any) -> Any:

@@ -1,0 +1,120 @@
+"""Sharding of a model, or of pipeline stages, by FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from torch import nn
+
+from polyshard.adapters.torch.compat import fsdp_function, mixed_precision_policy, offload_policy
+from polyshard.adapters.torch.expert_parallel import distributed_experts
+from polyshard.adapters.torch.overlap import FsdpOptions
+from polyshard.core.context import ParallelContext, replica_axis
+from polyshard.core.errors import ConfigurationError
+from polyshard.core.pipeline_plan import SPLIT_BACKWARD
+from polyshard.core.precision import Precision
+from polyshard.core.ranks import Ranks
+from polyshard.core.stages import Stages
+from polyshard.core.weight_table import WeightTable
+from polyshard.experts.observed import is_router_bias
+
+
+def is_list_item(model: nn.Module) -> Callable[[nn.Module], bool]:
+    """Return whether a module is an item of one of the model's ModuleLists."""
+    items = {id(item) for module in model.modules() if isinstance(module, nn.ModuleList) for item in module}
+    return lambda module: id(module) in items
+
+
+def fully_shard_model(
+    model: nn.Module,
+    context: ParallelContext,
+    chosen: Callable[[nn.Module], bool],
+    precision: Precision,
+    options: FsdpOptions,
+    offloads: bool,
+    table: WeightTable,
+) -> None:
+    """Shard a model over the replicas: the modules that `chosen` selects one by one, and the rest together.
+
+    Experts are sharded over the ranks that hold the same experts.
+    """
+    from torch.distributed.device_mesh import DeviceMesh
+
+    fully_shard = partial(
+        fsdp_function(),
+        mp_policy=mixed_precision_policy(
+            precision.compute_dtype if precision.casts else None,
+            precision.reduce if precision.reduce != precision.parameters or precision.casts else None,
+        ),
+        **({"offload_policy": offload_policy(context.device)} if offloads else {}),
+    )
+    group = replica_axis(context).group
+    assert group is not None
+    mesh = DeviceMesh.from_group(group, context.device.type)
+    parameters = dict(model.named_parameters())
+    # A router's correction bias must stay float32, and FSDP2 would cast it with the others.
+    ignored = {parameter for name, parameter in parameters.items() if is_router_bias(name)}
+    experts, holders = distributed_experts(table, context), context.axis("expert_replica").group
+    if holders is None:
+        ignored |= {parameters[name] for name in experts}
+    elif experts:
+        expert_mesh = DeviceMesh.from_group(holders, context.device.type)
+        for path in sorted({name.rpartition(".")[0] for name in experts}):
+            fully_shard(
+                model.get_submodule(path), mesh=expert_mesh, reshard_after_forward=options.reshard_after_forward
+            )
+    fully_shard = partial(fully_shard, ignored_params=ignored)
+    modules = [module for module in model.modules() if module is not model and chosen(module)]
+    for module in reversed(modules):
+        fully_shard(module, mesh=mesh, reshard_after_forward=options.reshard_after_forward)
+    options.prefetch(modules)
+    # The root's own weights (embedding, head, final norm) stay gathered between forward and backward. Its other methods
+    # must not be registered with register_fsdp_forward_method: when forward calls them, FSDP2 frees weights that the
+    # backward pass still needs, and the process crashes (torch 2.13).
+    fully_shard(model, mesh=mesh)
+
+
+def fully_shard_stages(
+    stages: Stages,
+    modules: Sequence[nn.Module],
+    context: ParallelContext,
+    shard_modules: Callable[[nn.Module], bool] | None,
+    precision: Precision,
+    options: FsdpOptions,
+    offloads: bool,
+    table: WeightTable,
+) -> None:
+    """Shard each pipeline stage over the replicas. A collective.
+
+    Args:
+        stages: of this rank.
+        modules: what the schedule calls, one for each stage.
+        context: the parallel context.
+        shard_modules: as in `TorchEngine`.
+        precision: dtypes of the run.
+        options: of FSDP2.
+        offloads: whether shards stay on the CPU.
+        table: the weight table.
+
+    Raises:
+        ConfigurationError: the schedule cannot be combined with `shard_modules`, or with a shared weight.
+    """
+    schedule = stages.plan.schedule
+    splits = schedule in SPLIT_BACKWARD
+    if splits and shard_modules is not None:
+        raise ConfigurationError(
+            f"shard_modules is unsupported with {schedule}: FSDP2's hooks of single blocks do not run when gradients "
+            "of weights are computed separately, and the gradients would be wrong. Remove it, and each stage is "
+            "gathered as a whole, or use 1f1b."
+        )
+    error = None
+    if sum(len(list(stage.parameters())) for stage in stages) > len(list(stages.parameters())):
+        error = ConfigurationError(
+            f"FSDP2 cannot shard a weight that two pipeline stages of a rank share, as {schedule} does with tied "
+            "embeddings. Use data_parallel='ddp', or 1f1b."
+        )
+    Ranks.of(context).raise_on_all(error, "the stages cannot be sharded", ConfigurationError)
+    for module in modules:
+        chosen = (lambda _: False) if splits else shard_modules or is_list_item(module)
+        fully_shard_model(module, context, chosen, precision, options, offloads, table)
