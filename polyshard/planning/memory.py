@@ -1,0 +1,147 @@
+"""Memory of a rank in a training step, by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from polyshard.planning.recorder import Level
+from polyshard.planning.strategy import Strategy
+from polyshard.planning.trace import Sizes, Trace
+
+_MOMENTS = 2  # AdamW's
+_ZERO_BUCKET = 500_000_000  # DeepSpeed's default reduce_bucket_size, in elements
+
+# Bytes of gradients, and bytes that are gathered or under way, at a level of a micro-batch's pass.
+_Held = Callable[[Level], tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes of a rank at the peak of a step.
+
+    Attributes:
+        parameters: of the model, as they are stored.
+        gradients: accumulated over micro-batches.
+        optimizer: masters and both moments of AdamW.
+        activations: saved for the backward pass, and temporary.
+        communication: parameters and gradients that are gathered or under way.
+        reserve: see `Cluster.reserve`.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    communication: int
+    reserve: int = 0
+
+    @property
+    def total(self) -> int:
+        """The sum of all kinds."""
+        return sum(asdict(self).values())
+
+
+def memory_of(strategy: Strategy, trace: Trace, stage: int = 0, reserve: int = 0) -> Memory:
+    """Return the memory of a rank of a pipeline stage.
+
+    Source: Rajbhandari et al. 2020, "ZeRO"; Narayanan et al. 2021 for the micro-batches under way in a pipeline.
+
+    Args:
+        strategy: the strategy.
+        trace: of one micro-batch of this stage, in `strategy.precision.compute_dtype`.
+        stage: the pipeline stage.
+        reserve: see `Cluster.reserve`.
+    """
+    precision, sizes = strategy.precision, trace.sizes
+    stored, wide = precision.parameters.itemsize, precision.optimizer.itemsize
+    trained, shared = sizes.trainable, _share(strategy, sizes)
+    partitioned = strategy.sharding in ("zero3", "fsdp") and strategy.replicas > 1
+    states = _MOMENTS * wide + (wide if precision.has_masters else 0)
+    under_way = min(strategy.layout.pipeline - stage, strategy.micro_batches)
+    held = _held_by_engine(strategy, sizes)
+
+    def at(level: Level) -> Memory:
+        gradients, communication = held(level)
+        return Memory(
+            parameters=stored * ((shared if partitioned else trained) + sizes.frozen),
+            gradients=gradients,
+            optimizer=states * (trained if strategy.sharding == "data" else shared),
+            activations=level.live + (under_way - 1) * trace.held,
+            communication=communication,
+            reserve=reserve,
+        )
+
+    levels = (level for level in trace.levels if precision.has_masters or not level.copied)
+    return max(map(at, levels), key=lambda memory: memory.total)
+
+
+def _held_by_engine(strategy: Strategy, sizes: Sizes) -> _Held:
+    """Return what an engine holds besides parameters, optimizer state and activations."""
+    if strategy.replicas > 1 and strategy.sharding in ("zero3", "fsdp"):
+        return _gathered(strategy, sizes)
+    if strategy.replicas > 1 and strategy.sharding != "data":
+        return _zero(strategy, sizes)
+    return _masters(strategy, sizes) if strategy.precision.has_masters else _replicated(strategy, sizes)
+
+
+def _replicated(strategy: Strategy, sizes: Sizes) -> _Held:
+    """DistributedDataParallel: gradients are views of its buckets, except those of earlier micro-batches."""
+    full = strategy.precision.parameters.itemsize * sizes.trainable
+    several = strategy.micro_batches > 1
+    if strategy.replicas > 1:
+        return lambda _: (full, full if several else 0)
+    return lambda level: (full if several else level.gradients, 0)
+
+
+def _masters(strategy: Strategy, sizes: Sizes) -> _Held:
+    """Gradients are added up in a wider dtype, and sent from messages of that dtype."""
+    reduced, compute = strategy.precision.reduce.itemsize, strategy.precision.compute_dtype.itemsize
+    full, several, sends = reduced * sizes.trainable, strategy.micro_batches > 1, strategy.replicas > 1
+
+    def at(level: Level) -> tuple[int, int]:
+        new = level.gradients * reduced // compute
+        return full if several else new, new if sends else 0
+
+    return at
+
+
+def _zero(strategy: Strategy, sizes: Sizes) -> _Held:
+    """ZeRO stages 1 and 2."""
+    precision = strategy.precision
+    full = precision.reduce.itemsize * sizes.trainable
+    if strategy.sharding == "zero1":
+        return lambda _: (full, 0)
+    own = precision.reduce.itemsize * _share(strategy, sizes)
+    bucket = precision.compute_dtype.itemsize * min(sizes.trainable, _ZERO_BUCKET)
+    return lambda _: (own, bucket)
+
+
+def _gathered(strategy: Strategy, sizes: Sizes) -> _Held:
+    """FSDP2 and ZeRO stage 3: a block is gathered while it computes, and what is in no block for the whole pass.
+
+    A block's backward pass holds its parameters, the gathered ones of the block before it, its gradients, and a copy of
+    them that is being reduced. FSDP2 keeps full gradients of all but the last micro-batch.
+    """
+    precision = strategy.precision
+    reduced, compute = precision.reduce.itemsize, precision.compute_dtype.itemsize
+    root = sizes.trainable + sizes.frozen - sizes.blocks
+    share = _share(strategy, sizes) / sizes.trainable
+    several = strategy.micro_batches > 1
+    full = several and strategy.sharding == "fsdp"
+
+    def at(level: Level) -> tuple[int, int]:
+        of_root = min(level.gradients, compute * root)
+        of_blocks = (level.gradients - of_root) // compute * reduced
+        own = round(share * (reduced * sizes.trainable if several else of_blocks))
+        block = sizes.block * (2 * compute + (compute + reduced if level.gradients else 0)) if level.in_block else 0
+        last = reduced * root if not level.in_block and of_blocks else 0
+        return own + (reduced * sizes.trainable if full else of_root), compute * root + block + last
+
+    return at
+
+
+def _share(strategy: Strategy, sizes: Sizes) -> int:
+    """Return the number of parameters that a rank keeps if the replicas share them."""
+    experts = max(1, strategy.replicas // strategy.layout.expert)
+    return -(-sizes.dense // strategy.replicas) + -(-sizes.expert // experts)
