@@ -11,6 +11,7 @@ from polyshard.planning.trace import Sizes, Trace
 
 _MOMENTS = 2  # AdamW's
 _ZERO_BUCKET = 500_000_000  # DeepSpeed's default reduce_bucket_size, in elements
+_ZERO_LIVE = 1_000_000_000  # its default stage3_max_live_parameters
 
 # Bytes of gradients, and bytes that are gathered or under way, at a level of a micro-batch's pass.
 _Held = Callable[[Level], tuple[int, int]]
@@ -57,7 +58,9 @@ def memory_of(strategy: Strategy, trace: Trace, stage: int = 0, reserve: int = 0
     stored, wide = precision.parameters.itemsize, precision.optimizer.itemsize
     trained, shared = sizes.trainable, _share(strategy, sizes)
     partitioned = strategy.sharding in ("zero3", "fsdp") and strategy.replicas > 1
-    states = _MOMENTS * wide + (wide if precision.has_masters else 0)
+    zero = strategy.sharding.startswith("zero") and strategy.replicas > 1
+    # DeepSpeed's ZeRO keeps masters even of parameters that are as wide.
+    states = _MOMENTS * wide + (wide if precision.has_masters or zero else 0)
     under_way = min(strategy.layout.pipeline - stage, strategy.micro_batches)
     held = _held_by_engine(strategy, sizes)
 
@@ -78,7 +81,7 @@ def memory_of(strategy: Strategy, trace: Trace, stage: int = 0, reserve: int = 0
 
 def _held_by_engine(strategy: Strategy, sizes: Sizes) -> _Held:
     """Return what an engine holds besides parameters, optimizer state and activations."""
-    if strategy.replicas > 1 and strategy.sharding in ("zero3", "fsdp"):
+    if strategy.replicas > 1 and strategy.sharding == "fsdp":
         return _gathered(strategy, sizes)
     if strategy.replicas > 1 and strategy.sharding != "data":
         return _zero(strategy, sizes)
@@ -107,18 +110,19 @@ def _masters(strategy: Strategy, sizes: Sizes) -> _Held:
 
 
 def _zero(strategy: Strategy, sizes: Sizes) -> _Held:
-    """ZeRO stages 1 and 2."""
+    """ZeRO: stage 1 holds full gradients; stages 2 and 3 a part of them, and a bucket that is being reduced."""
     precision = strategy.precision
     full = precision.reduce.itemsize * sizes.trainable
     if strategy.sharding == "zero1":
         return lambda _: (full, 0)
     own = precision.reduce.itemsize * _share(strategy, sizes)
     bucket = precision.compute_dtype.itemsize * min(sizes.trainable, _ZERO_BUCKET)
-    return lambda _: (own, bucket)
+    live = precision.compute_dtype.itemsize * min(sizes.trainable + sizes.frozen, _ZERO_LIVE)
+    return lambda _: (own, bucket + (live if strategy.sharding == "zero3" else 0))
 
 
 def _gathered(strategy: Strategy, sizes: Sizes) -> _Held:
-    """FSDP2 and ZeRO stage 3: a block is gathered while it computes, and what is in no block for the whole pass.
+    """FSDP2: a block is gathered while it computes, and what is in no block for the whole pass.
 
     A block's backward pass holds its parameters, the gathered ones of the block before it, its gradients, and a copy of
     them that is being reduced. FSDP2 keeps full gradients of all but the last micro-batch.
@@ -128,15 +132,15 @@ def _gathered(strategy: Strategy, sizes: Sizes) -> _Held:
     root = sizes.trainable + sizes.frozen - sizes.blocks
     share = _share(strategy, sizes) / sizes.trainable
     several = strategy.micro_batches > 1
-    full = several and strategy.sharding == "fsdp"
 
     def at(level: Level) -> tuple[int, int]:
         of_root = min(level.gradients, compute * root)
         of_blocks = (level.gradients - of_root) // compute * reduced
-        own = round(share * (reduced * sizes.trainable if several else of_blocks))
+        full = reduced * sizes.trainable
+        own = round(share * (full if several else of_blocks))
         block = sizes.block * (2 * compute + (compute + reduced if level.gradients else 0)) if level.in_block else 0
         last = reduced * root if not level.in_block and of_blocks else 0
-        return own + (reduced * sizes.trainable if full else of_root), compute * root + block + last
+        return own + (full if several else of_root), compute * root + block + last
 
     return at
 

@@ -29,6 +29,7 @@ from polyshard.planning.trace import Trace, build, record, sizes_of
 from polyshard.training.recompute import Mode
 
 Factory = Callable[[Any, ParallelContext], nn.Module]
+Traces = dict[Any, Any]  # recorded micro-batches by sizes, and the reasons why others are impossible
 _AXES = ("tensor", "sequence", "context", "pipeline", "expert")
 
 
@@ -47,6 +48,7 @@ def plan(
     precisions: Sequence[Precision] = (MASTERS, CASTS),
     recompute: Sequence[Mode] = ("none", "selective", "full"),
     serve: int = 0,
+    traces: Traces | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Plan a training run: which layouts fit into memory, what they communicate, and how fast they are.
@@ -69,6 +71,8 @@ def plan(
         precisions: dtypes; by default bfloat16 with masters, and float32 parameters cast to bfloat16.
         recompute: modes of recomputation.
         serve: GPUs that serve the model; 0 for none.
+        traces: filled with what is recorded; pass it again to plan the same model and sequence length for another
+            cluster in less time.
         progress: called with each layout before it is recorded.
 
     Raises:
@@ -95,9 +99,9 @@ def plan(
         capabilities=_capabilities(adapters),
         unsupported=unsupported,
         progress=progress or (lambda _: None),
+        traces={} if traces is None else traces,
     )
-    full = build(planner.factory, config, ParallelLayout(), torch.bfloat16)
-    layers = max((len(part) for part in full.modules() if isinstance(part, nn.ModuleList)), default=1)
+    parameters, layers = planner.full_model()
     axes = [axis for axis in _AXES if unsupported or any(c[axis].available for c in planner.capabilities.values())]
     for axis in _AXES:
         if axis not in axes:
@@ -126,7 +130,7 @@ def plan(
     serving = serving_plans(planner.factory, config, serve, sequence_length, cluster, planner.refuse) if serve else ()
     return Plan(
         cluster=cluster,
-        parameters=sum(p.numel() for p in full.parameters()),
+        parameters=parameters,
         layouts=tuple(sorted(fits, key=lambda planned: planned.time.total)),
         too_large=tuple(
             sorted((p for p in found if p.memory.total > cluster.memory), key=lambda planned: planned.memory.total)
@@ -146,12 +150,19 @@ class _Planner:
     capabilities: dict[str, Capabilities]
     unsupported: bool
     progress: Callable[[str], None]
+    traces: Traces
     refused: Counter[str] = field(default_factory=Counter)
-    _traces: dict[Any, tuple[Trace, torch.Size] | str] = field(default_factory=dict)
-    _built: dict[Any, Any] = field(default_factory=dict)
 
     def refuse(self, reason: str) -> None:
         self.refused[reason] += 1
+
+    def full_model(self) -> tuple[int, int]:
+        """Return the number of parameters, and of blocks in the longest list of them."""
+        if "full" not in self.traces:
+            full = build(self.factory, self.config, ParallelLayout(), torch.bfloat16)
+            blocks = max((len(part) for part in full.modules() if isinstance(part, nn.ModuleList)), default=1)
+            self.traces["full"] = sum(p.numel() for p in full.parameters()), blocks
+        return self.traces["full"]
 
     def planned(self, strategy: Strategy) -> PlannedLayout | None:
         reasons = {name: reason_against(strategy, known) for name, known in self.capabilities.items()}
@@ -201,27 +212,27 @@ class _Planner:
 
     def _sizes(self, layout: ParallelLayout) -> int:
         key = ("sizes", layout.tensor, layout.expert)
-        if key not in self._built:
+        if key not in self.traces:
             single = ParallelLayout(tensor=layout.tensor, expert=layout.expert, data=layout.expert)
-            self._built[key] = sizes_of(build(self.factory, self.config, single, torch.bfloat16)).trainable
-        return self._built[key]
+            self.traces[key] = sizes_of(build(self.factory, self.config, single, torch.bfloat16)).trainable
+        return self.traces[key]
 
     def _trace(self, strategy: Strategy, stage: int, hidden: torch.Size | None) -> tuple[Trace, torch.Size]:
         layout, dtype = strategy.layout, strategy.precision.compute_dtype
         sizes = (layout.tensor, layout.context, layout.pipeline, layout.expert, layout.sequence_parallel)
         key = (*sizes, dtype, strategy.recompute, strategy.rows, stage)
-        if key not in self._traces:
+        if key not in self.traces:
             self.progress(str(strategy))
             # The number of replicas changes no shape: one for each rank of the expert axis is enough.
             alone = replace(layout, data=layout.expert)
             options: dict[str, Any] = {"rows": strategy.rows, "length": self.length, "recompute": strategy.recompute}
             try:
-                self._traces[key] = record(
+                self.traces[key] = record(
                     self.factory, self.config, alone, dtype=dtype, stage=stage, hidden=hidden, **options
                 )
             except (LayoutError, ConfigurationError) as error:
-                self._traces[key] = str(error)
-        found = self._traces[key]
+                self.traces[key] = str(error)
+        found = self.traces[key]
         if isinstance(found, str):
             raise LayoutError(found)
         return found

@@ -26,6 +26,17 @@ class PlannedLayout:
         model_flops: FLOPs of the model in a step, on all ranks.
         time: predicted seconds of a step by part.
         utilization: model FLOPs per second, as a fraction of the peak of all GPUs (MFU).
+
+    Examples:
+        >>> config = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160,
+        ...           "num_hidden_layers": 2, "num_attention_heads": 4, "rms_norm_eps": 1e-5}
+        >>> cluster = ps.Cluster(gpus=2, memory=80 * 2**30)
+        >>> found = ps.plan(
+        ...     config, cluster=cluster, tokens_per_step=512, sequence_length=256, recompute=("full",)
+        ... )
+        >>> best = found.layouts[0]
+        >>> best.memory.total > best.memory.optimizer > 0, best.model_flops > 0
+        (True, True)
     """
 
     strategy: Strategy
@@ -50,6 +61,18 @@ class Plan:
         refused: why other layouts are impossible, each with the number of strategies.
         serving: how the model can be served; empty unless requested.
         notes: what the plan leaves out.
+
+    Examples:
+        >>> config = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160,
+        ...           "num_hidden_layers": 2, "num_attention_heads": 4, "rms_norm_eps": 1e-5}
+        >>> cluster = ps.Cluster(gpus=2, memory=80 * 2**30)
+        >>> found = ps.plan(
+        ...     config, cluster=cluster, tokens_per_step=512, sequence_length=256, recompute=("full",)
+        ... )
+        >>> sorted({planned.strategy.layout.tensor for planned in found.layouts})
+        [1, 2]
+        >>> [reason for reason in found.refused if "pipeline" in reason and "fairscale" in reason]
+        ['fairscale: pipeline: its Pipe runs in one process']
     """
 
     cluster: Cluster

@@ -33,6 +33,16 @@ class ServingPlan:
         decode_seconds: smallest time of a decoding step with that many sequences: reading weights and cache, and two
             all-reduces per block.
         tokens_per_second: of all engines together, while they decode that many sequences.
+
+    Examples:
+        >>> config = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160,
+        ...           "num_hidden_layers": 2, "num_attention_heads": 4, "rms_norm_eps": 1e-5}
+        >>> cluster = ps.Cluster(gpus=2, memory=80 * 2**30)
+        >>> found = ps.plan(
+        ...     config, cluster=cluster, tokens_per_step=512, sequence_length=256, recompute=("full",), serve=2
+        ... )
+        >>> [(plan.tensor, plan.engines, plan.fits) for plan in found.serving]
+        [(1, 2, True), (2, 1, True)]
     """
 
     tensor: int

@@ -36,6 +36,11 @@ class Strategy:
         recompute: activations that are computed again.
         rows: sequences of a micro-batch.
         micro_batches: micro-batches of a step on each rank.
+
+    Examples:
+        >>> strategy = Strategy(layout=ps.ParallelLayout(tensor=2, data=4), sharding="zero1")
+        >>> strategy.features(), str(strategy)
+        (('training', 'tensor', 'zero1', 'masters'), 't2 d4, zero1, recompute none')
     """
 
     layout: ParallelLayout
