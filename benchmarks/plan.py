@@ -1,10 +1,10 @@
-"""Planned against measured memory of twelve layouts, on two ranks of this machine's CPU.
+"""Planned against measured memory of sixteen layouts, on two ranks of this machine's CPU.
 
-    python benchmarks/plan.py [--json FILE] [--check] [--adapters torch]
+    python benchmarks/plan.py [--json FILE] [--check] [--adapters torch,megatron]
 
 Each layout trains a small decoder. Its peak memory is measured by the operating system, with the kernels of the CPU
 that keep what a GPU's operators keep. `--check` exits with status 1 if a plan is more than 10 % off, more than 5 % in
-the median, or more than 2 % below the measured memory: the system also counts what is not a tensor, such as buffers of
+the median, or more than 3 % below the measured memory: the system also counts what is not a tensor, such as buffers of
 gloo.
 """
 
@@ -28,7 +28,7 @@ from polyshard.planning.strategy import CASTS, MASTERS, Strategy, sizes
 from polyshard.planning.trace import record
 
 RANKS = 2
-WORST, MEDIAN, BELOW = 0.10, 0.05, 0.02
+WORST, MEDIAN, BELOW = 0.10, 0.05, 0.03
 FLOAT32 = ps.Precision()
 CONFIG = {
     "model_type": "llama",
@@ -91,7 +91,8 @@ def planned(chosen: dict[str, Any]) -> tuple[Strategy, int]:
         dtype=strategy.precision.compute_dtype,
         **{name: chosen[name] for name in ("rows", "length", "recompute")},
     )
-    return strategy, memory_of(strategy, trace).total
+    bucket = getattr(ps.load_adapter(chosen["adapter"]), "zero_bucket", 0)
+    return strategy, memory_of(strategy, trace, bucket=bucket).total
 
 
 def main(

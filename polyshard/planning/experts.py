@@ -11,12 +11,17 @@ from torch.nn import functional as F
 
 from polyshard.core.context import ParallelAxis, ParallelContext
 from polyshard.core.errors import LayoutError
+from polyshard.core.weight_table import collect_layouts
 from polyshard.layers.activation import swiglu
 from polyshard.layers.differentiable import copy_to_region, gather_sequence, reduce_from_region, scatter_sum_sequence
 
 
 def expert_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Yield the parameters that are distributed over the expert axis."""
+    parameters = dict(model.named_parameters())
+    for name, entry in collect_layouts(model).items():
+        if getattr(entry.layout, "experts", None) is not None:  # a layout with an expert axis
+            yield parameters[name]
     for module in model.modules():
         if isinstance(module, PlannedExperts):
             yield from (module.gate_up, module.down)

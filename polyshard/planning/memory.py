@@ -10,8 +10,7 @@ from polyshard.planning.strategy import Strategy
 from polyshard.planning.trace import Sizes, Trace
 
 _MOMENTS = 2  # AdamW's
-_ZERO_BUCKET = 500_000_000  # DeepSpeed's default reduce_bucket_size, in elements
-_ZERO_LIVE = 1_000_000_000  # its default stage3_max_live_parameters
+_LIVE = 1_000_000_000  # DeepSpeed's default stage3_max_live_parameters
 
 # Bytes of gradients, and bytes that are gathered or under way, at a level of a micro-batch's pass.
 _Held = Callable[[Level], tuple[int, int]]
@@ -43,7 +42,7 @@ class Memory:
         return sum(asdict(self).values())
 
 
-def memory_of(strategy: Strategy, trace: Trace, stage: int = 0, reserve: int = 0) -> Memory:
+def memory_of(strategy: Strategy, trace: Trace, stage: int = 0, reserve: int = 0, bucket: int = 0) -> Memory:
     """Return the memory of a rank of a pipeline stage.
 
     Source: Rajbhandari et al. 2020, "ZeRO"; Narayanan et al. 2021 for the micro-batches under way in a pipeline.
@@ -53,16 +52,18 @@ def memory_of(strategy: Strategy, trace: Trace, stage: int = 0, reserve: int = 0
         trace: of one micro-batch of this stage, in `strategy.precision.compute_dtype`.
         stage: the pipeline stage.
         reserve: see `Cluster.reserve`.
+        bucket: elements of the buffers in which the library reduces gradients under ZeRO (DeepSpeed's
+            `reduce_bucket_size`); 0 for a library without.
     """
     precision, sizes = strategy.precision, trace.sizes
     stored, wide = precision.parameters.itemsize, precision.optimizer.itemsize
     trained, shared = sizes.trainable, _share(strategy, sizes)
     partitioned = strategy.sharding in ("zero3", "fsdp") and strategy.replicas > 1
-    zero = strategy.sharding.startswith("zero") and strategy.replicas > 1
-    # DeepSpeed's ZeRO keeps masters even of parameters that are as wide.
-    states = _MOMENTS * wide + (wide if precision.has_masters or zero else 0)
+    # A library with buckets keeps masters even of parameters that are as wide: DeepSpeed's flat partitions.
+    flat = bucket > 0 and strategy.sharding.startswith("zero")
+    states = _MOMENTS * wide + (wide if precision.has_masters or flat else 0)
     under_way = min(strategy.layout.pipeline - stage, strategy.micro_batches)
-    held = _held_by_engine(strategy, sizes)
+    held = _held_by_engine(strategy, sizes, bucket)
 
     def at(level: Level) -> Memory:
         gradients, communication = held(level)
@@ -79,12 +80,12 @@ def memory_of(strategy: Strategy, trace: Trace, stage: int = 0, reserve: int = 0
     return max(map(at, levels), key=lambda memory: memory.total)
 
 
-def _held_by_engine(strategy: Strategy, sizes: Sizes) -> _Held:
+def _held_by_engine(strategy: Strategy, sizes: Sizes, bucket: int) -> _Held:
     """Return what an engine holds besides parameters, optimizer state and activations."""
     if strategy.replicas > 1 and strategy.sharding == "fsdp":
         return _gathered(strategy, sizes)
     if strategy.replicas > 1 and strategy.sharding != "data":
-        return _zero(strategy, sizes)
+        return _zero(strategy, sizes, bucket)
     return _masters(strategy, sizes) if strategy.precision.has_masters else _replicated(strategy, sizes)
 
 
@@ -109,16 +110,28 @@ def _masters(strategy: Strategy, sizes: Sizes) -> _Held:
     return at
 
 
-def _zero(strategy: Strategy, sizes: Sizes) -> _Held:
-    """ZeRO: stage 1 holds full gradients; stages 2 and 3 a part of them, and a bucket that is being reduced."""
-    precision = strategy.precision
-    full = precision.reduce.itemsize * sizes.trainable
-    if strategy.sharding == "zero1":
-        return lambda _: (full, 0)
-    own = precision.reduce.itemsize * _share(strategy, sizes)
-    bucket = precision.compute_dtype.itemsize * min(sizes.trainable, _ZERO_BUCKET)
-    live = precision.compute_dtype.itemsize * min(sizes.trainable + sizes.frozen, _ZERO_LIVE)
-    return lambda _: (own, bucket + (live if strategy.sharding == "zero3" else 0))
+def _zero(strategy: Strategy, sizes: Sizes, bucket: int) -> _Held:
+    """ZeRO: what each stage keeps of the gradients, and the buffers in which they are reduced.
+
+    Stage 1 keeps full gradients: in the reduction's dtype, or with buckets and masters in that of the parameters beside
+    a part in the former. DeepSpeed has two buckets in stages 2 and 3, of which one is reduced while the other is filled;
+    stage 2 has one if gradients need no cast.
+    """
+    precision, share = strategy.precision, _share(strategy, sizes)
+    compute, reduced = precision.compute_dtype.itemsize, precision.reduce.itemsize
+    own, buffer = reduced * share, compute * min(sizes.trainable, bucket)
+    gathered = precision.parameters.itemsize * share  # after the update
+    match strategy.sharding:
+        case "zero1" if bucket and precision.has_masters:
+            held = compute * sizes.trainable + own, buffer + gathered
+        case "zero1":
+            held = reduced * sizes.trainable, gathered
+        case "zero2":
+            held = own, buffer * (2 if precision.has_masters else 1)
+        case _:
+            live = compute * min(sizes.trainable + sizes.frozen, _LIVE)
+            held = own * (2 if precision.has_masters else 1), 2 * buffer + live
+    return lambda _: held
 
 
 def _gathered(strategy: Strategy, sizes: Sizes) -> _Held:

@@ -21,7 +21,8 @@ from polyshard.planning import decoder
 from polyshard.planning.cluster import Cluster
 from polyshard.planning.communication import payload_of, sent_of
 from polyshard.planning.compute import step_time
-from polyshard.planning.memory import memory_of
+from polyshard.planning.experts import expert_parameters
+from polyshard.planning.memory import Memory, memory_of
 from polyshard.planning.result import Plan, PlannedLayout
 from polyshard.planning.serving import serving_plans
 from polyshard.planning.strategy import CASTS, MASTERS, SHARDINGS, Sharding, Strategy, reason_against, strategies
@@ -96,12 +97,12 @@ def plan(
         factory=factory or decoder.planned_decoder,
         length=sequence_length,
         cluster=cluster,
-        capabilities=_capabilities(adapters),
+        **_adapters(adapters),
         unsupported=unsupported,
         progress=progress or (lambda _: None),
         traces={} if traces is None else traces,
     )
-    parameters, layers = planner.full_model()
+    parameters, layers, sparse = planner.full_model()
     axes = [axis for axis in _AXES if unsupported or any(c[axis].available for c in planner.capabilities.values())]
     for axis in _AXES:
         if axis not in axes:
@@ -111,7 +112,7 @@ def plan(
         tokens_per_step,
         sequence_length,
         layers=layers,
-        experts=decoder.number_of_experts(fields) if not given else 0,
+        experts=decoder.number_of_experts(fields) if sparse else 0,
         axes=axes,
         max_tensor=cluster.gpus_per_node,
         rows=rows,
@@ -125,7 +126,7 @@ def plan(
             f"{layout} is impossible: expected {cluster.gpus} ranks, axes that adapters support ({', '.join(axes)}), "
             "and at least one micro-batch. Pass unsupported=True for layouts that no adapter can run yet."
         )
-    found = [planned for s in _without_duplicates(chosen) if (planned := planner.planned(s)) is not None]
+    found = [planned for s in _without_duplicates(chosen) for planned in planner.planned(s)]
     fits = [planned for planned in found if planned.memory.total <= cluster.memory]
     serving = serving_plans(planner.factory, config, serve, sequence_length, cluster, planner.refuse) if serve else ()
     return Plan(
@@ -148,6 +149,7 @@ class _Planner:
     length: int
     cluster: Cluster
     capabilities: dict[str, Capabilities]
+    buckets: dict[str, int]
     unsupported: bool
     progress: Callable[[str], None]
     traces: Traces
@@ -156,35 +158,45 @@ class _Planner:
     def refuse(self, reason: str) -> None:
         self.refused[reason] += 1
 
-    def full_model(self) -> tuple[int, int]:
-        """Return the number of parameters, and of blocks in the longest list of them."""
+    def full_model(self) -> tuple[int, int, bool]:
+        """Return the number of parameters, of blocks in the longest list of them, and whether there are experts."""
         if "full" not in self.traces:
             full = build(self.factory, self.config, ParallelLayout(), torch.bfloat16)
             blocks = max((len(part) for part in full.modules() if isinstance(part, nn.ModuleList)), default=1)
-            self.traces["full"] = sum(p.numel() for p in full.parameters()), blocks
+            sparse = any(True for _ in expert_parameters(full))
+            self.traces["full"] = sum(p.numel() for p in full.parameters()), blocks, sparse
         return self.traces["full"]
 
-    def planned(self, strategy: Strategy) -> PlannedLayout | None:
+    def planned(self, strategy: Strategy) -> list[PlannedLayout]:
+        """Return the figures of a strategy, one for the adapters that need equal memory."""
         reasons = {name: reason_against(strategy, known) for name, known in self.capabilities.items()}
         able = tuple(name for name, reason in reasons.items() if reason is None)
         if not able and not self.unsupported:
             self.refused.update({f"{name}: {reason}" for name, reason in reasons.items()})
-            return None
+            return []
         try:
             stages = self._stages(strategy)
         except LayoutError as error:
             self.refuse(str(error))
-            return None
-        memories = [memory_of(strategy, trace, stage, self.cluster.reserve) for stage, trace in stages]
-        largest = max(memories, key=lambda memory: memory.total)
+            return []
+        groups: dict[Memory, list[str]] = {}
+        for name in able or ("",):
+            bucket, reserve = self.buckets.get(name, 0), self.cluster.reserve
+            memories = (memory_of(strategy, trace, stage, reserve, bucket) for stage, trace in stages)
+            groups.setdefault(max(memories, key=lambda memory: memory.total), []).append(name)
+        return [self._figures(strategy, stages, memory, tuple(filter(None, names))) for memory, names in groups.items()]
+
+    def _figures(
+        self, strategy: Strategy, stages: list[tuple[int, Trace]], memory: Memory, names: tuple[str, ...]
+    ) -> PlannedLayout:
         slowest = max((trace for _, trace in stages), key=lambda trace: trace.flops.total)
         payload = payload_of(strategy, slowest)
-        time = step_time(strategy, slowest, payload, largest, self.cluster)
+        time = step_time(strategy, slowest, payload, memory, self.cluster)
         model_flops = self._model_flops(strategy)
         return PlannedLayout(
             strategy=strategy,
-            adapters=able,
-            memory=largest,
+            adapters=names,
+            memory=memory,
             sent=sent_of(strategy, payload),
             flops=slowest.flops.total * strategy.micro_batches,
             model_flops=model_flops,
@@ -252,12 +264,16 @@ def _without_duplicates(chosen: Iterable[Strategy]) -> Iterable[Strategy]:
     return dict.fromkeys(replace(s, sharding="data") if s.replicas == 1 else s for s in chosen)
 
 
-def _capabilities(names: Sequence[str] | None) -> dict[str, Capabilities]:
-    found = {name: load_adapter(name).capabilities for name in names or adapter_names()}
-    training = {name: capabilities for name, capabilities in found.items() if capabilities["training"].available}
+def _adapters(names: Sequence[str] | None) -> dict[str, Any]:
+    """Return the capabilities of the adapters that train, and the sizes of their buckets under ZeRO."""
+    found = {name: load_adapter(name) for name in names or adapter_names()}
+    training = {name: adapter for name, adapter in found.items() if adapter.capabilities["training"].available}
     if not training:
         raise ConfigurationError(f"no adapter trains: got {', '.join(found)}. Pass adapters= that train.")
-    return training
+    return {
+        "capabilities": {name: adapter.capabilities for name, adapter in training.items()},
+        "buckets": {name: getattr(adapter, "zero_bucket", 0) for name, adapter in training.items()},
+    }
 
 
 def _reasons(axis: str, capabilities: dict[str, Capabilities]) -> list[str]:

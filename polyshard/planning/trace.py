@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +127,7 @@ def record(
 
     Raises:
         LayoutError: the model or the sequence cannot be divided in this way.
+        ConfigurationError: the model cannot run on the meta device.
     """
     model = build(factory, config, layout, dtype, stage).train()
     sizes = sizes_of(model)
@@ -140,10 +142,10 @@ def record(
     record_equal_blocks_once(model, recorder)
     context: Any = planned_context(layout, stage)
     last = stage == layout.pipeline - 1
-    with recorder:
-        inputs: dict[str, Any] = {"input_ids": ids}
-        if hidden is not None:
-            inputs["inputs_embeds"] = torch.empty(hidden, dtype=dtype, device="meta", requires_grad=True)
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if hidden is not None:
+        inputs["inputs_embeds"] = torch.empty(hidden, dtype=dtype, device="meta", requires_grad=True)
+    with recorder, _naming(model):
         out = model(**inputs)
         shape, output = out.shape, out.nbytes
         if last:
@@ -158,6 +160,18 @@ def record(
         flops=recorder.flops,
         traffic=dict(recorder.traffic),
     ), shape
+
+
+@contextmanager
+def _naming(model: nn.Module) -> Iterator[None]:
+    """Turn torch's errors into one that says what a plan needs."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"{type(model).__name__} cannot be recorded on the meta device: {error}. Avoid shapes and branches that "
+            "depend on the values of tensors."
+        ) from error
 
 
 def _loss(model: Any, hidden: torch.Tensor, labels: torch.Tensor, context: GroupContext) -> torch.Tensor:

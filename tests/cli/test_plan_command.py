@@ -13,7 +13,8 @@ def config(tmp_path):
     return tmp_path / "config.json"
 
 
-ASKED = ("--gpus", 4, "--tokens-per-step", "4K", "--sequence-length", 256, "--adapters", "torch", "--recompute", "full")
+ASKED = ("--gpus", 4, "--tokens-per-step", "4K", "--sequence-length", 256)
+ASKED += ("--adapters", "torch,fairscale", "--recompute", "full", "--sharding", "data,fsdp")
 
 
 def test_the_plan_is_printed_and_written(capfd, config, tmp_path):
@@ -25,8 +26,8 @@ def test_the_plan_is_printed_and_written(capfd, config, tmp_path):
     best = written["layouts"][0]
     assert f"fastest {min(12, len(written['layouts']))} of {len(written['layouts'])} layouts that fit" in done.stdout
     assert best["memory"]["total"] == sum(n for kind, n in best["memory"].items() if kind != "total")
-    assert best["adapters"] == ["torch"]
-    assert "torch: pipeline: " in done.stdout
+    assert best["adapters"]
+    assert "fairscale: pipeline: " in done.stdout
     assert "Times assume 60% of 989 TFLOP/s" in done.stdout
     assert written["serving"][0]["fits"]
     assert "<svg" in picture.read_text()

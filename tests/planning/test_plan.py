@@ -9,6 +9,8 @@ from support.planned_cases import CONFIG, LLAMA_405B
 import polyshard as ps
 from polyshard.core.capabilities import YES, Capabilities
 from polyshard.planning import planner
+from polyshard.planning.contexts import planned_context
+from polyshard.planning.decoder import PlannedDecoder, _settings
 from polyshard.planning.strategy import MASTERS, strategies
 
 GIB = 2**30
@@ -77,11 +79,11 @@ def test_published_layouts_fit_where_they_ran(name):
 
 
 def test_layouts_that_no_adapter_can_run_are_refused_with_the_adapters_reasons():
-    found = small_plan(recompute=("full",))
+    found = small_plan(adapters=["fairscale"], recompute=("full",))
     assert {planned.strategy.layout.pipeline for planned in found.layouts} == {1}
     assert all(planned.adapters for planned in found.layouts)
-    reason = ps.load_adapter("torch").capabilities["pipeline"].reason
-    assert f"torch: pipeline: {reason}" in found.refused
+    reason = ps.load_adapter("fairscale").capabilities["pipeline"].reason
+    assert f"fairscale: pipeline: {reason}" in found.refused
     times = [planned.time.total for planned in found.layouts]
     assert times == sorted(times)
 
@@ -99,7 +101,7 @@ def test_layouts_appear_when_an_adapter_says_that_it_can_run_them(monkeypatch):
 
 def test_a_factory_that_ignores_pipeline_stages_is_refused():
     def everywhere(config, context):
-        return build_model(config, planner.build.__globals__["planned_context"](ps.ParallelLayout()))
+        return build_model(config, planned_context(ps.ParallelLayout()))
 
     layout = ps.ParallelLayout(pipeline=2, data=4)
     found = small_plan(factory=everywhere, layout=layout, unsupported=True, shardings=("zero1",), recompute=("none",))
@@ -114,6 +116,19 @@ def test_a_users_factory_is_planned_as_the_default_one():
         (p.strategy, p.memory, p.flops) for p in default.layouts
     ]
     assert own.parameters == default.parameters
+
+
+def test_a_model_that_depends_on_values_is_refused_with_the_reason():
+    class Choosing(PlannedDecoder):
+        def forward(self, input_ids, inputs_embeds=None):
+            return super().forward(input_ids[: int(input_ids.max())])
+
+    def factory(config, context):
+        return Choosing(_settings(config), context)
+
+    found = small_plan(factory=factory, layout=ps.ParallelLayout(data=8), shardings=("zero1",), recompute=("none",))
+    assert not found.layouts
+    assert any("Choosing cannot be recorded on the meta device" in reason for reason in found.refused)
 
 
 def test_sizes_that_do_not_divide_the_model_are_refused_with_the_layers_reason():
