@@ -114,8 +114,8 @@ def _zero(strategy: Strategy, sizes: Sizes, bucket: int) -> _Held:
     """ZeRO: what each stage keeps of the gradients, and the buffers in which they are reduced.
 
     Stage 1 keeps full gradients: in the reduction's dtype, or with buckets and masters in that of the parameters beside
-    a part in the former. DeepSpeed has two buckets in stages 2 and 3, of which one is reduced while the other is filled;
-    stage 2 has one if gradients need no cast.
+    a part in the former. DeepSpeed has two buckets in stages 2 and 3: one is reduced while the other is filled. Stage 2
+    has one if gradients need no cast.
     """
     precision, share = strategy.precision, _share(strategy, sizes)
     compute, reduced = precision.compute_dtype.itemsize, precision.reduce.itemsize
