@@ -25,7 +25,16 @@ from polyshard.planning.experts import expert_parameters
 from polyshard.planning.memory import Memory, memory_of
 from polyshard.planning.result import Plan, PlannedLayout
 from polyshard.planning.serving import serving_plans
-from polyshard.planning.strategy import CASTS, MASTERS, SHARDINGS, Sharding, Strategy, reason_against, strategies
+from polyshard.planning.strategy import (
+    CASTS,
+    MASTERS,
+    SHARDINGS,
+    Sharding,
+    Strategy,
+    impossible,
+    reason_against,
+    strategies,
+)
 from polyshard.planning.trace import Trace, build, record, sizes_of
 from polyshard.training.recompute import Mode
 
@@ -169,6 +178,9 @@ class _Planner:
 
     def planned(self, strategy: Strategy) -> list[PlannedLayout]:
         """Return the figures of a strategy, one for the adapters that need equal memory."""
+        if (reason := impossible(strategy)) is not None:
+            self.refuse(reason)
+            return []
         reasons = {name: reason_against(strategy, known) for name, known in self.capabilities.items()}
         able = tuple(name for name, reason in reasons.items() if reason is None)
         if not able and not self.unsupported:

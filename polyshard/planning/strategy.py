@@ -88,11 +88,16 @@ def sizes(layout: ParallelLayout) -> str:
 
 
 def reason_against(strategy: Strategy, capabilities: Capabilities) -> str | None:
-    """Return why an adapter cannot run a strategy, or None."""
+    """Return the feature that an adapter lacks for a strategy, with its reason, or None."""
     for feature in strategy.features():
         support = capabilities[feature]
         if not support.available:
             return f"{feature}: {support.reason}"
+    return None
+
+
+def impossible(strategy: Strategy) -> str | None:
+    """Return why no adapter will run a strategy, or why it cannot be planned, or None."""
     gathers = strategy.sharding == "fsdp" and strategy.replicas > 1
     if gathers and strategy.precision.has_masters:
         return "FSDP2 keeps no masters of bfloat16 parameters"
