@@ -60,6 +60,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/layers.py
 	$(BIN)/python benchmarks/lm_loss.py
 	$(BIN)/python benchmarks/weights.py
+	$(BIN)/python benchmarks/plan.py
 
 gpu-check: $(READY)
 	$(BIN)/python -m tools.gpu_check collect

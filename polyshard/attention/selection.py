@@ -15,6 +15,7 @@ from polyshard.attention.kernels.cuda.flash_attn_3 import FlashAttn3
 from polyshard.attention.kernels.cuda.flash_attn_4 import FlashAttn4
 from polyshard.attention.kernels.cuda.torch_varlen import TorchVarlen
 from polyshard.attention.kernels.flex import Flex
+from polyshard.attention.kernels.meta import Meta
 from polyshard.attention.kernels.protocol import AttentionKernel, BlockKernel
 from polyshard.core.attention import AttentionSpec
 from polyshard.core.capabilities import Accepted, Rejected
@@ -40,6 +41,7 @@ KERNELS: Sequence[AttentionKernel] = (
     CpuFlash(),
     Flex(),
     Chunked(),
+    Meta(),
 )
 _register(KERNELS)
 
@@ -120,7 +122,8 @@ def select_kernel(
         >>> select_kernel(spec, torch.device("cpu"), torch.bfloat16, training=True).name
         'cpu'
     """
-    return _select(_normalized(spec, training), device, dtype, training, name or ATTENTION.read())
+    forced = None if device.type == "meta" else name or ATTENTION.read()  # a plan has the shapes of any kernel
+    return _select(_normalized(spec, training), device, dtype, training, forced)
 
 
 @cache

@@ -10,6 +10,7 @@ import typer
 from polyshard import __version__
 from polyshard.cli.convert import convert
 from polyshard.cli.doctor import doctor
+from polyshard.cli.plan import plan
 from polyshard.cli.serve import serve
 from polyshard.cli.verify import verify
 from polyshard.core.errors import PolyshardError
@@ -41,6 +42,7 @@ def _options(
 app.command()(doctor)
 app.command()(verify)
 app.command()(convert)
+app.command()(plan)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 
 

@@ -6,6 +6,7 @@ Source: the chunked linear cross-entropy of Liger Kernel (Hsu et al. 2024), here
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def sum_with_gradients(
             leaves = [found for found in _leaves(value) if found is not leaf]
         if not value.requires_grad or any(_has_hooks(leaf) for leaf in leaves):
             return None
-        with torch.autocast(inputs.device.type, enabled=False):
+        with _without_autocast(inputs.device.type):
             wanted = [leaf, *leaves] if leaf.requires_grad else leaves
             gradients = list(torch.autograd.grad(value, wanted))
         if leaf.requires_grad:
@@ -64,6 +65,11 @@ def sum_with_gradients(
                 total.add_(gradient)
     total = torch.cat(values).sum()
     return _Precomputed.apply(total, inputs, of_inputs, len(leaves), *leaves, *sums)  # pyrefly: ignore
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Return a context without autocast, which does not exist on the meta device."""
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 def mark_gathered_per_call(parameters: Iterable[nn.Parameter]) -> None:

@@ -41,6 +41,11 @@ TOPICS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
             *("add_lora", "lora_disabled", "save_lora", "load_lora", "save_merged_lora"),
         ),
     ),
+    "planning": (
+        "Planning",
+        "Layouts of a model on a cluster: memory, communication and predicted time, before any GPU is used.",
+        (*("plan", "Cluster", "Plan", "PlannedLayout"), *("planning.Strategy", "planning.ServingPlan")),
+    ),
     "data": (
         "Data and monitoring",
         "Pack documents, load them so that a run can be resumed, and record what each step does.",

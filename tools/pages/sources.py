@@ -2,7 +2,17 @@
 
 from collections.abc import Callable, Mapping
 
-from tools.pages import api, benchmarks, capabilities, command_line, configuration, environment, kernels, packages
+from tools.pages import (
+    api,
+    benchmarks,
+    capabilities,
+    command_line,
+    configuration,
+    environment,
+    kernels,
+    packages,
+    scale,
+)
 
 PAGES: Mapping[str, Callable[[], str]] = {
     **{f"reference/api/{name}.md": make for name, make in api.pages().items()},
@@ -16,4 +26,5 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "capabilities": capabilities.table,
     "versions": capabilities.versions,
     **benchmarks.tables(),
+    **scale.tables(),
 }

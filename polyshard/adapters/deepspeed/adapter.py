@@ -71,6 +71,7 @@ class DeepspeedAdapter(BaseAdapter):
     name = "deepspeed"
     capabilities = CAPABILITIES
     requirement = REQUIREMENT
+    zero_bucket = 500_000_000  # DeepSpeed's default reduce_bucket_size, in elements; plans of memory read it
 
     def __init__(self) -> None:
         self.linear = DeepspeedLinearAdapter()

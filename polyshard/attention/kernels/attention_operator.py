@@ -59,7 +59,8 @@ def _attention(
 
 @_attention.register_fake
 def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    saved = torch.library.get_ctx().new_dynamic_size()  # depends on the sequences' lengths
+    # Its size depends on the sequences' lengths. The meta kernel saves nothing, and plain meta tensors have no context.
+    saved = 0 if q.device.type == "meta" else torch.library.get_ctx().new_dynamic_size()
     out = q.new_empty((*q.shape[:2], v.shape[-1]))
     return out, q.new_empty(q.shape[:2], dtype=wide(q.dtype)), q.new_empty(saved)
 

@@ -117,6 +117,8 @@ class Chunked(_ByRun):
     def unsupported_reason(
         self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, training: bool
     ) -> str | None:
+        if device.type == "meta":
+            return "needs a device with memory, not meta"
         return None if dtype.is_floating_point else f"needs a float dtype, not {dtype}"
 
     def way(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> Way:

@@ -1,0 +1,137 @@
+"""Planned against measured memory of sixteen layouts, on two ranks of this machine's CPU.
+
+    python benchmarks/plan.py [--json FILE] [--check] [--adapters torch,megatron]
+
+Each layout trains a small decoder. Its peak memory is measured by the operating system, with the kernels of the CPU
+that keep what a GPU's operators keep. `--check` exits with status 1 if a plan is more than 10 % off, more than 5 % in
+the median, or more than 3 % below the measured memory: the system also counts what is not a tensor, such as buffers of
+gloo.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from plan_measured import measured
+from report import Report
+
+import polyshard as ps
+from polyshard.launch.ranks import run_ranks
+from polyshard.planning.decoder import planned_decoder
+from polyshard.planning.memory import memory_of
+from polyshard.planning.strategy import CASTS, MASTERS, Strategy, sizes
+from polyshard.planning.trace import record
+
+RANKS = 2
+WORST, MEDIAN, BELOW = 0.10, 0.05, 0.03
+FLOAT32 = ps.Precision()
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 4096,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+}
+# While a bucket is reduced, gloo holds a copy of it, which NCCL does not need.
+_SMALL_BUCKETS = {"ddp_options": {"bucket_cap_mb": 4}}
+_TENSOR, _SEQUENCE, _CONTEXT = {"tensor": 2}, {"tensor": 2, "sequence_parallel": True}, {"context": 2}
+
+
+def case(adapter: str, sharding: str, sizes: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Return the arguments of a measured run, and the sharding that is planned for it."""
+    options = {
+        "data": {},
+        "fsdp": {"data_parallel": "fsdp"},
+        **{f"zero{stage}": {"zero_stage": stage} if adapter == "deepspeed" else {} for stage in (1, 2, 3)},
+    }[sharding]
+    found = {"config": CONFIG, "adapter": adapter, "sizes": sizes, "options": options, "precision": FLOAT32}
+    found |= {"recompute": "none", "rows": 2, "length": 512, "micro_batches": 1}
+    return {**found, "sharding": sharding, **changes}
+
+
+CASES = (
+    case("torch", "data", {}),
+    case("torch", "data", {}, micro_batches=2, recompute="full"),
+    case("torch", "data", {}, precision=MASTERS, recompute="selective", options=_SMALL_BUCKETS),
+    case("torch", "fsdp", {}),
+    case("torch", "fsdp", {}, recompute="full"),
+    case("torch", "fsdp", {}, precision=CASTS, recompute="selective"),
+    case("torch", "fsdp", {}, micro_batches=2),
+    case("torch", "data", _TENSOR),
+    case("torch", "data", _TENSOR, recompute="full"),
+    case("torch", "data", _SEQUENCE, recompute="selective"),
+    case("torch", "data", _CONTEXT),
+    case("torch", "fsdp", _CONTEXT, recompute="full"),
+    case("megatron", "zero1", {}, precision=MASTERS, recompute="full"),
+    case("deepspeed", "zero1", {}, precision=MASTERS, recompute="full"),
+    case("deepspeed", "zero2", {}, precision=MASTERS, recompute="full"),
+    case("deepspeed", "zero3", {}, precision=MASTERS, recompute="full"),
+)
+
+
+def planned(chosen: dict[str, Any]) -> tuple[Strategy, int]:
+    """Return the strategy of a case and its planned bytes."""
+    strategy = Strategy(
+        layout=ps.ParallelLayout.for_world(RANKS, **chosen["sizes"]),
+        sharding=chosen["sharding"],
+        **{name: chosen[name] for name in ("precision", "recompute", "rows", "micro_batches")},
+    )
+    trace, _ = record(
+        planned_decoder,
+        ps.ModelConfig(**chosen["config"]),
+        strategy.layout,
+        dtype=strategy.precision.compute_dtype,
+        **{name: chosen[name] for name in ("rows", "length", "recompute")},
+    )
+    bucket = getattr(ps.load_adapter(chosen["adapter"]), "zero_bucket", 0)
+    return strategy, memory_of(strategy, trace, bucket=bucket).total
+
+
+def main(
+    adapters: Annotated[str, typer.Option(help="Comma-separated.")] = "torch,megatron,deepspeed",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    lines: Annotated[Path | None, typer.Option(help="Append each row here as soon as it is measured.")] = None,
+    check: Annotated[bool, typer.Option(help="Exit status 1 if a goal is missed.")] = False,
+) -> None:
+    """Run the comparison."""
+    columns = ("adapter", "layout", "sharding", "precision", "recompute", "micro-batches", "MB measured", "MB planned")
+    report = Report((*columns, "ratio"), lines)
+    for adapter in adapters.split(","):
+        cases = [chosen for chosen in CASES if chosen["adapter"] == adapter]
+        for chosen, *ranks in zip(cases, *run_ranks(measured, RANKS, cases, timeout=900)):
+            strategy, nbytes = planned(chosen)
+            peak = max(found["peak"] for found in ranks)
+            report.add(
+                adapter=adapter,
+                layout=sizes(strategy.layout),
+                sharding=strategy.sharding,
+                precision=str(strategy.precision.compute_dtype).removeprefix("torch."),
+                recompute=strategy.recompute,
+                **{
+                    "micro-batches": strategy.micro_batches,
+                    "MB measured": peak / 1e6,
+                    "MB planned": nbytes / 1e6,
+                    "ratio": nbytes / peak,
+                },
+            )
+            if not 1 - BELOW <= nbytes / peak <= 1 + WORST:
+                report.missed.append(f"{adapter}, {strategy}: planned {nbytes / peak:.3f} of the measured memory")
+    median = statistics.median(abs(row["ratio"] - 1) for row in report.rows)
+    if median > MEDIAN:
+        report.missed.append(f"the median error is {median:.1%}, not {MEDIAN:.0%}")
+    report.show()
+    report.save(json_file, torch.device("cpu"))
+    if check and report.missed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,164 @@
+"""Memory of a rank in a training step, by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from polyshard.planning.recorder import Level
+from polyshard.planning.strategy import Strategy
+from polyshard.planning.trace import Sizes, Trace
+
+_MOMENTS = 2  # AdamW's
+_LIVE = 1_000_000_000  # DeepSpeed's default stage3_max_live_parameters
+
+# Bytes of gradients, and bytes that are gathered or under way, at a level of a micro-batch's pass.
+_Held = Callable[[Level], tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes of a rank at the peak of a step.
+
+    Attributes:
+        parameters: of the model, as they are stored.
+        gradients: accumulated over micro-batches.
+        optimizer: masters and both moments of AdamW.
+        activations: saved for the backward pass, and temporary.
+        communication: parameters and gradients that are gathered or under way.
+        reserve: see `Cluster.reserve`.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    communication: int
+    reserve: int = 0
+
+    @property
+    def total(self) -> int:
+        """The sum of all kinds."""
+        return sum(asdict(self).values())
+
+
+def memory_of(strategy: Strategy, trace: Trace, stage: int = 0, reserve: int = 0, bucket: int = 0) -> Memory:
+    """Return the memory of a rank of a pipeline stage.
+
+    Source: Rajbhandari et al. 2020, "ZeRO"; Narayanan et al. 2021 for the micro-batches under way in a pipeline.
+
+    Args:
+        strategy: the strategy.
+        trace: of one micro-batch of this stage, in `strategy.precision.compute_dtype`.
+        stage: the pipeline stage.
+        reserve: see `Cluster.reserve`.
+        bucket: elements of the buffers in which the library reduces gradients under ZeRO (DeepSpeed's
+            `reduce_bucket_size`); 0 for a library without.
+    """
+    precision, sizes = strategy.precision, trace.sizes
+    stored, wide = precision.parameters.itemsize, precision.optimizer.itemsize
+    trained, shared = sizes.trainable, _share(strategy, sizes)
+    partitioned = strategy.sharding in ("zero3", "fsdp") and strategy.replicas > 1
+    # A library with buckets keeps masters even of parameters that are as wide: DeepSpeed's flat partitions.
+    flat = bucket > 0 and strategy.sharding.startswith("zero")
+    states = _MOMENTS * wide + (wide if precision.has_masters or flat else 0)
+    under_way = min(strategy.layout.pipeline - stage, strategy.micro_batches)
+    held = _held_by_engine(strategy, sizes, bucket)
+
+    def at(level: Level) -> Memory:
+        gradients, communication = held(level)
+        return Memory(
+            parameters=stored * ((shared if partitioned else trained) + sizes.frozen),
+            gradients=gradients,
+            optimizer=states * (trained if strategy.sharding == "data" else shared),
+            activations=level.live + (under_way - 1) * trace.held,
+            communication=communication,
+            reserve=reserve,
+        )
+
+    levels = (level for level in trace.levels if precision.has_masters or not level.copied)
+    return max(map(at, levels), key=lambda memory: memory.total)
+
+
+def _held_by_engine(strategy: Strategy, sizes: Sizes, bucket: int) -> _Held:
+    """Return what an engine holds besides parameters, optimizer state and activations."""
+    if strategy.replicas > 1 and strategy.sharding == "fsdp":
+        return _gathered(strategy, sizes)
+    if strategy.replicas > 1 and strategy.sharding != "data":
+        return _zero(strategy, sizes, bucket)
+    return _masters(strategy, sizes) if strategy.precision.has_masters else _replicated(strategy, sizes)
+
+
+def _replicated(strategy: Strategy, sizes: Sizes) -> _Held:
+    """DistributedDataParallel: gradients are views of its buckets, except those of earlier micro-batches."""
+    full = strategy.precision.parameters.itemsize * sizes.trainable
+    several = strategy.micro_batches > 1
+    if strategy.replicas > 1:
+        return lambda _: (full, full if several else 0)
+    return lambda level: (full if several else level.gradients, 0)
+
+
+def _masters(strategy: Strategy, sizes: Sizes) -> _Held:
+    """Gradients are added up in a wider dtype, and sent from messages of that dtype."""
+    reduced, compute = strategy.precision.reduce.itemsize, strategy.precision.compute_dtype.itemsize
+    full, several, sends = reduced * sizes.trainable, strategy.micro_batches > 1, strategy.replicas > 1
+
+    def at(level: Level) -> tuple[int, int]:
+        new = level.gradients * reduced // compute
+        return full if several else new, new if sends else 0
+
+    return at
+
+
+def _zero(strategy: Strategy, sizes: Sizes, bucket: int) -> _Held:
+    """ZeRO: what each stage keeps of the gradients, and the buffers in which they are reduced.
+
+    Stage 1 keeps full gradients: in the reduction's dtype, or with buckets and masters in that of the parameters beside
+    a part in the former. DeepSpeed has two buckets in stages 2 and 3: one is reduced while the other is filled. Stage 2
+    has one if gradients need no cast.
+    """
+    precision, share = strategy.precision, _share(strategy, sizes)
+    compute, reduced = precision.compute_dtype.itemsize, precision.reduce.itemsize
+    own, buffer = reduced * share, compute * min(sizes.trainable, bucket)
+    gathered = precision.parameters.itemsize * share  # after the update
+    match strategy.sharding:
+        case "zero1" if bucket and precision.has_masters:
+            held = compute * sizes.trainable + own, buffer + gathered
+        case "zero1":
+            held = reduced * sizes.trainable, gathered
+        case "zero2":
+            held = own, buffer * (2 if precision.has_masters else 1)
+        case _:
+            live = compute * min(sizes.trainable + sizes.frozen, _LIVE)
+            held = own * (2 if precision.has_masters else 1), 2 * buffer + live
+    return lambda _: held
+
+
+def _gathered(strategy: Strategy, sizes: Sizes) -> _Held:
+    """FSDP2: a block is gathered while it computes, and what is in no block for the whole pass.
+
+    A block's backward pass holds its parameters, the gathered ones of the block before it, its gradients, and a copy of
+    them that is being reduced. FSDP2 keeps full gradients of all but the last micro-batch.
+    """
+    precision = strategy.precision
+    reduced, compute = precision.reduce.itemsize, precision.compute_dtype.itemsize
+    root = sizes.trainable + sizes.frozen - sizes.blocks
+    share = _share(strategy, sizes) / sizes.trainable
+    several = strategy.micro_batches > 1
+
+    def at(level: Level) -> tuple[int, int]:
+        of_root = min(level.gradients, compute * root)
+        of_blocks = (level.gradients - of_root) // compute * reduced
+        full = reduced * sizes.trainable
+        own = round(share * (full if several else of_blocks))
+        block = sizes.block * (2 * compute + (compute + reduced if level.gradients else 0)) if level.in_block else 0
+        last = reduced * root if not level.in_block and of_blocks else 0
+        return own + (full if several else of_root), compute * root + block + last
+
+    return at
+
+
+def _share(strategy: Strategy, sizes: Sizes) -> int:
+    """Return the number of parameters that a rank keeps if the replicas share them."""
+    experts = max(1, strategy.replicas // strategy.layout.expert)
+    return -(-sizes.dense // strategy.replicas) + -(-sizes.expert // experts)

@@ -1,0 +1,176 @@
+"""Strategies: everything that is chosen for a run, and the adapters that can run it, by their capabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal, get_args
+
+import torch
+
+from polyshard.core.capabilities import Capabilities
+from polyshard.core.errors import ConfigurationError
+from polyshard.core.parallel_layout import ParallelLayout
+from polyshard.core.precision import Precision
+from polyshard.training.recompute import Mode
+
+Sharding = Literal["data", "zero1", "zero2", "zero3", "fsdp"]
+SHARDINGS: tuple[Sharding, ...] = get_args(Sharding)
+
+MASTERS = Precision(parameters=torch.bfloat16)
+CASTS = Precision(compute=torch.bfloat16)
+PRECISIONS: Mapping[str, Precision] = {"masters": MASTERS, "casts": CASTS, "float32": Precision()}
+
+_SMALLEST_CONTEXT = 2048  # tokens that a rank of the context axis keeps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strategy:
+    """One way to distribute a training step.
+
+    Attributes:
+        layout: sizes of the axes.
+        sharding: what the replicas share: a feature of `Capabilities`, `"data"` (nothing) to `"zero3"` and `"fsdp"`.
+        precision: dtypes of the run.
+        recompute: activations that are computed again.
+        rows: sequences of a micro-batch.
+        micro_batches: micro-batches of a step on each rank.
+
+    Examples:
+        >>> strategy = Strategy(layout=ps.ParallelLayout(tensor=2, data=4), sharding="zero1")
+        >>> strategy.features(), str(strategy)
+        (('training', 'tensor', 'zero1', 'masters'), 't2 d4, zero1, recompute none')
+    """
+
+    layout: ParallelLayout
+    sharding: Sharding = "data"
+    precision: Precision = MASTERS
+    recompute: Mode = "none"
+    rows: int = 1
+    micro_batches: int = 1
+
+    @property
+    def replicas(self) -> int:
+        """The number of ranks that hold the same weights."""
+        return self.layout.data * self.layout.context
+
+    def features(self) -> tuple[str, ...]:
+        """Return the features of `Capabilities` that the strategy needs."""
+        layout, precision = self.layout, self.precision
+        sized = [axis for axis in ("tensor", "pipeline", "context", "expert") if getattr(layout, axis) > 1]
+        wanted = {
+            "sequence": layout.sequence_parallel,
+            self.sharding: self.replicas > 1,
+            "casts": precision.casts,
+            "masters": precision.has_masters,
+            "float16": precision.scales_loss,
+        }
+        return ("training", *sized, *(feature for feature, needed in wanted.items() if needed))
+
+    def __str__(self) -> str:
+        return f"{sizes(self.layout)}, {self.sharding}, recompute {self.recompute}"
+
+
+_NAMES = {"t": "tensor", "c": "context", "p": "pipeline", "e": "expert", "d": "data"}
+LETTERS = f"Sizes: {', '.join(f'{letter} {name}' for letter, name in _NAMES.items())}, sp sequence parallel"
+
+
+def sizes(layout: ParallelLayout) -> str:
+    """Return the sizes of axes in short.
+
+    Examples:
+        >>> sizes(ParallelLayout(tensor=8, data=128, sequence_parallel=True))
+        't8 d128 sp'
+    """
+    parts = [f"{letter}{size}" for letter, name in _NAMES.items() if (size := getattr(layout, name)) > 1]
+    return " ".join([*(parts or ["1"]), *(["sp"] if layout.sequence_parallel else [])])
+
+
+def reason_against(strategy: Strategy, capabilities: Capabilities) -> str | None:
+    """Return the feature that an adapter lacks for a strategy, with its reason, or None."""
+    for feature in strategy.features():
+        support = capabilities[feature]
+        if not support.available:
+            return f"{feature}: {support.reason}"
+    return None
+
+
+def impossible(strategy: Strategy) -> str | None:
+    """Return why no adapter will run a strategy, or why it cannot be planned, or None."""
+    gathers = strategy.sharding == "fsdp" and strategy.replicas > 1
+    if gathers and strategy.precision.has_masters:
+        return "FSDP2 keeps no masters of bfloat16 parameters"
+    if strategy.precision.casts and not gathers:
+        return "casts by torch.autocast are not planned, since some of their activations are float32"
+    return None
+
+
+def strategies(
+    gpus: int,
+    tokens_per_step: int,
+    length: int,
+    *,
+    layers: int,
+    experts: int,
+    axes: Iterable[str],
+    max_tensor: int,
+    rows: Sequence[int],
+    shardings: Sequence[Sharding],
+    precisions: Sequence[Precision],
+    recompute: Sequence[Mode],
+) -> Iterator[Strategy]:
+    """Yield every strategy whose sizes divide the GPUs, the step and the sequence.
+
+    Args:
+        gpus: number of ranks.
+        tokens_per_step: tokens of all ranks and micro-batches of a step.
+        length: tokens of a sequence.
+        layers: of the model; the largest pipeline size.
+        experts: of a layer; 0 without.
+        axes: the axes that may have several ranks, besides data.
+        max_tensor: largest tensor-parallel size.
+        rows: sequences of a micro-batch.
+        shardings: see `Strategy`.
+        precisions: see `Strategy`.
+        recompute: see `Strategy`.
+
+    Raises:
+        ConfigurationError: the step is not a whole number of sequences.
+    """
+    sequences, rest = divmod(tokens_per_step, length)
+    if rest or not sequences:
+        raise ConfigurationError(
+            f"tokens_per_step is invalid: got {tokens_per_step}, expected a multiple of the sequence length {length}."
+        )
+    axes = set(axes)
+    longest = max(1, length // _SMALLEST_CONTEXT)
+    tensors = [n for n in divisors(gpus) if n == 1 or ("tensor" in axes and n <= max_tensor)]
+    contexts = [n for n in divisors(gpus) if n == 1 or ("context" in axes and n <= longest)]
+    stages = [n for n in divisors(gpus) if n == 1 or ("pipeline" in axes and n <= layers)]
+    for tensor, context, pipeline in product(tensors, contexts, stages):
+        if gpus % (tensor * context * pipeline):
+            continue
+        data = gpus // (tensor * context * pipeline)
+        groups = [n for n in divisors(data) if n == 1 or ("expert" in axes and experts and experts % n == 0)]
+        for expert, sequence in product(groups, (False, True) if tensor > 1 and "sequence" in axes else (False,)):
+            layout = ParallelLayout(
+                tensor=tensor, context=context, pipeline=pipeline, data=data, expert=expert, sequence_parallel=sequence
+            )
+            for sharding, precision, mode, count in product(shardings, precisions, recompute, rows):
+                micro_batches, rest = divmod(sequences, data * count)
+                if not rest and micro_batches:
+                    yield Strategy(
+                        layout=layout,
+                        sharding=sharding,
+                        precision=precision,
+                        recompute=mode,
+                        rows=count,
+                        micro_batches=micro_batches,
+                    )
+
+
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a number, ascending."""
+    small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})

@@ -1,0 +1,197 @@
+"""`ps.plan`: published layouts fit, capabilities decide what is shown, and what is impossible has a reason."""
+
+from types import SimpleNamespace
+
+import pytest
+from decoder import build_model
+from support.planned_cases import CONFIG, LLAMA_405B
+
+import polyshard as ps
+from polyshard.core.capabilities import YES, Capabilities
+from polyshard.planning import planner
+from polyshard.planning.contexts import planned_context
+from polyshard.planning.decoder import PlannedDecoder, _settings
+from polyshard.planning.strategy import MASTERS, strategies
+
+GIB = 2**30
+DEEPSEEK_V3 = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "num_nextn_predict_layers": 1,
+}
+SMALL = ps.ModelConfig(**CONFIG)
+
+
+def small_plan(**changes):
+    options = {"cluster": ps.Cluster(gpus=8, memory=8 * GIB), "tokens_per_step": 8 * 512, "sequence_length": 256}
+    return ps.plan(SMALL, **{**options, **changes})
+
+
+# Sources: "The Llama 3 Herd of Models" (2024), table 4; "DeepSeek-V3 Technical Report" (2024), section 3.2. Both have
+# 80 GB per GPU. Their layers recompute less: they are fused, and keep fewer activations than torch's operators.
+PUBLISHED = {
+    "Llama 3 405B": (
+        LLAMA_405B,
+        {"gpus": 8192, "tokens_per_step": 2048 * 8192, "sequence_length": 8192},
+        ps.ParallelLayout(tensor=8, pipeline=16, data=64, sequence_parallel=True),
+    ),
+    "DeepSeek-V3": (
+        DEEPSEEK_V3,
+        {"gpus": 2048, "tokens_per_step": 15360 * 4096, "sequence_length": 4096},
+        ps.ParallelLayout(pipeline=16, data=128, expert=64),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_layouts_fit_where_they_ran(name):
+    config, options, layout = PUBLISHED[name]
+    found = ps.plan(
+        config,
+        cluster=ps.Cluster(gpus=options.pop("gpus"), memory=80 * 10**9),
+        layout=layout,
+        unsupported=True,
+        shardings=("zero1",),
+        precisions=(MASTERS,),
+        recompute=("full",),
+        **options,
+    )
+    (fits,) = found.layouts
+    assert 20 * GIB < fits.memory.total < 74 * GIB
+    # The full model does not fit on one GPU, nor do its optimizer states without ZeRO.
+    assert fits.memory.parameters + fits.memory.optimizer < 80 * 10**9 < 2 * found.parameters
+
+
+def test_layouts_that_no_adapter_can_run_are_refused_with_the_adapters_reasons():
+    found = small_plan(adapters=["fairscale"], recompute=("full",))
+    assert {planned.strategy.layout.pipeline for planned in found.layouts} == {1}
+    assert all(planned.adapters for planned in found.layouts)
+    reason = ps.load_adapter("fairscale").capabilities["pipeline"].reason
+    assert f"fairscale: pipeline: {reason}" in found.refused
+    times = [planned.time.total for planned in found.layouts]
+    assert times == sorted(times)
+
+
+def test_layouts_appear_when_an_adapter_says_that_it_can_run_them(monkeypatch):
+    able = Capabilities("new", dict.fromkeys(ps.load_adapter("torch").capabilities.support, YES))
+    monkeypatch.setattr(planner, "load_adapter", lambda name: SimpleNamespace(capabilities=able))
+    cluster = ps.Cluster(gpus=8, gpus_per_node=2, memory=8 * GIB)
+    found = small_plan(cluster=cluster, adapters=["new"], shardings=("zero1",), recompute=("none",))
+    pipelines = [planned for planned in found.layouts if planned.strategy.layout.pipeline == 4]
+    assert pipelines
+    assert all(planned.adapters == ("new",) for planned in pipelines)
+    assert all(planned.sent["pipeline"] > 0 and planned.time.bubble > 0 for planned in pipelines)
+
+
+def test_a_factory_that_ignores_pipeline_stages_is_refused():
+    def everywhere(config, context):
+        return build_model(config, planned_context(ps.ParallelLayout()))
+
+    layout = ps.ParallelLayout(pipeline=2, data=4)
+    found = small_plan(factory=everywhere, layout=layout, unsupported=True, shardings=("zero1",), recompute=("none",))
+    assert not found.layouts
+    assert any("the factory builds the full model on each pipeline stage" in reason for reason in found.refused)
+
+
+def test_a_users_factory_is_planned_as_the_default_one():
+    options = {"recompute": ("selective",), "shardings": ("fsdp",), "adapters": ["torch"]}
+    own, default = small_plan(factory=build_model, **options), small_plan(**options)
+    assert [(p.strategy, p.memory, p.flops) for p in own.layouts] == [
+        (p.strategy, p.memory, p.flops) for p in default.layouts
+    ]
+    assert own.parameters == default.parameters
+
+
+def test_a_model_that_depends_on_values_is_refused_with_the_reason():
+    class Choosing(PlannedDecoder):
+        def forward(self, input_ids, inputs_embeds=None):
+            return super().forward(input_ids[: int(input_ids.max())])
+
+    def factory(config, context):
+        return Choosing(_settings(config), context)
+
+    found = small_plan(factory=factory, layout=ps.ParallelLayout(data=8), shardings=("zero1",), recompute=("none",))
+    assert not found.layouts
+    assert any("Choosing cannot be recorded on the meta device" in reason for reason in found.refused)
+
+
+def test_sizes_that_do_not_divide_the_model_are_refused_with_the_layers_reason():
+    config = ps.ModelConfig(**{**CONFIG, "num_attention_heads": 4, "num_key_value_heads": 4})
+    options: dict = {"cluster": ps.Cluster(gpus=8, memory=8 * GIB), "tokens_per_step": 8 * 256, "sequence_length": 256}
+    found = ps.plan(config, **options, shardings=("zero1",), recompute=("none",))
+    assert any("cannot be divided by tensor-parallel size 8" in reason for reason in found.refused)
+
+
+def test_layouts_that_do_not_fit_say_what_they_need():
+    found = small_plan(cluster=ps.Cluster(gpus=8, memory=GIB, reserve=GIB - 1000), recompute=("full",))
+    assert not found.layouts
+    assert found.too_large[0].memory.total > GIB
+
+
+def test_recomputation_costs_flops_and_saves_memory_and_the_models_flops_stay():
+    found = small_plan(layout=ps.ParallelLayout(data=8), shardings=("fsdp",), adapters=["torch"], rows=(2,))
+    by_mode = {planned.strategy.recompute: planned for planned in found.layouts}
+    none, full = by_mode["none"], by_mode["full"]
+    assert none.model_flops == full.model_flops == none.flops * 8
+    assert 1.2 < full.flops / none.flops < 1.34  # the blocks' forward passes again, without the head
+    assert full.memory.activations < none.memory.activations
+
+
+def test_a_step_must_be_a_whole_number_of_sequences():
+    with pytest.raises(ps.ConfigurationError, match="got 1000, expected a multiple of the sequence length 256"):
+        small_plan(tokens_per_step=1000)
+
+
+def test_models_of_unknown_families_need_a_factory():
+    with pytest.raises(ps.ConfigurationError, match="model_type 'gpt2' cannot be planned without its factory"):
+        ps.plan(
+            {"model_type": "gpt2"},
+            cluster=ps.Cluster(gpus=1, memory=5 * GIB),
+            tokens_per_step=256,
+            sequence_length=256,
+        )
+
+
+def test_strategies_use_every_rank_and_every_token():
+    made = strategies(
+        24,
+        48 * 4096,
+        4096,
+        layers=4,
+        experts=4,
+        axes=("tensor", "sequence", "context", "pipeline", "expert"),
+        max_tensor=8,
+        rows=(1, 2),
+        shardings=("zero1",),
+        precisions=(MASTERS,),
+        recompute=("full",),
+    )
+    found = list(made)
+    assert len(set(found)) == len(found) > 20
+    for strategy in found:
+        assert strategy.layout.world_size == 24
+        assert strategy.layout.data * strategy.rows * strategy.micro_batches == 48
+
+
+def test_serving_counts_weights_and_cache():
+    (plan,) = small_plan(serve=1, layout=ps.ParallelLayout(data=8), recompute=("full",)).serving
+    parameters = small_plan(layout=ps.ParallelLayout(data=8), recompute=("full",)).parameters
+    assert plan.weights == 2 * parameters
+    assert plan.cache_per_token == 2 * 4 * 2 * 4 * 8  # bytes, layers, keys and values, KV heads, head size
+    assert plan.cache_tokens == (int(0.9 * 8 * GIB) - plan.weights) // plan.cache_per_token

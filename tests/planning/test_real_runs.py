@@ -1,0 +1,41 @@
+"""Planned bytes are those of real runs of the torch engines on two and four ranks."""
+
+import functools
+
+import pytest
+from support.planned_cases import ON_FOUR, ON_TWO, memory, one_name, payload, planned
+from support.workers.planned import measured
+
+from polyshard.testing import run_ranks
+
+CASES = [(2, name) for name in ON_TWO] + [(4, name) for name in ON_FOUR]
+
+
+@functools.cache
+def runs(ranks):
+    """The figures of the first rank, by case; all cases run in one launch."""
+    cases = {2: ON_TWO, 4: ON_FOUR}[ranks]
+    return dict(zip(cases, run_ranks(measured, ranks, list(cases.values()), timeout=280)[0]))
+
+
+def chosen(ranks, name):
+    return {2: ON_TWO, 4: ON_FOUR}[ranks][name]
+
+
+@pytest.mark.parametrize(("ranks", "name"), CASES)
+def test_collectives_carry_the_planned_bytes(ranks, name):
+    counted = one_name(chosen(ranks, name), ranks, runs(ranks)[name]["traffic"])
+    assert counted == payload(chosen(ranks, name), ranks)
+
+
+@pytest.mark.parametrize("name", [name for name, case in ON_TWO.items() if not case["options"]])
+def test_parameters_have_the_planned_bytes(name):
+    strategy, trace = planned(ON_TWO[name], 2)
+    expected = strategy.precision.parameters.itemsize * trace.sizes.trainable
+    assert runs(2)[name]["parameters"] == expected
+
+
+# The profiler does not see what gloo's threads free: benchmarks/plan.py asks the operating system for other layouts.
+@pytest.mark.parametrize("name", [name for name, case in ON_TWO.items() if case["memory"]])
+def test_peak_memory_is_planned_within_one_percent(name):
+    assert memory(ON_TWO[name], 2).total == pytest.approx(runs(2)[name]["peak"], rel=0.01)

@@ -1,0 +1,102 @@
+"""Layouts that are planned and run: as arguments of the worker, and as the strategy that is planned for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import polyshard as ps
+from polyshard.core.parallel_layout import ParallelLayout
+from polyshard.planning.communication import payload_of
+from polyshard.planning.decoder import planned_decoder
+from polyshard.planning.memory import Memory, memory_of
+from polyshard.planning.strategy import CASTS, MASTERS, Strategy
+from polyshard.planning.trace import Trace, record
+
+FLOAT32 = ps.Precision()
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-5,
+}
+LLAMA_405B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 16384,
+    "intermediate_size": 53248,
+    "num_hidden_layers": 126,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+}
+RING = {**CONFIG, "hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 3}  # two ranks cannot share heads
+FSDP = {"data_parallel": "fsdp"}
+SEQUENCE = {"tensor": 2, "sequence_parallel": True}
+
+
+def case(**changes: Any) -> dict[str, Any]:
+    """Return a case of `support.workers.planned.measured`."""
+    found: dict[str, Any] = {"config": CONFIG, "adapter": "torch", "sizes": {}, "options": {}, "precision": FLOAT32}
+    return {**found, "recompute": "none", "rows": 2, "length": 128, "micro_batches": 1, "memory": True, **changes}
+
+
+ON_TWO = {
+    "DDP": case(),
+    "DDP, two micro-batches": case(micro_batches=2),
+    "DDP, masters": case(precision=MASTERS),
+    "DDP, masters, two micro-batches": case(precision=MASTERS, micro_batches=2, recompute="full"),
+    "FSDP2, casts": case(options=FSDP, precision=CASTS, recompute="full", memory=False),
+    "FSDP2, two micro-batches": case(options=FSDP, micro_batches=2, memory=False),
+    "tensor": case(sizes={"tensor": 2}, memory=False),
+    "sequence": case(sizes=SEQUENCE, recompute="selective", memory=False),
+    "context": case(sizes={"context": 2}, recompute="full", memory=False),
+    "context by a ring": case(sizes={"context": 2}, config=RING, memory=False),
+}
+ON_FOUR = {
+    "tensor and data": case(sizes={"tensor": 2}, memory=False),
+    "sequence, FSDP2 over data": case(sizes=SEQUENCE, options=FSDP, recompute="full", memory=False),
+    "sequence and context, two micro-batches": case(sizes={**SEQUENCE, "context": 2}, micro_batches=2, memory=False),
+}
+
+
+def planned(chosen: dict[str, Any], ranks: int) -> tuple[Strategy, Trace]:
+    """Return the strategy of a case, and its trace."""
+    layout = ParallelLayout.for_world(ranks, **chosen["sizes"])
+    strategy = Strategy(
+        layout=layout,
+        sharding=chosen.get("sharding", chosen["options"].get("data_parallel", "ddp").replace("ddp", "data")),
+        precision=chosen["precision"],
+        recompute=chosen["recompute"],
+        rows=chosen["rows"],
+        micro_batches=chosen["micro_batches"],
+    )
+    options = {"rows": chosen["rows"], "length": chosen["length"], "recompute": chosen["recompute"]}
+    dtype = chosen["precision"].compute_dtype
+    trace, _ = record(planned_decoder, ps.ModelConfig(**chosen["config"]), layout, dtype=dtype, **options)
+    return strategy, trace
+
+
+def payload(chosen: dict[str, Any], ranks: int) -> dict[tuple[str, str], int]:
+    """Return the planned bytes of the collectives of a step."""
+    return one_name(chosen, ranks, payload_of(*planned(chosen, ranks)))
+
+
+def one_name(chosen: dict[str, Any], ranks: int, traffic: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], int]:
+    """Return bytes by axis and operation, under one name for axes that have the same ranks."""
+    same = ParallelLayout.for_world(ranks, **chosen["sizes"]).data == 1
+    found: dict[tuple[str, str], int] = {}
+    for (axis, kind), nbytes in traffic.items():
+        key = ("replica" if same and axis == "context" else axis, kind)
+        found[key] = found.get(key, 0) + nbytes
+    return found
+
+
+def memory(chosen: dict[str, Any], ranks: int) -> Memory:
+    """Return the planned memory."""
+    strategy, trace = planned(chosen, ranks)
+    return memory_of(strategy, trace)
