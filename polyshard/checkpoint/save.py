@@ -287,7 +287,8 @@ class SaveJob:
 
     def manifest(self, records: Mapping[str, FileRecord], fingerprints: Mapping[str, int]) -> Manifest:
         """Return the manifest of the files and tensors as written."""
-        return Manifest(kind=self.kind, files=records, fingerprints=_by_slot(fingerprints), state=self.state or {})
+        in_order = {tensor.key: fingerprints[tensor.key] for file in self.files for tensor in file.tensors}
+        return Manifest(kind=self.kind, files=records, fingerprints=_by_slot(in_order), state=self.state or {})
 
     def add_documents(self, staging: Path) -> None:
         """Write the files besides the planned ones: blobs, index, documents and companions."""
