@@ -98,11 +98,11 @@ class RankMonitor:
         except TimeoutError:
             return RankFailureError(
                 f"{here}: the process that keeps the store (torchrun's agent, or rank 0) does not answer. It "
-                f"hangs, or its machine is down; backend: {_first_line(error)}"
+                f"hangs, its machine is down, or it cannot be reached; backend: {_first_line(error)}"
             )
         except (dist.DistError, RuntimeError) as gone:
             return RankFailureError(
-                f"{here}: the process that keeps the store (torchrun's agent, or rank 0) is gone "
+                f"{here}: the process that keeps the store (torchrun's agent, or rank 0) is gone, or cannot be reached "
                 f"({type(gone).__name__}); backend: {_first_line(error)}"
             )
         if suspects:
@@ -159,7 +159,7 @@ def _describe(rank: int, beat: dict[str, Any]) -> str:
     last = f"last heartbeat at {_clock(beat['time'])}, {max(0.0, time.time() - beat['time']):.1f} s ago"
     if beat["state"] == "finished":
         return f"rank {rank} had shut down ({last})"
-    return f"rank {rank} crashed or hung ({last}, in {beat['operation'] or 'no collective yet'})"
+    return f"rank {rank} crashed, hung, or cannot be reached ({last}, in {beat['operation'] or 'no collective yet'})"
 
 
 def _clock(seconds: float) -> str:
