@@ -40,7 +40,7 @@ PRECISIONS = {
 
 def main(
     model: Annotated[Path, typer.Argument(help="Hugging Face directory to start from.")],
-    output: Annotated[Path, typer.Argument(help="Directory of the trained model.")],
+    output: Annotated[str, typer.Argument(help="Directory or URL of the trained model.")],
     adapter: Annotated[str, typer.Option(help="Parallelism library.")] = "torch",
     tensor_parallel: Annotated[int, typer.Option(help="Ranks that share each layer.")] = 1,
     context_parallel: Annotated[int, typer.Option(help="Ranks that share each sequence.")] = 1,
@@ -60,7 +60,9 @@ def main(
     figures: Annotated[Path | None, typer.Option(help="Write losses and speeds here, as JSON.")] = None,
     records: Annotated[Path | None, typer.Option(help="Write records of steps here, also for TensorBoard.")] = None,
     profile: Annotated[Path | None, typer.Option(help="Write traces of torch.profiler here.")] = None,
-    states: Annotated[Path | None, typer.Option(help="Save training states here, and go on from the latest.")] = None,
+    states: Annotated[
+        str | None, typer.Option(help="Save training states in this directory or URL, and go on from the latest.")
+    ] = None,
     every: Annotated[int, typer.Option(help="Steps between training states.")] = 8,
 ) -> None:
     """Train the model, report the validation loss before and after, and save a checkpoint."""
@@ -123,7 +125,7 @@ def main(
                         pending.wait()
                     pending = ps.save_training_state(
                         trainer,
-                        states / f"step-{step + 1:08d}",
+                        f"{states}/step-{step + 1:08d}",
                         context,
                         step=step + 1,
                         config=config,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         ModelConfig,
         PendingSave,
         TrainingState,
+        download_checkpoint,
         latest_checkpoint,
         load_checkpoint,
         load_training_state,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         save_checkpoint,
         save_config,
         save_training_state,
+        upload_checkpoint,
     )
     from polyshard.config.families import complete_config
     from polyshard.core.adapter import Adapter, StepResult, TrainingEngine
@@ -110,6 +112,7 @@ _HOMES = {
         "ModelConfig",
         "PendingSave",
         "TrainingState",
+        "download_checkpoint",
         "latest_checkpoint",
         "load_checkpoint",
         "load_training_state",
@@ -117,6 +120,7 @@ _HOMES = {
         "save_checkpoint",
         "save_config",
         "save_training_state",
+        "upload_checkpoint",
     ),
     "polyshard.layers.activation": ("swiglu",),
     "polyshard.layers.residual": ("add_residual",),

@@ -4,6 +4,7 @@ from polyshard.checkpoint.config import ModelConfig, read_config
 from polyshard.checkpoint.directory import latest_checkpoint
 from polyshard.checkpoint.load import load_checkpoint
 from polyshard.checkpoint.pending import PendingSave
+from polyshard.checkpoint.remote.transfer import download_checkpoint, upload_checkpoint
 from polyshard.checkpoint.save import save_checkpoint, save_config
 from polyshard.checkpoint.training_state import TrainingState, load_training_state, save_training_state
 
@@ -11,6 +12,7 @@ __all__ = [
     "ModelConfig",
     "PendingSave",
     "TrainingState",
+    "download_checkpoint",
     "latest_checkpoint",
     "load_checkpoint",
     "load_training_state",
@@ -18,4 +20,5 @@ __all__ = [
     "save_checkpoint",
     "save_config",
     "save_training_state",
+    "upload_checkpoint",
 ]

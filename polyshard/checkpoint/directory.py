@@ -17,7 +17,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from polyshard.checkpoint.location import as_path, is_remote
 from polyshard.checkpoint.manifest import MANIFEST, missing_part, read_manifest
+from polyshard.checkpoint.remote.publish import published
 from polyshard.core.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -68,8 +70,14 @@ def publish(staging: Path, target: Path) -> None:
 
 
 def find(directory: str | Path) -> Path:
-    """Return the directory, or the copy that a save left aside if it was killed while replacing the directory."""
-    path = Path(directory)
+    """Return the directory, or the copy that a save left aside if it was killed while replacing the directory.
+
+    Raises:
+        CheckpointError: the directory is remote, and a save to it has not finished.
+    """
+    path = as_path(directory)
+    if is_remote(path):
+        return published(path)
     if not path.exists():
         for kept in sorted(path.parent.glob(f".{path.name}.replaced-*")):
             logger.warning("%s is missing because a save was killed while replacing it; reading %s", path, kept)
@@ -79,13 +87,14 @@ def find(directory: str | Path) -> Path:
 
 def complete_checkpoints(root: str | Path) -> Iterator[tuple[int, Path]]:
     """Yield step and directory of each complete checkpoint directly under `root`; log a warning for the others."""
-    for path in sorted(Path(root).iterdir()):
-        if path.name.startswith(".") or not (path / MANIFEST).is_file():
+    for path in sorted(as_path(root).iterdir()):
+        if path.name.startswith("."):
             continue
         try:
-            manifest = read_manifest(path)
-            assert manifest is not None
-            problem = missing_part(path, manifest)
+            manifest = read_manifest(find(path) if is_remote(path) else path)
+            if manifest is None:
+                continue
+            problem = missing_part(find(path) if is_remote(path) else path, manifest)
         except CheckpointError as error:
             logger.warning("skipping %s: %s", path, error)
             continue
@@ -98,6 +107,7 @@ def complete_checkpoints(root: str | Path) -> Iterator[tuple[int, Path]]:
 def latest_checkpoint(root: str | Path) -> Path | None:
     """Return the newest complete checkpoint directly under `root`, by step and then by time, or None.
 
+    `root` may be a URL, such as `s3://bucket/runs/a`; the result is then a `UPath`, which the loading functions take.
     A directory whose save was killed, or with missing or truncated files, is skipped with a warning.
 
     Examples:
@@ -107,10 +117,15 @@ def latest_checkpoint(root: str | Path) -> Path | None:
         >>> latest_checkpoint("run")
         PosixPath('run/20')
     """
-    if not Path(root).is_dir():
+    if not as_path(root).is_dir():
         return None
-    found = [(step, path.stat().st_mtime_ns, path) for step, path in complete_checkpoints(root)]
+    found = [(step, _written(path), path) for step, path in complete_checkpoints(root)]
     return max(found)[2] if found else None
+
+
+def _written(path: Path) -> int:
+    """Return the time of a checkpoint; an object store has none for a directory."""
+    return (find(path) / MANIFEST if is_remote(path) else path).stat().st_mtime_ns
 
 
 def _exchange(first: Path, second: Path) -> bool:

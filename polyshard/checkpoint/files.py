@@ -13,7 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from polyshard.checkpoint.directory import find
+from polyshard.checkpoint.location import is_remote
 from polyshard.checkpoint.plan import DTYPE_NAMES
+from polyshard.checkpoint.remote.tensors import RemoteTensors
 from polyshard.core.errors import CheckpointError
 
 SINGLE = "model.safetensors"
@@ -115,6 +117,8 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def _open(path: Path) -> Any:
+    if is_remote(path):
+        return RemoteTensors(path)
     try:
         return safe_open(str(path), framework="pt", device="cpu")
     except SafetensorError as error:
@@ -126,6 +130,8 @@ def _open(path: Path) -> Any:
 
 class TensorReader:
     """Random access to tensors by name. Each file is mapped once and stays mapped while the reader exists.
+
+    Of a file on a remote file system, only the header and the requested rows are transferred.
 
     Args:
         directory: a Hugging Face directory.

@@ -49,7 +49,8 @@ def load_checkpoint(
 
     Args:
         model: a model as its factory built it, or the training engine around one.
-        directory: a Hugging Face directory with config.json and safetensors, or a training state.
+        directory: a Hugging Face directory with config.json and safetensors, or a training state; a path, or a URL of
+            fsspec such as `s3://bucket/name`, of which each rank transfers the rows that it needs.
         parallel_context: the context that the model was built with.
         ignore: shell patterns of stored tensors that the model may leave unused.
         verify: compare each file's checksum with the manifest, if there is one.
@@ -68,7 +69,8 @@ def load_checkpoint(
         >>> torch.equal(restored.weight, model.weight)
         True
     """
-    path, ranks = find(directory), Ranks.of(parallel_context)
+    ranks = Ranks.of(parallel_context)
+    path = ranks.run_on_all(lambda: find(directory), f"{directory} cannot be loaded; nothing was changed")
     view = view_weights(model, parallel_context)
     reader = _checked(path, view.table, ignore, ranks, verify)
     axis = parallel_context.axis("tensor")

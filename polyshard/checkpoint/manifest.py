@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,12 +13,14 @@ from typing import Any, Literal, get_args
 
 from blake3 import blake3
 
+from polyshard.checkpoint.location import file_system, is_remote, key
 from polyshard.core.errors import CheckpointError
 from polyshard.core.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "polyshard.json"
+_BLOCK = 16 << 20  # bytes of one request to a remote file system
 VERSION = 2  # version 1 recorded SHA-256
 
 Algorithm = Literal["blake3", "sha256"]
@@ -65,8 +67,13 @@ class Manifest:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write the manifest, which must be the last file of a checkpoint to be written."""
+    (directory / MANIFEST).write_text(manifest_text(manifest))
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """Return the content of the file."""
     files = {name: record.as_json() for name, record in manifest.files.items()}
-    (directory / MANIFEST).write_text(json.dumps({**asdict(manifest), "files": files}, indent=1))
+    return json.dumps({**asdict(manifest), "files": files}, indent=1)
 
 
 def read_manifest(directory: Path) -> Manifest | None:
@@ -106,8 +113,13 @@ def missing_part(directory: Path, manifest: Manifest) -> str | None:
 def record_files(directory: Path, ranks: Ranks) -> dict[str, FileRecord]:
     """Return size and checksum of every file under a directory. A collective: the ranks share the reading."""
     names = ranks.broadcast(sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()))
-    mine = _checksums(directory, dict.fromkeys(names[ranks.rank :: ranks.size], "blake3"))
-    return {name: record for part in ranks.gather(mine) for name, record in sorted(part.items())}
+    mine = checksums(directory, dict.fromkeys(names[ranks.rank :: ranks.size], "blake3"))
+    return joined(ranks.gather(mine))
+
+
+def joined(parts: Iterable[Mapping[str, FileRecord]]) -> dict[str, FileRecord]:
+    """Return the records of all ranks, by name."""
+    return dict(sorted((name, record) for part in parts for name, record in part.items()))
 
 
 def verify_files(directory: Path, manifest: Manifest, ranks: Ranks) -> None:
@@ -123,7 +135,7 @@ def verify_files(directory: Path, manifest: Manifest, ranks: Ranks) -> None:
     altered: list[str] = []
     if error is None:
         names = sorted(manifest.files)[ranks.rank :: ranks.size]
-        found = _checksums(directory, {name: manifest.files[name].algorithm for name in names})
+        found = checksums(directory, {name: manifest.files[name].algorithm for name in names})
         altered = [name for name in names if found[name] != manifest.files[name]]
     altered = [name for part in ranks.gather(altered) for name in part]
     if error is None and altered:
@@ -133,13 +145,16 @@ def verify_files(directory: Path, manifest: Manifest, ranks: Ranks) -> None:
     ranks.raise_on_all(error, f"{directory} cannot be loaded")
 
 
-def _checksums(directory: Path, names: Mapping[str, Algorithm]) -> dict[str, FileRecord]:
+def checksums(directory: Path, names: Mapping[str, Algorithm]) -> dict[str, FileRecord]:
+    """Return size and checksum of the named files under a directory."""
     with ThreadPoolExecutor(max_workers=4) as pool:  # both algorithms release the GIL
         records = pool.map(lambda name: _checksum(directory / name, names[name]), names)
         return dict(zip(names, records))
 
 
 def _checksum(path: Path, algorithm: Algorithm) -> FileRecord:
+    if is_remote(path):
+        return _remote_checksum(path, algorithm)
     if algorithm == "blake3":
         tree = blake3(max_threads=blake3.AUTO)
         tree.update_mmap(path)
@@ -147,3 +162,11 @@ def _checksum(path: Path, algorithm: Algorithm) -> FileRecord:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, algorithm).hexdigest()
         return FileRecord(bytes=file.tell(), digest=digest, algorithm=algorithm)
+
+
+def _remote_checksum(path: Path, algorithm: Algorithm) -> FileRecord:
+    hashed: Any = blake3() if algorithm == "blake3" else hashlib.new(algorithm)
+    size, fs = path.stat().st_size, file_system(path)
+    for start in range(0, size, _BLOCK):
+        hashed.update(fs.cat_file(key(path), start=start, end=min(size, start + _BLOCK)))
+    return FileRecord(bytes=size, digest=hashed.hexdigest(), algorithm=algorithm)

@@ -50,7 +50,7 @@ class PendingSave:
 
         Raises:
             CheckpointError: the save failed; the previous checkpoint is untouched.
-            RankFailureError: a rank crashed or hung.
+            RankFailureError: a rank crashed, hung, or cannot be reached.
         """
         self._thread.join()
         if self._group is not None:

@@ -20,11 +20,13 @@ from torch.distributed.checkpoint import CheckpointException, save
 from polyshard.checkpoint.companions import companions
 from polyshard.checkpoint.directory import begin, publish, staging_name
 from polyshard.checkpoint.files import INDEX
-from polyshard.checkpoint.manifest import Manifest, record_files, write_manifest
+from polyshard.checkpoint.location import as_path, is_remote, local_path
+from polyshard.checkpoint.manifest import FileRecord, Manifest, record_files, write_manifest
 from polyshard.checkpoint.model_code import check_code
 from polyshard.checkpoint.part import part_of
 from polyshard.checkpoint.pending import PendingSave
 from polyshard.checkpoint.plan import PlannedFile, StoredTensor, index_of, plan_files
+from polyshard.checkpoint.remote.save import save_remotely
 from polyshard.checkpoint.storage import LayoutPlanner, LayoutWriter, Progress, storage_key
 from polyshard.config.fields import MODEL_TYPE, config_fields
 from polyshard.core.context import ParallelContext
@@ -39,6 +41,11 @@ from polyshard.weights.view import view_weights
 logger = logging.getLogger(__name__)
 
 _CODE_ADVICE = "Pass companions=DIRECTORY, which holds it, or take auto_map out of the config."
+
+_NOT_SHARED = (
+    "this rank does not see the directory that rank 0 has created. All ranks must see the same file system. Save to a "
+    "shared one, or to an object store by its URL."
+)
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -64,9 +71,12 @@ def save_checkpoint(
     and their checksums are written beside `directory` and moved into place at the end, so a failed or killed save
     leaves the previous checkpoint untouched.
 
+    With a URL as `directory`, ranks need no common local disk: each file is put together on one rank and uploaded by
+    it, and the manifest is uploaded last.
+
     Args:
         model: a model as its factory built it, or the training engine around one.
-        directory: the target; replaced if it exists.
+        directory: the target, a path or a URL of fsspec such as `s3://bucket/name`; replaced if it exists.
         parallel_context: the context that the model was built with.
         config: fields of config.json: a mapping, a `ModelConfig`, or an object with `to_dict`.
         architecture: entry of `architectures` in config.json, the name under which a server has the model registered.
@@ -101,13 +111,13 @@ def save_checkpoint(
         )
     dtypes = {name: dtype or found for name, found in view.dtypes.items()}
     job = SaveJob(
-        directory=Path(directory),
+        directory=as_path(directory),
         kind="weights",
         pieces=view.owned_pieces(),
         table=view.table,
         files=weight_files(view.table, dtypes, max_shard_bytes),
         documents=model_documents(config, architecture, factory, dtypes, getattr(view.module, "architecture", None)),
-        companions=None if companions is None else Path(companions),
+        companions=None if companions is None else local_path(companions, "companions"),
     )
     return job.start(parallel_context, asynchronous, progress)
 
@@ -197,7 +207,7 @@ def save_config(
         >>> ps.read_config("out").architectures
         ['MyModel']
     """
-    path = Path(directory)
+    path = local_path(directory, "directory")
     for name, fields in model_documents(config, architecture, factory, {}).items():
         written = json.dumps(fields, indent=2)
         path.mkdir(parents=True, exist_ok=True)
@@ -234,6 +244,11 @@ class SaveJob:
     def start(self, context: ParallelContext, asynchronous: bool, progress: Progress | None) -> Path | PendingSave:
         """Save now, or in the background from a copy of the pieces."""
         tensor = context.axis("tensor")
+        if is_remote(self.directory):
+            job = replace(self, pieces=[replace(p, values=_copy(p)) for p in self.pieces]) if asynchronous else self
+            # Also a synchronous save: `PendingSave` has the process group of gloo that ranks exchange elements over.
+            pending = PendingSave(context, lambda ranks: save_remotely(job, ranks, tensor.rank, tensor.size, progress))
+            return pending if asynchronous else pending.wait()
         if not asynchronous:
             return self._run(Ranks.of(context), tensor.rank, tensor.size, progress)
         copied = [replace(piece, values=_copy(piece)) for piece in self.pieces]
@@ -248,25 +263,21 @@ class SaveJob:
         planner = LayoutPlanner(self.pieces, self.table, tensor_rank, tensor_size, stored)
         try:
             ranks.raise_on_all(_attempt(begin, self.directory, staging) if ranks.rank == 0 else None, what)
+            ranks.raise_on_all(None if staging.is_dir() else CheckpointError(_NOT_SHARED), what)
             try:
                 with ranks.guard("world checkpoint write"), warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended in one process
                     save({}, storage_writer=writer, planner=planner, process_group=ranks.group, no_dist=ranks.is_single)
             except CheckpointException as failure:
                 raise CheckpointError(f"{what}: {_describe(failure)}") from failure
-            ranks.raise_on_all(_attempt(self._add_documents, staging) if ranks.rank == 0 else None, what)
+            ranks.raise_on_all(_attempt(self.add_documents, staging) if ranks.rank == 0 else None, what)
             with ThreadPoolExecutor(1) as pool:
                 flushed = pool.submit(_attempt, writer.flush)
                 records = record_files(staging, ranks)
                 ranks.raise_on_all(flushed.result(), what)
             error = None
             if ranks.rank == 0:
-                manifest = Manifest(
-                    kind=self.kind,
-                    files=records,
-                    fingerprints=_by_slot(writer.fingerprints),
-                    state=self.state or {},
-                )
+                manifest = self.manifest(records, writer.fingerprints)
                 error = _attempt(write_manifest, staging, manifest) or _attempt(publish, staging, self.directory)
             ranks.raise_on_all(error, what)
         finally:
@@ -274,7 +285,13 @@ class SaveJob:
                 shutil.rmtree(staging, ignore_errors=True)
         return self.directory
 
-    def _add_documents(self, staging: Path) -> None:
+    def manifest(self, records: Mapping[str, FileRecord], fingerprints: Mapping[str, int]) -> Manifest:
+        """Return the manifest of the files and tensors as written."""
+        in_order = {tensor.key: fingerprints[tensor.key] for file in self.files for tensor in file.tensors}
+        return Manifest(kind=self.kind, files=records, fingerprints=_by_slot(in_order), state=self.state or {})
+
+    def add_documents(self, staging: Path) -> None:
+        """Write the files besides the planned ones: blobs, index, documents and companions."""
         for name, tensors in self.blobs.items():
             path = staging / name
             path.parent.mkdir(exist_ok=True)

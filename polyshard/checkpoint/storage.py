@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,32 @@ def storage_key(slot: str, name: str) -> str:
     return f"{slot}/{name}"
 
 
+@dataclass(frozen=True, slots=True)
+class Rectangle:
+    """Elements of a stored tensor that a rank writes.
+
+    Attributes:
+        key: key of the stored tensor.
+        offsets: of the first element, in the stored tensor.
+        values: a view of the live values.
+    """
+
+    key: str
+    offsets: tuple[int, ...]
+    values: torch.Tensor
+
+
+def rectangles(pieces: Iterable[Piece], table: WeightTable, tensor_rank: int, tensor_size: int) -> Iterator[Rectangle]:
+    """Yield the rectangles that this rank writes; those of all ranks cover every tensor once."""
+    for piece in pieces:
+        entry = table[piece.parameter]
+        start, stop = shared_run(piece, entry.layout.local_shape(tensor_rank, tensor_size))
+        for region in regions(entry, tensor_rank, tensor_size, start, stop):
+            if region.first:
+                values = region.view(piece.values, piece.start)
+                yield Rectangle(storage_key(piece.slot, region.name), tuple(region.offsets), values)
+
+
 class LayoutPlanner(DefaultSavePlanner):
     """A planner that offers a rank's pieces as rectangles of the stored tensors."""
 
@@ -54,13 +81,9 @@ class LayoutPlanner(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._values: dict[MetadataIndex, torch.Tensor] = {}
         self._stored = stored
-        for piece in pieces:
-            entry = table[piece.parameter]
-            start, stop = shared_run(piece, entry.layout.local_shape(tensor_rank, tensor_size))
-            for region in regions(entry, tensor_rank, tensor_size, start, stop):
-                if region.first:
-                    index = MetadataIndex(storage_key(piece.slot, region.name), torch.Size(region.offsets))
-                    self._values[index] = region.view(piece.values, piece.start)
+        for rectangle in rectangles(pieces, table, tensor_rank, tensor_size):
+            index = MetadataIndex(rectangle.key, torch.Size(rectangle.offsets))
+            self._values[index] = rectangle.values
 
     def create_local_plan(self) -> SavePlan:
         """Return a plan with one write for each rectangle."""
@@ -113,15 +136,8 @@ class LayoutWriter(HuggingFaceStorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Check that every element is written, and allocate the files, so that a full disk is detected here."""
-        written = dict.fromkeys(self._where, 0)
-        for plan in plans:
-            for item in plan.items:
-                assert item.tensor_data is not None
-                written[item.index.fqn] += math.prod(item.tensor_data.chunk.sizes)
-        for key, count in written.items():
-            expected = math.prod(self._where[key][1].shape)
-            if count != expected:
-                raise CheckpointError(f"{key} is incomplete: the ranks hold {count} of its {expected} elements")
+        sizes = ((item.index.fqn, item.tensor_data.chunk.sizes) for p in plans for item in p.items if item.tensor_data)
+        check_complete(self._where, sizes)
         for file in self._files:
             allocate(self._directory / file.path, file)
         return plans
@@ -162,19 +178,40 @@ class LayoutWriter(HuggingFaceStorageWriter):
         file, tensor = self._where[item.index.fqn]
         assert item.index.offset is not None
         offsets = tuple(item.index.offset)
-        row_bytes = max(1, values.nbytes // max(1, len(values) if values.dim() else 1))
-        step = max(1, BUCKET_BYTES // row_bytes)
         written, prints = 0, []
         direct = values.dtype == tensor.dtype and values.device.type == "cpu"
-        chunks = (values,) if direct or values.dim() == 0 else values.split(step)
-        first = offsets
-        for chunk in chunks:
-            chunk = chunk.detach().to(device="cpu", dtype=tensor.dtype)
+        for chunk, first in [(values.detach(), offsets)] if direct else slices(values, offsets, tensor.dtype):
             prints.append(fingerprint(chunk, first))
             written += put(descriptor, file.places[item.index.fqn], tensor, chunk, first)
-            if values.dim():
-                first = (first[0] + len(chunk), *first[1:])
         return written, total(prints)
+
+
+def check_complete(where: Mapping[str, tuple[PlannedFile, StoredTensor]], held: Iterable[tuple[str, Any]]) -> None:
+    """Raise `CheckpointError` unless rectangles, given as key and sizes, have all elements of every tensor."""
+    written = dict.fromkeys(where, 0)
+    for key, sizes in held:
+        written[key] += math.prod(sizes)
+    for key, count in written.items():
+        expected = math.prod(where[key][1].shape)
+        if count != expected:
+            raise CheckpointError(f"{key} is incomplete: the ranks hold {count} of its {expected} elements")
+
+
+def slices(
+    values: torch.Tensor, offsets: Sequence[int], dtype: torch.dtype
+) -> Iterator[tuple[torch.Tensor, tuple[int, ...]]]:
+    """Yield a rectangle in parts of about `BUCKET_BYTES`, each on the CPU and in `dtype`, with its offsets.
+
+    Tensors on the meta device stay there.
+    """
+    device = "meta" if values.device.type == "meta" else "cpu"
+    rows = len(values) if values.dim() else 1
+    row_bytes = max(1, values.numel() * dtype.itemsize // max(1, rows))
+    first = tuple(offsets)
+    for part in values.split(max(1, BUCKET_BYTES // row_bytes)) if values.dim() else (values,):
+        yield part.detach().to(device=device, dtype=dtype), first
+        if values.dim():
+            first = (first[0] + len(part), *first[1:])
 
 
 def allocate(path: Path, file: PlannedFile) -> None:

@@ -24,6 +24,7 @@ from polyshard.checkpoint.data_positions import plain_json, position_of, restore
 from polyshard.checkpoint.directory import find
 from polyshard.checkpoint.files import TensorReader
 from polyshard.checkpoint.load import check_fit, known_names, read_pieces
+from polyshard.checkpoint.location import as_path, local_path
 from polyshard.checkpoint.manifest import MANIFEST, Manifest, read_manifest, verify_files
 from polyshard.checkpoint.optimizer_state import (
     check_optimizer,
@@ -155,13 +156,13 @@ def save_training_state(
         frozen = part.rest(model.table)
         base = part.state(fingerprints(_of(frozen, engine.weight_pieces(), model.owned), frozen, parallel_context))
     job = SaveJob(
-        directory=Path(directory),
+        directory=as_path(directory),
         kind=KIND,
         pieces=[*weights, *optimizer],
         table=table,
         files=files,
         documents=documents,
-        companions=None if companions is None else Path(companions),
+        companions=None if companions is None else local_path(companions, "companions"),
         state={
             "step": step,
             "optimizer": describe(state, slot_dtypes, started, ranks),
@@ -216,7 +217,8 @@ def load_training_state(
         >>> state.step, state.data, sorted(state.carried)
         (100, {'row': 7}, ['optimizer', 'random', 'weights'])
     """
-    path, ranks = find(directory), Ranks.of(parallel_context)
+    ranks = Ranks.of(parallel_context)
+    path = ranks.run_on_all(lambda: find(directory), f"{directory} cannot be loaded")
     axis = parallel_context.axis("tensor")
     part = part_of(engine.module)
     model = ModelWeights.of(engine.module, engine.table, parallel_context)

@@ -9,6 +9,7 @@ from typing import Annotated
 import torch
 import typer
 
+from polyshard.checkpoint.location import as_path, is_remote
 from polyshard.convert import convert as run
 from polyshard.convert.format import Options, config_fields_of
 from polyshard.convert.formats import detect
@@ -16,8 +17,8 @@ from polyshard.core.errors import ConfigurationError
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="A checkpoint: a file or a directory.")],
-    target: Annotated[Path, typer.Argument(help="A new directory.")],
+    source: Annotated[str, typer.Argument(help="A checkpoint: a file, a directory, or a URL of fsspec.")],
+    target: Annotated[str, typer.Argument(help="A new directory, or for huggingface a URL of fsspec.")],
     from_format: Annotated[str | None, typer.Option("--from", help="Format of SOURCE; detected by default.")] = None,
     to_format: Annotated[str, typer.Option("--to", help="huggingface, megatron-torch-dist, or llama.")] = "huggingface",
     tensor_parallel: Annotated[int, typer.Option(help="Ranks to write for (llama), or to pad for (Megatron).")] = 1,
@@ -48,8 +49,9 @@ def convert(
             f"--tensor-parallel and --pad-vocabulary must be 1 or more: got {tensor_parallel} and {pad_vocabulary}"
         )
     console = Console(stderr=True)
-    if from_format is None:
-        console.print(f"found {detect(source)[1]}", markup=False, highlight=False, soft_wrap=True)
+    path = as_path(source)
+    if from_format is None and not is_remote(path):
+        console.print(f"found {detect(path)[1]}", markup=False, highlight=False, soft_wrap=True)
     options = Options(
         config=None if config is None else config_fields_of(config),
         allow_pickle=allow_pickle,
@@ -69,6 +71,8 @@ def convert(
             verify=verify,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+    if from_format is None and is_remote(path):
+        console.print(f"found {result.found}", markup=False, highlight=False, soft_wrap=True)
     for note in result.notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     proof = ""

@@ -14,6 +14,7 @@ import typer
 from polyshard.adapters.vllm import adapter as vllm_adapter
 from polyshard.checkpoint import read_config
 from polyshard.checkpoint.companions import has_tokenizer
+from polyshard.checkpoint.location import local_path
 from polyshard.checkpoint.quantization.reading import refuse_stored_codes, refuse_unserved_method
 from polyshard.config.fields import MODEL_TYPE
 from polyshard.config.file import check_complete
@@ -28,7 +29,7 @@ _LOADING = {"--quantization", "-q", "--hf-overrides", "--load-format"}
 
 def serve(
     context: typer.Context,
-    directory: Annotated[Path, typer.Argument(help="A Hugging Face model directory.")],
+    directory: Annotated[str, typer.Argument(help="A Hugging Face model directory.")],
     factory: Annotated[
         str | None, typer.Option(help="The model's factory: module:attribute or file.py:attribute.")
     ] = None,
@@ -70,7 +71,7 @@ def serve(
 
 
 def server_command(
-    directory: Path, factory: str | None, trust_checkpoint: bool, arguments: list[str], **options: Any
+    directory: str | Path, factory: str | None, trust_checkpoint: bool, arguments: list[str], **options: Any
 ) -> list[str]:
     """Register the model in this process's environment, and return the command that serves it.
 
@@ -83,11 +84,13 @@ def server_command(
 
     Raises:
         RegistrationError: there is no factory for the checkpoint, or an option is malformed.
-        CheckpointError: the directory has no config.json, or its weights are quantized without a quantization_config.
+        CheckpointError: the directory is a URL or has no config.json, or its weights are quantized without a
+            quantization_config.
         ConfigFileError: a field of config.json is missing or invalid.
         MissingDependencyError: vLLM is not installed.
     """
     vllm_adapter.requirement.require()
+    directory = local_path(directory, "directory")
     config = read_config(directory)
     check_complete(config.to_dict(), directory / "config.json")
     if not _given(arguments) & _LOADING:

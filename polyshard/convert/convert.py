@@ -16,9 +16,11 @@ import torch
 
 from polyshard.checkpoint.companions import companions, has_tokenizer
 from polyshard.checkpoint.directory import publish
+from polyshard.checkpoint.location import as_path, is_remote
 from polyshard.checkpoint.model_code import check_code
 from polyshard.checkpoint.quantization.dequantize import dequantized
 from polyshard.checkpoint.quantization.detect import FLOATS, refuse_codes
+from polyshard.checkpoint.remote.transfer import download_checkpoint, upload_checkpoint
 from polyshard.checkpoint.stream import write_tensors
 from polyshard.config.decoder_spec import FAMILIES
 from polyshard.convert.accounting import some
@@ -75,8 +77,8 @@ class Conversion:
 
 
 def convert(
-    source: Path,
-    target: Path,
+    source: str | Path,
+    target: str | Path,
     *,
     from_format: str | None = None,
     to_format: str = "huggingface",
@@ -88,8 +90,8 @@ def convert(
     """Convert a checkpoint. Every tensor is carried, or the conversion fails and lists the tensors it would drop.
 
     Args:
-        source: a file or directory.
-        target: a directory that is new or empty; it is written atomically.
+        source: a file or directory, or the URL of a directory on a remote file system, which is copied first.
+        target: a directory that is new or empty; it is written atomically. For the format huggingface also a URL.
         from_format: name of the source's format; detected by default.
         to_format: name of the target's format.
         options: see `Options`.
@@ -109,6 +111,21 @@ def convert(
         >>> done.tensors, ps.read_config("target").dtype
         (2, 'bfloat16')
     """
+    settings: dict[str, Any] = {"from_format": from_format, "to_format": to_format, "options": options, "dtype": dtype}
+    source, target = as_path(source), as_path(target)
+    if is_remote(source):
+        with tempfile.TemporaryDirectory(prefix="polyshard-convert-") as folder:
+            copied = download_checkpoint(source, Path(folder) / source.name)
+            return convert(copied, target, **settings, verify=verify, progress=progress)
+    if is_remote(target):
+        if to_format != HuggingFaceFormat.name:
+            raise CheckpointError(f"{to_format} can be written to a local directory only: got {target}")
+        if target.is_dir():
+            raise CheckpointError(f"{target} exists and is not empty. Name a new directory.")
+        with tempfile.TemporaryDirectory(prefix="polyshard-convert-") as folder:
+            done = convert(source, Path(folder) / target.name, **settings, verify=verify, progress=progress)
+            upload_checkpoint(Path(folder) / target.name, target)
+            return done
     options = options or Options()
     if dtype is not None and dtype not in FLOATS:
         raise CheckpointError(f"dtype is unsupported: got {dtype}, expected one of {', '.join(map(str, FLOATS))}")

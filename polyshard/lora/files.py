@@ -13,6 +13,7 @@ from torch import nn
 from polyshard.checkpoint.directory import find
 from polyshard.checkpoint.files import TensorReader
 from polyshard.checkpoint.load import check_fit, read_pieces
+from polyshard.checkpoint.location import as_path, local_path
 from polyshard.checkpoint.manifest import Manifest, read_manifest, verify_files
 from polyshard.checkpoint.part import StoredPart, part_of
 from polyshard.checkpoint.pending import PendingSave
@@ -77,7 +78,7 @@ def save_lora(
     if base_model is not None:
         documents[DOCUMENT]["base_model_name_or_path"] = base_model
     job = SaveJob(
-        directory=Path(directory),
+        directory=as_path(directory),
         kind=KIND,
         pieces=[piece for piece in view.pieces() if piece.parameter in table],
         table=table,
@@ -123,7 +124,7 @@ def load_lora(
         >>> torch.equal(second["up_proj"].lora_A["up_proj"].weight, first["up_proj"].lora_A["up_proj"].weight)
         True
     """
-    path, ranks = find(directory), Ranks.of(parallel_context)
+    path, ranks = local_path(find(directory), "directory"), Ranks.of(parallel_context)  # PEFT reads it
     view = view_weights(model, parallel_context)
     part = lora_part_of(view.module)
     table = part.table(view.table)

@@ -64,7 +64,7 @@ def test_a_frozen_worker_and_a_frozen_trainer(outcomes):
     assert result["generates again"]["error"] is None
     trainer = result["trainer frozen"]
     assert trainer["error"] == "RankFailureError"
-    assert "rank 1 crashed or hung" in trainer["told"]
+    assert "rank 1 crashed, hung, or cannot be reached" in trainer["told"]
     assert trainer["seconds"] < 20
     assert result["then"]["error"] is not None, "a half-updated model generated"
 
@@ -79,5 +79,5 @@ def test_a_killed_worker_and_a_killed_trainer(outcomes):
     assert result["then"]["error"] is not None
     trainer = result["trainer killed"]
     assert trainer["error"] == "RankFailureError"
-    assert "rank 1 crashed or hung" in trainer["told"]
+    assert "rank 1 crashed, hung, or cannot be reached" in trainer["told"]
     assert trainer["seconds"] < 20

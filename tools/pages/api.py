@@ -60,6 +60,7 @@ TOPICS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         (
             *("save_checkpoint", "load_checkpoint", "save_training_state", "load_training_state", "TrainingState"),
             *("latest_checkpoint", "PendingSave", "ModelConfig", "read_config", "save_config", "complete_config"),
+            *("download_checkpoint", "upload_checkpoint"),
         ),
     ),
     "serving": (

@@ -18,6 +18,7 @@ from polyshard.adapters.shared.groups import with_groups
 from polyshard.adapters.torch.collectives import TorchCollectives
 from polyshard.adapters.torch.compat import rendezvous_store
 from polyshard.adapters.torch.failure import RankMonitor, backend_timeout
+from polyshard.adapters.torch.generation import agree_on_prefix
 from polyshard.core.context import FailureGuard, GroupContext, ParallelAxis, no_guard
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.parallel_layout import AXES, Axis, ParallelLayout
@@ -75,8 +76,7 @@ def initialize(
     if all(name in os.environ for name in _ENVIRONMENT):
         rank = int(os.environ["RANK"])
         store = rendezvous_store(timeout)
-        # Each rank counts its initializations, so that keys of an earlier one are never reused.
-        generation = store.add(f"polyshard/generation/{rank}", 1)
+        generation = agree_on_prefix(store, rank, world_size, timeout)
         if not adopted_world:
             _start_world(
                 where, backend, timeout, dist.PrefixStore(f"polyshard/world/{generation}", store), rank, world_size

@@ -109,11 +109,11 @@ class RankMonitor:
         except TimeoutError:
             return RankFailureError(
                 f"{here}: the process that keeps the store (torchrun's agent, or rank 0) does not answer. It "
-                f"hangs, or its machine is down; backend: {_first_line(error)}"
+                f"hangs, its machine is down, or it cannot be reached; backend: {_first_line(error)}"
             )
         except (dist.DistError, RuntimeError) as gone:
             return RankFailureError(
-                f"{here}: the process that keeps the store (torchrun's agent, or rank 0) is gone "
+                f"{here}: the process that keeps the store (torchrun's agent, or rank 0) is gone, or cannot be reached "
                 f"({type(gone).__name__}); backend: {_first_line(error)}"
             )
         suspects |= {rank for rank in others if latest[rank].get("raised")}
@@ -173,7 +173,7 @@ def _describe(rank: int, beat: dict[str, Any]) -> str:
         return f"rank {rank} raised {beat['raised']} ({last}, in {beat['operation']})"
     if beat["state"] == "finished":
         return f"rank {rank} had shut down ({last})"
-    return f"rank {rank} crashed or hung ({last}, in {beat['operation'] or 'no collective yet'})"
+    return f"rank {rank} crashed, hung, or cannot be reached ({last}, in {beat['operation'] or 'no collective yet'})"
 
 
 def _clock(seconds: float) -> str:

@@ -1,0 +1,1 @@
+"""Checkpoints on object stores and other remote file systems, by fsspec URL."""

@@ -1,0 +1,269 @@
+"""Checkpoints on a remote file system: a real S3 server, to which two ranks write that share no directory."""
+
+import filecmp
+import os
+import signal
+import tempfile
+from multiprocessing import get_context
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.object_store import BUCKET, object_store
+
+import polyshard as ps
+from polyshard.checkpoint.location import as_path
+from polyshard.checkpoint.manifest import MANIFEST
+from polyshard.convert import convert
+from polyshard.testing import run_ranks
+from polyshard.testing.model import SuiteConfig, SuiteModel
+
+pytest.importorskip("moto")
+from werkzeug.exceptions import Forbidden
+
+ROOT = f"s3://{BUCKET}"
+
+
+@pytest.fixture(scope="module")
+def store():
+    with object_store() as running:
+        yield running
+
+
+def files_of(url):
+    root = as_path(url)
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+def build(context, seed):
+    ps.manual_seed(seed, context)
+    model = SuiteModel(SuiteConfig(), context)
+    return ps.load_adapter("torch").engine(model, ps.AdamW(), context, data_parallel="fsdp")
+
+
+def shards(engine):
+    state = engine.optimizer_state()
+    return [piece.values.clone() for piece in (*engine.weight_pieces(), *state.pieces)]
+
+
+def save_and_load(settings, url, shared):
+    os.environ.update(settings)
+    os.environ["TMPDIR"] = tempfile.mkdtemp(dir=shared)  # each rank has a disk of its own
+    tempfile.tempdir = None
+    context = ps.initialize("torch", timeout=60)
+    engine = build(context, seed=1)
+    model = {"config": {"a": 1}, "data": {"row": 7}, "max_shard_bytes": 20_000}
+    ps.save_training_state(engine, shared / "state", context, step=3, **model)
+    returned = ps.save_training_state(engine, f"{url}/step-3", context, step=3, **model)
+    assert str(returned) == f"{url}/step-3"
+    assert not any(Path(os.environ["TMPDIR"]).iterdir()), "nothing is left on the local disk"
+    pending = ps.save_training_state(engine, f"{url}/step-4", context, step=4, asynchronous=True, **model)
+    expected = shards(engine)
+    assert str(pending.wait()) == f"{url}/step-4"
+
+    found = ps.latest_checkpoint(url)
+    assert str(found) == f"{url}/step-4"
+    other = build(context, seed=2)
+    assert not all(torch.equal(a, b) for a, b in zip(shards(other), expected, strict=True))
+    state = ps.load_training_state(other, f"{url}/step-3", context)
+    assert (state.step, state.data) == (3, {"row": 7})
+    assert all(torch.equal(a, b) for a, b in zip(shards(other), expected, strict=True))
+    ps.shutdown(context)
+    return True
+
+
+@pytest.fixture(scope="module")
+def saved(store, tmp_path_factory):
+    """A training state of two ranks, saved to the store and to a local directory."""
+    folder = tmp_path_factory.mktemp("remote")
+    assert run_ranks(save_and_load, 2, store.settings, f"{ROOT}/runs", folder) == [True, True]
+    return folder / "state", f"{ROOT}/runs/step-3"
+
+
+def test_a_remote_state_has_the_bytes_of_a_local_one(saved, tmp_path):
+    local, url = saved
+    copied = ps.download_checkpoint(url, tmp_path / "copied")
+    names = sorted(str(path.relative_to(local)) for path in local.rglob("*") if path.is_file())
+    assert files_of(url) == names
+    assert len([name for name in names if name.startswith("model-")]) > 2, "both ranks have files to write"
+    assert filecmp.cmpfiles(local, copied, names, shallow=False) == (names, [], [])
+
+
+def test_it_loads_at_another_size_and_converts(saved, tmp_path):
+    local, url = saved
+    context = ps.initialize("torch")
+    model = SuiteModel(SuiteConfig(), context)
+    ps.load_checkpoint(model, url, context)
+    assert ps.read_config(url).a == 1
+    expected = {name: value for file in local.glob("model-*.safetensors") for name, value in load_file(file).items()}
+    again = ps.save_checkpoint(model, tmp_path / "again", context, config={})
+    assert {n: v.tolist() for n, v in load_file(again / "model.safetensors").items()} == {
+        n: v.tolist() for n, v in expected.items()
+    }
+    there, back = f"{ROOT}/converted", tmp_path / "back"
+    convert(url, there, dtype=torch.bfloat16)
+    convert(there, back)
+    for name, value in load_file(back / "model.safetensors").items():
+        assert torch.equal(value, expected[name].bfloat16())
+
+
+def test_what_is_damaged_is_refused_and_skipped(saved):
+    fs, context = fsspec.filesystem("s3"), ps.initialize("torch")
+    _, url = saved
+    damaged = f"{ROOT}/damaged/step-9"
+    fs.copy(url, damaged, recursive=True)
+    name = next(name for name in files_of(damaged) if name.startswith("model-"))
+    content = fs.cat_file(f"{damaged}/{name}")
+    model = SuiteModel(SuiteConfig(), context)
+
+    fs.pipe_file(f"{damaged}/{name}", content[:-4] + b"\1\2\3\4")
+    with pytest.raises(ps.CheckpointError, match=rf"the checksum of {name} is not the recorded one"):
+        ps.load_checkpoint(model, damaged, context)
+    fs.pipe_file(f"{damaged}/{name}", content[:-4])
+    with pytest.raises(ps.CheckpointError, match=r"is truncated or not a safetensors file"):
+        ps.load_checkpoint(model, damaged, context)
+    assert ps.latest_checkpoint(f"{ROOT}/damaged") is None
+    fs.pipe_file(f"{damaged}/{name}", content)
+    assert ps.latest_checkpoint(f"{ROOT}/damaged") is not None
+
+
+def test_urls_where_only_local_files_work_are_refused(saved, tmp_path):
+    from polyshard.cli.serve import server_command
+
+    _, url = saved
+    context = ps.initialize("torch")
+    with pytest.raises(ps.CheckpointError, match=r"must be local.*polyshard\.download_checkpoint"):
+        server_command(url, None, False, [])
+    with pytest.raises(ps.CheckpointError, match=r"is a URL that was made a pathlib\.Path"):
+        ps.read_config(Path(url))
+    with pytest.raises(ps.CheckpointError, match="is not a URL that fsspec knows"):
+        ps.read_config("nosuch://bucket/model")
+    with pytest.raises(ps.CheckpointError, match="megatron-torch-dist can be written to a local directory only"):
+        convert(url, f"{ROOT}/megatron", to_format="megatron-torch-dist")
+    with pytest.raises(ps.CheckpointError, match=r"saving s3://no-bucket/x failed.*bucket"):
+        ps.save_checkpoint(torch.nn.Linear(2, 2), "s3://no-bucket/x", context, config={})
+
+
+def save_into_a_memory_of_its_own(folder):
+    context = ps.initialize("torch", tensor=2, timeout=30)
+    model = SuiteModel(SuiteConfig(), context)
+    with pytest.raises(ps.CheckpointError, match=r"is incomplete after all ranks have written: .* is missing"):
+        ps.save_checkpoint(model, "memory://run/model", context, config={}, max_shard_bytes=20_000)
+    own = folder / str(context.rank)  # as on machines that share no disk
+    with pytest.raises(ps.CheckpointError, match=r"this rank does not see the directory that rank 0 has created"):
+        ps.save_checkpoint(model, own / "model", context, config={})
+    return True
+
+
+def test_ranks_that_do_not_see_one_file_system_are_told(tmp_path):
+    assert run_ranks(save_into_a_memory_of_its_own, 2, tmp_path) == [True, True]
+
+
+def filled(value):
+    model = torch.nn.Linear(4, 4)
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, value)
+    return model
+
+
+def writers(settings, pipe):
+    """Start a process that saves for each request of the pipe; it has its libraries from this one."""
+    os.environ.update(settings)
+    import s3fs  # noqa: F401
+    import upath  # noqa: F401
+
+    context = ps.initialize("torch")
+    while True:
+        url, value = pipe.recv()
+        writer = os.fork()
+        if writer == 0:
+            pipe.send(os.getpid())
+            pipe.recv()
+            ps.save_checkpoint(filled(value), url, context, config={"a": value})
+            os._exit(0)
+        pipe.send(os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]))
+
+
+@pytest.fixture(scope="module")
+def writer_pipe(store):
+    spawn = get_context("forkserver")
+    here, there = spawn.Pipe()
+    process = spawn.Process(target=writers, args=(store.settings, there), daemon=True)
+    process.start()
+    yield here
+    process.kill()
+    process.join()
+
+
+def value_of(url):
+    """The value that every element of the checkpoint has, by its manifest and every byte; None without one."""
+    found = ps.latest_checkpoint(url)
+    if found is None:
+        return None
+    context = ps.initialize("torch")
+    model = torch.nn.Linear(4, 4)
+    ps.load_checkpoint(model, found, context)
+    values = {value for parameter in model.parameters() for value in parameter.flatten().tolist()}
+    assert len(values) == 1, f"a mixture of checkpoints: {values}"
+    assert ps.read_config(found).a in values
+    return values.pop()
+
+
+@pytest.mark.parametrize("replaces", [False, True], ids=["new", "replaces"])
+def test_killed_before_any_request_the_checkpoint_before_stays(store, writer_pipe, replaces):
+    """A writer gets SIGKILL at its first request that changes something, the next one at its second, and so on."""
+    root = f"{ROOT}/killed-{replaces}"
+    if replaces:
+        ps.save_checkpoint(filled(0.0), f"{root}/model", ps.initialize("torch"), config={"a": 0.0})
+    seen = 0.0 if replaces else None
+    for allowed in range(100):
+        writer_pipe.send((f"{root}/model", allowed + 1.0))
+        writer, changes = writer_pipe.recv(), []
+
+        def kill_at(method, path, writer=writer, changes=changes, allowed=allowed):
+            if method in ("PUT", "POST", "DELETE"):
+                changes.append(path)
+                if len(changes) > allowed:
+                    os.kill(writer, signal.SIGKILL)
+                    raise Forbidden
+
+        store.watcher = kill_at
+        writer_pipe.send("go")
+        code = writer_pipe.recv()
+        store.watcher = None
+        assert code in (0, -signal.SIGKILL)
+        value = value_of(root)
+        assert value in (seen, allowed + 1.0), f"killed at change {allowed}: {changes}"
+        assert seen is None or value is not None, "a checkpoint was lost"
+        seen = value
+        if code == 0:
+            break
+    assert code == 0
+    assert allowed >= (11 if replaces else 5), "the writer was killed at many places"
+    assert seen == allowed + 1.0
+    assert files_of(root) == [f"model/{name}" for name in ("config.json", "model.safetensors", MANIFEST)]
+
+
+def test_a_directory_of_another_program_is_replaced_only_when_the_new_one_is_complete(store, tmp_path):
+    context, url = ps.initialize("torch"), f"{ROOT}/foreign"
+    weight = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+    save_file(weight, tmp_path / "model.safetensors")
+    fsspec.filesystem("s3").put_file(str(tmp_path / "model.safetensors"), f"{url}/model.safetensors")
+    fsspec.filesystem("s3").pipe_file(f"{url}/old.txt", b"old")
+    model = torch.nn.Linear(2, 2)
+    ps.load_checkpoint(model, url, context)
+    assert model.weight.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+    def fail(method, path):
+        if method == "PUT" and path.endswith("config.json"):
+            raise Forbidden
+
+    store.watcher = fail
+    with pytest.raises(ps.CheckpointError, match=r"saving .*foreign failed; nothing was changed: .*Forbidden"):
+        ps.save_checkpoint(model, url, context, config={})
+    store.watcher = None
+    assert files_of(url) == ["model.safetensors", "old.txt"]
+    ps.save_checkpoint(model, url, context, config={})
+    assert files_of(url) == ["config.json", "model.safetensors", "polyshard.json"]
