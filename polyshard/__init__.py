@@ -9,9 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from polyshard.adapters.vllm.clients.http import HttpClient
+    from polyshard.adapters.vllm.clients.local import LlmClient
     from polyshard.adapters.vllm.engines.rollouts import Rollout, RolloutEngine
     from polyshard.adapters.vllm.transfer.lora_sync import LoraSync
-    from polyshard.adapters.vllm.transfer.sync import SyncReport, WeightSync
+    from polyshard.adapters.vllm.transfer.report import SyncReport
+    from polyshard.adapters.vllm.transfer.sync import WeightSync
     from polyshard.attention import RotaryEmbedding, TrainableFlashAttention, TrainableMLA, packed_attention
     from polyshard.attention.context_parallel import context_parallel_attention, context_shard, context_unshard
     from polyshard.attention.defaults import sequence_positions
@@ -89,9 +92,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "polyshard.adapters.vllm.clients.http": ("HttpClient",),
+    "polyshard.adapters.vllm.clients.local": ("LlmClient",),
     "polyshard.adapters.vllm.engines.rollouts": ("Rollout", "RolloutEngine"),
     "polyshard.adapters.vllm.transfer.lora_sync": ("LoraSync",),
-    "polyshard.adapters.vllm.transfer.sync": ("SyncReport", "WeightSync"),
+    "polyshard.adapters.vllm.transfer.report": ("SyncReport",),
+    "polyshard.adapters.vllm.transfer.sync": ("WeightSync",),
     "polyshard.attention": ("RotaryEmbedding", "TrainableFlashAttention", "TrainableMLA", "packed_attention"),
     "polyshard.attention.context_parallel": ("context_parallel_attention", "context_shard", "context_unshard"),
     "polyshard.attention.packing": ("pack",),

@@ -88,16 +88,20 @@ class WeightSyncError(PolyshardError, RuntimeError):
     Attributes:
         tensors: names of the affected tensors; empty if unknown.
         ranks: ranks of the affected workers of the server; empty if unknown.
+        engines: names of the engines that failed, of several that are reached over the network; empty otherwise.
 
     Examples:
         >>> ps.WeightSyncError("embed.weight arrived damaged", ("embed.weight",), (1,)).tensors
         ('embed.weight',)
     """
 
-    def __init__(self, message: str, tensors: tuple[str, ...] = (), ranks: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, message: str, tensors: tuple[str, ...] = (), ranks: tuple[int, ...] = (), engines: tuple[str, ...] = ()
+    ) -> None:
         super().__init__(message)
         self.tensors = tensors
         self.ranks = ranks
+        self.engines = engines
 
 
 class RegistrationError(PolyshardError, ValueError):

@@ -61,6 +61,7 @@ TOPICS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         "Register a model with vLLM, and keep a running engine's weights equal to a trainer's.",
         (
             *("register_model", "registered_models", "engine_errors", "WeightSync", "SyncReport", "LoraSync"),
+            *("HttpClient", "LlmClient"),
             *("RolloutEngine", "Rollout", "exact_context", "transformers_model"),
         ),
     ),

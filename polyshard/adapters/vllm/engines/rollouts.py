@@ -20,10 +20,11 @@ from typing import Any
 import torch.distributed as dist
 
 from polyshard.adapters.vllm import compat
+from polyshard.adapters.vllm.clients.protocol import BACKEND
 from polyshard.adapters.vllm.engines.scratch import engine_folder, temporary_files_in
 from polyshard.adapters.vllm.transfer.lora_sync import LoraSync, largest_rank
-from polyshard.adapters.vllm.transfer.remote import BACKEND
-from polyshard.adapters.vllm.transfer.sync import SyncReport, WeightSync
+from polyshard.adapters.vllm.transfer.report import SyncReport
+from polyshard.adapters.vllm.transfer.sync import WeightSync
 from polyshard.checkpoint.part import part_of
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError, WeightSyncError
