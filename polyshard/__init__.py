@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from polyshard.adapters.vllm.clients.http import HttpClient
     from polyshard.adapters.vllm.clients.local import LlmClient
-    from polyshard.adapters.vllm.engines.rollouts import Rollout, RolloutEngine
+    from polyshard.adapters.vllm.engines.rollout import Rollout
+    from polyshard.adapters.vllm.engines.rollouts import RolloutEngine
     from polyshard.adapters.vllm.transfer.lora_sync import LoraSync
     from polyshard.adapters.vllm.transfer.report import SyncReport
     from polyshard.adapters.vllm.transfer.sync import WeightSync
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         AdapterError,
         CheckpointError,
         ConfigurationError,
+        EngineFailureError,
         LayoutError,
         MissingDependencyError,
         PolyshardError,
@@ -94,7 +96,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "polyshard.adapters.vllm.clients.http": ("HttpClient",),
     "polyshard.adapters.vllm.clients.local": ("LlmClient",),
-    "polyshard.adapters.vllm.engines.rollouts": ("Rollout", "RolloutEngine"),
+    "polyshard.adapters.vllm.engines.rollout": ("Rollout",),
+    "polyshard.adapters.vllm.engines.rollouts": ("RolloutEngine",),
     "polyshard.adapters.vllm.transfer.lora_sync": ("LoraSync",),
     "polyshard.adapters.vllm.transfer.report": ("SyncReport",),
     "polyshard.adapters.vllm.transfer.sync": ("WeightSync",),
@@ -130,6 +133,7 @@ _HOMES = {
         "AdapterError",
         "CheckpointError",
         "ConfigurationError",
+        "EngineFailureError",
         "LayoutError",
         "MissingDependencyError",
         "PolyshardError",

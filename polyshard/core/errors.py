@@ -104,6 +104,22 @@ class WeightSyncError(PolyshardError, RuntimeError):
         self.engines = engines
 
 
+class EngineFailureError(PolyshardError, RuntimeError):
+    """vLLM engines that died, froze, or cannot be reached, so that no engine is left.
+
+    Attributes:
+        engines: names of the engines; empty if unknown.
+
+    Examples:
+        >>> ps.EngineFailureError("no engine can be reached", ("http://10.0.0.3:8000",)).engines
+        ('http://10.0.0.3:8000',)
+    """
+
+    def __init__(self, message: str, engines: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.engines = engines
+
+
 class RegistrationError(PolyshardError, ValueError):
     """A model factory that cannot be registered with a server, or a model that the server cannot run.
 

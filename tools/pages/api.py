@@ -81,6 +81,7 @@ TOPICS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         (
             *("PolyshardError", "ConfigurationError", "LayoutError", "AdapterError", "MissingDependencyError"),
             *("UnsupportedVersionError", "RegistrationError", "CheckpointError", "WeightSyncError", "RankFailureError"),
+            "EngineFailureError",
             "core.UntestedVersionWarning",
         ),
     ),

@@ -9,55 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from polyshard.adapters.vllm.clients.protocol import Client
 from polyshard.adapters.vllm.transfer.link import CHUNK_BYTES, Link, first_line, local_address, make_store, open_store
+from polyshard.adapters.vllm.transfer.network_engine import NetworkEngine
 from polyshard.adapters.vllm.transfer.network_sender import NetworkSender, held_regions
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError, PolyshardError, WeightSyncError
 from polyshard.core.exact_identity import ExactIdentity, check_same_mode, identity_of
 from polyshard.core.ranks import Ranks
-from polyshard.core.waiting import Background, run_in_step, run_within
+from polyshard.core.waiting import run_in_step, run_within
 from polyshard.weights.transfers import Need, sender_name
 from polyshard.weights.view import WeightView
 
-_REPORT = 30.0  # seconds until a worker's report must be in the store, once the engine has answered
-
-
-@dataclass(slots=True)
-class _Engine:
-    """One engine, as this rank knows it.
-
-    Attributes:
-        name: the engine's name.
-        client: the client that calls it, on the first rank.
-        address: the store's host and port, while connected.
-        store: the store, while connected.
-        sender: this rank's connection; None until connected.
-        workers: the number of its workers.
-        pending: the call that has not been answered, on the first rank.
-        incomplete: whether an update has begun and not completed, so that the model refuses to compute.
-    """
-
-    name: str
-    client: Client | None
-    address: tuple[str, int] | None = None
-    store: dist.Store | None = None
-    sender: NetworkSender | None = None
-    link: Link | None = None
-    workers: int = 0
-    pending: Background[Any] | None = None
-    incomplete: bool = False
-
-    def drop(self) -> None:
-        """Close the connection; the next sync makes another."""
-        self.sender = self.link = self.store = self.address = None
+Phase = Callable[[NetworkEngine], None]
+Failures = dict[str, list[tuple[int, str]]]  # by engine: rank and message
 
 
 class NetworkLeg:
@@ -84,7 +53,7 @@ class NetworkLeg:
         self._view, self._context = view, parallel_context
         self._ranks, self._axis = Ranks.of(parallel_context), parallel_context.axis("tensor")
         self._timeout, self._interface, self._chunk_bytes = timeout, interface, chunk_bytes
-        self._engines: list[_Engine] = []
+        self._engines: list[NetworkEngine] = []
         self._update = 0
         self.dtype: torch.dtype | None = None  # of the engine that was connected last
         self._own, self._shapes = self._responsibilities(shapes)
@@ -105,7 +74,7 @@ class NetworkLeg:
         if twice:
             raise ConfigurationError(f"two engines have the same name: {twice[0]!r}. Give each client its own name.")
         own = {client.name: client for client in clients} if self._ranks.rank == 0 else {}
-        self._engines += [_Engine(name, own.get(name)) for name in names]
+        self._engines += [NetworkEngine(name, own.get(name), self._timeout) for name in names]
 
     def leave(self, name: str) -> None:
         """Remove an engine, which keeps its weights. Every rank must call it.
@@ -130,12 +99,13 @@ class NetworkLeg:
             RankFailureError: a trainer rank died.
         """
         self._update += 1
-        failures: dict[str, list[tuple[int, str]]] = {}
-        phases: list[tuple[Callable[[_Engine], None], bool]] = [
+        failures: Failures = {}
+        phases: list[tuple[Phase, bool]] = [
             (self._require_idle, False),
             (self._announce, True),
             (self._plan, True),
             (self._connect, True),
+            (self._begin, False),
             (partial(self._transfer, version=version), False),
             (partial(self._finish, version=version), False),
         ]
@@ -155,7 +125,10 @@ class NetworkLeg:
             raise WeightSyncError(f"sync failed: {'; '.join(told)}", engines=tuple(sorted(failures)))
 
     def _run(
-        self, action: Callable[[_Engine], None], active: Sequence[_Engine], failures: dict[str, list[tuple[int, str]]]
+        self,
+        action: Callable[[NetworkEngine], None],
+        active: Sequence[NetworkEngine],
+        failures: dict[str, list[tuple[int, str]]],
     ) -> None:
         """Run one phase for all engines at once, and add the errors of all ranks to `failures`."""
         if not active:
@@ -176,7 +149,7 @@ class NetworkLeg:
             for name, text in errors.items():
                 failures.setdefault(name, []).append((rank, text))
 
-    def _require_idle(self, engine: _Engine) -> None:
+    def _require_idle(self, engine: NetworkEngine) -> None:
         client = engine.client
         if client is None:
             return
@@ -189,7 +162,7 @@ class NetworkLeg:
                 "them finish, or abort them, before a sync"
             )
 
-    def _announce(self, engine: _Engine) -> None:
+    def _announce(self, engine: NetworkEngine) -> None:
         """On the first rank: make a store, and tell the engine where it is."""
         if engine.client is None:
             return
@@ -197,14 +170,14 @@ class NetworkLeg:
         store = make_store(self._timeout)
         engine.store, engine.address = store, (host, store.port)
         info = {"host": host, "port": store.port, "senders": self._ranks.size, "timeout": self._timeout}
-        self._call(engine, "init_weight_transfer_engine", {"init_info": {**info, "stage": "announce"}})
+        engine.call("init_weight_transfer_engine", {"init_info": {**info, "stage": "announce"}})
 
-    def _share_addresses(self, active: Sequence[_Engine]) -> None:
+    def _share_addresses(self, active: Sequence[NetworkEngine]) -> None:
         known = self._ranks.broadcast([engine.address for engine in active])
         for engine, address in zip(active, known):
             engine.address = address
 
-    def _plan(self, engine: _Engine) -> None:
+    def _plan(self, engine: NetworkEngine) -> None:
         """Read what the workers keep, and tell them what this rank will send."""
         assert engine.address is not None
         host, port = engine.address
@@ -212,8 +185,8 @@ class NetworkLeg:
             engine.store = open_store(host, port, self._timeout)
         own = local_address(self._interface, host)
         hello = Link(engine.store, 0, 1, self._timeout, own)
-        first = _ready(hello, 0, engine)
-        reports = [first, *(_ready(hello, worker, engine) for worker in range(1, first["workers"]))]
+        first = engine.ready(hello, 0)
+        reports = [first, *(engine.ready(hello, worker) for worker in range(1, first["workers"]))]
         exact = None if first["exact"] is None else ExactIdentity(*first["exact"])
         check_same_mode(identity_of(self._context), exact, engine.name)
         everything = [Need(name=n, shape=s, boxes=(((0,) * len(s), s),)) for n, s in self._shapes.items()]
@@ -239,80 +212,49 @@ class NetworkLeg:
             self._chunk_bytes,
         )
         if engine.client is not None and any(report["open"] for report in reports):
-            self._call(engine, "finish_weight_update", None)  # of a trainer that died
+            engine.call("finish_weight_update", None)  # of a trainer that died
 
-    def _connect(self, engine: _Engine) -> None:
+    def _connect(self, engine: NetworkEngine) -> None:
         assert engine.sender is not None
         if engine.client is None:
             engine.sender.connect()
             return
-        call = self._start_call(engine, "init_weight_transfer_engine", {"init_info": {"stage": "connect"}})
+        call = engine.start_call("init_weight_transfer_engine", {"init_info": {"stage": "connect"}})
         engine.sender.connect()
-        self._answer(engine, call, "init_weight_transfer_engine")
-        self._require(engine, "connected")
+        engine.answer(call, "init_weight_transfer_engine")
+        engine.require("connected")
 
-    def _transfer(self, engine: _Engine, version: str) -> None:
-        assert engine.sender is not None
-        call = None
+    def _begin(self, engine: NetworkEngine) -> None:
         engine.incomplete = True
         if engine.client is not None:
-            self._call(engine, "start_weight_update", None)
+            engine.call("start_weight_update", None)
+
+    def _transfer(self, engine: NetworkEngine, version: str) -> None:
+        assert engine.sender is not None
+        call = None
+        if engine.client is not None:
             info = {"update": self._update, "over_network": True, "version": version}
-            call = self._start_call(engine, "update_weights", {"update_info": info})
+            call = engine.start_call("update_weights", {"update_info": info})
         try:
             engine.sender.send(self._update, self._view.pieces())
         except WeightSyncError as error:
             if call is not None:
-                self._add_reports(engine, call, error)
+                engine.raise_account(call, error)
             raise
         if call is not None:
-            self._answer(engine, call, "update_weights")
-            self._require(engine, "loaded")
+            engine.answer(call, "update_weights")
+            engine.require("loaded")
 
-    def _finish(self, engine: _Engine, version: str) -> None:
+    def _finish(self, engine: NetworkEngine, version: str) -> None:
         client = engine.client
         if client is None:
             engine.incomplete = False
             return
-        self._call(engine, "finish_weight_update", None)
-        self._require(engine, "finished")
+        engine.call("finish_weight_update", None)
+        engine.require("finished")
         if not run_within(self._timeout, lambda: client.forget_cached(version)):
             raise WeightSyncError("it did not reset its prefix cache, because requests are unfinished")
         engine.incomplete = False
-
-    def _call(self, engine: _Engine, method: str, payload: Mapping[str, Any] | None) -> None:
-        self._answer(engine, self._start_call(engine, method, payload), method)
-
-    def _start_call(self, engine: _Engine, method: str, payload: Mapping[str, Any] | None) -> Background[None]:
-        client = engine.client
-        assert client is not None
-        if engine.pending is not None and not engine.pending.wait(self._timeout):  # calls are answered in order
-            raise WeightSyncError("it does not answer: it died, froze, or cannot be reached (an earlier call is open)")
-        engine.pending = Background(lambda: client.call(method, payload), method)
-        return engine.pending
-
-    def _answer(self, engine: _Engine, call: Background[None], method: str) -> None:
-        if not call.wait(self._timeout):
-            raise WeightSyncError(
-                f"no answer to {method} within {self._timeout:g} s: the engine died, froze, or cannot be reached"
-            )
-        if call.error is not None:
-            raise WeightSyncError(f"{method} failed: {first_line(call.error)}") from call.error
-
-    def _require(self, engine: _Engine, state: str) -> None:
-        """Raise unless every worker reports this state."""
-        assert engine.link is not None
-        for worker in range(engine.workers):
-            report = engine.link.read(f"report/{worker}", _REPORT)
-            if report["state"] != state:
-                told = report["error"] or f"is {report['state']}"
-                raise WeightSyncError(f"worker {worker}: {told}", tuple(report["tensors"]), (worker,))
-
-    def _add_reports(self, engine: _Engine, call: Background[None], error: WeightSyncError) -> None:
-        """Raise with the workers' own account of a failed transfer, if they give one."""
-        if call.wait(_REPORT / 10) and call.error is None:
-            self._require(engine, "loaded")
-        raise error
 
     def _responsibilities(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[str], dict[str, tuple[int, ...]]]:
         """Return the names that this rank's pipeline stage sends, and the shapes of all tensors of the model."""
@@ -326,16 +268,6 @@ class NetworkLeg:
                 everything.setdefault(name, shape)
                 owners.setdefault(name, stage)  # a tied embedding is in the first stage and in the last
         return [name for name in shapes if owners[name] == pipeline.rank], everything
-
-
-def _ready(link: Link, worker: int, engine: _Engine) -> dict[str, Any]:
-    try:
-        return link.read(f"ready/{worker}", _REPORT)
-    except TimeoutError:
-        raise WeightSyncError(
-            f"worker {worker} has not reached the trainer's store at {engine.address}. Pass interface= to name the "
-            "network that trainer and engines share"
-        ) from None
 
 
 def _check_names(shapes: Mapping[str, tuple[int, ...]], needs: Sequence[Sequence[Need]]) -> None:
