@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from polyshard.weights.regions import Region
 
 ALIGN = 64  # bytes
@@ -137,6 +139,16 @@ def padded(nbytes: int) -> int:
 def message_bytes(message: Message, itemsize: int) -> int:
     """Return the size of a message's buffer."""
     return sum(padded(part.numel * itemsize) for part in message)
+
+
+def unpack(message: Message, buffer: torch.Tensor, dtype: torch.dtype) -> list[tuple[Part, torch.Tensor]]:
+    """Return the parts of a message with views of their values."""
+    views, start = [], 0
+    for part in message:
+        nbytes = part.numel * dtype.itemsize
+        views.append((part, buffer[start : start + nbytes].view(dtype).view(part.sizes)))
+        start += padded(nbytes)
+    return views
 
 
 def messages_to_json(messages: Sequence[Message]) -> list[Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.clients.protocol import ABORTED, BACKEND, SampleAnswer, SampleRequest, token_versions
+from polyshard.adapters.vllm.engines.rollout import check_known
 from polyshard.core.errors import ConfigurationError
 
 
@@ -81,6 +82,7 @@ class LlmClient:
         """
         from vllm import SamplingParams
 
+        check_known(request.sampling)
         sampling: dict[str, Any] = {**request.sampling, "n": 1, "logprobs": 0, "detokenize": False}
         parameters = SamplingParams(**sampling)
         future: Future[SampleAnswer] = Future()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,16 +47,28 @@ _UNSUPPORTED = {
 }
 
 
-def check_sampling(sampling: dict[str, Any]) -> None:
-    """Raise `ConfigurationError` for sampling parameters that vLLM lacks or whose results a `Rollout` does not hold."""
-    from vllm import SamplingParams
+def check_sampling(sampling: dict[str, Any], *, known: bool = True) -> None:
+    """Raise `ConfigurationError` for sampling parameters that vLLM lacks or whose results a `Rollout` does not hold.
 
-    known = set(inspect.signature(SamplingParams).parameters) - set(_UNSUPPORTED)
+    Args:
+        sampling: the parameters.
+        known: whether to look for parameters that vLLM lacks, which imports vLLM. Else the engine rejects them.
+    """
     for name in sampling:
         if name in _UNSUPPORTED:
             raise ConfigurationError(
                 f"RolloutEngine.generate does not take {name}={sampling[name]!r}: {_UNSUPPORTED[name]}"
             )
+    if known:
+        check_known(sampling)
+
+
+def check_known(sampling: Mapping[str, Any]) -> None:
+    """Raise `ConfigurationError` for sampling parameters that vLLM lacks."""
+    from vllm import SamplingParams
+
+    known = set(inspect.signature(SamplingParams).parameters) - set(_UNSUPPORTED)
+    for name in sampling:
         if name not in known:
             raise ConfigurationError(
                 f"unknown sampling parameter {name!r}: expected samples or one of {', '.join(sorted(known))}"

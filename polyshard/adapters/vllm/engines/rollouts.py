@@ -12,17 +12,15 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.clients.protocol import RolloutClient
 from polyshard.adapters.vllm.engines.pool import EnginePool
 from polyshard.adapters.vllm.engines.rollout import Rollout, check_prompts, check_sampling
 from polyshard.adapters.vllm.engines.scratch import engine_folder, temporary_files_in
 from polyshard.adapters.vllm.engines.start import DEFAULTS, start_colocated, start_separate
-from polyshard.adapters.vllm.transfer.lora_sync import LoraSync, largest_rank
 from polyshard.adapters.vllm.transfer.report import SyncReport
 from polyshard.adapters.vllm.transfer.sync import WeightSync
 from polyshard.checkpoint.part import part_of
@@ -30,6 +28,9 @@ from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError, WeightSyncError
 from polyshard.core.ranks import Ranks
 from polyshard.registry import engine_errors
+
+if TYPE_CHECKING:
+    from polyshard.adapters.vllm.transfer.lora_sync import LoraSync
 
 logger = logging.getLogger(__name__)
 
@@ -100,13 +101,17 @@ class RolloutEngine:
         self.llm: Any = None
         self._sync: WeightSync | None = None
         module = getattr(trainer, "module", trainer)
-        self._lora_rank = 0 if part_of(module) is None else largest_rank(module)
+        has_adapter = part_of(module) is not None
         self._lora: LoraSync | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None  # for the engine's sockets
         if engines is not None:
-            self._check_pool(directory, architecture, options)
+            self._check_pool(directory, architecture, options, has_adapter)
             self._pool = EnginePool(engines, trainer, parallel_context, sync_timeout, interface)
             return
+        from polyshard.adapters.vllm import compat
+        from polyshard.adapters.vllm.transfer.lora_sync import largest_rank
+
+        self._lora_rank = largest_rank(module) if has_adapter else 0
         if self._lora_rank:
             rank = compat.max_lora_rank(self._lora_rank)
             if rank is None:
@@ -130,7 +135,7 @@ class RolloutEngine:
             ConfigurationError: a prompt is empty, or a sampling parameter is unknown or unsupported.
             Exception: the engine died more than `restarts` times; the error is vLLM's.
         """
-        check_sampling(sampling)
+        check_sampling(sampling, known=self._pool is None)
         token_ids = [list(prompt) for prompt in prompts]
         check_prompts(token_ids)
         if self._pool is not None:
@@ -152,7 +157,7 @@ class RolloutEngine:
         Raises:
             ConfigurationError: the engine is not one of `engines`, or an argument is invalid.
         """
-        check_sampling(sampling)
+        check_sampling(sampling, known=False)
         token_ids = [list(prompt) for prompt in prompts]
         check_prompts(token_ids)
         self._require_pool("submit").submit(token_ids, samples, sampling)
@@ -202,6 +207,8 @@ class RolloutEngine:
                 sync.close()
         self._lora = None
         if self.llm is not None:
+            from polyshard.adapters.vllm import compat
+
             compat.shut_down_engine(self.llm, self._keep_process_group)
         self.llm = self._sync = None
         if self._folder is not None:
@@ -219,12 +226,12 @@ class RolloutEngine:
             raise ConfigurationError(f"RolloutEngine.{method} requires engines that run elsewhere. Pass engines=.")
         return self._pool
 
-    def _check_pool(self, directory: Any, architecture: Any, options: dict[str, Any]) -> None:
+    def _check_pool(self, directory: Any, architecture: Any, options: dict[str, Any], has_adapter: bool) -> None:
         named = {"directory": directory, "architecture": architecture}
         given = [*(name for name, value in named.items() if value is not None), *options]
         if given:
             raise ConfigurationError(f"engines= excludes {', '.join(given)}. Start the engines with these settings.")
-        if self._lora_rank:
+        if has_adapter:
             raise ConfigurationError(
                 "engines= does not support a trainer with a LoRA adapter, which is sent through files. Train all "
                 "weights, or let RolloutEngine start the engine."
@@ -234,6 +241,8 @@ class RolloutEngine:
         if self.llm is None:  # it runs on another rank
             return []
         from vllm import SamplingParams
+
+        from polyshard.adapters.vllm import compat
 
         parameters = SamplingParams(n=samples, logprobs=0, detokenize=False, **sampling)
         with compat.raises_if_engine_dies(self.llm):
@@ -251,6 +260,8 @@ class RolloutEngine:
     def _synced(self, version: str | None) -> SyncReport:
         assert self._sync is not None
         if self._lora_rank and self._lora is None:
+            from polyshard.adapters.vllm.transfer.lora_sync import LoraSync
+
             self._sync(version)
             self._lora = LoraSync(self._trainer, self._context, self.llm, timeout=self._timeout)
         report = (self._lora or self._sync)(version)
@@ -286,6 +297,8 @@ class RolloutEngine:
 
     def _engine_died(self) -> bool:
         """Whether the engine died; waits, because vLLM reports a death with a delay."""
+        from polyshard.adapters.vllm import compat
+
         deadline = time.monotonic() + _DEATH_NOTICE
         while self.llm is not None:
             if compat.engine_is_dead(self.llm):

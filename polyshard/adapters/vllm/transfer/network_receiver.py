@@ -21,8 +21,8 @@ from polyshard.weights.transfers import (
     message_bytes,
     message_order,
     messages_from_json,
-    padded,
     uncovered,
+    unpack,
 )
 
 
@@ -144,16 +144,6 @@ class NetworkReceiver:
                     (need.name,),
                     (self._worker,),
                 )
-
-
-def unpack(message: Message, buffer: torch.Tensor, dtype: torch.dtype) -> list[tuple[Part, torch.Tensor]]:
-    """Return the parts of a message with views of their values."""
-    views, start = [], 0
-    for part in message:
-        nbytes = part.numel * dtype.itemsize
-        views.append((part, buffer[start : start + nbytes].view(dtype).view(part.sizes)))
-        start += padded(nbytes)
-    return views
 
 
 class ShardSink:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from polyshard.adapters.vllm.transfer.link import CHUNK_BYTES, WINDOW, Link, first_line
-from polyshard.adapters.vllm.transfer.network_receiver import unpack
 from polyshard.core.context import ParallelAxis
 from polyshard.core.errors import WeightSyncError
 from polyshard.core.pieces import Piece
@@ -24,6 +23,7 @@ from polyshard.weights.transfers import (
     messages_to_json,
     parts_for,
     plan_messages,
+    unpack,
 )
 from polyshard.weights.view import WeightView
 

@@ -12,18 +12,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
-from polyshard.adapters.vllm import compat
-from polyshard.adapters.vllm.clients.local import LlmClient
 from polyshard.adapters.vllm.clients.protocol import Client
 from polyshard.adapters.vllm.transfer.bucket import Bucket, Chunk, bucket_path, plan_chunks, remove_abandoned
 from polyshard.adapters.vllm.transfer.guard import shared_memory_watch
 from polyshard.adapters.vllm.transfer.link import CHUNK_BYTES
-from polyshard.adapters.vllm.transfer.local import LocalEngine
 from polyshard.adapters.vllm.transfer.network import NetworkLeg
 from polyshard.adapters.vllm.transfer.remote import RemoteEngine
 from polyshard.adapters.vllm.transfer.report import SyncReport
@@ -38,6 +35,9 @@ from polyshard.core.weight_table import stored_shape
 from polyshard.weights.fingerprint import total
 from polyshard.weights.movement import put_pieces, shared_run
 from polyshard.weights.view import view_weights
+
+if TYPE_CHECKING:
+    from polyshard.adapters.vllm.transfer.local import LocalEngine
 
 DEFAULT_BUCKET_BYTES = 256 << 20
 
@@ -195,6 +195,12 @@ class WeightSync:
         return dtype.itemsize
 
     def _connect(self, engines: Sequence[Any], timeout: float, share: bool) -> None:
+        if not engines:
+            return  # a trainer whose engines are all elsewhere needs no vLLM
+        from polyshard.adapters.vllm import compat
+        from polyshard.adapters.vllm.clients.local import LlmClient
+        from polyshard.adapters.vllm.transfer.local import LocalEngine
+
         for index, engine in enumerate(engines):
             name = f"engine {index}"
             worker = compat.local_worker(engine)
