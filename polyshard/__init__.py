@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from polyshard.layers.residual import add_residual
     from polyshard.layers.vocabulary import gather_logits, lm_head, vocab_embedding, vocab_parallel_cross_entropy
     from polyshard.lora import add_lora, load_lora, lora_disabled, save_lora, save_merged_lora
+    from polyshard.ray import RayClient, ray_engine, run_on_ray
     from polyshard.registry import engine_errors, register_model, registered_models
     from polyshard.training.data import PackedDocuments, StepLoader, packed_batch
     from polyshard.training.dropout import Dropout
@@ -172,6 +173,7 @@ _HOMES = {
     "polyshard.launch": ("initialize", "shutdown"),
     "polyshard.lora": ("add_lora", "load_lora", "lora_disabled", "save_lora", "save_merged_lora"),
     "polyshard.layers.pipeline": ("PipelineStage", "pipeline_stage", "stage_layers"),
+    "polyshard.ray": ("RayClient", "ray_engine", "run_on_ray"),
     "polyshard.registry": ("engine_errors", "register_model", "registered_models"),
     "polyshard.transformers.replaced": ("replace_with_trainable_attention",),
     "polyshard.transformers": ("transformers_model",),
