@@ -9,9 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from polyshard.adapters.vllm.engines.rollouts import Rollout, RolloutEngine
+    from polyshard.adapters.vllm.clients.http import HttpClient
+    from polyshard.adapters.vllm.clients.local import LlmClient
+    from polyshard.adapters.vllm.engines.rollout import Rollout
+    from polyshard.adapters.vllm.engines.rollouts import RolloutEngine
     from polyshard.adapters.vllm.transfer.lora_sync import LoraSync
-    from polyshard.adapters.vllm.transfer.sync import SyncReport, WeightSync
+    from polyshard.adapters.vllm.transfer.report import SyncReport
+    from polyshard.adapters.vllm.transfer.sync import WeightSync
     from polyshard.attention import RotaryEmbedding, TrainableFlashAttention, TrainableMLA, packed_attention
     from polyshard.attention.context_parallel import context_parallel_attention, context_shard, context_unshard
     from polyshard.attention.defaults import sequence_positions
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
         AdapterError,
         CheckpointError,
         ConfigurationError,
+        EngineFailureError,
         LayoutError,
         MissingDependencyError,
         PolyshardError,
@@ -77,6 +82,7 @@ if TYPE_CHECKING:
     from polyshard.layers.vocabulary import gather_logits, lm_head, vocab_embedding, vocab_parallel_cross_entropy
     from polyshard.lora import add_lora, load_lora, lora_disabled, save_lora, save_merged_lora
     from polyshard.planning import Cluster, Plan, PlannedLayout, plan
+    from polyshard.ray import RayClient, ray_engine, run_on_ray
     from polyshard.registry import engine_errors, register_model, registered_models
     from polyshard.training.data import PackedDocuments, StepLoader, packed_batch
     from polyshard.training.dropout import Dropout
@@ -101,9 +107,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "polyshard.adapters.vllm.engines.rollouts": ("Rollout", "RolloutEngine"),
+    "polyshard.adapters.vllm.clients.http": ("HttpClient",),
+    "polyshard.adapters.vllm.clients.local": ("LlmClient",),
+    "polyshard.adapters.vllm.engines.rollout": ("Rollout",),
+    "polyshard.adapters.vllm.engines.rollouts": ("RolloutEngine",),
     "polyshard.adapters.vllm.transfer.lora_sync": ("LoraSync",),
-    "polyshard.adapters.vllm.transfer.sync": ("SyncReport", "WeightSync"),
+    "polyshard.adapters.vllm.transfer.report": ("SyncReport",),
+    "polyshard.adapters.vllm.transfer.sync": ("WeightSync",),
     "polyshard.attention": ("RotaryEmbedding", "TrainableFlashAttention", "TrainableMLA", "packed_attention"),
     "polyshard.attention.context_parallel": ("context_parallel_attention", "context_shard", "context_unshard"),
     "polyshard.attention.packing": ("pack",),
@@ -141,6 +151,7 @@ _HOMES = {
         "AdapterError",
         "CheckpointError",
         "ConfigurationError",
+        "EngineFailureError",
         "LayoutError",
         "MissingDependencyError",
         "PolyshardError",
@@ -186,6 +197,7 @@ _HOMES = {
     "polyshard.lora": ("add_lora", "load_lora", "lora_disabled", "save_lora", "save_merged_lora"),
     "polyshard.layers.pipeline": ("PipelineStage", "pipeline_stage", "stage_layers"),
     "polyshard.planning": ("Cluster", "Plan", "PlannedLayout", "plan"),
+    "polyshard.ray": ("RayClient", "ray_engine", "run_on_ray"),
     "polyshard.registry": ("engine_errors", "register_model", "registered_models"),
     "polyshard.transformers.replaced": ("replace_with_trainable_attention",),
     "polyshard.transformers": ("transformers_model",),

@@ -98,16 +98,36 @@ class WeightSyncError(PolyshardError, RuntimeError):
     Attributes:
         tensors: names of the affected tensors; empty if unknown.
         ranks: ranks of the affected workers of the server; empty if unknown.
+        engines: names of the engines that failed, of several that are reached over the network; empty otherwise.
 
     Examples:
         >>> ps.WeightSyncError("embed.weight arrived damaged", ("embed.weight",), (1,)).tensors
         ('embed.weight',)
     """
 
-    def __init__(self, message: str, tensors: tuple[str, ...] = (), ranks: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, message: str, tensors: tuple[str, ...] = (), ranks: tuple[int, ...] = (), engines: tuple[str, ...] = ()
+    ) -> None:
         super().__init__(message)
         self.tensors = tensors
         self.ranks = ranks
+        self.engines = engines
+
+
+class EngineFailureError(PolyshardError, RuntimeError):
+    """vLLM engines that died, froze, or cannot be reached, so that no engine is left.
+
+    Attributes:
+        engines: names of the engines; empty if unknown.
+
+    Examples:
+        >>> ps.EngineFailureError("no engine can be reached", ("http://10.0.0.3:8000",)).engines
+        ('http://10.0.0.3:8000',)
+    """
+
+    def __init__(self, message: str, engines: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.engines = engines
 
 
 class RegistrationError(PolyshardError, ValueError):

@@ -48,6 +48,7 @@ def test_a_trainer_apart_from_the_engine(directory, tmp_path, ranks, adapter, te
     arguments = (directory, tmp_path, adapter, tensor, options, engine_tensor, dtype)
     result = on_engine_ranks(train_apart, ranks, *arguments)[0]
     assert result["first"] == result["second"] != result["before"]
+    assert result["over the network"] == result["first"]
     assert (result["first version"], result["second version"]) == ("first", "second")
     if engine_tensor == 1:
         import decoder

@@ -68,6 +68,7 @@ TOPICS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         "Register a model with vLLM, and keep a running engine's weights equal to a trainer's.",
         (
             *("register_model", "registered_models", "engine_errors", "WeightSync", "SyncReport", "LoraSync"),
+            *("HttpClient", "LlmClient", "RayClient", "ray_engine", "run_on_ray"),
             *("RolloutEngine", "Rollout", "exact_context", "transformers_model"),
         ),
     ),
@@ -87,6 +88,7 @@ TOPICS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         (
             *("PolyshardError", "ConfigurationError", "LayoutError", "AdapterError", "MissingDependencyError"),
             *("UnsupportedVersionError", "RegistrationError", "CheckpointError", "WeightSyncError", "RankFailureError"),
+            "EngineFailureError",
             "core.UntestedVersionWarning",
         ),
     ),

@@ -69,6 +69,11 @@ def train_apart(directory, out, adapter, tensor, options, engine_tensor, dtype):
             if llm:
                 result[name] = greedy(llm, PROMPTS, 8)
                 result[f"{name} version"] = llm.llm_engine.get_weight_version()
+    client = ps.LlmClient(llm) if llm else None
+    with ps.WeightSync(engine, context, client, bucket_bytes=20_000, timeout=60) as sync:
+        sync("over the network")
+        if llm:
+            result["over the network"] = greedy(llm, PROMPTS, 8)
     ps.save_checkpoint(engine, Path(out) / "trained", context, config=config)
     ps.shutdown(context)
     return {"before": before, "tensors": report.tensors, **result}

@@ -1,90 +1,71 @@
-"""`RolloutEngine`: a vLLM engine beside a trainer, which samples with the trainer's weights.
+"""`RolloutEngine`: vLLM engines that sample with a trainer's weights.
 
-The engine runs in the trainer's processes (colocated) or in separate processes. If separate processes die, another
-engine is started, receives the trainer's weights, and repeats the call.
+One engine runs in the trainer's processes (colocated) or in separate processes. If separate processes die, another
+engine is started, receives the trainer's weights, and repeats the call. Or several engines that others have started
+share the prompts.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
-import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from polyshard.adapters.vllm import compat
+from polyshard.adapters.vllm.clients.protocol import RolloutClient
+from polyshard.adapters.vllm.engines.pool import EnginePool
+from polyshard.adapters.vllm.engines.rollout import Rollout, check_prompts, check_sampling
 from polyshard.adapters.vllm.engines.scratch import engine_folder, temporary_files_in
-from polyshard.adapters.vllm.transfer.lora_sync import LoraSync, largest_rank
-from polyshard.adapters.vllm.transfer.remote import BACKEND
-from polyshard.adapters.vllm.transfer.sync import SyncReport, WeightSync
+from polyshard.adapters.vllm.engines.start import DEFAULTS, start_colocated, start_separate
+from polyshard.adapters.vllm.transfer.report import SyncReport
+from polyshard.adapters.vllm.transfer.sync import WeightSync
 from polyshard.checkpoint.part import part_of
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError, WeightSyncError
 from polyshard.core.ranks import Ranks
 from polyshard.registry import engine_errors
 
+if TYPE_CHECKING:
+    from polyshard.adapters.vllm.transfer.lora_sync import LoraSync
+
 logger = logging.getLogger(__name__)
 
-_TORCHRUN = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC")
 _DEATH_NOTICE = 5.0  # seconds until vLLM reports that an engine died
-_MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rollout:
-    """One sampled completion.
-
-    Attributes:
-        prompt: token IDs of the prompt.
-        tokens: sampled token IDs, including the stop token.
-        logprobs: log-probability of each sampled token, as the engine returned it.
-        finished: whether the model ended the completion; False if it reached the length limit.
-        version: version of the weights that sampled it.
-
-    Examples:
-        >>> rollout = Rollout(prompt=(1, 2), tokens=(7, 3), logprobs=(-0.5, -1.0), finished=True, version="4")
-        >>> torch.tensor(rollout.logprobs).sum()  # log-probability of the completion
-        tensor(-1.5000)
-    """
-
-    prompt: tuple[int, ...]
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finished: bool
-    version: str
 
 
 class RolloutEngine:
-    """A vLLM engine that samples with a trainer's weights.
+    """One or several vLLM engines that sample with a trainer's weights.
 
     Every rank of the trainer creates one, and calls the same methods in the same order.
 
     Args:
         directory: a Hugging Face directory of the model, without a LoRA adapter; its weights are used only until the
-            first sync.
-        architecture: name of a registered model.
+            first sync. None with `engines`.
+        architecture: name of a registered model. None with `engines`.
         trainer: a training engine, or a model that its factory built.
         parallel_context: the context that the model was built with.
         colocated: run in the trainer's processes, tensor-parallel over all ranks. If False, the first rank starts
             separate processes.
         restarts: how often an engine in separate processes is restarted after it dies.
         sync_timeout: seconds after which an unresponsive engine is an error.
+        engines: clients of engines that run elsewhere (`HttpClient`, `RayClient`, `LlmClient`), instead of an engine of
+            its own. The first rank calls them. They share the prompts. If one dies, the others take over, and it is
+            tried again at each sync. If none is left, calls wait `sync_timeout` seconds for one to come back.
+        interface: for `engines`, the network interface over which weights are sent; see `WeightSync`.
         options: arguments of `vllm.LLM`. By default the engine runs eagerly and without a tokenizer. Beside a trainer
             on a GPU set `gpu_memory_utilization`: vLLM's default requires 90% of the device memory to be free.
 
     Attributes:
-        restarted: number of restarts so far.
+        restarted: number of restarts so far; with `engines`, how often a lost engine came back.
 
     Raises:
         RegistrationError: the engine cannot serve the model. Other errors of a worker are raised with their cause.
-        ConfigurationError: the engine cannot receive weights, or only one of trainer and engine is in exact mode.
+        ConfigurationError: the engine cannot receive weights, only one of trainer and engine is in exact mode, or
+            arguments exclude each other.
 
     Examples:
         >>> with RolloutEngine("model", "MyModel", trainer, context) as engine:  # needs vLLM  # doctest: +SKIP
@@ -94,25 +75,25 @@ class RolloutEngine:
 
     def __init__(
         self,
-        directory: str | Path,
-        architecture: str,
+        directory: str | Path | None,
+        architecture: str | None,
         trainer: Any,
         parallel_context: ParallelContext,
         *,
         colocated: bool = True,
         restarts: int = 3,
         sync_timeout: float = 600.0,
+        engines: Sequence[RolloutClient] | None = None,
+        interface: str | None = None,
         **options: Any,
     ) -> None:
+        self._pool: EnginePool | None = None
+        if engines is None and (directory is None or architecture is None):
+            raise ConfigurationError("directory and architecture are missing. Pass both, or engines=.")
         self._directory, self._architecture = str(directory), architecture
         self._trainer, self._context = trainer, parallel_context
         self._colocated, self._restarts_left, self._timeout = colocated, restarts, sync_timeout
-        self._options: dict[str, Any] = {
-            "enforce_eager": True,
-            "skip_tokenizer_init": True,
-            "disable_log_stats": True,
-            **options,
-        }
+        self._options: dict[str, Any] = {**DEFAULTS, **options}
         self._ranks = Ranks.of(parallel_context)
         self._keep_process_group = dist.is_available() and dist.is_initialized()
         self._version = "0"
@@ -120,14 +101,22 @@ class RolloutEngine:
         self.llm: Any = None
         self._sync: WeightSync | None = None
         module = getattr(trainer, "module", trainer)
-        self._lora_rank = 0 if part_of(module) is None else largest_rank(module)
+        has_adapter = part_of(module) is not None
         self._lora: LoraSync | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None  # for the engine's sockets
+        if engines is not None:
+            self._check_pool(directory, architecture, options, has_adapter)
+            self._pool = EnginePool(engines, trainer, parallel_context, sync_timeout, interface)
+            return
+        from polyshard.adapters.vllm import compat
+        from polyshard.adapters.vllm.transfer.lora_sync import largest_rank
+
+        self._lora_rank = largest_rank(module) if has_adapter else 0
         if self._lora_rank:
             rank = compat.max_lora_rank(self._lora_rank)
             if rank is None:
                 raise ConfigurationError(f"vLLM serves no LoRA adapter of rank {self._lora_rank}.")
             self._options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank, **self._options}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None  # for the engine's sockets
         self._start()
 
     def generate(self, prompts: Sequence[Sequence[int]], *, samples: int = 1, **sampling: Any) -> list[list[Rollout]]:
@@ -146,11 +135,49 @@ class RolloutEngine:
             ConfigurationError: a prompt is empty, or a sampling parameter is unknown or unsupported.
             Exception: the engine died more than `restarts` times; the error is vLLM's.
         """
-        check_sampling(sampling)
+        check_sampling(sampling, known=self._pool is None)
         token_ids = [list(prompt) for prompt in prompts]
-        if not all(token_ids):
-            raise ConfigurationError(f"prompt {token_ids.index([])} of {len(token_ids)} is empty")
+        check_prompts(token_ids)
+        if self._pool is not None:
+            return self._pool.generate(token_ids, samples, sampling)
         return self._with_restarts(lambda: self._generate(token_ids, samples, sampling))
+
+    def submit(self, prompts: Sequence[Sequence[int]], *, samples: int = 1, **sampling: Any) -> None:
+        """Begin to sample completions of each prompt, and return at once; `collect` returns them.
+
+        The engines sample while the trainer trains. A sync interrupts completions, which then go on with the new
+        weights: `Rollout.versions` tells the weights of each token. Completions with penalties or stop strings begin
+        again.
+
+        Args:
+            prompts: token IDs, the same on every rank.
+            samples: number of completions per prompt.
+            sampling: see `generate`.
+
+        Raises:
+            ConfigurationError: the engine is not one of `engines`, or an argument is invalid.
+        """
+        check_sampling(sampling, known=False)
+        token_ids = [list(prompt) for prompt in prompts]
+        check_prompts(token_ids)
+        self._require_pool("submit").submit(token_ids, samples, sampling)
+
+    def collect(self) -> list[list[Rollout]]:
+        """Wait for the prompts that were submitted first; every rank gets the same result.
+
+        Raises:
+            ConfigurationError: nothing has been submitted.
+            EngineFailureError: no engine is left, and none came back.
+        """
+        return self._require_pool("collect").collect()
+
+    def join(self, engine: RolloutClient) -> None:
+        """Add an engine, which takes part after the next sync. Every rank must call it."""
+        self._require_pool("join").join(engine)
+
+    def leave(self, name: str) -> None:
+        """Remove an engine; others sample what it has not finished. Every rank must call it."""
+        self._require_pool("leave").leave(name)
 
     def sync(self, version: str | None = None) -> SyncReport:
         """Send the trainer's current weights to the engine; see `WeightSync`. A collective.
@@ -162,17 +189,26 @@ class RolloutEngine:
 
         Raises:
             WeightSyncError: the engine is alive but does not hold the weights that were sent.
+            EngineFailureError: none of `engines` can be reached.
         """
         name = str(int(self._version) + 1) if version is None and self._version.isdigit() else version
+        if self._pool is not None:
+            report = self._pool.sync(name or f"{self._version}+")
+            self._version, self.restarted = report.version, self._pool.returned
+            return report
         return self._with_restarts(lambda: self._synced(name))
 
     def close(self) -> None:
-        """Shut down the engine, and release its resources."""
+        """Shut down the engine, and release its resources. Engines that were given as `engines` go on."""
+        if self._pool is not None:
+            self._pool.close()
         for sync in (self._sync, self._lora):
             if sync is not None:
                 sync.close()
         self._lora = None
         if self.llm is not None:
+            from polyshard.adapters.vllm import compat
+
             compat.shut_down_engine(self.llm, self._keep_process_group)
         self.llm = self._sync = None
         if self._folder is not None:
@@ -185,10 +221,28 @@ class RolloutEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _require_pool(self, method: str) -> EnginePool:
+        if self._pool is None:
+            raise ConfigurationError(f"RolloutEngine.{method} requires engines that run elsewhere. Pass engines=.")
+        return self._pool
+
+    def _check_pool(self, directory: Any, architecture: Any, options: dict[str, Any], has_adapter: bool) -> None:
+        named = {"directory": directory, "architecture": architecture}
+        given = [*(name for name, value in named.items() if value is not None), *options]
+        if given:
+            raise ConfigurationError(f"engines= excludes {', '.join(given)}. Start the engines with these settings.")
+        if has_adapter:
+            raise ConfigurationError(
+                "engines= does not support a trainer with a LoRA adapter, which is sent through files. Train all "
+                "weights, or let RolloutEngine start the engine."
+            )
+
     def _generate(self, prompts: list[list[int]], samples: int, sampling: dict[str, Any]) -> list[list[Rollout]]:
         if self.llm is None:  # it runs on another rank
             return []
         from vllm import SamplingParams
+
+        from polyshard.adapters.vllm import compat
 
         parameters = SamplingParams(n=samples, logprobs=0, detokenize=False, **sampling)
         with compat.raises_if_engine_dies(self.llm):
@@ -206,6 +260,8 @@ class RolloutEngine:
     def _synced(self, version: str | None) -> SyncReport:
         assert self._sync is not None
         if self._lora_rank and self._lora is None:
+            from polyshard.adapters.vllm.transfer.lora_sync import LoraSync
+
             self._sync(version)
             self._lora = LoraSync(self._trainer, self._context, self.llm, timeout=self._timeout)
         report = (self._lora or self._sync)(version)
@@ -241,6 +297,8 @@ class RolloutEngine:
 
     def _engine_died(self) -> bool:
         """Whether the engine died; waits, because vLLM reports a death with a delay."""
+        from polyshard.adapters.vllm import compat
+
         deadline = time.monotonic() + _DEATH_NOTICE
         while self.llm is not None:
             if compat.engine_is_dead(self.llm):
@@ -256,9 +314,9 @@ class RolloutEngine:
         try:
             with engine_errors(), temporary_files_in(self._folder.name):
                 if self._colocated:
-                    self.llm = self._colocated_engine()
+                    self.llm = start_colocated(self._directory, self._architecture, self._ranks.size, self._options)
                 elif self._ranks.rank == 0:
-                    self.llm = self._separate_engine()
+                    self.llm = start_separate(self._directory, self._architecture, self._options)
         except Exception as problem:
             error = problem
         if not self._colocated:
@@ -266,54 +324,6 @@ class RolloutEngine:
         elif error is not None:
             raise error
         self._sync = WeightSync(self._trainer, self._context, self.llm, timeout=self._timeout)
-
-    def _colocated_engine(self) -> Any:
-        from vllm import LLM
-
-        options: dict[str, Any] = dict(self._options)
-        if self._ranks.size > 1:
-            options["tensor_parallel_size"] = self._ranks.size
-            options["distributed_executor_backend"] = "external_launcher"
-        with _environment({_MULTIPROCESSING: "0"}):
-            return LLM(self._directory, hf_overrides={"architectures": [self._architecture]}, **options)
-
-    def _separate_engine(self) -> Any:
-        from vllm import LLM
-
-        hidden = {name: None for name in os.environ if name.startswith(_TORCHRUN)}
-        with _environment({_MULTIPROCESSING: "1", **hidden}):
-            return LLM(
-                self._directory,
-                hf_overrides={"architectures": [self._architecture]},
-                weight_transfer_config={"backend": BACKEND},
-                **self._options,
-            )
-
-
-_UNSUPPORTED = {
-    "n": "use samples=",
-    "logprobs": "a Rollout holds the log-probability of each sampled token and of no other",
-    "prompt_logprobs": "a Rollout holds log-probabilities of sampled tokens only; use ps.token_logprobs for prompts",
-    "logprob_token_ids": "a Rollout holds the log-probability of each sampled token and of no other",
-    "detokenize": "a Rollout holds token IDs",
-    "output_kind": "a Rollout is a finished completion",
-}
-
-
-def check_sampling(sampling: dict[str, Any]) -> None:
-    """Raise `ConfigurationError` for sampling parameters that vLLM lacks or whose results a `Rollout` does not hold."""
-    from vllm import SamplingParams
-
-    known = set(inspect.signature(SamplingParams).parameters) - set(_UNSUPPORTED)
-    for name in sampling:
-        if name in _UNSUPPORTED:
-            raise ConfigurationError(
-                f"RolloutEngine.generate does not take {name}={sampling[name]!r}: {_UNSUPPORTED[name]}"
-            )
-        if name not in known:
-            raise ConfigurationError(
-                f"unknown sampling parameter {name!r}: expected samples or one of {', '.join(sorted(known))}"
-            )
 
 
 def _rollout(prompt: list[int], answer: Any, version: str) -> Rollout:
@@ -324,23 +334,5 @@ def _rollout(prompt: list[int], answer: Any, version: str) -> Rollout:
         logprobs=tuple(step[token].logprob for step, token in zip(answer.logprobs, tokens)),
         finished=answer.finish_reason == "stop",
         version=version,
+        versions=(version,) * len(tokens),
     )
-
-
-@contextmanager
-def _environment(changes: dict[str, str | None]) -> Iterator[None]:
-    """Set environment variables that vLLM reads while an engine starts; restore them afterwards."""
-    before = {name: os.environ.get(name) for name in changes}
-    _set(changes)
-    try:
-        yield
-    finally:
-        _set(before)
-
-
-def _set(values: dict[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value

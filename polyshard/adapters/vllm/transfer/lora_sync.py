@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from polyshard.adapters.vllm import compat
-from polyshard.adapters.vllm.transfer.sync import SyncReport
+from polyshard.adapters.vllm.transfer.report import SyncReport
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError, WeightSyncError
 from polyshard.core.ranks import Ranks

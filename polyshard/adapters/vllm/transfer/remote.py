@@ -11,70 +11,15 @@ import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from polyshard.adapters.vllm import compat
+from polyshard.adapters.vllm.clients.protocol import Client
 from polyshard.adapters.vllm.transfer.bucket import Bucket, Chunk
-from polyshard.core.errors import ConfigurationError, WeightSyncError
+from polyshard.core.errors import WeightSyncError
 from polyshard.core.exact_identity import ExactIdentity
 from polyshard.weights.movement import Moved
-
-BACKEND = "polyshard"
-
-
-class Client(Protocol):
-    """The calls that `RemoteEngine` makes to an engine."""
-
-    name: str
-
-    def call(self, method: str, payload: Mapping[str, Any] | None) -> None:
-        """Call one of vLLM's weight-transfer methods on every worker, and wait for it."""
-        ...
-
-    def unfinished(self) -> list[str]:
-        """Return the IDs of the unfinished requests that this client knows of."""
-        ...
-
-    def abort(self, requests: list[str]) -> None:
-        """Abort requests."""
-        ...
-
-    def forget_cached(self, version: str) -> bool:
-        """Reset the prefix cache, and set the engine's weight version; return False if requests are unfinished."""
-        ...
-
-
-class LlmClient:
-    """The client of a `vllm.LLM` object in this process."""
-
-    def __init__(self, llm: Any, name: str) -> None:
-        config = llm.llm_engine.vllm_config.weight_transfer_config
-        if config is None or config.backend != BACKEND:
-            raise ConfigurationError(
-                f"{name} was started with weight_transfer_config={config!r}. Start it with "
-                f"LLM(..., weight_transfer_config={{'backend': '{BACKEND}'}})"
-            )
-        self.name = name
-        self._llm = llm
-
-    def call(self, method: str, payload: Mapping[str, Any] | None) -> None:
-        """Call the method through vLLM's `collective_rpc`."""
-        self._llm.llm_engine.collective_rpc(method, kwargs=dict(payload or {}))
-
-    def unfinished(self) -> list[str]:
-        """Return the IDs of the unfinished requests that this process has sent."""
-        return compat.unfinished_requests(self._llm)
-
-    def abort(self, requests: list[str]) -> None:
-        """Abort requests."""
-        self._llm.llm_engine.abort_request(requests, internal=True)
-
-    def forget_cached(self, version: str) -> bool:
-        """Reset the prefix cache, and set the weight version."""
-        self._llm.llm_engine.set_weight_version(version)
-        return bool(self._llm.llm_engine.reset_prefix_cache())
 
 
 class RemoteEngine:

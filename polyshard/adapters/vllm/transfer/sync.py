@@ -3,25 +3,27 @@
 In one process (or with torchrun's external launcher) weights move within memory. The engine shares the trainer's memory
 if shape and dtype allow it, packs its CPU layers directly from it, and copies the rest. For different tensor-parallel
 sizes and for engines in separate processes, weights move in chunks through a bucket in shared memory. Each trainer rank
-writes its shards and each worker reads its own, without gathering. The fingerprint of every tensor is compared.
+writes its shards and each worker reads its own, without gathering. Engines that are given as clients may be on other
+machines: each trainer rank sends to each worker what that worker keeps. The fingerprint of every tensor is compared.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
-from polyshard.adapters.vllm import compat
+from polyshard.adapters.vllm.clients.protocol import Client
 from polyshard.adapters.vllm.transfer.bucket import Bucket, Chunk, bucket_path, plan_chunks, remove_abandoned
 from polyshard.adapters.vllm.transfer.guard import shared_memory_watch
-from polyshard.adapters.vllm.transfer.local import LocalEngine
-from polyshard.adapters.vllm.transfer.remote import Client, LlmClient, RemoteEngine
+from polyshard.adapters.vllm.transfer.link import CHUNK_BYTES
+from polyshard.adapters.vllm.transfer.network import NetworkLeg
+from polyshard.adapters.vllm.transfer.remote import RemoteEngine
+from polyshard.adapters.vllm.transfer.report import SyncReport
 from polyshard.adapters.vllm.transfer.verification import Arrived, DirectRecord, EngineKind, verify_chunk, verify_direct
 from polyshard.checkpoint.part import without_part
 from polyshard.core.context import ParallelContext
@@ -34,33 +36,12 @@ from polyshard.weights.fingerprint import total
 from polyshard.weights.movement import put_pieces, shared_run
 from polyshard.weights.view import view_weights
 
+if TYPE_CHECKING:
+    from polyshard.adapters.vllm.transfer.local import LocalEngine
+
 DEFAULT_BUCKET_BYTES = 256 << 20
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SyncReport:
-    """The result of one sync, as this rank saw it.
-
-    Attributes:
-        version: version of the weights.
-        tensors: number of stored tensors.
-        nbytes: size of the full model in bytes, in the engine's dtype.
-        shared_bytes: size of the trainer's memory that this process's engines share, or pack directly from.
-        seconds: wall time.
-
-    Examples:
-        >>> report = SyncReport(version="1", tensors=2, nbytes=4_000_000, shared_bytes=1_000_000, seconds=0.5)
-        >>> f"{report.nbytes / report.seconds / 1e6:.0f} MB/s, {report.shared_bytes / report.nbytes:.0%} shared"
-        '8 MB/s, 25% shared'
-    """
-
-    version: str
-    tensors: int
-    nbytes: int
-    shared_bytes: int
-    seconds: float
 
 
 class WeightSync:
@@ -72,12 +53,15 @@ class WeightSync:
         parallel_context: the context that the model was built with.
         engines: `vllm.LLM` objects. Pass an engine in this process on every rank that runs one (with the external
             launcher, all ranks). Pass an engine in separate processes only on the first rank, and start it with
-            `weight_transfer_config={"backend": "polyshard"}`. Other ranks pass none.
+            `weight_transfer_config={"backend": "polyshard"}`. Other ranks pass none. Clients of engines (`HttpClient`,
+            `RayClient`, `LlmClient`) receive over the network; any rank may pass them, and the first rank's are called.
         bucket_bytes: size of the shared memory for weights that cannot move within one process's memory. A larger
-            tensor enlarges it.
+            tensor enlarges it. Over the network, messages have at most 16 MiB, and at most this size.
         timeout: seconds after which an unresponsive engine is an error that names the worker.
         share: let an engine in this process use the trainer's memory. It then refuses to generate between a training
             step and the next sync.
+        interface: for clients, the network interface of this rank over which weights are sent, by name (`eth0`) or by
+            its address. By default `GLOO_SOCKET_IFNAME`, or the interface on the route to the engine.
 
     Raises:
         ConfigurationError: an engine cannot receive weights, the engines have different dtypes, or only one of trainer
@@ -99,6 +83,7 @@ class WeightSync:
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         timeout: float = 600.0,
         share: bool = True,
+        interface: str | None = None,
     ) -> None:
         if bucket_bytes < 1:
             raise ConfigurationError(f"bucket_bytes must be positive, got {bucket_bytes}")
@@ -113,20 +98,27 @@ class WeightSync:
         self._local: list[LocalEngine] = []
         self._remote: list[RemoteEngine] = []
 
+        given = [] if engines is None else list(engines) if isinstance(engines, (list, tuple)) else [engines]
+        clients = [engine for engine in given if _is_client(engine)]
+        self._network = NetworkLeg(
+            self._view, parallel_context, self._shapes, timeout, interface, min(bucket_bytes, CHUNK_BYTES)
+        )
+        self._network.join(clients)
+
         def connect() -> None:
             remove_abandoned()
-            self._connect(engines, timeout, share)
+            self._connect([engine for engine in given if not _is_client(engine)], timeout, share)
             for connected in (*self._local, *self._remote):
                 check_same_mode(identity_of(parallel_context), connected.exact, connected.name)
 
         self._ranks.run_on_all(connect, "the engines cannot take weights", WeightSyncError)
-        self.dtype = self._common_dtype()
+        self._dtype = self._common_dtype()
         kinds = [EngineKind(True, e.tensor_size) for e in self._local]
         kinds += [EngineKind(False, e.tensor_size) for e in self._remote]
         self._kinds: list[EngineKind] = max(self._ranks.gather(kinds), key=len)
         self._direct = self._reached_directly()
         staged = [(name, shape) for name, shape in self._shapes.items() if name not in self._direct]
-        self._chunks = plan_chunks(staged, self.dtype.itemsize, bucket_bytes)
+        self._chunks = [] if self._dtype is None else plan_chunks(staged, self._dtype.itemsize, bucket_bytes)
         self._bucket = self._make_bucket() if self._chunks else None
         self._count = 0
 
@@ -152,6 +144,7 @@ class WeightSync:
             watch = shared_memory_watch(self._view.changes, "the last sync")
             self._together(lambda: [engine.finish(name, watch) for engine in self._local])
             self._together(lambda: [engine.finish(name) for engine in self._remote])
+            self._network.send(name)
         except BaseException:
             for engine in self._remote:
                 engine.abandon(name)
@@ -159,13 +152,31 @@ class WeightSync:
         return SyncReport(
             version=name,
             tensors=len(self._shapes),
-            nbytes=sum(torch.Size(shape).numel() for shape in self._shapes.values()) * self.dtype.itemsize,
+            nbytes=sum(torch.Size(shape).numel() for shape in self._shapes.values()) * self._itemsize,
             shared_bytes=sum(engine.shared_bytes for engine in self._local),
             seconds=time.perf_counter() - started,
         )
 
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """The names of the engines that are reached over the network."""
+        return self._network.names
+
+    def join(self, *clients: Client) -> None:
+        """Add engines that are reached over the network; the next sync sends to them, too. A collective."""
+        self._network.join(clients)
+
+    def leave(self, name: str) -> None:
+        """Remove an engine that is reached over the network; it keeps its weights. Every rank must call it.
+
+        Raises:
+            ConfigurationError: there is no engine of this name.
+        """
+        self._network.leave(name)
+
     def close(self) -> None:
-        """Release the shared memory; the engines keep their weights."""
+        """Release the shared memory and all connections; the engines keep their weights."""
+        self._network.close()
         if self._bucket is not None:
             self._bucket.close()
         for engine in (*self._local, *self._remote):
@@ -177,29 +188,39 @@ class WeightSync:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _connect(self, engines: Any | Sequence[Any] | None, timeout: float, share: bool) -> None:
-        given = [] if engines is None else list(engines) if isinstance(engines, (list, tuple)) else [engines]
-        for index, engine in enumerate(given):
+    @property
+    def _itemsize(self) -> int:
+        dtype = self._dtype or self._network.dtype
+        assert dtype is not None
+        return dtype.itemsize
+
+    def _connect(self, engines: Sequence[Any], timeout: float, share: bool) -> None:
+        if not engines:
+            return  # a trainer whose engines are all elsewhere needs no vLLM
+        from polyshard.adapters.vllm import compat
+        from polyshard.adapters.vllm.clients.local import LlmClient
+        from polyshard.adapters.vllm.transfer.local import LocalEngine
+
+        for index, engine in enumerate(engines):
             name = f"engine {index}"
-            if hasattr(engine, "call") and hasattr(engine, "forget_cached"):
-                client: Client = engine
-            else:
-                worker = compat.local_worker(engine)
-                if worker is not None:
-                    self._local.append(LocalEngine(engine, name, worker, share))
-                    continue
-                client = LlmClient(engine, name)
+            worker = compat.local_worker(engine)
+            if worker is not None:
+                self._local.append(LocalEngine(engine, name, worker, share))
+                continue
             if self._ranks.rank:
                 raise ConfigurationError(
                     f"{name} runs in separate processes, but was passed on rank {self._ranks.rank}. Pass it only "
                     "on the first trainer rank"
                 )
-            self._remote.append(RemoteEngine(client, timeout))
+            self._remote.append(RemoteEngine(LlmClient(engine, name), timeout))
 
-    def _common_dtype(self) -> torch.dtype:
+    def _common_dtype(self) -> torch.dtype | None:
+        """Return the dtype of the engines on this machine; None if all engines are clients."""
         found = {
             dtype for part in self._ranks.gather([e.dtype for e in (*self._local, *self._remote)]) for dtype in part
         }
+        if not found and self._network.names:
+            return None
         if len(found) != 1:
             raise ConfigurationError(
                 f"the engines must have one dtype: got {', '.join(sorted(map(str, found))) or 'no engines'}. Pass at "
@@ -209,6 +230,8 @@ class WeightSync:
 
     def _reached_directly(self) -> set[str]:
         """Return the stored names that every worker can load from the trainer shard in its process."""
+        if self._dtype is None:
+            return set()
         sets = [
             engine.loads_directly(self._view.local_table, self._axis.rank, self._axis.size) for engine in self._local
         ]
@@ -261,9 +284,10 @@ class WeightSync:
         if not self._chunks:
             return
         assert self._bucket is not None
+        assert self._dtype is not None
         pieces = self._pieces()
         for index, chunk in enumerate(self._chunks):
-            buffers = self._bucket.tensors(chunk, self.dtype)
+            buffers = self._bucket.tensors(chunk, self._dtype)
             mine = put_pieces(pieces, self._view.table, self._axis.rank, self._axis.size, buffers)
             parts = self._ranks.gather(mine)  # also a barrier: every rank has written
             sent = {name: total(part[name] for part in parts if name in part) for name in chunk.names}
@@ -287,3 +311,7 @@ class WeightSync:
             (piece, *shared_run(piece, table[piece.parameter].layout.local_shape(rank, size)))
             for piece in self._view.owned_pieces()
         ]
+
+
+def _is_client(engine: Any) -> bool:
+    return hasattr(engine, "call") and hasattr(engine, "forget_cached")

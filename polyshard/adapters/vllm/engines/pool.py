@@ -1,0 +1,203 @@
+"""Several engines that run anywhere, behind one `RolloutEngine`: they share the prompts, and may come and go."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from polyshard.adapters.vllm.clients.protocol import RolloutClient
+from polyshard.adapters.vllm.engines.dispatcher import Dispatcher, Job
+from polyshard.adapters.vllm.engines.rollout import Rollout
+from polyshard.adapters.vllm.transfer.report import SyncReport
+from polyshard.adapters.vllm.transfer.sync import WeightSync
+from polyshard.core.context import ParallelContext
+from polyshard.core.errors import ConfigurationError, EngineFailureError, WeightSyncError
+from polyshard.core.ranks import Ranks
+from polyshard.core.waiting import run_in_step
+from polyshard.weights.view import view_weights
+
+logger = logging.getLogger(__name__)
+
+Batch = list[list[Job]]
+
+
+class EnginePool:
+    """The engines of a `RolloutEngine`, which others have started. Every trainer rank creates one.
+
+    The first rank calls the engines; the others wait in step. An engine that is lost gets no prompts. It is tried again
+    at each sync, and after a sync it takes part again. If no engine is left, the call waits for one to come back.
+
+    Args:
+        clients: the engines.
+        trainer: a training engine, or a model that its factory built.
+        parallel_context: the context that the model was built with.
+        timeout: seconds until an engine that does not answer is lost, and for which a call without engines waits.
+        interface: see `WeightSync`.
+    """
+
+    def __init__(
+        self,
+        clients: Sequence[RolloutClient],
+        trainer: Any,
+        parallel_context: ParallelContext,
+        timeout: float,
+        interface: str | None,
+    ) -> None:
+        self._ranks = Ranks.of(parallel_context)
+        self._timeout = timeout
+        self._clients = {client.name: client for client in clients}
+        self._away: set[str] = set()  # engines that are lost
+        self._sync = WeightSync(trainer, parallel_context, list(clients), timeout=timeout, interface=interface)
+        self._dispatcher = Dispatcher(timeout) if self._ranks.rank == 0 else None
+        self._batches: deque[Batch] = deque()
+        self._changes = view_weights(trainer, parallel_context).changes
+        self._version: str | None = None
+        self._synced = 0  # the count of changes at the last sync
+        self.returned = 0
+
+    def generate(self, prompts: Sequence[Sequence[int]], samples: int, sampling: dict[str, Any]) -> list[list[Rollout]]:
+        """Sample completions of each prompt, and wait for them."""
+        batch = self._submitted(prompts, samples, sampling)
+        return self._collected(batch)
+
+    def submit(self, prompts: Sequence[Sequence[int]], samples: int, sampling: dict[str, Any]) -> None:
+        """Begin to sample completions of each prompt."""
+        self._batches.append(self._submitted(prompts, samples, sampling))
+
+    def collect(self) -> list[list[Rollout]]:
+        """Wait for the batch that was submitted first."""
+        if not self._batches:
+            raise ConfigurationError("nothing has been submitted. Call submit first.")
+        return self._collected(self._batches.popleft())
+
+    def sync(self, version: str) -> SyncReport:
+        """Interrupt all engines, send the weights, and go on with the completions that were interrupted.
+
+        Raises:
+            EngineFailureError: no engine is left.
+        """
+        dispatcher = self._dispatcher
+        self._on_first(lambda: dispatcher.interrupt() if dispatcher else None)
+        self._note_lost()
+        self._readmit()
+        while True:
+            if not self._sync.engines:
+                self._await_engine()
+            try:
+                report = self._sync(version)
+                break
+            except WeightSyncError as error:
+                if not error.engines:
+                    raise
+                self._send_away({name: str(error) for name in error.engines})
+        self._version, self._synced = version, self._changes()
+        if dispatcher is not None:
+            for name in self._sync.engines:
+                if name not in dispatcher.engines:
+                    dispatcher.add(self._clients[name])
+            dispatcher.resume()
+        return report
+
+    def join(self, client: RolloutClient) -> None:
+        """Add an engine, which takes part after the next sync."""
+        self._clients[client.name] = client
+        self._sync.join(client)
+
+    def leave(self, name: str) -> None:
+        """Remove an engine; what it has not finished is sampled by others."""
+        known = self._ranks.broadcast(name in self._clients)
+        if not known:
+            raise ConfigurationError(f"there is no engine {name!r}: expected one of {', '.join(self._clients)}.")
+        self._clients.pop(name, None)
+        if name in self._sync.engines:
+            self._sync.leave(name)
+        self._away.discard(name)
+        if self._dispatcher is not None:
+            self._dispatcher.remove(name)
+
+    def close(self) -> None:
+        """Close all connections; the engines go on."""
+        if self._dispatcher is not None:
+            self._dispatcher.close()
+        self._sync.close()
+
+    def _submitted(self, prompts: Sequence[Sequence[int]], samples: int, sampling: dict[str, Any]) -> Batch:
+        if self._version is None:
+            raise ConfigurationError("the engines have no weights of this trainer. Call sync first.")
+        if self._dispatcher is None:
+            return []
+        seed = sampling.get("seed")
+        batch: Batch = []
+        for prompt in prompts:
+            own = [
+                {"max_tokens": 16, **sampling, **({} if seed is None else {"seed": seed + i})} for i in range(samples)
+            ]
+            batch.append([Job(tuple(prompt), settings) for settings in own])
+        self._dispatcher.submit([job for jobs in batch for job in jobs])
+        return batch
+
+    def _collected(self, batch: Batch) -> list[list[Rollout]]:
+        jobs = [job for group in batch for job in group]
+        dispatcher = self._dispatcher
+        while not self._on_first(lambda: dispatcher.wait(jobs) if dispatcher else None):
+            # No engine is left: wait for one, and give it the weights.
+            assert self._version is not None
+            self.sync(self._version if self._changes() == self._synced else f"{self._version}+")
+        return self._ranks.broadcast([[_rollout(job) for job in group] for group in batch])
+
+    def _note_lost(self) -> None:
+        """Tell all ranks which engines the first rank has lost."""
+        lost = self._ranks.broadcast(self._dispatcher.take_lost() if self._dispatcher else None)
+        self._send_away({name: reason for name, reason in lost.items() if name in self._sync.engines})
+
+    def _send_away(self, lost: dict[str, str]) -> None:
+        for name, reason in lost.items():
+            if self._ranks.rank == 0:
+                logger.warning("the engine %s gets no weights until it can be reached again: %s", name, reason)
+            self._sync.leave(name)
+            self._away.add(name)
+            if self._dispatcher is not None:
+                self._dispatcher.remove(name)
+
+    def _readmit(self) -> None:
+        """Let engines that can be reached again take part in the sync."""
+        if not self._away:
+            return
+        away = sorted(self._away)
+        back: list[str] = self._on_first(lambda: [name for name in away if self._clients[name].is_reachable()]) or []
+        self._sync.join(*[self._clients[name] for name in back if name in self._clients])
+        self._away -= set(back)
+        self.returned += len(back)
+
+    def _await_engine(self) -> None:
+        deadline = time.monotonic() + self._timeout
+        while not self._sync.engines:
+            self._readmit()
+            if self._ranks.broadcast(not self._sync.engines and time.monotonic() > deadline):
+                raise EngineFailureError(
+                    f"no engine can be reached: {', '.join(sorted(self._away)) or 'none was given'}. None came back "
+                    f"within {self._timeout:g} s.",
+                    tuple(sorted(self._away)),
+                )
+            time.sleep(0.5)
+
+    def _on_first(self, action: Any) -> Any:
+        """Run an action on the first rank, while the others wait in step, and return its result on all ranks."""
+        first = self._ranks.rank == 0
+        return self._ranks.broadcast(
+            run_in_step(self._ranks, lambda: action() if first else None, "the rollouts failed", EngineFailureError)
+        )
+
+
+def _rollout(job: Job) -> Rollout:
+    return Rollout(
+        prompt=job.prompt,
+        tokens=job.tokens,
+        logprobs=job.logprobs,
+        finished=job.reason == "stop",
+        version=job.versions[-1],
+        versions=job.versions,
+    )

@@ -1,0 +1,81 @@
+"""A sampled completion, and the sampling parameters that one can be requested with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from polyshard.core.errors import ConfigurationError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One sampled completion.
+
+    Attributes:
+        prompt: token IDs of the prompt.
+        tokens: sampled token IDs, including the stop token.
+        logprobs: log-probability of each sampled token, as the engine returned it.
+        finished: whether the model ended the completion; False if it reached the length limit.
+        version: version of the weights that sampled the last token.
+        versions: version of the weights that sampled each token. A completion that was interrupted by a sync has
+            several.
+
+    Examples:
+        >>> rollout = Rollout(prompt=(1, 2), tokens=(7, 3), logprobs=(-0.5, -1.0), finished=True, version="4")
+        >>> torch.tensor(rollout.logprobs).sum()  # log-probability of the completion
+        tensor(-1.5000)
+    """
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finished: bool
+    version: str
+    versions: tuple[str, ...] = ()
+
+
+_UNSUPPORTED = {
+    "n": "use samples=",
+    "logprobs": "a Rollout holds the log-probability of each sampled token and of no other",
+    "prompt_logprobs": "a Rollout holds log-probabilities of sampled tokens only; use ps.token_logprobs for prompts",
+    "logprob_token_ids": "a Rollout holds the log-probability of each sampled token and of no other",
+    "detokenize": "a Rollout holds token IDs",
+    "output_kind": "a Rollout is a finished completion",
+}
+
+
+def check_sampling(sampling: dict[str, Any], *, known: bool = True) -> None:
+    """Raise `ConfigurationError` for sampling parameters that vLLM lacks or whose results a `Rollout` does not hold.
+
+    Args:
+        sampling: the parameters.
+        known: whether to look for parameters that vLLM lacks, which imports vLLM. Else the engine rejects them.
+    """
+    for name in sampling:
+        if name in _UNSUPPORTED:
+            raise ConfigurationError(
+                f"RolloutEngine.generate does not take {name}={sampling[name]!r}: {_UNSUPPORTED[name]}"
+            )
+    if known:
+        check_known(sampling)
+
+
+def check_known(sampling: Mapping[str, Any]) -> None:
+    """Raise `ConfigurationError` for sampling parameters that vLLM lacks."""
+    from vllm import SamplingParams
+
+    known = set(inspect.signature(SamplingParams).parameters) - set(_UNSUPPORTED)
+    for name in sampling:
+        if name not in known:
+            raise ConfigurationError(
+                f"unknown sampling parameter {name!r}: expected samples or one of {', '.join(sorted(known))}"
+            )
+
+
+def check_prompts(token_ids: list[list[int]]) -> None:
+    """Raise `ConfigurationError` for an empty prompt."""
+    if not all(token_ids):
+        raise ConfigurationError(f"prompt {token_ids.index([])} of {len(token_ids)} is empty")

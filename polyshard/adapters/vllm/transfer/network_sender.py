@@ -1,0 +1,141 @@
+"""A trainer rank's end of a sync over the network: it sends what it holds to the workers that keep it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from polyshard.adapters.vllm.transfer.link import CHUNK_BYTES, WINDOW, Link, first_line
+from polyshard.core.context import ParallelAxis
+from polyshard.core.errors import WeightSyncError
+from polyshard.core.pieces import Piece
+from polyshard.weights.fingerprint import fingerprint
+from polyshard.weights.movement import rectangle, shared_run
+from polyshard.weights.regions import Region, regions
+from polyshard.weights.transfers import (
+    Message,
+    Need,
+    message_bytes,
+    message_order,
+    messages_to_json,
+    parts_for,
+    plan_messages,
+    unpack,
+)
+from polyshard.weights.view import WeightView
+
+Source = tuple[str, int, Region]  # parameter, start of the piece, and the region of it that this rank sends
+
+
+def held_regions(view: WeightView, axis: ParallelAxis, names: Iterable[str]) -> list[Source]:
+    """Return what this rank sends, as regions of stored tensors that no other rank sends.
+
+    Args:
+        view: the trainer's weights.
+        axis: the tensor axis.
+        names: the stored names for which this rank's pipeline stage is responsible.
+    """
+    wanted = set(names)
+    found: list[Source] = []
+    for piece in view.pieces():
+        entry = view.table[piece.parameter]
+        start, stop = shared_run(piece, entry.layout.local_shape(axis.rank, axis.size))
+        for region in regions(entry, axis.rank, axis.size, start, stop):
+            if region.first and region.name in wanted:
+                found.append((piece.parameter, piece.start, region))
+    return found
+
+
+class NetworkSender:
+    """One trainer rank's connection to the workers of one engine.
+
+    Args:
+        link: the connection.
+        rank: this trainer rank.
+        senders: the number of trainer ranks.
+        dtype: the engine's dtype.
+        needs: the parts that each worker keeps.
+        sources: what this rank sends, as returned by `held_regions`.
+        known: the stored names that the trainer ranks hold together.
+        chunk_bytes: size of a message.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        rank: int,
+        senders: int,
+        dtype: torch.dtype,
+        needs: Sequence[Sequence[Need]],
+        sources: Sequence[Source],
+        known: set[str],
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        self._link, self._rank, self._senders, self._dtype = link, rank, senders, dtype
+        self._sources = sources
+        held: dict[str, list[tuple[int, Region]]] = {}
+        for number, (_, _, region) in enumerate(sources):
+            held.setdefault(region.name, []).append((number, region))
+        plan = []
+        self._workers = len(needs)
+        for worker, wanted in enumerate(needs):
+            messages = plan_messages(parts_for(wanted, held, known), dtype.itemsize, chunk_bytes)
+            link.publish(f"plan/{rank}/{worker}", messages_to_json(messages))
+            for index, message in enumerate(messages):
+                plan.append((message_order(index, rank, worker, len(needs)), worker, index, message))
+        self._plan: list[tuple[int, int, Message]] = [step[1:] for step in sorted(plan, key=lambda step: step[0])]
+        self.nbytes = sum(message_bytes(message, dtype.itemsize) for _, _, message in self._plan)
+
+    def connect(self) -> None:
+        """Join the group."""
+        self._link.connect()
+
+    def send(self, update: int, pieces: Iterable[Piece]) -> None:
+        """Send this rank's weights, and their fingerprints. Messages are in flight while the next is packed.
+
+        Raises:
+            WeightSyncError: a worker did not receive a message.
+        """
+        values = {(piece.parameter, piece.start): piece.values for piece in pieces}
+        prints: list[dict[int, int]] = [{} for _ in range(self._workers)]
+        size = max((message_bytes(message, self._dtype.itemsize) for _, _, message in self._plan), default=0)
+        free = [torch.empty(size, dtype=torch.uint8) for _ in range(min(WINDOW, len(self._plan)))]
+        flying: deque[Any] = deque()
+
+        def settle() -> None:
+            worker, buffer, work = flying.popleft()
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise WeightSyncError(
+                    f"worker {worker} died, froze, or cannot be reached ({first_line(error)})", (), (worker,)
+                ) from error
+            free.append(buffer)
+
+        for worker, index, message in self._plan:
+            if not free:
+                settle()
+            buffer = free.pop()
+            self._pack(message, buffer, values, prints[worker])
+            part = buffer[: message_bytes(message, self._dtype.itemsize)]
+            flying.append((worker, buffer, self._link.send(part, self._senders + worker, index)))
+        while flying:
+            settle()
+        for worker, found in enumerate(prints):
+            self._link.publish(f"sent/{update}/{self._rank}/{worker}", list(found.items()))
+
+    def _pack(
+        self,
+        message: Message,
+        buffer: torch.Tensor,
+        values: Mapping[tuple[str, int], torch.Tensor],
+        prints: dict[int, int],
+    ) -> None:
+        for part, target in unpack(message, buffer, self._dtype):
+            parameter, start, region = self._sources[part.source]
+            inner = tuple(offset - origin for offset, origin in zip(part.offsets, region.offsets))
+            target.copy_(rectangle(region.view(values[parameter, start], start), inner, part.sizes))
+            prints[part.need] = prints.get(part.need, 0) + fingerprint(target, part.offsets)
