@@ -4,7 +4,9 @@ Otherwise each full collection of a rank visits all objects of torch, vLLM and t
 that they share with the server. DeepSpeed collects at each start of an engine: one second in every rank.
 """
 
+import atexit
 import gc
 
 gc.collect()
 gc.freeze()
+atexit.register(gc.unfreeze)  # libraries that count what they hold at the end would report leaks
