@@ -13,6 +13,7 @@ from support import forked
 from support.models.tiny import save_tiny
 from support.paths import EXAMPLES
 from support.scripts import on_engine_ranks
+from support.servers import ENGINE_WITHOUT_WORKER_PROCESS
 
 import polyshard as ps
 
@@ -73,7 +74,8 @@ def test_a_dead_engine_is_replaced_and_goes_on_with_the_trainers_weights(tmp_pat
     """Killed in the middle of a run: the next answers come from the same weights, and still agree bit for bit."""
     arguments = [str(tmp_path), *SMALL, "--separate", "--steps", "30"]
     errors = tmp_path / "errors"
-    process = forked.start(EXAMPLE, arguments, {**os.environ, **ENVIRONMENT}, tmp_path / "printed", errors)
+    env = {**os.environ, **ENVIRONMENT, **ENGINE_WITHOUT_WORKER_PROCESS}
+    process = forked.start(EXAMPLE, arguments, env, tmp_path / "printed", errors)
     try:
         deadline = time.monotonic() + 120
         while not (tmp_path / "metrics.jsonl").exists() or len(metrics_of(tmp_path)) < 5:

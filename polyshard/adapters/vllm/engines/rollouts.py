@@ -281,7 +281,8 @@ class RolloutEngine:
         from vllm import LLM
 
         hidden = {name: None for name in os.environ if name.startswith(_TORCHRUN)}
-        with _environment({_MULTIPROCESSING: "1", **hidden}):
+        chosen = os.environ.get(_MULTIPROCESSING, "1")  # on CPU vLLM distinguishes "1" from other true values
+        with _environment({_MULTIPROCESSING: chosen if int(chosen) else "1", **hidden}):
             return LLM(
                 self._directory,
                 hf_overrides={"architectures": [self._architecture]},
