@@ -50,8 +50,14 @@ from polyshard.launch import ranks  # noqa: E402
 # The ranks of all tests are forked from one server; a library that it has imported costs them no seconds.
 LIBRARIES = ("megatron.engine", "deepspeed.engine", "fairscale.engine", "vllm.exact")
 imported = [*ranks.PRELOAD, *(f"polyshard.adapters.{name}" for name in LIBRARIES), "support.workers.engine_imports"]
+imported.append("support.workers.frozen")
 multiprocessing.set_forkserver_preload(imported)
-forkserver.ensure_running()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # pytest-xdist's controller runs no test.
+    if hasattr(config, "workerinput") or config.getoption("dist", "no") == "no":
+        forkserver.ensure_running()
 
 
 # Seconds of each test file in a whole run: a worker that came to a long one last would leave the other idle.

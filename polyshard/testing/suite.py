@@ -33,7 +33,7 @@ from polyshard.testing.reference import reference_run, reference_training, refer
 
 MARGIN = 4.0
 FLOOR = 1e-6  # relative; about eight roundings of float32
-STEPS = 20
+STEPS = 12
 SETTINGS = {"lr": 3e-3, "weight_decay": 0.05, "max_grad_norm": 0.5}
 SIZES = (1, 2, 4)
 WORLDS = {  # ranks, tensor size, context size
@@ -161,7 +161,7 @@ class AdapterSuite:
 
     @pytest.mark.parametrize("world", WORLDS)
     def test_training(self, world: str, engine: dict[str, Any]) -> None:
-        """Compare twenty steps with clipping, half of them with micro-batches, to a single process."""
+        """Compare twelve steps with clipping, half of them with micro-batches, to a single process."""
         self._first_engine_only(engine, world, SMALL_WORLDS)
         ranks, tensor, context = WORLDS[world]
         self.need("training", "tensor", "data", *(["context"] if context > 1 else []), ranks=ranks)

@@ -15,7 +15,7 @@ import support.vllm_required  # noqa: F401
 from support.models.tiny import save_tiny
 from support.oracles.greedy import greedy_transformers
 from support.paths import EXAMPLES
-from support.servers import running_server
+from support.servers import ENGINE_WITHOUT_WORKER_PROCESS, running_server
 
 from polyshard.launch.ranks import free_port
 
@@ -28,8 +28,7 @@ OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "-
 def server(command, log, **environment):
     """A client of a running server; its whole process group is ended afterwards."""
     port = free_port()
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment}
-    env["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # the engine does not import everything again
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **ENGINE_WITHOUT_WORKER_PROCESS, **environment}
     command = [*command, *OPTIONS, "--port", str(port)]
     with running_server(command, port, log, env):
         from openai import OpenAI

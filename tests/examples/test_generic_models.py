@@ -2,13 +2,13 @@
 
 import importlib
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import megatron_adapter
 import pytest
 import torch
+from support import forked
+from support.servers import ENGINE_WITHOUT_WORKER_PROCESS
 
 import polyshard as ps
 from polyshard.registry import resolve
@@ -97,9 +97,8 @@ def test_callback_registration(monkeypatch):
 
 @pytest.mark.vllm
 def test_llm_integration(checkpoint):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    command = [sys.executable, str(EXAMPLE), str(checkpoint[0]), "--generate"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", **ENGINE_WITHOUT_WORKER_PROCESS}
+    done = forked.run(EXAMPLE, [str(checkpoint[0]), "--generate"], env, timeout=200)
     assert done.returncode == 0, done.stderr[-5000:]
     assert "[13, 16, 19, 22, 25, 28]" in done.stdout
 

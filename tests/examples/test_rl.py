@@ -1,41 +1,44 @@
 """The loop of reinforcement learning as a user runs it: generate, score, step, sync."""
 
-import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import decoder
 import pytest
 import torch
+from support import forked
 from support.models.tiny import save_tiny
 from support.paths import EXAMPLES
-from support.scripts import one_engine_of_torchruns
+from support.scripts import on_engine_ranks
+from support.servers import ENGINE_WITHOUT_WORKER_PROCESS
 
 import polyshard as ps
 
 pytestmark = pytest.mark.vllm
 
-ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
-EXAMPLE = str(EXAMPLES / "rl.py")
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TORCH_COMPILE_DISABLE": "1",  # set by the example itself, which is forked after torch was imported
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+EXAMPLE = EXAMPLES / "rl.py"
 SMALL = ["--prompts", "8", "--samples", "8"]
 
 
-def run(folder: Path, *options: str, ranks: int = 1, **changes) -> list[dict]:
+def run(folder: Path, *options: str) -> list[dict]:
     """Run the example to its end; the metrics of each step."""
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += [EXAMPLE, str(folder), *SMALL, *options]
-    with one_engine_of_torchruns() if ranks > 1 else contextlib.nullcontext():
-        done = subprocess.run(
-            command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=280, **changes
-        )
+    done = forked.run(EXAMPLE, [str(folder), *SMALL, *options], {**os.environ, **ENVIRONMENT}, timeout=280)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    return metrics_of(folder)
+
+
+def run_on_ranks(folder: Path, *options: str) -> list[dict]:
+    """Run the example on two ranks with torchrun's environment variables; the metrics of each step."""
+    on_engine_ranks(forked.script_of_rank, 2, EXAMPLE, [str(folder), *SMALL, *options], ENVIRONMENT)
     return metrics_of(folder)
 
 
@@ -64,27 +67,29 @@ def test_rewards_rise_and_trainer_and_sampler_agree_bit_for_bit(tmp_path):
     ids=["tensor parallel 2", "data parallel 2"],
 )
 def test_two_ranks_share_their_processes_with_the_engine(tmp_path, options):
-    assert is_exact(run(tmp_path, "--steps", "12", *options, ranks=2))
+    assert is_exact(run_on_ranks(tmp_path, "--steps", "12", *options))
 
 
 def test_a_dead_engine_is_replaced_and_goes_on_with_the_trainers_weights(tmp_path):
     """Killed in the middle of a run: the next answers come from the same weights, and still agree bit for bit."""
-    command = [sys.executable, EXAMPLE, str(tmp_path), *SMALL, "--separate", "--steps", "30"]
-    process = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, stderr=subprocess.PIPE, text=True)
+    arguments = [str(tmp_path), *SMALL, "--separate", "--steps", "30"]
+    errors = tmp_path / "errors"
+    env = {**os.environ, **ENVIRONMENT, **ENGINE_WITHOUT_WORKER_PROCESS}
+    process = forked.start(EXAMPLE, arguments, env, tmp_path / "printed", errors)
     try:
         deadline = time.monotonic() + 120
         while not (tmp_path / "metrics.jsonl").exists() or len(metrics_of(tmp_path)) < 5:
             assert time.monotonic() < deadline
-            assert process.poll() is None
+            assert process.is_alive(), errors.read_text()[-3000:]
             time.sleep(0.05)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         cores = [pid for pid in children if "EngineCore" in Path(f"/proc/{pid}/cmdline").read_text()]
         assert len(cores) == 1
         os.kill(int(cores[0]), signal.SIGKILL)
-        _, errors = process.communicate(timeout=150)
+        process.join(150)
     finally:
         process.kill()
-    assert process.returncode == 0, errors[-3000:]
+    assert process.exitcode == 0, errors.read_text()[-3000:]
     metrics = metrics_of(tmp_path)
     assert [step["step"] for step in metrics] == list(range(1, 31))
     assert (metrics[0]["restarted"], metrics[-1]["restarted"]) == (0, 1)

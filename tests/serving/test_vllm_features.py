@@ -1,7 +1,6 @@
 """What vLLM's engine offers, on a registered model; the oracle is vLLM's own implementation on the same engine."""
 
 import json
-import sys
 
 import decoder
 import pytest
@@ -10,7 +9,7 @@ from support.engines import engine, generated
 from support.models.tiny import save_tiny
 from support.oracles.greedy import assert_same_generation, greedy_transformers
 from support.paths import WORKERS
-from support.scripts import run
+from support.scripts import run_forked
 
 import polyshard as ps
 
@@ -131,7 +130,7 @@ def test_speculation_by_n_grams_changes_no_token(directory):
     prompts = [[5, 6, 7, 8] * 6, [9, 10, 11] * 5]
     options = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}}
     arguments = [str(directory), "1", "vllm", json.dumps(prompts), "12", json.dumps(options)]
-    result = run([sys.executable, str(WORKERS / "serving_script.py"), *arguments], VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    result = run_forked(WORKERS / "serving_script.py", *arguments, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     assert_same_generation(result, greedy_transformers(directory, prompts, 12), BOUND)
 
 

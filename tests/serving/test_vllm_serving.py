@@ -16,7 +16,7 @@ from support.engines import engine, greedy
 from support.models.tiny import save_tiny
 from support.oracles.greedy import assert_same_generation, greedy_transformers
 from support.paths import WORKERS
-from support.scripts import on_engine_ranks, run
+from support.scripts import on_engine_ranks, run, run_forked
 from support.workers.colocated import serve_all
 
 import polyshard as ps
@@ -133,9 +133,6 @@ STAGES = {
 def test_pipeline_parallel_2_with_tied_weights(models):
     directory, expected = models["llama-tied"]
     arguments = [str(directory), "1", "torch", json.dumps(PROMPTS), str(TOKENS), json.dumps(STAGES)]
-    result = run(
-        [sys.executable, str(WORKERS / "serving_script.py"), *arguments],
-        VLLM_ENABLE_V1_MULTIPROCESSING="1",
-        TORCH_COMPILE_DISABLE="0",
-    )
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TORCH_COMPILE_DISABLE": "0"}
+    result = run_forked(WORKERS / "serving_script.py", *arguments, **settings)
     assert_same_generation(result, expected, TINY_BOUND)

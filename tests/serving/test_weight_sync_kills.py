@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import support.vllm_required  # noqa: F401
+from support import forked
 from support.models.tiny import save_tiny
 from support.paths import WORKERS
 from support.workers.killed_sync import TIMEOUT
@@ -28,11 +27,10 @@ def run(scenario, ranks, folder):
         if ranks > 1:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, str(SCRIPT), str(directory), str(folder), scenario]
-        log = (folder / f"{rank}.log").open("w")
-        started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
+        log = folder / f"{rank}.log"
+        started.append(forked.start(SCRIPT, [str(directory), str(folder), scenario], environment, log, log))
     try:
-        started[0].wait(240)
+        started[0].join(240)
     finally:
         for process in started:
             try:

@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.servers import ENGINE_WITHOUT_WORKER_PROCESS
+
 
 def code_blocks(page, language):
     """Return the blocks of one language, in the order of the page."""
@@ -35,11 +37,10 @@ def newcomer_with_files(page, folder):
     for block in code_blocks(page, "python"):
         ast.parse(block)
         (folder / re.match(r"# (\w+\.py)\n", block).group(1)).write_text(block)
-    # Settings that only speed up the test: one thread, no compilation, a small KV cache, and a server's engine that is
-    # forked from it, instead of started anew with all its imports.
+    # Settings that only speed up the test: one thread, no compilation, a small KV cache, and no worker process beside
+    # that of the engine (ENGINE_WITHOUT_WORKER_PROCESS).
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    env["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    env |= {"PYTHONPATH": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    env |= {"PYTHONPATH": "", **ENGINE_WITHOUT_WORKER_PROCESS}
     env.pop("VLLM_LOGGING_LEVEL", None)
     return Newcomer(folder, env)

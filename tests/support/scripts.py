@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from polyshard.launch.ranks import run_ranks
+from support import forked
 from support.paths import EXAMPLES, ROOT
 
 
@@ -19,6 +20,13 @@ def run(command, **environment):
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(EXAMPLES)])
     return result_of(subprocess.run(command, capture_output=True, text=True, timeout=240, env=env))
+
+
+def run_forked(script, *arguments, **environment):
+    """What the script prints after RESULT; it is forked, so that its imports cost nothing (forked.py)."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(EXAMPLES)])
+    return result_of(forked.run(script, arguments, env, timeout=240))
 
 
 def result_of(done):

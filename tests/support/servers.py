@@ -7,6 +7,10 @@ import subprocess
 import time
 import urllib.request
 
+# vLLM on CPU (0.32, platforms/cpu.py) starts the engine of one rank in two processes, each of which imports everything
+# anew, if this variable is "1". Any other true value leaves the worker in the engine's process, as on a GPU.
+ENGINE_WITHOUT_WORKER_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "01"}
+
 
 @contextlib.contextmanager
 def running_server(command, port, log, env, cwd=None):

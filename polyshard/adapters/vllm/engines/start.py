@@ -32,7 +32,8 @@ def start_colocated(directory: str, architecture: str | None, ranks: int, option
 def start_separate(directory: str, architecture: str | None, options: Mapping[str, Any]) -> Any:
     """Start an engine in child processes, which do not see torchrun's environment; it can receive weights."""
     hidden = {name: None for name in os.environ if name.startswith(_TORCHRUN)}
-    changes = {_MULTIPROCESSING: "1", **hidden}
+    chosen = os.environ.get(_MULTIPROCESSING, "1")  # on CPU vLLM distinguishes "1" from other true values
+    changes = {_MULTIPROCESSING: chosen if int(chosen) else "1", **hidden}
     return _start(changes, directory, architecture, {"weight_transfer_config": {"backend": BACKEND}, **options})
 
 
