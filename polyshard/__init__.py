@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from polyshard.experts.balance import Balance, RouterStatistics
     from polyshard.experts.layer import MixtureOfExperts, SharedExperts, mixture_of_experts
     from polyshard.experts.observed import router_loss, router_statistics, update_router_bias
+    from polyshard.experts.replay import record_routing, replay_routing
     from polyshard.experts.router import Router
     from polyshard.launch import initialize, shutdown
     from polyshard.layers.activation import swiglu
@@ -190,6 +191,7 @@ _HOMES = {
     "polyshard.experts.balance": ("Balance", "RouterStatistics"),
     "polyshard.experts.layer": ("MixtureOfExperts", "SharedExperts", "mixture_of_experts"),
     "polyshard.experts.observed": ("router_loss", "router_statistics", "update_router_bias"),
+    "polyshard.experts.replay": ("record_routing", "replay_routing"),
     "polyshard.experts.router": ("Router",),
     "polyshard.layers.lm_loss": ("lm_logprobs", "lm_loss"),
     "polyshard.layers.logprobs": ("token_logprobs",),

@@ -24,7 +24,7 @@ FEATURES: Mapping[str, str] = {
     "zero3": "ZeRO stage 3",
     "pipeline": "pipeline parallel",
     "context": "context parallel (one sequence over several ranks)",
-    "expert": "expert parallel",
+    "expert": "expert parallel (a mixture of experts distributed over the data axis)",
     "casts": "float32 parameters with computation in bfloat16",
     "masters": "bfloat16 parameters with float32 masters in the optimizer",
     "float16": "computation in float16 with dynamic loss scaling",

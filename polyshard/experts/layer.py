@@ -15,7 +15,7 @@ from polyshard.core.experts import ClampedSwiglu, ExpertBank, ExpertStorage
 from polyshard.core.linear_adapter import adapter_with, choose_adapter
 from polyshard.core.weight_table import set_layouts
 from polyshard.experts.balance import Balance
-from polyshard.experts.observed import Observed, observe
+from polyshard.experts.observed import Observed, in_backward, observe
 from polyshard.experts.router import Router
 from polyshard.layers.activation import swiglu
 from polyshard.layers.differentiable import sum_gradient
@@ -115,7 +115,7 @@ def mixture_of_experts(
 
 
 class MixtureOfExperts(nn.Module):
-    """The layer that `mixture_of_experts` returns.
+    """The layer that `mixture_of_experts` returns; `x [..., hidden], cu_seqlens=None -> [..., hidden]`.
 
     Attributes:
         bank: sizes and names of the experts.
@@ -123,6 +123,11 @@ class MixtureOfExperts(nn.Module):
         balance: losses and bias updates in training.
         replay: experts `[tokens, experts per token]` of the next forward pass; see `polyshard.replay_routing`.
         recorded: the experts of the last forward pass, while `polyshard.record_routing` records; else None.
+
+    Examples:
+        >>> layer = ps.mixture_of_experts(16, 32, 8, 2, ps.initialize("torch"))
+        >>> isinstance(layer, MixtureOfExperts)
+        True
     """
 
     def __init__(
@@ -148,6 +153,7 @@ class MixtureOfExperts(nn.Module):
             if shared.gated:
                 self.shared_expert_gate = Gate(bank.hidden_size, 1, Router(), context)
         self.replay: torch.Tensor | None = None
+        self._replayed_last: torch.Tensor | None = None
         self.records = False
         self.recorded: torch.Tensor | None = None
         self.observed = Observed()
@@ -173,12 +179,15 @@ class MixtureOfExperts(nn.Module):
         return y + (F.sigmoid(self.shared_expert_gate(x)) * shared if self._shared.gated else shared)
 
     def _replayed(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        if self.replay is not None and self.replay.shape != (len(tokens), self.experts_per_token):
+        if not in_backward():
+            self._replayed_last = self.replay  # for a recomputation of this forward pass
+        experts = self._replayed_last
+        if experts is not None and experts.shape != (len(tokens), self.experts_per_token):
             raise ConfigurationError(
-                f"the replayed experts have the wrong shape: got {tuple(self.replay.shape)}, expected "
+                f"the replayed experts have the wrong shape: got {tuple(experts.shape)}, expected "
                 f"{(len(tokens), self.experts_per_token)}, tokens by experts per token."
             )
-        return self.replay
+        return experts
 
     def extra_repr(self) -> str:
         """Return the sizes."""

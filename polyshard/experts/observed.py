@@ -63,7 +63,7 @@ def observe(
         shape: of the layer's input.
         cu_seqlens: boundaries of packed sequences.
     """
-    held, recomputes = layer.observed, _in_backward()
+    held, recomputes = layer.observed, in_backward()
     counts = choices_by_sequence(experts, layer.bank.num_experts, None, 1)[0].double()
     if not recomputes:
         _add_up(held, counts, shares_of(layer, logits.detach()))
@@ -258,6 +258,6 @@ def _token_axes(context: ParallelContext) -> tuple[ParallelAxis, ...]:
     return (*tensor, replica_axis(context))
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Whether a backward pass is running, which recomputes a forward pass."""
     return torch._C._current_graph_task_id() != -1

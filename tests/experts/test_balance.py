@@ -73,7 +73,9 @@ def test_train_batch_adds_the_loss_weighted_by_tokens():
     ours = layer(ps.Balance(batch=1.0))
     engine = ps.load_adapter("torch").engine(ours, ps.AdamW(), CONTEXT)
     parts = [torch.randn(4, 16), torch.randn(12, 16)]
-    engine.train_batch([{"x": x} for x in parts], loss=lambda y, b: y.sum() * 0.0, tokens=lambda b: torch.tensor(len(b["x"])))
+    engine.train_batch(
+        [{"x": x} for x in parts], loss=lambda y, b: y.sum() * 0.0, tokens=lambda b: torch.tensor(len(b["x"]))
+    )
     found = ours.gate.weight.grad.clone()
     ours.zero_grad()
     for x in parts:

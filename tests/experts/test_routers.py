@@ -145,7 +145,10 @@ def test_a_router_that_cannot_be_is_refused():
 def test_experts_that_do_not_divide_are_refused():
     axes = {"expert": ps.GroupContext(layout=CONTEXT.layout, device=CONTEXT.device, linear=None).axis("expert")}
     axes = {name: type(axes["expert"])(name=name, ranks=(0, 1, 2)) for name in ("expert", "tensor")}
-    for name, message in (("expert", "8 experts cannot be divided by expert-parallel size 3"), ("tensor", "gate_proj: 25")):
+    for name, message in (
+        ("expert", "8 experts cannot be divided by expert-parallel size 3"),
+        ("tensor", "gate_proj: 25"),
+    ):
         context = ps.GroupContext(
             layout=CONTEXT.layout, device=CONTEXT.device, linear=CONTEXT.linear, axes={name: axes[name]}
         )
@@ -159,3 +162,23 @@ def test_nan_in_the_router_is_named():
     x[3, 1] = float("nan")
     with pytest.raises(ps.RoutingError, match="not finite for 1 of 5 tokens"):
         ours(x)
+
+
+def test_recomputation_replays_the_experts_of_its_forward_pass():
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"mlp": layer(ps.Router(normalize=True))})
+    x = torch.randn(5, HIDDEN, requires_grad=True)
+    with ps.record_routing(model) as experts:
+        model["mlp"](x)
+    experts["mlp"] = (experts["mlp"] + 1) % EXPERTS
+    gradients = []
+    for run in (model["mlp"], lambda x: torch.utils.checkpoint.checkpoint(model["mlp"], x, use_reentrant=False)):
+        with ps.replay_routing(model, experts):
+            out = run(x)
+        gradients.append(torch.autograd.grad(out.square().sum(), x)[0])
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    with (
+        pytest.raises(ps.ConfigurationError, match=r"missing \['mlp'\], unexpected \['other'\]"),
+        ps.replay_routing(model, {"other": experts["mlp"]}),
+    ):
+        pass

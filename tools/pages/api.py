@@ -23,6 +23,15 @@ TOPICS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
             *("PipelinePlan", "pipeline_plan", "build_stages", "Stages"),
         ),
     ),
+    "experts": (
+        "Mixture of experts",
+        "The layer, its routers and the balance of their load; the names of checkpoints; record and replay of routing.",
+        (
+            *("mixture_of_experts", "MixtureOfExperts", "Router", "SharedExperts", "ExpertStorage", "ClampedSwiglu"),
+            *("Balance", "router_loss", "update_router_bias", "router_statistics", "RouterStatistics"),
+            *("record_routing", "replay_routing"),
+        ),
+    ),
     "attention": (
         "Attention",
         "Attention modules and functions, in training and in serving.",
@@ -88,7 +97,7 @@ TOPICS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         (
             *("PolyshardError", "ConfigurationError", "LayoutError", "AdapterError", "MissingDependencyError"),
             *("UnsupportedVersionError", "RegistrationError", "CheckpointError", "WeightSyncError", "RankFailureError"),
-            "EngineFailureError",
+            *("EngineFailureError", "RoutingError"),
             "core.UntestedVersionWarning",
         ),
     ),

@@ -30,7 +30,7 @@ CAPABILITIES = Capabilities(
         "zero3": YES,
         "pipeline": no("notimpl", "its PipelineModule is not wired up"),
         "context": YES,
-        "expert": no("notimpl", "its mixture-of-experts layers are not wired up"),
+        "expert": no("notimpl", "its expert groups are not wired up: experts are replicated over the data axis"),
         "casts": YES,
         "masters": YES,
         "float16": no("notyet", "its loss scaling does not run on CPU, and has not been tested on CUDA"),

@@ -30,7 +30,7 @@ CAPABILITIES = Capabilities(
         "zero3": no("never", "FairScale's stage 3 is its FullyShardedDataParallel"),
         "pipeline": YES,
         "context": YES,
-        "expert": no("notimpl", "its MOELayer is not wired up"),
+        "expert": no("notimpl", "it averages all gradients over the data axis: experts are replicated over it"),
         "casts": YES,
         "masters": YES,
         "float16": YES,

@@ -41,8 +41,8 @@ class FairscaleEngine(BaseEngine):
         model: the unwrapped model that its factory built with `context`.
         optimizer: creates an optimizer whose class, groups and settings are passed to OSS for this rank's shard.
         context: this process's parallel context.
-        zero_stage: 1 for OSS with torch's DDP, 2 for OSS with ShardedDataParallel. Default 2, and 1 in a pipeline, whose
-            stages run on torch's schedules.
+        zero_stage: 1 for OSS with torch's DDP, 2 for OSS with ShardedDataParallel. Default 2, and 1 in a pipeline,
+            whose stages run on torch's schedules.
         max_grad_norm: clip the whole model's gradient to this norm; None does not clip.
         precision: dtypes of the run. Float32 parameters are cast by autocast; bfloat16 parameters get float32 masters,
             and their gradients are reduced in bfloat16.
@@ -123,7 +123,8 @@ class FairscaleEngine(BaseEngine):
             broadcast_parameters(self._module, replicas.group, replicas.ranks)
         # Each parameter stands for itself: OSS keeps the masters of narrow ones.
         own = Masters(self._module.named_parameters(), self.precision.parameters)
-        reducer = GradientReducer(self._module.named_parameters(), own, self.precision.reduce, replicas.group)
+        groups = {name: replicas.group for name, _ in self._module.named_parameters()}
+        reducer = GradientReducer(self._module.named_parameters(), own, self.precision.reduce, groups)
         return PipelineTraining(
             stages,
             self.model_weights,

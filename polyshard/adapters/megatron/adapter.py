@@ -30,7 +30,7 @@ CAPABILITIES = Capabilities(
         "zero3": no("never", "Megatron's optimizer shards at stage 1; beyond that it has its FSDP"),
         "pipeline": no("notimpl", "its schedules are not wired up"),
         "context": YES,
-        "expert": no("notimpl", "its mixture-of-experts layers are not wired up"),
+        "expert": no("notimpl", "its expert groups are not wired up: experts are replicated over the data axis"),
         "casts": no("never", "Megatron keeps masters of bfloat16 parameters instead"),
         "masters": YES,
         "float16": YES,

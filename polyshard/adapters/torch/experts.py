@@ -51,7 +51,9 @@ class TorchExperts(nn.Module):
             experts = self.tensor_axis.collectives.all_gather(experts, 0)
         tokens, per_token = experts.shape
         order = experts.reshape(-1).argsort(stable=True)
-        counts = torch.bincount(experts.reshape(-1), minlength=self.bank.num_experts)
+        # Not bincount, which waits for the device.
+        counts = torch.zeros(self.bank.num_experts, dtype=torch.int64, device=x.device)
+        counts.scatter_add_(0, experts.reshape(-1), torch.ones_like(order))
         rows = x[order.div(per_token, rounding_mode="floor")]
         if self.bank.scale_input:
             rows = rows * weights.reshape(-1, 1)[order].to(rows.dtype)

@@ -9,6 +9,8 @@ import torch
 
 import polyshard as ps
 
+PROMPTS = [[1, 2, 3, 4, 5], [7, 9, 11], list(range(40))]
+TOKENS = 8
 RATE = 100.0  # large, so that rounding of the weights does not hide an update
 
 
@@ -72,3 +74,29 @@ def trained(directory: Path, results: Path, batch: tuple, layouts: dict, resumes
     (results / "resumed").mkdir(exist_ok=True)
     resumed(directory / "deepseek_v3", results / "resumed", batch, resumes)
     return {kind: one_step(directory / kind, results / kind, batch, found) for kind, found in layouts.items()}
+
+
+def synced(directory: Path, results: Path, trainers: dict) -> dict:
+    """Greedy generation of one engine over all ranks before and after the sync from each trainer, whose weights are
+    saved under its name."""
+    from support.engines import engine, greedy
+
+    ps.initialize("torch", timeout=120)
+    ps.register_model("Experts", moe.build_model, adapter="vllm")
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"}
+    with engine(directory, "Experts", **options) as llm:
+        found = {"before": greedy(llm, PROMPTS, TOKENS)}
+        for name, (sizes, options) in trainers.items():
+            context = ps.initialize("torch", timeout=120, **sizes)
+            sgd = ps.TorchOptimizer(torch.optim.SGD, lr=RATE)
+            trainer = ps.load_adapter("torch").engine(build(directory, context), sgd, context, **options)
+            ids = torch.arange(32).reshape(2, 16)
+            trainer.train_batch(rows_of(context, ids, ids + 1))
+            trainer.step()
+            ps.WeightSync(trainer, context, llm, bucket_bytes=30_000)()
+            found[name] = greedy(llm, PROMPTS, TOKENS)
+            ps.save_checkpoint(trainer, results / name, context, config=ps.read_config(directory))
+            trainer.close()
+            for undo in context.on_shutdown:
+                undo()
+    return found

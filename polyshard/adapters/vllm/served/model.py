@@ -19,6 +19,7 @@ from polyshard.adapters.vllm.compat import (
 )
 from polyshard.adapters.vllm.config import fill_rotary_base
 from polyshard.adapters.vllm.context import serving_context
+from polyshard.adapters.vllm.layers.experts import serve_experts
 from polyshard.adapters.vllm.served.early_exit import uses_early_exit
 from polyshard.adapters.vllm.served.forward import explain_trace_errors, make_model_forward
 from polyshard.adapters.vllm.served.live_module import check_load_format
@@ -28,7 +29,7 @@ from polyshard.adapters.vllm.served.quantized import quantize_layers, refuse_qua
 from polyshard.adapters.vllm.transfer.guard import WeightGuard, shared_memory_watch
 from polyshard.core.errors import CheckpointError, RegistrationError
 from polyshard.core.serving import ModelFactory, RegisteredModel, build_model, check_served_interface
-from polyshard.core.weight_table import collect_layouts
+from polyshard.core.weight_table import WeightTable, collect_layouts
 from polyshard.exact.trace import recorder_of
 from polyshard.layers.vocabulary import gather_logits
 from polyshard.registry import renamer, report_to_parent
@@ -92,7 +93,9 @@ class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
         self.other_stages = names_on_other_stages(self.registered.name, self.table)
         refuse_unserved_codes(self.registered.name, vllm_config, self.table, rename, self.other_stages, self.quantized)
         self.hidden_size = vllm_config.model_config.get_hidden_size()
+        refuse_expert_parallel(self.registered.name, self.table, vllm_config)
         attach_loaders(self.model, self.table, self.context)
+        serve_experts(self.model, self.context, keep_weights=self.shares_memory)
         keep_buffers(self.model)
         self.weights = WeightGuard()
         if isinstance(self.factory, LiveModel):
@@ -185,6 +188,15 @@ class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
 def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type[ServedModel]:
     """Return the class with the interface that vLLM inspects, for one registration."""
     return type(registered.name, (ServedModel,), {"registered": registered, "factory": staticmethod(factory)})
+
+
+def refuse_expert_parallel(name: str, table: WeightTable, vllm_config: VllmConfig) -> None:
+    """Raise `RegistrationError` if a model with experts is served with vLLM's expert parallel."""
+    if vllm_config.parallel_config.enable_expert_parallel and any(e.layout.experts for e in table.values()):
+        raise RegistrationError(
+            f"model {name!r} is served with enable_expert_parallel, which is unsupported: vLLM's CPU experts crash "
+            "with it, and polyshard shards experts over the tensor axis. Leave it out, and use tensor_parallel_size"
+        )
 
 
 def _check_supported(registered: RegisteredModel, vllm_config: VllmConfig) -> None:
