@@ -110,7 +110,8 @@ def test_a_factory_that_ignores_pipeline_stages_is_refused():
 
 
 def test_a_users_factory_is_planned_as_the_default_one():
-    options = {"recompute": ("selective",), "shardings": ("fsdp",), "adapters": ["torch"]}
+    layout = ps.ParallelLayout(tensor=2, data=4, sequence_parallel=True)
+    options = {"recompute": ("selective",), "layout": layout, "adapters": ["torch", "megatron"]}
     own, default = small_plan(factory=build_model, **options), small_plan(**options)
     assert [(p.strategy, p.memory, p.flops) for p in own.layouts] == [
         (p.strategy, p.memory, p.flops) for p in default.layouts
@@ -139,7 +140,8 @@ def test_sizes_that_do_not_divide_the_model_are_refused_with_the_layers_reason()
 
 
 def test_layouts_that_do_not_fit_say_what_they_need():
-    found = small_plan(cluster=ps.Cluster(gpus=8, memory=GIB, reserve=GIB - 1000), recompute=("full",))
+    options = {"layout": ps.ParallelLayout(data=8), "recompute": ("full",)}
+    found = small_plan(cluster=ps.Cluster(gpus=8, memory=GIB, reserve=GIB - 1000), **options)
     assert not found.layouts
     assert found.too_large[0].memory.total > GIB
 
@@ -190,8 +192,8 @@ def test_strategies_use_every_rank_and_every_token():
 
 
 def test_serving_counts_weights_and_cache():
-    (plan,) = small_plan(serve=1, layout=ps.ParallelLayout(data=8), recompute=("full",)).serving
-    parameters = small_plan(layout=ps.ParallelLayout(data=8), recompute=("full",)).parameters
-    assert plan.weights == 2 * parameters
+    found = small_plan(serve=1, layout=ps.ParallelLayout(data=8), recompute=("full",))
+    (plan,) = found.serving
+    assert plan.weights == 2 * found.parameters
     assert plan.cache_per_token == 2 * 4 * 2 * 4 * 8  # bytes, layers, keys and values, KV heads, head size
     assert plan.cache_tokens == (int(0.9 * 8 * GIB) - plan.weights) // plan.cache_per_token
