@@ -154,6 +154,10 @@ def save_into_a_memory_of_its_own(folder):
     own = folder / str(context.rank)  # as on machines that share no disk
     with pytest.raises(ps.CheckpointError, match=r"this rank does not see the directory that rank 0 has created"):
         ps.save_checkpoint(model, own / "model", context, config={})
+    (folder / "file").touch()
+    tempfile.tempdir = str(folder / "file" / "disk") if context.rank == 1 else None
+    with pytest.raises(ps.CheckpointError, match=r"nothing was changed: rank 1: NotADirectoryError: .*file/disk"):
+        ps.save_checkpoint(model, "memory://run/other", context, config={})
     return True
 
 

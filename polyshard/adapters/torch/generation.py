@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from polyshard.core.errors import RankFailureError
 
-_SECONDS = 0.02  # between two looks at the store
+_FIRST, _LAST = 0.01, 0.3  # seconds between two looks at the store: growing, since thousands of ranks share it
 
 
 def agree_on_prefix(store: dist.Store, rank: int, world_size: int, timeout: float) -> str:
@@ -32,7 +32,7 @@ def agree_on_prefix(store: dist.Store, rank: int, world_size: int, timeout: floa
 
 def _lead(store: dist.Store, world_size: int, deadline: float) -> str:
     names: list[str | None] = []
-    prefix = ""
+    prefix, pause = "", _FIRST
     while True:
         found = [_read(store, f"name/{rank}") for rank in range(world_size)]
         if None not in found:
@@ -47,11 +47,12 @@ def _lead(store: dist.Store, world_size: int, deadline: float) -> str:
             seen = [name is not None for name in found[1:]]
         if time.monotonic() > deadline:
             raise _late(tuple(rank for rank, came in enumerate(seen, start=1) if not came))
-        time.sleep(_SECONDS)
+        time.sleep(pause)
+        pause = min(_LAST, 1.3 * pause)
 
 
 def _follow(store: dist.Store, rank: int, name: str, deadline: float) -> str:
-    seen = ""
+    seen, pause = "", _FIRST
     while True:
         answer = _read(store, "answer")
         if answer is not None:
@@ -64,7 +65,8 @@ def _follow(store: dist.Store, rank: int, name: str, deadline: float) -> str:
                     return seen
         if time.monotonic() > deadline:
             raise _late((0,))
-        time.sleep(_SECONDS)
+        time.sleep(pause)
+        pause = min(_LAST, 1.3 * pause)
 
 
 def _read(store: dist.Store, key: str) -> str | None:

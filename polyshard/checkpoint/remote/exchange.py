@@ -53,6 +53,7 @@ def write_files(
     owner: Mapping[str, int],
     held: Sequence[Rectangle],
     ranks: Ranks,
+    what: str,
     progress: Progress | None = None,
 ) -> dict[str, int]:
     """Write each file on its rank, into `folder` on that rank, and return the fingerprint of each tensor.
@@ -65,6 +66,7 @@ def write_files(
         owner: the rank that writes each file, from `writers`.
         held: the rectangles that this rank holds; those of all ranks cover each tensor once.
         ranks: all ranks, with a group of gloo.
+        what: the beginning of an error's message.
         progress: called with (elements sent or written, total elements) of this rank.
 
     Raises:
@@ -75,7 +77,7 @@ def write_files(
     all_held = ranks.gather([(r.key, r.offsets, tuple(r.values.shape)) for r in held])
     check_complete(where, [(key, shape) for part in all_held for key, _, shape in part])
     mine = [file for file in files if owner[file.path] == ranks.rank]
-    ranks.run_on_all(lambda: [allocate(folder / file.path, file) for file in mine], "a rank cannot write its files")
+    ranks.run_on_all(lambda: [allocate(folder / file.path, file) for file in mine], what)
 
     of_owner: dict[int, list[_Transfer]] = {}
     for source, part in enumerate(all_held):
@@ -106,7 +108,7 @@ def write_files(
                     if chunk.numel():
                         _receive(chunk, transfer.source, ranks)
                     error = error or opened.put(file, tensor, chunk, offsets)
-    ranks.raise_on_all(error, "a rank could not write its files")
+    ranks.raise_on_all(error, what)
     parts = ranks.gather(prints)
     return {key: total(part[key] for part in parts if key in part) for key in where}
 

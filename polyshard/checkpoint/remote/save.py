@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polyshard.checkpoint.directory import staging_name
+from polyshard.checkpoint.directory import begin, staging_name
 from polyshard.checkpoint.manifest import FileRecord, Manifest, checksums, joined
 from polyshard.checkpoint.remote.exchange import write_files, writers
 from polyshard.checkpoint.remote.publish import begin_upload, commit, upload, withdraw
 from polyshard.checkpoint.storage import Progress, rectangles
+from polyshard.core.errors import RankFailureError
 from polyshard.core.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -35,11 +36,11 @@ def save_remotely(
     """
     target = job.directory
     what = f"saving {target} failed; nothing was changed"
-    folder = Path(tempfile.mkdtemp(prefix="polyshard-save-"))
+    folder = ranks.run_on_all(_local_folder, what)
     prefix: Path | None = None
     try:
         held = list(rectangles(job.pieces, job.table, tensor_rank, tensor_size))
-        fingerprints = write_files(folder, job.files, writers(job.files, ranks), held, ranks, progress)
+        fingerprints = write_files(folder, job.files, writers(job.files, ranks), held, ranks, what, progress)
 
         def prepared() -> tuple[dict[str, FileRecord], Path | None]:
             if ranks.rank == 0:
@@ -55,10 +56,22 @@ def save_remotely(
         _together(lambda: _commit(prefix, target, manifest), ranks, what)
         prefix = None
         return target
+    except RankFailureError:
+        prefix = None  # other ranks may still be uploading: the marker must stay, and the next save removes the files
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if prefix is not None:
             withdraw(prefix)
+
+
+def _local_folder() -> Path:
+    """Create a folder on the local disk, and remove those that killed saves left there."""
+    root = Path(tempfile.gettempdir()) / "polyshard"
+    folder = root.parent / staging_name(root)
+    begin(root, folder)
+    folder.chmod(0o700)
+    return folder
 
 
 def _commit(prefix: Path | None, target: Path, manifest: Manifest) -> None:
