@@ -17,6 +17,7 @@ import torch
 from polyshard.weights.regions import Region
 
 ALIGN = 64  # bytes
+_ALONE = 1 << 20  # bytes of a part that is sent without a copy if its memory is contiguous
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes in the stored tensor
 
@@ -113,6 +114,8 @@ def sender_name(need: Need, known: set[str]) -> str | None:
 def plan_messages(parts: Iterable[Part], itemsize: int, limit: int) -> list[Message]:
     """Divide parts, in order, into messages of at most `limit` bytes. A larger part is cut.
 
+    A part of at least 1 MiB is a message of its own, so that both ends can use the tensors' memory without a copy.
+
     Examples:
         >>> [[part.sizes for part in message] for message in plan_messages([Part(0, (0, 0), (3, 100))], 4, 1000)]
         [[(2, 100)], [(1, 100)]]
@@ -123,6 +126,9 @@ def plan_messages(parts: Iterable[Part], itemsize: int, limit: int) -> list[Mess
     for part in parts:
         for piece in _cut(part, max(1, limit // itemsize)):
             size = padded(piece.numel * itemsize)
+            if size >= _ALONE:
+                messages.append((piece,))
+                continue
             if current and used + size > limit:
                 messages.append(tuple(current))
                 current, used = [], 0
@@ -139,6 +145,13 @@ def padded(nbytes: int) -> int:
 def message_bytes(message: Message, itemsize: int) -> int:
     """Return the size of a message's buffer."""
     return sum(padded(part.numel * itemsize) for part in message)
+
+
+def flat_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return a tensor's memory as bytes, to send or receive without a copy; None if a copy is needed."""
+    if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return None
+    return tensor.detach().view(-1).view(torch.uint8)
 
 
 def unpack(message: Message, buffer: torch.Tensor, dtype: torch.dtype) -> list[tuple[Part, torch.Tensor]]:

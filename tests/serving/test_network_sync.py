@@ -77,14 +77,15 @@ def test_engines_join_and_leave_and_a_damaged_tensor_is_named(trained, monkeypat
         sync("2")
         assert [llm.llm_engine.get_weight_version() for llm in (first, second)] == ["2", "2"]
 
-        victim, put = "model.layers.1.self_attn.k_proj.weight", network_receiver.ShardSink.put
+        victim, read_back = "model.layers.1.self_attn.k_proj.weight", network_receiver.NetworkReceiver._read_back
 
-        def damaging(self, part, values):
-            damaged = self._needs[part.need].name == victim and values.dtype == torch.bfloat16
-            return put(self, part, values * 1.5 if damaged else values)
+        def damaging(self, part, target):
+            if self._needs[part.need].name == victim and target.dtype == torch.bfloat16:
+                target.mul_(1.5)
+            return read_back(self, part, target)
 
         with monkeypatch.context() as patched:
-            patched.setattr(network_receiver.ShardSink, "put", damaging)
+            patched.setattr(network_receiver.NetworkReceiver, "_read_back", damaging)
             message = rf"second: .*worker 0: '{victim}' arrived damaged in worker 0: sent \w+, found \w+"
             with pytest.raises(ps.WeightSyncError, match=message) as caught:
                 sync("3")

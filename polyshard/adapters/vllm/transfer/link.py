@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections import deque
 from datetime import timedelta
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch.distributed as dist
 from polyshard.core.errors import WeightSyncError
 
 CHUNK_BYTES = 16 << 20
-WINDOW = 3  # messages in flight, each with a buffer
+WINDOW_BYTES = 3 * CHUNK_BYTES  # in flight
+WINDOW = 24  # messages in flight at most
 _CONNECT = 30.0  # seconds at most until the store answers
 
 
@@ -78,6 +80,44 @@ class Link:
     def delete(self, key: str) -> None:
         """Remove a key from the store."""
         self._store.delete_key(key)
+
+
+class Window:
+    """Messages in flight, in order, bounded in number and size."""
+
+    def __init__(self) -> None:
+        self._flying: deque[tuple[Any, int]] = deque()
+        self._nbytes = 0
+        self._free: list[torch.Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self._flying)
+
+    def admits(self, nbytes: int) -> bool:
+        """Whether a message of this size may start; one always may."""
+        return not self._flying or (len(self._flying) < WINDOW and self._nbytes + nbytes <= WINDOW_BYTES)
+
+    def push(self, flight: Any, nbytes: int) -> None:
+        """Add a message that has started."""
+        self._flying.append((flight, nbytes))
+        self._nbytes += nbytes
+
+    def pop(self) -> Any:
+        """Remove the oldest message, and return what was pushed."""
+        flight, nbytes = self._flying.popleft()
+        self._nbytes -= nbytes
+        return flight
+
+    def buffer(self, nbytes: int) -> torch.Tensor:
+        """Return a buffer of at least this size, one that was given back if there is one."""
+        for index, buffer in enumerate(self._free):
+            if len(buffer) >= nbytes:
+                return self._free.pop(index)
+        return torch.empty(max(nbytes, CHUNK_BYTES), dtype=torch.uint8)
+
+    def give_back(self, buffer: torch.Tensor) -> None:
+        """Take a buffer back for another message."""
+        self._free.append(buffer)
 
 
 def make_store(timeout: float) -> dist.TCPStore:

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Protocol
 
 import torch
 
-from polyshard.adapters.vllm.transfer.link import WINDOW, Link, first_line
+from polyshard.adapters.vllm.transfer.link import Link, Window, first_line
+from polyshard.adapters.vllm.transfer.network_sinks import FullSink, ShardSink, Sink
 from polyshard.adapters.vllm.transfer.receiver import NativeReceiver, Receiver, ServedReceiver
 from polyshard.core.errors import WeightSyncError
 from polyshard.weights.fingerprint import fingerprint, text, total
-from polyshard.weights.movement import rectangle
 from polyshard.weights.transfers import (
     Message,
     Need,
     Part,
+    flat_bytes,
     message_bytes,
     message_order,
     messages_from_json,
     uncovered,
     unpack,
 )
-
-
-class Sink(Protocol):
-    """The memory of a model that takes up parts."""
-
-    def put(self, part: Part, values: torch.Tensor) -> int:
-        """Write a part, and return the fingerprint of what was written, read back from the memory."""
-        ...
 
 
 def needs_of(receiver: Receiver) -> list[Need] | None:
@@ -95,33 +86,43 @@ class NetworkReceiver:
             WeightSyncError: a trainer rank failed, or a tensor arrived damaged.
         """
         assert self._needs is not None
-        sink = self._sink(self._needs)
         found = [0] * len(self._needs)
-        size = max((message_bytes(message, self._dtype.itemsize) for _, _, message in self._plan), default=0)
-        buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(min(WINDOW, len(self._plan)))]
-        flying: deque[Any] = deque()
-        steps = iter(self._plan)
-
-        def post(buffer: torch.Tensor) -> None:
-            step = next(steps, None)
-            if step is not None:
-                part = buffer[: message_bytes(step[2], self._dtype.itemsize)]
-                flying.append((step, buffer, self._link.receive(part, step[0], step[1])))
-
-        for buffer in buffers:
-            post(buffer)
-        while flying:
-            (sender, _, message), buffer, work = flying.popleft()
-            try:
-                work.wait()
-            except RuntimeError as error:
-                raise WeightSyncError(
-                    f"trainer rank {sender} died, froze, or cannot be reached ({first_line(error)})"
-                ) from error
-            for part, values in unpack(message, buffer, self._dtype):
-                found[part.need] += sink.put(part, values)
-            post(buffer)
+        window = Window()
+        steps = deque(self._plan)
+        with self._sink(self._needs) as sink:
+            while steps or len(window):
+                while steps and window.admits(message_bytes(steps[0][2], self._dtype.itemsize)):
+                    self._post(window, sink, *steps.popleft())
+                sender, message, targets, buffer, work = window.pop()
+                try:
+                    work.wait()
+                except RuntimeError as error:
+                    raise WeightSyncError(
+                        f"trainer rank {sender} died, froze, or cannot be reached ({first_line(error)})"
+                    ) from error
+                if buffer is not None:
+                    for (_, values), target in zip(unpack(message, buffer, self._dtype), targets):
+                        target.copy_(values)
+                    window.give_back(buffer)
+                for part, target in zip(message, targets):
+                    found[part.need] += self._read_back(part, target)
+                    sink.mark(part)
         self._verify(update, found)
+
+    def _post(self, window: Window, sink: Sink, sender: int, index: int, message: Message) -> None:
+        """Start to receive a message, into the model's memory if it is one contiguous part."""
+        targets = [sink.target(part) for part in message]
+        nbytes, buffer = message_bytes(message, self._dtype.itemsize), None
+        data = flat_bytes(targets[0], self._dtype) if len(message) == 1 else None
+        if data is None:
+            buffer = window.buffer(nbytes)
+            data = buffer[:nbytes]
+        window.push((sender, message, targets, buffer, self._link.receive(data, sender, index)), nbytes)
+
+    def _read_back(self, part: Part, target: torch.Tensor) -> int:
+        """Return the fingerprint of a part as it is in the model."""
+        written = target if target.dtype == self._dtype else target.to(self._dtype)  # a bias may be float32
+        return fingerprint(written, part.offsets)
 
     def _sink(self, needs: Sequence[Need]) -> Sink:
         if isinstance(self._receiver, ServedReceiver):
@@ -144,55 +145,3 @@ class NetworkReceiver:
                     (need.name,),
                     (self._worker,),
                 )
-
-
-class ShardSink:
-    """Writes parts into the shards of a model that was registered with polyshard."""
-
-    def __init__(self, receiver: ServedReceiver, needs: Sequence[Need]) -> None:
-        self._receiver = receiver
-        self._needs = needs
-        self._missing = [need.numel for need in needs]
-
-    def put(self, part: Part, values: torch.Tensor) -> int:
-        """Write a part, and return its fingerprint as read back from the parameter."""
-        receiver, name = self._receiver, self._needs[part.need].name
-        shard = receiver.shard(receiver.targets[name][0])
-        region = next(r for r in receiver.regions[name] if _contains((r.offsets, r.sizes), part))
-        inner = tuple(offset - origin for offset, origin in zip(part.offsets, region.offsets))
-        target = rectangle(region.view(shard), inner, part.sizes)
-        target.copy_(values)
-        written = target if target.dtype == values.dtype else target.to(values.dtype)  # a bias may be float32
-        print_ = fingerprint(written, part.offsets)
-        self._missing[part.need] -= part.numel
-        if self._missing[part.need] == 0:
-            receiver.mark_received(name)
-        return print_
-
-
-class FullSink:
-    """Assembles full tensors for vLLM's own models, which cut and load them themselves."""
-
-    def __init__(self, receiver: NativeReceiver, needs: Sequence[Need], dtype: torch.dtype) -> None:
-        self._receiver = receiver
-        self._needs, self._dtype = needs, dtype
-        self._partial: dict[int, tuple[torch.Tensor, int]] = {}  # the tensor, and the elements that it lacks
-
-    def put(self, part: Part, values: torch.Tensor) -> int:
-        """Write a part, load its tensor if complete, and return the part's fingerprint."""
-        need = self._needs[part.need]
-        if part.need not in self._partial:
-            self._partial[part.need] = torch.empty(need.shape, dtype=self._dtype), math.prod(need.shape)
-        full, missing = self._partial[part.need]
-        target = rectangle(full, part.offsets, part.sizes)
-        target.copy_(values)
-        print_ = fingerprint(target, part.offsets)
-        self._partial[part.need] = full, missing - part.numel
-        if missing == part.numel:
-            self._receiver.load({need.name: full})
-            del self._partial[part.need]
-        return print_
-
-
-def _contains(box: tuple[tuple[int, ...], tuple[int, ...]], part: Part) -> bool:
-    return all(o <= p and p + q <= o + s for o, s, p, q in zip(*box, part.offsets, part.sizes))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 
-from polyshard.adapters.vllm.transfer.link import CHUNK_BYTES, WINDOW, Link, first_line
+from polyshard.adapters.vllm.transfer.link import CHUNK_BYTES, Link, Window, first_line
 from polyshard.core.context import ParallelAxis
 from polyshard.core.errors import WeightSyncError
 from polyshard.core.pieces import Piece
@@ -18,6 +16,8 @@ from polyshard.weights.regions import Region, regions
 from polyshard.weights.transfers import (
     Message,
     Need,
+    Part,
+    flat_bytes,
     message_bytes,
     message_order,
     messages_to_json,
@@ -101,41 +101,41 @@ class NetworkSender:
         """
         values = {(piece.parameter, piece.start): piece.values for piece in pieces}
         prints: list[dict[int, int]] = [{} for _ in range(self._workers)]
-        size = max((message_bytes(message, self._dtype.itemsize) for _, _, message in self._plan), default=0)
-        free = [torch.empty(size, dtype=torch.uint8) for _ in range(min(WINDOW, len(self._plan)))]
-        flying: deque[Any] = deque()
+        window = Window()
 
         def settle() -> None:
-            worker, buffer, work = flying.popleft()
+            worker, buffer, work = window.pop()
             try:
                 work.wait()
             except RuntimeError as error:
                 raise WeightSyncError(
                     f"worker {worker} died, froze, or cannot be reached ({first_line(error)})", (), (worker,)
                 ) from error
-            free.append(buffer)
+            if buffer is not None:
+                window.give_back(buffer)
 
         for worker, index, message in self._plan:
-            if not free:
+            nbytes = message_bytes(message, self._dtype.itemsize)
+            while not window.admits(nbytes):
                 settle()
-            buffer = free.pop()
-            self._pack(message, buffer, values, prints[worker])
-            part = buffer[: message_bytes(message, self._dtype.itemsize)]
-            flying.append((worker, buffer, self._link.send(part, self._senders + worker, index)))
-        while flying:
+            held = [self._values(part, values) for part in message]
+            buffer, data = None, flat_bytes(held[0], self._dtype) if len(message) == 1 else None
+            if data is None:
+                buffer = window.buffer(nbytes)
+                for (_, target), source in zip(unpack(message, buffer, self._dtype), held):
+                    target.copy_(source)
+                data = buffer[:nbytes]
+            window.push((worker, buffer, self._link.send(data, self._senders + worker, index)), nbytes)
+            # While it is in flight: of the values as they are sent.
+            sent = held if buffer is None else [target for _, target in unpack(message, buffer, self._dtype)]
+            for part, tensor in zip(message, sent):
+                prints[worker][part.need] = prints[worker].get(part.need, 0) + fingerprint(tensor, part.offsets)
+        while len(window):
             settle()
         for worker, found in enumerate(prints):
             self._link.publish(f"sent/{update}/{self._rank}/{worker}", list(found.items()))
 
-    def _pack(
-        self,
-        message: Message,
-        buffer: torch.Tensor,
-        values: Mapping[tuple[str, int], torch.Tensor],
-        prints: dict[int, int],
-    ) -> None:
-        for part, target in unpack(message, buffer, self._dtype):
-            parameter, start, region = self._sources[part.source]
-            inner = tuple(offset - origin for offset, origin in zip(part.offsets, region.offsets))
-            target.copy_(rectangle(region.view(values[parameter, start], start), inner, part.sizes))
-            prints[part.need] = prints.get(part.need, 0) + fingerprint(target, part.offsets)
+    def _values(self, part: Part, values: Mapping[tuple[str, int], torch.Tensor]) -> torch.Tensor:
+        parameter, start, region = self._sources[part.source]
+        inner = tuple(offset - origin for offset, origin in zip(part.offsets, region.offsets))
+        return rectangle(region.view(values[parameter, start], start), inner, part.sizes)
