@@ -27,7 +27,7 @@ def test_the_plan_is_printed_and_written(capfd, config, tmp_path):
     assert f"fastest {min(12, len(written['layouts']))} of {len(written['layouts'])} layouts that fit" in done.stdout
     assert best["memory"]["total"] == sum(n for kind, n in best["memory"].items() if kind != "total")
     assert best["adapters"]
-    assert "fairscale: pipeline: " in done.stdout
+    assert "fairscale: fsdp: " in done.stdout
     assert "Times assume 60% of 989 TFLOP/s" in done.stdout
     assert written["serving"][0]["fits"]
     assert "<svg" in picture.read_text()

@@ -80,10 +80,10 @@ def test_published_layouts_fit_where_they_ran(name):
 
 def test_layouts_that_no_adapter_can_run_are_refused_with_the_adapters_reasons():
     found = small_plan(adapters=["fairscale"], recompute=("full",))
-    assert {planned.strategy.layout.pipeline for planned in found.layouts} == {1}
+    assert {planned.strategy.layout.sequence_parallel for planned in found.layouts} == {False}
     assert all(planned.adapters for planned in found.layouts)
-    reason = ps.load_adapter("fairscale").capabilities["pipeline"].reason
-    assert f"fairscale: pipeline: {reason}" in found.refused
+    reason = ps.load_adapter("fairscale").capabilities["sequence"].reason
+    assert f"fairscale: sequence: {reason}" in found.refused
     times = [planned.time.total for planned in found.layouts]
     assert times == sorted(times)
 
