@@ -205,11 +205,9 @@ class FairscaleEngine(BaseEngine):
         total = torch.zeros((), device=self.context.device)
         owner = self.optimizer._param_to_rank if self._owned_only else None
         for name, parameter in self._module.named_parameters():
-            if (
-                parameter.grad is None
-                or name not in self.model_weights.owned
-                or (owner is not None and owner[parameter] != replicas.rank)
-            ):
+            if parameter.grad is None or name not in self.model_weights.owned:
+                continue
+            if owner is not None and owner[parameter] != replicas.rank:
                 continue
             total = total + counted_square(parameter.grad, self.table[name].layout, tensor_axis.rank, tensor_axis.size)
         if tensor_axis.size > 1:
