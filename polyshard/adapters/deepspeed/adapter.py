@@ -28,7 +28,7 @@ CAPABILITIES = Capabilities(
         "zero1": YES,
         "zero2": YES,
         "zero3": YES,
-        "pipeline": no("notimpl", "its PipelineModule is not wired up"),
+        "pipeline": YES,
         "context": YES,
         "expert": no("notimpl", "its mixture-of-experts layers are not wired up"),
         "casts": YES,
