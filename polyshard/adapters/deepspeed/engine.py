@@ -175,8 +175,7 @@ class DeepspeedEngine(BaseEngine):
         with self._guard("data step"):
             self._generators.compare()
             if self._pipeline is not None:
-                gradients = {n: p.grad for n, p in self._module.named_parameters() if p.grad is not None}
-                sum_tied_gradients(gradients, self.model_weights, self.context)
+                sum_tied_gradients(dict(self._module.named_parameters()), self.model_weights, self.context)
                 reduce_gradients(self._wrapped)
             if self._stage == 0:  # DeepSpeed clips there, but keeps no norm
                 named = self._module.named_parameters()

@@ -24,7 +24,7 @@ from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
 from polyshard.adapters.shared.grad_norm import counted_parts
 from polyshard.adapters.shared.parameter_groups import check_patterns
-from polyshard.adapters.shared.tied_weights import copy_from_owners, sum_tied_gradients
+from polyshard.adapters.shared.tied_weights import copy_from_owners, sum_over_copies
 from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, replica_axis
@@ -273,7 +273,7 @@ class MegatronEngine(BaseEngine):
     def _sum_tied_gradients(self) -> None:
         parameters: dict[str, Any] = dict(self._module.named_parameters())
         gradients = {name: p.main_grad for name, p in parameters.items() if p.requires_grad}
-        sum_tied_gradients(gradients, self.model_weights, self.context)
+        sum_over_copies(gradients, self.model_weights, self.context)
 
     def _masters(self) -> Iterator[tuple[str, torch.Tensor, int]]:
         """Yield this rank's part of each master: name, values, and the position of the first in the shard."""
