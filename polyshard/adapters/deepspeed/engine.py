@@ -27,7 +27,7 @@ from polyshard.adapters.deepspeed.compat import (
 from polyshard.adapters.deepspeed.context import Mpu, check_accelerator
 from polyshard.adapters.deepspeed.pipeline import SETTINGS as PIPELINE_SETTINGS
 from polyshard.adapters.deepspeed.pipeline import DeepspeedPipeline, check_pipeline
-from polyshard.adapters.deepspeed.pipeline_compat import reduce_gradients, take_step
+from polyshard.adapters.deepspeed.pipeline_compat import accumulated_gradient, reduce_gradients, take_step
 from polyshard.adapters.deepspeed.settings import (
     check_config,
     check_precision,
@@ -40,7 +40,7 @@ from polyshard.adapters.shared.base_engine import BaseEngine
 from polyshard.adapters.shared.grad_norm import counted_parts, scale_gradients, unsharded_norm
 from polyshard.adapters.shared.offload import Offload, check_offload
 from polyshard.adapters.shared.quiet import printing_as_log
-from polyshard.adapters.shared.tied_weights import copy_from_owners, sum_tied_gradients
+from polyshard.adapters.shared.tied_weights import copy_from_owners, sum_over_copies
 from polyshard.adapters.shared.weights import check_shard
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, replica_axis
@@ -154,9 +154,7 @@ class DeepspeedEngine(BaseEngine):
         else:
             self._wrapped.clip_fp32_gradients = self._clip
 
-    @property
-    def _pipeline_has_fixed_shapes(self) -> bool:
-        return False
+    _pipeline_has_fixed_shapes = False
 
     def _run_pipeline(self, step: PipelineStep, *, backward: bool) -> None:
         """Run DeepSpeed's schedule; `step` of the engine averages the gradients over the replicas."""
@@ -175,7 +173,10 @@ class DeepspeedEngine(BaseEngine):
         with self._guard("data step"):
             self._generators.compare()
             if self._pipeline is not None:
-                sum_tied_gradients(dict(self._module.named_parameters()), self.model_weights, self.context)
+                copies = self.model_weights.holders
+                held = {name: p for name, p in self._module.named_parameters() if name in copies and p.requires_grad}
+                gradients = {name: accumulated_gradient(self._wrapped, p) for name, p in held.items()}
+                sum_over_copies(gradients, self.model_weights, self.context)
                 reduce_gradients(self._wrapped)
             if self._stage == 0:  # DeepSpeed clips there, but keeps no norm
                 named = self._module.named_parameters()

@@ -115,6 +115,19 @@ def run_schedule(engine: Any, count: int, *, same_shapes: bool, new_shapes: bool
     engine.total_loss = None
 
 
+def accumulated_gradient(engine: Any, parameter: Any) -> torch.Tensor:
+    """Return the gradient that `reduce_gradients` will read, zeros if there is none yet.
+
+    ZeRO 1 adds up the gradients of narrow parameters in float32, outside of `grad` (stage_1_and_2.py).
+    """
+    optimizer = engine.optimizer
+    wide = getattr(optimizer, "use_grad_accum_attribute", False)
+    name, dtype = ("grad_accum", optimizer.gradient_accumulation_dtype) if wide else ("grad", parameter.dtype)
+    if getattr(parameter, name) is None:
+        setattr(parameter, name, torch.zeros_like(parameter, dtype=dtype))
+    return getattr(parameter, name)
+
+
 def reduce_gradients(engine: Any) -> None:
     """Average the gradients of all schedules since the last step over the replicas."""
     engine._exec_reduce_grads()

@@ -178,9 +178,7 @@ class MegatronEngine(BaseEngine):
         dtype = None if exact is None else exact.compute_dtype
         return MegatronPipeline(stages, self.context, config, groups, dtype or self.precision.parameters)
 
-    @property
-    def _pipeline_has_fixed_shapes(self) -> bool:
-        return False
+    _pipeline_has_fixed_shapes = False
 
     def _run_pipeline(self, step: PipelineStep, *, backward: bool) -> None:
         """Run Megatron's schedule; `step` of the engine averages the gradients over the replicas."""

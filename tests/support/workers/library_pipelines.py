@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 import polyshard as ps
 from support.oracles.pipeline_training import STEPS, micro_batches
 from support.workers.pipelines import SGD, Case, full_weights, mine, start
@@ -40,3 +42,13 @@ def train(cases):
         engine.close()
         ps.shutdown(context)
     return results
+
+
+def in_bfloat16(function, *arguments):
+    """Call a function that builds models, whose parameters are then in bfloat16."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return function(*arguments)
+    finally:
+        torch.set_default_dtype(before)
