@@ -28,7 +28,7 @@ CAPABILITIES = Capabilities(
         "zero1": YES,
         "zero2": YES,
         "zero3": YES,
-        "pipeline": no("notimpl", "its PipelineModule is not wired up"),
+        "pipeline": YES,
         "context": YES,
         "expert": no("notimpl", "its expert groups are not wired up: experts are replicated over the data axis"),
         "casts": YES,

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
+
 from polyshard.adapters.shared.groups import group_context, with_groups
 from polyshard.core.context import GroupContext, ParallelContext, replica_axis
+from polyshard.core.errors import ConfigurationError
 
 
 def adopt(context: ParallelContext, linear: Any) -> GroupContext:
@@ -48,3 +51,15 @@ class Mpu:
     def get_data_parallel_world_size(self) -> int:
         """Return the number of replicas."""
         return replica_axis(self._context).size
+
+
+def check_accelerator(device: torch.device) -> None:
+    """Raise `ConfigurationError` if DeepSpeed would move the model to another device."""
+    from polyshard.adapters.deepspeed.compat import accelerator
+
+    found = accelerator()
+    if found != device.type:
+        raise ConfigurationError(
+            f"DeepSpeed computes on {found} in this process, but this rank on {device}: it chooses the device "
+            f"when it is imported. Start with DS_ACCELERATOR={device.type}, or initialize(..., device={found!r})"
+        )

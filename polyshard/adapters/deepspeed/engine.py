@@ -6,13 +6,13 @@ import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from polyshard.adapters.deepspeed.compat import (
-    accelerator,
     base_optimizer,
     count_gradients,
     deepspeed,
@@ -24,19 +24,23 @@ from polyshard.adapters.deepspeed.compat import (
     skip_infinite_gradients,
     zero_fragments,
 )
-from polyshard.adapters.deepspeed.context import Mpu
+from polyshard.adapters.deepspeed.context import Mpu, check_accelerator
+from polyshard.adapters.deepspeed.pipeline import SETTINGS as PIPELINE_SETTINGS
+from polyshard.adapters.deepspeed.pipeline import DeepspeedPipeline, check_pipeline
+from polyshard.adapters.deepspeed.pipeline_compat import accumulated_gradient, reduce_gradients, take_step
 from polyshard.adapters.deepspeed.settings import (
-    autocast_settings,
     check_config,
     check_precision,
+    engine_settings,
     with_offload,
     zero_settings,
 )
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
-from polyshard.adapters.shared.grad_norm import clip_factor, counted_parts, counted_square
+from polyshard.adapters.shared.grad_norm import counted_parts, scale_gradients, unsharded_norm
 from polyshard.adapters.shared.offload import Offload, check_offload
 from polyshard.adapters.shared.quiet import printing_as_log
+from polyshard.adapters.shared.tied_weights import copy_from_owners, sum_over_copies
 from polyshard.adapters.shared.weights import check_shard
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, replica_axis
@@ -45,6 +49,7 @@ from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, replica
 from polyshard.core.precision import Precision
 from polyshard.layers.forward_gradients import mark_gathered_per_call
 from polyshard.training.compile import Compile
+from polyshard.training.pipeline_step import PipelineStep
 from polyshard.training.recompute import Recompute
 from polyshard.training.schedule import SchedulerFactory
 
@@ -97,7 +102,7 @@ class DeepspeedEngine(BaseEngine):
             raise ConfigurationError(f"zero_stage must be 0, 1, 2 or 3, got {zero_stage!r}")
         check_config(config or {})
         zero = zero_settings(zero_stage, config or {}, compile is not False)
-        _check_accelerator(context.device)
+        check_accelerator(context.device)
         super().__init__(
             model,
             context,
@@ -109,34 +114,32 @@ class DeepspeedEngine(BaseEngine):
             compile=compile,
         )
         check_precision(self.precision, zero_stage, config or {})
+        model = self._module
         self._stage = zero_stage
+        self._pipeline: DeepspeedPipeline | None = None
+        if self._stages is not None:
+            check_pipeline(self._stages, zero_stage, offload, config or {})
+            copy_from_owners(dict(model.named_parameters()), self.model_weights, context)
+            self._pipeline = DeepspeedPipeline(self._stages, context)
         self._norm: torch.Tensor | None = None  # of the step under way, at stage 0
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        settings = {
-            "train_micro_batch_size_per_gpu": 1,  # only the unit of DeepSpeed's throughput log
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": max_grad_norm or 0.0,
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 10**12,
-            **autocast_settings(self.precision),
-            **(config or {}),
-            "zero_optimization": zero,
-        }
+        settings = engine_settings(max_grad_norm, self.precision, zero, config or {})
+        if self._pipeline is not None:
+            settings = {**settings, **PIPELINE_SETTINGS}
         if check_offload(offload, context.device, zero_stage > 0, "zero_stage 1 to 3"):
             settings = with_offload(settings, context.device)
         forget_autocast()
         with self._guard("data parallel setup"), printing_as_log(logger, "DeepSpeed"):
             initialize: Any = deepspeed.initialize
             self._wrapped, self.optimizer, _, _ = initialize(
-                model=model,
+                model=model if self._pipeline is None else self._pipeline.module,
                 model_parameters=[p for p in model.parameters() if p.requires_grad],
                 optimizer=self._build(optimizer, model.named_parameters(), held="flat" if zero_stage else "whole"),
                 config=settings,
-                mpu=Mpu(context),
+                mpu=Mpu(context) if self._pipeline is None else None,  # a PipelineModule has its own
                 dist_init_required=False,
             )
         self._start_rate()
-        axis = context.axis("tensor")
         if zero_stage == 3:
             mark_gathered_per_call(model.parameters())
         if zero_stage:
@@ -145,14 +148,22 @@ class DeepspeedEngine(BaseEngine):
                 self.optimizer,
                 zero_stage,
                 dict(model.named_parameters()),
-                lambda name, values, start: counted_parts(self.table[name], values, start, axis.rank, axis.size),
-                (replica_axis(context).group, axis.group),
+                self._counted_parts,
+                [axis.group for axis in (replica_axis(context), context.axis("tensor"), context.axis("pipeline"))],
             )
         else:
             self._wrapped.clip_fp32_gradients = self._clip
 
+    _pipeline_has_fixed_shapes = False
+
+    def _run_pipeline(self, step: PipelineStep, *, backward: bool) -> None:
+        """Run DeepSpeed's schedule; `step` of the engine averages the gradients over the replicas."""
+        assert self._pipeline is not None
+        self._pipeline.run(self._wrapped, step, backward=backward)
+
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients of `loss`, averaged over the replicas."""
+        self._refuse_in_pipeline("the engine's backward pass")
         with self._guard("data backward"):
             self._wrapped.backward(loss)
 
@@ -161,12 +172,20 @@ class DeepspeedEngine(BaseEngine):
         self.updates += 1
         with self._guard("data step"):
             self._generators.compare()
-            self._norm = self._unsharded_norm() if self._stage == 0 else None
+            if self._pipeline is not None:
+                copies = self.model_weights.holders
+                held = {name: p for name, p in self._module.named_parameters() if name in copies and p.requires_grad}
+                gradients = {name: accumulated_gradient(self._wrapped, p) for name, p in held.items()}
+                sum_over_copies(gradients, self.model_weights, self.context)
+                reduce_gradients(self._wrapped)
+            if self._stage == 0:  # DeepSpeed clips there, but keeps no norm
+                named = self._module.named_parameters()
+                self._norm = unsharded_norm(named, self.table, self.context, self.model_weights.owned)
             if self._norm is not None and not math.isfinite(float(self._norm)):
                 skipped = True  # at stage 0 DeepSpeed checks float16 alone
                 self.zero_grad()
             else:
-                self._wrapped.step()
+                (self._wrapped.step if self._pipeline is None else partial(take_step, self._wrapped))()
                 skipped = bool(getattr(self.optimizer, "overflow", False))
             norm = self._wrapped.get_global_grad_norm() if self._norm is None else self._norm
         value = None if norm is None else float(norm)
@@ -183,6 +202,7 @@ class DeepspeedEngine(BaseEngine):
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Return a context manager for all micro-batches except the last."""
+        self._refuse_in_pipeline("accumulate()")
         return self._without_boundary()
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -262,23 +282,13 @@ class DeepspeedEngine(BaseEngine):
     def _clip(self) -> None:
         """Clip at stage 0, where DeepSpeed's own norm counts shared KV heads several times."""
         assert self._norm is not None
-        assert self._max_grad_norm is not None
-        factor = clip_factor(self._norm, self._max_grad_norm)
-        for parameter in self._module.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor)
+        scale_gradients(self._module.parameters(), self._norm, self._max_grad_norm)
 
-    def _unsharded_norm(self) -> torch.Tensor:
-        """Return the gradient norm at stage 0, where DeepSpeed clips but does not keep the norm."""
+    def _counted_parts(self, name: str, values: torch.Tensor, start: int) -> list[torch.Tensor]:
+        """Return the parts of a gradient that count on this rank; another stage counts a weight that is tied to it."""
         axis = self.context.axis("tensor")
-        total = torch.zeros((), device=self.context.device)
-        for name, parameter in self._module.named_parameters():
-            if parameter.grad is not None:
-                total = total + counted_square(parameter.grad, self.table[name].layout, axis.rank, axis.size)
-        if axis.size > 1:
-            assert axis.collectives is not None
-            total = axis.collectives.all_reduce(total)
-        return total.sqrt()
+        owned = name in self.model_weights.owned
+        return counted_parts(self.table[name], values, start, axis.rank, axis.size) if owned else []
 
     @contextmanager
     def _without_boundary(self) -> Iterator[None]:
@@ -287,13 +297,3 @@ class DeepspeedEngine(BaseEngine):
             yield
         finally:
             self._wrapped.set_gradient_accumulation_boundary(True)
-
-
-def _check_accelerator(device: torch.device) -> None:
-    """Raise `ConfigurationError` if DeepSpeed would move the model to another device."""
-    found = accelerator()
-    if found != device.type:
-        raise ConfigurationError(
-            f"DeepSpeed computes on {found} in this process, but this rank on {device}: it chooses the device "
-            f"when it is imported. Start with DS_ACCELERATOR={device.type}, or initialize(..., device={found!r})"
-        )

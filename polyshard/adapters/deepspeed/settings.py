@@ -60,6 +60,29 @@ def zero_settings(stage: int, config: Mapping[str, Any], compiles: bool) -> dict
     return {**fields, "stage": stage}
 
 
+def engine_settings(
+    max_grad_norm: float | None, precision: Precision, zero: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return DeepSpeed's configuration of an engine.
+
+    Args:
+        max_grad_norm: None does not clip.
+        precision: of the run.
+        zero: from `zero_settings`.
+        config: the user's further fields.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # only the unit of DeepSpeed's throughput log
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm or 0.0,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**12,
+        **autocast_settings(precision),
+        **config,
+        "zero_optimization": zero,
+    }
+
+
 def with_offload(settings: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """Return settings with ZeRO-Offload of the optimizer to the CPU, which torch's optimizer updates."""
     offload = {"device": "cpu", "pin_memory": device.type != "cpu"}

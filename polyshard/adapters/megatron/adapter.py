@@ -28,7 +28,7 @@ CAPABILITIES = Capabilities(
         "zero1": YES,
         "zero2": no("never", "Megatron's optimizer shards at stage 1; beyond that it has its FSDP"),
         "zero3": no("never", "Megatron's optimizer shards at stage 1; beyond that it has its FSDP"),
-        "pipeline": no("notimpl", "its schedules are not wired up"),
+        "pipeline": YES,
         "context": YES,
         "expert": no("notimpl", "its expert groups are not wired up: experts are replicated over the data axis"),
         "casts": no("never", "Megatron keeps masters of bfloat16 parameters instead"),

@@ -11,7 +11,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +34,6 @@ with warnings.catch_warnings(record=True) as _warned, printing_as_log(logger, "M
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
-    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy as _cross_entropy
 for _warning in _warned:
@@ -55,7 +54,6 @@ __all__ = [
     "group_overrides",
     "layer_config",
     "optimizer_part",
-    "process_groups",
     "sequence_parallel_state",
     "skip_infinite_gradients",
     "vocab_parallel_cross_entropy",
@@ -96,19 +94,6 @@ def vocab_parallel_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, gr
         return loss(logits, targets)
     finally:
         state._TENSOR_MODEL_PARALLEL_GROUP = previous
-
-
-def process_groups(tensor: Any, data: Any, one: Any, world: Any) -> ProcessGroupCollection:
-    """Return the groups that DDP and the optimizer need, without `initialize_model_parallel` and its globals."""
-    groups = {
-        **dict.fromkeys(("tp", "mp", "tp_ep_pp", "expt_tp", "tp_ep", "tp_cp"), tensor),
-        **dict.fromkeys(("dp", "dp_cp", "expt_dp", "intra_dp_cp", "intra_expt_dp"), data),
-        **dict.fromkeys(("pp", "ep", "cp", "gtp_remat", "expt_gtp_remat"), one),
-        "intra_dist_opt": world,
-        "tp_dp_cp": world,
-    }
-    known = {field.name for field in fields(ProcessGroupCollection)}
-    return ProcessGroupCollection(**{name: group for name, group in groups.items() if name in known})
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,16 @@ import torch.distributed as dist
 from torch import nn
 
 from polyshard.adapters.megatron import compat
-from polyshard.adapters.megatron.adapter import CAPABILITIES
+from polyshard.adapters.megatron.model_groups import ModelGroups
 from polyshard.adapters.megatron.optimizer import own_optimizer
+from polyshard.adapters.megatron.pipeline import MegatronPipeline
+from polyshard.adapters.megatron.pipeline_compat import process_groups
+from polyshard.adapters.megatron.settings import check_precision, checked_ddp_options
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
 from polyshard.adapters.shared.grad_norm import counted_parts
-from polyshard.adapters.shared.options import checked_options
 from polyshard.adapters.shared.parameter_groups import check_patterns
+from polyshard.adapters.shared.tied_weights import copy_from_owners, sum_over_copies
 from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, replica_axis
@@ -29,7 +32,9 @@ from polyshard.core.errors import ConfigurationError
 from polyshard.core.parameter_groups import group_settings
 from polyshard.core.pieces import MASTER, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision
+from polyshard.core.stages import Stages
 from polyshard.training.compile import Compile
+from polyshard.training.pipeline_step import PipelineStep
 from polyshard.training.recompute import Recompute
 from polyshard.training.schedule import SchedulerFactory
 
@@ -80,7 +85,7 @@ class MegatronEngine(BaseEngine):
         if zero_stage not in (0, 1):
             raise ConfigurationError(f"zero_stage must be 0 or 1, got {zero_stage!r}")
         own = own_optimizer(optimizer, zero_stage)
-        overlap = _checked_options(ddp_options)
+        overlap = checked_ddp_options(ddp_options)
         super().__init__(
             model,
             context,
@@ -91,12 +96,15 @@ class MegatronEngine(BaseEngine):
             scheduler=scheduler,
             compile=compile,
         )
-        _check_precision(self.precision)
-        parameters = self.precision.parameters
-        groups = compat.process_groups(
+        check_precision(self.precision)
+        model, parameters = self._module, self.precision.parameters
+        self._groups = ModelGroups.of(context)
+        groups = process_groups(
             context.get_tensor_parallel_group(),
             replica_axis(context).group,
             context.get_pipeline_parallel_group(),
+            self._groups.model,
+            self._groups.one,
             dist.group.WORLD,
         )
         sharded = zero_stage == 1
@@ -128,13 +136,20 @@ class MegatronEngine(BaseEngine):
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }
-        chosen = {model.get_parameter(entry.parameter): self._settings.get(entry.name) for entry in self.table.values()}
+        chosen = {p: self._settings.get(self.table[name].name) for name, p in model.named_parameters()}
+        self._pipeline: MegatronPipeline | None = None
+        if self._stages is not None:
+            self._pipeline = self._start_pipeline(self._stages, config, groups)
         with self._guard("data parallel setup"), compat.cuda_as_cpu(self.context.device):
             wrap: Any = compat.DistributedDataParallel  # typed for TransformerConfig; layer_config suffices
-            self._wrapped = wrap(config=config, ddp_config=ddp_config, module=model, pg_collection=groups)
+            self._chunks: list[Any] = [
+                wrap(config=config, ddp_config=ddp_config, module=module, pg_collection=groups)
+                for module in ([model] if self._pipeline is None else self._pipeline.modules)
+            ]
+            self._wrapped = self._chunks[0]
             self.optimizer = compat.get_megatron_optimizer(
                 settings,
-                [self._wrapped],
+                self._chunks,
                 config_overrides=compat.group_overrides(chosen, own.lr),
                 use_gloo_process_groups=False,
                 pg_collection=groups,
@@ -143,7 +158,7 @@ class MegatronEngine(BaseEngine):
         compat.skip_infinite_gradients(self.optimizer)
         compat.count_gradients(
             self.optimizer,
-            dict(model.named_parameters()),
+            {name: p for name, p in model.named_parameters() if name in self.model_weights.owned},
             lambda name, values, start: counted_parts(self.table[name], values, start, axis.rank, axis.size),
         )
         for group in self.optimizer.param_groups:
@@ -152,8 +167,28 @@ class MegatronEngine(BaseEngine):
         self._start_rate(own.lr)
         self.zero_grad()
 
+    def _start_pipeline(self, stages: Stages, config: Any, groups: Any) -> MegatronPipeline:
+        """Prepare the stages for Megatron's schedules, before its buffers take the parameters."""
+        parameters: dict[str, Any] = dict(stages.named_parameters())
+        copy_from_owners(parameters, self.model_weights, self.context)
+        for name in self.model_weights.holders.keys() & parameters.keys():
+            # A bucket of its own: DistributedOptimizer then shards every copy in the same way.
+            parameters[name].shared_embedding = True
+        exact = self.context.exact
+        dtype = None if exact is None else exact.compute_dtype
+        return MegatronPipeline(stages, self.context, config, groups, dtype or self.precision.parameters)
+
+    _pipeline_has_fixed_shapes = False
+
+    def _run_pipeline(self, step: PipelineStep, *, backward: bool) -> None:
+        """Run Megatron's schedule; `step` of the engine averages the gradients over the replicas."""
+        assert self._pipeline is not None
+        scale = self.optimizer.scale_loss if self.precision.scales_loss else None
+        self._pipeline.run(self._chunks, step, backward=backward, scale=scale)
+
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients in Megatron's buffers (`main_grad`); `grad` stays None."""
+        self._refuse_in_pipeline("the engine's backward pass")
         if self.precision.scales_loss:
             loss = self.optimizer.scale_loss(loss)
         super().backward(loss)
@@ -163,7 +198,9 @@ class MegatronEngine(BaseEngine):
         self.updates += 1
         with self._guard("data step"), compat.cuda_as_cpu(self.context.device):
             self._generators.compare()
-            self._wrapped.finish_grad_sync()
+            for chunk in self._chunks:
+                chunk.finish_grad_sync()
+            self._sum_tied_gradients()
             updated, norm, _ = self.optimizer.step()
         self.zero_grad()
         if not updated:
@@ -175,11 +212,13 @@ class MegatronEngine(BaseEngine):
 
     def zero_grad(self) -> None:
         """Clear accumulated gradients."""
-        self._wrapped.zero_grad_buffer()
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Return a context manager for all micro-batches except the last."""
+        self._refuse_in_pipeline("accumulate()")
         return self._wrapped.no_sync()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -224,6 +263,16 @@ class MegatronEngine(BaseEngine):
                     pieces.append(Piece(parameter=name, slot=slot, start=found.start, values=value.view(-1)))
         return self._state(pieces)
 
+    def close(self) -> None:
+        """Release the wrappers and the process group that the engine made."""
+        super().close()
+        self._groups.close()
+
+    def _sum_tied_gradients(self) -> None:
+        parameters: dict[str, Any] = dict(self._module.named_parameters())
+        gradients = {name: p.main_grad for name, p in parameters.items() if p.requires_grad}
+        sum_over_copies(gradients, self.model_weights, self.context)
+
     def _masters(self) -> Iterator[tuple[str, torch.Tensor, int]]:
         """Yield this rank's part of each master: name, values, and the position of the first in the shard."""
         base = compat.base_optimizer(self.optimizer)
@@ -234,39 +283,3 @@ class MegatronEngine(BaseEngine):
 
     def _base_optimizer(self) -> Any:
         return compat.base_optimizer(self.optimizer)
-
-
-def _checked_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    if (options or {}).get("overlap_param_gather"):
-        raise ConfigurationError(
-            "overlap_param_gather is unsupported: between a step and the next forward pass Megatron's weights would be "
-            "those before the step, and checkpoints and weight syncs would read them. Omit it; overlap_grad_reduce is "
-            "supported."
-        )
-    names = {"overlap_grad_reduce", "bucket_size", "pad_buckets_for_high_nccl_busbw"}
-    overlap = {"overlap_grad_reduce": False, **checked_options("ddp_options", options, names)}
-    if overlap.get("bucket_size") is not None and not overlap["overlap_grad_reduce"]:
-        raise ConfigurationError(
-            "bucket_size has no effect: Megatron makes one bucket without overlap_grad_reduce. Pass "
-            "overlap_grad_reduce=True, too."
-        )
-    return overlap
-
-
-def _check_precision(precision: Precision) -> None:
-    if precision.float8 is not None:
-        CAPABILITIES.require("float8")
-    if precision.casts:
-        raise ConfigurationError(
-            f"Megatron casts no parameters for computation: got compute={precision.compute_dtype} for parameters in "
-            f"{precision.parameters}. Build the model in {precision.compute_dtype}: Megatron keeps float32 masters."
-        )
-    if precision.parameters != torch.float32 and precision.optimizer != torch.float32:
-        raise ConfigurationError(
-            f"Megatron's optimizer updates float32 values: got optimizer={precision.optimizer}, expected torch.float32."
-        )
-    if precision.reduce not in (torch.float32, precision.parameters):
-        raise ConfigurationError(
-            f"Megatron reduces gradients in float32 or in the dtype of the parameters: got reduce={precision.reduce}, "
-            f"expected torch.float32 or {precision.parameters}."
-        )

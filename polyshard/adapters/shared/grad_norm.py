@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import cache
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.weight_sharding import WeightLayout
-from polyshard.core.weight_table import WeightEntry
+from polyshard.core.weight_table import WeightEntry, WeightTable
 from polyshard.weights.regions import Region, regions
 
 
@@ -67,6 +67,28 @@ def counted_parts(entry: WeightEntry, values: torch.Tensor, start: int, rank: in
 def _counted_regions(entry: WeightEntry, count: int, start: int, rank: int, size: int) -> tuple[Region, ...]:
     held = max(0, min(count, math.prod(entry.layout.local_shape(rank, size)) - start))
     return tuple(region for region in regions(entry, rank, size, start, start + held) if region.first)
+
+
+def unsharded_norm(
+    named: Iterable[tuple[str, nn.Parameter]], table: WeightTable, context: ParallelContext, owned: Collection[str]
+) -> torch.Tensor:
+    """Return the norm of the full model's gradient if all replicas hold it. A collective over tensor and pipeline axis.
+
+    Args:
+        named: this rank's parameters, with gradients.
+        table: their weight table.
+        context: the parallel context.
+        owned: the names that count; another pipeline stage counts a weight that is tied to it.
+    """
+    axis = context.axis("tensor")
+    total = torch.zeros((), device=context.device)
+    for name, parameter in named:
+        if parameter.grad is not None and name in owned:
+            total = total + counted_square(parameter.grad, table[name].layout, axis.rank, axis.size)
+    if axis.size > 1:
+        assert axis.collectives is not None
+        total = axis.collectives.all_reduce(total)
+    return over_stages(total, context).sqrt()
 
 
 def over_stages(square: torch.Tensor, context: ParallelContext) -> torch.Tensor:

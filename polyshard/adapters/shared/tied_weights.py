@@ -44,16 +44,31 @@ def sum_tied_gradients(
         context: the parallel context.
         local: gives this rank's part of a gradient.
     """
-    axis = context.axis("pipeline")
-    for name in sorted(weights.holders):
-        holders = weights.holders[name]
-        if axis.rank not in holders or name not in parameters or not parameters[name].requires_grad:
-            continue
-        with context.guard("pipeline tied gradients"), torch.no_grad():
-            parameter = parameters[name]
+    gradients: dict[str, torch.Tensor] = {}
+    for name in weights.holders.keys() & parameters.keys():
+        parameter = parameters[name]
+        if parameter.requires_grad:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            gradient = local(parameter.grad).detach()
+            gradients[name] = local(parameter.grad)
+    sum_over_copies(gradients, weights, context)
+
+
+def sum_over_copies(gradients: Mapping[str, torch.Tensor], weights: ModelWeights, context: ParallelContext) -> None:
+    """Replace each gradient of a tied weight by the sum over the weight's copies, in place. A collective.
+
+    Args:
+        gradients: by the names of this rank's parameters; all holders of a weight must pass its gradient.
+        weights: the weights of all stages.
+        context: the parallel context.
+    """
+    axis = context.axis("pipeline")
+    for name in sorted(weights.holders):  # one order on all ranks
+        holders = weights.holders[name]
+        if axis.rank not in holders or name not in gradients:
+            continue
+        with context.guard("pipeline tied gradients"), torch.no_grad():
+            gradient = gradients[name].detach()
             if axis.rank == holders[0]:
                 for other in holders[1:]:  # in one order
                     received = torch.empty_like(_on_wire(gradient, axis), memory_format=torch.contiguous_format)

@@ -1,0 +1,111 @@
+"""The pipelines of Megatron-Core and DeepSpeed train to the weights of one process, beside every other axis."""
+
+from functools import cache
+
+import pytest
+import torch
+from support.models.tiny import save_tiny
+from support.oracles import pipeline_training as oracle
+from support.workers.library_pipelines import LibraryCase, train
+
+from polyshard.testing import run_ranks
+
+ZERO_0 = {"zero_stage": 0}
+OVERLAP = {"ddp_options": {"overlap_grad_reduce": True, "bucket_size": 4096}}
+INTERLEAVED = "interleaved-1f1b"
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipelines") / "tied"
+    return str(save_tiny(folder, "llama", tie_word_embeddings=True, num_hidden_layers=4))
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    return str(save_tiny(tmp_path_factory.mktemp("pipelines") / "untied", "qwen3", num_hidden_layers=4))
+
+
+@cache
+def allowed(directory, kind):
+    """Four times as far from float64 as transformers in float32, which sums in another order; at least 1e-6."""
+    exact, rounded = (oracle.train(directory, kind, dtype)[2] for dtype in (torch.float64, torch.float32))
+    return max(1e-6, 4 * max(float((rounded[name] - exact[name]).abs().max()) for name in exact))
+
+
+def judge(cases, results):
+    for case in cases:
+        losses, norms, weights = oracle.train(case.directory, case.kind, torch.float64)
+        held = set()
+        for result in results:
+            got, evaluated, got_norms, got_weights = result[case.name]
+            assert got == pytest.approx(losses, rel=2e-6), case.name
+            assert evaluated == pytest.approx(got, rel=1e-6), case.name
+            assert got_norms == pytest.approx(norms, rel=1e-4), case.name
+            for name, weight in got_weights.items():
+                gap = float((weight.double() - weights[name]).abs().max())
+                assert gap <= allowed(case.directory, case.kind), f"{case.name}: {name} by {gap}"
+            held |= got_weights.keys()
+        assert held == weights.keys(), case.name
+        embeddings = [result[case.name][3].get("model.embed_tokens.weight") for result in results]
+        copies = [embedding for embedding in embeddings if embedding is not None]
+        assert all(torch.equal(copy, copies[0]) for copy in copies), f"{case.name}: copies of the embedding differ"
+
+
+def test_two_ranks(tied, untied):
+    def case(*args, **fields):
+        return LibraryCase.of(*args, **fields)
+
+    cases = [
+        case("megatron", "1f1b, no optimizer shards", untied, options=ZERO_0),
+        case("megatron", "interleaved, tied", tied, INTERLEAVED),
+        case("megatron", "uneven lengths, uneven stages", tied, kind="uneven", plan={"layers": (1, 3)}),
+        case("megatron", "uneven lengths, interleaved", tied, INTERLEAVED, kind="uneven", options=ZERO_0),
+        case("megatron", "ragged rows, the factory's own stage", tied, kind="ragged rows", built=False),
+        case("megatron", "recompute", tied, options={"recompute": "full", **ZERO_0}),
+        case("deepspeed", "zero 0", untied, options=ZERO_0),
+        case("deepspeed", "zero 1, tied", tied),
+        case("deepspeed", "uneven lengths, uneven stages", tied, kind="uneven", plan={"layers": (1, 3)}),
+        case("deepspeed", "ragged rows, the factory's own stage", tied, kind="ragged rows", built=False),
+        case("deepspeed", "recompute", tied, options={"recompute": "full", **ZERO_0}),
+    ]
+    judge(cases, run_ranks(train, 2, cases, timeout=300))
+
+
+def test_each_pair_of_axes(tied, untied):
+    def case(*args, **fields):
+        return LibraryCase.of(*args, **fields)
+
+    tensor, context = {"pipeline": 2, "tensor": 2}, {"pipeline": 2, "context": 2}
+    sequence = {**tensor, "sequence_parallel": True}
+    cases = [
+        case("megatron", "four stages", tied, sizes={"pipeline": 4}, options=ZERO_0),
+        case("megatron", "data, optimizer shards, tied", tied),
+        case("megatron", "data, overlapped, interleaved", untied, INTERLEAVED, options=OVERLAP),
+        case("megatron", "data, no optimizer shards", tied, options=ZERO_0),
+        case("megatron", "tensor, optimizer shards", tied, sizes=tensor),
+        case("megatron", "sequence, interleaved", tied, INTERLEAVED, sizes=sequence, options=ZERO_0),
+        case("megatron", "sequence, ragged rows", tied, sizes=sequence, options=ZERO_0, kind="ragged rows"),
+        case("megatron", "context", tied, sizes=context),
+        case("deepspeed", "four stages", tied, sizes={"pipeline": 4}, options=ZERO_0),
+        case("deepspeed", "data, zero 1, tied", tied),
+        case("deepspeed", "data, zero 0", tied, options=ZERO_0),
+        case("deepspeed", "tensor, zero 1", tied, sizes=tensor),
+        case("deepspeed", "tensor, zero 0, uneven lengths", tied, sizes=tensor, options=ZERO_0, kind="uneven"),
+        case("deepspeed", "context, zero 1", tied, sizes=context),
+    ]
+    judge(cases, run_ranks(train, 4, cases, timeout=300))
+
+
+def test_three_axes(tied):
+    def case(*args, **fields):
+        return LibraryCase.of(*args, **fields)
+
+    both = {"pipeline": 2, "tensor": 2}
+    cases = [
+        case("megatron", "data, tensor, interleaved", tied, INTERLEAVED, sizes=both),
+        case("megatron", "tensor, context", tied, sizes={**both, "context": 2}, options=ZERO_0),
+        case("deepspeed", "data, tensor", tied, sizes=both),
+        case("deepspeed", "tensor, context", tied, sizes={**both, "context": 2}, options=ZERO_0),
+    ]
+    judge(cases, run_ranks(train, 8, cases, timeout=300))
