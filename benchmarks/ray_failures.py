@@ -5,7 +5,7 @@
 Two trainer ranks and two vLLM engines are actors on two Ray machines (raylets of this one), the second of which has
 place for one rank. In each case SIGKILL goes to an engine, a trainer rank, or the raylet of the second machine, which
 another one replaces, a moment after the rollout, step, sync or save of the fourth step has begun. `continued_s` is the
-time until the next step is complete. `repeated` counts the steps that were done twice: those since the last state, which
+time until that step is complete. `repeated` counts the steps that were done twice: those since the last state, which
 is saved after every second step. `--check` exits with status 1 if a run did not end, or repeated more.
 """
 
@@ -23,8 +23,8 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-FOLDERS = [str(Path(__file__).resolve().parents[1] / name) for name in ("benchmarks", "examples", "tests")]
-sys.path[:0] = FOLDERS
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import support.engines  # noqa: F401  # environment variables, before vLLM is imported
 import torch
@@ -35,6 +35,7 @@ from support.models.tiny import save_tiny
 
 import polyshard as ps
 
+FOLDERS = [str(Path(__file__).resolve().parents[1] / name) for name in ("benchmarks", "examples", "tests")]
 TARGETS, PHASES = ("engine", "rank", "raylet"), ("rollout", "step", "sync", "save")
 STEPS, EVERY, KILL_AT = 6, 2, 4
 COLUMNS = ("target", "phase", "ended", "steps", "repeated", "continued_s")
@@ -123,7 +124,7 @@ def one_case(cluster: Any, directory: str, target: str, phase: str) -> dict[str,
             cluster.remove_node(node)
     steps = [event["step"] for event in events if event["event"] == "step"]
     killed = [event["time"] for event in events if event["event"] == "killed"]
-    after = [e["time"] for e in events if e["event"] == "step" and killed and e["time"] > killed[0]]
+    after = [e["time"] for e in events if e["event"] == "step" and e["step"] >= KILL_AT and killed]
     return {
         "target": target,
         "phase": phase,
