@@ -81,4 +81,4 @@ def test_a_skipped_example_says_what_it_needs():
         for line in path.read_text().splitlines():
             if "+SKIP" in line:
                 # Before the directive, since doctest reads everything after it as options.
-                assert re.search(r"# needs .*(vLLM|GPU|torchrun).*# doctest: \+SKIP", line), f"{path}: {line}"
+                assert re.search(r"# needs .*(vLLM|GPU|torchrun|Ray).*# doctest: \+SKIP", line), f"{path}: {line}"

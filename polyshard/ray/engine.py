@@ -54,8 +54,7 @@ class RayClient:
 
     Examples:
         >>> client = ps.ray_engine("model", "MyModel", name="first")  # needs Ray and vLLM  # doctest: +SKIP
-        >>> with ps.RolloutEngine(None, None, trainer, context, engines=[client]) as rollouts:  # doctest: +SKIP
-        ...     rollouts.sync()
+        >>> sync = ps.WeightSync(trainer, context, client)  # needs Ray and vLLM  # doctest: +SKIP
     """
 
     def __init__(self, actor: Any, name: str, timeout: float = 600.0) -> None:

@@ -9,6 +9,6 @@ REQUIREMENT = Requirement(
     module="ray",
     distributions=("ray",),
     tested=("2.60.0",),
-    supported=">=2.40,<3",
+    supported=">=2.60,<3",
     install="pip install 'polyshard[ray]'",
 )

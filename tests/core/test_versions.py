@@ -15,6 +15,7 @@ from polyshard.adapters.torch.float8 import TORCHAO
 from polyshard.core import requirement as module
 from polyshard.core.requirement import Requirement, UntestedVersionWarning
 from polyshard.lora.requirement import PEFT
+from polyshard.ray.requirement import REQUIREMENT as RAY
 from polyshard.transformers.replaced.requirement import TRANSFORMERS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -33,6 +34,7 @@ NEEDED = {name: ps.load_adapter(name).requirement for name in ps.adapter_names()
     "transformers": TRANSFORMERS,
     "peft": PEFT,
     "torchao": TORCHAO,
+    "ray": RAY,
 }
 
 

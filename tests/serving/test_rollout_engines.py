@@ -87,6 +87,8 @@ def logprobs_of(model, answer):
 
 def test_a_sync_interrupts_completions_and_an_engine_dies(directory, server):
     """Each token's log-probability is that of the weights that its version names, also behind an interruption."""
+    from vllm import SamplingParams
+
     context = ps.initialize("torch")
     ps.register_model("Rolled", decoder.build_model)
     config = ps.read_config(directory)
@@ -121,10 +123,13 @@ def test_a_sync_interrupts_completions_and_an_engine_dies(directory, server):
     torch.manual_seed(0)
     with engine(directory, "Rolled", weight_transfer_config={"backend": "polyshard"}) as llm:
         near, far = ps.LlmClient(llm, "near"), ps.HttpClient(server, "far", timeout=60)
+        left = SamplingParams(max_tokens=200, ignore_eos=True, detokenize=False)  # of a trainer that died
+        llm.llm_engine.add_request("left", {"prompt_token_ids": [1, 2, 3]}, left)
         with ps.RolloutEngine(None, None, model, context, engines=[near, far], sync_timeout=30) as rollouts:
             with pytest.raises(ps.ConfigurationError, match="no weights of this trainer. Call sync first"):
                 ask(0)
             change()
+            assert not near.unfinished()
             ask(1)
             time.sleep(0.3)  # some tokens of each completion
             change()

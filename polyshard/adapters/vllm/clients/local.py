@@ -29,7 +29,7 @@ class LlmClient:
 
     Examples:
         >>> client = LlmClient(llm, "first")  # needs vLLM  # doctest: +SKIP
-        >>> sync = ps.WeightSync(trainer, context, client)  # over the network  # doctest: +SKIP
+        >>> sync = ps.WeightSync(trainer, context, client)  # needs vLLM  # doctest: +SKIP
     """
 
     host = "127.0.0.1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -76,6 +77,8 @@ class EnginePool:
     def sync(self, version: str) -> SyncReport:
         """Interrupt all engines, send the weights, and go on with the completions that were interrupted.
 
+        Requests of others in an engine that takes part for the first time are aborted.
+
         Raises:
             EngineFailureError: no engine is left.
         """
@@ -83,6 +86,7 @@ class EnginePool:
         self._on_first(lambda: dispatcher.interrupt() if dispatcher else None)
         self._note_lost()
         self._readmit()
+        self._on_first(lambda: self._abort_leftovers(dispatcher) if dispatcher else None)
         while True:
             if not self._sync.engines:
                 self._await_engine()
@@ -147,6 +151,14 @@ class EnginePool:
             assert self._version is not None
             self.sync(self._version if self._changes() == self._synced else f"{self._version}+")
         return self._ranks.broadcast([[_rollout(job) for job in group] for group in batch])
+
+    def _abort_leftovers(self, dispatcher: Dispatcher) -> None:
+        """Abort the requests that a trainer which died has left in engines that this one has not used yet."""
+        for name in self._sync.engines:
+            if name not in dispatcher.engines:
+                client = self._clients[name]
+                with contextlib.suppress(ConnectionError, RuntimeError):  # the sync reports it
+                    client.abort(client.unfinished())
 
     def _note_lost(self) -> None:
         """Tell all ranks which engines the first rank has lost."""
