@@ -63,7 +63,8 @@ class TorchExperts(nn.Module):
         # Not bincount, which waits for the device.
         counts = torch.zeros(self.bank.num_experts, dtype=torch.int64, device=x.device)
         counts.scatter_add_(0, experts.reshape(-1), torch.ones_like(order))
-        rows = x[order.div(per_token, rounding_mode="floor")]
+        slots = _inverse(order)
+        rows = _Dispatch.apply(x, order, slots, per_token)
         if self.bank.scale_input:
             rows = rows * weights.reshape(-1, 1)[order].to(rows.dtype)
         outputs = self._outputs if self.products is None else self.products
@@ -72,8 +73,7 @@ class TorchExperts(nn.Module):
         else:
             exchange = Exchange.of(counts, self.expert_axis, self.guard)
             y = exchange.back(outputs(exchange.to_experts(rows), exchange.counts))
-        slots = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        y = y[slots].view(tokens, per_token, -1)
+        y = _Permute.apply(y, slots, order).view(tokens, per_token, -1)
         y = y.to(weights.dtype)
         if self.products is not None:
             return _added_in_order(y, weights).to(x.dtype)
@@ -177,17 +177,49 @@ class Exchange:
 
     def to_experts(self, rows: torch.Tensor) -> torch.Tensor:
         """Send rows `[sent, hidden]` to the ranks of their experts; return those of this rank's, sorted by expert."""
-        return self._move(rows, self.sent, self.received)[self.order]
+        return _Permute.apply(self._move(rows, self.sent, self.received), self.order, _inverse(self.order))
 
     def back(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the experts' outputs to the ranks of the tokens, in the order of `to_experts`' argument."""
-        place = torch.empty_like(self.order).scatter_(
-            0, self.order, torch.arange(len(self.order), device=self.order.device)
-        )
-        return self._move(rows[place], self.received, self.sent)
+        return self._move(_Permute.apply(rows, _inverse(self.order), self.order), self.received, self.sent)
 
     def _move(self, rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
         return _AllToAll.apply(rows, sent, received, self.axis, self.guard)
+
+
+def _inverse(order: torch.Tensor) -> torch.Tensor:
+    """Return the inverse of a permutation."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order; torch's backward of an index would add them up one by one, since they might repeat."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradients[0].index_select(0, inverse), None, None
+
+
+class _Dispatch(torch.autograd.Function):
+    """The row of each token for each of its slots, sorted by expert: `[tokens, hidden]` to `[slots, hidden]`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, per_token: int) -> torch.Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.per_token = per_token
+        return x.index_select(0, order.div(per_token, rounding_mode="floor"))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        by_token = gradients[0].index_select(0, inverse).unflatten(0, (-1, ctx.per_token))
+        return by_token.sum(1), None, None, None
 
 
 class _AllToAll(torch.autograd.Function):
