@@ -13,8 +13,10 @@ from typing_extensions import override
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import AdapterError, ConfigurationError, LayoutError
 from polyshard.core.exact_mode import ExactMode, Matmul
+from polyshard.core.experts import ExpertBank
 from polyshard.core.linear_adapter import adapter_with, name_of
 from polyshard.core.weight_sharding import WeightLayout, qkv_segments
+from polyshard.exact.experts import make_exact
 from polyshard.exact.matmul import exact_matmul
 from polyshard.exact.norm import ExactRMSNorm
 from polyshard.exact.reduction import sum_in_order
@@ -214,6 +216,12 @@ class ExactLinearAdapter:
             raise AdapterError(f"{name_of(self.inner)} has no row-parallel layers")
         layer = create(input_size, output_size, parallel_context, bias=bias)
         return self._built(ExactRowParallelLinear(_owner(layer), parallel_context, self._exact))
+
+    def create_experts(self, bank: ExpertBank, parallel_context: ParallelContext) -> nn.Module:
+        """Create the experts of a mixture of experts."""
+        experts = adapter_with(self.inner, "create_experts").create_experts(bank, parallel_context)
+        make_exact(experts, bank, parallel_context, self._exact)
+        return self._built(experts)
 
     def create_vocab_embedding(
         self, num_embeddings: int, embedding_dim: int, parallel_context: ParallelContext

@@ -83,7 +83,7 @@ def mixture_of_experts(
     Raises:
         LayoutError: the experts or their size cannot be divided by the size of their axis.
         ConfigurationError: the router does not fit the experts.
-        AdapterError: the context is in exact mode.
+        AdapterError: the context is in exact mode, which does not support this router or these experts.
 
     Examples:
         >>> context = ps.initialize("torch")
@@ -93,10 +93,10 @@ def mixture_of_experts(
     """
     router = router or Router()
     router.check(num_experts, experts_per_token)
-    if parallel_context.exact is not None:
+    if parallel_context.exact is not None and (router.score != "softmax" or router.dtype or (shared and shared.gated)):
         raise AdapterError(
-            "exact mode does not support a mixture of experts (notimpl): its experts have no batch-invariant matrix "
-            "product yet. Leave out exact=True."
+            "exact mode does not support this router (notimpl): got a score other than softmax, a dtype of its own, or "
+            "a gate of shared experts. torch's sigmoid rounds an element by its place in memory. Leave out exact=True."
         )
     bank = ExpertBank(
         hidden_size=hidden_size,
@@ -145,7 +145,7 @@ class MixtureOfExperts(nn.Module):
         self.bank, self.rule, self.balance, self.context = bank, router, balance, context
         self.experts_per_token = experts_per_token
         self._gate, self._shared = router_name, shared
-        self.add_module(router_name, Gate(bank.hidden_size, bank.num_experts, router, context))
+        self.add_module(router_name, _gate(bank, router, context))
         self.experts = adapter.create_experts(bank, context)
         attach_expert_layouts(self.experts, bank, context)
         if shared is not None:
@@ -159,15 +159,20 @@ class MixtureOfExperts(nn.Module):
         self.observed = Observed()
 
     @property
-    def matrix(self) -> Gate:
+    def matrix(self) -> nn.Module:
         """The router's matrix and biases."""
         return getattr(self, self._gate)
+
+    @property
+    def correction(self) -> torch.Tensor | None:
+        """The bias on the router's scores for the choice, float32 `[experts]`; None without one."""
+        return getattr(self.matrix, "e_score_correction_bias", None)
 
     def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
         """Return the sum of the experts' outputs for each token, `[..., hidden]`, in the shape of the input."""
         tokens = x.reshape(-1, x.shape[-1])
         logits = self.matrix(tokens)
-        routing = self.rule.route(logits, self.experts_per_token, self.matrix.correction, self._replayed(tokens))
+        routing = self.rule.route(logits, self.experts_per_token, self.correction, self._replayed(tokens))
         if self.records:
             self.recorded = routing.experts
         if self.training:
@@ -207,15 +212,6 @@ class Gate(nn.Module):
         if context.initialize_weights:
             nn.init.uniform_(self.weight, -bound, bound)
         self.bias = nn.Parameter(torch.zeros(num_experts, device=context.device)) if router.bias else None
-        self.e_score_correction_bias = None
-        if router.correction_bias:
-            zeros = torch.zeros(num_experts, dtype=torch.float32, device=context.device)
-            self.e_score_correction_bias = nn.Parameter(zeros, requires_grad=False)
-
-    @property
-    def correction(self) -> torch.Tensor | None:
-        """The bias on the scores for the choice."""
-        return self.e_score_correction_bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits, in the router's dtype."""
@@ -227,6 +223,17 @@ class Gate(nn.Module):
             return F.linear(x, weight, bias)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(self.dtype), weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
+
+
+def _gate(bank: ExpertBank, router: Router, context: ParallelContext) -> nn.Module:
+    """Return the router's matrix; in exact mode, with the server's matrix product."""
+    gate: Any = Gate(bank.hidden_size, bank.num_experts, router, context)
+    if context.exact is not None:
+        gate = context.exact.replicated_linear(gate, context)
+    if router.correction_bias:
+        zeros = torch.zeros(bank.num_experts, dtype=torch.float32, device=context.device)
+        gate.e_score_correction_bias = nn.Parameter(zeros, requires_grad=False)
+    return gate
 
 
 class _SharedMLP(nn.Module):

@@ -234,13 +234,13 @@ def update_router_bias(model: nn.Module, parallel_context: ParallelContext) -> N
         >>> layer = ps.mixture_of_experts(16, 32, 8, 2, context, router=router, balance=ps.Balance(bias_rate=0.001))
         >>> _ = layer(torch.randn(5, 16))
         >>> ps.update_router_bias(layer, context)
-        >>> layer.gate.correction.abs().max()
+        >>> layer.correction.abs().max()
         tensor(0.0010)
     """
     for name, layer in expert_layers(model):
         if not layer.balance.bias_rate:
             continue
-        bias = layer.matrix.correction
+        bias = layer.correction
         if bias is None:
             raise ConfigurationError(
                 f"{name or 'the layer'} has Balance.bias_rate, but no bias. Set Router(correction_bias=True)."

@@ -21,7 +21,7 @@ class Router:
     |---|---|
     | Mixtral, Qwen3-MoE with `norm_topk_prob` | `Router(normalize=True)` |
     | OLMoE, Qwen2-MoE | `Router()` |
-    | DeepSeek-V3, GLM-4 | `Router(score="sigmoid", normalize=True, correction_bias=True, groups=8, chosen_groups=4, scale=2.5, dtype=torch.float32)` |
+    | DeepSeek-V3 | `Router(score="sigmoid", normalize=True, correction_bias=True, groups=8, chosen_groups=4, scale=2.5, dtype=torch.float32)` |
     | Llama 4 | `Router(score="sigmoid", scale_input=True)`, one expert per token |
     | gpt-oss | `Router(score="softmax_of_chosen", bias=True)` |
 
@@ -134,7 +134,10 @@ class Router:
                 experts = choice.topk(experts_per_token, dim=-1).indices
         weights = scores.gather(1, experts)
         if self.normalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if self.score == "sigmoid" else 0.0))
+            total, *rest = weights.unbind(-1)
+            for weight in rest:  # one by one, not in an order of a reduction's own
+                total = total + weight
+            weights = weights / (total.unsqueeze(-1) + (1e-20 if self.score == "sigmoid" else 0.0))
         return Routing(weights=weights * self.scale if self.scale != 1.0 else weights, experts=experts)
 
     def _within_groups(self, choice: torch.Tensor) -> torch.Tensor:

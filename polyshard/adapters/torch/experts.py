@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,7 +31,13 @@ class TorchExperts(nn.Module):
 
     Under sequence parallel, `x` and the result are this rank's tokens; else they are equal on all tensor-parallel
     ranks. No token is dropped.
+
+    Attributes:
+        products: `(rows, counts) -> outputs` of this rank's experts, complete on all tensor-parallel ranks, which exact
+            mode sets; None for this module's own.
     """
+
+    products: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
     def __init__(self, bank: ExpertBank, context: ParallelContext) -> None:
         super().__init__()
@@ -46,7 +53,9 @@ class TorchExperts(nn.Module):
     def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         weights, experts = routing.weights, routing.experts
         enter = partial(gather_sequence, dim=0) if self.sequence_parallel else copy_to_region
-        x, weights = enter(x, self.tensor_axis), enter(weights, self.tensor_axis)
+        x = enter(x, self.tensor_axis)
+        if self.products is None:  # else the outputs are complete where the weights multiply them
+            weights = enter(weights, self.tensor_axis)
         if self.sequence_parallel and self.tensor_axis.collectives is not None:
             experts = self.tensor_axis.collectives.all_gather(experts, 0)
         tokens, per_token = experts.shape
@@ -54,17 +63,20 @@ class TorchExperts(nn.Module):
         # Not bincount, which waits for the device.
         counts = torch.zeros(self.bank.num_experts, dtype=torch.int64, device=x.device)
         counts.scatter_add_(0, experts.reshape(-1), torch.ones_like(order))
-        rows = x[order.div(per_token, rounding_mode="floor")]
+        slots = _inverse(order)
+        rows = _Dispatch.apply(x, order, slots, per_token)
         if self.bank.scale_input:
             rows = rows * weights.reshape(-1, 1)[order].to(rows.dtype)
+        outputs = self._outputs if self.products is None else self.products
         if self.expert_axis.size == 1:
-            y = self._outputs(rows, counts)
+            y = outputs(rows, counts)
         else:
             exchange = Exchange.of(counts, self.expert_axis, self.guard)
-            y = exchange.back(self._outputs(exchange.to_experts(rows), exchange.counts))
-        slots = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        y = y[slots].view(tokens, per_token, -1)
+            y = exchange.back(outputs(exchange.to_experts(rows), exchange.counts))
+        y = _Permute.apply(y, slots, order).view(tokens, per_token, -1)
         y = y.to(weights.dtype)
+        if self.products is not None:
+            return _added_in_order(y, weights).to(x.dtype)
         combined = y.sum(1) if self.bank.scale_input else (y * weights.unsqueeze(-1)).sum(1)
         combined = combined.to(x.dtype)
         if self.sequence_parallel:
@@ -75,20 +87,21 @@ class TorchExperts(nn.Module):
         """Return the outputs of this rank's experts for rows that are sorted by expert."""
         bank, stacked = self.bank, self.bank.storage.stacked is not None
         multiply = partial(grouped_matmul, counts=counts)
-        gate_up, down = self._weight("gate_up", rows), self._weight("down", rows)
+        gate_up, down = self.weight_for("gate_up", rows), self.weight_for("down", rows)
         hidden = multiply(rows, gate_up if stacked else gate_up.transpose(1, 2))
         if bank.bias:
-            hidden = hidden + self._weight("gate_up_bias", rows).repeat_interleave(counts, 0, output_size=len(rows))
+            hidden = hidden + self.weight_for("gate_up_bias", rows).repeat_interleave(counts, 0, output_size=len(rows))
         if bank.storage.interleaved:
             hidden = torch.cat((hidden[..., ::2], hidden[..., 1::2]), dim=-1)
         y = multiply(_activated(hidden, bank.activation), down if stacked else down.transpose(1, 2))
         if bank.bias:
             # Added once, though the outputs are summed over the tensor axis.
-            bias = self._weight("down_bias", rows) if self.tensor_axis.rank == 0 else None
+            bias = self.weight_for("down_bias", rows) if self.tensor_axis.rank == 0 else None
             y = y if bias is None else y + bias.repeat_interleave(counts, 0, output_size=len(rows))
         return y
 
-    def _weight(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+    def weight_for(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Return a parameter in the dtype in which rows are computed, with the gradient of expert parallel."""
         weight = getattr(self, name)
         dtype = rows.dtype
         if torch.is_autocast_enabled(rows.device.type):
@@ -105,6 +118,14 @@ class TorchExperts(nn.Module):
             f"experts={self.bank.num_experts}, hidden={self.bank.hidden_size}, size={self.bank.expert_size}, "
             f"expert_parallel={expert.rank}/{expert.size}, tensor_parallel={tensor.rank}/{tensor.size}"
         )
+
+
+def _added_in_order(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the weighted sum over slots of `[tokens, slots, hidden]`, added one by one: no reduction's own order."""
+    total, *rest = (slot * weight.unsqueeze(-1) for slot, weight in zip(y.unbind(1), weights.unbind(1)))
+    for part in rest:
+        total = total + part
+    return total
 
 
 def _activated(hidden: torch.Tensor, activation: str | ClampedSwiglu) -> torch.Tensor:
@@ -156,17 +177,49 @@ class Exchange:
 
     def to_experts(self, rows: torch.Tensor) -> torch.Tensor:
         """Send rows `[sent, hidden]` to the ranks of their experts; return those of this rank's, sorted by expert."""
-        return self._move(rows, self.sent, self.received)[self.order]
+        return _Permute.apply(self._move(rows, self.sent, self.received), self.order, _inverse(self.order))
 
     def back(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the experts' outputs to the ranks of the tokens, in the order of `to_experts`' argument."""
-        place = torch.empty_like(self.order).scatter_(
-            0, self.order, torch.arange(len(self.order), device=self.order.device)
-        )
-        return self._move(rows[place], self.received, self.sent)
+        return self._move(_Permute.apply(rows, _inverse(self.order), self.order), self.received, self.sent)
 
     def _move(self, rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
         return _AllToAll.apply(rows, sent, received, self.axis, self.guard)
+
+
+def _inverse(order: torch.Tensor) -> torch.Tensor:
+    """Return the inverse of a permutation."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order; torch's backward of an index would add them up one by one, since they might repeat."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradients[0].index_select(0, inverse), None, None
+
+
+class _Dispatch(torch.autograd.Function):
+    """The row of each token for each of its slots, sorted by expert: `[tokens, hidden]` to `[slots, hidden]`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, per_token: int) -> torch.Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.per_token = per_token
+        return x.index_select(0, order.div(per_token, rounding_mode="floor"))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        by_token = gradients[0].index_select(0, inverse).unflatten(0, (-1, ctx.per_token))
+        return by_token.sum(1), None, None, None
 
 
 class _AllToAll(torch.autograd.Function):

@@ -95,7 +95,8 @@ class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
         self.hidden_size = vllm_config.model_config.get_hidden_size()
         refuse_expert_parallel(self.registered.name, self.table, vllm_config)
         attach_loaders(self.model, self.table, self.context)
-        serve_experts(self.model, self.context, keep_weights=self.shares_memory)
+        if self.context.exact is None:
+            serve_experts(self.model, self.context, keep_weights=self.shares_memory)
         keep_buffers(self.model)
         self.weights = WeightGuard()
         if isinstance(self.factory, LiveModel):
