@@ -108,6 +108,7 @@ class DeepspeedEngine(BaseEngine):
             scheduler=scheduler,
             compile=compile,
         )
+        model = self._module
         check_precision(self.precision, zero_stage, config or {})
         self._stage = zero_stage
         self._norm: torch.Tensor | None = None  # of the step under way, at stage 0

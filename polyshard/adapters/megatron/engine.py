@@ -91,6 +91,7 @@ class MegatronEngine(BaseEngine):
             scheduler=scheduler,
             compile=compile,
         )
+        model = self._module
         _check_precision(self.precision)
         parameters = self.precision.parameters
         groups = compat.process_groups(
