@@ -71,8 +71,8 @@ class Plan:
         ... )
         >>> sorted({planned.strategy.layout.tensor for planned in found.layouts})
         [1, 2]
-        >>> [reason for reason in found.refused if "pipeline" in reason and "fairscale" in reason]
-        ['fairscale: pipeline: its Pipe runs in one process']
+        >>> [reason for reason in found.refused if reason.startswith("fairscale: sequence")]
+        ['fairscale: sequence: FairScale has no sequence-parallel layers, and is no longer developed']
     """
 
     cluster: Cluster

@@ -113,6 +113,7 @@ class DeepspeedEngine(BaseEngine):
             scheduler=scheduler,
             compile=compile,
         )
+        model = self._module
         check_precision(self.precision, zero_stage, config or {})
         model = self._module
         self._stage = zero_stage

@@ -81,7 +81,7 @@ class BaseEngine(ABC):
     ) -> None:
         check_max_grad_norm(max_grad_norm)
         self._stages = as_stages(model, context) if context.axis("pipeline").size > 1 else None
-        model = self._stages or _only_stage(model)
+        model = _only_stage(model) if self._stages is None else self._stages
         check_devices(model, context)
         self.precision = _precision_of_run(model, precision, context)
         self.context = context
