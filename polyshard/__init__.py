@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from polyshard.training.data import PackedDocuments, StepLoader, packed_batch
     from polyshard.training.dropout import Dropout
     from polyshard.training.generators import manual_seed, sharded_random
+    from polyshard.training.layer_costs import LayerCosts, measure_layers
     from polyshard.training.monitor import (
         JsonLines,
         ModelFlops,
@@ -120,6 +121,7 @@ _HOMES = {
     "polyshard.core.build_stages": ("build_stages",),
     "polyshard.core.pipeline_plan": ("PipelinePlan", "pipeline_plan"),
     "polyshard.core.stages": ("Stages",),
+    "polyshard.training.layer_costs": ("LayerCosts", "measure_layers"),
     "polyshard.training.muon": ("Muon",),
     "polyshard.training.train_batch": ("train_batch",),
     "polyshard.core.capabilities": ("Capabilities", "Rejected"),

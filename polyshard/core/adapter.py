@@ -86,6 +86,12 @@ class TrainingEngine(Protocol):
         """
         ...
 
+    def eval_batch(
+        self, micro_batches: Sequence[MicroBatch], loss: SumLoss | None = None, tokens: CountTokens | None = None
+    ) -> BatchResult:
+        """Return the loss of micro-batches without gradients; the arguments are those of `train_batch`."""
+        ...
+
     def step(self) -> StepResult:
         """Clip, update the weights, and clear the gradients."""
         ...

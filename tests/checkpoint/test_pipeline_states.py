@@ -29,7 +29,10 @@ def cases(directory):
             Case("v", directory, {"schedule": "zero-bubble-v"}),
             Case("looped, bfloat16", directory, {"schedule": "interleaved-1f1b"}, options=BFLOAT16),
         ],
-        4: [Case("fsdp", directory, options={"data_parallel": "fsdp"})],
+        4: [
+            Case("fsdp", directory, options={"data_parallel": "fsdp"}),
+            Case("oss", directory, adapter="fairscale", layers="fairscale"),
+        ],
     }
 
 
@@ -54,7 +57,7 @@ def test_a_run_goes_on_bit_for_bit_at_the_same_sizes(saved, cases):
 def test_any_number_of_stages_reads_the_states_of_any_other(saved, cases):
     folder, results = saved
     expected = results[1][0]["one"]["losses"][2:]
-    for ranks, sources in ((1, ("two", "v", "fsdp")), (2, ("one", "fsdp"))):
+    for ranks, sources in ((1, ("two", "v", "fsdp", "oss")), (2, ("one", "oss"))):
         reading = [(case, source) for case in cases[ranks][:2] for source in sources]
         for found in run_ranks(read, ranks, reading, folder):
             for (reader, source), losses in found.items():

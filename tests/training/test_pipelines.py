@@ -13,6 +13,7 @@ from polyshard.testing import run_ranks
 SCHEDULES = ("gpipe", "1f1b", "interleaved-1f1b", "zero-bubble-v", "dualpipe-v")
 SPLIT = ("interleaved-1f1b", "zero-bubble-v")  # several stages per rank; the second one splits the backward pass
 FSDP = {"data_parallel": "fsdp"}
+FAIRSCALE = {"adapter": "fairscale", "layers": "fairscale"}
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ TOPICS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
             *("initialize_weights", "normal_initializer"),
             *("PipelineStage", "pipeline_stage", "stage_layers"),
             *("PipelinePlan", "pipeline_plan", "build_stages", "Stages"),
+            *("measure_layers", "LayerCosts"),
         ),
     ),
     "attention": (

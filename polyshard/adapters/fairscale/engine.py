@@ -41,7 +41,7 @@ class FairscaleEngine(BaseEngine):
         model: the unwrapped model that its factory built with `context`.
         optimizer: creates an optimizer whose class, groups and settings are passed to OSS for this rank's shard.
         context: this process's parallel context.
-        zero_stage: 1 for OSS with torch's DDP, 2 for OSS with ShardedDataParallel. Default 2, and 1 in a pipeline, whose
+        zero_stage: 1 for OSS with torch's DDP, 2 for OSS with ShardedDataParallel. Default 2, in a pipeline 1, whose
             stages run on torch's schedules.
         max_grad_norm: clip the whole model's gradient to this norm; None does not clip.
         precision: dtypes of the run. Float32 parameters are cast by autocast; bfloat16 parameters get float32 masters,
@@ -204,11 +204,9 @@ class FairscaleEngine(BaseEngine):
         total = torch.zeros((), device=self.context.device)
         owner = self.optimizer._param_to_rank if self._owned_only else None
         for name, parameter in self._module.named_parameters():
-            if (
-                parameter.grad is None
-                or name not in self.model_weights.owned
-                or (owner is not None and owner[parameter] != replicas.rank)
-            ):
+            if parameter.grad is None or name not in self.model_weights.owned:
+                continue
+            if owner is not None and owner[parameter] != replicas.rank:
                 continue
             total = total + counted_square(parameter.grad, self.table[name].layout, tensor_axis.rank, tensor_axis.size)
         if tensor_axis.size > 1:

@@ -26,6 +26,9 @@ class PipelineTraining:
     DistributedDataParallel gets no stage: its hooks do not fire in schedules that compute gradients of weights
     separately (pytorch#144530), so replicas would drift apart. A reducer runs after the schedule.
 
+    Attributes:
+        schedule: the stages under torch's schedule.
+
     Args:
         stages: this rank's stages; copies of tied weights get the values of their owners. A collective.
         weights: the weights of all stages.
@@ -62,17 +65,17 @@ class PipelineTraining:
         self._weights, self._context, self._updated = weights, context, updated
         self._reducer, self._local = reducer, local
         collect = reducer.collect if splits and reducer is not None else None
-        self._schedule = TorchPipeline(stages, context, scaled=scaled, after_backward=collect)
+        self.schedule = TorchPipeline(stages, context, scaled=scaled, after_backward=collect)
 
     @property
     def modules(self) -> list[StageModule]:
         """The modules that the schedule calls, one for each stage of this rank."""
-        return self._schedule.modules
+        return self.schedule.modules
 
     def run(self, step: PipelineStep, *, backward: bool) -> None:
         """Run a step; with `backward`, leave gradients averaged over replicas and summed over copies. A collective."""
         if not backward:
-            self._schedule.run(step, backward=False)
+            self.schedule.run(step, backward=False)
             return
         # Gradients of an earlier train_batch are whole already: they must not be summed over tied copies again.
         earlier = [(parameter, parameter.grad) for _, parameter in self._updated() if parameter.grad is not None]
@@ -80,11 +83,11 @@ class PipelineTraining:
             parameter.grad = None
         reducer = self._reducer
         if reducer is None:
-            self._schedule.run(step)
+            self.schedule.run(step)
         else:
             reducer.sends = False
             try:
-                self._schedule.run(step)
+                self.schedule.run(step)
             finally:
                 reducer.sends = True
             with self._context.guard("data gradients"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,8 +52,30 @@ class StageModule(nn.Module):
             raise
 
 
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """One computation of a stage, as the CPU saw it: on a GPU these are the times of launches.
+
+    Attributes:
+        kind: `forward`, `loss`, `backward`, or `weights` (the separate part of a backward pass).
+        stage: number of the stage.
+        micro_batch: index of the micro-batch.
+        start: seconds of `time.perf_counter`.
+        stop: the same.
+    """
+
+    kind: str
+    stage: int
+    micro_batch: int
+    start: float
+    stop: float
+
+
 class TorchPipeline:
     """The schedule of one engine.
+
+    Attributes:
+        events: the computations of this rank are appended here, if it is not None.
 
     Args:
         stages: this rank's stages.
@@ -77,6 +101,7 @@ class TorchPipeline:
         self._schedule: Any = None
         self._step: PipelineStep | None = None
         self._loss_error: Exception | None = None
+        self.events: list[Computed] | None = None
 
     def run(self, step: PipelineStep, *, backward: bool = True) -> None:
         """Run a step; gradients are added to the parameters' `grad`, not averaged over replicas. A collective.
@@ -109,11 +134,18 @@ class TorchPipeline:
 
     def _loss(self, output: torch.Tensor, index: int) -> torch.Tensor:
         assert self._step is not None
+        started = time.perf_counter()
         try:
-            return self._scaled(self._step.loss(index, output))
+            loss = self._scaled(self._step.loss(index, output))
         except Exception as error:
             self._loss_error = error
             raise
+        self._record("loss", self._plan.num_stages - 1, index, started)
+        return loss
+
+    def _record(self, kind: str, stage: int, index: int, started: float) -> None:
+        if self.events is not None:
+            self.events.append(Computed(kind, stage, index, started, time.perf_counter()))
 
     def _made(self, tokens: torch.Tensor, boundaries: list[Boundary], count: int) -> Any:
         for module in self.modules:
@@ -133,6 +165,7 @@ class TorchPipeline:
                     count,
                     self._loss,
                     self._after,
+                    self._record,
                 )
             except ValueError as error:
                 raise ConfigurationError(

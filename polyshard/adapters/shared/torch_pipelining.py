@@ -6,6 +6,7 @@ with their own `cu_seqlens` are possible.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.distributed.pipelining import PipelineStage
 from polyshard.core.context import ParallelAxis
 from polyshard.core.pipeline_plan import PipelinePlan
 
+Record = Callable[[str, int, int, float], None]  # kind of computation, stage, micro-batch, start
 Boundary = torch.Tensor  # an empty tensor with the shape and dtype of what travels between two stages
 
 
@@ -28,6 +30,14 @@ class _Stage(PipelineStage):
     """
 
     after_backward: Callable[[], None] | None = None
+    record: Record | None = None
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        if self.record is not None:
+            self.record("forward", self.stage_index, fwd_chunk_id, started)
+        return output
 
     def get_local_bwd_output(self, mb_index: int) -> Any:
         return super().get_local_bwd_output(mb_index) if self.has_backward else ()
@@ -36,15 +46,22 @@ class _Stage(PipelineStage):
         if self.has_backward:
             super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
-    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> None:
-        super().backward_one_chunk(*args, **kwargs)
-        if self.after_backward is not None:
-            self.after_backward()
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        started = time.perf_counter()
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        self._after("backward", bwd_chunk_id, started)
 
-    def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> None:
-        super().backward_weight_one_chunk(*args, **kwargs)
-        if self.after_backward is not None:
-            self.after_backward()
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        started = time.perf_counter()
+        super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+        self._after("weights", bwd_chunk_id, started)
+
+    def _after(self, kind: str, index: int, started: float) -> None:
+        if self.has_backward:
+            if self.after_backward is not None:
+                self.after_backward()
+            if self.record is not None:
+                self.record(kind, self.stage_index, index, started)
 
 
 def make_schedule(
@@ -57,6 +74,7 @@ def make_schedule(
     count: int,
     loss: Callable[[Any, Any], torch.Tensor],
     after_backward: Callable[[], None] | None,
+    record: Record | None,
 ) -> Any:
     """Return a schedule of torch for `count` micro-batches, with static shapes.
 
@@ -73,6 +91,7 @@ def make_schedule(
         count: number of micro-batches.
         loss: `(output of the last stage, index)` to a scalar.
         after_backward: called after each backward pass.
+        record: called after each computation.
 
     Raises:
         ValueError: the schedule does not take this number of micro-batches.
@@ -89,7 +108,7 @@ def make_schedule(
             output_args=ends[number + 1],
             group=axis.group,
         )
-        stage.after_backward = after_backward
+        stage.after_backward, stage.record = after_backward, record
         stages.append(stage)
     classes: dict[str, Any] = {
         "gpipe": pipelining.ScheduleGPipe,
