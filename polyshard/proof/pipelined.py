@@ -11,7 +11,7 @@ from polyshard.checkpoint import load_checkpoint, read_config
 from polyshard.core.build_stages import build_stages
 from polyshard.core.context import ParallelContext
 from polyshard.core.discovery import load_adapter
-from polyshard.core.optimizer import TorchOptimizer
+from polyshard.core.optimizer import AdamW
 from polyshard.core.precision import Precision
 from polyshard.core.stages import Stages
 from polyshard.core.weight_table import stored_parts
@@ -24,19 +24,20 @@ from polyshard.weights.gather import gather_shards
 Named = dict[str, torch.Tensor]
 
 _RATE = 4096.0  # so large that rounding of weights does not show in their change
+# Every library has AdamW, and Megatron's sharded optimizer nothing else. Beside such an epsilon the norm of a gradient
+# vanishes, and the update is the gradient times the rate, as in SGD.
+_LINEAR = AdamW(lr=_RATE * 1e8, eps=1e8, betas=(0.0, 0.0), weight_decay=0.0)
 
 
 def run_stages(adapter: str, tensor: int, pipeline: int, directory: str, factory: str, token_ids: list[int]) -> Named:
     """Return `loss`, `logits` and each gradient by checkpoint name, as `run_model` does; runs on each rank.
 
-    Gradients are read from an update of SGD, which every library has. The ranks of a stage return its gradients, and
+    Gradients are read from the change of the weights in an update. The ranks of a stage return its gradients, and
     those of the last also loss and logits.
     """
     context = initialize(adapter, tensor=tensor, pipeline=pipeline, timeout=300)
     config, stages = _load(context, directory, factory)
-    engine = load_adapter(adapter).engine(
-        stages, TorchOptimizer(torch.optim.SGD, lr=_RATE, weight_decay=0.0), context, max_grad_norm=None
-    )
+    engine = load_adapter(adapter).engine(stages, _LINEAR, context, max_grad_norm=None)
     ids = torch.tensor(token_ids, device=context.device)
     found: Named = {}
 
@@ -89,9 +90,7 @@ def logprobs_of_stages(
     """
     config, stages = _load(context, directory, factory)
     stages.to(dtype)
-    engine = load_adapter(adapter).engine(
-        stages, TorchOptimizer(torch.optim.SGD, lr=1.0), context, max_grad_norm=None, precision=precision
-    )
+    engine = load_adapter(adapter).engine(stages, _LINEAR, context, max_grad_norm=None, precision=precision)
     lengths = [len(prompt) + len(sampled) for prompt, sampled in sequences]
     starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     ids = torch.tensor([token for prompt, sampled in sequences for token in prompt + sampled], device=context.device)

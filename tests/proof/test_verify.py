@@ -48,11 +48,13 @@ def test_without_a_model_the_built_in_one_is_judged_in_float64(verify):
 
 
 def test_a_pipeline_is_equal_to_transformers(directory, verify):
-    options = ("--adapters", "torch,fairscale", "--tensor-parallel", "1", "--pipeline-parallel", "2", "--json")
+    options = ("--tensor-parallel", "1", "--pipeline-parallel", "2", "--json")
     done = verify("--model", directory, "--factory", FACTORY, *options)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     rows = json.loads(done.stdout)["rows"]
-    assert {(row["adapter"], row["pipeline_parallel"]) for row in rows} == {("torch", 2), ("fairscale", 2)}
+    assert {(row["adapter"], row["pipeline_parallel"]) for row in rows} == {
+        (name, 2) for name in ("torch", "megatron", "deepspeed", "fairscale")
+    }
     assert all(max(row["loss"], row["logits"], row["gradients"]) < 1e-5 for row in rows)
 
 
