@@ -34,6 +34,7 @@ from report import Report
 from support.models.tiny import save_tiny
 
 import polyshard as ps
+from polyshard.core.waiting import Background
 
 FOLDERS = [str(Path(__file__).resolve().parents[1] / name) for name in ("benchmarks", "examples", "tests")]
 TARGETS, PHASES = ("engine", "rank", "raylet"), ("rollout", "step", "sync", "save")
@@ -97,27 +98,17 @@ def one_case(cluster: Any, directory: str, target: str, phase: str) -> dict[str,
         "engine": ray.get(engines[0].actor.pid.remote()),
         "raylet": second.all_processes["raylet"][0].process.pid,
     }
-    ended = threading.Event()
-
-    def replace() -> None:
-        while not ended.wait(0.2):
-            if second.all_processes["raylet"][0].process.poll() is not None:
-                cluster.add_node(num_cpus=1)
-                return
-
-    watch = threading.Thread(target=replace)
-    watch.start()
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            ps.run_on_ray(train, 2, folder, directory, pids, target, phase, engines, restarts=2, timeout=120)
-            outcome = "yes"
-        except ps.PolyshardError as error:
-            outcome = f"{type(error).__name__}: {error}"[:200]
-        finally:
-            ended.set()
-            watch.join()
-            for engine in engines:
-                ray.kill(engine.actor)
+        arguments = (2, folder, directory, pids, target, phase, engines)
+        running = Background(lambda: ps.run_on_ray(train, *arguments, restarts=2, timeout=120), "run")
+        replaced = False
+        while not running.wait(0.2):
+            if not replaced and second.all_processes["raylet"][0].process.poll() is not None:
+                cluster.add_node(num_cpus=1)
+                replaced = True
+        outcome = "yes" if running.error is None else f"{type(running.error).__name__}: {running.error}"[:200]
+        for engine in engines:
+            ray.kill(engine.actor)
         events = [codec.loads(line) for line in Path(folder, "events.jsonl").read_text().splitlines()]
     for node in [node for node in cluster.list_all_nodes() if not node.head]:
         with contextlib.suppress(Exception):
