@@ -40,6 +40,8 @@ class BaseAdapter:
         self.requirement.require()
         if layout is not None and layout.sequence_parallel:
             self.capabilities.require("sequence")
+        if layout is not None and layout.expert > 1:
+            self.capabilities.require("expert")
         return self.adopt(load_adapter("torch").initialize(layout, **options))
 
     def adopt(self, context: ParallelContext) -> GroupContext:
