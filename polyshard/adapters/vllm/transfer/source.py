@@ -36,7 +36,7 @@ class LayoutSource(WeightSource):
         self, model: nn.Module | Any, parallel_context: ParallelContext, dtype: torch.dtype | None = None
     ) -> None:
         self._view = view_weights(model, parallel_context)
-        self._axis = parallel_context.axis("tensor")
+        self._axes = parallel_context.axis("tensor"), parallel_context.axis("expert")
         self._dtype = dtype
         self._dtypes = {name: dtype or parameter.dtype for name, parameter in self._view.module.named_parameters()}
 
@@ -56,5 +56,5 @@ class LayoutSource(WeightSource):
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, shard in self._view.shards():
             entry = self._view.table[name]
-            full = gather_shards(shard.to(self._dtypes[name]), entry.layout, self._axis)
+            full = gather_shards(shard.to(self._dtypes[name]), entry.layout, *self._axes)
             yield from zip(entry.checkpoint_names, stored_parts(entry.layout, len(entry.checkpoint_names), full))
