@@ -71,9 +71,11 @@ def run_model(adapter: str, tensor: int, directory: str, factory: str, token_ids
 def _full_gradients(model: torch.nn.Module, context: ParallelContext, keep: bool) -> Named:
     axis, table, found = context.axis("tensor"), collect_layouts(model), {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         assert parameter.grad is not None, f"{name} has no gradient"
         entry = table[name]
-        full = gather_shards(parameter.grad, entry.layout, axis)
+        full = gather_shards(parameter.grad, entry.layout, axis, context.axis("expert"))
         if keep:
             parts = stored_parts(entry.layout, len(entry.checkpoint_names), full)
             found.update((n, part.detach().cpu().clone()) for n, part in zip(entry.checkpoint_names, parts))

@@ -133,6 +133,12 @@ def _check_parameters(model: nn.Module, context: ParallelContext) -> None:
     default, parameters = torch.get_default_dtype(), dict(model.named_parameters())
     for name, entry in collect_layouts(model).items():
         parameter, expected = parameters[name], entry.layout.local_shape(rank, size)
+        experts = entry.layout.experts
+        if experts is not None and experts.count != experts.total:
+            raise RegistrationError(
+                f"{name} is incompatible: got {experts.count} of {experts.total} experts on this rank, expected all of "
+                f"them. An engine cannot share experts that are distributed over ranks: {_INSTEAD}"
+            )
         if type(parameter) is not nn.Parameter or hasattr(parameter, "ds_id") or tuple(parameter.shape) != expected:
             raise RegistrationError(
                 f"{name} is incompatible: got a {type(parameter).__name__} {list(parameter.shape)}, expected a "

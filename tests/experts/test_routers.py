@@ -12,6 +12,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
 import polyshard as ps
+from polyshard.core.context import ParallelAxis
 
 HIDDEN, SIZE, EXPERTS = 32, 24, 8
 CONTEXT = ps.initialize("torch")
@@ -143,15 +144,10 @@ def test_a_router_that_cannot_be_is_refused():
 
 
 def test_experts_that_do_not_divide_are_refused():
-    axes = {"expert": ps.GroupContext(layout=CONTEXT.layout, device=CONTEXT.device, linear=None).axis("expert")}
-    axes = {name: type(axes["expert"])(name=name, ranks=(0, 1, 2)) for name in ("expert", "tensor")}
-    for name, message in (
-        ("expert", "8 experts cannot be divided by expert-parallel size 3"),
-        ("tensor", "gate_proj: 25"),
-    ):
-        context = ps.GroupContext(
-            layout=CONTEXT.layout, device=CONTEXT.device, linear=CONTEXT.linear, axes={name: axes[name]}
-        )
+    messages = {"expert": "8 experts cannot be divided by expert-parallel size 3", "tensor": "gate_proj: 25"}
+    for name, message in messages.items():
+        axes = {name: ParallelAxis(name=name, ranks=(0, 1, 2))}
+        context = ps.GroupContext(layout=CONTEXT.layout, device=CONTEXT.device, linear=CONTEXT.linear, axes=axes)
         with pytest.raises(ps.LayoutError, match=f"mixture_of_experts: {message}"):
             ps.mixture_of_experts(HIDDEN, 25, EXPERTS, 2, context)
 
@@ -182,3 +178,11 @@ def test_recomputation_replays_the_experts_of_its_forward_pass():
         ps.replay_routing(model, {"other": experts["mlp"]}),
     ):
         pass
+
+
+def test_engines_that_average_experts_over_all_replicas_refuse_distributed_ones():
+    axes = {"expert": ParallelAxis(name="expert", ranks=(0, 1))}
+    context = ps.GroupContext(layout=CONTEXT.layout, device=CONTEXT.device, linear=CONTEXT.linear, axes=axes)
+    experts = ps.mixture_of_experts(HIDDEN, SIZE, EXPERTS, 2, context)
+    with pytest.raises(ps.ConfigurationError, match="FairscaleEngine cannot train experts that are distributed"):
+        ps.load_adapter("fairscale").engine(experts, ps.AdamW(), context)

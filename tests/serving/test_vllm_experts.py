@@ -4,10 +4,11 @@ import moe
 import pytest
 import support.vllm_required  # noqa: F401
 import torch
+from safetensors.torch import load_file
 from support.engines import engine, greedy
 from support.models.experts import save_moe
 from support.oracles.greedy import assert_same_generation, greedy_transformers
-from support.workers.experts import PROMPTS, TOKENS, synced
+from support.workers.experts import PROMPTS, TOKENS, sent, synced
 
 import polyshard as ps
 from polyshard.launch.ranks import run_ranks
@@ -72,3 +73,11 @@ def test_expert_parallel_in_the_server_is_refused(tmp_path):
         engine(directory, "Expertsvllm", enable_expert_parallel=True),
     ):
         pass
+
+
+def test_vllms_own_transfer_gets_every_expert(tmp_path):
+    directory = save_moe(tmp_path / "model", "qwen3_moe")
+    stored = load_file(directory / "model.safetensors")
+    for tensors in run_ranks(sent, 2, directory):
+        assert set(tensors) == set(stored)
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in stored.items())

@@ -42,6 +42,8 @@ class BaseAdapter:
             self.capabilities.require("sequence")
         if layout is not None and layout.pipeline > 1:
             self.capabilities.require("pipeline")
+        if layout is not None and layout.expert > 1:
+            self.capabilities.require("expert")
         return self.adopt(load_adapter("torch").initialize(layout, **options))
 
     def adopt(self, context: ParallelContext) -> GroupContext:

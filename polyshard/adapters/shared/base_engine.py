@@ -59,8 +59,11 @@ class BaseEngine(ABC):
         scheduler: makes a scheduler of torch, which sets the learning rate of each update.
 
     Raises:
-        ConfigurationError: the norm is not positive, or parameters are not on the context's device.
+        ConfigurationError: the norm is not positive, parameters are not on the context's device, or the model's experts
+            are distributed over ranks and the engine cannot train them.
     """
+
+    _trains_distributed_experts = False  # averages their gradients over the ranks that hold the same experts only
 
     optimizer: Any  # the library's optimizer
     _rate: LearningRate
@@ -88,6 +91,12 @@ class BaseEngine(ABC):
         self.updates = 0
         self.table = collect_layouts(model)
         self.model_weights = ModelWeights.of(model, self.table, context)
+        has_experts = any(entry.layout.experts is not None for entry in self.table.values())
+        if has_experts and context.axis("expert").size > 1 and not self._trains_distributed_experts:
+            raise ConfigurationError(
+                f"{type(self).__name__} cannot train experts that are distributed over ranks: got an expert-parallel "
+                f"size of {context.axis('expert').size}, expected 1. Use torch's engine, or a size of 1."
+            )
         self._module = model
         self._wrapped: Any = model
         self._guard = context.guard

@@ -82,6 +82,8 @@ class TorchEngine(BaseEngine):
         (True, 1)
     """
 
+    _trains_distributed_experts = True
+
     def __init__(
         self,
         model: nn.Module,

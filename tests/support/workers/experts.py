@@ -100,3 +100,13 @@ def synced(directory: Path, results: Path, trainers: dict) -> dict:
             for undo in context.on_shutdown:
                 undo()
     return found
+
+
+def sent(directory: Path) -> dict[str, torch.Tensor]:
+    """The full tensors that a trainer with distributed experts sends to vLLM's own weight transfer."""
+    from polyshard.adapters.vllm.transfer.source import LayoutSource
+
+    context = ps.initialize("torch", timeout=60, expert=2)
+    tensors = {name: tensor.clone() for name, tensor in LayoutSource(build(directory, context), context)}
+    ps.shutdown(context)
+    return tensors

@@ -38,7 +38,7 @@ class LayoutSource(WeightSource):
     ) -> None:
         self._view = view_weights(model, parallel_context)
         self._context = parallel_context
-        self._axis = parallel_context.axis("tensor")
+        self._axes = parallel_context.axis("tensor"), parallel_context.axis("expert")
         self._dtypes = {name: dtype or found for name, found in self._view.dtypes.items()}
 
     @source_metadata
@@ -66,7 +66,7 @@ class LayoutSource(WeightSource):
         for name, entry in view.table.items():
             if view.owners[name] == stages.rank:
                 shard = next(shard for found, shard in shards if found == name)
-                full = gather_shards(shard.to(self._dtypes[name]), entry.layout, self._axis)
+                full = gather_shards(shard.to(self._dtypes[name]), entry.layout, *self._axes)
             else:
                 full = torch.empty(entry.layout.shape, dtype=self._dtypes[name], device=self._context.device)
             if stages.size > 1:
