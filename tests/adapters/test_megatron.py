@@ -12,6 +12,10 @@ import torch
 import polyshard as ps
 from polyshard.testing import run_ranks
 
+SCHEDULE = {
+    "forward_step_func", "data_iterator", "model", "num_microbatches", "seq_length", "micro_batch_size",
+    "forward_only", "p2p_communicator", "pg_collection",
+}  # fmt: skip
 # What polyshard passes and reads, by file of megatron/core; the same for 0.16 and 0.19.
 RELIED_ON = {
     "tensor_parallel/layers.py": {
@@ -32,11 +36,20 @@ RELIED_ON = {
         "get_megatron_optimizer": {"use_gloo_process_groups", "pg_collection", "config_overrides"},
     },
     "parallel_state.py": {"_set_global_memory_buffer": set()},
+    "pipeline_parallel/p2p_communication.py": {"P2PCommunicator.__init__": {"pp_group", "config"}},
+    "pipeline_parallel/schedules.py": {
+        "get_forward_backward_func": {"pp_size", "vp_size"},
+        "forward_backward_pipelining_without_interleaving": SCHEDULE,
+        "forward_backward_pipelining_with_interleaving": SCHEDULE,
+    },
 }  # fmt: skip
 FIELDS = {
     "model_parallel_config.py": {
         "tensor_model_parallel_size", "sequence_parallel", "use_cpu_initialization", "perform_initialization",
-        "params_dtype",
+        "params_dtype", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
+        "microbatch_group_size_per_vp_stage", "pipeline_dtype", "overlap_p2p_comm", "batch_p2p_comm", "batch_p2p_sync",
+        "deallocate_pipeline_outputs", "variable_seq_lengths", "finalize_model_grads_func", "no_sync_func",
+        "grad_scale_func",
     },
     "distributed/distributed_data_parallel_config.py": {
         "grad_reduce_in_fp32", "overlap_grad_reduce", "use_distributed_optimizer",
@@ -46,7 +59,9 @@ FIELDS = {
         "use_distributed_optimizer", "sgd_momentum", "predicate", "fn",
     },
     "optimizer_param_scheduler.py": {"max_lr", "start_wd", "end_wd"},
-    "process_groups_config.py": {"tp", "pp", "mp", "dp", "dp_cp", "expt_dp", "intra_dp_cp", "intra_dist_opt"},
+    "process_groups_config.py": {
+        "tp", "pp", "mp", "dp", "dp_cp", "expt_dp", "intra_dp_cp", "intra_dist_opt", "embd", "pos_embd",
+    },
     "parallel_state.py": {"_TENSOR_MODEL_PARALLEL_GROUP", "_GLOBAL_MEMORY_BUFFER"},
 }  # fmt: skip
 NEWEST = "0.19.2"  # needs Python 3.12, so it is read and not run
