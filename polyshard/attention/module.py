@@ -15,7 +15,7 @@ from polyshard.attention.dispatch import dispatch_attention
 from polyshard.attention.functional import check_spec
 from polyshard.attention.positions import check_positions
 from polyshard.attention.rotary import RotaryEmbedding, halves, rotate_heads
-from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequences, RotaryCore, without_layer
+from polyshard.core.attention import AttentionCore, AttentionSpec, PackedSequences, RotaryCore, SinksCore, without_layer
 from polyshard.core.context import ParallelContext
 from polyshard.core.discovery import load_adapter
 from polyshard.core.errors import ConfigurationError
@@ -178,6 +178,11 @@ class TrainableFlashAttention(nn.Module):
         exact = context.exact
         own = rotate_heads if exact is None else exact.rotate
         self._rotate = self.core.rotate if isinstance(self.core, RotaryCore) else own
+
+    def renew_sinks(self) -> None:
+        """Give the current sinks to the attention core, after the parameter was written or replaced."""
+        if self.sinks is not None and isinstance(self.core, SinksCore):
+            self.core.use_sinks(self.sinks)
 
     def forward(
         self,

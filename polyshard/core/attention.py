@@ -167,6 +167,15 @@ class RotaryCore(Protocol):
         ...
 
 
+@runtime_checkable
+class SinksCore(Protocol):
+    """An attention core that holds the sinks itself."""
+
+    def use_sinks(self, sinks: torch.Tensor) -> None:
+        """Use these sinks `[heads]` from now on."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentSpec:
     """The sizes of multi-head latent attention, in addition to an `AttentionSpec` with `head_dim = nope + rope`.

@@ -42,6 +42,22 @@ def own_logprobs(model, prompt):
     return logits.float().log_softmax(-1)[:-1].gather(-1, torch.tensor(prompt[1:])[:, None]).flatten()
 
 
+def check_syncs_of_sinks(llm, model):
+    """The engine's attention uses new sinks, also after vLLM's own reload has replaced the parameters."""
+    changed = copy.deepcopy(model)
+    with ps.WeightSync(changed, ps.initialize("torch"), llm) as sync:
+        for reload in (False, True):
+            if reload:
+                llm.collective_rpc("reload_weights")
+            with torch.no_grad():
+                for name, parameter in changed.named_parameters():
+                    if "sinks" in name or reload:
+                        parameter.mul_(0.7)
+            sync()
+            (found,) = prompt_logprobs(llm, PROMPTS[:1])
+            torch.testing.assert_close(found, own_logprobs(changed, PROMPTS[0]), rtol=0, atol=6e-5)
+
+
 def test_every_feature_reaches_the_engine_and_its_kernel_gives_its_numbers(trained, monkeypatch):
     model, directory = trained
     monkeypatch.setenv("VLLM_CPU_ATTN_SPLIT_KV", "0")
@@ -49,6 +65,7 @@ def test_every_feature_reaches_the_engine_and_its_kernel_gives_its_numbers(train
     with engine(directory, "Featured") as llm:
         served = [prompt_logprobs(llm, [prompt])[0] for prompt in PROMPTS]
         generated = llm.generate([{"prompt_token_ids": PROMPTS[0][:4]}], use_tqdm=False)[0]
+        check_syncs_of_sinks(llm, model)
     assert generated.outputs[0].token_ids
     exactly = copy.deepcopy(model).double()
     for prompt, theirs in zip(PROMPTS, served):

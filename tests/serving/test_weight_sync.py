@@ -88,6 +88,12 @@ def test_after_a_sync_an_engine_generates_as_a_fresh_one(trained, served, share,
             assert greedy(llm, PROMPTS, TOKENS) == want
             assert sync("two").version == llm.llm_engine.get_weight_version() == "two"
             assert greedy(llm, PROMPTS, TOKENS) == want
+            if first.shared_bytes:  # vLLM's reload copies into the memory that a layer had before
+                weights = [parameter.clone() for parameter in case.model.parameters()]
+                llm.collective_rpc("reload_weights")
+                llm.reset_prefix_cache()
+                assert greedy(llm, PROMPTS, TOKENS) == old
+                assert all(torch.equal(a, b) for a, b in zip(case.model.parameters(), weights))
     assert old != want
     assert (first.shared_bytes > 0) == (share and name is not None)
 

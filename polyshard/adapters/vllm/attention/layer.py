@@ -126,6 +126,10 @@ class PagedAttention(nn.Module):
         out = self.attention(q.flatten(-2), k.flatten(-2), v.flatten(-2)).view(q.shape)
         return out if self.spec.v_dim == size else out[..., : self.spec.v_dim]
 
+    def use_sinks(self, sinks: torch.Tensor) -> None:
+        """Use these sinks `[heads]` from now on. vLLM keeps the tensor it got first, or a float32 copy of it."""
+        self.attention.impl.sinks = sinks  # pyrefly: ignore  # of every backend with sinks
+
     def rotate(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

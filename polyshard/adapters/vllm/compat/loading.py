@@ -12,7 +12,11 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.weight_transfer.base import WeightSource
 from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import (
+    finalize_layerwise_reload,
+    get_layerwise_info,
+    initialize_layerwise_reload,
+)
 
 # The shard IDs that the weight loader of vLLM's QKV layer expects, by segment.
 QKV_SHARD_IDS = ("q", "k", "v")
@@ -52,6 +56,25 @@ def load_into(model: Any, vllm_config: VllmConfig, weights: Iterable[tuple[str, 
     """Call the model's `load_weights`; return the names of the loaded parameters, or None if the model returns none."""
     with set_current_vllm_config(vllm_config):
         return model.load_weights(weights)
+
+
+def own_kernel_tensor(module: nn.Module, name: str) -> None:
+    """Replace the memory into which the reload that has begun will copy a parameter, and the parameter if it stays.
+
+    vLLM copies new values into the tensors that a layer had before, and keeps those called `bias` in place.
+    """
+    held = get_layerwise_info(module).kernel_tensors
+    if held is not None and name in held[0]:
+        held[0][name] = _with_own_memory(held[0][name])
+    kept = module._parameters.get(name)
+    if kept is not None and not kept.is_meta:
+        module.register_parameter(name, _with_own_memory(kept))
+
+
+def _with_own_memory(parameter: torch.Tensor) -> nn.Parameter:
+    own = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+    own.__dict__.update(parameter.__dict__)
+    return own
 
 
 def end_reload(model: nn.Module, vllm_config: VllmConfig) -> None:

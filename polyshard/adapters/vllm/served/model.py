@@ -176,6 +176,8 @@ class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
         if reloading:
             self.weights.refuse("a reload of its weights has begun and is not finished")
             refuse_quantized_reload(self.registered.name, self.quantized)
+            if (receiver := getattr(self, "polyshard_receiver", None)) is not None:
+                receiver.end_sharing()
         with report_to_parent(self.context.rank):
             names = load_weights(
                 self.model, self.table, weights, self.registered.name, self.rename, self.other_stages, self.quantized

@@ -112,7 +112,7 @@ class LocalEngine:
         if receiver.shares_memory_with(target, shard):
             self.shared_bytes += shard.nbytes
         elif self._can_share(target, entry, shard, tensor_rank, tensor_size, set(wanted), lasting):
-            receiver.place(target, shard)  # shared, not copied, so nothing can differ
+            receiver.share(target, shard)  # shared, not copied, so nothing can differ
             self.shared_bytes += shard.nbytes
         else:
             flat = shard.detach().reshape(-1)

@@ -16,6 +16,7 @@ from torch import nn
 
 from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.transfer.guard import WeightGuard
+from polyshard.attention.module import TrainableFlashAttention
 from polyshard.core.errors import WeightSyncError
 from polyshard.core.weight_table import WeightEntry, stored_shape
 from polyshard.weights.fingerprint import fingerprint
@@ -91,6 +92,7 @@ class ServedReceiver:
         self._version = ""
         self._received: set[str] = set()
         self._shards: dict[str, torch.Tensor] = {}
+        self._shared: set[str] = set()  # parameters in the trainer's memory
 
     def begin(self, version: str) -> None:
         """Start an update; the model refuses to compute until `finish`.
@@ -172,8 +174,23 @@ class ServedReceiver:
     def place(self, entry: WeightEntry, values: torch.Tensor) -> None:
         """Use `values` as the parameter's memory in every module that has the parameter."""
         parameter = nn.Parameter(values, requires_grad=False)
+        loader = getattr(self._parameter(entry.parameter), "weight_loader", None)
+        if loader is not None:  # vLLM's reload keeps a bias, and needs its loader
+            parameter.weight_loader = loader  # pyrefly: ignore
         for module, leaf in self._owners[entry.parameter]:
             module.register_parameter(leaf, parameter)
+
+    def share(self, entry: WeightEntry, values: torch.Tensor) -> None:
+        """Use the trainer's memory as the parameter's."""
+        self.place(entry, values)
+        self._shared.add(entry.parameter)
+
+    def end_sharing(self) -> None:
+        """Give shared parameters memory of their own in a reload that has begun, which would write to the trainer's."""
+        for name in self._shared:
+            for module, leaf in self._owners[name]:
+                compat.own_kernel_tensor(module, leaf)
+        self._shared.clear()
 
     def mark_received(self, name: str) -> None:
         """Record that a stored tensor is in its shard, and repack its layers once they are complete."""
@@ -197,6 +214,8 @@ class ServedReceiver:
         self._shards.clear()
         for module in self._model.modules():
             compat.absorb_latents(module)
+            if isinstance(module, TrainableFlashAttention):
+                module.renew_sinks()
         self.guard.accept(self._version)
 
     def _parameter(self, name: str) -> torch.Tensor:
