@@ -32,7 +32,8 @@ class PlannedLayout:
         ...           "num_hidden_layers": 2, "num_attention_heads": 4, "rms_norm_eps": 1e-5}
         >>> cluster = ps.Cluster(gpus=2, memory=80 * 2**30)
         >>> found = ps.plan(
-        ...     config, cluster=cluster, tokens_per_step=512, sequence_length=256, recompute=("full",)
+        ...     config, cluster=cluster, tokens_per_step=512, sequence_length=256, recompute=("full",),
+        ...     adapters=["fairscale"],
         ... )
         >>> best = found.layouts[0]
         >>> best.memory.total > best.memory.optimizer > 0, best.model_flops > 0
@@ -67,7 +68,8 @@ class Plan:
         ...           "num_hidden_layers": 2, "num_attention_heads": 4, "rms_norm_eps": 1e-5}
         >>> cluster = ps.Cluster(gpus=2, memory=80 * 2**30)
         >>> found = ps.plan(
-        ...     config, cluster=cluster, tokens_per_step=512, sequence_length=256, recompute=("full",)
+        ...     config, cluster=cluster, tokens_per_step=512, sequence_length=256, recompute=("full",),
+        ...     adapters=["fairscale"],
         ... )
         >>> sorted({planned.strategy.layout.tensor for planned in found.layouts})
         [1, 2]

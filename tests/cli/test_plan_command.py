@@ -14,7 +14,7 @@ def config(tmp_path):
 
 
 ASKED = ("--gpus", 4, "--tokens-per-step", "4K", "--sequence-length", 256)
-ASKED += ("--adapters", "torch,fairscale", "--recompute", "full", "--sharding", "data,fsdp")
+ASKED += ("--adapters", "fairscale", "--recompute", "full", "--sharding", "data,fsdp")
 
 
 def test_the_plan_is_printed_and_written(capfd, config, tmp_path):

@@ -21,8 +21,8 @@ ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
-SETTINGS = ["--prompts", "8", "--samples", "8", "--steps", "16", "--every", "2", "--staleness", "1"]
-STEPS, EVERY = 16, 2
+SETTINGS = ["--prompts", "8", "--samples", "8", "--steps", "40", "--every", "2", "--staleness", "1"]
+STEPS, EVERY = 40, 2
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from support.engines import engine, greedy
 from support.models.experts import save_moe
 from support.oracles.greedy import assert_same_generation, greedy_transformers
+from support.scripts import on_engine_ranks
 from support.workers.experts import PROMPTS, TOKENS, sent, synced
 
 import polyshard as ps
@@ -59,7 +60,7 @@ def test_sync_between_unequal_expert_and_tensor_sizes(tmp_path):
         "tensor 2": ({"tensor": 2}, {}),
         "fsdp": ({}, {"data_parallel": "fsdp"}),
     }
-    found = run_ranks(synced, 2, directory, tmp_path, trainers, timeout=240)[0]
+    found = on_engine_ranks(synced, 2, directory, tmp_path, trainers)[0]
     assert_same_generation(found["before"], greedy_transformers(directory, PROMPTS, TOKENS), BOUND)
     for name in trainers:
         assert_same_generation(found[name], greedy_transformers(tmp_path / name, PROMPTS, TOKENS), BOUND)

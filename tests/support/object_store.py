@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -81,6 +82,9 @@ def object_store() -> Iterator[ObjectStore]:
         fsspec.filesystem("s3").clear_instance_cache()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+        # vLLM asks every global of every module for its __dict__, and Flask's raise an error outside of a request.
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("flask", "flask_cors", "moto")]:
+            del sys.modules[name]
 
 
 def main() -> None:

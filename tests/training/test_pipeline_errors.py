@@ -65,7 +65,7 @@ def test_all_stages_skip_a_step_together(directory):
 
 
 @pytest.mark.parametrize(
-    ("how", "word"), [("dies", "crashed"), ("freezes", "crashed or hung"), ("raises", "ValueError")]
+    ("how", "word"), [("dies", "crashed"), ("freezes", "crashed, hung, or cannot be reached"), ("raises", "ValueError")]
 )
 def test_a_failing_stage_is_named_on_every_other_rank(directory, how, word):
     silent = () if how == "raises" else (1,)
