@@ -1,4 +1,4 @@
-"""The loop of reinforcement learning on real Ray, of which an engine and a machine with a trainer rank are killed."""
+"""The loop of reinforcement learning on real Ray, of which an engine and a trainer rank are killed."""
 
 import json
 import os
@@ -39,8 +39,8 @@ def cluster(monkeypatch):
         made.shutdown()
 
 
-def test_a_run_continues_after_an_engine_and_a_machine_were_killed(cluster, tmp_path):
-    second = cluster.add_node(num_cpus=1)
+def test_a_run_continues_after_an_engine_and_a_rank_were_killed(cluster, tmp_path):
+    cluster.add_node(num_cpus=1)
     command = [sys.executable, str(EXAMPLES / "rl.py"), str(tmp_path), *SETTINGS, "--ray", "--ranks", "2"]
     environment = {**os.environ, **ENVIRONMENT, "RAY_ADDRESS": cluster.address}
     run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -49,11 +49,8 @@ def test_a_run_continues_after_an_engine_and_a_machine_were_killed(cluster, tmp_
         (engine,) = actors("ray::Engine", cluster)
         os.kill(engine.pid, signal.SIGKILL)
         done = await_steps(tmp_path, 7, run)
-        ranks = actors("ray::Rank", cluster)
-        raylet = second.all_processes["raylet"][0].process
-        assert any(raylet.pid in [parent.pid for parent in rank.parents()] for rank in ranks), "a rank is on it"
-        os.kill(raylet.pid, signal.SIGKILL)
-        cluster.add_node(num_cpus=1)  # another machine comes in its place
+        rank = actors("ray::Rank", cluster)[0]
+        os.kill(rank.pid, signal.SIGKILL)
         least = done
         while run.poll() is None:
             least = min(least, len(metrics_of(tmp_path)))
