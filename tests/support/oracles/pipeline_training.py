@@ -5,6 +5,7 @@ A gradient error shows at full size in the weights, which an adaptive optimizer 
 
 from functools import cache
 
+import pytest
 import torch
 import transformers
 from torch.nn import functional as F
@@ -72,3 +73,30 @@ def train(directory, kind, dtype):
                 parameter -= parameter.grad
                 parameter.grad = None
     return losses, norms, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@cache
+def allowed(directory, kind):
+    """Four times as far from float64 as transformers in float32, which sums in another order; at least 1e-6."""
+    exact, rounded = (train(directory, kind, dtype)[2] for dtype in (torch.float64, torch.float32))
+    return max(1e-6, 4 * max(float((rounded[name] - exact[name]).abs().max()) for name in exact))
+
+
+def judge(cases, results):
+    """Assert that each case trained on all ranks as transformers, and that copies of the embedding are equal."""
+    for case in cases:
+        losses, norms, weights = train(case.directory, case.kind, torch.float64)
+        held = set()
+        for result in results:
+            got, evaluated, got_norms, got_weights = result[case.name]
+            assert got == pytest.approx(losses, rel=2e-6), case.name
+            assert evaluated == pytest.approx(got, rel=1e-6), case.name
+            assert got_norms == pytest.approx(norms, rel=1e-4), case.name
+            for name, weight in got_weights.items():
+                gap = float((weight.double() - weights[name]).abs().max())
+                assert gap <= allowed(case.directory, case.kind), f"{case.name}: {name} by {gap}"
+            held |= got_weights.keys()
+        assert held == weights.keys(), case.name
+        embeddings = [result[case.name][3].get("model.embed_tokens.weight") for result in results]
+        copies = [embedding for embedding in embeddings if embedding is not None]
+        assert all(torch.equal(copy, copies[0]) for copy in copies), f"{case.name}: copies of the embedding differ"

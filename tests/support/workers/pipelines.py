@@ -30,6 +30,11 @@ class Case:
     adapter: str = "torch"
     built: bool = True  # by build_stages, and not by the factory alone
 
+    @property
+    def optimizer(self):
+        """SGD at learning rate 1, or what equals it."""
+        return SGD
+
 
 def start(case, optimizer=SGD, timeout=90):
     """A context, and an engine around the stages with the weights of the directory."""
@@ -72,7 +77,7 @@ def train(cases):
     """Losses, evaluation losses, norms and weights of each case."""
     results = {}
     for case in cases:
-        context, engine = start(case)
+        context, engine = start(case, case.optimizer)
         losses, evaluated, norms = [], [], []
         for step in range(STEPS):
             batches = mine(context, micro_batches(case.kind, step))
