@@ -78,7 +78,7 @@ from polyshard.adapters.vllm.compat.loading import (
     begin_reload,
     end_reload,
     load_into,
-    own_kernel_tensor,
+    own_kernel_tensors,
     process_after_loading,
     source_metadata,
 )
@@ -164,7 +164,7 @@ __all__ = [
     "model_dtype",
     "operator_rms_norm",
     "operator_supports_norm",
-    "own_kernel_tensor",
+    "own_kernel_tensors",
     "process_after_loading",
     "queries_per_chunk",
     "raises_if_engine_dies",

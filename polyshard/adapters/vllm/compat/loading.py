@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -58,17 +58,27 @@ def load_into(model: Any, vllm_config: VllmConfig, weights: Iterable[tuple[str, 
         return model.load_weights(weights)
 
 
-def own_kernel_tensor(module: nn.Module, name: str) -> None:
-    """Replace the memory into which the reload that has begun will copy a parameter, and the parameter if it stays.
+def own_kernel_tensors(places: Sequence[tuple[nn.Module, str]]) -> None:
+    """Give a parameter new memory in a reload that has begun, the same in all modules that have the parameter.
 
-    vLLM copies new values into the tensors that a layer had before, and keeps those called `bias` in place.
+    vLLM copies new values into the tensors that a layer had before, and keeps those called `bias` in place. A layer
+    with a tied parameter gets no values of its own, so its tensor must be that of the layer that gets them.
+
+    Args:
+        places: the modules and the parameter's name in each.
     """
-    held = get_layerwise_info(module).kernel_tensors
-    if held is not None and name in held[0]:
-        held[0][name] = _with_own_memory(held[0][name])
-    kept = module._parameters.get(name)
-    if kept is not None and not kept.is_meta:
-        module.register_parameter(name, _with_own_memory(kept))
+    own: dict[int, nn.Parameter] = {}
+
+    def renewed(parameter: torch.Tensor) -> nn.Parameter:
+        return own.setdefault(parameter.data_ptr(), _with_own_memory(parameter))
+
+    for module, name in places:
+        held = get_layerwise_info(module).kernel_tensors
+        if held is not None and name in held[0]:
+            held[0][name] = renewed(held[0][name])
+        kept = module._parameters.get(name)
+        if kept is not None and not kept.is_meta:
+            module.register_parameter(name, renewed(kept))
 
 
 def _with_own_memory(parameter: torch.Tensor) -> nn.Parameter:

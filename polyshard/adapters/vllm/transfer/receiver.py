@@ -188,8 +188,7 @@ class ServedReceiver:
     def end_sharing(self) -> None:
         """Give shared parameters memory of their own in a reload that has begun, which would write to the trainer's."""
         for name in self._shared:
-            for module, leaf in self._owners[name]:
-                compat.own_kernel_tensor(module, leaf)
+            compat.own_kernel_tensors(self._owners[name])
         self._shared.clear()
 
     def mark_received(self, name: str) -> None:
