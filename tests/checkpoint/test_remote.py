@@ -16,6 +16,7 @@ from support.object_store import BUCKET, object_store
 import polyshard as ps
 from polyshard.checkpoint.location import as_path
 from polyshard.checkpoint.manifest import MANIFEST
+from polyshard.checkpoint.remote import publish
 from polyshard.convert import convert
 from polyshard.testing import run_ranks
 from polyshard.testing.model import SuiteConfig, SuiteModel
@@ -248,6 +249,16 @@ def test_killed_before_any_request_the_checkpoint_before_stays(store, writer_pip
     assert allowed >= (11 if replaces else 5), "the writer was killed at many places"
     assert seen == allowed + 1.0
     assert files_of(root) == [f"model/{name}" for name in ("config.json", "model.safetensors", MANIFEST)]
+
+
+@pytest.mark.parametrize("name", [".model.saving-first", ".model.saving-second"])
+def test_the_marker_tells_which_of_two_killed_saves_is_read(store, name):
+    """A store's times of change are too coarse to tell which is newer."""
+    context, root = ps.initialize("torch"), f"{ROOT}/two"
+    for value, saving in ((1.0, ".model.saving-first"), (2.0, ".model.saving-second")):
+        ps.save_checkpoint(filled(value), f"{root}/{saving}", context, config={"a": value})
+    publish._mark(as_path(f"{root}/model"), as_path(f"{root}/{name}"))
+    assert value_of(root) == (1.0 if name.endswith("first") else 2.0)
 
 
 def test_a_directory_of_another_program_is_replaced_only_when_the_new_one_is_complete(store, tmp_path):

@@ -4,12 +4,13 @@ The manifest is written last: a directory with a manifest is a checkpoint. While
 lies in it, so that a directory with the marker and without a manifest is not mistaken for one of another program.
 
 A directory that holds a checkpoint already is not written to at first. The new files go to a hidden directory beside
-it, which becomes a checkpoint with its manifest. They are then copied by the server. A reader takes the hidden
-directory while the copy is incomplete (`published`).
+it, which becomes a checkpoint with its manifest. They are then copied by the server. The marker names the hidden
+directory, and a reader takes it while the copy is incomplete (`published`).
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -93,17 +94,17 @@ def published(path: Path) -> Path:
     _refresh(path)
     if (path / MANIFEST).is_file() or not (path / MARKER).is_file():
         return path
-    for kept in _beside(path):
-        if (kept / MANIFEST).is_file():
-            logger.warning("a save was killed while replacing %s; reading %s", path, kept)
-            return kept
+    kept = _copied(path)
+    if kept is not None and (kept / MANIFEST).is_file():
+        logger.warning("a save was killed while replacing %s; reading %s", path, kept)
+        return kept
     raise CheckpointError(f"{path} is incomplete: a save to it is under way, or was killed. Load another checkpoint.")
 
 
 def _replace(prefix: Path, target: Path, manifest: Manifest) -> None:
     """Copy the files over those of the old checkpoint, which from here on is found no longer, but `prefix` is."""
     fs = file_system(target)
-    _mark(target)
+    _mark(target, prefix)
     _clear(target)
 
     def copy(name: str) -> None:
@@ -118,7 +119,8 @@ def _replace(prefix: Path, target: Path, manifest: Manifest) -> None:
 def _is_written(target: Path) -> bool:
     """Return whether the directory, or one beside it, must stay readable until the new checkpoint is complete."""
     if (target / MARKER).is_file() and not _complete(target):
-        return any(_complete(kept) for kept in _beside(target))
+        kept = _copied(target)
+        return kept is not None and _complete(kept)
     return bool(_files(target))
 
 
@@ -129,8 +131,24 @@ def _complete(path: Path) -> bool:
         return False
 
 
-def _mark(target: Path) -> None:
-    _write(target / MARKER, "A save writes this directory. Without polyshard.json it is no checkpoint.\n")
+def _mark(target: Path, prefix: Path | None = None) -> None:
+    """Write the marker.
+
+    Args:
+        target: the checkpoint's directory.
+        prefix: the directory beside it that holds the complete new checkpoint, if there is one.
+    """
+    note = "A save writes this directory. Without polyshard.json it is no checkpoint."
+    _write(target / MARKER, json.dumps({"note": note, "complete": None if prefix is None else prefix.name}) + "\n")
+
+
+def _copied(target: Path) -> Path | None:
+    """Return the directory that the marker names; its manifest is written before the marker."""
+    try:
+        name = json.loads((target / MARKER).read_text()).get("complete")
+    except (ValueError, AttributeError):
+        return None
+    return None if name is None else target.parent / Path(name).name
 
 
 def _write(path: Path, text: str) -> None:
@@ -151,12 +169,10 @@ def _files(directory: Path) -> list[str]:
 
 
 def _beside(target: Path) -> list[Path]:
-    """Return the hidden directories of saves of `target`, the newest first."""
+    """Return the hidden directories of saves of `target`."""
     if not target.parent.is_dir():
         return []
-    found = [path for path in target.parent.iterdir() if path.name.startswith(f".{target.name}.saving-")]
-    manifests = {path: path / MANIFEST for path in found}
-    return sorted(found, key=lambda p: manifests[p].stat().st_mtime_ns if manifests[p].is_file() else 0, reverse=True)
+    return [path for path in target.parent.iterdir() if path.name.startswith(f".{target.name}.saving-")]
 
 
 def _clear(directory: Path) -> None:
