@@ -58,6 +58,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # pytest-xdist's controller runs no test.
     if hasattr(config, "workerinput") or config.getoption("dist", "no") == "no":
         forkserver.ensure_running()
+        from support import warm_spawn
+
+        warm_spawn.install()
 
 
 # Seconds of each test file in a whole run: a worker that came to a long one last would leave the other idle.

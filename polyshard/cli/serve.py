@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
+import runpy
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +23,7 @@ from polyshard.core.serving import as_entry
 from polyshard.registry import model_from_entry, register_model, registered_models, resolve
 
 SERVED_NAME = "PolyshardModel"
+_SERVER = "vllm.entrypoints.openai.api_server"
 # Options of vLLM that say how weights are read: then each tensor is checked when the worker reads it.
 _LOADING = {"--quantization", "-q", "--hf-overrides", "--load-format"}
 
@@ -67,7 +68,9 @@ def serve(
             '"return_token_ids": true and "detokenize": false to receive them. Pass --tokenizer to serve text.',
             err=True,
         )
-    os.execv(command[0], command)
+    # In this process, which has imported most of what the server imports.
+    sys.argv[:] = [_SERVER, *command[command.index(_SERVER) + 1 :]]
+    runpy.run_module(_SERVER, run_name="__main__", alter_sys=True)
 
 
 def server_command(
@@ -104,7 +107,7 @@ def server_command(
             options["names"] = json.loads(options["names"])
         except ValueError as error:
             raise RegistrationError(f"--names {options['names']!r} is not valid JSON: {error}") from None
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
+    command = [sys.executable, "-m", _SERVER, "--model", str(directory)]
     if not has_tokenizer(file.name for file in directory.glob("*")) and not _names_tokenizer(arguments):
         command.append("--skip-tokenizer-init")
     known = registered_models()

@@ -1,6 +1,7 @@
 """The OpenAI-compatible server, from the command line alone."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -15,22 +16,22 @@ import support.vllm_required  # noqa: F401
 from support.models.tiny import save_tiny
 from support.oracles.greedy import greedy_transformers
 from support.paths import EXAMPLES
-from support.servers import ENGINE_WITHOUT_WORKER_PROCESS, running_server
+from support.servers import ENGINE_WITHOUT_WORKER_PROCESS, running_script
 
 from polyshard.launch.ranks import free_port
 
 pytestmark = pytest.mark.vllm
 
+VLLM_SERVER = Path(importlib.util.find_spec("vllm.entrypoints.openai").origin).with_name("api_server.py")
 OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", str(64 << 20)]
 
 
 @contextlib.contextmanager
-def server(command, log, **environment):
+def server(script, arguments, log, **environment):
     """A client of a running server; its whole process group is ended afterwards."""
     port = free_port()
     env = {**os.environ, "OMP_NUM_THREADS": "1", **ENGINE_WITHOUT_WORKER_PROCESS, **environment}
-    command = [*command, *OPTIONS, "--port", str(port)]
-    with running_server(command, port, log, env):
+    with running_script(script, [*arguments, *OPTIONS, "--port", str(port)], port, log, env):
         from openai import OpenAI
 
         yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
@@ -61,12 +62,11 @@ def checkpoint(smollm2, tmp_path):
 
 
 def test_polyshard_serve(checkpoint, tmp_path):
-    polyshard = str(Path(sys.executable).with_name("polyshard"))
+    polyshard = Path(sys.executable).with_name("polyshard")
     config = json.loads((checkpoint / "config.json").read_text())
     config["polyshard"] = {"factory": f"{EXAMPLES / 'decoder.py'}:build_model"}
     (checkpoint / "config.json").write_text(json.dumps(config))
-    command = [polyshard, "serve", str(checkpoint), "--trust-checkpoint"]
-    with server(command, tmp_path / "log") as client:
+    with server(polyshard, ["serve", str(checkpoint), "--trust-checkpoint"], tmp_path / "log") as client:
         answer = ask(client)
         assert "Paris" in answer
         pieces = list(streamed(client))
@@ -81,9 +81,8 @@ def test_data_parallel_engines_of_plain_vllm_by_the_environment_variable(tmp_pat
     (directory / "config.json").write_text(json.dumps(config))
     models = {"OnlyPolyshardKnows": {"factory": f"{EXAMPLES / 'decoder.py'}:build_model", "adapter": "torch"}}
     environment = {"POLYSHARD_MODELS": json.dumps(models), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
-    command += ["--data-parallel-size", "2", "--skip-tokenizer-init"]
-    with server(command, tmp_path / "log", **environment) as client:
+    arguments = ["--model", str(directory), "--data-parallel-size", "2", "--skip-tokenizer-init"]
+    with server(VLLM_SERVER, arguments, tmp_path / "log", **environment) as client:
 
         def generated(prompt):
             more = {"return_token_ids": True}

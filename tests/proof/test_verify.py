@@ -4,12 +4,12 @@ import functools
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+from support import forked
 from support.command_line import polyshard
 from support.models.tiny import save_tiny
 
@@ -59,29 +59,17 @@ def test_a_pipeline_is_equal_to_transformers(directory, verify):
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("option", ["--vllm", "--exact"])
-def test_without_a_model_the_small_one_is_served_and_nothing_is_left_behind(option, tmp_path):
-    """Its oracle is written out in float64. Sockets of the engine go with it."""
+def test_without_a_model_the_small_one_is_served_and_nothing_is_left_behind(tmp_path):
+    """Sockets of the engine are removed. The tutorial's test runs `--vllm` with a model (test_tutorial.py)."""
     folder = Path(tempfile.mkdtemp(prefix="left-"))
-    command = [sys.executable, "-c", "from polyshard.cli import main; main()", "verify", option, "--json"]
+    polyshard = Path(sys.executable).with_name("polyshard")
+    options = ("--exact", "--json", "--adapters", "torch", "--tensor-parallel", "1")
     try:
-        done = subprocess.run(
-            [*command, "--adapters", "torch", "--tensor-parallel", "1"],
-            env={**os.environ, "TMPDIR": str(folder)},
-            capture_output=True,
-            text=True,
-            timeout=280,
-        )
+        done = forked.run(polyshard, ("verify", *options), {**os.environ, "TMPDIR": str(folder)}, timeout=280)
         assert done.returncode == 0, done.stdout + done.stderr[-3000:]
         found = json.loads(done.stdout)
-        if option == "--exact":
-            assert found["holds"]
-            assert all(row["tokens"] > 100 for row in found["comparisons"])
-        else:
-            assert {(row["what"], row["adapter"]) for row in found["rows"]} == {
-                *(("train", "torch"), ("serve", "torch"), ("serve", "vllm")),
-            }
-            assert all(row["logprobs"] < 2e-5 for row in found["rows"] if row["what"] == "serve")
+        assert found["holds"]
+        assert all(row["tokens"] > 100 for row in found["comparisons"])
         assert [path.name for path in folder.iterdir()] == []
     finally:
         shutil.rmtree(folder)

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import decoder
 import pytest
@@ -13,7 +14,7 @@ import support.vllm_required  # noqa: F401
 import torch
 from support.engines import engine, greedy
 from support.models.tiny import save_tiny
-from support.servers import running_server
+from support.servers import running_script
 
 import polyshard as ps
 from polyshard.launch.ranks import free_port, run_ranks
@@ -35,13 +36,13 @@ def server(directory, tmp_path_factory):
     """vLLM's own server; its URL."""
     port = free_port()
     options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
-    command = [sys.executable, "-c", "from polyshard.cli import main; main()", "serve", str(directory)]
-    command += ["--factory", "decoder:build_model", *options, "--enforce-eager"]
-    command += [f"--port={port}", "--host=127.0.0.1", "--enable-scale-out"]
-    command += ["--weight-transfer-config", json.dumps({"backend": "polyshard"})]
+    arguments = ["serve", str(directory), "--factory", "decoder:build_model", *options, "--enforce-eager"]
+    arguments += [f"--port={port}", "--host=127.0.0.1", "--enable-scale-out"]
+    arguments += ["--weight-transfer-config", json.dumps({"backend": "polyshard"})]
     changes = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     log = tmp_path_factory.mktemp("server") / "log"
-    with running_server(command, port, log, {**os.environ, **changes}):
+    polyshard = Path(sys.executable).with_name("polyshard")
+    with running_script(polyshard, arguments, port, log, {**os.environ, **changes}):
         yield f"http://127.0.0.1:{port}"
 
 

@@ -161,31 +161,18 @@ def left_behind(names, seconds=20):
     return found
 
 
-@pytest.mark.parametrize(
-    ("factory", "size", "kind", "message"),
-    [
-        (
-            "support.models.broken_factories:raises",
-            1,
-            "RegistrationError",
-            "rank 0 of the engine: The factory support.models.broken_factories:raises of model 'Broken' raised "
-            "ZeroDivisionError: the user's bug",
-        ),
-        ("support.models.broken_factories:three_heads", 2, "LayoutError", "3"),
-    ],
-)
-def test_a_worker_process_tells_its_parent_why(directory, tmp_path, factory, size, kind, message):
+def test_worker_processes_tell_their_parent_why(directory, tmp_path):
     """... and nothing of the engine is left: no process, no shared memory."""
     script = tmp_path / "script.py"
     script.write_text(WORKERS)
     with shared_memory_of(script) as names:
         found, told, notes, alive = run(
-            [sys.executable, str(script), str(directory), factory, str(size)],
+            [sys.executable, str(script), str(directory), "support.models.broken_factories:three_heads", "2"],
             VLLM_ENABLE_V1_MULTIPROCESSING="1",
             VLLM_CPU_KVCACHE_SPACE="1",
         )
-    assert message in told, told
-    assert found in (kind, "RegistrationError")
+    assert re.search(r"ranks 0, 1 of the engine: .*three_heads.* raised LayoutError: .* 3 key-value heads", told), told
+    assert found in ("LayoutError", "RegistrationError")
     assert "Traceback" in notes
     assert not alive
     assert any(name.startswith("psm_") for name in names)

@@ -5,7 +5,6 @@ a few 1e-6, for SmolLM2 with its 30 layers up to 4e-5 (transformers itself is th
 """
 
 import json
-import sys
 from collections import Counter
 
 import decoder
@@ -16,7 +15,7 @@ from support.engines import engine, greedy
 from support.models.tiny import save_tiny
 from support.oracles.greedy import assert_same_generation, greedy_transformers
 from support.paths import WORKERS
-from support.scripts import on_engine_ranks, run, run_forked
+from support.scripts import on_engine_ranks, run_forked
 from support.workers.colocated import serve_all
 
 import polyshard as ps
@@ -118,7 +117,7 @@ def test_tensor_parallel_2_on_the_layers_of_every_library(models):
 def test_a_factory_of_a_script_reaches_spawned_workers_at_tensor_parallel_2(models):
     directory, expected = models["llama-tied"]
     arguments = [str(directory), "2", "vllm", json.dumps(PROMPTS), str(TOKENS)]
-    result = run([sys.executable, str(WORKERS / "serving_script.py"), *arguments], VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    result = run_forked(WORKERS / "serving_script.py", *arguments, VLLM_ENABLE_V1_MULTIPROCESSING="1")
     assert_same_generation(result, expected, TINY_BOUND)
 
 

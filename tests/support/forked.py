@@ -8,7 +8,6 @@ tested for what they import are to be started by `subprocess`.
 from __future__ import annotations
 
 import atexit
-import multiprocessing
 import os
 import runpy
 import subprocess
@@ -21,10 +20,12 @@ from multiprocessing import process as processes
 from pathlib import Path
 from typing import Any
 
+from support.warm_spawn import WarmContext, read_settings
+
 
 def start(script: Path, arguments: Sequence[str], env: Mapping[str, str], out: Path, err: Path, cwd: Any = None) -> Any:
     """Start a script in a process group of its own, whose output goes to files; return its process."""
-    context = multiprocessing.get_context("forkserver")
+    context = WarmContext()
     target = (str(script), [str(part) for part in arguments], dict(env), str(cwd or os.getcwd()), str(out), str(err))
     process = context.Process(target=_main, args=target)
     process.start()
@@ -55,7 +56,7 @@ def script_of_rank(script: Path, arguments: Sequence[str], env: Mapping[str, str
     sys.path.insert(0, str(script.parent))
     sys.argv[:] = [str(script), *map(str, arguments)]
     _as_first_process()
-    _read_settings()
+    read_settings()
     try:
         runpy.run_path(str(script), run_name="__main__")
     except SystemExit as end:
@@ -70,11 +71,12 @@ def _main(script: str, arguments: list[str], env: dict[str, str], cwd: str, out:
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     os.environ.clear()
     os.environ.update(env)
+    tempfile.tempdir = None  # of the environment
     own = [part for part in env.get("PYTHONPATH", "").split(os.pathsep) if part]
     sys.path[:] = [os.path.dirname(script), *own, *(path for path in sys.path if path and path not in inherited)]
     sys.argv[:] = [script, *arguments]
     _as_first_process()
-    _read_settings()
+    read_settings()
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit:
@@ -101,11 +103,3 @@ def _as_first_process() -> None:
     processes._parent_process = None
     processes._current_process._config["daemon"] = False
     processes._current_process._name = "MainProcess"
-
-
-def _read_settings() -> None:
-    """Apply what torch reads from the environment when it is imported."""
-    import torch
-
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    torch._dynamo.config.disable = os.environ.get("TORCH_COMPILE_DISABLE") == "1"

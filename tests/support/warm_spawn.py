@@ -1,0 +1,65 @@
+"""Fork the processes that libraries spawn from the server that has imported torch and vLLM.
+
+vLLM on CPU spawns its engines and workers, and each imports vLLM for six seconds. A process of this context starts as
+a spawned one does: with the environment, working directory, output and module search path of its parent, and with
+nothing else of it. `install` puts the context in the place of "spawn", in this process and in those it starts.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from multiprocessing import context, forkserver, reduction
+from typing import Any
+
+class _WarmProcess(context.ForkServerProcess):
+    """A process that takes from its parent what an executed interpreter would."""
+
+    def start(self) -> None:
+        forkserver.ensure_running()
+        server = forkserver._forkserver._forkserver_address
+        self._from_parent = (dict(os.environ), os.getcwd(), server)
+        super().start()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickled once, while the process starts."""
+        return {**self.__dict__, "_streams": [(stream, reduction.DupFd(stream)) for stream in (1, 2)]}
+
+    def _bootstrap(self, *arguments: Any, **options: Any) -> Any:
+        environment, folder, server = self._from_parent
+        for stream, inherited in self.__dict__.pop("_streams"):
+            os.dup2(inherited.detach(), stream)
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+        tempfile.tempdir = None  # of the environment
+        read_settings()
+        _share_server(server)
+        install()
+        return super()._bootstrap(*arguments, **options)
+
+
+class WarmContext(context.ForkServerContext):
+    """The context, for tests that start such processes themselves."""
+
+    Process = _WarmProcess
+
+
+def read_settings() -> None:
+    """Apply what torch reads from the environment when it is imported."""
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch._dynamo.config.disable = os.environ.get("TORCH_COMPILE_DISABLE") == "1"
+
+
+def _share_server(address: str) -> None:
+    """Let this process, which the server at `address` has forked, use it as the process that started it does."""
+    forkserver._forkserver._forkserver_address = address
+    forkserver._forkserver.ensure_running = lambda: None
+    context._concrete_contexts["forkserver"] = WarmContext()
+
+
+def install() -> None:
+    """Use the context for "spawn" from here on."""
+    context._concrete_contexts["spawn"] = WarmContext()
