@@ -84,7 +84,9 @@ def run(tmp_path_factory):
             machines.slow(SERVER, "400kbit")
             received = machines.received(SERVER)
             (pauses / f"sync-{step}").unlink()
+            deadline = time.monotonic() + 60
             while machines.received(SERVER) < received + 60_000:
+                assert time.monotonic() < deadline, trainers[0].text
                 time.sleep(0.01)
             machines.cut(number)
             return time.monotonic()
@@ -137,7 +139,7 @@ def test_a_server_that_cannot_be_reached_is_named_in_time_and_gets_the_weights_w
 
 
 def test_a_server_with_a_part_of_the_weights_gives_no_answer(run):
-    assert run.request.startswith("no answer: ")
+    assert run.request == "no answer: timed out"
 
 
 def test_a_trainer_machine_that_is_lost_in_a_sync_is_named_on_every_rank(run):
