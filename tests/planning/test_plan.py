@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import moe
 import pytest
 from decoder import build_model
 from support.planned_cases import CONFIG, LLAMA_405B
@@ -34,6 +35,11 @@ DEEPSEEK_V3 = {
     "v_head_dim": 128,
     "rms_norm_eps": 1e-6,
     "num_nextn_predict_layers": 1,
+    "n_group": 8,
+    "topk_group": 4,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "max_position_embeddings": 4096,
 }
 SMALL = ps.ModelConfig(**CONFIG)
 
@@ -59,18 +65,22 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_layouts_fit_where_they_ran(name):
+@pytest.mark.parametrize(
+    ("name", "factory"), [("Llama 3 405B", None), ("DeepSeek-V3", None), ("DeepSeek-V3", moe.build_model)]
+)
+def test_published_layouts_fit_where_they_ran(name, factory):
     config, options, layout = PUBLISHED[name]
     found = ps.plan(
-        config,
-        cluster=ps.Cluster(gpus=options.pop("gpus"), memory=80 * 10**9),
+        ps.ModelConfig(**config),
+        cluster=ps.Cluster(gpus=options["gpus"], memory=80 * 10**9),
+        factory=factory,
         layout=layout,
         unsupported=True,
         shardings=("zero1",),
         precisions=(MASTERS,),
         recompute=("full",),
-        **options,
+        tokens_per_step=options["tokens_per_step"],
+        sequence_length=options["sequence_length"],
     )
     (fits,) = found.layouts
     assert 20 * GIB < fits.memory.total < 74 * GIB
