@@ -49,8 +49,8 @@ def memory_of(strategy: Strategy, trace: Trace, stage: int = 0, reserve: int = 0
 
     Args:
         strategy: the strategy.
-        trace: of one micro-batch of this stage, in `strategy.precision.compute_dtype`.
-        stage: the pipeline stage.
+        trace: of one micro-batch of this rank's stages, in `strategy.precision.compute_dtype`.
+        stage: the rank along the pipeline axis.
         reserve: see `Cluster.reserve`.
         bucket: elements of the buffers in which the library reduces gradients under ZeRO (DeepSpeed's
             `reduce_bucket_size`); 0 for a library without.
@@ -62,7 +62,7 @@ def memory_of(strategy: Strategy, trace: Trace, stage: int = 0, reserve: int = 0
     # A library with buckets keeps masters even of parameters that are as wide: DeepSpeed's flat partitions.
     flat = bucket > 0 and strategy.sharding.startswith("zero")
     states = _MOMENTS * wide + (wide if precision.has_masters or flat else 0)
-    under_way = min(strategy.layout.pipeline - stage, strategy.micro_batches)
+    waiting = (passes_under_way(strategy, stage) - 1) * trace.held // strategy.stages_per_rank
     held = _held_by_engine(strategy, sizes, bucket)
 
     def at(level: Level) -> Memory:
@@ -71,13 +71,34 @@ def memory_of(strategy: Strategy, trace: Trace, stage: int = 0, reserve: int = 0
             parameters=stored * ((shared if partitioned else trained) + sizes.frozen),
             gradients=gradients,
             optimizer=states * (trained if strategy.sharding == "data" else shared),
-            activations=level.live + (under_way - 1) * trace.held,
+            activations=level.live + waiting,
             communication=communication,
             reserve=reserve,
         )
 
     levels = (level for level in trace.levels if precision.has_masters or not level.copied)
     return max(map(at, levels), key=lambda memory: memory.total)
+
+
+def passes_under_way(strategy: Strategy, rank: int) -> int:
+    """Return the largest number of forward passes of a pipeline rank's stages whose backward pass has not run.
+
+    Args:
+        strategy: the strategy; its schedule is 1F1B or interleaved 1F1B.
+        rank: the rank along the pipeline axis.
+
+    Examples:
+        >>> from polyshard.planning.strategy import Strategy
+        >>> layout = ps.ParallelLayout(pipeline=4)
+        >>> passes_under_way(Strategy(layout=layout, micro_batches=8), rank=0)
+        4
+        >>> passes_under_way(Strategy(layout=layout, micro_batches=8, stages_per_rank=2), rank=0)
+        11
+    """
+    ranks, several = strategy.layout.pipeline, strategy.stages_per_rank
+    if several == 1:
+        return min(ranks - rank, strategy.micro_batches)
+    return min((several - 1) * ranks + 2 * (ranks - 1 - rank) + 1, strategy.micro_batches * several)
 
 
 def _held_by_engine(strategy: Strategy, sizes: Sizes, bucket: int) -> _Held:
