@@ -42,7 +42,14 @@ class Memory:
         return sum(asdict(self).values())
 
 
-def memory_of(strategy: Strategy, trace: Trace, stage: int = 0, reserve: int = 0, bucket: int = 0) -> Memory:
+def memory_of(
+    strategy: Strategy,
+    trace: Trace,
+    stage: int = 0,
+    reserve: int = 0,
+    bucket: int = 0,
+    full_gradients: bool = False,
+) -> Memory:
     """Return the memory of a rank of a pipeline stage.
 
     Source: Rajbhandari et al. 2020, "ZeRO"; Narayanan et al. 2021 for the micro-batches under way in a pipeline.
@@ -54,6 +61,8 @@ def memory_of(strategy: Strategy, trace: Trace, stage: int = 0, reserve: int = 0
         reserve: see `Cluster.reserve`.
         bucket: elements of the buffers in which the library reduces gradients under ZeRO (DeepSpeed's
             `reduce_bucket_size`); 0 for a library without.
+        full_gradients: whether ZeRO stage 2 of the library keeps buffers for the gradients of all ranks (FairScale's
+            ShardedDataParallel).
     """
     precision, sizes = strategy.precision, trace.sizes
     stored, wide = precision.parameters.itemsize, precision.optimizer.itemsize
@@ -63,7 +72,7 @@ def memory_of(strategy: Strategy, trace: Trace, stage: int = 0, reserve: int = 0
     flat = bucket > 0 and strategy.sharding.startswith("zero")
     states = _MOMENTS * wide + (wide if precision.has_masters or flat else 0)
     waiting = (passes_under_way(strategy, stage) - 1) * trace.held // strategy.stages_per_rank
-    held = _held_by_engine(strategy, sizes, bucket)
+    held = _held_by_engine(strategy, sizes, bucket, full_gradients)
 
     def at(level: Level) -> Memory:
         gradients, communication = held(level)
@@ -101,12 +110,12 @@ def passes_under_way(strategy: Strategy, rank: int) -> int:
     return min((several - 1) * ranks + 2 * (ranks - 1 - rank) + 1, strategy.micro_batches * several)
 
 
-def _held_by_engine(strategy: Strategy, sizes: Sizes, bucket: int) -> _Held:
+def _held_by_engine(strategy: Strategy, sizes: Sizes, bucket: int, full_gradients: bool) -> _Held:
     """Return what an engine holds besides parameters, optimizer state and activations."""
     if strategy.replicas > 1 and strategy.sharding == "fsdp":
         return _gathered(strategy, sizes)
     if strategy.replicas > 1 and strategy.sharding != "data":
-        return _zero(strategy, sizes, bucket)
+        return _zero(strategy, sizes, bucket, full_gradients)
     return _masters(strategy, sizes) if strategy.precision.has_masters else _replicated(strategy, sizes)
 
 
@@ -131,7 +140,7 @@ def _masters(strategy: Strategy, sizes: Sizes) -> _Held:
     return at
 
 
-def _zero(strategy: Strategy, sizes: Sizes, bucket: int) -> _Held:
+def _zero(strategy: Strategy, sizes: Sizes, bucket: int, full_gradients: bool) -> _Held:
     """ZeRO: what each stage keeps of the gradients, and the buffers in which they are reduced.
 
     Stage 1 keeps full gradients: in the reduction's dtype, or with buckets and masters in that of the parameters beside
@@ -145,7 +154,7 @@ def _zero(strategy: Strategy, sizes: Sizes, bucket: int) -> _Held:
     match strategy.sharding:
         case "zero1" if bucket and precision.has_masters:
             held = compute * sizes.trainable + own, buffer + gathered
-        case "zero1":
+        case "zero1" | "zero2" if strategy.sharding == "zero1" or full_gradients:
             held = reduced * sizes.trainable, gathered
         case "zero2":
             held = own, buffer * (2 if precision.has_masters else 1)

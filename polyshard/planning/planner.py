@@ -162,6 +162,7 @@ class _Planner:
     cluster: Cluster
     capabilities: dict[str, Capabilities]
     buckets: dict[str, int]
+    full_gradients: dict[str, bool]
     schedules: dict[str, Sequence[str]]
     unsupported: bool
     progress: Callable[[str], None]
@@ -200,7 +201,8 @@ class _Planner:
         groups: dict[Memory, list[str]] = {}
         for name in able or ("",):
             bucket, reserve = self.buckets.get(name, 0), self.cluster.reserve
-            memories = (memory_of(strategy, trace, stage, reserve, bucket) for stage, trace in stages)
+            full = self.full_gradients.get(name, False)
+            memories = (memory_of(strategy, trace, stage, reserve, bucket, full) for stage, trace in stages)
             groups.setdefault(max(memories, key=lambda memory: memory.total), []).append(name)
         return [self._figures(strategy, stages, memory, tuple(filter(None, names))) for memory, names in groups.items()]
 
@@ -294,6 +296,7 @@ def _adapters(names: Sequence[str] | None) -> dict[str, Any]:
         raise ConfigurationError(f"no adapter trains: got {', '.join(found)}. Pass adapters= that train.")
     return {
         "capabilities": {name: adapter.capabilities for name, adapter in training.items()},
+        "full_gradients": {name: getattr(adapter, "zero_full_gradients", False) for name, adapter in training.items()},
         "schedules": {name: getattr(adapter, "pipeline_schedules", ("1f1b",)) for name, adapter in training.items()},
         "buckets": {name: getattr(adapter, "zero_bucket", 0) for name, adapter in training.items()},
     }

@@ -73,6 +73,7 @@ class FairscaleAdapter(BaseAdapter):
     capabilities = CAPABILITIES
     requirement = REQUIREMENT
     pipeline_schedules = SCHEDULES  # plans read it
+    zero_full_gradients = True  # ShardedDataParallel keeps buffers of all gradients; plans of memory read it
 
     def __init__(self) -> None:
         self.linear = FairscaleLinearAdapter()
