@@ -20,7 +20,7 @@ LLAMA: Mapping[str, Any] = {
 SMALL = {**LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 LARGE = {**LLAMA, "hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126}
 LARGE |= {"num_attention_heads": 128}
-COLUMNS = ("GPUs", "layout", "sharding", "parameters", "gradients", "optimizer", "activations", "in transit", "total")
+COLUMNS = ("GPUs", "layout", "sharding", "adapters", "parameters", "gradients", "optimizer", "activations", "in transit", "total")
 TIMES = ("GPUs", "layout", "sharding", "GB sent by axis", "compute", "waits", "bubble", "s/step", "MFU", "bottleneck")
 
 
@@ -80,7 +80,7 @@ def memory(plans: list[tuple[int, list[ps.PlannedLayout]]]) -> str:
             kinds = planned.memory
             amounts = (kinds.parameters, kinds.gradients, kinds.optimizer, kinds.activations, kinds.communication)
             told = [f"{nbytes / GIB:.1f}" for nbytes in (*amounts, kinds.total)]
-            rows.append((gpus, planned.strategy.sizes, planned.strategy.sharding, *told))
+            rows.append((gpus, planned.strategy.sizes, planned.strategy.sharding, ", ".join(planned.adapters), *told))
     return markdown(COLUMNS, rows)
 
 
