@@ -1,4 +1,4 @@
-"""Planned against measured memory of sixteen layouts, on two ranks of this machine's CPU.
+"""Planned against measured memory of seventeen layouts, on two ranks of this machine's CPU.
 
     python benchmarks/plan.py [--json FILE] [--check] [--adapters torch,megatron]
 
@@ -50,7 +50,10 @@ def case(adapter: str, sharding: str, sizes: dict[str, Any], **changes: Any) -> 
     options = {
         "data": {},
         "fsdp": {"data_parallel": "fsdp"},
-        **{f"zero{stage}": {"zero_stage": stage} if adapter == "deepspeed" else {} for stage in (1, 2, 3)},
+        **{
+            f"zero{stage}": {"zero_stage": stage} if adapter in ("deepspeed", "fairscale") else {}
+            for stage in (1, 2, 3)
+        },
     }[sharding]
     found = {"config": CONFIG, "adapter": adapter, "sizes": sizes, "options": options, "precision": FLOAT32}
     found |= {"recompute": "none", "rows": 2, "length": 512, "micro_batches": 1}
@@ -74,6 +77,7 @@ CASES = (
     case("deepspeed", "zero1", {}, precision=MASTERS, recompute="full"),
     case("deepspeed", "zero2", {}, precision=MASTERS, recompute="full"),
     case("deepspeed", "zero3", {}, precision=MASTERS, recompute="full"),
+    case("fairscale", "zero2", {}, recompute="full"),
 )
 
 
@@ -91,12 +95,13 @@ def planned(chosen: dict[str, Any]) -> tuple[Strategy, int]:
         dtype=strategy.precision.compute_dtype,
         **{name: chosen[name] for name in ("rows", "length", "recompute")},
     )
-    bucket = getattr(ps.load_adapter(chosen["adapter"]), "zero_bucket", 0)
-    return strategy, memory_of(strategy, trace, bucket=bucket).total
+    adapter = ps.load_adapter(chosen["adapter"])
+    bucket, full = getattr(adapter, "zero_bucket", 0), getattr(adapter, "zero_full_gradients", False)
+    return strategy, memory_of(strategy, trace, bucket=bucket, full_gradients=full).total
 
 
 def main(
-    adapters: Annotated[str, typer.Option(help="Comma-separated.")] = "torch,megatron,deepspeed",
+    adapters: Annotated[str, typer.Option(help="Comma-separated.")] = "torch,megatron,deepspeed,fairscale",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     lines: Annotated[Path | None, typer.Option(help="Append each row here as soon as it is measured.")] = None,
     check: Annotated[bool, typer.Option(help="Exit status 1 if a goal is missed.")] = False,

@@ -26,6 +26,7 @@ from polyshard.checkpoint.model_code import check_code
 from polyshard.checkpoint.part import part_of
 from polyshard.checkpoint.pending import PendingSave
 from polyshard.checkpoint.plan import PlannedFile, StoredTensor, index_of, plan_files
+from polyshard.checkpoint.remote.publish import write_file
 from polyshard.checkpoint.remote.save import save_remotely
 from polyshard.checkpoint.storage import LayoutPlanner, LayoutWriter, Progress, storage_key
 from polyshard.config.fields import MODEL_TYPE, config_fields
@@ -190,7 +191,7 @@ def save_config(
     """Write `config.json` only, for serving a model that has no checkpoint.
 
     Args:
-        directory: created if it does not exist; other files in it are kept.
+        directory: created if it does not exist; other files in it are kept. A URL works, too.
         config: fields of config.json, as in `save_checkpoint`.
         architecture: the name under which a server has the model registered.
         factory: as in `save_checkpoint`.
@@ -207,9 +208,12 @@ def save_config(
         >>> ps.read_config("out").architectures
         ['MyModel']
     """
-    path = local_path(directory, "directory")
+    path = as_path(directory)
     for name, fields in model_documents(config, architecture, factory, {}).items():
         written = json.dumps(fields, indent=2)
+        if is_remote(path):
+            write_file(path / name, written)
+            continue
         path.mkdir(parents=True, exist_ok=True)
         part = path / staging_name(path / name)
         part.write_text(written)

@@ -49,6 +49,9 @@ def plan(
     sharding: Annotated[str, typer.Option(help="What replicas share, comma-separated.")] = ",".join(SHARDINGS),
     precision: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(PRECISIONS)}.")] = "masters,casts",
     recompute: Annotated[str, typer.Option(help="Modes of recomputation, comma-separated.")] = ",".join(MODES),
+    stages_per_rank: Annotated[
+        str, typer.Option(help="Pipeline stages on each rank, comma-separated; several are interleaved.")
+    ] = "1,2",
     serve: Annotated[int, typer.Option(help="GPUs that serve the model; 0 for none.")] = 0,
     unsupported: Annotated[bool, typer.Option(help="Also layouts that no adapter can run yet.")] = False,
     top: Annotated[int, typer.Option(help="Number of layouts in the table; 0 for all.")] = 12,
@@ -84,6 +87,7 @@ def plan(
             shardings=_chosen("sharding", sharding, SHARDINGS),
             precisions=[PRECISIONS[name] for name in _chosen("precision", precision, tuple(PRECISIONS))],
             recompute=_chosen("recompute", recompute, MODES),
+            stages_per_rank=[int(count) for count in stages_per_rank.split(",")],
             serve=serve,
             progress=lambda text: status.update(f"planning {text}"),
         )

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from polyshard.planning.result import Plan, PlannedLayout
-from polyshard.planning.strategy import LETTERS, sizes
+from polyshard.planning.strategy import LETTERS
 
 _GIB = 2**30
 _KINDS = {"parameters": "blue", "gradients": "cyan", "optimizer": "green", "activations": "yellow"}
@@ -58,7 +58,7 @@ def _table(title: str, found: Iterable[PlannedLayout], plan: Plan) -> Any:
         strategy = planned.strategy
         sent = ", ".join(f"{axis} {nbytes / 1e9:.3g}" for axis, nbytes in planned.sent.items() if nbytes)
         table.add_row(
-            sizes(strategy.layout),
+            strategy.sizes,
             strategy.sharding,
             "casts" if strategy.precision.casts else "masters" if strategy.precision.has_masters else "float32",
             strategy.recompute,

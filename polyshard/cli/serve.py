@@ -12,13 +12,15 @@ from typing import Annotated, Any
 import typer
 
 from polyshard.adapters.vllm import adapter as vllm_adapter
-from polyshard.checkpoint import read_config
+from polyshard.checkpoint import download_checkpoint, read_config
 from polyshard.checkpoint.companions import has_tokenizer
-from polyshard.checkpoint.location import local_path
+from polyshard.checkpoint.directory import find
+from polyshard.checkpoint.location import as_path, is_remote
+from polyshard.checkpoint.manifest import missing_part, read_manifest
 from polyshard.checkpoint.quantization.reading import refuse_stored_codes, refuse_unserved_method
 from polyshard.config.fields import MODEL_TYPE
 from polyshard.config.file import check_complete
-from polyshard.core.errors import RegistrationError
+from polyshard.core.errors import CheckpointError, RegistrationError
 from polyshard.core.serving import as_entry
 from polyshard.registry import model_from_entry, register_model, registered_models, resolve
 
@@ -30,7 +32,7 @@ _LOADING = {"--quantization", "-q", "--hf-overrides", "--load-format"}
 
 def serve(
     context: typer.Context,
-    directory: Annotated[str, typer.Argument(help="A Hugging Face model directory.")],
+    directory: Annotated[str, typer.Argument(help="A Hugging Face model directory, or its URL with --download.")],
     factory: Annotated[
         str | None, typer.Option(help="The model's factory: module:attribute or file.py:attribute.")
     ] = None,
@@ -49,6 +51,10 @@ def serve(
     trust_checkpoint: Annotated[
         bool, typer.Option(help="Run the factory that the checkpoint's config.json names.")
     ] = False,
+    download: Annotated[
+        Path | None,
+        typer.Option(help="Local directory for a checkpoint whose URL is given; kept, and used again if it is equal."),
+    ] = None,
 ) -> None:
     """Serve DIRECTORY with vLLM's OpenAI-compatible server. All other options go to vLLM."""
     given = {
@@ -61,6 +67,8 @@ def serve(
         "exact_shards": exact_shards,
     }
     chosen = {option: value for option, value in given.items() if value is not None}
+    if download is not None:
+        directory = str(downloaded(directory, download))
     command = server_command(directory, factory, trust_checkpoint, context.args, **chosen)
     if "--skip-tokenizer-init" in command and not _names_tokenizer(context.args):
         typer.secho(
@@ -93,7 +101,12 @@ def server_command(
         MissingDependencyError: vLLM is not installed.
     """
     vllm_adapter.requirement.require()
-    directory = local_path(directory, "directory")
+    directory = as_path(directory)
+    if is_remote(directory):
+        raise CheckpointError(
+            f"directory must be local: got {directory}. Pass --download with a directory for a copy, or copy it with "
+            "polyshard.download_checkpoint."
+        )
     config = read_config(directory)
     check_complete(config.to_dict(), directory / "config.json")
     if not _given(arguments) & _LOADING:
@@ -135,6 +148,20 @@ def server_command(
         f"no model is registered for {directory}, whose architectures are {architectures}; registered: "
         f"{sorted(known) or 'none'}. Pass --factory module:attribute, or set POLYSHARD_MODELS.{hint}"
     )
+
+
+def downloaded(url: str, directory: Path) -> Path:
+    """Copy a checkpoint to a local directory, unless the directory has the same manifest already.
+
+    Raises:
+        CheckpointError: the URL is a local directory, or see `download_checkpoint`.
+    """
+    manifest = read_manifest(directory) if directory.is_dir() else None
+    if manifest is not None and is_remote(as_path(url)) and manifest == read_manifest(find(url)):
+        problem = missing_part(directory, manifest)
+        if problem is None:
+            return directory
+    return download_checkpoint(url, directory)
 
 
 def _given(arguments: list[str]) -> set[str]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from polyshard.config.expert_spec import EXPERT_FAMILIES, ExpertSpec
 from polyshard.core.errors import CheckpointError
 
 _REQUIRED = {
@@ -56,8 +57,12 @@ class Rope:
     parameters: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Rope:
+    def of(cls, config: Mapping[str, Any], base: float = 10000.0) -> Rope:
         """Read `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (earlier versions).
+
+        Args:
+            config: the fields of a config.json.
+            base: the family's default base.
 
         Raises:
             CheckpointError: the fields have the wrong type, are incomplete, or differ by layer type.
@@ -76,7 +81,7 @@ class Rope:
             )
         kind = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
         fields.pop("type", None)
-        theta = fields.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+        theta = fields.pop("rope_theta", None) or config.get("rope_theta") or base
         partial = fields.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor")
         if kind == "default":
             fields = {}
@@ -114,6 +119,7 @@ class DecoderSpec:
         mlp_bias: whether the gate, up and down projections have biases.
         qk_norm: whether queries and keys are normalized, with one weight for each channel of a head.
         windows: sliding window of each layer; None for full attention.
+        experts: the experts of the layers that have some; None for a dense model.
     """
 
     family: str
@@ -133,19 +139,24 @@ class DecoderSpec:
     activation: str
     rope: Rope
     windows: tuple[int | None, ...]
+    experts: ExpertSpec | None = None
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> DecoderSpec:
+    def of(cls, config: Mapping[str, Any], *, experts: bool = False) -> DecoderSpec:
         """Read the fields of a config.json.
+
+        Args:
+            config: the fields.
+            experts: whether the caller supports mixtures of experts (`EXPERT_FAMILIES`).
 
         Raises:
             CheckpointError: a field is missing or invalid, or the family is unsupported.
         """
-        family = config.get("model_type")
-        if family not in FAMILIES:
+        family, families = config.get("model_type"), FAMILIES + EXPERT_FAMILIES * experts
+        if family not in families:
             raise CheckpointError(
                 f"the configuration's model_type is unsupported: got {family!r}, expected one of "
-                f"{', '.join(FAMILIES)}. "
+                f"{', '.join(families)}. "
                 "Convert between Hugging Face directories, which copies every tensor, or with the model's own tools."
             )
         if "self" in config:
@@ -154,7 +165,7 @@ class DecoderSpec:
             heads, hidden, layers = (
                 _size(config, n) for n in ("num_attention_heads", "hidden_size", "num_hidden_layers")
             )
-            attention_bias = bool(config.get("attention_bias") or False) and family in ("llama", "qwen3")
+            attention_bias = bool(config.get("attention_bias") or False) and family in ("llama", "qwen3", "qwen3_moe")
             head_dim = config.get("head_dim", 128 if family == "qwen3" else None)
             if family == "qwen3" and head_dim is None:
                 raise CheckpointError("the configuration's head_dim is wrong: got null, expected an integer.")
@@ -171,11 +182,12 @@ class DecoderSpec:
                 qkv_bias=family == "qwen2" or attention_bias,
                 output_bias=attention_bias,
                 mlp_bias=family == "llama" and bool(config.get("mlp_bias") or False),
-                qk_norm=family == "qwen3",
-                norm_eps=_number(config, "rms_norm_eps", 1e-6),
+                qk_norm=family in ("qwen3", "qwen3_moe"),
+                norm_eps=_number(config, "rms_norm_eps", 1e-5 if family == "mixtral" else 1e-6),
                 activation=config.get("hidden_act", "silu"),
-                rope=Rope.of(config),
+                rope=Rope.of(config, 1e6 if family == "mixtral" else 10000.0),
                 windows=_windows(config, family, layers),
+                experts=ExpertSpec.of(config, layers),
             )
         except KeyError as error:
             raise CheckpointError(
@@ -233,6 +245,9 @@ def expected_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
             layer |= {f"mlp.{n}_proj.bias": (size,) for n, size in (("gate", f), ("up", f), ("down", h))}
         if spec.qk_norm:
             layer |= {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)}
+        if spec.experts is not None and spec.experts.sparse[i]:
+            layer = {name: size for name, size in layer.items() if not name.startswith("mlp.")}
+            result |= spec.experts.shapes(i, h)
         result |= {f"model.layers.{i}.{name}": size for name, size in layer.items()}
     result["model.norm.weight"] = (h,)
     if not spec.tied:
@@ -255,7 +270,7 @@ def _number(config: Mapping[str, Any], name: str, default: float) -> float:
 
 
 def _kv_heads(config: Mapping[str, Any], family: str, heads: int) -> int:
-    default = {"llama": None, "mistral": 8, "qwen2": 32, "qwen3": 32}[family]
+    default = {"llama": None, "mistral": 8, "mixtral": 8, "qwen2": 32, "qwen3": 32, "qwen3_moe": 4}[family]
     found = config.get("num_key_value_heads", default) or heads
     return _size({"num_key_value_heads": found}, "num_key_value_heads")
 
@@ -263,11 +278,13 @@ def _kv_heads(config: Mapping[str, Any], family: str, heads: int) -> int:
 def _windows(config: Mapping[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
     if family == "llama":
         return (None,) * layers
-    window = config.get("sliding_window", 4096)
+    window = config.get("sliding_window", None if family == "mixtral" else 4096)
     if window is not None:
         window = _size({"sliding_window": window}, "sliding_window")
-    if family == "mistral":
+    if family in ("mistral", "mixtral"):
         return (window,) * layers
+    if family == "qwen3_moe":
+        return (window if config.get("use_sliding_window", False) else None,) * layers
     window = window if config.get("use_sliding_window", False) else None
     first = config.get("max_window_layers", 28)
     kinds = config.get("layer_types") or [

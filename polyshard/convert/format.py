@@ -102,7 +102,8 @@ class Options:
                 "directory (or its config.json) of the same architecture."
             )
         if self.config is not None and stored is not None:
-            differences = DecoderSpec.of(self.config).differences(DecoderSpec.of(stored))
+            ours, theirs = (DecoderSpec.of(fields, experts=True) for fields in (self.config, stored))
+            differences = ours.differences(theirs)
             if differences:
                 raise CheckpointError(
                     f"--config describes another model than {beside}: got {'; '.join(differences)}, expected equal "

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from polyshard.config.decoder_spec import FAMILIES, DecoderSpec, expected_shapes
+from polyshard.config.expert_spec import EXPERT_FAMILIES
 from polyshard.convert.accounting import (
     FREQUENCIES,
     PREFIXES,
@@ -36,15 +37,16 @@ def check_model(foreign: Foreign, where: Path, *, given: bool) -> tuple[str, ...
     _refuse_prefix(foreign, where)
     config = foreign.config or {}
     family, architectures = config.get("model_type"), config.get("architectures") or ["ForCausalLM"]
-    if family not in FAMILIES or not architectures[0].endswith("ForCausalLM"):
+    known = FAMILIES + EXPERT_FAMILIES * given  # a directory of its own may hold stacked experts, which are carried
+    if family not in known or not architectures[0].endswith("ForCausalLM"):
         if given:
             raise CheckpointError(
                 f"--config cannot be checked against {where}: got model_type={family!r} with {architectures[0]}, "
-                f"expected a causal model of {', '.join(FAMILIES)}. Put config.json into the source's directory."
+                f"expected a causal model of {', '.join(known)}. Put config.json into the source's directory."
             )
         return ()
     try:
-        spec = DecoderSpec.of(config)
+        spec = DecoderSpec.of(config, experts=True)
         expected = expected_shapes(spec)
     except CheckpointError as error:
         raise CheckpointError(f"{'--config' if given else where}: {error}") from None

@@ -60,7 +60,9 @@ def choices_by_sequence(experts: torch.Tensor, num_experts: int, rows: torch.Ten
         count: number of sequences.
     """
     cells = experts if rows is None else experts + rows.unsqueeze(1) * num_experts
-    return torch.bincount(cells.reshape(-1), minlength=count * num_experts).view(count, num_experts)
+    cells = cells.reshape(-1)
+    counts = torch.zeros(count * num_experts, dtype=torch.int64, device=cells.device)  # bincount waits for the device
+    return counts.scatter_add_(0, cells, torch.ones_like(cells)).view(count, num_experts)
 
 
 def summed_over(axes: tuple[ParallelAxis, ...], tensor: torch.Tensor) -> torch.Tensor:

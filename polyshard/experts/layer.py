@@ -19,6 +19,7 @@ from polyshard.experts.observed import Observed, in_backward, observe
 from polyshard.experts.router import Router
 from polyshard.layers.activation import swiglu
 from polyshard.layers.differentiable import sum_gradient
+from polyshard.layers.forward_gradients import without_autocast
 from polyshard.layers.linear import column_parallel, row_parallel
 
 
@@ -221,7 +222,7 @@ class Gate(nn.Module):
             bias = None if bias is None else sum_gradient(bias, self.axis)
         if self.dtype is None:
             return F.linear(x, weight, bias)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return F.linear(x.to(self.dtype), weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
 
 

@@ -53,7 +53,7 @@ def sum_with_gradients(
             leaves = [found for found in _leaves(value) if found is not leaf]
         if not value.requires_grad or any(_has_hooks(leaf) for leaf in leaves):
             return None
-        with _without_autocast(inputs.device.type):
+        with without_autocast(inputs.device.type):
             wanted = [leaf, *leaves] if leaf.requires_grad else leaves
             gradients = list(torch.autograd.grad(value, wanted))
         if leaf.requires_grad:
@@ -67,7 +67,7 @@ def sum_with_gradients(
     return _Precomputed.apply(total, inputs, of_inputs, len(leaves), *leaves, *sums)  # pyrefly: ignore
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Return a context without autocast, which does not exist on the meta device."""
     return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 

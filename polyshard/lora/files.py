@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from polyshard.checkpoint.directory import find
 from polyshard.checkpoint.files import TensorReader
 from polyshard.checkpoint.load import check_fit, read_pieces
-from polyshard.checkpoint.location import as_path, local_path
+from polyshard.checkpoint.location import as_path, is_remote
 from polyshard.checkpoint.manifest import Manifest, read_manifest, verify_files
 from polyshard.checkpoint.part import StoredPart, part_of
 from polyshard.checkpoint.pending import PendingSave
@@ -104,7 +105,7 @@ def load_lora(
         model: a model after `add_lora`, with the same ranks and scaling, or the training engine around one. To take
             them from the directory, pass `peft.LoraConfig.from_pretrained(directory, inference_mode=False)` to
             `add_lora`.
-        directory: an adapter's directory, or a training state of a model with an adapter.
+        directory: an adapter's directory or its URL, or a training state of a model with an adapter.
         parallel_context: the context that the model was built with.
         verify: compare each file's checksum with the manifest, if there is one.
         progress: called with (elements read, total elements) of this rank.
@@ -124,7 +125,7 @@ def load_lora(
         >>> torch.equal(second["up_proj"].lora_A["up_proj"].weight, first["up_proj"].lora_A["up_proj"].weight)
         True
     """
-    path, ranks = local_path(find(directory), "directory"), Ranks.of(parallel_context)  # PEFT reads it
+    path, ranks = find(directory), Ranks.of(parallel_context)
     view = view_weights(model, parallel_context)
     part = lora_part_of(view.module)
     table = part.table(view.table)
@@ -167,10 +168,8 @@ def lora_part_of(module: nn.Module) -> StoredPart:
 
 def _check_scaling(module: nn.Module, path: Path) -> None:
     """Raise `CheckpointError` if an adapter's matrices have another factor than the model's."""
-    from peft import LoraConfig
-
     try:
-        config = LoraConfig.from_pretrained(str(path))
+        config = _stored_config(path)
         check_config(config)
     except (ConfigurationError, TypeError, ValueError, json.JSONDecodeError) as problem:
         raise CheckpointError(f"{path / DOCUMENT} is unsupported: {problem}") from problem
@@ -185,3 +184,14 @@ def _check_scaling(module: nn.Module, path: Path) -> None:
             f"{path} has another scaling than the model ({len(other)} projections): {other[0]}. Pass the same r, "
             "lora_alpha and use_rslora to add_lora."
         )
+
+
+def _stored_config(path: Path) -> Any:
+    """Return the `peft.LoraConfig` of an adapter's directory, as PEFT reads it from a local file."""
+    from peft import LoraConfig
+
+    if not is_remote(path):
+        return LoraConfig.from_pretrained(str(path))
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, DOCUMENT).write_bytes((path / DOCUMENT).read_bytes())
+        return LoraConfig.from_pretrained(folder)

@@ -32,7 +32,7 @@ def payload_of(strategy: Strategy, trace: Trace) -> Traffic:
     layout, precision, sizes = strategy.layout, strategy.precision, trace.sizes
     total = Counter({key: nbytes * strategy.micro_batches for key, nbytes in trace.traffic.items()})
     if layout.pipeline > 1:
-        total["pipeline", "send"] += 2 * trace.output * strategy.micro_batches
+        total["pipeline", "send"] += 2 * trace.output * strategy.micro_batches * strategy.stages_per_rank
     if strategy.replicas == 1:
         return total
     compute, steps = precision.compute_dtype.itemsize, strategy.micro_batches

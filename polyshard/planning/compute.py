@@ -50,6 +50,7 @@ def step_time(strategy: Strategy, trace: Trace, payload: Traffic, memory: Memory
     Messages of the tensor, context, expert and pipeline axis wait for the computation before them. Those of gradients
     and gathered parameters run beside it: gradients beside the last micro-batch's backward pass, and the parameters of
     FSDP2 and ZeRO stage 3 beside all computation. A pipeline runs one forward and one backward pass in turn (1F1B).
+    With several stages on each rank, its bubble is divided by their number.
 
     Args:
         strategy: the strategy.
@@ -68,7 +69,7 @@ def step_time(strategy: Strategy, trace: Trace, payload: Traffic, memory: Memory
     gathers = strategy.sharding in ("fsdp", "zero3")
     window = compute if gathers else compute / strategy.micro_batches * _BACKWARD
     hidden = {axis: max(0.0, sent[axis] - window) for axis in _OVERLAPPED if axis in sent}
-    share = (layout.pipeline - 1) / strategy.micro_batches
+    share = (layout.pipeline - 1) / (strategy.micro_batches * strategy.stages_per_rank)
     update = memory.parameters + memory.gradients + 2 * memory.optimizer
     return StepTime(
         compute=compute,

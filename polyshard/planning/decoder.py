@@ -1,6 +1,6 @@
 """The factory that plans a model by its config alone: Llama-like decoders, DeepSeek's attention, and experts.
 
-It has the shapes of the model that a config describes and cannot be trained: a user's factory is planned as it is.
+It has the shapes of the model that a config describes and reads no checkpoint: a user's factory is planned as it is.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from polyshard.config.families import OPTIONAL, complete_config
 from polyshard.config.fields import config_fields
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
+from polyshard.experts.layer import SharedExperts, mixture_of_experts
+from polyshard.experts.router import Router
 from polyshard.layers.activation import swiglu
 from polyshard.layers.linear import column_parallel, row_parallel
 from polyshard.layers.norm import rms_norm
 from polyshard.layers.pipeline import pipeline_stage, stage_layers
 from polyshard.layers.vocabulary import lm_head, vocab_embedding
-from polyshard.planning.experts import PlannedExperts
 
 EXPERT_FAMILIES = ("deepseek_v3", "mixtral", "qwen3_moe")
 _EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
@@ -59,20 +60,19 @@ class _MLP(nn.Module):
         return self.down_proj(swiglu(x, self.gate_up))
 
 
-class _SparseMLP(nn.Module):
-    """Routed experts, and shared ones that see every token."""
-
-    def __init__(self, config: Any, context: ParallelContext) -> None:
-        super().__init__()
-        inner = config.moe_intermediate_size or config.intermediate_size
-        chosen = config.num_experts_per_tok
-        self.experts = PlannedExperts(config.hidden_size, inner, config.experts, chosen, context)
-        shared = inner * config.n_shared_experts
-        self.shared = _MLP(config.hidden_size, shared, context) if shared else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        routed = self.experts(x)
-        return routed if self.shared is None else routed + self.shared(x)
+def _experts(config: Any, context: ParallelContext) -> nn.Module:
+    """Return routed experts, and shared ones that see every token."""
+    inner = config.moe_intermediate_size or config.intermediate_size
+    shared = inner * config.n_shared_experts
+    return mixture_of_experts(
+        config.hidden_size,
+        inner,
+        config.experts,
+        config.num_experts_per_tok,
+        context,
+        router=Router(normalize=True),
+        shared=SharedExperts(size=shared) if shared else None,
+    )
 
 
 class _Block(nn.Module):
@@ -85,7 +85,7 @@ class _Block(nn.Module):
         sparse = config.experts and index >= config.first_k_dense_replace and index not in config.mlp_only_layers
         sparse = sparse and (index + 1) % config.decoder_sparse_step == 0
         bias = config.mlp_bias
-        self.mlp = _SparseMLP(config, context) if sparse else _MLP(size, config.intermediate_size, context, bias)
+        self.mlp = _experts(config, context) if sparse else _MLP(size, config.intermediate_size, context, bias)
 
     def forward(self, x: torch.Tensor, rotary: Any) -> torch.Tensor:
         x = self.self_attn(self.input_layernorm(x), rotary=rotary, residual=x)

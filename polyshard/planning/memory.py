@@ -42,18 +42,27 @@ class Memory:
         return sum(asdict(self).values())
 
 
-def memory_of(strategy: Strategy, trace: Trace, stage: int = 0, reserve: int = 0, bucket: int = 0) -> Memory:
+def memory_of(
+    strategy: Strategy,
+    trace: Trace,
+    stage: int = 0,
+    reserve: int = 0,
+    bucket: int = 0,
+    full_gradients: bool = False,
+) -> Memory:
     """Return the memory of a rank of a pipeline stage.
 
     Source: Rajbhandari et al. 2020, "ZeRO"; Narayanan et al. 2021 for the micro-batches under way in a pipeline.
 
     Args:
         strategy: the strategy.
-        trace: of one micro-batch of this stage, in `strategy.precision.compute_dtype`.
-        stage: the pipeline stage.
+        trace: of one micro-batch of this rank's stages, in `strategy.precision.compute_dtype`.
+        stage: the rank along the pipeline axis.
         reserve: see `Cluster.reserve`.
         bucket: elements of the buffers in which the library reduces gradients under ZeRO (DeepSpeed's
             `reduce_bucket_size`); 0 for a library without.
+        full_gradients: whether ZeRO stage 2 of the library keeps buffers for the gradients of all ranks (FairScale's
+            ShardedDataParallel).
     """
     precision, sizes = strategy.precision, trace.sizes
     stored, wide = precision.parameters.itemsize, precision.optimizer.itemsize
@@ -62,8 +71,8 @@ def memory_of(strategy: Strategy, trace: Trace, stage: int = 0, reserve: int = 0
     # A library with buckets keeps masters even of parameters that are as wide: DeepSpeed's flat partitions.
     flat = bucket > 0 and strategy.sharding.startswith("zero")
     states = _MOMENTS * wide + (wide if precision.has_masters or flat else 0)
-    under_way = min(strategy.layout.pipeline - stage, strategy.micro_batches)
-    held = _held_by_engine(strategy, sizes, bucket)
+    waiting = (passes_under_way(strategy, stage) - 1) * trace.held // strategy.stages_per_rank
+    held = _held_by_engine(strategy, sizes, bucket, full_gradients)
 
     def at(level: Level) -> Memory:
         gradients, communication = held(level)
@@ -71,7 +80,7 @@ def memory_of(strategy: Strategy, trace: Trace, stage: int = 0, reserve: int = 0
             parameters=stored * ((shared if partitioned else trained) + sizes.frozen),
             gradients=gradients,
             optimizer=states * (trained if strategy.sharding == "data" else shared),
-            activations=level.live + (under_way - 1) * trace.held,
+            activations=level.live + waiting,
             communication=communication,
             reserve=reserve,
         )
@@ -80,12 +89,33 @@ def memory_of(strategy: Strategy, trace: Trace, stage: int = 0, reserve: int = 0
     return max(map(at, levels), key=lambda memory: memory.total)
 
 
-def _held_by_engine(strategy: Strategy, sizes: Sizes, bucket: int) -> _Held:
+def passes_under_way(strategy: Strategy, rank: int) -> int:
+    """Return the largest number of forward passes of a pipeline rank's stages whose backward pass has not run.
+
+    Args:
+        strategy: the strategy; its schedule is 1F1B or interleaved 1F1B.
+        rank: the rank along the pipeline axis.
+
+    Examples:
+        >>> from polyshard.planning.strategy import Strategy
+        >>> layout = ps.ParallelLayout(pipeline=4)
+        >>> passes_under_way(Strategy(layout=layout, micro_batches=8), rank=0)
+        4
+        >>> passes_under_way(Strategy(layout=layout, micro_batches=8, stages_per_rank=2), rank=0)
+        11
+    """
+    ranks, several = strategy.layout.pipeline, strategy.stages_per_rank
+    if several == 1:
+        return min(ranks - rank, strategy.micro_batches)
+    return min((several - 1) * ranks + 2 * (ranks - 1 - rank) + 1, strategy.micro_batches * several)
+
+
+def _held_by_engine(strategy: Strategy, sizes: Sizes, bucket: int, full_gradients: bool) -> _Held:
     """Return what an engine holds besides parameters, optimizer state and activations."""
     if strategy.replicas > 1 and strategy.sharding == "fsdp":
         return _gathered(strategy, sizes)
     if strategy.replicas > 1 and strategy.sharding != "data":
-        return _zero(strategy, sizes, bucket)
+        return _zero(strategy, sizes, bucket, full_gradients)
     return _masters(strategy, sizes) if strategy.precision.has_masters else _replicated(strategy, sizes)
 
 
@@ -110,7 +140,7 @@ def _masters(strategy: Strategy, sizes: Sizes) -> _Held:
     return at
 
 
-def _zero(strategy: Strategy, sizes: Sizes, bucket: int) -> _Held:
+def _zero(strategy: Strategy, sizes: Sizes, bucket: int, full_gradients: bool) -> _Held:
     """ZeRO: what each stage keeps of the gradients, and the buffers in which they are reduced.
 
     Stage 1 keeps full gradients: in the reduction's dtype, or with buckets and masters in that of the parameters beside
@@ -124,7 +154,7 @@ def _zero(strategy: Strategy, sizes: Sizes, bucket: int) -> _Held:
     match strategy.sharding:
         case "zero1" if bucket and precision.has_masters:
             held = compute * sizes.trainable + own, buffer + gathered
-        case "zero1":
+        case "zero1" | "zero2" if strategy.sharding == "zero1" or full_gradients:
             held = reduced * sizes.trainable, gathered
         case "zero2":
             held = own, buffer * (2 if precision.has_masters else 1)

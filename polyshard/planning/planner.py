@@ -35,7 +35,7 @@ from polyshard.planning.strategy import (
     reason_against,
     strategies,
 )
-from polyshard.planning.trace import Trace, build, record, sizes_of
+from polyshard.planning.trace import Trace, build, joined, record, sizes_of
 from polyshard.training.recompute import Mode
 
 Factory = Callable[[Any, ParallelContext], nn.Module]
@@ -57,6 +57,7 @@ def plan(
     shardings: Sequence[Sharding] = SHARDINGS,
     precisions: Sequence[Precision] = (MASTERS, CASTS),
     recompute: Sequence[Mode] = ("none", "selective", "full"),
+    stages_per_rank: Sequence[int] = (1, 2),
     serve: int = 0,
     traces: Traces | None = None,
     progress: Callable[[str], None] | None = None,
@@ -80,6 +81,7 @@ def plan(
         shardings: what the replicas share: `"data"` (nothing), `"zero1"` to `"zero3"`, `"fsdp"`.
         precisions: dtypes; by default bfloat16 with masters, and float32 parameters cast to bfloat16.
         recompute: modes of recomputation.
+        stages_per_rank: numbers of pipeline stages on each rank; of more than one, the schedule is interleaved 1F1B.
         serve: GPUs that serve the model; 0 for none.
         traces: filled with what is recorded; pass it again to plan the same model and sequence length for another
             cluster in less time.
@@ -128,6 +130,7 @@ def plan(
         shardings=shardings,
         precisions=precisions,
         recompute=recompute,
+        stages_per_rank=stages_per_rank,
     )
     chosen = [s for s in candidates if layout is None or s.layout == layout]
     if layout is not None and not chosen:
@@ -159,6 +162,8 @@ class _Planner:
     cluster: Cluster
     capabilities: dict[str, Capabilities]
     buckets: dict[str, int]
+    full_gradients: dict[str, bool]
+    schedules: dict[str, Sequence[str]]
     unsupported: bool
     progress: Callable[[str], None]
     traces: Traces
@@ -181,7 +186,9 @@ class _Planner:
         if (reason := impossible(strategy)) is not None:
             self.refuse(reason)
             return []
-        reasons = {name: reason_against(strategy, known) for name, known in self.capabilities.items()}
+        reasons = {
+            name: reason_against(strategy, known, self.schedules[name]) for name, known in self.capabilities.items()
+        }
         able = tuple(name for name, reason in reasons.items() if reason is None)
         if not able and not self.unsupported:
             self.refused.update({f"{name}: {reason}" for name, reason in reasons.items()})
@@ -194,7 +201,8 @@ class _Planner:
         groups: dict[Memory, list[str]] = {}
         for name in able or ("",):
             bucket, reserve = self.buckets.get(name, 0), self.cluster.reserve
-            memories = (memory_of(strategy, trace, stage, reserve, bucket) for stage, trace in stages)
+            full = self.full_gradients.get(name, False)
+            memories = (memory_of(strategy, trace, stage, reserve, bucket, full) for stage, trace in stages)
             groups.setdefault(max(memories, key=lambda memory: memory.total), []).append(name)
         return [self._figures(strategy, stages, memory, tuple(filter(None, names))) for memory, names in groups.items()]
 
@@ -217,14 +225,18 @@ class _Planner:
         )
 
     def _stages(self, strategy: Strategy) -> list[tuple[int, Trace]]:
-        """Return the traces of the first, the second and the last pipeline stage; others equal the second."""
-        layout = strategy.layout
-        first, hidden = self._trace(strategy, 0, None)
+        """Return the traces of the first, the second and the last pipeline rank; others equal the second."""
+        layout, several = strategy.layout, strategy.stages_per_rank
         if layout.pipeline == 1:
-            return [(0, first)]
+            return [(0, self._trace(strategy, 0, None)[0])]
+        # A rank's stages are placed in a loop: stage s is on rank s modulo the number of ranks.
+        every = replace(strategy, layout=replace(layout, pipeline=layout.pipeline * several))
+        first, hidden = self._trace(every, 0, None)
         self._check_stages(layout, first)
-        others = sorted({1, layout.pipeline - 1})
-        return [(0, first), *((stage, self._trace(strategy, stage, hidden)[0]) for stage in others)]
+        last, middle = layout.pipeline * several - 1, self._trace(every, 1, hidden)[0]
+        ends = {0: first, layout.pipeline - 1: self._trace(every, last, hidden)[0]}
+        ranks = sorted({0, 1, layout.pipeline - 1})
+        return [(rank, joined([ends.get(rank, middle), *[middle] * (several - 1)])) for rank in ranks]
 
     def _check_stages(self, layout: ParallelLayout, first: Trace) -> None:
         full = self._sizes(replace(layout, pipeline=1))
@@ -284,6 +296,8 @@ def _adapters(names: Sequence[str] | None) -> dict[str, Any]:
         raise ConfigurationError(f"no adapter trains: got {', '.join(found)}. Pass adapters= that train.")
     return {
         "capabilities": {name: adapter.capabilities for name, adapter in training.items()},
+        "full_gradients": {name: getattr(adapter, "zero_full_gradients", False) for name, adapter in training.items()},
+        "schedules": {name: getattr(adapter, "pipeline_schedules", ("1f1b",)) for name, adapter in training.items()},
         "buckets": {name: getattr(adapter, "zero_bucket", 0) for name, adapter in training.items()},
     }
 

@@ -107,6 +107,7 @@ def _layout(found: PlannedLayout) -> dict[str, Any]:
         "recompute": strategy.recompute,
         "rows": strategy.rows,
         "micro_batches": strategy.micro_batches,
+        "stages_per_rank": strategy.stages_per_rank,
         "precision": {**dtypes, "compute": str(strategy.precision.compute_dtype).removeprefix("torch.")},
         "adapters": list(found.adapters),
         "memory": {**asdict(found.memory), "total": found.memory.total},

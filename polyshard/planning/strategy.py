@@ -12,6 +12,7 @@ import torch
 from polyshard.core.capabilities import Capabilities
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.parallel_layout import ParallelLayout
+from polyshard.core.pipeline_plan import Schedule
 from polyshard.core.precision import Precision
 from polyshard.training.recompute import Mode
 
@@ -36,6 +37,7 @@ class Strategy:
         recompute: activations that are computed again.
         rows: sequences of a micro-batch.
         micro_batches: micro-batches of a step on each rank.
+        stages_per_rank: pipeline stages of each rank; of more than one, the schedule is interleaved 1F1B.
 
     Examples:
         >>> strategy = Strategy(layout=ps.ParallelLayout(tensor=2, data=4), sharding="zero1")
@@ -49,6 +51,19 @@ class Strategy:
     recompute: Mode = "none"
     rows: int = 1
     micro_batches: int = 1
+    stages_per_rank: int = 1
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of the pipeline."""
+        return "1f1b" if self.stages_per_rank == 1 else "interleaved-1f1b"
+
+    @property
+    def sizes(self) -> str:
+        """The sizes of the axes in short, with the stages of a rank: `t8 p16 v2 d64`."""
+        text = sizes(self.layout)
+        stages = f"p{self.layout.pipeline}"
+        return text if self.stages_per_rank == 1 else text.replace(stages, f"{stages} v{self.stages_per_rank}", 1)
 
     @property
     def replicas(self) -> int:
@@ -69,11 +84,12 @@ class Strategy:
         return ("training", *sized, *(feature for feature, needed in wanted.items() if needed))
 
     def __str__(self) -> str:
-        return f"{sizes(self.layout)}, {self.sharding}, recompute {self.recompute}"
+        return f"{self.sizes}, {self.sharding}, recompute {self.recompute}"
 
 
 _NAMES = {"t": "tensor", "c": "context", "p": "pipeline", "e": "expert", "d": "data"}
 LETTERS = f"Sizes: {', '.join(f'{letter} {name}' for letter, name in _NAMES.items())}, sp sequence parallel"
+LETTERS += ", v stages per pipeline rank"
 
 
 def sizes(layout: ParallelLayout) -> str:
@@ -87,12 +103,20 @@ def sizes(layout: ParallelLayout) -> str:
     return " ".join([*(parts or ["1"]), *(["sp"] if layout.sequence_parallel else [])])
 
 
-def reason_against(strategy: Strategy, capabilities: Capabilities) -> str | None:
-    """Return the feature that an adapter lacks for a strategy, with its reason, or None."""
+def reason_against(strategy: Strategy, capabilities: Capabilities, schedules: Sequence[str] = ("1f1b",)) -> str | None:
+    """Return the feature that an adapter lacks for a strategy, with its reason, or None.
+
+    Args:
+        strategy: the strategy.
+        capabilities: of the adapter.
+        schedules: the adapter's pipeline schedules.
+    """
     for feature in strategy.features():
         support = capabilities[feature]
         if not support.available:
             return f"{feature}: {support.reason}"
+    if strategy.layout.pipeline > 1 and strategy.schedule not in schedules:
+        return f"{strategy.schedule}: its pipelines run {', '.join(schedules)}"
     return None
 
 
@@ -119,6 +143,7 @@ def strategies(
     shardings: Sequence[Sharding],
     precisions: Sequence[Precision],
     recompute: Sequence[Mode],
+    stages_per_rank: Sequence[int] = (1,),
 ) -> Iterator[Strategy]:
     """Yield every strategy whose sizes divide the GPUs, the step and the sequence.
 
@@ -134,6 +159,7 @@ def strategies(
         shardings: see `Strategy`.
         precisions: see `Strategy`.
         recompute: see `Strategy`.
+        stages_per_rank: see `Strategy`; more than one need a number of micro-batches that the pipeline size divides.
 
     Raises:
         ConfigurationError: the step is not a whole number of sequences.
@@ -157,9 +183,11 @@ def strategies(
             layout = ParallelLayout(
                 tensor=tensor, context=context, pipeline=pipeline, data=data, expert=expert, sequence_parallel=sequence
             )
-            for sharding, precision, mode, count in product(shardings, precisions, recompute, rows):
+            several = [n for n in stages_per_rank if n == 1 or 1 < pipeline * n <= layers * (pipeline > 1)]
+            options = product(shardings, precisions, recompute, rows, several)
+            for sharding, precision, mode, count, virtual in options:
                 micro_batches, rest = divmod(sequences, data * count)
-                if not rest and micro_batches:
+                if not rest and micro_batches and (virtual == 1 or micro_batches % pipeline == 0):
                     yield Strategy(
                         layout=layout,
                         sharding=sharding,
@@ -167,6 +195,7 @@ def strategies(
                         recompute=mode,
                         rows=count,
                         micro_batches=micro_batches,
+                        stages_per_rank=virtual,
                     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,27 @@ class Trace:
     output: int
     flops: Flops
     traffic: Mapping[tuple[str, str], int]
+
+
+def joined(stages: Sequence[Trace]) -> Trace:
+    """Return the figures of a rank that runs a micro-batch through several pipeline stages."""
+    if len(stages) == 1:
+        return stages[0]
+    sizes = [stage.sizes for stage in stages]
+    traffic: Counter[tuple[str, str]] = Counter()
+    for stage in stages:
+        traffic.update(stage.traffic)
+    return Trace(
+        sizes=Sizes(
+            **{n: sum(getattr(size, n) for size in sizes) for n in ("dense", "expert", "frozen", "blocks")},
+            block=max(size.block for size in sizes),
+        ),
+        held=sum(stage.held for stage in stages),
+        levels=tuple(level for stage in stages for level in stage.levels),
+        output=max(stage.output for stage in stages),
+        flops=sum((stage.flops for stage in stages), Flops()),
+        traffic=dict(traffic),
+    )
 
 
 def build(factory: Factory, config: Any, layout: ParallelLayout, dtype: torch.dtype, stage: int = 0) -> nn.Module:

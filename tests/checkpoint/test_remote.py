@@ -130,12 +130,56 @@ def test_what_is_damaged_is_refused_and_skipped(saved):
     assert ps.latest_checkpoint(f"{ROOT}/damaged") is not None
 
 
+def test_a_config_and_an_adapter_are_written_and_read_at_a_url(store):
+    peft, context = pytest.importorskip("peft"), ps.initialize("torch")
+    assert str(ps.save_config(f"{ROOT}/config", {"hidden_size": 8}, architecture="Mine")) == f"{ROOT}/config"
+    assert (ps.read_config(f"{ROOT}/config").architectures, files_of(f"{ROOT}/config")) == (["Mine"], ["config.json"])
+
+    def adapted(seed, **changes):
+        model = torch.nn.ModuleDict({"up_proj": ps.column_parallel(4, 8, context)})
+        config = peft.LoraConfig(r=2, target_modules=["up_proj"], **changes)
+        return ps.add_lora(model, config, context, seed=seed)
+
+    saved, loaded = adapted(1), adapted(2)
+    url = ps.save_lora(saved, f"{ROOT}/adapter", context)
+    ps.load_lora(loaded, str(url), context)
+    matrices = [[v for n, v in model.state_dict().items() if "lora" in n] for model in (saved, loaded)]
+    assert len(matrices[0]) == 2
+    assert all(torch.equal(a, b) for a, b in zip(*matrices, strict=True))
+    with pytest.raises(ps.CheckpointError, match="s3://bucket/adapter has another scaling than the model"):
+        ps.load_lora(adapted(2, lora_alpha=64), url, context)
+    with pytest.raises(ps.CheckpointError, match="s3://bucket/config holds no LoRA adapter"):
+        ps.load_lora(loaded, f"{ROOT}/config", context)
+
+
+def test_serve_downloads_a_checkpoint_once(store, tmp_path):
+    from polyshard.cli.serve import downloaded
+
+    context, url, here = ps.initialize("torch"), f"{ROOT}/served", tmp_path / "served"
+    ps.save_checkpoint(torch.nn.Linear(2, 2), url, context, config={"a": 1})
+    read = []
+    store.watcher = lambda method, path: read.append(path)
+    assert downloaded(url, here) == here
+    assert any(path.endswith("model.safetensors") for path in read)
+    read.clear()
+    downloaded(url, here)
+    assert not any(path.endswith("model.safetensors") for path in read)
+    store.watcher = None
+    (here / "model.safetensors").write_bytes(b"torn")
+    downloaded(url, here)
+    ps.load_checkpoint(torch.nn.Linear(2, 2), here, context)
+    ps.save_checkpoint(torch.nn.Linear(2, 2), url, context, config={"a": 2})
+    assert ps.read_config(downloaded(url, here)).a == 2
+    with pytest.raises(ps.CheckpointError, match="url must be of a remote file system"):
+        downloaded(str(here), tmp_path / "other")
+
+
 def test_urls_where_only_local_files_work_are_refused(saved, tmp_path):
     from polyshard.cli.serve import server_command
 
     _, url = saved
     context = ps.initialize("torch")
-    with pytest.raises(ps.CheckpointError, match=r"must be local.*polyshard\.download_checkpoint"):
+    with pytest.raises(ps.CheckpointError, match=r"must be local.*Pass --download"):
         server_command(url, None, False, [])
     with pytest.raises(ps.CheckpointError, match=r"is a URL that was made a pathlib\.Path"):
         ps.read_config(Path(url))

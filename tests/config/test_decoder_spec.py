@@ -3,8 +3,10 @@
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from support.models.tiny import tiny_config, tiny_model
 from support.oracles.conversions import SCALED
+from support.oracles.expert_checkpoints import expert_config
 
 import polyshard as ps
 from polyshard.config.decoder_spec import DecoderSpec, expected_shapes, foreign_fields
@@ -44,6 +46,33 @@ def test_the_expected_tensors_are_those_of_transformers(family, changes):
     if model.config.tie_word_embeddings:
         del found["lm_head.weight"]
     assert expected_shapes(DecoderSpec.of(model.config.to_dict())) == found
+
+
+EXPERT_CHANGES = (
+    {},
+    {"sliding_window": 7, "use_sliding_window": True, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    {"decoder_sparse_step": 2, "norm_topk_prob": True, "attention_bias": True},
+    {"mlp_only_layers": [0]},
+)
+EXPERT_OPTIONAL = ("num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+EXPERT_OPTIONAL += ("decoder_sparse_step", "mlp_only_layers")
+
+
+@pytest.mark.parametrize("changes", EXPERT_CHANGES)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_are_read_as_transformers_reads_them(family, changes, tmp_path):
+    full = expert_config(family, **changes)
+    for name in (None, *OPTIONAL, *EXPERT_OPTIONAL):
+        fields = {key: value for key, value in full.items() if key != name}
+        read = transformers.AutoConfig.for_model(**fields).to_dict()
+        ours, theirs = (DecoderSpec.of(config, experts=True) for config in (fields, read))
+        assert ours.differences(theirs) == [], name
+    transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**full)).save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    assert expected_shapes(DecoderSpec.of(full, experts=True)) == found
+    with pytest.raises(ps.CheckpointError, match="model_type is unsupported"):
+        DecoderSpec.of(full)
 
 
 @pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": 700.0}, SCALED, CHANGES[3]["rope_parameters"]])

@@ -2,16 +2,19 @@
 
 from types import SimpleNamespace
 
+import moe
 import pytest
 from decoder import build_model
 from support.planned_cases import CONFIG, LLAMA_405B
+from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B
 
 import polyshard as ps
 from polyshard.core.capabilities import YES, Capabilities
 from polyshard.planning import planner
 from polyshard.planning.contexts import planned_context
 from polyshard.planning.decoder import PlannedDecoder, _settings
-from polyshard.planning.strategy import MASTERS, strategies
+from polyshard.planning.memory import passes_under_way
+from polyshard.planning.strategy import MASTERS, Strategy, strategies
 
 GIB = 2**30
 DEEPSEEK_V3 = {
@@ -34,6 +37,11 @@ DEEPSEEK_V3 = {
     "v_head_dim": 128,
     "rms_norm_eps": 1e-6,
     "num_nextn_predict_layers": 1,
+    "n_group": 8,
+    "topk_group": 4,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "max_position_embeddings": 4096,
 }
 SMALL = ps.ModelConfig(**CONFIG)
 
@@ -59,18 +67,23 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_layouts_fit_where_they_ran(name):
+@pytest.mark.parametrize(
+    ("name", "factory"), [("Llama 3 405B", None), ("DeepSeek-V3", None), ("DeepSeek-V3", moe.build_model)]
+)
+def test_published_layouts_fit_where_they_ran(name, factory):
     config, options, layout = PUBLISHED[name]
     found = ps.plan(
-        config,
-        cluster=ps.Cluster(gpus=options.pop("gpus"), memory=80 * 10**9),
+        ps.ModelConfig(**config),
+        cluster=ps.Cluster(gpus=options["gpus"], memory=80 * 10**9),
+        factory=factory,
         layout=layout,
         unsupported=True,
         shardings=("zero1",),
         precisions=(MASTERS,),
         recompute=("full",),
-        **options,
+        stages_per_rank=(1,),
+        tokens_per_step=options["tokens_per_step"],
+        sequence_length=options["sequence_length"],
     )
     (fits,) = found.layouts
     assert 20 * GIB < fits.memory.total < 74 * GIB
@@ -90,13 +103,47 @@ def test_layouts_that_no_adapter_can_run_are_refused_with_the_adapters_reasons()
 
 def test_layouts_appear_when_an_adapter_says_that_it_can_run_them(monkeypatch):
     able = Capabilities("new", dict.fromkeys(ps.load_adapter("torch").capabilities.support, YES))
-    monkeypatch.setattr(planner, "load_adapter", lambda name: SimpleNamespace(capabilities=able))
+    adapter = SimpleNamespace(capabilities=able, pipeline_schedules=("1f1b", "interleaved-1f1b"))
+    monkeypatch.setattr(planner, "load_adapter", lambda name: adapter)
     cluster = ps.Cluster(gpus=8, gpus_per_node=2, memory=8 * GIB)
     found = small_plan(cluster=cluster, adapters=["new"], shardings=("zero1",), recompute=("none",))
     pipelines = [planned for planned in found.layouts if planned.strategy.layout.pipeline == 4]
     assert pipelines
     assert all(planned.adapters == ("new",) for planned in pipelines)
     assert all(planned.sent["pipeline"] > 0 and planned.time.bubble > 0 for planned in pipelines)
+
+
+def test_an_interleaved_schedule_has_a_smaller_bubble_and_more_messages_and_activations():
+    layout = ps.ParallelLayout(pipeline=2, data=2)
+    options = {"cluster": ps.Cluster(gpus=4, memory=8 * GIB), "tokens_per_step": 16 * 256, "layout": layout}
+    found = small_plan(**options, adapters=["torch", "deepspeed"], shardings=("data",), recompute=("none",))
+    once, twice = sorted(found.layouts, key=lambda planned: planned.strategy.stages_per_rank)
+    assert (once.strategy.sizes, once.adapters) == ("p2 d2", ("torch", "deepspeed"))
+    assert (twice.strategy.sizes, twice.adapters) == ("p2 v2 d2", ("torch",))
+    alone = small_plan(**options, adapters=["deepspeed"], shardings=("data",), recompute=("none",))
+    assert "deepspeed: interleaved-1f1b: its pipelines run 1f1b" in alone.refused
+    assert twice.sent["pipeline"] == 2 * once.sent["pipeline"]
+    assert (once.flops, once.memory.parameters) == (twice.flops, twice.memory.parameters)
+    assert twice.memory.activations > once.memory.activations
+    work = [planned.time.compute + sum(planned.time.communication.values()) for planned in (once, twice)]
+    idle = [planned.time.bubble / seconds for planned, seconds in zip((once, twice), work)]
+    assert idle == pytest.approx([1 / 8, 1 / 16], rel=0.2)
+
+
+@pytest.mark.parametrize(("ranks", "several", "micro_batches"), [(2, 2, 4), (4, 2, 8), (4, 3, 12), (4, 4, 4)])
+def test_passes_under_way_are_those_of_torchs_schedule(ranks, several, micro_batches):
+    schedule = ScheduleInterleaved1F1B.__new__(ScheduleInterleaved1F1B)
+    schedule.pp_group_size, schedule.n_local_stages, schedule._n_microbatches = ranks, several, micro_batches
+    schedule.number_of_rounds = max(1, micro_batches // ranks)
+    schedule.microbatches_per_round = micro_batches // schedule.number_of_rounds
+    strategy = Strategy(layout=ps.ParallelLayout(pipeline=ranks), micro_batches=micro_batches, stages_per_rank=several)
+    for rank in range(ranks):
+        held = most = 0
+        for action in schedule._calculate_single_rank_operations(rank):
+            name = "" if action is None else action.computation_type.name
+            held += {"FORWARD": 1, "FULL_BACKWARD": -1, "": 0}[name]
+            most = max(most, held)
+        assert passes_under_way(strategy, rank) == most
 
 
 def test_a_factory_that_ignores_pipeline_stages_is_refused():

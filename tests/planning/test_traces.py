@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import moe
 import pytest
 import torch
 import transformers
@@ -58,6 +59,33 @@ def test_flops_are_those_of_torchs_counter_on_transformers_model(family):
     flops = record(planned_decoder, fields_of(family), ps.ParallelLayout(), rows=2, length=64)[0].flops
     # lm_loss computes no other product than the head's; attention's masked pairs are in torch's count.
     assert flops.matmul + flops.attention_square == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+EXPERT_LAYOUTS = [
+    ps.ParallelLayout(),
+    ps.ParallelLayout(data=4, expert=4),
+    ps.ParallelLayout(tensor=2, sequence_parallel=True, data=2, expert=2),
+]
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS, ids=["one rank", "expert", "sequence and expert"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_factory_with_experts_is_planned_as_the_model_of_its_config(family, layout):
+    config = {**FAMILIES[family], "model_type": family, "norm_topk_prob": True, "max_position_embeddings": 64}
+    own, planned = (
+        record(factory, ps.ModelConfig(**config), layout, rows=1, length=64)[0]
+        for factory in (moe.build_model, planned_decoder)
+    )
+    figures = [(trace.sizes, trace.held, trace.flops, trace.traffic) for trace in (own, planned)]
+    assert figures[0] == figures[1]
+    if layout.expert > 1:
+        rows = 64 * 2  # of all tokens, also under sequence parallel
+        assert own.traffic["expert", "all_to_all"] == 5 * 4 * rows * 64 * 2  # to experts and back, and their gradients
+        return
+    parameters = dict(build(planned_decoder, ps.ModelConfig(**config), layout, torch.bfloat16).named_parameters())
+    unused = [p for name, p in parameters.items() if p.dim() == 1 or "embed_tokens" in name]
+    multiplied = own.sizes.dense - sum(p.numel() for p in unused) + own.sizes.expert * 2 // 8  # 2 of 8 experts
+    assert own.flops.matmul == 6 * 64 * multiplied
 
 
 @pytest.mark.parametrize("window", [None, 3])

@@ -6,6 +6,7 @@ namespaces of the network are all that is made; a test that wants disks of their
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -159,7 +160,8 @@ class Machines:
         _ip("-n", self._namespace(number), "link", "set", INTERFACE, "down")
 
     def mend(self, number: int) -> None:
-        """Bring it up again."""
+        """Bring it up again, at full speed."""
+        self._tc("switch", "qdisc", "del", "dev", f"port{number}", "root")  # which there may not be
         _ip("-n", self._namespace(number), "link", "set", INTERFACE, "up")
 
     def impair(self, number: int) -> None:
@@ -169,16 +171,26 @@ class Machines:
                 return
         raise RuntimeError("the kernel has neither netem nor tbf")
 
+    def slow(self, number: int, rate: str) -> None:
+        """Limit what a machine receives, such as to `2mbit` a second, so that a test can act in the middle of it."""
+        shaping = ("tbf", "rate", rate, "burst", "16kb", "latency", "500ms")
+        self._tc("switch", "qdisc", "replace", "dev", f"port{number}", "root", *shaping).check_returncode()
+
+    def received(self, number: int) -> int:
+        """Return how many bytes a machine has received."""
+        shown = _ip("-json", "-statistics", "-n", self._namespace(number), "link", "show", INTERFACE)
+        return json.loads(shown)[0]["stats64"]["rx"]["bytes"]
+
     def lost_packets(self, number: int) -> int:
         """Return how many packets `impair` has lost."""
         shown = self._tc(number, "-s", "qdisc", "show", "dev", INTERFACE).stdout
         return sum(int(count) for count in re.findall(r"dropped (\d+)", shown))
 
-    def _tc(self, number: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["tc", "-n", self._namespace(number), *arguments], capture_output=True, text=True)
+    def _tc(self, place: int | str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["tc", "-n", self._namespace(place), *arguments], capture_output=True, text=True)
 
-    def _namespace(self, number: int) -> str:
-        return f"{self._name}-{number}"
+    def _namespace(self, place: int | str) -> str:
+        return f"{self._name}-{place}"
 
 
 def _namespaces() -> list[str]:
@@ -194,7 +206,8 @@ def _remove_abandoned() -> None:
             _ip("netns", "del", name)
 
 
-def _ip(*arguments: str) -> None:
+def _ip(*arguments: str) -> str:
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout

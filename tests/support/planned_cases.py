@@ -35,6 +35,7 @@ LLAMA_405B = {
     "rms_norm_eps": 1e-5,
 }
 RING = {**CONFIG, "hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 3}  # two ranks cannot share heads
+EXPERTS = {**CONFIG, "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
 FSDP = {"data_parallel": "fsdp"}
 SEQUENCE = {"tensor": 2, "sequence_parallel": True}
 
@@ -60,6 +61,8 @@ ON_TWO = {
 ON_FOUR = {
     "tensor and data": case(sizes={"tensor": 2}, memory=False),
     "sequence, FSDP2 over data": case(sizes=SEQUENCE, options=FSDP, recompute="full", memory=False),
+    "experts": case(sizes={"expert": 2}, config=EXPERTS, micro_batches=2, memory=False),
+    "sequence and experts": case(sizes={**SEQUENCE, "expert": 2}, config=EXPERTS, recompute="full", memory=False),
     "sequence and context, two micro-batches": case(sizes={**SEQUENCE, "context": 2}, micro_batches=2, memory=False),
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tools.pages.tables import markdown
 
-TITLES = {"python": "Python", "vllm": "vLLM"}
+TITLES = {"python": "Python", "ray": "Ray", "vllm": "vLLM"}
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 

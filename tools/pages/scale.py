@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import polyshard as ps
-from polyshard.planning.strategy import CASTS, MASTERS, sizes
+from polyshard.planning.strategy import CASTS, MASTERS
 from tools.pages.tables import markdown
 
 GIB = 2**30
@@ -20,7 +20,7 @@ LLAMA: Mapping[str, Any] = {
 SMALL = {**LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 LARGE = {**LLAMA, "hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126}
 LARGE |= {"num_attention_heads": 128}
-COLUMNS = ("GPUs", "layout", "sharding", "parameters", "gradients", "optimizer", "activations", "in transit", "total")
+COLUMNS = ("GPUs", "layout", "sharding", "adapters", "parameters", "gradients", "optimizer", "activations", "in transit", "total")
 TIMES = ("GPUs", "layout", "sharding", "GB sent by axis", "compute", "waits", "bubble", "s/step", "MFU", "bottleneck")
 
 
@@ -80,7 +80,7 @@ def memory(plans: list[tuple[int, list[ps.PlannedLayout]]]) -> str:
             kinds = planned.memory
             amounts = (kinds.parameters, kinds.gradients, kinds.optimizer, kinds.activations, kinds.communication)
             told = [f"{nbytes / GIB:.1f}" for nbytes in (*amounts, kinds.total)]
-            rows.append((gpus, sizes(planned.strategy.layout), planned.strategy.sharding, *told))
+            rows.append((gpus, planned.strategy.sizes, planned.strategy.sharding, ", ".join(planned.adapters), *told))
     return markdown(COLUMNS, rows)
 
 
@@ -93,7 +93,7 @@ def time(plans: list[tuple[int, list[ps.PlannedLayout]]]) -> str:
             sent = ", ".join(f"{axis} {nbytes / 1e9:.3g}" for axis, nbytes in planned.sent.items() if nbytes)
             waits = sum(seconds.communication.values())
             parts = [f"{part:.2f}" for part in (seconds.compute, waits, seconds.bubble, seconds.total)]
-            what = (gpus, sizes(planned.strategy.layout), planned.strategy.sharding, sent)
+            what = (gpus, planned.strategy.sizes, planned.strategy.sharding, sent)
             rows.append((*what, *parts, f"{planned.utilization:.0%}", seconds.bottleneck))
     return markdown(TIMES, rows)
 

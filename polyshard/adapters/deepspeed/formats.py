@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from polyshard.adapters.deepspeed.expert_files import PRECISION_NOTE, ROUTING_NOTE, expert_files, with_experts
 from polyshard.adapters.shared.hugging_face_names import match
 from polyshard.config.decoder_spec import DecoderSpec, expected_shapes
 from polyshard.convert.accounting import joined
@@ -37,18 +38,29 @@ class DeepspeedFormat:
             return None
         partitioned = any(file.name.startswith("zero_pp_rank") for file in models)
         zero = "ZeRO 3" if partitioned else "ZeRO" if _partitions(place) else "no ZeRO"
-        return f"DeepSpeed's checkpoint, tag {place.name}, {zero}, tensor-parallel {_tensor_size(models)}"
+        experts = f", {count} files of experts" if (count := len(expert_files(place))) else ""
+        return f"DeepSpeed's checkpoint, tag {place.name}, {zero}, tensor-parallel {_tensor_size(models)}{experts}"
 
     def read(self, path: Path, options: Options) -> Foreign:
         """Read the weights; with ZeRO and one tensor-parallel rank the fp32 weights, loaded by DeepSpeed's own code."""
         place = _tag(path)
         config = options.need_config("DeepSpeed's", path, place)
-        spec = DecoderSpec.of(config)
+        spec = DecoderSpec.of(config, experts=True)
         models = _models(place)
         _check_files(place, models)
-        if _partitions(place) and _tensor_size(models) == 1:
+        experts = bool(expert_files(place))
+        if experts and not any(file.name.startswith("zero_pp_rank") for file in models):
+            ranks: list[Mapping[str, torch.Tensor]] = with_experts(
+                place, _modules(place, models, options), spec, options
+            )
+        elif experts:
+            raise CheckpointError(
+                f"{place}: ZeRO 3 with experts is unsupported, because DeepSpeed has no code that joins its files. "
+                "Save the model at ZeRO 2."
+            )
+        elif _partitions(place) and _tensor_size(models) == 1:
             options.need_pickle(place)
-            ranks: list[Mapping[str, torch.Tensor]] = [_of_zero(path, place, models, options)]
+            ranks = [_of_zero(path, place, models, options)]
         elif any(file.name.startswith("zero_pp_rank") for file in models):
             raise CheckpointError(
                 f"{place}: ZeRO 3 with {_tensor_size(models)} tensor-parallel ranks is unsupported. Make it universal "
@@ -75,6 +87,9 @@ class DeepspeedFormat:
         for name, found in names.items():
             full(found)  # to fail here, and not while writing, if parts do not fit
             tensors[name] = LazyTensor(shapes[name], ranks[0][found].dtype, partial(full, found))
+        if experts:
+            rounded = any(value.dtype != torch.float32 for value in ranks[0].values())
+            notes += (PRECISION_NOTE,) * rounded + (ROUTING_NOTE,)
         return Foreign(tensors=tensors, config=config, companions=path, notes=(*notes, _STATE_NOTE))
 
     def write(self, foreign: Foreign, path: Path, options: Options) -> tuple[str, ...]:
@@ -85,6 +100,8 @@ class DeepspeedFormat:
         """The module's state_dict as DeepSpeed's own code gives it, of one tensor-parallel rank."""
         place = _tag(path)
         models = _models(place)
+        if expert_files(place):
+            raise NotComparableError("DeepSpeed has no code that joins the files of experts")
         if _tensor_size(models) > 1:
             raise NotComparableError(f"DeepSpeed has no code that joins the files of {_tensor_size(models)} ranks")
         if _partitions(place):
@@ -169,13 +186,14 @@ def _check_files(place: Path, models: list[Path]) -> None:
     """Check that the files of all ranks are present and supported.
 
     Raises:
-        CheckpointError: the file of a rank is missing, or there are files of experts or of a pipeline.
+        CheckpointError: the file of a rank is missing, or there are files of a pipeline.
     """
-    others = sorted(file.name for file in place.glob("*model_states.pt") if file not in models)
+    known = {*models, *expert_files(place)}
+    others = sorted(file.name for file in place.glob("*model_states.pt") if file not in known)
     if others:
         raise CheckpointError(
-            f"{place} holds {len(others)} files of experts or of pipeline layers, such as {others[0]}, which are "
-            "unsupported. Make it universal first: python -m deepspeed.checkpoint.ds_to_universal."
+            f"{place} holds {len(others)} files of pipeline layers, such as {others[0]}, which are unsupported. Make "
+            "it universal first: python -m deepspeed.checkpoint.ds_to_universal."
         )
     held = {kind: _ranks(files, kind) for kind, files in ((_MODEL, models), (_OPTIMIZER, _partitions(place)))}
     partitioned = any(file.name.startswith("zero_pp_rank") for file in models)  # ZeRO 3: every rank writes both

@@ -13,6 +13,7 @@ from polyshard.convert.format import CheckpointFormat
 from polyshard.core.adapter import OptimizerFactory
 from polyshard.core.capabilities import YES, Capabilities, no
 from polyshard.core.context import GroupContext, ParallelContext
+from polyshard.core.pipeline_plan import SCHEDULES
 from polyshard.core.requirement import Requirement
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class FairscaleAdapter(BaseAdapter):
     name = "fairscale"
     capabilities = CAPABILITIES
     requirement = REQUIREMENT
+    pipeline_schedules = SCHEDULES  # plans read it
+    zero_full_gradients = True  # ShardedDataParallel keeps buffers of all gradients; plans of memory read it
 
     def __init__(self) -> None:
         self.linear = FairscaleLinearAdapter()

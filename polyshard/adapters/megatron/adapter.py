@@ -73,6 +73,7 @@ class MegatronAdapter(BaseAdapter):
     name = "megatron"
     capabilities = CAPABILITIES
     requirement = REQUIREMENT
+    pipeline_schedules = ("1f1b", "interleaved-1f1b")  # plans read it
 
     def __init__(self) -> None:
         self.linear = MegatronLinearAdapter()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from polyshard.adapters.megatron.expert_arguments import NEUTRAL_OF_EXPERTS, expected_of_experts
 from polyshard.config.decoder_spec import DecoderSpec, Rope, foreign_fields
 from polyshard.core.errors import CheckpointError
 
@@ -29,11 +30,9 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "hybrid_layer_pattern": (None,),
     "hybrid_override_pattern": (None,),
     "layernorm_zero_centered_gamma": (None, False),
-    "moe_layer_freq": (None, 1),
     "mtp_num_layers": (None, 0),
     "multi_latent_attention": (None, False),
     "no_rope_freq": (None,),
-    "num_experts": (None, 0),
     "openai_gelu": (None, False),
     "qk_l2_norm": (None, False),
     "quick_geglu": (None, False),
@@ -126,7 +125,8 @@ def check_arguments(where: object, held: Mapping[str, Any], spec: DecoderSpec) -
     Raises:
         CheckpointError: the arguments describe another model.
     """
-    wrong = [f"{name}={held[name]!r}" for name, same in NEUTRAL.items() if name in held and held[name] not in same]
+    neutral = {**NEUTRAL, **NEUTRAL_OF_EXPERTS} if spec.experts else NEUTRAL
+    wrong = [f"{name}={held[name]!r}" for name, same in neutral.items() if name in held and held[name] not in same]
     if wrong:
         raise CheckpointError(
             f"{where} is of an unsupported model: its arguments say {', '.join(wrong)}, expected a Llama-like decoder."
@@ -185,7 +185,9 @@ def _expected(spec: DecoderSpec, held: Mapping[str, Any]) -> dict[str, Any]:
         expected["add_qkv_bias"] = spec.qkv_bias
     if held.get("vocab_size") is not None:
         expected["vocab_size"] = spec.vocabulary
-    return expected
+    if spec.experts and all(spec.experts.sparse):
+        del expected["ffn_hidden_size"]  # no layer has this width
+    return expected | expected_of_experts(spec, held)
 
 
 def _rope_differences(held: Mapping[str, Any], rope: Rope) -> list[str]:

@@ -15,6 +15,8 @@ import torch
 from torch.distributed.checkpoint import DefaultSavePlanner, save
 
 from polyshard.adapters.megatron.arguments import arguments_of, check_arguments, padded_rows, plain_arguments
+from polyshard.adapters.megatron.expert_arguments import capacity_note
+from polyshard.adapters.megatron.expert_names import unstacked
 from polyshard.adapters.megatron.names import LAYERS, from_hugging_face, padding_note, to_hugging_face
 from polyshard.adapters.megatron.reference_logits import independent
 from polyshard.adapters.shared.distributed_checkpoint import stored_tensors
@@ -57,13 +59,13 @@ class MegatronDistFormat:
         """Read the weights of a GPT; optimizer and random state are skipped."""
         place = iteration(path)
         config = options.need_config("Megatron's", place, path)
-        spec = DecoderSpec.of(config)
+        spec = DecoderSpec.of(config, experts=True)
         held, left = _weights(place, options)
         arguments = stored_arguments(place, options)
         check_arguments(path, arguments, spec)
         tensors = to_hugging_face(path, held, spec, padded_rows(arguments, spec, options.padded_vocabulary))
         notes = (f"left out {len(left)} tensors of the training state, such as {left[0]}",) if left else ()
-        notes += padding_note(held, spec) + (() if arguments else (NO_ARGUMENTS,))
+        notes += padding_note(held, spec) + capacity_note(arguments) + (() if arguments else (NO_ARGUMENTS,))
         return Foreign(tensors=tensors, config=config, companions=path, notes=notes)
 
     def write(self, foreign: Foreign, path: Path, options: Options) -> tuple[str, ...]:
@@ -143,9 +145,8 @@ def _weights(place: Path, options: Options) -> tuple[dict[str, LazyTensor], list
             continue
         elif short.startswith(LAYERS) and not short.removeprefix(LAYERS)[0].isdigit():
             for layer in range(entry.shape[0]):
-                held[f"{LAYERS}{layer}.{short.removeprefix(LAYERS)}"] = LazyTensor(
-                    entry.shape[1:], entry.dtype, lambda name=name, layer=layer: load(name)[layer]
-                )
+                part = LazyTensor(entry.shape[1:], entry.dtype, lambda name=name, layer=layer: load(name)[layer])
+                held.update(unstacked(f"{LAYERS}{layer}.{short.removeprefix(LAYERS)}", part))
         else:
-            held[short] = LazyTensor(entry.shape, entry.dtype, lambda name=name: load(name))
+            held.update(unstacked(short, LazyTensor(entry.shape, entry.dtype, lambda name=name: load(name))))
     return held, sorted(left)

@@ -1,9 +1,13 @@
-"""Megatron's legacy checkpoints: `iter_NNNNNNN/mp_rank_TT[_PPP]/model_optim_rng.pt`, with the shards of each rank."""
+"""Megatron's legacy checkpoints: `iter_NNNNNNN/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt`, with each rank's shards.
+
+TT is the tensor rank, PPP the pipeline stage and EEE the expert rank. One number after TT may be either.
+"""
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,8 @@ import torch
 
 from polyshard.adapters.megatron.arguments import check_arguments, padded_rows, plain_arguments
 from polyshard.adapters.megatron.dist_format import NO_ARGUMENTS, iteration
+from polyshard.adapters.megatron.expert_arguments import capacity_note
+from polyshard.adapters.megatron.expert_names import canonical, local_expert
 from polyshard.adapters.megatron.names import LAYERS, padding_note, to_hugging_face
 from polyshard.adapters.megatron.reference_logits import independent
 from polyshard.config.decoder_spec import DecoderSpec
@@ -19,7 +25,7 @@ from polyshard.convert.pickles import load_pickle
 from polyshard.core.errors import CheckpointError
 from polyshard.weights.lazy_tensor import LazyTensor
 
-_FOLDER = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?$")
+_FOLDER = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?(?:_(\d\d\d))?$")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)$")
 _FILES = ("model_optim_rng.pt", "model_rng.pt")
 
@@ -35,7 +41,10 @@ _DIMENSIONS = {
     "output_layer.weight": 0,
 }
 
-Place = tuple[int, int]  # pipeline stage and tensor rank
+# On the first and on the last stage: ranks that hold both are no pipeline.
+_FIRST, _LAST = "embedding.word_embeddings.weight", "decoder.final_layernorm.weight"
+
+Place = tuple[int, int, int]  # pipeline stage, expert rank and tensor rank
 State = Mapping[str, torch.Tensor]
 
 
@@ -51,28 +60,37 @@ class MegatronLegacyFormat:
         found = _files(place)
         if not found:
             return None
-        tensor, pipeline = max(t for _, t in found) + 1, max(p for p, _ in found) + 1
-        return f"Megatron's legacy checkpoint, {place.name}, tensor-parallel {tensor}, pipeline-parallel {pipeline}"
+        pipeline, expert, tensor = _sizes(found)
+        experts = f", expert-parallel {expert}" if expert > 1 else ""
+        return (
+            f"Megatron's legacy checkpoint, {place.name}, tensor-parallel {tensor}, pipeline-parallel {pipeline}"
+            f"{experts}"
+        )
 
     def read(self, path: Path, options: Options) -> Foreign:
         """Read the weights, joined over all ranks."""
         place = iteration(path)
         config = options.need_config("Megatron's", place, path)
-        spec = DecoderSpec.of(config)
+        spec = DecoderSpec.of(config, experts=True)
         files = {where: load_pickle(file, options) for where, file in _complete(place).items()}
-        arguments = _arguments(files[0, 0])
+        files = _as_experts(files)
+        arguments = _arguments(files[0, 0, 0])
         check_arguments(path, arguments, spec)
         _check_sizes(place, files, arguments)
         held: dict[str, LazyTensor] = {}
         first = 0  # first layer of the chunk
+        _, expert_size, tensor_size = _sizes(files)
         for stage, chunk in _chunks(place, files):
-            tensors = sorted((rank, _model(content, chunk)) for (s, rank), content in files.items() if s == stage)
-            first += _add(held, place, [state for _, state in tensors], first)
+            states = [
+                [_model(files[stage, expert, rank], chunk) for rank in range(tensor_size)]
+                for expert in range(expert_size)
+            ]
+            first += _add(held, place, states, first)
         rows = padded_rows(arguments, spec, options.padded_vocabulary)
         tensors = to_hugging_face(path, held, spec, rows)
-        notes = padding_note(held, spec) + (() if arguments else (NO_ARGUMENTS,))
+        notes = padding_note(held, spec) + capacity_note(arguments) + (() if arguments else (NO_ARGUMENTS,))
         left = sorted({key for content in files.values() for key in content if not key.startswith("model")})
-        if left and "model" in files[0, 0]:
+        if left and "model" in files[0, 0, 0]:
             notes += (f"left out the training state: {', '.join(left)}",)
         return Foreign(tensors=tensors, config=config, companions=path, notes=notes)
 
@@ -84,7 +102,7 @@ class MegatronLegacyFormat:
         """Return Megatron-Core's own GPT, loaded by its own code."""
         place = iteration(path)
         files = _complete(place)
-        arguments = _arguments(load_pickle(files[0, 0], options))
+        arguments = _arguments(load_pickle(files[0, 0, 0], options))
         return independent(place, "legacy", options.need_config("Megatron's", place, path), arguments, ranks=len(files))
 
 
@@ -102,8 +120,26 @@ def _files(place: Path) -> dict[Place, Path]:
         match = _FOLDER.match(folder.name)
         file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
         if match and file is not None:
-            found[int(match[2] or 0), int(match[1])] = file
+            found[int(match[2] or 0), int(match[3] or 0), int(match[1])] = file
     return found
+
+
+def _sizes(places: Iterable[Place]) -> tuple[int, int, int]:
+    """Return the numbers of pipeline stages, expert ranks and tensor ranks."""
+    stages, experts, tensor = zip(*places)
+    return max(stages) + 1, max(experts) + 1, max(tensor) + 1
+
+
+def _as_experts(files: Mapping[Place, Any]) -> Mapping[Place, Any]:
+    """Return the files with stages as expert ranks if each of them has the first and the last layers of the model.
+
+    `mp_rank_TT_NNN` is of a pipeline, or of expert parallel without one.
+    """
+    stages, experts, _ = _sizes(files)
+    names = ({name.removeprefix("module.") for name in _model(content, "model")} for content in files.values())
+    if stages == 1 or experts > 1 or not all({_FIRST, _LAST} <= held for held in names):
+        return files
+    return {(0, stage, rank): content for (stage, _, rank), content in files.items()}
 
 
 def _complete(place: Path) -> dict[Place, Path]:
@@ -116,21 +152,30 @@ def _complete(place: Path) -> dict[Place, Path]:
     others = sorted({folder.name for folder in _folders(place)} - {file.parent.name for file in files.values()})
     if others:
         raise CheckpointError(
-            f"{place} holds folders that cannot be read: {', '.join(others[:5])}. Expected mp_rank_TT or "
-            f"mp_rank_TT_PPP, each with {_FILES[0]}; experts' folders (mp_rank_TT_PPP_EEE) are unsupported."
+            f"{place} holds folders that cannot be read: {', '.join(others[:5])}. Expected mp_rank_TT, mp_rank_TT_PPP "
+            f"or mp_rank_TT_PPP_EEE, each with {_FILES[0]}."
         )
-    stages, tensor = max(s for s, _ in files) + 1, max(t for _, t in files) + 1
-    missing = [(s, t) for s in range(stages) for t in range(tensor) if (s, t) not in files]
+    stages, experts, tensor = _sizes(files)
+    everyone = itertools.product(range(stages), range(experts), range(tensor))
+    missing = [where for where in everyone if where not in files]
     if missing:
-        names = [f"mp_rank_{t:02d}" + (f"_{s:03d}" if stages > 1 else "") for s, t in missing]
+        names = [
+            f"mp_rank_{t:02d}"
+            + (f"_{s:03d}" if stages > 1 or experts > 1 else "")
+            + (f"_{e:03d}" if experts > 1 else "")
+            for s, e, t in missing
+        ]
         raise CheckpointError(f"{place} is incomplete: {', '.join(names[:5])} missing. Copy all ranks.")
     return files
 
 
 def _check_sizes(place: Path, files: Mapping[Place, Any], arguments: Mapping[str, Any]) -> None:
+    stages, experts, tensor = _sizes(files)
     for name, found in (
-        ("tensor_model_parallel_size", max(t for _, t in files) + 1),
-        ("pipeline_model_parallel_size", max(s for s, _ in files) + 1),
+        ("tensor_model_parallel_size", tensor),
+        ("pipeline_model_parallel_size", stages),
+        ("expert_model_parallel_size", experts),
+        ("expert_tensor_parallel_size", tensor),
     ):
         if (stored := arguments.get(name)) is not None and stored != found:
             raise CheckpointError(
@@ -140,8 +185,8 @@ def _check_sizes(place: Path, files: Mapping[Place, Any], arguments: Mapping[str
 
 def _chunks(place: Path, files: Mapping[Place, Any]) -> list[tuple[int, str]]:
     """Return the stage and key of each pipeline chunk, in the order of the layers."""
-    keys = sorted((key for key in files[0, 0] if re.fullmatch(r"model\d+", key)), key=lambda key: int(key[5:]))
-    stages = range(max(stage for stage, _ in files) + 1)
+    keys = sorted((key for key in files[0, 0, 0] if re.fullmatch(r"model\d+", key)), key=lambda key: int(key[5:]))
+    stages = range(_sizes(files)[0])
     return [(stage, key) for key in keys or ["model"] for stage in stages]
 
 
@@ -149,31 +194,58 @@ def _model(content: Mapping[str, Any], key: str) -> State:
     return content.get(key, content) if key == "model" else content[key]
 
 
-def _add(held: dict[str, LazyTensor], place: Path, ranks: list[State], first: int) -> int:
-    """Add the joined tensors of one chunk; return its number of layers."""
-    names = {name for rank in ranks for name, value in rank.items() if isinstance(value, torch.Tensor)}
+def _add(held: dict[str, LazyTensor], place: Path, ranks: list[list[State]], first: int) -> int:
+    """Add the joined tensors of one chunk; return its number of layers.
+
+    Args:
+        held: the tensors so far, by canonical name.
+        place: the checkpoint, for errors.
+        ranks: the tensors of each expert rank and tensor rank.
+        first: number of the chunk's first layer.
+    """
     layers: set[int] = set()
-    for name in sorted(names):
+    parts = [_of_expert_rank(place, states) for states in ranks]
+    per_rank = _experts_of_a_rank(place, parts)
+    for expert_rank, named in enumerate(parts):
+        for name in sorted(named):
+            short, layer = name.removeprefix("module."), _LAYER.match(name.removeprefix("module."))
+            if layer:
+                layers.add(int(layer[1]))
+                rest = layer[2]
+                if expert := local_expert(rest):
+                    rest = canonical(expert_rank * per_rank + expert[0], expert[1])
+                short = f"{LAYERS}{first + int(layer[1])}.{rest}"
+            part = _joined(place, named[name], short)
+            if short not in held:
+                held[short] = part
+            elif not torch.equal(held[short].load(), part.load()):  # a tied embedding, or replicated by expert ranks
+                raise CheckpointError(
+                    f"{place}: {name} is on two stages or expert ranks with different values, expected equal ones. "
+                    "Find out which is right."
+                )
+    return len(layers)
+
+
+def _of_expert_rank(place: Path, states: list[State]) -> dict[str, list[torch.Tensor]]:
+    """Return the parts of each tensor on all tensor ranks."""
+    names = {name for state in states for name, value in state.items() if isinstance(value, torch.Tensor)}
+    found: dict[str, list[torch.Tensor]] = {}
+    for name in names:
         if name.endswith("_extra_state"):
             continue
-        short = name.removeprefix("module.")
-        match = _LAYER.match(short)
-        if match:
-            layers.add(int(match[1]))
-            short = f"{LAYERS}{first + int(match[1])}.{match[2]}"
-        lacking = [index for index, rank in enumerate(ranks) if name not in rank]
+        lacking = [index for index, state in enumerate(states) if name not in state]
         if lacking:
             raise CheckpointError(f"{place}: {name} is missing on tensor rank {lacking[0]}. Copy all ranks.")
-        part = _joined(place, [rank[name] for rank in ranks], name)
-        if short in held:  # a tied embedding is on the first and on the last stage
-            if not torch.equal(held[short].load(), part.load()):
-                raise CheckpointError(
-                    f"{place}: {name} is on two stages with different values, expected equal ones. Find out "
-                    "which is right."
-                )
-            continue
-        held[short] = part
-    return len(layers)
+        found[name] = [state[name] for state in states]
+    return found
+
+
+def _experts_of_a_rank(place: Path, parts: list[dict[str, list[torch.Tensor]]]) -> int:
+    """Return the number of experts that each expert rank has in a layer."""
+    counts = [max((e[0] + 1 for name in named if (e := local_expert(name))), default=0) for named in parts]
+    if len(set(counts)) > 1:
+        raise CheckpointError(f"{place}: the expert ranks hold {counts} experts in a layer, expected equal numbers.")
+    return counts[0]
 
 
 def _joined(place: Path, parts: list[torch.Tensor], name: str) -> LazyTensor:

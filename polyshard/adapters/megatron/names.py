@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from polyshard.adapters.megatron.expert_names import experts_to_hugging_face
 from polyshard.adapters.shared.hugging_face_names import same_head
 from polyshard.config.decoder_spec import DecoderSpec, expected_shapes
 from polyshard.convert.accounting import account, check_shapes, without_padding
@@ -80,14 +81,17 @@ def to_hugging_face(
             fused = need(f"{LAYERS}{i}.{QKV}.{leaf}")
             for part, name in enumerate("qkv"):
                 result[f"model.layers.{i}.self_attn.{name}_proj.{leaf}"] = _of_qkv(fused, part, spec)
+    sparse = spec.experts.sparse if spec.experts else (False,) * spec.layers
     for leaf in _leaves(spec.mlp_bias):
-        for i in range(spec.layers):
+        for i in (i for i in range(spec.layers) if not sparse[i]):
             fused = need(f"{LAYERS}{i}.{GATE_UP}.{leaf}")
             for part, name in enumerate(("gate", "up")):
                 result[f"model.layers.{i}.mlp.{name}_proj.{leaf}"] = _half(fused, part)
     for names, theirs in _single(spec):
         for i in range(spec.layers):
-            result[f"model.layers.{i}.{theirs}"] = need(*(f"{LAYERS}{i}.{name}" for name in names))
+            if not (sparse[i] and theirs.startswith("mlp.")):
+                result[f"model.layers.{i}.{theirs}"] = need(*(f"{LAYERS}{i}.{name}" for name in names))
+    result |= experts_to_hugging_face(LAYERS, spec, need, _half)
     result["model.norm.weight"] = need(FINAL_NORM)
     if not spec.tied:
         result["lm_head.weight"] = _rows(need(HEAD), "the head", spec.vocabulary, padded)

@@ -45,7 +45,7 @@ def independent(
         raise NotComparableError("megatron-core is not installed")
     if kind == "legacy" and ranks > 1:
         raise NotComparableError(f"Megatron loads the files of {ranks} ranks only in as many processes")
-    settings = _settings(DecoderSpec.of(config), arguments)
+    settings = _settings(DecoderSpec.of(config, experts=True), arguments)
 
     def logits(ids: torch.Tensor, rounded: torch.dtype | None) -> torch.Tensor:
         with tempfile.TemporaryDirectory(prefix="polyshard-proof-") as folder:
@@ -95,6 +95,19 @@ def _settings(spec: DecoderSpec, arguments: Mapping[str, Any]) -> dict[str, Any]
         settings["num_query_groups"] = settings["num_attention_heads"]
     if settings["window_size"] == "mixed" or arguments.get("window_attn_skip_freq") is not None:
         raise NotComparableError("Megatron-Core's attention on CPU supports only one window for all layers")
+    experts = spec.experts
+    settings |= (
+        {}
+        if experts is None
+        else {
+            "num_moe_experts": experts.count,
+            "moe_router_topk": experts.top_k,
+            "moe_ffn_hidden_size": experts.intermediate,
+            "moe_router_pre_softmax": not experts.normalized,
+            # Megatron stacks the layers of a checkpoint only if all are said to be alike.
+            "moe_layer_freq": 1 if all(experts.sparse) else [int(sparse) for sparse in experts.sparse],
+        }
+    )
     return {"settings": settings, "vocabulary": spec.vocabulary, "padded": arguments.get("padded_vocab_size")}
 
 
@@ -102,7 +115,7 @@ def main(path: str) -> None:
     """Compute the logits of a job that `independent` wrote, and write them to the job's file."""
     from unittest import mock
 
-    from polyshard.adapters.megatron.compat import cuda_as_cpu
+    from polyshard.adapters.megatron.compat import cuda_as_cpu, current_device_as_cpu
 
     job = torch.load(path, weights_only=True)
     store = torch.distributed.HashStore()
@@ -131,7 +144,7 @@ def main(path: str) -> None:
         mask = positions[None] > positions[:, None]  # True means masked
         if job["settings"]["window_size"]:
             mask |= positions[:, None] - positions[None] > job["settings"]["window_size"][0]
-        with torch.no_grad():
+        with torch.no_grad(), current_device_as_cpu(torch.device("cpu")):
             logits = model(ids, positions[None], mask[None, None])
     torch.save({"logits": logits[0, :, : job["vocabulary"]].float().contiguous()}, path)
 
@@ -157,11 +170,18 @@ def _load(model: Any, job: Mapping[str, Any], parallel_state: Any) -> None:
 
 def _gpt(job: Mapping[str, Any]) -> Any:
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
     from torch.nn import functional as F
 
     said = job["settings"]
+    experts = {name: value for name, value in said.items() if "moe_" in name}
+    if experts:
+        from megatron.core.transformer.moe import moe_utils
+
+        if not hasattr(moe_utils, "te_general_gemm"):
+            moe_utils.te_general_gemm = None  # without Transformer Engine, Megatron reads it but does not set it
+        experts |= {"moe_router_load_balancing_type": "none", "moe_token_dispatcher_type": "allgather"}
     settings = TransformerConfig(
         num_layers=said["num_layers"],
         hidden_size=said["hidden_size"],
@@ -185,10 +205,16 @@ def _gpt(job: Mapping[str, Any]) -> Any:
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
+        **experts,
+    )
+    layers: Any = (
+        get_gpt_decoder_block_spec(settings, use_transformer_engine=False, normalization="RMSNorm")
+        if experts
+        else get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=said["qk_layernorm"])
     )
     model = GPTModel(
         config=settings,
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=said["qk_layernorm"]),
+        transformer_layer_spec=layers,
         vocab_size=job["padded"] or job["vocabulary"],
         max_sequence_length=job["ids"].shape[1],
         position_embedding_type="rope",

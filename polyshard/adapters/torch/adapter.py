@@ -19,6 +19,7 @@ from polyshard.core.capabilities import YES, Capabilities, no
 from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.parallel_layout import ParallelLayout
+from polyshard.core.pipeline_plan import SCHEDULES
 from polyshard.core.requirement import Requirement
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class TorchAdapter:
     name = "torch"
     capabilities = CAPABILITIES
     requirement = REQUIREMENT
+    pipeline_schedules = SCHEDULES  # plans read it
 
     def __init__(self) -> None:
         self.linear = TorchLinearAdapter()

@@ -15,6 +15,7 @@ from typing_extensions import override
 from polyshard.adapters.torch.grouped import grouped_matmul
 from polyshard.adapters.torch.linear import new_weight
 from polyshard.core.context import FailureGuard, ParallelAxis, ParallelContext
+from polyshard.core.errors import LayoutError
 from polyshard.core.experts import ClampedSwiglu, ExpertBank, Routing
 from polyshard.layers.activation import swiglu
 from polyshard.layers.differentiable import (
@@ -71,7 +72,8 @@ class TorchExperts(nn.Module):
         if self.expert_axis.size == 1:
             y = outputs(rows, counts)
         else:
-            exchange = Exchange.of(counts, self.expert_axis, self.guard)
+            make = Exchange.of if rows.device.type != "meta" else partial(Exchange.balanced, len(rows))
+            exchange = make(counts, self.expert_axis, self.guard)
             y = exchange.back(outputs(exchange.to_experts(rows), exchange.counts))
         y = _Permute.apply(y, slots, order).view(tokens, per_token, -1)
         y = y.to(weights.dtype)
@@ -104,7 +106,7 @@ class TorchExperts(nn.Module):
         """Return a parameter in the dtype in which rows are computed, with the gradient of expert parallel."""
         weight = getattr(self, name)
         dtype = rows.dtype
-        if torch.is_autocast_enabled(rows.device.type):
+        if rows.device.type != "meta" and torch.is_autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
         size = self.expert_axis.size
         if size > 1 and torch.is_grad_enabled():
@@ -175,6 +177,23 @@ class Exchange:
             guard=guard,
         )
 
+    @classmethod
+    def balanced(cls, rows: int, counts: torch.Tensor, axis: ParallelAxis, guard: FailureGuard) -> Exchange:
+        """Return the exchange of equal numbers of rows, for a plan: on the meta device, counts have no values."""
+        if rows % axis.size:
+            raise LayoutError(
+                f"{rows} rows of experts cannot be divided by expert-parallel size {axis.size}, which a plan needs"
+            )
+        each = [rows // axis.size] * axis.size
+        return cls(
+            sent=each,
+            received=each,
+            order=torch.empty(rows, dtype=torch.int64, device=counts.device),
+            counts=counts.view(axis.size, -1)[0],
+            axis=axis,
+            guard=guard,
+        )
+
     def to_experts(self, rows: torch.Tensor) -> torch.Tensor:
         """Send rows `[sent, hidden]` to the ranks of their experts; return those of this rank's, sorted by expert."""
         return _Permute.apply(self._move(rows, self.sent, self.received), self.order, _inverse(self.order))
@@ -238,6 +257,9 @@ class _AllToAll(torch.autograd.Function):
 def _all_to_all(
     rows: torch.Tensor, sent: list[int], received: list[int], axis: ParallelAxis, guard: FailureGuard
 ) -> torch.Tensor:
+    if rows.device.type == "meta":
+        planned: Any = axis.collectives
+        return planned.all_to_all(rows.unflatten(0, (axis.size, -1))).flatten(0, 1)
     result = rows.new_empty((sum(received), *rows.shape[1:]))
     with guard("expert all_to_all"):
         dist.all_to_all_single(result, rows.contiguous(), received, sent, group=axis.group)

@@ -21,6 +21,8 @@ def grouped_matmul(rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tenso
     Returns:
         `[rows, out]`.
     """
+    if rows.device.type == "meta":
+        return _OnMeta.apply(rows, weight)
     if rows.dtype not in _DTYPES or rows.dtype != weight.dtype or not _is_aligned(rows, weight):
         # `unbind`, since indexing gives each group a gradient of the whole bank: 5 to 30 times slower at 64 experts.
         parts = zip(rows.split(counts.tolist()), weight.unbind(0))
@@ -45,3 +47,21 @@ class _ContiguousGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
         return gradients[0].contiguous()
+
+
+class _OnMeta(torch.autograd.Function):
+    """The shapes and FLOPs of a product in groups, for a plan: one product of all rows has as many as those of groups.
+
+    torch's grouped_mm supports only bfloat16 on the meta device (2.13), and its FLOP counter does not know it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows, weight)
+        return rows @ weight[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, weight = ctx.saved_tensors
+        _ = rows.t() @ gradients[0]  # as many FLOPs as the weight's gradient
+        return gradients[0] @ weight[0].t(), torch.empty_like(weight)

@@ -66,7 +66,7 @@ def commit(prefix: Path, target: Path, manifest: Manifest) -> None:
         raise CheckpointError(
             f"{prefix} is incomplete after all ranks have written: {problem}. The ranks must see the same file system."
         )
-    _write(prefix / MANIFEST, manifest_text(manifest))
+    write_file(prefix / MANIFEST, manifest_text(manifest))
     if prefix != target:
         _replace(prefix, target, manifest)
     _discard(target / MARKER)
@@ -113,7 +113,7 @@ def _replace(prefix: Path, target: Path, manifest: Manifest) -> None:
 
     with ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(copy, manifest.files))
-    _write(target / MANIFEST, manifest_text(manifest))
+    write_file(target / MANIFEST, manifest_text(manifest))
 
 
 def _is_written(target: Path) -> bool:
@@ -139,7 +139,7 @@ def _mark(target: Path, prefix: Path | None = None) -> None:
         prefix: the directory beside it that holds the complete new checkpoint, if there is one.
     """
     note = "A save writes this directory. Without polyshard.json it is no checkpoint."
-    _write(target / MARKER, json.dumps({"note": note, "complete": None if prefix is None else prefix.name}) + "\n")
+    write_file(target / MARKER, json.dumps({"note": note, "complete": None if prefix is None else prefix.name}) + "\n")
 
 
 def _copied(target: Path) -> Path | None:
@@ -151,7 +151,8 @@ def _copied(target: Path) -> Path | None:
     return None if name is None else target.parent / Path(name).name
 
 
-def _write(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
+    """Write a small file in one request, so that it is there completely or not at all."""
     _make_parent(path)
     file_system(path).pipe_file(key(path), text.encode())
 

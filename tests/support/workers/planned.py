@@ -34,8 +34,11 @@ class Collectives(TorchDispatchMode):
 
     def __init__(self, context: ps.ParallelContext) -> None:
         super().__init__()
-        axes = ("replica", "tensor", "context")  # one of several names if an axis has all ranks
-        self._axes = {g.group_name: name for name in axes if (g := context.axis(name).group) is not None}
+        # One of several names if an axis has all ranks.
+        axes = {"expert_replica": "expert replicas", "expert": "expert"}
+        axes |= {name: name for name in ("replica", "tensor", "context")}
+        groups = {name: context.axis(axis).group for axis, name in axes.items()}
+        self._axes = {group.group_name: name for name, group in groups.items() if group is not None}
         self.counted: Counter[tuple[str, str]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

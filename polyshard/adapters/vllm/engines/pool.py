@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 Batch = list[list[Job]]
 
+_ATTEMPTS = 5  # of one sync to reach the engines, if all of them fail each time
+
 
 class EnginePool:
     """The engines of a `RolloutEngine`, which others have started. Every trainer rank creates one.
@@ -50,7 +52,7 @@ class EnginePool:
         self._ranks = Ranks.of(parallel_context)
         self._timeout = timeout
         self._clients = {client.name: client for client in clients}
-        self._away: set[str] = set()  # engines that are lost
+        self._away: dict[str, str] = {}  # engines that are lost, and why
         self._sync = WeightSync(trainer, parallel_context, list(clients), timeout=timeout, interface=interface)
         self._dispatcher = Dispatcher(timeout) if self._ranks.rank == 0 else None
         self._batches: deque[Batch] = deque()
@@ -81,8 +83,9 @@ class EnginePool:
 
         Raises:
             EngineFailureError: no engine is left.
+            WeightSyncError: engines can be reached, but none took the weights.
         """
-        dispatcher = self._dispatcher
+        dispatcher, attempts = self._dispatcher, 0
         self._on_first(lambda: dispatcher.interrupt() if dispatcher else None)
         self._note_lost()
         self._readmit()
@@ -94,7 +97,8 @@ class EnginePool:
                 report = self._sync(version)
                 break
             except WeightSyncError as error:
-                if not error.engines:
+                attempts += 1
+                if not error.engines or (attempts == _ATTEMPTS and set(error.engines) >= set(self._sync.engines)):
                     raise
                 self._send_away({name: str(error) for name in error.engines})
         self._version, self._synced = version, self._changes()
@@ -118,7 +122,7 @@ class EnginePool:
         self._clients.pop(name, None)
         if name in self._sync.engines:
             self._sync.leave(name)
-        self._away.discard(name)
+        self._away.pop(name, None)
         if self._dispatcher is not None:
             self._dispatcher.remove(name)
 
@@ -170,7 +174,7 @@ class EnginePool:
             if self._ranks.rank == 0:
                 logger.warning("the engine %s gets no weights until it can be reached again: %s", name, reason)
             self._sync.leave(name)
-            self._away.add(name)
+            self._away[name] = reason
             if self._dispatcher is not None:
                 self._dispatcher.remove(name)
 
@@ -181,7 +185,8 @@ class EnginePool:
         away = sorted(self._away)
         back: list[str] = self._on_first(lambda: [name for name in away if self._clients[name].is_reachable()]) or []
         self._sync.join(*[self._clients[name] for name in back if name in self._clients])
-        self._away -= set(back)
+        for name in back:
+            self._away.pop(name)
         self.returned += len(back)
 
     def _await_engine(self) -> None:
@@ -189,10 +194,12 @@ class EnginePool:
         while not self._sync.engines:
             self._readmit()
             if self._ranks.broadcast(not self._sync.engines and time.monotonic() > deadline):
+                names = tuple(sorted(self._away))
+                reasons = "; ".join(f"{name}: {self._away[name]}" for name in names)
                 raise EngineFailureError(
-                    f"no engine can be reached: {', '.join(sorted(self._away)) or 'none was given'}. None came back "
-                    f"within {self._timeout:g} s.",
-                    tuple(sorted(self._away)),
+                    f"no engine can be reached: {', '.join(names) or 'none was given'}. None came back within "
+                    f"{self._timeout:g} s. {reasons}".rstrip(),
+                    names,
                 )
             time.sleep(0.5)
 

@@ -97,9 +97,7 @@ class NetworkReceiver:
                 try:
                     work.wait()
                 except RuntimeError as error:
-                    raise WeightSyncError(
-                        f"trainer rank {sender} died, froze, or cannot be reached ({first_line(error)})"
-                    ) from error
+                    raise _unreachable(sender, error) from error
                 if buffer is not None:
                     for (_, values), target in zip(unpack(message, buffer, self._dtype), targets):
                         target.copy_(values)
@@ -117,7 +115,11 @@ class NetworkReceiver:
         if data is None:
             buffer = window.buffer(nbytes)
             data = buffer[:nbytes]
-        window.push((sender, message, targets, buffer, self._link.receive(data, sender, index)), nbytes)
+        try:
+            work = self._link.receive(data, sender, index)  # the first one connects
+        except RuntimeError as error:
+            raise _unreachable(sender, error) from error
+        window.push((sender, message, targets, buffer, work), nbytes)
 
     def _read_back(self, part: Part, target: torch.Tensor) -> int:
         """Return the fingerprint of a part as it is in the model."""
@@ -145,3 +147,7 @@ class NetworkReceiver:
                     (need.name,),
                     (self._worker,),
                 )
+
+
+def _unreachable(sender: int, error: RuntimeError) -> WeightSyncError:
+    return WeightSyncError(f"trainer rank {sender} died, froze, or cannot be reached ({first_line(error)})")

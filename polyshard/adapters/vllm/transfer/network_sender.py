@@ -108,9 +108,7 @@ class NetworkSender:
             try:
                 work.wait()
             except RuntimeError as error:
-                raise WeightSyncError(
-                    f"worker {worker} died, froze, or cannot be reached ({first_line(error)})", (), (worker,)
-                ) from error
+                raise _unreachable(worker, error) from error
             if buffer is not None:
                 window.give_back(buffer)
 
@@ -125,7 +123,11 @@ class NetworkSender:
                 for (_, target), source in zip(unpack(message, buffer, self._dtype), held):
                     target.copy_(source)
                 data = buffer[:nbytes]
-            window.push((worker, buffer, self._link.send(data, self._senders + worker, index)), nbytes)
+            try:
+                work = self._link.send(data, self._senders + worker, index)  # the first one connects
+            except RuntimeError as error:
+                raise _unreachable(worker, error) from error
+            window.push((worker, buffer, work), nbytes)
             # While it is in flight: of the values as they are sent.
             sent = held if buffer is None else [target for _, target in unpack(message, buffer, self._dtype)]
             for part, tensor in zip(message, sent):
@@ -139,3 +141,7 @@ class NetworkSender:
         parameter, start, region = self._sources[part.source]
         inner = tuple(offset - origin for offset, origin in zip(part.offsets, region.offsets))
         return rectangle(region.view(values[parameter, start], start), inner, part.sizes)
+
+
+def _unreachable(worker: int, error: RuntimeError) -> WeightSyncError:
+    return WeightSyncError(f"worker {worker} died, froze, or cannot be reached ({first_line(error)})", (), (worker,))

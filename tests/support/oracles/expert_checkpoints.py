@@ -1,0 +1,207 @@
+"""Checkpoints of mixtures of experts, written by the libraries' own save code, and their own models' logits."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch.nn import functional as F
+
+import polyshard as ps
+from support.models.tiny import tiny_config, tiny_model
+from support.oracles.library_checkpoints import IDS, SIZES, megatron_on_cpu
+
+EXPERTS, TOP_K, WIDTH = 4, 2, 48
+
+
+def expert_config(family: str, **changes: Any) -> dict[str, Any]:
+    """Return the fields of a small Mixtral's or Qwen3-MoE's config.json."""
+    sizes = {**SIZES, "num_experts_per_tok": TOP_K, "num_local_experts": EXPERTS, "tie_word_embeddings": False}
+    if family == "mixtral":
+        return transformers.MixtralConfig(
+            **{**sizes, "intermediate_size": WIDTH, "rope_theta": 10000.0, **changes}
+        ).to_dict()
+    sizes |= {"moe_intermediate_size": WIDTH, "norm_topk_prob": True, "head_dim": 16}
+    return transformers.Qwen3MoeConfig(**{**sizes, **changes}).to_dict()
+
+
+def transformers_logits(directory: Path) -> torch.Tensor:
+    """Return logits of `IDS` in transformers, float32 `[rows, tokens, vocabulary]`."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def megatron_model(
+    state: Any, tensor: int, expert: int, family: str, pipeline: tuple[int, int] = (0, 1), **changes: Any
+) -> Any:
+    """Return Megatron-Core's own GPT with experts, with random weights and norms."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    moe_utils.te_general_gemm = None
+    settings = TransformerConfig(
+        num_layers=SIZES["num_hidden_layers"],
+        hidden_size=SIZES["hidden_size"],
+        num_attention_heads=SIZES["num_attention_heads"],
+        num_query_groups=SIZES["num_key_value_heads"],
+        kv_channels=16,
+        ffn_hidden_size=SIZES["intermediate_size"],
+        layernorm_epsilon=SIZES["rms_norm_eps"],
+        use_cpu_initialization=True,
+        params_dtype=torch.float32,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        tensor_model_parallel_size=tensor,
+        expert_model_parallel_size=expert,
+        qk_layernorm=family == "qwen3_moe",
+        num_moe_experts=EXPERTS,
+        moe_router_topk=TOP_K,
+        moe_ffn_hidden_size=WIDTH,
+        moe_token_dispatcher_type="allgather",
+        moe_router_load_balancing_type="none",
+        **changes,
+    )
+    torch.manual_seed(11)
+    model = GPTModel(
+        config=settings,
+        transformer_layer_spec=get_gpt_decoder_block_spec(
+            settings, use_transformer_engine=False, normalization="RMSNorm"
+        ),
+        vocab_size=SIZES["vocab_size"],
+        max_sequence_length=64,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+        rotary_base=10000,
+    )
+    generator = torch.Generator().manual_seed(12)
+    with torch.no_grad():  # norms that are not all ones, and experts that differ from rank to rank
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
+            elif ".local_experts." in name:
+                parameter.add_(0.05 * state.get_expert_model_parallel_rank())
+    return model.eval()
+
+
+def save_megatron_experts(folder: Path, tensor: int, expert: int, family: str, changes: dict[str, Any]) -> torch.Tensor:
+    """Save a GPT with experts as `torch_dist` and as legacy checkpoint; return its logits of `IDS`."""
+    context = ps.initialize("torch", tensor=tensor, timeout=120)
+    with megatron_on_cpu() as state:
+        from megatron.core import dist_checkpointing
+
+        state.initialize_model_parallel(tensor, expert_model_parallel_size=expert)
+        model = megatron_model(state, tensor, expert, family, **changes)
+        length = IDS.shape[1]
+        mask = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool), 1)
+        positions = torch.arange(length)[None].expand(len(IDS), length)
+        with torch.no_grad(), mock.patch.object(torch.cuda, "current_device", return_value=torch.device("cpu")):
+            logits = model(IDS, positions, mask)
+        if tensor > 1:
+            parts = [torch.empty_like(logits) for _ in range(tensor)]
+            dist.all_gather(parts, logits.contiguous(), group=state.get_tensor_model_parallel_group())
+            logits = torch.cat(parts, dim=-1)
+        said = {
+            "num_layers": SIZES["num_hidden_layers"],
+            "num_experts": EXPERTS,
+            "moe_router_topk": TOP_K,
+            "moe_ffn_hidden_size": WIDTH,
+            "ffn_hidden_size": SIZES["intermediate_size"],
+            "expert_model_parallel_size": expert,
+            "tensor_model_parallel_size": tensor,
+            "moe_layer_freq": 1,
+            "moe_router_pre_softmax": False,
+            "rotary_base": 10000,
+            "norm_epsilon": SIZES["rms_norm_eps"],
+            "kv_channels": 16,
+            **changes,
+        }
+        common = {"args": argparse.Namespace(**said), "iteration": 3, "checkpoint_version": 3.0}
+        place = folder / "dist" / "iter_0000003"
+        ranks = f"{context.axis('tensor').rank:02d}" + (
+            f"_{state.get_expert_model_parallel_rank():03d}" if expert > 1 else ""
+        )
+        legacy = folder / "legacy" / "iter_0000003" / f"mp_rank_{ranks}"  # as get_checkpoint_name of Megatron-LM
+        legacy.mkdir(parents=True)
+        torch.save({"model": model.state_dict_for_save_checkpoint(), **common}, legacy / "model_optim_rng.pt")
+        if context.rank == 0:
+            place.mkdir(parents=True)
+            for kind in ("dist", "legacy"):
+                (folder / kind / "latest_checkpointed_iteration.txt").write_text("3")
+        dist.barrier()
+        multiprocessing.current_process()._config["daemon"] = False  # Megatron starts a process of its own
+        metadata = {"dp_cp_group": state.get_data_parallel_group(with_context_parallel=True)}
+        dist_checkpointing.save(model.sharded_state_dict(metadata=metadata) | common, str(place))
+        dist.barrier()
+        for child in multiprocessing.active_children():
+            child.kill()
+    return logits
+
+
+def save_deepspeed_experts(
+    folder: Path, runs: list[tuple[int, int, str]]
+) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """Train a decoder with DeepSpeed's `MoE` one step for each (expert ranks, ZeRO stage, dtype), and save its engine.
+
+    Returns:
+        For each run the weights of this rank, and its logits of `IDS`.
+    """
+    context = ps.initialize("deepspeed", timeout=120)
+    import deepspeed
+    from deepspeed.moe.layer import MoE
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+
+    class Experts(MoE):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden)[0]
+
+    found = []
+    for number, (expert, stage, dtype) in enumerate(runs):
+        model = tiny_model(tiny_config("qwen3", **{**SIZES, "intermediate_size": WIDTH}))
+        exact = {"drop_tokens": False, "use_rts": False, "top2_2nd_expert_sampling": False}
+        for layer in model.model.layers:
+            layer.mlp = Experts(SIZES["hidden_size"], Qwen3MLP(model.config), EXPERTS, expert, k=TOP_K, **exact)
+        torch.manual_seed(20 + context.rank)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if ".deepspeed_experts." in name:
+                    parameter.add_(0.02 * torch.randn_like(parameter))
+        groups = split_params_into_different_moe_groups_for_optimizer(
+            {"params": list(model.parameters()), "name": "all"}
+        )
+        settings: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+        }
+        if dtype == "bfloat16":
+            settings["bf16"] = {"enabled": True}
+        optimizer = torch.optim.AdamW(groups, lr=1e-2)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+        rows = IDS[context.rank : context.rank + 1]
+        engine.backward(engine(rows, labels=rows).loss)
+        engine.step()
+        engine.save_checkpoint(str(folder / str(number)), tag="step1")
+        with torch.no_grad():
+            logits = engine(IDS).logits
+        weights = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+        found.append((weights, logits))
+    return found
