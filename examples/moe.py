@@ -190,14 +190,16 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks and the last norm."""
+    """Embedding, blocks and the last norm; under pipeline parallel, this stage's part of them."""
 
     def __init__(self, config: Any, context: ps.ParallelContext, balance: ps.Balance | None) -> None:
         super().__init__()
-        self.embed_tokens = ps.vocab_embedding(config.vocab_size, config.hidden_size, context)
-        layers = range(config.num_hidden_layers)
-        self.layers = nn.ModuleList(Block(config, context, index, balance) for index in layers)
-        self.norm = ps.rms_norm(config.hidden_size, context, eps=config.rms_norm_eps)
+        self.stage = stage = ps.pipeline_stage(config.num_hidden_layers, context)
+        if stage.first:
+            self.embed_tokens = ps.vocab_embedding(config.vocab_size, config.hidden_size, context)
+        self.layers = ps.stage_layers(stage, lambda index: Block(config, context, index, balance))
+        if stage.last:
+            self.norm = ps.rms_norm(config.hidden_size, context, eps=config.rms_norm_eps)
         rope = rope_of(config)
         self.rotary = ps.RotaryEmbedding(
             head_size(config),
@@ -214,7 +216,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.parallel_context = config, context
         self.model = Transformer(config, context, balance)
-        self.lm_head = ps.lm_head(config.hidden_size, config.vocab_size, context)
+        if self.model.stage.last:
+            self.lm_head = ps.lm_head(config.hidden_size, config.vocab_size, context)
 
     def forward(
         self,
@@ -222,15 +225,23 @@ class Decoder(nn.Module):
         positions: torch.Tensor | None = None,
         *,
         cu_seqlens: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return hidden states `[..., hidden]` of token IDs `[batch, seq]`, or packed `[tokens]`."""
-        x = self.model.embed_tokens(input_ids)
+        """Return hidden states `[..., hidden]` of token IDs `[batch, seq]`, or packed `[tokens]`.
+
+        Args:
+            input_ids: token IDs; under context parallel this rank's part.
+            positions: positions in the shape of `input_ids`; default: from 0 in each sequence.
+            cu_seqlens: int32 `[sequences + 1]`, boundaries of packed input; default: one sequence.
+            inputs_embeds: for a later pipeline stage, the output of the previous stage `[..., hidden]`.
+        """
+        x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         if positions is None:
             positions = ps.sequence_positions(input_ids, cu_seqlens, self.parallel_context)
         rotary = self.model.rotary(positions, x.dtype)
         for layer in self.model.layers:
             x = layer(x, rotary, cu_seqlens)
-        return self.model.norm(x)
+        return self.model.norm(x) if self.model.stage.last else x
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return the embeddings of token IDs."""

@@ -143,6 +143,10 @@ class TorchPipeline:
         self._record("loss", self._plan.num_stages - 1, index, started)
         return loss
 
+    def _select(self, index: int) -> None:
+        assert self._step is not None
+        self._step.select(index)
+
     def _record(self, kind: str, stage: int, index: int, started: float) -> None:
         if self.events is not None:
             self.events.append(Computed(kind, stage, index, started, time.perf_counter()))
@@ -164,6 +168,7 @@ class TorchPipeline:
                     boundaries,
                     count,
                     self._loss,
+                    self._select,
                     self._after,
                     self._record,
                 )
