@@ -9,6 +9,7 @@ import transformers
 from support.engines import greedy
 from support.models.tiny import tiny_config, tiny_model
 from support.scripts import on_engine_ranks
+from support.workers.lora_pipelines import served
 from support.workers.lora_sync import OPTIONS, PROMPTS, TOKENS, sample, served_on_ranks, step, trainer_of
 
 import polyshard as ps
@@ -90,8 +91,11 @@ def test_an_engine_serves_the_adapter_of_the_last_sync(directories, tmp_path, co
             sync()
 
 
-def test_megatrons_shards_are_served_over_the_same_two_ranks(directories, tmp_path):
+@pytest.mark.parametrize("worker", [served_on_ranks, served], ids=["shards of Megatron", "pipeline stages"])
+def test_a_trainer_over_two_ranks_is_served_over_the_same_ones(directories, tmp_path, worker):
     base, other = directories
-    for outcome in on_engine_ranks(served_on_ranks, 2, base, other, tmp_path):
+    for outcome in on_engine_ranks(worker, 2, base, other, tmp_path):
+        assert len(outcome) == 2
+        assert [r.logprobs for r in outcome[0]] != [r.logprobs for r in outcome[1]]
         for version, rollouts in zip(("1", "2"), outcome):
             check_served(rollouts, by_peft(base, tmp_path / version))

@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import decoder
+import torch
 from peft import LoraConfig
 
 import polyshard as ps
 from support.workers.lora import ADAMW, CLIP, FIELDS, run
+from support.workers.lora_sync import OPTIONS, sample
 
+# One stage has a larger rank than the other, for which both must start the engine.
+SERVED = {**FIELDS, "rank_pattern": {"layers.1.mlp.up_proj": 12}}
 MISTAKES = {
     "an unknown target": {"target_modules": ["q_proj", "colour_proj"]},
     "no target": {"target_modules": ["colour_proj"]},
@@ -46,3 +50,22 @@ def trained(directory: Path, schedules: tuple[str, ...], out: Path) -> tuple[dic
         engine.close()
     ps.shutdown(context)
     return found, told
+
+
+def served(base: Path, other: Path, out: Path) -> list[list[ps.Rollout]]:
+    """Samples after each of two syncs of a pipelined trainer into an engine over the same two ranks."""
+    context = ps.initialize("torch", pipeline=2, timeout=120)
+    ps.register_model("LoraSynced", decoder.build_model)
+    model = ps.add_lora(built(base, context, "1f1b"), LoraConfig(**SERVED), context)
+    trainer = ps.load_adapter("torch").engine(model, ps.AdamW(lr=5e-2), context)
+    ids = torch.arange(24).reshape(2, 12)
+    found = []
+    with ps.RolloutEngine(other, "LoraSynced", trainer, context, **OPTIONS) as engine:
+        for version in ("1", "2"):
+            assert engine.sync().tensors == 2 * 2 * 6  # matrices, layers, projections
+            found.append(sample(engine))
+            ps.save_lora(trainer, out / version, context)
+            trainer.train_batch([{"input_ids": ids[:, :-1], "labels": ids[:, 1:]}] * 2)
+            trainer.step()
+    trainer.close()
+    return found
