@@ -66,8 +66,8 @@ def apply_compile(model: nn.Module, compile: Compile, *, exact: bool = False) ->
         )
     if isinstance(model, Stages) and model.plan.schedule in SPLIT_BACKWARD:
         raise ConfigurationError(
-            f"compile is unsupported with {model.plan.schedule}: the schedule runs the backward pass for inputs and for "
-            "weights at different times, and a compiled one computes both at once. Use 1f1b or interleaved-1f1b."
+            f"compile is unsupported with {model.plan.schedule}: the schedule runs the backward pass for inputs and "
+            "for weights at different times, and a compiled one computes both at once. Use 1f1b or interleaved-1f1b."
         )
     if torch._dynamo.config.disable:
         logger.warning("compile has no effect: TORCH_COMPILE_DISABLE, or torch._dynamo.config.disable, is set")
