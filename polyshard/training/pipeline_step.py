@@ -141,6 +141,8 @@ class PipelineStep:
         self.select(index)
         with self._computing():
             output = stage(**arguments)
+        if not self._experts:
+            return output
         return add_router_loss(output, stage, lambda loss: self._scaled(loss * self._share(index, loss)))
 
     def _share(self, index: int, mean: torch.Tensor) -> torch.Tensor:
