@@ -223,7 +223,8 @@ def router_statistics(model: nn.Module, parallel_context: ParallelContext) -> di
         found[name] = RouterStatistics(
             load=torch.stack(load).cpu(), entropy=float(entropy / tokens), tokens=int(tokens)
         )
-    of_stages = gather_over(parallel_context.axis("pipeline"), found)
+    with parallel_context.guard("pipeline router statistics"):
+        of_stages = gather_over(parallel_context.axis("pipeline"), found)
     return {name: statistics for of_stage in of_stages for name, statistics in of_stage.items()}
 
 

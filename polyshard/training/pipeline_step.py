@@ -68,6 +68,8 @@ class PipelineStep:
         self._micro_batches = list(micro_batches)
         counted = [(tokens or count_labels)(micro_batch) for micro_batch in micro_batches]
         self._experts = [layer for _, layer in expert_layers(stages)]
+        for layer in self._experts:
+            layer.observed.counted = None  # a step that failed has left its own
         routed = any(layer.replay is not None or layer.records for layer in self._experts)
         headless = (
             loss is None and stages.last is not None and not callable(getattr(stages.last, "compute_logits", None))
@@ -174,7 +176,7 @@ class PipelineStep:
     def result(self) -> BatchResult:
         """Return the loss of all micro-batches and replicas on every rank. A collective, after the schedule."""
         for layer in self._experts:
-            layer.observed.counted = None
+            layer.observed.counted = None  # outside of a pipeline step all tokens count
         summed = self._sums
         for axis in (self._context.axis("pipeline"), replica_axis(self._context)):
             if axis.size > 1:

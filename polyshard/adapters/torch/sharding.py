@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import partial
 
 from torch import nn
@@ -31,7 +31,7 @@ def fully_shard_model(
     precision: Precision,
     options: FsdpOptions,
     offloads: bool,
-    experts: Collection[nn.Parameter],
+    experts: Set[nn.Parameter],
 ) -> None:
     """Shard a model over the replicas: the modules that `chosen` selects one by one, and the rest together.
 
@@ -60,10 +60,10 @@ def fully_shard_model(
     mesh = DeviceMesh.from_group(group, context.device.type)
     # A router's correction bias must stay float32, and FSDP2 would cast it with the others.
     ignored = {parameter for name, parameter in model.named_parameters() if is_router_bias(name)}
-    banks = [module for module in model.modules() if not set(experts).isdisjoint(module.parameters(recurse=False))]
+    banks = [module for module in model.modules() if any(p in experts for p in module.parameters(recurse=False))]
     holders = context.axis("expert_replica").group
     if holders is None:
-        ignored.update(parameter for bank in banks for parameter in bank.parameters())
+        ignored.update(experts)
     elif banks:
         expert_mesh = DeviceMesh.from_group(holders, context.device.type)
         for bank in banks:
@@ -87,7 +87,7 @@ def fully_shard_stages(
     precision: Precision,
     options: FsdpOptions,
     offloads: bool,
-    experts: Collection[nn.Parameter],
+    experts: Set[nn.Parameter],
 ) -> None:
     """Shard each pipeline stage over the replicas. A collective.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from polyshard.core.weight_table import stored_parts
 from polyshard.weights.gather import gather_shards
 from support.oracles.pipeline_training import STEPS, micro_batches
 from support.workers.pipelines import SGD, mine
+from support.workers.pipelines import train as train_dense
 
 BALANCE = ps.Balance(sequence=0.03, batch=0.05, z=0.01)
 
@@ -78,13 +80,11 @@ def train(cases):
 
 
 def resumed(cases, results):
-    """Two steps of AdamW with bias updates in the first case's layout, whose state is saved; one more in each layout,
-    from that state.
-
-    The weights after the third step are saved under the case's name, those without interruption as `straight`.
+    """Three steps of AdamW with bias updates in the first case's layout, whose state is saved after two; the third one
+    in each other layout, from that state. The weights after the third step are saved under the case's name.
     """
     config = ps.read_config(cases[0].directory)
-    for index, (name, case) in enumerate([("straight", cases[0]), *((case.name, case) for case in cases)]):
+    for index, case in enumerate(cases):
         context, engine = start(case, ps.AdamW(lr=1e-2))
         if index:
             ps.load_training_state(engine, f"{results}/state", context)
@@ -94,9 +94,14 @@ def resumed(cases, results):
             ps.update_router_bias(engine.module, context)
             if step == 1:
                 ps.save_training_state(engine, f"{results}/state", context, step=2, config=config)
-        ps.save_checkpoint(engine, f"{results}/{name}", context, config=config)
+        ps.save_checkpoint(engine, f"{results}/{case.name}", context, config=config)
         engine.close()
         ps.shutdown(context)
+
+
+def train_all(dense, experts):
+    """The results of pipelines of dense models, and of those with experts."""
+    return train_dense(dense), train(experts)
 
 
 def train_and_resume(cases, resumes, results):
@@ -104,30 +109,31 @@ def train_and_resume(cases, resumes, results):
     return train(cases)
 
 
-def fails(directory, how, culprit, timeout):
-    """What this rank sees of another that fails in the second step, between two exchanges of its experts."""
+def train_and_refuse(cases, refused):
+    """The results of each case on each rank, and what each refused one says; a case named `record` records routing."""
+    results, told = train(cases), {}
+    for case in refused:
+        try:
+            context, engine = start(case)
+            with ps.record_routing(engine.module) if case.name == "record" else nullcontext():
+                engine.train_batch(mine(context, micro_batches(case.kind, 0)))
+        except ps.ConfigurationError as error:
+            told[case.name] = str(error)
+    return results, told
+
+
+def freezes(directory, culprit, timeout):
+    """What this rank sees of another that freezes in the second step, between two exchanges of its experts."""
     context, engine = start(ExpertCase("1f1b", directory), timeout=timeout)
     batches = mine(context, micro_batches("rows", 0))
     engine.train_batch(batches)
     engine.step()
     if context.rank == culprit:
         (stage,) = engine.module
-        block = list(stage.model.layers)[-1]
-        forward = block.forward
-
-        def failing(*args, **kwargs):
-            block.forward = forward
-            if how == "raises":
-                raise ValueError("the tokens are wrong")
-            os.kill(os.getpid(), signal.SIGSTOP)
-
-        block.forward = failing
+        list(stage.model.layers)[-1].register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGSTOP))
     started = time.monotonic()
     try:
         engine.train_batch(batches)
-    except (ps.PolyshardError, ValueError) as error:
-        seconds = time.monotonic() - started
-        if how == "raises" and context.rank == culprit:
-            time.sleep(timeout + 1)  # it lives on: the others must not wait for its end
-        return seconds, type(error).__name__, str(error), getattr(error, "ranks", ())
+    except ps.PolyshardError as error:
+        return time.monotonic() - started, type(error).__name__, str(error), getattr(error, "ranks", ())
     return None

@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 import polyshard as ps
 from support.workers.lora import ADAMW, CLIP, FIELDS, run
-from support.workers.lora_sync import OPTIONS, sample
+from support.workers.lora_sync import OPTIONS, sample, step, trainer_of
 
 # One stage has a larger rank than the other, for which both must start the engine.
 SERVED = {**FIELDS, "rank_pattern": {"layers.1.mlp.up_proj": 12}}
@@ -53,7 +53,9 @@ def trained(directory: Path, schedules: tuple[str, ...], out: Path) -> tuple[dic
 
 
 def served(base: Path, other: Path, out: Path) -> list[list[ps.Rollout]]:
-    """Samples after each of two syncs of a pipelined trainer into an engine over the same two ranks."""
+    """Samples after each of two syncs of a pipelined trainer into an engine over the same two ranks, and after the sync
+    of a Megatron trainer with tensor parallel into the same engine.
+    """
     context = ps.initialize("torch", pipeline=2, timeout=120)
     ps.register_model("LoraSynced", decoder.build_model)
     model = ps.add_lora(built(base, context, "1f1b"), LoraConfig(**SERVED), context)
@@ -67,5 +69,13 @@ def served(base: Path, other: Path, out: Path) -> list[list[ps.Rollout]]:
             ps.save_lora(trainer, out / version, context)
             trainer.train_batch([{"input_ids": ids[:, :-1], "labels": ids[:, 1:]}] * 2)
             trainer.step()
+        sharded = ps.initialize("megatron", tensor=2, timeout=120)
+        other_trainer = trainer_of(base, sharded, "megatron")
+        step(other_trainer)
+        with ps.LoraSync(other_trainer, sharded, engine.llm) as sync:  # the adapter's number is that of the one before
+            sync()
+            found.append(sample(engine))
+        ps.save_lora(other_trainer, out / "3", sharded)
+        other_trainer.close()
     trainer.close()
     return found
