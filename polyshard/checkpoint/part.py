@@ -15,6 +15,7 @@ from polyshard.core.context import ParallelContext
 from polyshard.core.errors import CheckpointError
 from polyshard.core.pieces import Piece
 from polyshard.core.ranks import Ranks
+from polyshard.core.stages import Stages
 from polyshard.core.weight_table import WeightTable
 from polyshard.weights.fingerprint import fingerprint, text, total
 from polyshard.weights.movement import shared_run
@@ -32,7 +33,7 @@ class StoredPart:
 
     Attributes:
         what: a word for the part, for messages.
-        parameters: names of the parameters in the built model.
+        parameters: names of the parameters in the built model, on all pipeline stages.
         stem: name of the safetensors file, without the suffix.
         prefix: stands before each checkpoint name in that file.
         documents: returns the JSON files beside it, by name.
@@ -45,7 +46,7 @@ class StoredPart:
     documents: Callable[[], Mapping[str, Any]]
 
     def attach(self, module: nn.Module) -> None:
-        """Store this on the model that contains the parameters."""
+        """Store this on the model that contains the parameters; of a pipeline, call it for each stage."""
         setattr(module, _ATTRIBUTE, self)
 
     def table(self, table: WeightTable) -> WeightTable:
@@ -73,7 +74,8 @@ class StoredPart:
 
 def part_of(module: nn.Module) -> StoredPart | None:
     """Return the part that training states of a model store; None if they store all weights."""
-    return getattr(module, _ATTRIBUTE, None)
+    stage = next(iter(module)) if isinstance(module, Stages) else module
+    return getattr(stage, _ATTRIBUTE, None)
 
 
 def without_part(view: WeightView) -> WeightView:

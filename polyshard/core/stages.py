@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from polyshard.core.errors import ConfigurationError, LayoutError
-from polyshard.core.model_weights import STAGE_OF_PARAMETER
 from polyshard.core.pipeline_plan import PipelinePlan
 
 
@@ -37,7 +36,6 @@ class Stages(nn.Module):
         for name, stage in zip(self._names, stages):
             self.add_module(name, stage)
         _share_parameters(list(self))
-        setattr(self, STAGE_OF_PARAMETER, self._stage_of_parameter())
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter([self._modules[name] for name in self._names])  # type: ignore[misc]
@@ -103,7 +101,9 @@ class Stages(nn.Module):
         """Raise: use `polyshard.load_checkpoint`, which reads this rank's part of a model."""
         raise ConfigurationError("Stages do not load a state_dict. Use polyshard.load_checkpoint.")
 
-    def _stage_of_parameter(self) -> dict[str, int]:
+    @property
+    def stage_of_parameter(self) -> dict[str, int]:
+        """The number of the stage that holds each parameter; the first one of a shared parameter."""
         found: dict[str, int] = {}
         for number, stage in zip(self.numbers, self):
             for name, _ in stage.named_parameters():

@@ -109,7 +109,7 @@ class RouterStatistics:
     """What a router of one layer has chosen, over all replicas.
 
     Attributes:
-        load: float64 `[experts]`, how many tokens each expert got.
+        load: float64 `[experts]` on the CPU, how many tokens each expert got.
         entropy: mean over the tokens of the entropy of the scores, in nats; `log(experts)` if all experts are equal.
         tokens: number of tokens.
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from polyshard.core.context import ParallelAxis, ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
+from polyshard.core.model_weights import gather_over
 from polyshard.experts.balance import (
     RouterStatistics,
     balance_loss,
@@ -36,6 +37,8 @@ class Observed:
         entropy: sum over these tokens.
         tokens: their number.
         warned: whether a loss was left, with a warning.
+        counted: bool `[tokens]`, which tokens of the next forward pass count: not those that a pipeline pads with; None
+            for all.
     """
 
     def __init__(self) -> None:
@@ -45,6 +48,7 @@ class Observed:
         self.entropy: torch.Tensor | None = None
         self.tokens = 0
         self.warned = False
+        self.counted: torch.Tensor | None = None
 
 
 def observe(
@@ -64,8 +68,10 @@ def observe(
         cu_seqlens: boundaries of packed sequences.
     """
     held, recomputes = layer.observed, in_backward()
+    if held.counted is not None:
+        logits, experts = logits[held.counted], experts[held.counted]
     counts = choices_by_sequence(experts, layer.bank.num_experts, None, 1)[0].double()
-    if not recomputes:
+    if torch.is_grad_enabled() and not recomputes:  # neither an evaluation nor a trial run of a pipeline stage
         _add_up(held, counts, shares_of(layer, logits.detach()))
     if not layer.balance.has_loss or not torch.is_grad_enabled():
         return
@@ -113,6 +119,10 @@ def _loss(
         losses.append(balance.batch * balance_loss(shares, total, None, total.new_tensor([len(logits)])))
     if balance.sequence:
         rows, lengths = _rows(shape, cu_seqlens, sequence_ranks, logits.device)
+        if layer.observed.counted is not None:
+            rows = torch.zeros_like(layer.observed.counted, dtype=torch.int64) if rows is None else rows
+            rows = rows[layer.observed.counted]
+            lengths = torch.bincount(rows, minlength=len(lengths))
         by_sequence = choices_by_sequence(experts, layer.bank.num_experts, rows, len(lengths)).double()
         total = summed_over(sequence_ranks, by_sequence)
         losses.append(balance.sequence * balance_loss(shares, total, rows, lengths))
@@ -184,7 +194,9 @@ def router_loss(model: nn.Module) -> torch.Tensor | None:
 
 
 def router_statistics(model: nn.Module, parallel_context: ParallelContext) -> dict[str, RouterStatistics]:
-    """Return what the routers have chosen in training since the last call, over all replicas. A collective.
+    """Return what the routers have chosen in training since the last call, over all replicas and pipeline stages.
+
+    This is a collective: every rank must call it. Forward passes without gradients do not count.
 
     Args:
         model: the model, or a training engine's `module`.
@@ -208,8 +220,12 @@ def router_statistics(model: nn.Module, parallel_context: ParallelContext) -> di
         packed = torch.cat((held.load, torch.stack((held.entropy, held.entropy.new_tensor(held.tokens)))))
         *load, entropy, tokens = summed_over(_token_axes(parallel_context), packed).unbind()
         held.load, held.entropy, held.tokens = None, None, 0
-        found[name] = RouterStatistics(load=torch.stack(load), entropy=float(entropy / tokens), tokens=int(tokens))
-    return found
+        found[name] = RouterStatistics(
+            load=torch.stack(load).cpu(), entropy=float(entropy / tokens), tokens=int(tokens)
+        )
+    with parallel_context.guard("pipeline router statistics"):
+        of_stages = gather_over(parallel_context.axis("pipeline"), found)
+    return {name: statistics for of_stage in of_stages for name, statistics in of_stage.items()}
 
 
 @torch.no_grad()

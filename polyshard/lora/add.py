@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,34 +15,19 @@ from polyshard.checkpoint.part import StoredPart, part_of
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.precision import HALF
+from polyshard.core.stages import Stages
 from polyshard.core.weight_sharding import WeightLayout
-from polyshard.core.weight_table import WeightTable, collect_layouts, layer_paths, store_layouts
+from polyshard.core.weight_table import WeightTable, collect_layouts, store_layouts
 from polyshard.layers.initialization import generator_for
-from polyshard.lora.config import ALL_LINEAR, check_config, check_patterns, document, matcher, rank_and_scale
-from polyshard.lora.layer import LoraLinear, LoraPart, lora_part
+from polyshard.lora.choice import Chosen, candidates, choose, matrix_name
+from polyshard.lora.config import check_config, document
+from polyshard.lora.layer import LoraLinear, LoraPart
 
 STEM = "adapter_model"
 DOCUMENT = "adapter_config.json"
 PREFIX = "base_model.model."
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A layer that can get low-rank matrices.
-
-    Attributes:
-        path: of the layer in the model.
-        layout: of its weight.
-        names: of its projections in a checkpoint.
-        is_vocabulary: whether it is an embedding or an output projection.
-    """
-
-    path: str
-    layout: WeightLayout
-    names: tuple[str, ...]
-    is_vocabulary: bool
 
 
 def add_lora(
@@ -53,10 +37,10 @@ def add_lora(
 
     Targets are names of Hugging Face (`q_proj`), or the model's own (`qkv`); only the targeted projections of a fused
     layer get matrices. The initial matrices depend on `seed` and the names, and are equal at every tensor-parallel size
-    and with every library. No communication.
+    and with every library. In a pipeline this is a collective over its axis; else there is no communication.
 
     Args:
-        model: as its factory built it, with its weights loaded.
+        model: as its factory or `build_stages` built it, with its weights loaded.
         config: a `peft.LoraConfig`. Supported are ranks, scaling (also rsLoRA), dropout, targets by name, pattern and
             layer, and `init_lora_weights` True, False or `"gaussian"`. With `inference_mode=True` the matrices are
             frozen.
@@ -70,7 +54,8 @@ def add_lora(
 
     Raises:
         ConfigurationError: a field of the config is unsupported, a target does not exist or is an embedding or the
-            output projection, the model already has an adapter, or the context is a server's or in exact mode.
+            output projection, a pipeline rank has no target, the model already has an adapter, or the context is a
+            server's or in exact mode.
 
     Examples:
         >>> from peft import LoraConfig
@@ -82,33 +67,21 @@ def add_lora(
     """
     check_config(config)
     _check_model(model, parallel_context)
-    table = collect_layouts(model)
-    chosen, other_names = _choose(config, candidates(model, table), parallel_context)
+    stages = list(model) if isinstance(model, Stages) else [model]
+    tables = [collect_layouts(stage) for stage in stages]
+    choice = choose(config, lambda: [candidates(*pair) for pair in zip(stages, tables)], parallel_context)
     model.requires_grad_(False)
-    layouts: dict[str, tuple[str, WeightLayout]] = {}
-    for entry in table.values():
-        for name, canonical in zip(
-            (entry.parameter, *entry.tied_parameters), (entry.name, *entry.tied_names), strict=True
-        ):
-            layouts[_renamed(name, chosen)] = (canonical, entry.layout)
-    trained: set[str] = set()
-    for path, (layout, parts) in chosen.items():
-        _wrap(model, path, layout, parts, config, parallel_context, autocast_adapter_dtype, seed)
-        for part in parts:
-            for kind, of_matrix in (("lora_A", part.a), ("lora_B", part.b)):
-                name = f"{path}.{kind}.{part.key}.weight"
-                layouts[name] = (f"{part.name}.{kind}.weight", of_matrix)
-                trained.add(name)
-    store_layouts(model, layouts)
-    names = {part.name for _, parts in chosen.values() for part in parts}
+    for stage, table, chosen in zip(stages, tables, choice.stages):
+        _add(stage, table, chosen, config, parallel_context, autocast_adapter_dtype, seed)
     part = StoredPart(
         what="LoRA adapter",
-        parameters=frozenset(trained),
+        parameters=choice.parameters,
         stem=STEM,
         prefix=PREFIX,
-        documents=partial(dict, {DOCUMENT: document(config, names, other_names)}),
+        documents=partial(dict, {DOCUMENT: document(config, choice.projections, choice.other_names)}),
     )
-    part.attach(model)
+    for stage in stages:
+        part.attach(stage)
     return model
 
 
@@ -156,69 +129,6 @@ def lora_layers(module: nn.Module) -> dict[str, LoraLinear]:
     return found
 
 
-def candidates(model: nn.Module, table: WeightTable) -> list[Candidate]:
-    """Return the linear layers of a model, with the embedding and the output projection."""
-    paths = layer_paths(model)
-    found: list[Candidate] = []
-    for entry in table.values():
-        layer, _, leaf = entry.name.rpartition(".")
-        path = paths.get(entry.parameter)
-        if path is None and isinstance(model.get_submodule(entry.parameter.rpartition(".")[0]), nn.Linear):
-            path = layer
-        if leaf != "weight" or len(entry.layout.shape) != 2 or not path:
-            continue
-        stored = entry.checkpoint_names
-        found.append(
-            Candidate(
-                path=path,
-                layout=entry.layout,
-                names=tuple(name.rpartition(".")[0] for name in stored),
-                is_vocabulary=any(segment.pad_multiple for segment in entry.layout.segments),
-            )
-        )
-    return found
-
-
-Chosen = dict[str, tuple[WeightLayout, list[LoraPart]]]  # by the path of the layer
-
-
-def _choose(config: Any, layers: list[Candidate], context: ParallelContext) -> tuple[Chosen, bool]:
-    """Return the layers that a config targets, and whether it names any as a checkpoint does not."""
-    is_target, everything = matcher(config), config.target_modules == ALL_LINEAR
-    chosen: Chosen = {}
-    addressed: set[str] = set()
-    other_names = False
-    for layer in layers:
-        whole = is_target(layer.path)
-        indices = [index for index, name in enumerate(layer.names) if whole or is_target(name)]
-        if not indices or (layer.is_vocabulary and everything):
-            continue
-        if layer.is_vocabulary:
-            raise ConfigurationError(
-                f"LoRA on an embedding or an output projection is unsupported: got target {layer.names[0]!r}. vLLM "
-                "serves no such adapter on a registered model. Leave it out of target_modules."
-            )
-        if layer.layout.dim is None and context.layout.sequence_parallel and context.axis("tensor").size > 1:
-            raise ConfigurationError(
-                f"LoRA on a layer that is replicated over the tensor axis is unsupported under sequence parallel: got "
-                f"target {layer.names[0]!r}. Leave it out of target_modules."
-            )
-        other_names |= any(not is_target(layer.names[index]) for index in indices)
-        addressed.update((layer.path, *(layer.names[index] for index in indices)))
-        parts = [
-            lora_part(layer.names[index], index, layer.layout, *rank_and_scale(config, layer.names[index]))
-            for index in indices
-        ]
-        chosen[layer.path] = (layer.layout, parts)
-    if not chosen:
-        raise ConfigurationError(
-            f"LoraConfig.target_modules matches no linear layer: got {config.target_modules!r}, expected names among "
-            f"{', '.join(sorted({name.rpartition('.')[2] for layer in layers for name in layer.names}))}."
-        )
-    check_patterns(config, addressed)
-    return chosen, other_names
-
-
 def _check_model(model: nn.Module, context: ParallelContext) -> None:
     if not isinstance(model, nn.Module):
         raise ConfigurationError(
@@ -231,11 +141,30 @@ def _check_model(model: nn.Module, context: ParallelContext) -> None:
         raise ConfigurationError("the context is a server's: pass a LoRA adapter to vLLM as a LoRARequest.")
     if context.exact is not None:
         raise ConfigurationError("LoRA is unsupported in exact mode: vLLM computes it with other kernels.")
-    if context.axis("pipeline").size > 1:
-        raise ConfigurationError(
-            "LoRA is unsupported in a pipeline: the stages' adapters are not yet stored as one. Use tensor or data "
-            "parallel."
-        )
+
+
+def _add(
+    stage: nn.Module,
+    table: WeightTable,
+    chosen: Chosen,
+    config: Any,
+    context: ParallelContext,
+    widen: bool,
+    seed: int,
+) -> None:
+    """Wrap the chosen layers of a stage, and store the layouts of all its parameters under their new names."""
+    layouts: dict[str, tuple[str, WeightLayout]] = {}
+    for entry in table.values():
+        for name, canonical in zip(
+            (entry.parameter, *entry.tied_parameters), (entry.name, *entry.tied_names), strict=True
+        ):
+            layouts[_renamed(name, chosen)] = (canonical, entry.layout)
+    for path, (layout, parts) in chosen.items():
+        _wrap(stage, path, layout, parts, config, context, widen, seed)
+        for part in parts:
+            for kind, of_matrix in (("lora_A", part.a), ("lora_B", part.b)):
+                layouts[matrix_name(path, kind, part)] = (f"{part.name}.{kind}.weight", of_matrix)
+    store_layouts(stage, layouts)
 
 
 def _renamed(parameter: str, paths: Iterable[str]) -> str:

@@ -74,14 +74,14 @@ def save_lora(
     view = view_weights(model, parallel_context)
     part = lora_part_of(view.module)
     table = part.table(view.table)
-    dtypes = {name: dtype or parameter.dtype for name, parameter in view.module.named_parameters()}
+    dtypes = {name: dtype or held for name, held in view.dtypes.items()}
     documents = {name: dict(fields) for name, fields in part.documents().items()}
     if base_model is not None:
         documents[DOCUMENT]["base_model_name_or_path"] = base_model
     job = SaveJob(
         directory=as_path(directory),
         kind=KIND,
-        pieces=[piece for piece in view.pieces() if piece.parameter in table],
+        pieces=[piece for piece in view.owned_pieces() if piece.parameter in table],
         table=table,
         files=[part.file(stored_tensors(table, dtypes))],
         documents=documents,

@@ -66,7 +66,7 @@ def save_merged_lora(
     assert part is not None, "add_lora attaches it"
     table = part.rest(view.table)
     matrices = {name: shard.detach().clone() for name, shard in view.shards() if name in part.parameters}
-    dtypes = {name: dtype or parameter.dtype for name, parameter in view.module.named_parameters() if name in table}
+    dtypes = {name: dtype or held for name, held in view.dtypes.items() if name in table}
     job = SaveJob(
         directory=Path(directory),
         kind="weights",
@@ -84,7 +84,7 @@ def _merged(
 ) -> list[Piece]:
     """Return this rank's pieces of the frozen weights, with the product of the matrices added."""
     pieces: list[Piece] = []
-    for piece in view.pieces():
+    for piece in view.owned_pieces():
         if piece.parameter not in frozen:
             continue
         path, inside, leaf = piece.parameter.partition(".base_layer.")

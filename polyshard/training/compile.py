@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from polyshard.core.errors import ConfigurationError
+from polyshard.core.pipeline_plan import SPLIT_BACKWARD
+from polyshard.core.stages import Stages
 from polyshard.training.blocks import chosen_modules, replace_forwards
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ def apply_compile(model: nn.Module, compile: Compile, *, exact: bool = False) ->
     their names. Call it before recomputation is applied, and before a model is wrapped for data parallelism.
 
     Args:
-        model: as built.
+        model: as built, or the pipeline stages of this rank.
         compile: True compiles the blocks, False nothing. A function chooses modules; a module inside a chosen one is
             compiled as its part.
         exact: whether the model computes in exact mode, which cannot be compiled.
@@ -43,7 +45,8 @@ def apply_compile(model: nn.Module, compile: Compile, *, exact: bool = False) ->
         A function that undoes it.
 
     Raises:
-        ConfigurationError: another value, no module to compile, or exact mode.
+        ConfigurationError: another value, no module to compile, exact mode, or a pipeline schedule that splits the
+            backward pass.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
@@ -61,6 +64,11 @@ def apply_compile(model: nn.Module, compile: Compile, *, exact: bool = False) ->
             "compile is unsupported in exact mode: torch.compile fuses operations and rounds differently than the "
             "server. Omit compile, or exact mode."
         )
+    if isinstance(model, Stages) and model.plan.schedule in SPLIT_BACKWARD:
+        raise ConfigurationError(
+            f"compile is unsupported with {model.plan.schedule}: the schedule runs the backward pass for inputs and "
+            "for weights at different times, and a compiled one computes both at once. Use 1f1b or interleaved-1f1b."
+        )
     if torch._dynamo.config.disable:
         logger.warning("compile has no effect: TORCH_COMPILE_DISABLE, or torch._dynamo.config.disable, is set")
     modules = _outermost(chosen_modules(model, "compile", compile, compile if callable(compile) else None))
@@ -70,7 +78,7 @@ def apply_compile(model: nn.Module, compile: Compile, *, exact: bool = False) ->
 
     def report(*_: object) -> None:
         if breaks:
-            hook.remove()
+            remove_hooks()
             reasons = "; ".join(f"{reason} ({count} times)" for reason, count in breaks.most_common())
             logger.warning(
                 "torch.compile cannot take the forward pass of %d modules (%s) as one graph: it runs the code at %d "
@@ -81,10 +89,14 @@ def apply_compile(model: nn.Module, compile: Compile, *, exact: bool = False) ->
                 reasons,
             )
 
-    hook = model.register_forward_hook(report)
+    hooks = [part.register_forward_hook(report) for part in (model if isinstance(model, Stages) else [model])]
+
+    def remove_hooks() -> None:
+        for hook in hooks:
+            hook.remove()
 
     def undo_all() -> None:
-        hook.remove()
+        remove_hooks()
         undo()
 
     return undo_all

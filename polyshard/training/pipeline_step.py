@@ -15,8 +15,10 @@ from polyshard.core.context import ParallelAxis, ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.serving import forward_takes
 from polyshard.core.stages import Stages
+from polyshard.experts.observed import expert_layers
+from polyshard.experts.stage_loss import add_router_loss
 from polyshard.training.padding import pad_arguments, padded_shape, unpadded
-from polyshard.training.train_batch import count_labels, lm_loss_of, total_tokens
+from polyshard.training.train_batch import balanced_tokens, count_labels, lm_loss_of, total_tokens
 
 Computing = Callable[[], AbstractContextManager[Any]]
 
@@ -34,6 +36,7 @@ class PipelineStep:
         loss: as in `polyshard.train_batch`; called on the ranks of the last stage only.
         tokens: as in `polyshard.train_batch`.
         computing: enters the dtype of computation.
+        scaled: applies the factor of a float16 run to a loss, as the library does to the share of a micro-batch.
         fixed_shapes: pad micro-batches of unequal length to one shape, by tokens that no loss counts.
 
     Raises:
@@ -50,6 +53,7 @@ class PipelineStep:
         tokens: CountTokens | None = None,
         *,
         computing: Computing = nullcontext,
+        scaled: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
         fixed_shapes: bool = False,
     ) -> None:
         if not micro_batches:
@@ -60,14 +64,19 @@ class PipelineStep:
                     f"a micro-batch of a pipeline has no input_ids: got {', '.join(micro_batch)}. Later stages get it "
                     "beside the hidden states."
                 )
-        self._stages, self._context, self._computing = stages, context, computing
+        self._stages, self._context, self._computing, self._scaled = stages, context, computing, scaled
         self._micro_batches = list(micro_batches)
         counted = [(tokens or count_labels)(micro_batch) for micro_batch in micro_batches]
+        self._experts = [layer for _, layer in expert_layers(stages)]
+        for layer in self._experts:
+            layer.observed.counted = None  # a step that failed has left its own
+        routed = any(layer.replay is not None or layer.records for layer in self._experts)
         headless = (
             loss is None and stages.last is not None and not callable(getattr(stages.last, "compute_logits", None))
         )
-        _check_same_over_pipeline(micro_batches, counted, headless, context)
+        _check_same_over_pipeline(micro_batches, counted, headless, routed and len(micro_batches) > 1, context)
         self.tokens = total_tokens(counted, context)
+        self._balanced = balanced_tokens(counted, stages, context)
         # Engines average over the replicas, so the sum is multiplied by their number.
         self._factor = replica_axis(context).size / self.tokens.clamp_min(1.0)
         self._sums = torch.zeros((), dtype=torch.float64, device=context.device)
@@ -79,6 +88,7 @@ class PipelineStep:
             self._shape = padded_shape([a["input_ids"].shape for a in self._arguments], context, loss is not None)
         if self._shape is not None:
             self._arguments = [pad_arguments(arguments, self._shape) for arguments in self._arguments]
+            self._check_balance()
         self._loss = lm_loss_of(stages.last, context) if loss is None and stages.last is not None else loss
 
     def __len__(self) -> int:
@@ -88,8 +98,32 @@ class PipelineStep:
         """Return the token IDs of a micro-batch as the first stage gets them, padded if shapes are fixed."""
         return self._arguments[index]["input_ids"]
 
+    def select(self, index: int) -> None:
+        """Prepare the experts of all stages for a micro-batch: its padding is left out of loads and balance losses.
+
+        `forward` does it. Call it before the backward pass of a micro-batch, which may recompute the forward pass.
+        """
+        if self._shape is None or not self._experts:
+            return
+        sizes = self._micro_batches[index]["input_ids"].shape
+        counted = torch.zeros(self._shape, dtype=torch.bool, device=self._context.device)
+        counted[tuple(slice(0, size) for size in sizes)] = True
+        axis = self._context.axis("tensor")
+        if self._context.layout.sequence_parallel:
+            counted = counted.tensor_split(axis.size, dim=-1)[axis.rank]
+        for layer in self._experts:
+            layer.observed.counted = counted.reshape(-1)
+
+    def _check_balance(self) -> None:
+        balanced = any(layer.balance.has_loss for layer in self._experts)
+        if balanced and self._context.layout.sequence_parallel and self._context.axis("tensor").size > 1:
+            raise ConfigurationError(
+                "micro-batches of a pipeline have different shapes under sequence parallel: expected one shape for "
+                "balance losses, which are means over this rank's tokens. Pad them, or use no sequence parallel."
+            )
+
     def forward(self, stage: nn.Module, number: int, index: int, hidden: torch.Tensor | None = None) -> torch.Tensor:
-        """Run a stage's forward pass on a micro-batch.
+        """Run a stage's forward pass on a micro-batch. Balance losses of its experts are added to the step's loss.
 
         Args:
             stage: one of this rank's stages, or a library's wrapper of it.
@@ -106,8 +140,16 @@ class PipelineStep:
         arguments = self._arguments[index]
         if number > 0:
             arguments = {**arguments, "inputs_embeds": hidden}
+        self.select(index)
         with self._computing():
-            return stage(**arguments)
+            output = stage(**arguments)
+        if not self._experts:
+            return output
+        return add_router_loss(output, stage, lambda loss: self._scaled(loss * self._share(index, loss)))
+
+    def _share(self, index: int, mean: torch.Tensor) -> torch.Tensor:
+        """Return the factor of a mean over the tokens of a micro-batch in the step's loss."""
+        return (self._balanced[index] * self._factor).to(mean.dtype)
 
     def loss(self, index: int, output: torch.Tensor) -> torch.Tensor:
         """Return the share of a micro-batch in the step's loss, a scalar to run the backward pass on.
@@ -133,6 +175,8 @@ class PipelineStep:
 
     def result(self) -> BatchResult:
         """Return the loss of all micro-batches and replicas on every rank. A collective, after the schedule."""
+        for layer in self._experts:
+            layer.observed.counted = None  # outside of a pipeline step all tokens count
         summed = self._sums
         for axis in (self._context.axis("pipeline"), replica_axis(self._context)):
             if axis.size > 1:
@@ -152,9 +196,21 @@ def check_stage_interface(stages: Stages) -> None:
 
 
 def _check_same_over_pipeline(
-    micro_batches: Sequence[MicroBatch], counted: Sequence[torch.Tensor], headless: bool, context: ParallelContext
+    micro_batches: Sequence[MicroBatch],
+    counted: Sequence[torch.Tensor],
+    headless: bool,
+    routed: bool,
+    context: ParallelContext,
 ) -> None:
-    """Raise `ConfigurationError`, on all ranks of a pipeline, unless they have the same micro-batches and a head."""
+    """Raise `ConfigurationError`, on all ranks of a pipeline, unless they have the same micro-batches and a head.
+
+    Args:
+        micro_batches: of this rank.
+        counted: their tokens that count.
+        headless: whether the last stage is here, without a head, and a head is needed.
+        routed: whether experts are recorded or replayed here, which one forward pass only can be.
+        context: the parallel context.
+    """
     axis: ParallelAxis = context.axis("pipeline")
     if axis.size == 1:
         return
@@ -172,9 +228,14 @@ def _check_same_over_pipeline(
         )
     )
     assert axis.collectives is not None
-    figures = torch.cat((mine, -mine, mine.new_tensor((float(headless), 0.0))))
-    most, least, heads = axis.collectives.all_reduce(figures, "max").split((3, 3, 2))
-    if bool(heads[0]):
+    figures = torch.cat((mine, -mine, mine.new_tensor((float(headless), float(routed)))))
+    most, least, flags = axis.collectives.all_reduce(figures, "max").split((3, 3, 2))
+    if bool(flags[1]):
+        raise ConfigurationError(
+            f"ps.record_routing and ps.replay_routing are unsupported for several micro-batches of a pipeline: got "
+            f"{len(micro_batches)}, expected 1. Each layer records and replays one forward pass."
+        )
+    if bool(flags[0]):
         raise ConfigurationError(
             "The last pipeline stage has no compute_logits. Pass loss=, which sums the losses of a micro-batch."
         )

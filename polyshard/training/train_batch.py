@@ -7,11 +7,12 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from polyshard.core.batch import IGNORED, BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
-from polyshard.experts.observed import router_loss
+from polyshard.experts.observed import expert_layers, router_loss
 from polyshard.layers.lm_loss import lm_loss
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def train_batch(
     counted = [(tokens or count_labels)(micro_batch) for micro_batch in micro_batches]
     replicas = replica_axis(context)
     total = total_tokens(counted, context)
+    balanced = balanced_tokens(counted, engine.module, context)
     # Engines average over the replicas, so the sum is multiplied by their number.
     factor = replicas.size / total.clamp_min(1.0)
     summed = torch.zeros((), dtype=torch.float64, device=context.device)
@@ -78,12 +80,8 @@ def train_batch(
                     f"the loss has the wrong shape: got {tuple(value.shape)}, expected a scalar sum"
                 )
             balance = router_loss(engine.module)
-            balanced = (
-                value
-                if balance is None
-                else value + balance.to(value.dtype) * torch.as_tensor(counted[index], device=value.device)
-            )
-            engine.backward(balanced * factor.to(value.dtype))
+            share = value if balance is None else value + balance.to(value.dtype) * balanced[index].to(value.dtype)
+            engine.backward(share * factor.to(value.dtype))
         summed += value.detach().double()
     if replicas.size > 1:
         assert replicas.collectives is not None
@@ -137,6 +135,22 @@ def total_tokens(counted: Sequence[torch.Tensor], context: ParallelContext) -> t
             f"{replicas.size}. Pass the same number on every rank; labels of {IGNORED} only contribute nothing."
         )
     return tokens
+
+
+def balanced_tokens(
+    counted: Sequence[torch.Tensor], model: nn.Module, context: ParallelContext
+) -> Sequence[torch.Tensor]:
+    """Return the factor of each micro-batch's balance losses, which are means over this rank's tokens of it.
+
+    Context-parallel ranks have equally many tokens of a sequence, but not equally many labels. This is a collective
+    over the context axis if the model has balance losses.
+    """
+    axis = context.axis("context")
+    mine = torch.stack([torch.as_tensor(count, device=context.device).double() for count in counted])
+    if axis.size == 1 or not any(layer.balance.has_loss for _, layer in expert_layers(model)):
+        return mine.unbind()
+    assert axis.collectives is not None
+    return (axis.collectives.all_reduce(mine) / axis.size).unbind()
 
 
 def count_labels(micro_batch: MicroBatch) -> torch.Tensor:

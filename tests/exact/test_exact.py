@@ -35,14 +35,14 @@ CASES = {  # sizes equal to the server's and not; float32 parameters, which comp
         TrainerCase(adapter="torch", tensor=2),
         TrainerCase(adapter="torch", tensor=1, pipeline=2),
         TrainerCase(adapter="megatron", tensor=2),
-        TrainerCase(adapter="deepspeed", tensor=1, masters=True),
+        TrainerCase(adapter="deepspeed", tensor=1, pipeline=2, masters=True),
         TrainerCase(adapter="fairscale", tensor=2, masters=True),
     ],
     ("float32", 2): [
         TrainerCase(adapter="torch", tensor=1),
-        TrainerCase(adapter="megatron", tensor=1),
+        TrainerCase(adapter="megatron", tensor=1, pipeline=2),
         TrainerCase(adapter="deepspeed", tensor=2),
-        TrainerCase(adapter="fairscale", tensor=1),
+        TrainerCase(adapter="fairscale", tensor=1, pipeline=2),
     ],
     ("float16", 1): [TrainerCase(adapter="megatron", tensor=2, masters=True)],
 }

@@ -9,7 +9,8 @@ import transformers
 from support.engines import greedy
 from support.models.tiny import tiny_config, tiny_model
 from support.scripts import on_engine_ranks
-from support.workers.lora_sync import OPTIONS, PROMPTS, TOKENS, sample, served_on_ranks, step, trainer_of
+from support.workers.lora_pipelines import served
+from support.workers.lora_sync import OPTIONS, PROMPTS, TOKENS, sample, step, trainer_of
 
 import polyshard as ps
 from polyshard.adapters.vllm import compat
@@ -90,8 +91,10 @@ def test_an_engine_serves_the_adapter_of_the_last_sync(directories, tmp_path, co
             sync()
 
 
-def test_megatrons_shards_are_served_over_the_same_two_ranks(directories, tmp_path):
+def test_trainers_over_two_ranks_are_served_over_the_same_ones(directories, tmp_path):
+    """Pipeline stages whose adapters have other ranks, and shards of Megatron's layers."""
     base, other = directories
-    for outcome in on_engine_ranks(served_on_ranks, 2, base, other, tmp_path):
-        for version, rollouts in zip(("1", "2"), outcome):
+    for outcome in on_engine_ranks(served, 2, base, other, tmp_path):
+        assert len({str(rollouts) for rollouts in outcome}) == 3
+        for version, rollouts in zip(("1", "2", "3"), outcome, strict=True):
             check_served(rollouts, by_peft(base, tmp_path / version))

@@ -58,6 +58,7 @@ def test_sync_between_unequal_expert_and_tensor_sizes(tmp_path):
     trainers = {
         "expert 2": ({"expert": 2}, {}),
         "tensor 2": ({"tensor": 2}, {}),
+        "pipeline 2": ({"pipeline": 2}, {}),
         "fsdp": ({}, {"data_parallel": "fsdp"}),
     }
     found = on_engine_ranks(synced, 2, directory, tmp_path, trainers)[0]

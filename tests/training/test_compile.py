@@ -16,6 +16,8 @@ from support.workers.compiled import (
 from torch import nn
 
 import polyshard as ps
+from polyshard.core.pipeline_plan import PipelinePlan
+from polyshard.core.stages import Stages
 from polyshard.testing import run_ranks
 from polyshard.training.compile import apply_compile
 
@@ -73,6 +75,14 @@ def test_libraries_whose_layers_break_the_graph_warn_once_and_train_as_without_c
         (warning,) = warnings
         assert "2 modules (Block)" in warning
         assert "async_op=True for distributed collectives" in warning
+
+
+def test_blocks_of_pipeline_stages_train_as_without_compilation(directory):
+    arguments = directory, "torch", {"pipeline": 2}, [{}, {"compile": True, "recompute": "full"}], "aot_eager", 2
+    for (eager, compiled), warnings in run_ranks(compiled_steps, 2, *arguments):
+        assert_equal_within_rounding(eager, compiled)
+        assert (compiled["graphs"], compiled["breaks"]) == (1, 0)
+        assert not warnings
 
 
 @pytest.mark.parametrize(("way", "whole"), [("ulysses", True), ("ring", False)])
@@ -175,6 +185,9 @@ def test_what_cannot_be_compiled_is_refused_with_the_reason():
     assert "got 'blocks', expected True, False or a function" in refused("torch", model, compile="blocks")
     assert "finds nothing to compile in Linear" in refused("torch", nn.Linear(2, 2), compile=True)
     assert "hooks gather parameters" in refused("deepspeed", model, zero_stage=3, compile=True)
+    stages = Stages([model], (0,), PipelinePlan(schedule="zero-bubble-v", bounds=(0, 1), placement=(0,)))
+    with pytest.raises(ps.ConfigurationError, match="compile is unsupported with zero-bubble-v"):
+        apply_compile(stages, True)
     context = dataclasses.replace(ps.initialize("torch"), exact=object())
     assert "unsupported in exact mode" in refused("torch", model, context, compile=True)
 

@@ -1,8 +1,11 @@
 """The pipelines of Megatron-Core and DeepSpeed train to the weights of one process, beside every other axis."""
 
 import pytest
-from support.models.tiny import save_tiny
+from support.models.experts import save_moe
+from support.models.tiny import VOCAB, save_tiny
+from support.oracles.expert_pipelines import judge as judge_experts
 from support.oracles.pipeline_training import judge
+from support.workers.expert_pipelines import ExpertCase, train_all
 from support.workers.library_pipelines import LibraryCase
 from support.workers.pipelines import train
 
@@ -24,7 +27,15 @@ def untied(tmp_path_factory):
     return str(save_tiny(tmp_path_factory.mktemp("pipelines") / "untied", "qwen3", num_hidden_layers=4))
 
 
-def test_two_ranks(tied, untied):
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipelines") / "experts"
+    return str(save_moe(folder, "qwen3_moe", vocab_size=VOCAB))
+
+
+def test_two_ranks(tied, untied, experts):
+    """Balance losses of experts train in stages without a loss, too."""
+
     def case(*args, **fields):
         return LibraryCase.of(*args, **fields)
 
@@ -41,7 +52,14 @@ def test_two_ranks(tied, untied):
         case("deepspeed", "ragged rows, the factory's own stage", tied, kind="ragged rows", built=False),
         case("deepspeed", "recompute", tied, options={"recompute": "full", **ZERO_0}),
     ]
-    judge(cases, run_ranks(train, 2, cases, timeout=300))
+    one = {"pipeline": 2}
+    banks = [
+        ExpertCase(name, experts, sizes=one, options=ZERO_0, layers=name, adapter=name, data=1)
+        for name in ("megatron", "deepspeed")
+    ]
+    outcome = run_ranks(train_all, 2, cases, banks, timeout=300)
+    judge(cases, [results for results, _ in outcome])
+    judge_experts(banks, [results for _, results in outcome])
 
 
 def test_each_pair_of_axes(tied, untied):

@@ -11,6 +11,7 @@ from support.models.tiny import save_tiny
 from support.oracles.transformers_reference import FLOOR, MARGIN
 from support.suite_engines import ENGINES
 from support.workers.lora import ADAMW, CLIP, FIELDS, STEPS, Case, logits_of, rows, run, saved_and_moved, start, trained
+from support.workers.lora_pipelines import trained as trained_in_stages
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,6 +19,8 @@ import polyshard as ps
 from polyshard.testing import run_ranks
 
 TENSOR, SEQUENCE, CONTEXT = {"tensor": 2}, {"tensor": 2, "sequence_parallel": True}, {"context": 2}
+PIPELINE = {"pipeline": 2}
+PIPELINES = {"torch": {}, "megatron": {"zero_stage": 0}, "deepspeed": {"zero_stage": 1}, "fairscale": {"zero_stage": 1}}
 DROPPED = {"lora_dropout": 0.3}
 
 
@@ -90,6 +93,8 @@ def layouts_of(adapter):
     ]
     if ps.load_adapter(adapter).capabilities["sequence"].available:
         found.append((SEQUENCE, [Case("sequence", last)]))
+    options = PIPELINES[adapter]
+    found.append((PIPELINE, [Case("pipeline", options, saves=("start", "end", "merged"))]))
     if adapter == "torch":
         dropped = {"options": {"recompute": "full"}, "fields": DROPPED, "saves": ()}
         found[1][1].append(Case("dropped tensor", **dropped))
@@ -156,6 +161,30 @@ def test_an_adapter_of_peft_is_loaded_at_any_size(base, oracle, sizes):
         assert worst(found, oracle.logits) < oracle.logits_bound
 
 
+def test_several_stages_of_a_rank_train_as_one_process(tmp_path):
+    tied = save_tiny(tmp_path / "tied", "llama", num_hidden_layers=4, tie_word_embeddings=True)
+    schedules = ("interleaved-1f1b", "zero-bubble-v", "dualpipe-v")
+    outcome = run_ranks(trained_in_stages, 2, tied, schedules, tmp_path)
+    context = ps.initialize("torch")
+    engine = start(tied, context, Case("", {}))
+    alone = run(engine, context)
+    ps.save_lora(engine, tmp_path / "alone", context)
+    wanted = load_file(tmp_path / "alone" / "adapter_model.safetensors")
+    for schedule in schedules:
+        found = load_file(tmp_path / schedule / "adapter_model.safetensors")
+        assert_close(found, wanted, 1e-5)
+        assert_close(load_file(tmp_path / f"{schedule} again" / "adapter_model.safetensors"), found, 0.0)
+        config, other = ((tmp_path / name / "adapter_config.json").read_text() for name in (schedule, "alone"))
+        assert config == other
+    for figures, told in outcome:
+        for schedule in schedules:
+            assert figures[schedule] == pytest.approx(alone, rel=1e-5), schedule
+        assert "does not have or that are excluded: got colour_proj" in told["an unknown target"]
+        assert "matches no linear layer: got {'colour_proj'}, expected names among" in told["no target"]
+        assert "targets no layer of the pipeline stages on rank 1" in told["a stage without targets"]
+        assert "LoRA on an embedding or an output projection is unsupported" in told["the embedding"]
+
+
 def test_a_training_state_resumes_bit_for_bit_and_moves_between_libraries(base, tmp_path):
     narrow = {"dtype": torch.bfloat16, "widened": False}  # matrices with float32 masters
     in_bfloat16 = ps.Precision(parameters=torch.bfloat16, reduce=torch.bfloat16)  # as FairScale reduces
@@ -163,6 +192,7 @@ def test_a_training_state_resumes_bit_for_bit_and_moves_between_libraries(base, 
         ("torch", {}, Case("", {"data_parallel": "fsdp"})),
         ("torch", {}, Case("", {"data_parallel": "fsdp"})),
         ("megatron", TENSOR, Case("", {"zero_stage": 1})),
+        ("torch", PIPELINE, Case("", {})),
         ("deepspeed", {}, Case("", {"zero_stage": 3})),
         ("fairscale", {}, Case("", {"zero_stage": 2})),
         ("megatron", {}, Case("", {"zero_stage": 1}, **narrow)),
@@ -174,17 +204,17 @@ def test_a_training_state_resumes_bit_for_bit_and_moves_between_libraries(base, 
     states = [tmp_path / f"step-{i}" for i in range(len(kinds))]
     outcome, _ = run_ranks(saved_and_moved, 2, base, states, kinds, timeout=280)
     assert outcome[1] == outcome[0]
-    assert outcome[6] == outcome[5]
-    for figures in outcome[2:5]:
+    assert outcome[7] == outcome[6]
+    for figures in outcome[2:6]:
         assert figures == pytest.approx(outcome[0], rel=1e-5)
-    for figures in outcome[5:]:
+    for figures in outcome[6:]:
         assert figures[::2] == pytest.approx(outcome[0][::2], rel=5e-3)
     # Matrices, and masters after them, pass through all libraries without losing a bit.
     matrices = load_file(states[0] / "adapter_model.safetensors")
-    for state in states[1:5]:
+    for state in states[1:6]:
         assert_close(load_file(state / "adapter_model.safetensors"), matrices, 0.0)
     masters = {name.removeprefix("base_model.model."): value for name, value in matrices.items()}
-    for state in states[5:]:
+    for state in states[6:]:
         assert_close(load_file(state / "training" / "master.safetensors"), masters, 0.0)
     state = states[0]
     assert {path.name for path in state.iterdir()} == {

@@ -183,15 +183,16 @@ class MegatronEngine(BaseEngine):
     def _run_pipeline(self, step: PipelineStep, *, backward: bool) -> None:
         """Run Megatron's schedule; `step` of the engine averages the gradients over the replicas."""
         assert self._pipeline is not None
-        scale = self.optimizer.scale_loss if self.precision.scales_loss else None
+        scale = self._scaled if self.precision.scales_loss else None
         self._pipeline.run(self._chunks, step, backward=backward, scale=scale)
+
+    def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        return self.optimizer.scale_loss(loss) if self.precision.scales_loss else loss
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients in Megatron's buffers (`main_grad`); `grad` stays None."""
         self._refuse_in_pipeline("the engine's backward pass")
-        if self.precision.scales_loss:
-            loss = self.optimizer.scale_loss(loss)
-        super().backward(loss)
+        super().backward(self._scaled(loss))
 
     def step(self) -> StepResult:
         """Average the gradients over the replicas, clip, update, and clear them."""

@@ -201,6 +201,7 @@ class BaseEngine(ABC):
             loss,
             tokens,
             computing=self.computing,
+            scaled=self._scaled,
             fixed_shapes=self._pipeline_has_fixed_shapes,
         )
 
@@ -225,7 +226,7 @@ class BaseEngine(ABC):
             )
 
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
-        """Scale the loss of a float16 run; for engines whose library does not."""
+        """Scale the loss of a float16 run; engines whose library does override it."""
         return loss * self._scale.factor if self.precision.scales_loss else loss
 
     def _update_if_finite(

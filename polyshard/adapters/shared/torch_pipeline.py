@@ -143,6 +143,10 @@ class TorchPipeline:
         self._record("loss", self._plan.num_stages - 1, index, started)
         return loss
 
+    def _select(self, index: int) -> None:
+        assert self._step is not None
+        self._step.select(index)
+
     def _record(self, kind: str, stage: int, index: int, started: float) -> None:
         if self.events is not None:
             self.events.append(Computed(kind, stage, index, started, time.perf_counter()))
@@ -164,6 +168,7 @@ class TorchPipeline:
                     boundaries,
                     count,
                     self._loss,
+                    self._select,
                     self._after,
                     self._record,
                 )
@@ -201,7 +206,8 @@ class TorchPipeline:
                 module.expected = None
                 x = tokens if number == 0 else torch.zeros_like(boundaries[-1])
                 try:
-                    with torch.random.fork_rng(**forked):
+                    # Compiled blocks would be compiled once more, without gradients.
+                    with torch.random.fork_rng(**forked), torch.compiler.set_stance("force_eager"):
                         output = module(x, index=0)
                     _check_output(output, number)
                     found = (None, tuple(output.shape), output.dtype)

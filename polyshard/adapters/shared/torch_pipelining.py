@@ -23,12 +23,13 @@ Boundary = torch.Tensor  # an empty tensor with the shape and dtype of what trav
 
 
 class _Stage(PipelineStage):
-    """A stage that calls a function after each backward pass, and that evaluates in V placements.
+    """A stage that calls functions before and after each backward pass, and that evaluates in V placements.
 
     Without a backward pass, torch 2.13 asks a stage for gradients that its neighbour on the same rank would take, and
     raises (schedules.py:2571).
     """
 
+    before_backward: Callable[[int], None] | None = None
     after_backward: Callable[[], None] | None = None
     record: Record | None = None
 
@@ -47,14 +48,19 @@ class _Stage(PipelineStage):
             super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-        started = time.perf_counter()
+        started = self._before(bwd_chunk_id)
         super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
         self._after("backward", bwd_chunk_id, started)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-        started = time.perf_counter()
+        started = self._before(bwd_chunk_id)
         super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
         self._after("weights", bwd_chunk_id, started)
+
+    def _before(self, index: int) -> float:
+        if self.has_backward and self.before_backward is not None:
+            self.before_backward(index)
+        return time.perf_counter()
 
     def _after(self, kind: str, index: int, started: float) -> None:
         if self.has_backward:
@@ -73,6 +79,7 @@ def make_schedule(
     boundaries: Sequence[Boundary],
     count: int,
     loss: Callable[[Any, Any], torch.Tensor],
+    before_backward: Callable[[int], None],
     after_backward: Callable[[], None] | None,
     record: Record | None,
 ) -> Any:
@@ -90,6 +97,7 @@ def make_schedule(
         boundaries: the output of each stage but the last.
         count: number of micro-batches.
         loss: `(output of the last stage, index)` to a scalar.
+        before_backward: called with the index of the micro-batch before each backward pass.
         after_backward: called after each backward pass.
         record: called after each computation.
 
@@ -108,7 +116,7 @@ def make_schedule(
             output_args=ends[number + 1],
             group=axis.group,
         )
-        stage.after_backward, stage.record = after_backward, record
+        stage.before_backward, stage.after_backward, stage.record = before_backward, after_backward, record
         stages.append(stage)
     classes: dict[str, Any] = {
         "gpipe": pipelining.ScheduleGPipe,

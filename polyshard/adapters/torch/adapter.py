@@ -17,7 +17,6 @@ from polyshard.convert.format import CheckpointFormat
 from polyshard.core.adapter import OptimizerFactory
 from polyshard.core.capabilities import YES, Capabilities, no
 from polyshard.core.context import GroupContext, ParallelContext
-from polyshard.core.errors import ConfigurationError
 from polyshard.core.parallel_layout import ParallelLayout
 from polyshard.core.pipeline_plan import SCHEDULES
 from polyshard.core.requirement import Requirement
@@ -102,8 +101,6 @@ class TorchAdapter:
         """
         self.requirement.require()
         layout = layout or ParallelLayout.for_world(world_size_from_environment())
-        if layout.pipeline > 1 and layout.expert > 1:
-            raise ConfigurationError("The torch engine does not combine expert parallel with a pipeline yet.")
         context = initialize(layout, self.linear, device=device, backend=backend, timeout=timeout)
         if layout.sequence_parallel and layout.tensor == 1 and context.rank == 0:
             logger.warning("sequence_parallel does nothing at tensor-parallel size 1")

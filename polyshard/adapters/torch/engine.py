@@ -134,9 +134,10 @@ class TorchEngine(BaseEngine):
         offloads = check_offload(offload, context.device, self._sharded, "data_parallel='fsdp' with several replicas")
         if data_parallel == "fsdp" and not self._sharded:
             logger.warning("fsdp does nothing at data-parallel size 1: the model is trained unsharded")
+        of_experts = {parameter for name, parameter in model.named_parameters() if name in experts}
         if self._sharded and self._stages is None:
             chosen = shard_modules or is_list_item(model)
-            fully_shard_model(model, context, chosen, self.precision, fsdp, offloads, self.table)
+            fully_shard_model(model, context, chosen, self.precision, fsdp, offloads, of_experts)
         elif not self._sharded and (self._stages is not None or self.precision.has_masters):
             self._start_reducer(ddp_options)
         elif not self._sharded and replicas.size > 1:
@@ -161,7 +162,7 @@ class TorchEngine(BaseEngine):
             if self._sharded:
                 modules = self._pipeline.modules
                 fully_shard_stages(
-                    self._stages, modules, context, shard_modules, self.precision, fsdp, offloads, self.table
+                    self._stages, modules, context, shard_modules, self.precision, fsdp, offloads, of_experts
                 )
         self.optimizer = self._build(optimizer, self._updated(), held="rows" if self._sharded else "whole")
         self._start_rate()

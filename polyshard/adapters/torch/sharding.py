@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import partial
 
 from torch import nn
 
 from polyshard.adapters.torch.compat import fsdp_function, mixed_precision_policy, offload_policy
-from polyshard.adapters.torch.expert_parallel import distributed_experts
 from polyshard.adapters.torch.overlap import FsdpOptions
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
@@ -16,7 +15,6 @@ from polyshard.core.pipeline_plan import SPLIT_BACKWARD
 from polyshard.core.precision import Precision
 from polyshard.core.ranks import Ranks
 from polyshard.core.stages import Stages
-from polyshard.core.weight_table import WeightTable
 from polyshard.experts.observed import is_router_bias
 
 
@@ -33,11 +31,19 @@ def fully_shard_model(
     precision: Precision,
     options: FsdpOptions,
     offloads: bool,
-    table: WeightTable,
+    experts: Set[nn.Parameter],
 ) -> None:
     """Shard a model over the replicas: the modules that `chosen` selects one by one, and the rest together.
 
-    Experts are sharded over the ranks that hold the same experts.
+    Args:
+        model: the model, or a stage of it.
+        context: the parallel context.
+        chosen: selects modules.
+        precision: dtypes of the run.
+        options: of FSDP2.
+        offloads: whether shards stay on the CPU.
+        experts: parameters that are distributed over the expert axis. They are sharded over the ranks that hold the
+            same experts.
     """
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -52,18 +58,16 @@ def fully_shard_model(
     group = replica_axis(context).group
     assert group is not None
     mesh = DeviceMesh.from_group(group, context.device.type)
-    parameters = dict(model.named_parameters())
     # A router's correction bias must stay float32, and FSDP2 would cast it with the others.
-    ignored = {parameter for name, parameter in parameters.items() if is_router_bias(name)}
-    experts, holders = distributed_experts(table, context), context.axis("expert_replica").group
+    ignored = {parameter for name, parameter in model.named_parameters() if is_router_bias(name)}
+    banks = [module for module in model.modules() if any(p in experts for p in module.parameters(recurse=False))]
+    holders = context.axis("expert_replica").group
     if holders is None:
-        ignored |= {parameters[name] for name in experts}
-    elif experts:
+        ignored.update(experts)
+    elif banks:
         expert_mesh = DeviceMesh.from_group(holders, context.device.type)
-        for path in sorted({name.rpartition(".")[0] for name in experts}):
-            fully_shard(
-                model.get_submodule(path), mesh=expert_mesh, reshard_after_forward=options.reshard_after_forward
-            )
+        for bank in banks:
+            fully_shard(bank, mesh=expert_mesh, reshard_after_forward=options.reshard_after_forward)
     fully_shard = partial(fully_shard, ignored_params=ignored)
     modules = [module for module in model.modules() if module is not model and chosen(module)]
     for module in reversed(modules):
@@ -83,7 +87,7 @@ def fully_shard_stages(
     precision: Precision,
     options: FsdpOptions,
     offloads: bool,
-    table: WeightTable,
+    experts: Set[nn.Parameter],
 ) -> None:
     """Shard each pipeline stage over the replicas. A collective.
 
@@ -95,10 +99,11 @@ def fully_shard_stages(
         precision: dtypes of the run.
         options: of FSDP2.
         offloads: whether shards stay on the CPU.
-        table: the weight table.
+        experts: as in `fully_shard_model`.
 
     Raises:
-        ConfigurationError: the schedule cannot be combined with `shard_modules`, or with a shared weight.
+        ConfigurationError: the schedule cannot be combined with `shard_modules`, with a shared weight, or with experts
+            of which several ranks hold the same.
     """
     schedule = stages.plan.schedule
     splits = schedule in SPLIT_BACKWARD
@@ -114,7 +119,13 @@ def fully_shard_stages(
             f"FSDP2 cannot shard a weight that two pipeline stages of a rank share, as {schedule} does with tied "
             "embeddings. Use data_parallel='ddp', or 1f1b."
         )
+    if splits and experts and context.axis("expert_replica").size > 1:
+        error = ConfigurationError(
+            f"FSDP2 cannot shard experts with {schedule}: their hooks do not run when gradients of weights are "
+            "computed separately. Use data_parallel='ddp', or 1f1b, or an expert-parallel size at which no two ranks "
+            f"hold the same experts: got {context.axis('expert').size} for {replica_axis(context).size} replicas."
+        )
     Ranks.of(context).raise_on_all(error, "the stages cannot be sharded", ConfigurationError)
     for module in modules:
         chosen = (lambda _: False) if splits else shard_modules or is_list_item(module)
-        fully_shard_model(module, context, chosen, precision, options, offloads, table)
+        fully_shard_model(module, context, chosen, precision, options, offloads, experts)

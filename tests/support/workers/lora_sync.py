@@ -41,19 +41,3 @@ def step(trainer: ps.TrainingEngine) -> None:
     ids = torch.arange(24).reshape(2, 12)
     trainer.backward(trainer(ids[:, :-1], labels=ids[:, 1:]))
     trainer.step()
-
-
-def served_on_ranks(base: Path, other: Path, out: Path) -> list[list[ps.Rollout]]:
-    """Samples after each of two syncs of a Megatron trainer into an engine over the same two ranks."""
-    context = ps.initialize("megatron", tensor=2, timeout=120)
-    ps.register_model("LoraSynced", decoder.build_model)
-    trainer = trainer_of(base, context, "megatron")
-    served = []
-    with ps.RolloutEngine(other, "LoraSynced", trainer, context, **OPTIONS) as engine:
-        for version in ("1", "2"):
-            engine.sync()
-            served.append(sample(engine))
-            ps.save_lora(trainer, out / version, context)
-            step(trainer)
-    trainer.close()
-    return served

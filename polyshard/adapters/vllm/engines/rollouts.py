@@ -111,7 +111,8 @@ class RolloutEngine:
         from polyshard.adapters.vllm import compat
         from polyshard.adapters.vllm.transfer.lora_sync import largest_rank
 
-        self._lora_rank = largest_rank(module) if has_adapter else 0
+        # Pipeline stages may have different ranks, and all must start the engine with the largest.
+        self._lora_rank = max(self._ranks.gather(largest_rank(module) if has_adapter else 0))
         if self._lora_rank:
             rank = compat.max_lora_rank(self._lora_rank)
             if rank is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import tempfile
 import threading
@@ -67,8 +68,8 @@ class LoraSync:
         self._engines = [] if engines is None else list(engines) if isinstance(engines, (list, tuple)) else [engines]
         self._name, self._id, self._timeout = name, lora_id, timeout
         view = view_weights(model, parallel_context)
-        self._table = lora_part_of(view.module).table(view.table)
-        rank = largest_rank(view.module)
+        self._table, self._dtypes = lora_part_of(view.module).table(view.table), view.dtypes
+        rank = max(self._ranks.gather(largest_rank(view.module)))  # pipeline stages may have different ranks
         self._ranks.run_on_all(lambda: self._check_engines(rank), "the engines take no adapter", ConfigurationError)
         chosen = directory
         if directory is None:
@@ -126,9 +127,8 @@ class LoraSync:
         before, self._request = self._request, request
         if before is not None and self._ranks.rank == 0:
             shutil.rmtree(before.lora_path, ignore_errors=True)
-        parameters = dict(view_weights(self._model, self._context).module.named_parameters())
         sizes = [
-            stored_shape(entry.layout, 1, 0)[0] * stored_shape(entry.layout, 1, 0)[1] * parameters[name].element_size()
+            math.prod(stored_shape(entry.layout, 1, 0)) * self._dtypes[name].itemsize
             for name, entry in self._table.items()
         ]
         return SyncReport(

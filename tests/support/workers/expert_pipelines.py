@@ -1,0 +1,139 @@
+"""On each rank: a mixture of experts that is cut into pipeline stages, and trained."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import moe
+
+import polyshard as ps
+from polyshard.core.weight_table import stored_parts
+from polyshard.weights.gather import gather_shards
+from support.oracles.pipeline_training import STEPS, micro_batches
+from support.workers.pipelines import SGD, mine
+from support.workers.pipelines import train as train_dense
+
+BALANCE = ps.Balance(sequence=0.03, batch=0.05, z=0.01)
+
+
+@dataclass(frozen=True)
+class ExpertCase:
+    """One run; `data` is the number of replicas with data of their own."""
+
+    name: str
+    directory: str
+    plan: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, Any] = field(default_factory=lambda: {"pipeline": 2, "expert": 2})
+    options: dict[str, Any] = field(default_factory=dict)
+    kind: str = "rows"
+    layers: str = "torch"
+    adapter: str = "torch"
+    balance: ps.Balance = BALANCE
+    data: int = 2
+
+
+def start(case, optimizer=SGD, timeout=90):
+    """A context, and an engine around the stages with the weights of the directory."""
+    context = ps.initialize(case.adapter, timeout=timeout, **case.sizes)
+    if case.layers != case.adapter:
+        context = ps.load_adapter(case.layers).adopt(context)
+    config = ps.read_config(case.directory)
+    plan = ps.pipeline_plan(config.num_hidden_layers, context.layout.pipeline, **case.plan)
+    model = ps.build_stages(partial(moe.build_model, balance=case.balance), config, context, plan)
+    ps.load_checkpoint(model, case.directory, context)
+    options = {"max_grad_norm": None, **case.options}
+    return context, ps.load_adapter(case.adapter).engine(model, optimizer, context, **options)
+
+
+def full_weights(engine, context):
+    """The weights of this rank's stages by checkpoint names, gathered over the tensor and the expert axis."""
+    found = {}
+    for name, shard in engine.weights():
+        entry = engine.table[name]
+        full = gather_shards(shard, entry.layout, context.axis("tensor"), context.axis("expert"))
+        found.update(zip(entry.checkpoint_names, stored_parts(entry.layout, len(entry.checkpoint_names), full.clone())))
+    return found
+
+
+def train(cases):
+    """Losses, evaluation losses, norms, weights, and the tokens of each router, of each case."""
+    results = {}
+    for case in cases:
+        context, engine = start(case)
+        losses, evaluated, norms = [], [], []
+        for step in range(STEPS):
+            batches = mine(context, micro_batches(case.kind, step))
+            evaluated.append(engine.eval_batch(batches).loss.item())
+            losses.append(engine.train_batch(batches).loss.item())
+            norms.append(engine.step().grad_norm)
+        tokens = {name: found.tokens for name, found in ps.router_statistics(engine.module, context).items()}
+        results[case.name] = losses, evaluated, norms, full_weights(engine, context), tokens
+        engine.close()
+        ps.shutdown(context)
+    return results
+
+
+def resumed(cases, results):
+    """Three steps of AdamW with bias updates in the first case's layout, whose state is saved after two; the third one
+    in each other layout, from that state. The weights after the third step are saved under the case's name.
+    """
+    config = ps.read_config(cases[0].directory)
+    for index, case in enumerate(cases):
+        context, engine = start(case, ps.AdamW(lr=1e-2))
+        if index:
+            ps.load_training_state(engine, f"{results}/state", context)
+        for step in range(2 if index else 0, 3):
+            engine.train_batch(mine(context, micro_batches(case.kind, step)))
+            engine.step()
+            ps.update_router_bias(engine.module, context)
+            if step == 1:
+                ps.save_training_state(engine, f"{results}/state", context, step=2, config=config)
+        ps.save_checkpoint(engine, f"{results}/{case.name}", context, config=config)
+        engine.close()
+        ps.shutdown(context)
+
+
+def train_all(dense, experts):
+    """The results of pipelines of dense models, and of those with experts."""
+    return train_dense(dense), train(experts)
+
+
+def train_and_resume(cases, resumes, results):
+    resumed(resumes, results)
+    return train(cases)
+
+
+def train_and_refuse(cases, refused):
+    """The results of each case on each rank, and what each refused one says; a case named `record` records routing."""
+    results, told = train(cases), {}
+    for case in refused:
+        try:
+            context, engine = start(case)
+            with ps.record_routing(engine.module) if case.name == "record" else nullcontext():
+                engine.train_batch(mine(context, micro_batches(case.kind, 0)))
+        except ps.ConfigurationError as error:
+            told[case.name] = str(error)
+    return results, told
+
+
+def freezes(directory, culprit, timeout):
+    """What this rank sees of another that freezes in the second step, between two exchanges of its experts."""
+    context, engine = start(ExpertCase("1f1b", directory), timeout=timeout)
+    batches = mine(context, micro_batches("rows", 0))
+    engine.train_batch(batches)
+    engine.step()
+    if context.rank == culprit:
+        (stage,) = engine.module
+        list(stage.model.layers)[-1].register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGSTOP))
+    started = time.monotonic()
+    try:
+        engine.train_batch(batches)
+    except ps.PolyshardError as error:
+        return time.monotonic() - started, type(error).__name__, str(error), getattr(error, "ranks", ())
+    return None
