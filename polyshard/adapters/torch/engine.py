@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
+from polyshard.adapters.shared.expert_parameters import distributed_experts
 from polyshard.adapters.shared.masters import Masters, broadcast_parameters
 from polyshard.adapters.shared.offload import Offload, check_offload
 from polyshard.adapters.shared.pipeline_training import PipelineTraining
@@ -27,7 +28,7 @@ from polyshard.adapters.torch.compat import (
     sharded_rows,
     unshard_gradient_sync,
 )
-from polyshard.adapters.torch.expert_parallel import ExpertGradients, distributed_experts, group_of_each
+from polyshard.adapters.torch.expert_parallel import ExpertGradients, group_of_each
 from polyshard.adapters.torch.float8 import apply_float8
 from polyshard.adapters.torch.overlap import overlap_options, reducer_options
 from polyshard.adapters.torch.sharding import fully_shard_model, fully_shard_stages, is_list_item
