@@ -273,8 +273,8 @@ class DeepspeedEngine(BaseEngine):
         self._wrapped.destroy()
         forget_mpu()
 
-    def _base_optimizer(self) -> Any:
-        return base_optimizer(self.optimizer)
+    def _base_optimizers(self) -> list[Any]:
+        return [base_optimizer(self.optimizer)]
 
     def _fragments(self, parameter: nn.Parameter) -> Iterator[tuple[str, int, torch.Tensor]]:
         base, rank = base_optimizer(self.optimizer), replica_axis(self.context).rank

@@ -184,7 +184,7 @@ class FairscaleEngine(BaseEngine):
 
     def optimizer_state(self) -> OptimizerState:
         """OSS keeps the state of whole parameters, each on the rank that owns it."""
-        base, outer = self._base_optimizer(), self.optimizer.optim
+        (base,), outer = self._base_optimizers(), self.optimizer.optim
         masters = outer.masters if isinstance(outer, OptimizerWithMasters) else {}
         optimizer_state.materialize(base)
         pieces: list[Piece] = []
@@ -196,9 +196,9 @@ class FairscaleEngine(BaseEngine):
             pieces += [Piece(parameter=name, slot=s, start=0, values=value.view(-1)) for s, value in tensors.items()]
         return self._state(pieces)
 
-    def _base_optimizer(self) -> Any:
+    def _base_optimizers(self) -> list[Any]:
         inner = self.optimizer.optim
-        return inner.inner if isinstance(inner, OptimizerWithMasters) else inner
+        return [inner.inner if isinstance(inner, OptimizerWithMasters) else inner]
 
     def _grad_norm(self) -> torch.Tensor:
         tensor_axis, replicas = self.context.axis("tensor"), replica_axis(self.context)
