@@ -25,11 +25,13 @@ from polyshard.adapters.deepspeed.compat import (
     zero_fragments,
 )
 from polyshard.adapters.deepspeed.context import Mpu, check_accelerator
+from polyshard.adapters.deepspeed.experts_compat import marked_as_experts, set_expert_groups, split_groups
 from polyshard.adapters.deepspeed.pipeline import SETTINGS as PIPELINE_SETTINGS
 from polyshard.adapters.deepspeed.pipeline import DeepspeedPipeline, check_pipeline
 from polyshard.adapters.deepspeed.pipeline_compat import accumulated_gradient, reduce_gradients, take_step
 from polyshard.adapters.deepspeed.settings import (
     check_config,
+    check_experts,
     check_precision,
     engine_settings,
     with_offload,
@@ -37,13 +39,14 @@ from polyshard.adapters.deepspeed.settings import (
 )
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
+from polyshard.adapters.shared.expert_parameters import distributed_experts
 from polyshard.adapters.shared.grad_norm import counted_parts, scale_gradients, unsharded_norm
 from polyshard.adapters.shared.offload import Offload, check_offload
 from polyshard.adapters.shared.quiet import printing_as_log
 from polyshard.adapters.shared.tied_weights import copy_from_owners, sum_over_copies
 from polyshard.adapters.shared.weights import check_shard
 from polyshard.core.adapter import OptimizerFactory, StepResult
-from polyshard.core.context import ParallelContext, replica_axis
+from polyshard.core.context import ParallelContext, holder_axis, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision
@@ -82,6 +85,8 @@ class DeepspeedEngine(BaseEngine):
         ConfigurationError: an unknown stage; or in `config` gradient accumulation, a scheduler or an optimizer.
     """
 
+    _trains_distributed_experts = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -115,7 +120,7 @@ class DeepspeedEngine(BaseEngine):
         )
         model = self._module
         check_precision(self.precision, zero_stage, config or {})
-        model = self._module
+        check_experts(zero_stage, self._stages is not None, distributed_experts(self.table, context))
         self._stage = zero_stage
         self._pipeline: DeepspeedPipeline | None = None
         if self._stages is not None:
@@ -130,12 +135,22 @@ class DeepspeedEngine(BaseEngine):
         if check_offload(offload, context.device, zero_stage > 0, "zero_stage 1 to 3"):
             settings = with_offload(settings, context.device)
         forget_autocast()
-        with self._guard("data parallel setup"), printing_as_log(logger, "DeepSpeed"):
+        names = distributed_experts(self.table, context)
+        experts = [p for name, p in model.named_parameters() if name in names and p.requires_grad]
+        expert_size = context.axis("expert").size
+        self._forget_groups = set_expert_groups(context) if experts else None
+        built = self._build(optimizer, model.named_parameters(), held="flat" if zero_stage else "whole")
+        split_groups(built, experts, expert_size)
+        # DeepSpeed divides the summed gradients of experts by the number of all replicas (engine.py and
+        # stage_1_and_2.py, 0.19.8), and polyshard's experts theirs by the size of the expert axis.
+        self._hooks = [p.register_hook(lambda gradient: gradient * expert_size) for p in experts]
+        marked = marked_as_experts(model, experts, expert_size)
+        with self._guard("data parallel setup"), printing_as_log(logger, "DeepSpeed"), marked:
             initialize: Any = deepspeed.initialize
             self._wrapped, self.optimizer, _, _ = initialize(
                 model=model if self._pipeline is None else self._pipeline.module,
                 model_parameters=[p for p in model.parameters() if p.requires_grad],
-                optimizer=self._build(optimizer, model.named_parameters(), held="flat" if zero_stage else "whole"),
+                optimizer=built,
                 config=settings,
                 mpu=Mpu(context) if self._pipeline is None else None,  # a PipelineModule has its own
                 dist_init_required=False,
@@ -232,8 +247,8 @@ class DeepspeedEngine(BaseEngine):
 
     def weight_pieces(self) -> Iterator[Piece]:
         """Yield this rank's piece of every parameter; at stage 3 its partition."""
-        axis = replica_axis(self.context)
         for name, parameter in self._module.named_parameters():
+            axis = holder_axis(self.context, self.table[name].layout)
             if self._stage == 3:
                 start, values = partition(parameter, axis.rank)
                 yield Piece(parameter=name, slot=WEIGHT, start=start, values=values)
@@ -251,10 +266,10 @@ class DeepspeedEngine(BaseEngine):
 
     def optimizer_state(self) -> OptimizerState:
         """Return this rank's pieces of the optimizer state; at stage 0 every rank holds the full state."""
-        axis = replica_axis(self.context)
         base = base_optimizer(self.optimizer)
         pieces: list[Piece] = []
         for name, parameter in self._module.named_parameters():
+            axis = holder_axis(self.context, self.table[name].layout)
             if self._stage == 0:
                 pieces += [
                     replicated_piece(name, slot, value, axis)
@@ -271,6 +286,10 @@ class DeepspeedEngine(BaseEngine):
         self._undo_recomputation()
         self._undo_compile()
         self._wrapped.destroy()
+        for hook in self._hooks:
+            hook.remove()
+        if self._forget_groups is not None:
+            self._forget_groups()
         forget_mpu()
 
     def _base_optimizers(self) -> list[Any]:

@@ -34,7 +34,7 @@ class MegatronExperts(nn.Module):
         token_dispatcher: `"alltoall"` or `"allgather"`.
 
     Raises:
-        AdapterError: the context has no process group of the expert axis.
+        AdapterError: the context is of another adapter.
     """
 
     gate_up: nn.Parameter
@@ -49,10 +49,10 @@ class MegatronExperts(nn.Module):
         for name, parameter in new_experts(bank, context).items():
             self.register_parameter(name, parameter)
         group = self.expert_axis.group
-        if group is None:
+        if group is None or context.axis("pipeline").group is None:  # torch's contexts have none on axes of one rank
             raise AdapterError(
-                "Megatron's experts need a context of the Megatron adapter: got one without a process group of the "
-                "expert axis. Use polyshard.initialize('megatron', ...), or pass linear=load_adapter('torch').linear."
+                "Megatron's experts need the process groups of the Megatron adapter: got a context of another one. Use "
+                "polyshard.initialize('megatron', ...), and pass linear= for the layers of other libraries."
             )
         count = len(self.gate_up)
         first = self.expert_axis.rank * count

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import moe
 import torch
@@ -32,11 +34,30 @@ def rows_of(context: ps.ParallelContext, ids: torch.Tensor, labels: torch.Tensor
     ]
 
 
+class Mixed:
+    """A `LinearAdapter` with the experts of another library."""
+
+    def __init__(self, layers: Any, experts: Any) -> None:
+        self._layers, self.create_experts = layers, experts.create_experts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layers, name)
+
+
+def initialize(libraries: str, **sizes: Any) -> tuple[str, ps.ParallelContext]:
+    """The library, and a context of it; of `a+b`, with the experts of b."""
+    library, _, experts = libraries.partition("+")
+    context = ps.initialize(library, timeout=60, **sizes)
+    if experts:
+        context = dataclasses.replace(context, linear=Mixed(context.linear, ps.load_adapter(experts).linear))
+    return library, context
+
+
 def one_step(directory: Path, results: Path, batch: tuple, layouts: dict) -> dict:
     """Loss and gradient norm of a step of SGD in each layout, whose weights are saved under its name."""
     found = {}
-    for name, (adapter, sizes, options) in layouts.items():
-        context = ps.initialize(adapter, timeout=60, **sizes)
+    for name, (libraries, sizes, options) in layouts.items():
+        adapter, context = initialize(libraries, **sizes)
         sgd = ps.TorchOptimizer(torch.optim.SGD, lr=RATE)
         engine = ps.load_adapter(adapter).engine(build(directory, context), sgd, context, max_grad_norm=0.5, **options)
         result = engine.train_batch(rows_of(context, *batch))
