@@ -46,7 +46,7 @@ class Support:
 
     Attributes:
         available: whether the feature can be used.
-        reason: why it is not available.
+        reason: why it is not available; of an available feature, what part of the library provides it, or nothing.
         whose: the category of the reason: `notimpl`, `notyet` or `never`.
 
     Raises:

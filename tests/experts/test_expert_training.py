@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from polyshard.launch.ranks import run_ranks
 
 FSDP = {"data_parallel": "fsdp"}
-LAYOUTS = {  # over 4 ranks, by family: adapter, sizes, and options of the engine
+LAYOUTS = {  # over 4 ranks, by family: library (or with the experts of another one), sizes, and options of the engine
     "qwen3_moe": {
         "experts on each rank": ("torch", {}, {}),
         "expert 2": ("torch", {"expert": 2}, {"recompute": "full"}),
@@ -24,17 +24,36 @@ LAYOUTS = {  # over 4 ranks, by family: adapter, sizes, and options of the engin
         "megatron": ("megatron", {"tensor": 2}, {"zero_stage": 0}),
         "deepspeed": ("deepspeed", {"tensor": 2}, {"zero_stage": 2}),
         "fairscale": ("fairscale", {"tensor": 2}, {"zero_stage": 1}),
+        "megatron, expert 4": ("megatron", {"expert": 4}, {"zero_stage": 0, "recompute": "full"}),
+        "megatron, sequence parallel, all-gather": (
+            "megatron",
+            {"tensor": 2, "expert": 2, "sequence_parallel": True, "token_dispatcher": "allgather"},
+            {"zero_stage": 0},
+        ),
+        "megatron, context 2, expert 2": ("megatron", {"context": 2, "expert": 2}, {"zero_stage": 0}),
+        "deepspeed, ZeRO 0, expert 4": ("deepspeed", {"expert": 4}, {"zero_stage": 0}),
+        "deepspeed, ZeRO 2, tensor 2, expert 2": ("deepspeed", {"tensor": 2, "expert": 2}, {"zero_stage": 2}),
+        "torch's experts in megatron": ("megatron+torch", {"tensor": 2, "expert": 2}, {"zero_stage": 0}),
+        "deepspeed's experts in torch, fsdp": ("torch+deepspeed", {"expert": 2}, FSDP),
     },
     "deepseek_v3": {"tensor 2, expert 2": ("torch", {"tensor": 2, "expert": 2}, {})},
     "gpt_oss": {
         "tensor 2, expert 2": ("torch", {"tensor": 2, "expert": 2}, {}),
         "fsdp": ("torch", {"expert": 4}, FSDP),
+        "deepspeed, ZeRO 1, expert 2": ("deepspeed", {"expert": 2}, {"zero_stage": 1}),
     },
 }
-RESUMES = {
-    "tensor 2, expert 2": ({"tensor": 2, "expert": 2}, {}),
-    "expert 4": ({"expert": 4}, {}),
-    "fsdp, expert 2": ({"expert": 2}, FSDP),
+SAVES = {
+    "torch": ("torch", {"tensor": 2, "expert": 2}, {}),
+    "megatron": ("megatron", {"tensor": 2, "expert": 2}, {"zero_stage": 1}),
+    "deepspeed": ("deepspeed", {"expert": 2}, {"zero_stage": 2}),
+}
+RESUMES = {  # the saved state, and the layout that continues with it
+    **{f"{name} in the same layout": (name, layout) for name, layout in SAVES.items()},
+    "torch, expert 4": ("torch", ("torch", {"expert": 4}, {})),
+    "torch, fsdp, from megatron": ("megatron", ("torch", {"expert": 2}, FSDP)),
+    "megatron from deepspeed": ("deepspeed", ("megatron", {"expert": 4}, {"zero_stage": 1})),
+    "deepspeed from torch": ("torch", ("deepspeed", {"tensor": 2, "expert": 2}, {"zero_stage": 1})),
 }
 
 
@@ -44,7 +63,7 @@ def runs(tmp_path_factory):
     for kind in LAYOUTS:
         save_moe(directory / kind, kind)
     rows = batch(vocab=VOCAB, rows=4, length=16)
-    found = run_ranks(trained, 4, directory, results, rows, LAYOUTS, RESUMES, timeout=240)
+    found = run_ranks(trained, 4, directory, results, rows, LAYOUTS, SAVES, RESUMES, timeout=240)
     references = {
         kind: (step(directory / kind, rows, torch.float64), step(directory / kind, rows, torch.float32))
         for kind in LAYOUTS
@@ -77,15 +96,16 @@ def test_step_equals_transformers(runs, kind, name):
         assert relative_error(weights[n], exact[n]) < MARGIN * worst + FLOOR, n
 
 
-def test_training_resumes_with_the_same_bits(runs):
-    straight, same = (runs[0] / "resumed" / name / "model.safetensors" for name in ("straight", "tensor 2, expert 2"))
+@pytest.mark.parametrize("name", SAVES)
+def test_training_resumes_with_the_same_bits(runs, name):
+    straight, same = (runs[0] / "resumed" / run / "model.safetensors" for run in (name, f"{name} in the same layout"))
     assert straight.read_bytes() == same.read_bytes()
 
 
-@pytest.mark.parametrize("name", [name for name in RESUMES if name != "tensor 2, expert 2"])
-def test_training_resumes_in_another_layout(runs, name):
+@pytest.mark.parametrize("name", [name for name in RESUMES if "same layout" not in name])
+def test_training_resumes_in_another_layout_and_library(runs, name):
     results, start = runs[0] / "resumed", runs[3]
-    straight, other = (load_file(results / n / "model.safetensors") for n in ("straight", name))
+    straight, other = (load_file(results / n / "model.safetensors") for n in (RESUMES[name][0], name))
     assert set(straight) == set(other)
     for n, weight in straight.items():
         # Adam divides small gradients by small numbers, so single elements differ more than their rounding.

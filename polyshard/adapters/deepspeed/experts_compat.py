@@ -178,4 +178,5 @@ def combine(rows: torch.Tensor, weights: torch.Tensor, order: torch.Tensor) -> t
     """
     tokens, per_token = weights.shape
     shape = (1, tokens, rows.shape[1])
-    return combine_from_routed(rows, weights, order, per_token, "post", "weighted_sum", shape).squeeze(0)
+    combined = combine_from_routed(rows, weights, order, per_token, "post", "weighted_sum", shape)
+    return combined.squeeze(0).clone()  # FSDP2 warns of modules that return views

@@ -12,7 +12,7 @@ from polyshard.adapters.megatron.linear import MegatronLinearAdapter
 from polyshard.adapters.shared.base_adapter import BaseAdapter
 from polyshard.convert.format import CheckpointFormat
 from polyshard.core.adapter import OptimizerFactory
-from polyshard.core.capabilities import YES, Capabilities, no
+from polyshard.core.capabilities import YES, Capabilities, Support, no
 from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.parallel_layout import ParallelLayout
 from polyshard.core.requirement import Requirement
@@ -33,7 +33,9 @@ CAPABILITIES = Capabilities(
         "zero3": no("never", "Megatron's optimizer shards at stage 1; beyond that it has its FSDP"),
         "pipeline": YES,
         "context": YES,
-        "expert": YES,
+        "expert": Support(
+            True, "its SequentialMLP and token dispatchers for SwiGLU experts, torch's experts for others"
+        ),
         "casts": no("never", "Megatron keeps masters of bfloat16 parameters instead"),
         "masters": YES,
         "float16": YES,

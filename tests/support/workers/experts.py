@@ -69,31 +69,34 @@ def one_step(directory: Path, results: Path, batch: tuple, layouts: dict) -> dic
     return found
 
 
-def resumed(directory: Path, results: Path, batch: tuple, layouts: dict) -> None:
-    """Two steps of AdamW in the first layout, whose state is saved; one more in each layout, from that state.
+def resumed(directory: Path, results: Path, batch: tuple, saves: dict, resumes: dict) -> None:
+    """Three steps of AdamW in each layout of `saves`, with the state saved after the second; the third step again in
+    each layout of `resumes`, from the state that it names.
 
-    The weights after the third step are saved under the layout's name, those without interruption as `straight`.
+    The weights after the third step are saved under the name of the run.
     """
-    for index, (name, (sizes, options)) in enumerate([("straight", next(iter(layouts.values()))), *layouts.items()]):
-        context = ps.initialize("torch", timeout=60, **sizes)
+    runs = [(name, "", layout) for name, layout in saves.items()]
+    for name, start, (libraries, sizes, options) in [*runs, *((n, *found) for n, found in resumes.items())]:
+        adapter, context = initialize(libraries, **sizes)
         model = build(directory, context, ps.Balance(sequence=0.01, z=0.001, bias_rate=0.01))
-        engine = ps.load_adapter("torch").engine(model, ps.AdamW(lr=1e-2), context, **options)
-        if index:
-            ps.load_training_state(engine, results / "state", context)
-        for step in range(2 if index else 0, 3):
+        engine = ps.load_adapter(adapter).engine(model, ps.AdamW(lr=1e-2), context, **options)
+        if start:
+            ps.load_training_state(engine, results / f"state-{start}", context)
+        for step in range(2 if start else 0, 3):
             engine.train_batch(rows_of(context, *batch))
             engine.step()
             ps.update_router_bias(engine.module, context)
             if step == 1:
-                ps.save_training_state(engine, results / "state", context, step=2, config=ps.read_config(directory))
+                state = results / f"state-{name}"
+                ps.save_training_state(engine, state, context, step=2, config=ps.read_config(directory))
         ps.save_checkpoint(engine, results / name, context, config=ps.read_config(directory))
         engine.close()
         ps.shutdown(context)
 
 
-def trained(directory: Path, results: Path, batch: tuple, layouts: dict, resumes: dict) -> dict:
+def trained(directory: Path, results: Path, batch: tuple, layouts: dict, saves: dict, resumes: dict) -> dict:
     (results / "resumed").mkdir(exist_ok=True)
-    resumed(directory / "deepseek_v3", results / "resumed", batch, resumes)
+    resumed(directory / "deepseek_v3", results / "resumed", batch, saves, resumes)
     return {kind: one_step(directory / kind, results / kind, batch, found) for kind, found in layouts.items()}
 
 
