@@ -9,7 +9,7 @@ from tools.pages.tables import markdown
 
 
 def table() -> str:
-    """Yes or no by feature and adapter, then the reason for each no, and what provides a feature if that is recorded."""
+    """Yes or no by feature and adapter, the reason for each no, and what provides a feature if that is recorded."""
     names = ps.adapter_names()
     answers = {name: ps.load_adapter(name).capabilities for name in names}
     rows = []

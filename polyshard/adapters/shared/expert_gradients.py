@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from polyshard.core.context import FailureGuard, ParallelAxis, ParallelContext, holder_axis
 from polyshard.core.weight_table import WeightTable
@@ -15,6 +16,11 @@ from polyshard.core.weight_table import WeightTable
 def group_of_each(table: WeightTable, context: ParallelContext) -> Mapping[str, dist.ProcessGroup | None]:
     """Return the group of the ranks that hold the same shard of each parameter; None for a single rank."""
     return {name: holder_axis(context, entry.layout).group for name, entry in table.items()}
+
+
+def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
+    """Make DistributedDataParallel, when it is built, leave these parameters and their gradients alone."""
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(names))
 
 
 class ExpertGradients:
