@@ -8,6 +8,7 @@ from support.oracles.transformers_reference import FLOOR, MARGIN, batch, relativ
 from support.workers.experts import RATE, trained
 from torch.nn import functional as F
 
+import polyshard as ps
 from polyshard.launch.ranks import run_ranks
 
 FSDP = {"data_parallel": "fsdp"}
@@ -33,6 +34,8 @@ LAYOUTS = {  # over 4 ranks, by family: library (or with the experts of another 
         "megatron, context 2, expert 2": ("megatron", {"context": 2, "expert": 2}, {"zero_stage": 0}),
         "deepspeed, ZeRO 0, expert 4": ("deepspeed", {"expert": 4}, {"zero_stage": 0}),
         "deepspeed, ZeRO 2, tensor 2, expert 2": ("deepspeed", {"tensor": 2, "expert": 2}, {"zero_stage": 2}),
+        "fairscale, stage 1, context 2, expert 2": ("fairscale", {"context": 2, "expert": 2}, {"zero_stage": 1}),
+        "fairscale, stage 2, expert 4": ("fairscale", {"expert": 4}, {"zero_stage": 2}),
         "torch's experts in megatron": ("megatron+torch", {"tensor": 2, "expert": 2}, {"zero_stage": 0}),
         "deepspeed's experts in torch, fsdp": ("torch+deepspeed", {"expert": 2}, FSDP),
     },
@@ -47,13 +50,19 @@ SAVES = {
     "torch": ("torch", {"tensor": 2, "expert": 2}, {}),
     "megatron": ("megatron", {"tensor": 2, "expert": 2}, {"zero_stage": 1}),
     "deepspeed": ("deepspeed", {"expert": 2}, {"zero_stage": 2}),
+    "fairscale": ("fairscale", {"tensor": 2, "expert": 2}, {"zero_stage": 2}),
 }
 RESUMES = {  # the saved state, and the layout that continues with it
     **{f"{name} in the same layout": (name, layout) for name, layout in SAVES.items()},
     "torch, expert 4": ("torch", ("torch", {"expert": 4}, {})),
-    "torch, fsdp, from megatron": ("megatron", ("torch", {"expert": 2}, FSDP)),
+    "fairscale from megatron": ("megatron", ("fairscale", {"expert": 4}, {"zero_stage": 1})),
+    "torch, fsdp, from fairscale": ("fairscale", ("torch", {"expert": 2}, FSDP)),
     "megatron from deepspeed": ("deepspeed", ("megatron", {"expert": 4}, {"zero_stage": 1})),
     "deepspeed from torch": ("torch", ("deepspeed", {"tensor": 2, "expert": 2}, {"zero_stage": 1})),
+}
+REFUSED = {  # library, sizes, dtype of the model, options of the engine, and the error
+    "deepspeed, ZeRO 3": ("deepspeed", {"expert": 2}, torch.float32, {"zero_stage": 3}, "shard every expert over all"),
+    "megatron, float16": ("megatron", {"expert": 2}, torch.float16, {}, "have separate loss scales"),
 }
 
 
@@ -63,7 +72,8 @@ def runs(tmp_path_factory):
     for kind in LAYOUTS:
         save_moe(directory / kind, kind)
     rows = batch(vocab=VOCAB, rows=4, length=16)
-    found = run_ranks(trained, 4, directory, results, rows, LAYOUTS, SAVES, RESUMES, timeout=240)
+    refused = {name: tuple(case) for name, (*case, _) in REFUSED.items()}
+    found = run_ranks(trained, 4, directory, results, rows, LAYOUTS, SAVES, RESUMES, refused, timeout=240)
     references = {
         kind: (step(directory / kind, rows, torch.float64), step(directory / kind, rows, torch.float32))
         for kind in LAYOUTS
@@ -110,3 +120,14 @@ def test_training_resumes_in_another_layout_and_library(runs, name):
     for n, weight in straight.items():
         # Adam divides small gradients by small numbers, so single elements differ more than their rounding.
         assert (other[n] - weight).norm() < 1e-3 * (weight - start[n]).norm(), n
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_library_cannot_train_is_refused(runs, name):
+    for rank in runs[1]:
+        assert REFUSED[name][-1] in rank["refused"][name]
+
+
+def test_unknown_token_dispatchers_are_refused():
+    with pytest.raises(ps.ConfigurationError, match="got 'flex', expected 'alltoall' or 'allgather'"):
+        ps.initialize("megatron", token_dispatcher="flex")

@@ -100,10 +100,10 @@ class MegatronEngine(BaseEngine):
         )
         check_precision(self.precision)
         model, parameters = self._module, self.precision.parameters
-        self._groups = ModelGroups.of(context)
         experts = distributed_experts(self.table, context)
-        holders = context.axis("expert_replica") if experts else replica_axis(context)
         check_loss_scale(self.precision, experts)
+        holders = context.axis("expert_replica") if experts else replica_axis(context)
+        self._groups = ModelGroups.of(context)
         compat.mark_experts(parameter for name, parameter in model.named_parameters() if name in experts)
         groups = process_groups(
             tensor=context.get_tensor_parallel_group(),

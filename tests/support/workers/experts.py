@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import moe
+import pytest
 import torch
 
 import polyshard as ps
@@ -94,10 +95,26 @@ def resumed(directory: Path, results: Path, batch: tuple, saves: dict, resumes: 
         ps.shutdown(context)
 
 
-def trained(directory: Path, results: Path, batch: tuple, layouts: dict, saves: dict, resumes: dict) -> dict:
+def refusals(directory: Path, refused: dict) -> dict[str, str]:
+    """The error of each engine that cannot train experts that are distributed over ranks."""
+    found = {}
+    for name, (library, sizes, dtype, options) in refused.items():
+        context = ps.initialize(library, timeout=60, **sizes)
+        model = moe.build_model(ps.read_config(directory), context).to(dtype)
+        with pytest.raises(ps.ConfigurationError) as error:
+            ps.load_adapter(library).engine(model, ps.AdamW(), context, **options)
+        found[name] = str(error.value)
+        ps.shutdown(context)
+    return found
+
+
+def trained(
+    directory: Path, results: Path, batch: tuple, layouts: dict, saves: dict, resumes: dict, refused: dict
+) -> dict:
     (results / "resumed").mkdir(exist_ok=True)
     resumed(directory / "deepseek_v3", results / "resumed", batch, saves, resumes)
-    return {kind: one_step(directory / kind, results / kind, batch, found) for kind, found in layouts.items()}
+    steps = {kind: one_step(directory / kind, results / kind, batch, found) for kind, found in layouts.items()}
+    return {**steps, "refused": refusals(directory / "qwen3_moe", refused)}
 
 
 def synced(directory: Path, results: Path, trainers: dict) -> dict:
