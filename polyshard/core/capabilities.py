@@ -48,6 +48,7 @@ class Support:
         available: whether the feature can be used.
         reason: why it is not available; of an available feature, what part of the library provides it, or nothing.
         whose: the category of the reason: `notimpl`, `notyet` or `never`.
+        without: features with which this one cannot be combined.
 
     Raises:
         ValueError: an unavailable feature without a reason or a category.
@@ -60,6 +61,7 @@ class Support:
     available: bool
     reason: str = ""
     whose: Whose | None = None
+    without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.available and not (self.reason and self.whose):

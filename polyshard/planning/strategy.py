@@ -89,10 +89,14 @@ def sizes(layout: ParallelLayout) -> str:
 
 def reason_against(strategy: Strategy, capabilities: Capabilities) -> str | None:
     """Return the feature that an adapter lacks for a strategy, with its reason, or None."""
-    for feature in strategy.features():
+    wanted = strategy.features()
+    for feature in wanted:
         support = capabilities[feature]
         if not support.available:
             return f"{feature}: {support.reason}"
+        for other in support.without:
+            if other in wanted:
+                return f"{feature}: not with {other}"
     return None
 
 

@@ -14,13 +14,14 @@ def table() -> str:
     answers = {name: ps.load_adapter(name).capabilities for name in names}
     rows = []
     reasons: dict[tuple[str, str, str | None], list[str]] = {}
-    provided: list[tuple[str, str, str]] = []
+    provided: list[tuple[str, str, str, str]] = []
     for feature, meaning in FEATURES.items():
         rows.append((meaning, *("yes" if answers[name][feature].available else "no" for name in names)))
         for name in names:
             answer = answers[name][feature]
             if answer.available and answer.reason:
-                provided.append((name, f"`{feature}`", answer.reason))
+                without = ", ".join(f"`{other}`" for other in answer.without)
+                provided.append((name, f"`{feature}`", answer.reason, without))
             if not answer.available:
                 reasons.setdefault((name, answer.reason, answer.whose), []).append(f"`{feature}`")
     meanings = [(f"{row[0]} (`{feature}`)", *row[1:]) for feature, row in zip(FEATURES, rows)]
@@ -28,7 +29,7 @@ def table() -> str:
     tables = (
         markdown(("feature", *names), meanings),
         markdown(("adapter", "lacks", "reason", "limit"), why),
-        markdown(("adapter", "has", "provided by"), sorted(provided)),
+        markdown(("adapter", "has", "provided by", "not with"), sorted(provided)),
     )
     return "\n".join(tables)
 

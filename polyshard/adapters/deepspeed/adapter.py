@@ -31,7 +31,9 @@ CAPABILITIES = Capabilities(
         "pipeline": YES,
         "context": YES,
         "expert": Support(
-            True, "experts and exchange of its AutoEP for SwiGLU experts, torch's experts for others; ZeRO 0 to 2"
+            True,
+            "experts and exchange of its AutoEP for SwiGLU experts, torch's experts for others",
+            without=("zero3", "pipeline"),
         ),
         "casts": YES,
         "masters": YES,

@@ -33,7 +33,11 @@ CAPABILITIES = Capabilities(
         "zero3": no("never", "Megatron's optimizer shards at stage 1; beyond that it has its FSDP"),
         "pipeline": YES,
         "context": YES,
-        "expert": Support(True, "its SequentialMLP and dispatchers for SwiGLU experts, torch's experts for others"),
+        "expert": Support(
+            True,
+            "its SequentialMLP and dispatchers for SwiGLU experts, torch's experts for others",
+            without=("float16",),
+        ),
         "casts": no("never", "Megatron keeps masters of bfloat16 parameters instead"),
         "masters": YES,
         "float16": YES,
