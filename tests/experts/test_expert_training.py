@@ -122,6 +122,11 @@ def test_training_resumes_in_another_layout_and_library(runs, name):
         assert (other[n] - weight).norm() < 1e-3 * (weight - start[n]).norm(), n
 
 
+@pytest.mark.parametrize("library", SAVES)
+def test_frozen_experts_keep_their_weights(runs, library):
+    assert all(rank["frozen"][library] for rank in runs[1])
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_library_cannot_train_is_refused(runs, name):
     for rank in runs[1]:

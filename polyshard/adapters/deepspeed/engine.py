@@ -135,15 +135,14 @@ class DeepspeedEngine(BaseEngine):
         if check_offload(offload, context.device, zero_stage > 0, "zero_stage 1 to 3"):
             settings = with_offload(settings, context.device)
         forget_autocast()
-        names = distributed_experts(self.table, context)
-        experts = [p for name, p in model.named_parameters() if name in names and p.requires_grad]
-        expert_size = context.axis("expert").size
+        names, expert_size = distributed_experts(self.table, context), context.axis("expert").size
+        experts = [parameter for name, parameter in model.named_parameters() if name in names]
         self._forget_groups = set_expert_groups(context) if experts else None
         built = self._build(optimizer, model.named_parameters(), held="flat" if zero_stage else "whole")
         split_groups(built, experts, expert_size)
         # DeepSpeed divides the summed gradients of experts by the number of all replicas (engine.py and
         # stage_1_and_2.py, 0.19.8), and polyshard's experts theirs by the size of the expert axis.
-        self._hooks = [p.register_hook(lambda gradient: gradient * expert_size) for p in experts]
+        self._hooks = [p.register_hook(lambda gradient: gradient * expert_size) for p in experts if p.requires_grad]
         marked = marked_as_experts(model, experts, expert_size)
         with self._guard("data parallel setup"), printing_as_log(logger, "DeepSpeed"), marked:
             initialize: Any = deepspeed.initialize

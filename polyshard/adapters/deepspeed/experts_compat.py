@@ -74,7 +74,7 @@ def set_expert_groups(context: ParallelContext) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def marked_as_experts(model: nn.Module, parameters: Iterable[nn.Parameter], expert_size: int) -> Iterator[None]:
-    """Let an engine that is built inside reduce the gradients of experts over the ranks that hold them only.
+    """Let an engine that is built inside send experts, and reduce their gradients, among the ranks that hold them only.
 
     Args:
         model: of the engine.
@@ -82,11 +82,11 @@ def marked_as_experts(model: nn.Module, parameters: Iterable[nn.Parameter], expe
         expert_size: of that axis.
     """
     marked: list[Any] = list(parameters)
-    if not marked:
-        yield
-        return
     for parameter in marked:
         parameter.allreduce, parameter.group_name = False, group_name(expert_size)
+    if not any(parameter.requires_grad for parameter in marked):  # ZeRO then expects parameter groups of experts
+        yield
+        return
     model.add_module("_polyshard_experts", _Marker(expert_size))
     try:
         yield

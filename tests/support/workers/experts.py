@@ -95,6 +95,25 @@ def resumed(directory: Path, results: Path, batch: tuple, saves: dict, resumes: 
         ps.shutdown(context)
 
 
+def frozen(directory: Path, batch: tuple, layouts: dict) -> dict[str, bool]:
+    """Whether frozen experts that are distributed over ranks keep their weights, while the others are trained."""
+    found = {}
+    for library, options in layouts.items():
+        context = ps.initialize(library, timeout=60, expert=2)
+        model = build(directory, context)
+        experts = [p for name, p in model.named_parameters() if ".experts." in name]
+        for parameter in experts:
+            parameter.requires_grad_(False)
+        before = [parameter.clone() for parameter in experts]
+        engine = ps.load_adapter(library).engine(model, ps.AdamW(lr=1e-2), context, **options)
+        engine.train_batch(rows_of(context, *batch))
+        engine.step()
+        found[library] = all(torch.equal(p, old) for p, old in zip(experts, before))
+        engine.close()
+        ps.shutdown(context)
+    return found
+
+
 def refusals(directory: Path, refused: dict) -> dict[str, str]:
     """The error of each engine that cannot train experts that are distributed over ranks."""
     found = {}
@@ -114,7 +133,8 @@ def trained(
     (results / "resumed").mkdir(exist_ok=True)
     resumed(directory / "deepseek_v3", results / "resumed", batch, saves, resumes)
     steps = {kind: one_step(directory / kind, results / kind, batch, found) for kind, found in layouts.items()}
-    return {**steps, "refused": refusals(directory / "qwen3_moe", refused)}
+    kept = frozen(directory / "qwen3_moe", batch, {library: options for library, _, options in saves.values()})
+    return {**steps, "frozen": kept, "refused": refusals(directory / "qwen3_moe", refused)}
 
 
 def synced(directory: Path, results: Path, trainers: dict) -> dict:
