@@ -31,6 +31,11 @@ LAYOUTS = {  # over 4 ranks, by family: library (or with the experts of another 
             {"tensor": 2, "expert": 2, "sequence_parallel": True, "token_dispatcher": "allgather"},
             {"zero_stage": 0},
         ),
+        "megatron, sequence parallel": (
+            "megatron",
+            {"tensor": 2, "expert": 2, "sequence_parallel": True},
+            {"zero_stage": 0, "recompute": "full"},
+        ),
         "megatron, context 2, expert 2": ("megatron", {"context": 2, "expert": 2}, {"zero_stage": 0}),
         "deepspeed, ZeRO 0, expert 4": ("deepspeed", {"expert": 4}, {"zero_stage": 0}),
         "deepspeed, ZeRO 2, tensor 2, expert 2": ("deepspeed", {"tensor": 2, "expert": 2}, {"zero_stage": 2}),
