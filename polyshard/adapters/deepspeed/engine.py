@@ -25,13 +25,12 @@ from polyshard.adapters.deepspeed.compat import (
     zero_fragments,
 )
 from polyshard.adapters.deepspeed.context import Mpu, check_accelerator
-from polyshard.adapters.deepspeed.experts_compat import marked_as_experts, set_expert_groups, split_groups
+from polyshard.adapters.deepspeed.expert_training import ExpertTraining
 from polyshard.adapters.deepspeed.pipeline import SETTINGS as PIPELINE_SETTINGS
 from polyshard.adapters.deepspeed.pipeline import DeepspeedPipeline, check_pipeline
 from polyshard.adapters.deepspeed.pipeline_compat import accumulated_gradient, reduce_gradients, take_step
 from polyshard.adapters.deepspeed.settings import (
     check_config,
-    check_experts,
     check_precision,
     engine_settings,
     with_offload,
@@ -39,7 +38,6 @@ from polyshard.adapters.deepspeed.settings import (
 )
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
-from polyshard.adapters.shared.expert_parameters import distributed_experts
 from polyshard.adapters.shared.grad_norm import counted_parts, scale_gradients, unsharded_norm
 from polyshard.adapters.shared.offload import Offload, check_offload
 from polyshard.adapters.shared.quiet import printing_as_log
@@ -120,7 +118,6 @@ class DeepspeedEngine(BaseEngine):
         )
         model = self._module
         check_precision(self.precision, zero_stage, config or {})
-        check_experts(zero_stage, self._stages is not None, distributed_experts(self.table, context))
         self._stage = zero_stage
         self._pipeline: DeepspeedPipeline | None = None
         if self._stages is not None:
@@ -135,21 +132,14 @@ class DeepspeedEngine(BaseEngine):
         if check_offload(offload, context.device, zero_stage > 0, "zero_stage 1 to 3"):
             settings = with_offload(settings, context.device)
         forget_autocast()
-        names, expert_size = distributed_experts(self.table, context), context.axis("expert").size
-        experts = [parameter for name, parameter in model.named_parameters() if name in names]
-        self._forget_groups = set_expert_groups(context) if experts else None
+        self._experts = ExpertTraining(model, self.table, context, zero_stage, in_pipeline=self._stages is not None)
         built = self._build(optimizer, model.named_parameters(), held="flat" if zero_stage else "whole")
-        split_groups(built, experts, expert_size)
-        # DeepSpeed divides the summed gradients of experts by the number of all replicas (engine.py and
-        # stage_1_and_2.py, 0.19.8), and polyshard's experts theirs by the size of the expert axis.
-        self._hooks = [p.register_hook(lambda gradient: gradient * expert_size) for p in experts if p.requires_grad]
-        marked = marked_as_experts(model, experts, expert_size)
-        with self._guard("data parallel setup"), printing_as_log(logger, "DeepSpeed"), marked:
+        with self._guard("data parallel setup"), printing_as_log(logger, "DeepSpeed"), self._experts.marked():
             initialize: Any = deepspeed.initialize
             self._wrapped, self.optimizer, _, _ = initialize(
                 model=model if self._pipeline is None else self._pipeline.module,
                 model_parameters=[p for p in model.parameters() if p.requires_grad],
-                optimizer=built,
+                optimizer=self._experts.split(built),
                 config=settings,
                 mpu=Mpu(context) if self._pipeline is None else None,  # a PipelineModule has its own
                 dist_init_required=False,
@@ -285,10 +275,7 @@ class DeepspeedEngine(BaseEngine):
         self._undo_recomputation()
         self._undo_compile()
         self._wrapped.destroy()
-        for hook in self._hooks:
-            hook.remove()
-        if self._forget_groups is not None:
-            self._forget_groups()
+        self._experts.close()
         forget_mpu()
 
     def _base_optimizers(self) -> list[Any]:

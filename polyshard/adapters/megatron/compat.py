@@ -10,7 +10,7 @@ import inspect
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,7 +47,6 @@ __all__ = [
     "OptimizerConfig",
     "RowParallelLinear",
     "VocabParallelEmbedding",
-    "average_expert_gradients",
     "base_optimizers",
     "count_gradients",
     "cuda_as_cpu",
@@ -55,7 +54,6 @@ __all__ = [
     "get_megatron_optimizer",
     "group_overrides",
     "layer_config",
-    "mark_experts",
     "optimizer_part",
     "sequence_parallel_state",
     "skip_infinite_gradients",
@@ -126,23 +124,6 @@ def base_optimizers(optimizer: Any) -> list[Any]:
 
 def _holders(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
-
-
-def mark_experts(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Let Megatron average the gradients of experts over the ranks that hold them, before it wraps the model."""
-    for parameter in parameters:
-        parameter.allreduce = False  # pyrefly: ignore  # Megatron's attribute
-
-
-def average_expert_gradients(chunk: Any, holders: int) -> None:
-    """Let a chunk divide the summed gradients of experts by the number of ranks that hold them.
-
-    Megatron divides them by the number of all replicas (distributed_data_parallel.py:287, 0.16.1), since the backward
-    pass adds up the tokens of the expert axis. polyshard's experts have divided their gradients by that axis' size.
-    """
-    for buffer in chunk.expert_parallel_buffers:
-        for bucket in buffer.buckets:
-            bucket.gradient_scaling_factor = 1.0 / holders
 
 
 def group_overrides(settings: Mapping[torch.nn.Parameter, GroupSettings | None], lr: float) -> dict[Any, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from polyshard.adapters.megatron import compat
+from polyshard.adapters.megatron.experts_compat import average_expert_gradients, mark_experts
 from polyshard.adapters.megatron.model_groups import ModelGroups
 from polyshard.adapters.megatron.optimizer import own_optimizer
 from polyshard.adapters.megatron.pipeline import MegatronPipeline
@@ -104,7 +105,7 @@ class MegatronEngine(BaseEngine):
         check_loss_scale(self.precision, experts)
         holders = context.axis("expert_replica") if experts else replica_axis(context)
         self._groups = ModelGroups.of(context)
-        compat.mark_experts(parameter for name, parameter in model.named_parameters() if name in experts)
+        mark_experts(parameter for name, parameter in model.named_parameters() if name in experts)
         groups = process_groups(
             tensor=context.get_tensor_parallel_group(),
             data=replica_axis(context).group,
@@ -153,7 +154,7 @@ class MegatronEngine(BaseEngine):
                 for module in ([model] if self._pipeline is None else self._pipeline.modules)
             ]
             for chunk in self._chunks:
-                compat.average_expert_gradients(chunk, holders.size)
+                average_expert_gradients(chunk, holders.size)
             self._wrapped = self._chunks[0]
             self.optimizer = compat.get_megatron_optimizer(
                 settings,

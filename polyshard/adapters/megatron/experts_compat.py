@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -136,6 +136,23 @@ def run_experts(
         weights[f"local_experts.{index}.linear_fc2.weight"] = second
     output, _ = functional_call(experts, weights, (rows, counts, probabilities))
     return output
+
+
+def mark_experts(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Let Megatron average the gradients of experts over the ranks that hold them, before it wraps the model."""
+    for parameter in parameters:
+        parameter.allreduce = False  # pyrefly: ignore  # Megatron's attribute
+
+
+def average_expert_gradients(chunk: Any, holders: int) -> None:
+    """Let a chunk divide the summed gradients of experts by the number of ranks that hold them.
+
+    Megatron divides them by the number of all replicas (distributed_data_parallel.py:287, 0.16.1), since the backward
+    pass adds up the tokens of the expert axis. polyshard's experts have divided their gradients by that axis' size.
+    """
+    for buffer in chunk.expert_parallel_buffers:
+        for bucket in buffer.buckets:
+            bucket.gradient_scaling_factor = 1.0 / holders
 
 
 @contextlib.contextmanager
