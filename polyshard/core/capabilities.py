@@ -79,7 +79,7 @@ def no(whose: Whose, reason: str) -> Support:
 
     Examples:
         >>> no("notyet", "the library has no ZeRO stage 3")
-        Support(available=False, reason='the library has no ZeRO stage 3', whose='notyet')
+        Support(available=False, reason='the library has no ZeRO stage 3', whose='notyet', without=())
     """
     return Support(False, reason, whose)
 
