@@ -46,8 +46,9 @@ class Support:
 
     Attributes:
         available: whether the feature can be used.
-        reason: why it is not available.
+        reason: why it is not available; of an available feature, what part of the library provides it, or nothing.
         whose: the category of the reason: `notimpl`, `notyet` or `never`.
+        without: features with which this one cannot be combined.
 
     Raises:
         ValueError: an unavailable feature without a reason or a category.
@@ -60,6 +61,7 @@ class Support:
     available: bool
     reason: str = ""
     whose: Whose | None = None
+    without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.available and not (self.reason and self.whose):
@@ -77,7 +79,7 @@ def no(whose: Whose, reason: str) -> Support:
 
     Examples:
         >>> no("notyet", "the library has no ZeRO stage 3")
-        Support(available=False, reason='the library has no ZeRO stage 3', whose='notyet')
+        Support(available=False, reason='the library has no ZeRO stage 3', whose='notyet', without=())
     """
     return Support(False, reason, whose)
 

@@ -60,7 +60,8 @@ def mixture_of_experts(
 ) -> MixtureOfExperts:
     """Create a mixture-of-experts layer whose experts are sharded over the expert axis, and each over the tensor axis.
 
-    No token is dropped. Each token's outputs are added in float32, in the order of descending scores.
+    No token is dropped. The outputs of a token are added in float32, in the order of descending scores; Megatron's
+    experts add them in their dtype, in the order of the experts.
 
     Args:
         hidden_size: size of the input's and the output's last dimension.

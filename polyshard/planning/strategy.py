@@ -111,10 +111,14 @@ def reason_against(strategy: Strategy, capabilities: Capabilities, schedules: Se
         capabilities: of the adapter.
         schedules: the adapter's pipeline schedules.
     """
-    for feature in strategy.features():
+    wanted = strategy.features()
+    for feature in wanted:
         support = capabilities[feature]
         if not support.available:
             return f"{feature}: {support.reason}"
+        for other in support.without:
+            if other in wanted:
+                return f"{feature}: not with {other}"
     if strategy.layout.pipeline > 1 and strategy.schedule not in schedules:
         return f"{strategy.schedule}: its pipelines run {', '.join(schedules)}"
     return None

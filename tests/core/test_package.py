@@ -76,8 +76,8 @@ def test_every_adapter_answers_for_every_capability(name):
 
 
 def test_what_an_adapter_cannot_do_is_refused_with_the_reason():
-    with pytest.raises(ps.AdapterError, match=r"Adapter 'fairscale' does not support expert parallel.*: .*\(notimpl\)"):
-        ps.load_adapter("fairscale").initialize(ps.ParallelLayout(data=2, expert=2))
+    with pytest.raises(ps.AdapterError, match=r"Adapter 'fairscale' does not support sequence parallel.*: .*\(never\)"):
+        ps.load_adapter("fairscale").initialize(ps.ParallelLayout(tensor=2, sequence_parallel=True))
     with pytest.raises(ps.AdapterError, match="does not initialize training processes"):
         ps.initialize("vllm")
 

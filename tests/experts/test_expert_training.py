@@ -8,10 +8,11 @@ from support.oracles.transformers_reference import FLOOR, MARGIN, batch, relativ
 from support.workers.experts import RATE, trained
 from torch.nn import functional as F
 
+import polyshard as ps
 from polyshard.launch.ranks import run_ranks
 
 FSDP = {"data_parallel": "fsdp"}
-LAYOUTS = {  # over 4 ranks, by family: adapter, sizes, and options of the engine
+LAYOUTS = {  # over 4 ranks, by family: library (or with the experts of another one), sizes, and options of the engine
     "qwen3_moe": {
         "experts on each rank": ("torch", {}, {}),
         "expert 2": ("torch", {"expert": 2}, {"recompute": "full"}),
@@ -24,17 +25,49 @@ LAYOUTS = {  # over 4 ranks, by family: adapter, sizes, and options of the engin
         "megatron": ("megatron", {"tensor": 2}, {"zero_stage": 0}),
         "deepspeed": ("deepspeed", {"tensor": 2}, {"zero_stage": 2}),
         "fairscale": ("fairscale", {"tensor": 2}, {"zero_stage": 1}),
+        "megatron, expert 4": ("megatron", {"expert": 4}, {"zero_stage": 0, "recompute": "full"}),
+        "megatron, sequence parallel, all-gather": (
+            "megatron",
+            {"tensor": 2, "expert": 2, "sequence_parallel": True, "token_dispatcher": "allgather"},
+            {"zero_stage": 0},
+        ),
+        "megatron, sequence parallel": (
+            "megatron",
+            {"tensor": 2, "expert": 2, "sequence_parallel": True},
+            {"zero_stage": 0, "recompute": "full"},
+        ),
+        "megatron, context 2, expert 2": ("megatron", {"context": 2, "expert": 2}, {"zero_stage": 0}),
+        "deepspeed, ZeRO 0, expert 4": ("deepspeed", {"expert": 4}, {"zero_stage": 0}),
+        "deepspeed, ZeRO 2, tensor 2, expert 2": ("deepspeed", {"tensor": 2, "expert": 2}, {"zero_stage": 2}),
+        "fairscale, stage 1, context 2, expert 2": ("fairscale", {"context": 2, "expert": 2}, {"zero_stage": 1}),
+        "fairscale, stage 2, expert 4": ("fairscale", {"expert": 4}, {"zero_stage": 2}),
+        "torch's experts in megatron": ("megatron+torch", {"tensor": 2, "expert": 2}, {"zero_stage": 0}),
+        "deepspeed's experts in torch, fsdp": ("torch+deepspeed", {"expert": 2}, FSDP),
     },
     "deepseek_v3": {"tensor 2, expert 2": ("torch", {"tensor": 2, "expert": 2}, {})},
     "gpt_oss": {
         "tensor 2, expert 2": ("torch", {"tensor": 2, "expert": 2}, {}),
         "fsdp": ("torch", {"expert": 4}, FSDP),
+        "deepspeed, ZeRO 1, expert 2": ("deepspeed", {"expert": 2}, {"zero_stage": 1}),
     },
 }
-RESUMES = {
-    "tensor 2, expert 2": ({"tensor": 2, "expert": 2}, {}),
-    "expert 4": ({"expert": 4}, {}),
-    "fsdp, expert 2": ({"expert": 2}, FSDP),
+SAVES = {
+    "torch": ("torch", {"tensor": 2, "expert": 2}, {}),
+    "megatron": ("megatron", {"tensor": 2, "expert": 2}, {"zero_stage": 1}),
+    "deepspeed": ("deepspeed", {"expert": 2}, {"zero_stage": 2}),
+    "fairscale": ("fairscale", {"tensor": 2, "expert": 2}, {"zero_stage": 2}),
+}
+RESUMES = {  # the saved state, and the layout that continues with it
+    **{f"{name} in the same layout": (name, layout) for name, layout in SAVES.items()},
+    "torch, expert 4": ("torch", ("torch", {"expert": 4}, {})),
+    "fairscale from megatron": ("megatron", ("fairscale", {"expert": 4}, {"zero_stage": 1})),
+    "torch, fsdp, from fairscale": ("fairscale", ("torch", {"expert": 2}, FSDP)),
+    "megatron from deepspeed": ("deepspeed", ("megatron", {"expert": 4}, {"zero_stage": 1})),
+    "deepspeed from torch": ("torch", ("deepspeed", {"tensor": 2, "expert": 2}, {"zero_stage": 1})),
+}
+REFUSED = {  # library, sizes, dtype of the model, options of the engine, and the error
+    "deepspeed, ZeRO 3": ("deepspeed", {"expert": 2}, torch.float32, {"zero_stage": 3}, "shard every expert over all"),
+    "megatron, float16": ("megatron", {"expert": 2}, torch.float16, {}, "have separate loss scales"),
 }
 
 
@@ -44,7 +77,8 @@ def runs(tmp_path_factory):
     for kind in LAYOUTS:
         save_moe(directory / kind, kind)
     rows = batch(vocab=VOCAB, rows=4, length=16)
-    found = run_ranks(trained, 4, directory, results, rows, LAYOUTS, RESUMES, timeout=240)
+    refused = {name: tuple(case) for name, (*case, _) in REFUSED.items()}
+    found = run_ranks(trained, 4, directory, results, rows, LAYOUTS, SAVES, RESUMES, refused, timeout=240)
     references = {
         kind: (step(directory / kind, rows, torch.float64), step(directory / kind, rows, torch.float32))
         for kind in LAYOUTS
@@ -77,16 +111,33 @@ def test_step_equals_transformers(runs, kind, name):
         assert relative_error(weights[n], exact[n]) < MARGIN * worst + FLOOR, n
 
 
-def test_training_resumes_with_the_same_bits(runs):
-    straight, same = (runs[0] / "resumed" / name / "model.safetensors" for name in ("straight", "tensor 2, expert 2"))
+@pytest.mark.parametrize("name", SAVES)
+def test_training_resumes_with_the_same_bits(runs, name):
+    straight, same = (runs[0] / "resumed" / run / "model.safetensors" for run in (name, f"{name} in the same layout"))
     assert straight.read_bytes() == same.read_bytes()
 
 
-@pytest.mark.parametrize("name", [name for name in RESUMES if name != "tensor 2, expert 2"])
-def test_training_resumes_in_another_layout(runs, name):
+@pytest.mark.parametrize("name", [name for name in RESUMES if "same layout" not in name])
+def test_training_resumes_in_another_layout_and_library(runs, name):
     results, start = runs[0] / "resumed", runs[3]
-    straight, other = (load_file(results / n / "model.safetensors") for n in ("straight", name))
+    straight, other = (load_file(results / n / "model.safetensors") for n in (RESUMES[name][0], name))
     assert set(straight) == set(other)
     for n, weight in straight.items():
         # Adam divides small gradients by small numbers, so single elements differ more than their rounding.
         assert (other[n] - weight).norm() < 1e-3 * (weight - start[n]).norm(), n
+
+
+@pytest.mark.parametrize("library", SAVES)
+def test_frozen_experts_keep_their_weights(runs, library):
+    assert all(rank["frozen"][library] for rank in runs[1])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_library_cannot_train_is_refused(runs, name):
+    for rank in runs[1]:
+        assert REFUSED[name][-1] in rank["refused"][name]
+
+
+def test_unknown_token_dispatchers_are_refused():
+    with pytest.raises(ps.ConfigurationError, match="got 'flex', expected 'alltoall' or 'allgather'"):
+        ps.initialize("megatron", token_dispatcher="flex")

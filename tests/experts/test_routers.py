@@ -181,8 +181,17 @@ def test_recomputation_replays_the_experts_of_its_forward_pass():
 
 
 def test_engines_that_average_experts_over_all_replicas_refuse_distributed_ones():
+    from polyshard.adapters.fairscale.engine import FairscaleEngine
+
+    class AveragingEngine(FairscaleEngine):
+        _trains_distributed_experts = False
+
     axes = {"expert": ParallelAxis(name="expert", ranks=(0, 1))}
     context = ps.GroupContext(layout=CONTEXT.layout, device=CONTEXT.device, linear=CONTEXT.linear, axes=axes)
     experts = ps.mixture_of_experts(HIDDEN, SIZE, EXPERTS, 2, context)
-    with pytest.raises(ps.ConfigurationError, match="FairscaleEngine cannot train experts that are distributed"):
-        ps.load_adapter("fairscale").engine(experts, ps.AdamW(), context)
+    with pytest.raises(ps.ConfigurationError, match="AveragingEngine cannot train experts that are distributed"):
+        AveragingEngine(experts, ps.AdamW(), context)
+    with pytest.raises(ps.ConfigurationError, match=r"Use polyshard.initialize\('fairscale', ...\)"):
+        FairscaleEngine(experts, ps.AdamW(), context)
+    with pytest.raises(ps.AdapterError, match=r"Use polyshard.initialize\('megatron', ...\)"):
+        ps.mixture_of_experts(HIDDEN, SIZE, EXPERTS, 2, context, linear=ps.load_adapter("megatron").linear)

@@ -14,7 +14,7 @@ from polyshard.planning import planner
 from polyshard.planning.contexts import planned_context
 from polyshard.planning.decoder import PlannedDecoder, _settings
 from polyshard.planning.memory import passes_under_way
-from polyshard.planning.strategy import MASTERS, Strategy, strategies
+from polyshard.planning.strategy import MASTERS, Strategy, reason_against, strategies
 
 GIB = 2**30
 DEEPSEEK_V3 = {
@@ -89,6 +89,11 @@ def test_published_layouts_fit_where_they_ran(name, factory):
     assert 20 * GIB < fits.memory.total < 74 * GIB
     # The full model does not fit on one GPU, nor do its optimizer states without ZeRO.
     assert fits.memory.parameters + fits.memory.optimizer < 80 * 10**9 < 2 * found.parameters
+
+
+def test_features_that_a_library_does_not_combine_are_refused():
+    strategy = Strategy(layout=ps.ParallelLayout(data=2, expert=2), sharding="zero3")
+    assert reason_against(strategy, ps.load_adapter("deepspeed").capabilities) == "expert: not with zero3"
 
 
 def test_layouts_that_no_adapter_can_run_are_refused_with_the_adapters_reasons():

@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from support.models import experts
 from support.models.tiny import save_tiny
+from support.workers.experts import build as build_moe
 from support.workers.monitored import SLOW, monitored
 from support.workers.on_ranks import build
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -36,6 +38,19 @@ def test_flops_are_those_that_torch_counts_in_transformers(tmp_path, tied):
     for parameter in engine.module.parameters():
         parameter.requires_grad_(False)
     assert ps.model_flops(engine).per_token * 3 == flops.per_token * 2
+
+
+def test_flops_of_experts_are_those_of_the_experts_that_tokens_take(tmp_path):
+    directory = experts.save_moe(tmp_path / "model", "qwen3_moe")
+    ids = torch.arange(24).reshape(1, 24)
+    with FlopCounterMode(display=False) as counter:
+        experts.load_reference(directory, torch.float32)(ids, labels=ids).loss.backward()
+
+    context = ps.initialize("torch")
+    engine = ps.load_adapter("torch").engine(build_moe(directory, context), ps.AdamW(), context)
+    flops = ps.model_flops(engine)
+    unmasked = replace(flops, attention=tuple(replace(spec, causal=False) for spec in flops.attention))
+    assert unmasked([24]) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -11,7 +11,7 @@ from polyshard.adapters.deepspeed.linear import DeepspeedLinearAdapter
 from polyshard.adapters.shared.base_adapter import BaseAdapter
 from polyshard.convert.format import CheckpointFormat
 from polyshard.core.adapter import OptimizerFactory
-from polyshard.core.capabilities import YES, Capabilities, no
+from polyshard.core.capabilities import YES, Capabilities, Support, no
 from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.requirement import Requirement
 
@@ -30,7 +30,11 @@ CAPABILITIES = Capabilities(
         "zero3": YES,
         "pipeline": YES,
         "context": YES,
-        "expert": no("notimpl", "its expert groups are not wired up: experts are replicated over the data axis"),
+        "expert": Support(
+            True,
+            "experts and exchange of its AutoEP for SwiGLU experts, torch's experts for others",
+            without=("zero3", "pipeline"),
+        ),
         "casts": YES,
         "masters": YES,
         "float16": no("notyet", "its loss scaling does not run on CPU, and has not been tested on CUDA"),

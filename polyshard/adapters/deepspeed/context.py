@@ -16,7 +16,7 @@ def adopt(context: ParallelContext, linear: Any) -> GroupContext:
     """Return a context with DeepSpeed's layers, in training mode until shutdown, on the process groups of `context`."""
     from polyshard.adapters.deepspeed import compat
 
-    adopted = with_groups(group_context(context), ("tensor", "data"))
+    adopted = with_groups(group_context(context), ("tensor", "data", "expert_replica"))
     compat.init_communication()
     restore = compat.enter_training_mode()
     return dataclasses.replace(adopted, linear=linear, on_shutdown=(restore, *adopted.on_shutdown))

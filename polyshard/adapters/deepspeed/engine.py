@@ -25,6 +25,7 @@ from polyshard.adapters.deepspeed.compat import (
     zero_fragments,
 )
 from polyshard.adapters.deepspeed.context import Mpu, check_accelerator
+from polyshard.adapters.deepspeed.expert_training import ExpertTraining
 from polyshard.adapters.deepspeed.pipeline import SETTINGS as PIPELINE_SETTINGS
 from polyshard.adapters.deepspeed.pipeline import DeepspeedPipeline, check_pipeline
 from polyshard.adapters.deepspeed.pipeline_compat import accumulated_gradient, reduce_gradients, take_step
@@ -43,7 +44,7 @@ from polyshard.adapters.shared.quiet import printing_as_log
 from polyshard.adapters.shared.tied_weights import copy_from_owners, sum_over_copies
 from polyshard.adapters.shared.weights import check_shard
 from polyshard.core.adapter import OptimizerFactory, StepResult
-from polyshard.core.context import ParallelContext, replica_axis
+from polyshard.core.context import ParallelContext, holder_axis, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision
@@ -82,6 +83,8 @@ class DeepspeedEngine(BaseEngine):
         ConfigurationError: an unknown stage; or in `config` gradient accumulation, a scheduler or an optimizer.
     """
 
+    _trains_distributed_experts = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -115,7 +118,6 @@ class DeepspeedEngine(BaseEngine):
         )
         model = self._module
         check_precision(self.precision, zero_stage, config or {})
-        model = self._module
         self._stage = zero_stage
         self._pipeline: DeepspeedPipeline | None = None
         if self._stages is not None:
@@ -130,12 +132,14 @@ class DeepspeedEngine(BaseEngine):
         if check_offload(offload, context.device, zero_stage > 0, "zero_stage 1 to 3"):
             settings = with_offload(settings, context.device)
         forget_autocast()
-        with self._guard("data parallel setup"), printing_as_log(logger, "DeepSpeed"):
+        self._experts = ExpertTraining(model, self.table, context, zero_stage, in_pipeline=self._stages is not None)
+        built = self._build(optimizer, model.named_parameters(), held="flat" if zero_stage else "whole")
+        with self._guard("data parallel setup"), printing_as_log(logger, "DeepSpeed"), self._experts.marked():
             initialize: Any = deepspeed.initialize
             self._wrapped, self.optimizer, _, _ = initialize(
                 model=model if self._pipeline is None else self._pipeline.module,
                 model_parameters=[p for p in model.parameters() if p.requires_grad],
-                optimizer=self._build(optimizer, model.named_parameters(), held="flat" if zero_stage else "whole"),
+                optimizer=self._experts.split(built),
                 config=settings,
                 mpu=Mpu(context) if self._pipeline is None else None,  # a PipelineModule has its own
                 dist_init_required=False,
@@ -232,8 +236,8 @@ class DeepspeedEngine(BaseEngine):
 
     def weight_pieces(self) -> Iterator[Piece]:
         """Yield this rank's piece of every parameter; at stage 3 its partition."""
-        axis = replica_axis(self.context)
         for name, parameter in self._module.named_parameters():
+            axis = holder_axis(self.context, self.table[name].layout)
             if self._stage == 3:
                 start, values = partition(parameter, axis.rank)
                 yield Piece(parameter=name, slot=WEIGHT, start=start, values=values)
@@ -251,10 +255,10 @@ class DeepspeedEngine(BaseEngine):
 
     def optimizer_state(self) -> OptimizerState:
         """Return this rank's pieces of the optimizer state; at stage 0 every rank holds the full state."""
-        axis = replica_axis(self.context)
         base = base_optimizer(self.optimizer)
         pieces: list[Piece] = []
         for name, parameter in self._module.named_parameters():
+            axis = holder_axis(self.context, self.table[name].layout)
             if self._stage == 0:
                 pieces += [
                     replicated_piece(name, slot, value, axis)
@@ -271,10 +275,11 @@ class DeepspeedEngine(BaseEngine):
         self._undo_recomputation()
         self._undo_compile()
         self._wrapped.destroy()
+        self._experts.close()
         forget_mpu()
 
-    def _base_optimizer(self) -> Any:
-        return base_optimizer(self.optimizer)
+    def _base_optimizers(self) -> list[Any]:
+        return [base_optimizer(self.optimizer)]
 
     def _fragments(self, parameter: nn.Parameter) -> Iterator[tuple[str, int, torch.Tensor]]:
         base, rank = base_optimizer(self.optimizer), replica_axis(self.context).rank

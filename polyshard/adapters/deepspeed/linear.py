@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from polyshard.core.context import ParallelContext
+from polyshard.core.discovery import load_adapter
+from polyshard.core.experts import ExpertBank
 from polyshard.layers.head import PaddedHead, padded_size, tied_weight
 
 logger = logging.getLogger(__name__)
@@ -85,6 +87,16 @@ class DeepspeedLinearAdapter:
             layer.weight = tied_weight(tied_to)
         return PaddedHead(layer, vocab_size, axis)
 
+    def create_experts(self, bank: ExpertBank, parallel_context: ParallelContext) -> nn.Module:
+        """Return DeepSpeed's dropless experts; torch's for experts that polyshard does not build with DeepSpeed's."""
+        reason = _lacks(bank, parallel_context)
+        if reason is not None:
+            logger.info("torch's experts are used, not DeepSpeed's: %s", reason)
+            return load_adapter("torch").linear.create_experts(bank, parallel_context)
+        from polyshard.adapters.deepspeed.experts import DeepspeedExperts
+
+        return DeepspeedExperts(bank, parallel_context)
+
     def vocab_parallel_cross_entropy(
         self,
         logits: torch.Tensor,
@@ -114,3 +126,16 @@ class DeepspeedLinearAdapter:
             reduction="none",
         )
         return losses.view(targets.shape)
+
+
+def _lacks(bank: ExpertBank, context: ParallelContext) -> str | None:
+    """Return why DeepSpeed's experts cannot compute a bank; None if they can."""
+    if context.exact is not None:
+        return "exact mode replaces the matrix products of torch's"
+    if bank.activation != "silu" or bank.bias or bank.scale_input:
+        return "polyshard builds DeepSpeed's for SwiGLU without biases and scaled inputs only"
+    if bank.storage.stacked is not None:
+        return "DeepSpeed's weights are stored expert by expert"
+    if context.layout.sequence_parallel and context.axis("tensor").size > 1:
+        return "DeepSpeed has no sequence parallel"
+    return None

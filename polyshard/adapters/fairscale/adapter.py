@@ -11,7 +11,7 @@ from polyshard.adapters.fairscale.linear import FairscaleLinearAdapter
 from polyshard.adapters.shared.base_adapter import BaseAdapter
 from polyshard.convert.format import CheckpointFormat
 from polyshard.core.adapter import OptimizerFactory
-from polyshard.core.capabilities import YES, Capabilities, no
+from polyshard.core.capabilities import YES, Capabilities, Support, no
 from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.pipeline_plan import SCHEDULES
 from polyshard.core.requirement import Requirement
@@ -31,7 +31,9 @@ CAPABILITIES = Capabilities(
         "zero3": no("never", "FairScale's stage 3 is its FullyShardedDataParallel"),
         "pipeline": YES,
         "context": YES,
-        "expert": no("notimpl", "it averages all gradients over the data axis: experts are replicated over it"),
+        "expert": Support(
+            True, "torch's experts, with OSS over the ranks that hold the same ones; its own MOELayer has a capacity"
+        ),
         "casts": YES,
         "masters": YES,
         "float16": YES,

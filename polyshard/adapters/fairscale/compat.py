@@ -52,14 +52,16 @@ def sharded_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def sharded_data_parallel(
-    model: nn.Module, optimizer: OSS, group: Any, options: Mapping[str, Any]
+    model: nn.Module, optimizer: OSS, group: Any, options: Mapping[str, Any], *, sync_models: bool
 ) -> ShardedDataParallel:
     """Return ShardedDataParallel that keeps the gradients it owns on a group that is not the world.
+
+    It reduces the gradients of the optimizer's parameters; `sync_models` gives every rank all weights of the first one.
 
     sharded_ddp.py:431 compares `dst_rank`, a rank within the group, with `_global_rank`, and drops the gradients that
     this rank owns if the two differ. Training with tensor parallelism would then be silently wrong. The attribute is
     read nowhere else. `tests/adapters/test_fairscale.py` fails when FairScale no longer needs this.
     """
-    sharded = ShardedDataParallel(model, optimizer, process_group=group, **options)
+    sharded = ShardedDataParallel(model, optimizer, process_group=group, sync_models_at_startup=sync_models, **options)
     sharded._global_rank = sharded._rank
     return sharded

@@ -18,7 +18,7 @@ def adopt(context: ParallelContext, linear: Any) -> GroupContext:
     """
     from polyshard.adapters.fairscale import compat
 
-    adopted = with_groups(group_context(context), ("tensor", "data"))
+    adopted = with_groups(group_context(context), ("tensor", "data", "expert_replica"))
     group, previous = adopted.axis("tensor").group, compat.get_group()
     if previous is not None and not is_alive(previous):
         previous = None  # a serving engine destroys its groups without notice

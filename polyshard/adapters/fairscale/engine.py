@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -12,10 +11,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from polyshard.adapters.fairscale.adapter import CAPABILITIES
-from polyshard.adapters.fairscale.compat import OSS, sharded_data_parallel, sharded_options
-from polyshard.adapters.fairscale.masters import OptimizerWithMasters
+from polyshard.adapters.fairscale.compat import sharded_data_parallel, sharded_options
+from polyshard.adapters.fairscale.optimizers import ShardedOptimizers
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
+from polyshard.adapters.shared.expert_gradients import ExpertGradients, group_of_each, ignore_in_ddp
+from polyshard.adapters.shared.expert_parameters import distributed_experts
 from polyshard.adapters.shared.grad_norm import counted_square, over_stages
 from polyshard.adapters.shared.masters import Masters, broadcast_parameters
 from polyshard.adapters.shared.options import ddp_options as checked_ddp_options
@@ -56,6 +57,8 @@ class FairscaleEngine(BaseEngine):
         ddp_options: arguments of torch's DistributedDataParallel at stage 1, of ShardedDataParallel at stage 2, such as
             `reduce_buffer_size`.
     """
+
+    _trains_distributed_experts = True
 
     def __init__(
         self,
@@ -98,32 +101,40 @@ class FairscaleEngine(BaseEngine):
         model = self._module
         template = self._build(optimizer, model.named_parameters(), held="whole")
         group = replica_axis(context).group
-        optimizer_class: Any = type(template)
-        accepted = inspect.signature(optimizer_class).parameters  # defaults contain more than these
-        settings = {name: value for name, value in template.defaults.items() if name in accepted}
-        if self.precision.has_masters:
-            settings |= {"inner": optimizer_class, "dtype": self.precision.optimizer}
-            optimizer_class = OptimizerWithMasters
-        self.optimizer = OSS(template.param_groups, optim=optimizer_class, group=group, **settings)
+        self._distributed = distributed_experts(self.table, context)
+        experts = [p for name, p in model.named_parameters() if name in self._distributed and p.requires_grad]
+        holders = context.axis("expert_replica")
+        self.optimizer = ShardedOptimizers(template, self.precision, group, experts, holders.group)
         self._start_rate()
         # In stage 2 only the rank that owns the optimizer state of a parameter keeps its gradient.
         self._owned_only = zero_stage == 2 and replica_axis(context).size > 1
         self._pipeline = None if self._stages is None else self._start_pipeline(self._stages, recompute)
-        if self._pipeline is None:
-            with self._guard("data parallel setup"):
-                self._wrapped = (
-                    sharded_data_parallel(model, self.optimizer, group, ddp)
-                    if zero_stage == 2
-                    else DistributedDataParallel(model, process_group=group, **ddp)
-                )
+        self._syncs = True  # False while all but the last micro-batch accumulate
+        with self._guard("data parallel setup"):
+            self._experts = ExpertGradients(model.named_parameters(), self._distributed, holders, self._guard)
+            if self._pipeline is None:
+                self._wrapped = self._data_parallel(model, zero_stage, ddp)
+
+    def _data_parallel(self, model: nn.Module, zero_stage: int, options: dict[str, Any]) -> Any:
+        """Wrap the model, without distributed experts, whose gradients `ExpertGradients` averages."""
+        replicas = replica_axis(self.context)
+        if zero_stage == 2:
+            if self._distributed:  # the wrapper would send the first replica's experts to all
+                broadcast_parameters(model, replicas.group, replicas.ranks, without=self._distributed)
+            return sharded_data_parallel(
+                model, self.optimizer.dense, replicas.group, options, sync_models=not self._distributed
+            )
+        if self._distributed:
+            ignore_in_ddp(model, self._distributed)
+        return DistributedDataParallel(model, process_group=replicas.group, **options)
 
     def _start_pipeline(self, stages: Stages, recompute: Recompute) -> PipelineTraining:
         replicas = replica_axis(self.context)
         with self._guard("data parallel setup"):
-            broadcast_parameters(self._module, replicas.group, replicas.ranks)
+            broadcast_parameters(self._module, replicas.group, replicas.ranks, without=self._distributed)
         # Each parameter stands for itself: OSS keeps the masters of narrow ones.
         own = Masters(self._module.named_parameters(), self.precision.parameters)
-        groups = {name: replicas.group for name, _ in self._module.named_parameters()}
+        groups = group_of_each(self.table, self.context)
         reducer = GradientReducer(self._module.named_parameters(), own, self.precision.reduce, groups)
         return PipelineTraining(
             stages,
@@ -142,6 +153,8 @@ class FairscaleEngine(BaseEngine):
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients, averaged over the replicas."""
         super().backward(self._scaled(loss))
+        if self._distributed and self._syncs:
+            self._experts.average()
 
     def step(self) -> StepResult:
         """Clip, update, and clear the gradients; a gradient that is not finite skips the update with a warning."""
@@ -153,69 +166,88 @@ class FairscaleEngine(BaseEngine):
     def zero_grad(self) -> None:
         """Clear accumulated gradients."""
         self._wrapped.zero_grad(set_to_none=True)  # the stages themselves in a pipeline
+        for name, parameter in self._module.named_parameters():
+            if name in self._distributed:  # ShardedDataParallel clears its own
+                parameter.grad = None
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Return a context manager for all micro-batches except the last."""
         self._refuse_in_pipeline("accumulate()")
-        return self._wrapped.no_sync()
+        return self._without_sync()
+
+    @contextmanager
+    def _without_sync(self) -> Iterator[None]:
+        self._syncs = False
+        try:
+            with self._wrapped.no_sync():
+                yield
+        finally:
+            self._syncs = True
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load tensor-parallel shards into the parameters."""
         self.updates += 1
-        inner, parameters = self.optimizer.optim, dict(self._module.named_parameters())
+        masters, parameters = self.optimizer.masters, dict(self._module.named_parameters())
         for name, value in weights:
             load_shards(parameters, ((name, value),))
-            if isinstance(inner, OptimizerWithMasters) and parameters[name] in inner.masters:
+            if parameters[name] in masters:
                 with torch.no_grad():
-                    inner.masters[parameters[name]].copy_(value)
+                    masters[parameters[name]].copy_(value)
 
     def weights_written(self) -> None:
         """Count the update, and refresh the masters."""
         self.updates += 1
-        if isinstance(self.optimizer.optim, OptimizerWithMasters):
-            self.optimizer.optim.read_parameters()
+        self.optimizer.read_parameters()
 
     def optimizer_written(self, state: OptimizerState) -> None:
         """Continue from a saved state; the parameters are the masters, rounded, on every rank."""
         super().optimizer_written(state)
-        if isinstance(self.optimizer.optim, OptimizerWithMasters):
-            self.optimizer.optim.write_parameters()
-            self.optimizer._broadcast_params()
+        self.optimizer.write_parameters()
 
     def optimizer_state(self) -> OptimizerState:
         """OSS keeps the state of whole parameters, each on the rank that owns it."""
-        base, outer = self._base_optimizer(), self.optimizer.optim
-        masters = outer.masters if isinstance(outer, OptimizerWithMasters) else {}
-        optimizer_state.materialize(base)
+        bases, masters = self._base_optimizers(), self.optimizer.masters
+        for base in bases:
+            optimizer_state.materialize(base)
         pieces: list[Piece] = []
         for name, parameter in self._module.named_parameters():
             updated = masters.get(parameter, parameter)
-            tensors = optimizer_state.slots(base, updated)
+            tensors: dict[str, torch.Tensor] = {}
+            for base in bases:
+                tensors |= optimizer_state.slots(base, updated)
             if updated is not parameter:
                 tensors[MASTER] = updated.detach()
             pieces += [Piece(parameter=name, slot=s, start=0, values=value.view(-1)) for s, value in tensors.items()]
         return self._state(pieces)
 
-    def _base_optimizer(self) -> Any:
-        inner = self.optimizer.optim
-        return inner.inner if isinstance(inner, OptimizerWithMasters) else inner
+    def _base_optimizers(self) -> list[Any]:
+        return self.optimizer.bases
 
     def _grad_norm(self) -> torch.Tensor:
-        tensor_axis, replicas = self.context.axis("tensor"), replica_axis(self.context)
-        total = torch.zeros((), device=self.context.device)
-        owner = self.optimizer._param_to_rank if self._owned_only else None
+        axis, replicas, expert_axis = (
+            self.context.axis("tensor"),
+            replica_axis(self.context),
+            self.context.axis("expert"),
+        )
+        total, experts = torch.zeros(2, device=self.context.device).unbind(0)
+        owner = self.optimizer.dense._param_to_rank if self._owned_only else None
         for name, parameter in self._module.named_parameters():
             if parameter.grad is None or name not in self.model_weights.owned:
                 continue
-            if owner is not None and owner[parameter] != replicas.rank:
-                continue
-            total = total + counted_square(parameter.grad, self.table[name].layout, tensor_axis.rank, tensor_axis.size)
-        if tensor_axis.size > 1:
-            assert tensor_axis.collectives is not None
-            total = tensor_axis.collectives.all_reduce(total)
+            square = counted_square(parameter.grad, self.table[name].layout, axis.rank, axis.size)
+            if name in self._distributed:
+                experts = experts + square
+            elif owner is None or owner[parameter] == replicas.rank:
+                total = total + square
         if self._owned_only:
             assert replicas.collectives is not None
             total = replicas.collectives.all_reduce(total)
+        if self._distributed:
+            assert expert_axis.collectives is not None
+            total = total + expert_axis.collectives.all_reduce(experts)
+        if axis.size > 1:
+            assert axis.collectives is not None
+            total = axis.collectives.all_reduce(total)
         return over_stages(total, self.context).sqrt()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -11,12 +12,14 @@ from polyshard.adapters.megatron.linear import MegatronLinearAdapter
 from polyshard.adapters.shared.base_adapter import BaseAdapter
 from polyshard.convert.format import CheckpointFormat
 from polyshard.core.adapter import OptimizerFactory
-from polyshard.core.capabilities import YES, Capabilities, no
+from polyshard.core.capabilities import YES, Capabilities, Support, no
 from polyshard.core.context import GroupContext, ParallelContext
+from polyshard.core.parallel_layout import ParallelLayout
 from polyshard.core.requirement import Requirement
 
 if TYPE_CHECKING:
     from polyshard.adapters.megatron.engine import MegatronEngine
+    from polyshard.adapters.megatron.experts_compat import TokenDispatcher
 
 CAPABILITIES = Capabilities(
     "megatron",
@@ -30,7 +33,11 @@ CAPABILITIES = Capabilities(
         "zero3": no("never", "Megatron's optimizer shards at stage 1; beyond that it has its FSDP"),
         "pipeline": YES,
         "context": YES,
-        "expert": no("notimpl", "its expert groups are not wired up: experts are replicated over the data axis"),
+        "expert": Support(
+            True,
+            "its SequentialMLP and dispatchers for SwiGLU experts, torch's experts for others",
+            without=("float16",),
+        ),
         "casts": no("never", "Megatron keeps masters of bfloat16 parameters instead"),
         "masters": YES,
         "float16": YES,
@@ -77,6 +84,19 @@ class MegatronAdapter(BaseAdapter):
 
     def __init__(self) -> None:
         self.linear = MegatronLinearAdapter()
+
+    def initialize(
+        self, layout: ParallelLayout | None = None, *, token_dispatcher: TokenDispatcher = "alltoall", **options: Any
+    ) -> GroupContext:
+        """Create process groups as the torch adapter does, for Megatron-Core's layers.
+
+        Args:
+            layout: the parallel layout; by default data parallel over all ranks.
+            token_dispatcher: how experts exchange tokens; see `MegatronLinearAdapter`.
+            options: options of the torch adapter.
+        """
+        linear = MegatronLinearAdapter(token_dispatcher)
+        return dataclasses.replace(super().initialize(layout, **options), linear=linear)
 
     def adopt(self, context: ParallelContext) -> GroupContext:
         """Return a context with Megatron-Core's layers on the process groups of `context`."""

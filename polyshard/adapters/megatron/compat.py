@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ __all__ = [
     "OptimizerConfig",
     "RowParallelLinear",
     "VocabParallelEmbedding",
-    "base_optimizer",
+    "base_optimizers",
     "count_gradients",
     "cuda_as_cpu",
     "current_device_as_cpu",
@@ -110,14 +111,19 @@ class OptimizerPart:
     start: int | None
 
 
-def base_optimizer(optimizer: Any) -> Any:
-    """Return the torch optimizer inside Megatron's, after creating its state if no step was taken."""
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    if len(chained) != 1:
-        raise AdapterError(f"Megatron split the parameters over several optimizers: got {len(chained)}, expected 1")
-    base = chained[0].optimizer
-    materialize(base)
-    return base
+def base_optimizers(optimizer: Any) -> list[Any]:
+    """Return the torch optimizers inside Megatron's, after creating their state if no step was taken.
+
+    Megatron chains an optimizer of all weights but experts with one of the experts that are distributed over ranks.
+    """
+    bases = [holder.optimizer for holder in _holders(optimizer)]
+    for base in bases:
+        materialize(base)
+    return bases
+
+
+def _holders(optimizer: Any) -> list[Any]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def group_overrides(settings: Mapping[torch.nn.Parameter, GroupSettings | None], lr: float) -> dict[Any, Any]:
@@ -145,15 +151,14 @@ def group_overrides(settings: Mapping[torch.nn.Parameter, GroupSettings | None],
     return overrides
 
 
-def optimizer_part(optimizer: Any, base: Any, parameter: torch.nn.Parameter) -> OptimizerPart | None:
-    """Return this rank's part of a parameter, or None if it has none (distrib_optimizer.py, 0.16.1).
+def optimizer_part(optimizer: Any, parameter: torch.nn.Parameter) -> OptimizerPart | None:
+    """Return this rank's part of a parameter, or None if it has none (distrib_optimizer.py, 0.16.1)."""
+    parts = (_part(holder, parameter) for holder in _holders(optimizer))
+    return next((part for part in parts if part is not None), None)
 
-    Args:
-        optimizer: Megatron's optimizer.
-        base: its `base_optimizer`.
-        parameter: a parameter of the model.
-    """
-    (holder,) = getattr(optimizer, "chained_optimizers", [optimizer])
+
+def _part(holder: Any, parameter: torch.nn.Parameter) -> OptimizerPart | None:
+    base = holder.optimizer
     if not hasattr(holder, "model_param_group_index_map"):
         main = getattr(parameter, "main_param", None)
         main = parameter if main is None else main
@@ -198,17 +203,17 @@ def count_gradients(optimizer: Any, named: Mapping[str, torch.nn.Parameter], par
         parts: `(name, values, start) -> the views of a run of the flattened shard that count on this rank`.
     """
 
-    def main_gradients(grad_norm_group: str | None = None) -> list[torch.Tensor]:
+    def main_gradients(holder: Any, grad_norm_group: str | None = None) -> list[torch.Tensor]:
         assert grad_norm_group is None, "polyshard's models have no groups of their own"
-        base = base_optimizer(optimizer)
+        materialize(holder.optimizer)
         counted: list[torch.Tensor] = []
         for name, parameter in named.items():
-            part = optimizer_part(optimizer, base, parameter)
+            part = _part(holder, parameter)
             if part is not None and part.main.grad is not None:
                 counted += parts(name, part.main.grad.reshape(-1), part.start or 0)
         return counted
 
-    for holder in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for holder in _holders(optimizer):
         # Renamed in Megatron-Core 0.19.
         known = [n for n in ("get_grads_for_grad_norm", "get_main_grads_for_grad_norm") if hasattr(holder, n)]
         if not known:
@@ -216,7 +221,7 @@ def count_gradients(optimizer: Any, named: Mapping[str, torch.nn.Parameter], par
                 f"the gradient norm of this Megatron-Core cannot be corrected: got {type(holder).__name__} without "
                 "get_grads_for_grad_norm, expected the method. Install a supported version."
             )
-        setattr(holder, known[0], main_gradients)
+        setattr(holder, known[0], partial(main_gradients, holder))
 
 
 @contextlib.contextmanager

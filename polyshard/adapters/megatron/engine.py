@@ -11,23 +11,24 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from polyshard.adapters.megatron import compat
+from polyshard.adapters.megatron.experts_compat import average_expert_gradients, mark_experts
 from polyshard.adapters.megatron.model_groups import ModelGroups
 from polyshard.adapters.megatron.optimizer import own_optimizer
 from polyshard.adapters.megatron.pipeline import MegatronPipeline
 from polyshard.adapters.megatron.pipeline_compat import process_groups
-from polyshard.adapters.megatron.settings import check_precision, checked_ddp_options
+from polyshard.adapters.megatron.settings import check_loss_scale, check_precision, checked_ddp_options
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
+from polyshard.adapters.shared.expert_parameters import distributed_experts
 from polyshard.adapters.shared.grad_norm import counted_parts
 from polyshard.adapters.shared.parameter_groups import check_patterns
 from polyshard.adapters.shared.tied_weights import copy_from_owners, sum_over_copies
 from polyshard.adapters.shared.weights import load_shards
 from polyshard.core.adapter import OptimizerFactory, StepResult
-from polyshard.core.context import ParallelContext, replica_axis
+from polyshard.core.context import ParallelContext, holder_axis, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.parameter_groups import group_settings
 from polyshard.core.pieces import MASTER, OptimizerState, Piece, replicated_piece
@@ -67,6 +68,8 @@ class MegatronEngine(BaseEngine):
         ConfigurationError: a stage, a precision or an option that the engine does not support.
     """
 
+    _trains_distributed_experts = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -98,14 +101,18 @@ class MegatronEngine(BaseEngine):
         )
         check_precision(self.precision)
         model, parameters = self._module, self.precision.parameters
+        experts = distributed_experts(self.table, context)
+        check_loss_scale(self.precision, experts)
+        holders = context.axis("expert_replica") if experts else replica_axis(context)
         self._groups = ModelGroups.of(context)
+        mark_experts(parameter for name, parameter in model.named_parameters() if name in experts)
         groups = process_groups(
-            context.get_tensor_parallel_group(),
-            replica_axis(context).group,
-            context.get_pipeline_parallel_group(),
-            self._groups.model,
-            self._groups.one,
-            dist.group.WORLD,
+            tensor=context.get_tensor_parallel_group(),
+            data=replica_axis(context).group,
+            pipeline=context.get_pipeline_parallel_group(),
+            expert=context.get_expert_parallel_group(),
+            expert_data=holders.group,
+            groups=self._groups,
         )
         sharded = zero_stage == 1
         ddp_config = compat.DistributedDataParallelConfig(
@@ -146,6 +153,8 @@ class MegatronEngine(BaseEngine):
                 wrap(config=config, ddp_config=ddp_config, module=module, pg_collection=groups)
                 for module in ([model] if self._pipeline is None else self._pipeline.modules)
             ]
+            for chunk in self._chunks:
+                average_expert_gradients(chunk, holders.size)
             self._wrapped = self._chunks[0]
             self.optimizer = compat.get_megatron_optimizer(
                 settings,
@@ -247,14 +256,16 @@ class MegatronEngine(BaseEngine):
 
     def optimizer_state(self) -> OptimizerState:
         """Return this rank's pieces of the optimizer state; at stage 0 every rank holds the full state."""
-        axis = replica_axis(self.context)
         pieces: list[Piece] = []
-        base = compat.base_optimizer(self.optimizer)
+        bases = self._base_optimizers()
         for name, parameter in self._module.named_parameters():
-            found = compat.optimizer_part(self.optimizer, base, parameter)
+            found = compat.optimizer_part(self.optimizer, parameter)
             if found is None:
                 continue
-            tensors = optimizer_state.slots(base, found.main)
+            axis = holder_axis(self.context, self.table[name].layout)
+            tensors: dict[str, torch.Tensor] = {}
+            for base in bases:
+                tensors |= optimizer_state.slots(base, found.main)
             if found.main.dtype != parameter.dtype:
                 tensors[MASTER] = found.main.detach()
             for slot, value in tensors.items():
@@ -276,11 +287,10 @@ class MegatronEngine(BaseEngine):
 
     def _masters(self) -> Iterator[tuple[str, torch.Tensor, int]]:
         """Yield this rank's part of each master: name, values, and the position of the first in the shard."""
-        base = compat.base_optimizer(self.optimizer)
         for name, parameter in self._module.named_parameters():
-            part = compat.optimizer_part(self.optimizer, base, parameter)
+            part = compat.optimizer_part(self.optimizer, parameter)
             if part is not None and part.main.dtype != parameter.dtype:
                 yield name, part.main.detach(), part.start or 0
 
-    def _base_optimizer(self) -> Any:
-        return compat.base_optimizer(self.optimizer)
+    def _base_optimizers(self) -> list[Any]:
+        return compat.base_optimizers(self.optimizer)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from polyshard.adapters.shared.token_losses import token_losses
 from polyshard.core.context import ParallelAxis, ParallelContext
+from polyshard.core.discovery import load_adapter
+from polyshard.core.errors import ConfigurationError
+from polyshard.core.experts import ExpertBank
 from polyshard.layers.head import PaddedHead, padded_size, tied_weight
+
+if TYPE_CHECKING:
+    from polyshard.adapters.megatron.experts_compat import TokenDispatcher
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +59,28 @@ class MegatronEmbedding(nn.Module):
 
 
 class MegatronLinearAdapter:
-    """The `LinearAdapter` of Megatron-Core, with an explicit tensor-parallel group."""
+    """The `LinearAdapter` of Megatron-Core, with an explicit tensor-parallel group.
+
+    Args:
+        token_dispatcher: how Megatron's experts exchange tokens: `"alltoall"`, or `"allgather"`, which sends every
+            token to every rank of the expert axis.
+
+    Raises:
+        ConfigurationError: the dispatcher is unknown or unsupported.
+    """
 
     plain_outputs = True
     plain_products = True
     vocab_padding = 1
     smooths_labels = False  # Megatron smooths over each rank's shard only
+
+    def __init__(self, token_dispatcher: TokenDispatcher = "alltoall") -> None:
+        if token_dispatcher not in ("alltoall", "allgather"):
+            raise ConfigurationError(
+                f"The token dispatcher is unsupported: got {token_dispatcher!r}, expected 'alltoall' or 'allgather'. "
+                "Megatron's 'flex' requires DeepEP."
+            )
+        self.token_dispatcher: TokenDispatcher = token_dispatcher
 
     def create_column_parallel(
         self, input_size: int, output_size: int, parallel_context: ParallelContext, bias: bool = False
@@ -122,6 +144,16 @@ class MegatronLinearAdapter:
             layer.weight = tied_weight(tied_to)
         return PaddedHead(MegatronLayer(layer, sequence_parallel), vocab_size, axis)
 
+    def create_experts(self, bank: ExpertBank, parallel_context: ParallelContext) -> nn.Module:
+        """Return Megatron's experts with its token dispatcher; torch's for experts that Megatron lacks."""
+        reason = _lacks(bank, parallel_context)
+        if reason is not None:
+            logger.info("torch's experts are used, not Megatron's: %s", reason)
+            return load_adapter("torch").linear.create_experts(bank, parallel_context)
+        from polyshard.adapters.megatron.experts import MegatronExperts
+
+        return MegatronExperts(bank, parallel_context, self.token_dispatcher)
+
     def vocab_parallel_cross_entropy(
         self,
         logits: torch.Tensor,
@@ -158,6 +190,19 @@ class MegatronLinearAdapter:
             tp_group=parallel_context.get_tensor_parallel_group(),
         )
         return layer.to(parallel_context.device), config.sequence_parallel
+
+
+def _lacks(bank: ExpertBank, context: ParallelContext) -> str | None:
+    """Return why Megatron's experts cannot compute a bank; None if they can."""
+    if context.exact is not None:
+        return "exact mode replaces the matrix products of torch's"
+    if bank.activation != "silu" or bank.bias:
+        return "polyshard builds Megatron's for SwiGLU without biases only"
+    if bank.storage.stacked is not None:
+        return "Megatron's weights are stored expert by expert"
+    if bank.scale_input:
+        return "Megatron scales inputs of one expert per token only"
+    return None
 
 
 def _config(parallel_context: ParallelContext) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from polyshard.core.context import ParallelContext
+from polyshard.core.context import ParallelAxis, ParallelContext
 from polyshard.core.model_weights import gather_over
 
 
@@ -18,30 +18,41 @@ class ModelGroups:
 
     Attributes:
         model: the ranks of one replica: the tensor and the pipeline axis together.
+        experts: the ranks that together hold all experts once: these axes and the expert axis.
         one: this rank.
         made: those that the engine created.
     """
 
     model: Any
+    experts: Any
     one: Any
     made: tuple[Any, ...]
 
     @classmethod
     def of(cls, context: ParallelContext) -> ModelGroups:
-        """Return the groups of this rank. A collective over the tensor and the pipeline axis."""
-        tensor, pipeline = context.axis("tensor"), context.axis("pipeline")
-        if pipeline.size == 1:  # `adopt` has made its group
-            return cls(model=tensor.group, one=pipeline.group, made=())
-        with context.guard("pipeline setup"):
-            ranks = sorted(rank for part in gather_over(pipeline, tensor.ranks) for rank in part)
-            made = [_group(members, context) for members in ([pipeline.ranks[pipeline.rank]], ranks)]
-        return cls(model=made[1], one=made[0], made=tuple(made))
+        """Return the groups of this rank. A collective over the tensor, the pipeline and the expert axis."""
+        tensor, pipeline, expert = (context.axis(name) for name in ("tensor", "pipeline", "expert"))
+        ranks, model, one, made = list(tensor.ranks), tensor.group, pipeline.group, []  # of `adopt`
+        with context.guard("model groups setup"):
+            if pipeline.size > 1:
+                ranks = _together(pipeline, ranks)
+                made = [_group(members, context) for members in ([pipeline.ranks[pipeline.rank]], ranks)]
+                one, model = made
+            experts = model
+            if expert.size > 1:
+                experts = _group(_together(expert, ranks), context)
+                made.append(experts)
+        return cls(model=model, experts=experts, one=one, made=tuple(made))
 
     def close(self) -> None:
         """Destroy the groups that were created."""
         for group in self.made:
             if dist.is_initialized():
                 dist.destroy_process_group(group)
+
+
+def _together(axis: ParallelAxis, ranks: list[int]) -> list[int]:
+    return sorted(rank for part in gather_over(axis, ranks) for rank in part)
 
 
 def _group(ranks: list[int], context: ParallelContext) -> Any:

@@ -16,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from polyshard.adapters.megatron.compat import cuda_as_cpu
+from polyshard.adapters.megatron.model_groups import ModelGroups
 
 ForwardStep = Callable[[Iterator[int], Any], Any]
 
@@ -58,30 +59,34 @@ class ScheduledStage(nn.Module):
         return run(self.stage, received)
 
 
-def process_groups(tensor: Any, data: Any, pipeline: Any, model: Any, one: Any, world: Any) -> ProcessGroupCollection:
+def process_groups(
+    *, tensor: Any, data: Any, pipeline: Any, expert: Any, expert_data: Any, groups: ModelGroups
+) -> ProcessGroupCollection:
     """Return the groups that DDP, the optimizer and schedules need, without `initialize_model_parallel` and globals.
 
     Args:
         tensor: the tensor axis.
         data: the replicas.
         pipeline: the pipeline axis.
-        model: the tensor and the pipeline axis together, over which the gradient norm is summed.
-        one: this rank. The context axis has no other group, since it is in `data`: the schedules would multiply losses
-            by its size and divide lengths.
-        world: all ranks.
+        expert: the expert axis; None for one rank.
+        expert_data: the replicas of experts, if they are distributed; else the replicas.
+        groups: those of several axes. The context axis has no other group than its `one`, since it is in `data`: the
+            schedules would multiply losses by its size and divide lengths.
     """
-    groups = {
+    named = {
         **dict.fromkeys(("tp", "expt_tp", "tp_ep", "tp_cp"), tensor),
-        **dict.fromkeys(("mp", "tp_ep_pp"), model),
-        **dict.fromkeys(("dp", "dp_cp", "expt_dp", "intra_dp_cp", "intra_expt_dp"), data),
-        **dict.fromkeys(("ep", "cp", "gtp_remat", "expt_gtp_remat"), one),
+        "mp": groups.model,
+        "tp_ep_pp": groups.experts,
+        **dict.fromkeys(("dp", "dp_cp", "intra_dp_cp"), data),
+        **dict.fromkeys(("expt_dp", "intra_expt_dp"), expert_data),
+        "ep": expert or groups.one,
+        **dict.fromkeys(("cp", "gtp_remat", "expt_gtp_remat"), groups.one),
         "pp": pipeline,
         **dict.fromkeys(("embd", "pos_embd"), None),  # the engine sums gradients of tied weights
-        "intra_dist_opt": world,
-        "tp_dp_cp": world,
+        **dict.fromkeys(("intra_dist_opt", "tp_dp_cp"), dist.group.WORLD),
     }
     known = {field.name for field in fields(ProcessGroupCollection)}
-    return ProcessGroupCollection(**{name: group for name, group in groups.items() if name in known})
+    return ProcessGroupCollection(**{name: group for name, group in named.items() if name in known})
 
 
 def configure_pipeline(config: Any, ranks: int, stages: int, dtype: torch.dtype) -> None:

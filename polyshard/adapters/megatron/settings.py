@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -52,4 +52,18 @@ def check_precision(precision: Precision) -> None:
         raise ConfigurationError(
             f"Megatron reduces gradients in float32 or in the dtype of the parameters: got reduce={precision.reduce}, "
             f"expected torch.float32 or {precision.parameters}."
+        )
+
+
+def check_loss_scale(precision: Precision, experts: Collection[str]) -> None:
+    """Raise `ConfigurationError` for a scaled loss with experts that are distributed over ranks.
+
+    Args:
+        precision: of the run.
+        experts: the distributed parameters.
+    """
+    if experts and precision.scales_loss:
+        raise ConfigurationError(
+            "Megatron does not support float16 with expert parallel: its optimizers of experts and of other weights "
+            "have separate loss scales, which an overflow makes unequal. Use bfloat16, or an expert-parallel size of 1."
         )

@@ -305,23 +305,23 @@ class BaseEngine(ABC):
 
     def optimizer_written(self, state: OptimizerState) -> None:
         """Set update count, numbers and learning rate after optimizer state was loaded."""
-        base = self._base_optimizer()
-        optimizer_state.set_step(base, state.step)
-        optimizer_state.set_scalars(base, state.scalars)
-        optimizer_state.set_started(base, state.started)
+        for base in self._base_optimizers():
+            optimizer_state.set_step(base, state.step)
+            optimizer_state.set_scalars(base, state.scalars)
+            optimizer_state.set_started(base, state.started)
         self._rate.load(state.lr, state.schedule)
 
     def _state(self, pieces: Iterable[Piece]) -> OptimizerState:
         """Return the optimizer's state, of which the pieces are given."""
-        base, schedule = self._base_optimizer(), self._rate.schedule
+        bases, schedule = self._base_optimizers(), self._rate.schedule
         return OptimizerState(
-            kind=optimizer_state.kind(base),
-            step=optimizer_state.get_step(base),
+            kind=optimizer_state.kind(bases[0]),
+            step=max(optimizer_state.get_step(base) for base in bases),
             lr=self._rate.lr,
             pieces=pieces,
             schedule=None if schedule is None else schedule.state(),
-            started=optimizer_state.is_started(base),
-            scalars=optimizer_state.scalars(base),
+            started=any(optimizer_state.is_started(base) for base in bases),
+            scalars=optimizer_state.scalars(bases[0]),
             groups=self._settings,
         )
 
@@ -331,9 +331,9 @@ class BaseEngine(ABC):
         self._undo_compile()
         self._wrapped = self._module
 
-    def _base_optimizer(self) -> Any:
-        """Return the torch optimizer inside the library's optimizer, which holds the state."""
-        return self.optimizer
+    def _base_optimizers(self) -> list[Any]:
+        """Return the torch optimizers inside the library's optimizer, which hold the state; all of one kind."""
+        return [self.optimizer]
 
 
 def _precision_of_run(model: nn.Module, given: Precision | None, context: ParallelContext) -> Precision:

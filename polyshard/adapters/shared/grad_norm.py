@@ -72,7 +72,7 @@ def _counted_regions(entry: WeightEntry, count: int, start: int, rank: int, size
 def unsharded_norm(
     named: Iterable[tuple[str, nn.Parameter]], table: WeightTable, context: ParallelContext, owned: Collection[str]
 ) -> torch.Tensor:
-    """Return the norm of the full model's gradient if all replicas hold it. A collective over tensor and pipeline axis.
+    """Return the norm of the full model's gradient if all replicas hold it. A collective over the model's axes.
 
     Args:
         named: this rank's parameters, with gradients.
@@ -80,11 +80,18 @@ def unsharded_norm(
         context: the parallel context.
         owned: the names that count; another pipeline stage counts a weight that is tied to it.
     """
-    axis = context.axis("tensor")
-    total = torch.zeros((), device=context.device)
+    axis, expert_axis = context.axis("tensor"), context.axis("expert")
+    dense, experts = torch.zeros(2, device=context.device).unbind(0)
     for name, parameter in named:
-        if parameter.grad is not None and name in owned:
-            total = total + counted_square(parameter.grad, table[name].layout, axis.rank, axis.size)
+        if parameter.grad is None or name not in owned:
+            continue
+        layout = table[name].layout
+        square = counted_square(parameter.grad, layout, axis.rank, axis.size)
+        dense, experts = (dense + square, experts) if layout.experts is None else (dense, experts + square)
+    if expert_axis.size > 1:
+        assert expert_axis.collectives is not None
+        experts = expert_axis.collectives.all_reduce(experts)
+    total = dense + experts
     if axis.size > 1:
         assert axis.collectives is not None
         total = axis.collectives.all_reduce(total)

@@ -1,4 +1,4 @@
-"""Loading tensor-parallel shards into parameters."""
+"""New weights, and loading of tensor-parallel shards into parameters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,32 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from polyshard.core.context import ParallelContext
 from polyshard.core.errors import LayoutError
+from polyshard.core.weight_sharding import WeightLayout
+
+
+def new_weight(layout: WeightLayout, parallel_context: ParallelContext, std: float | None) -> nn.Parameter:
+    """Return this rank's shard of a new weight, sliced from a full weight drawn from torch's global CPU generator.
+
+    Ranks with equal seeds hold shards of the same full weight at every tensor-parallel size. In a context that loads
+    its weights instead (a server's) the shard is uninitialized.
+
+    Args:
+        layout: the weight layout.
+        parallel_context: this process's parallel context.
+        std: standard deviation; None for zeros.
+    """
+    rank = parallel_context.get_tensor_parallel_rank()
+    size = parallel_context.get_tensor_parallel_world_size()
+    local = torch.empty(layout.local_shape(rank, size), device=parallel_context.device)
+    if parallel_context.initialize_weights and local.device.type != "meta":
+        if std is None:
+            local.zero_()
+        else:
+            full = torch.empty(layout.shape, dtype=torch.float32, device="cpu").normal_(0.0, std)
+            local.copy_(layout.slice(full, rank, size))
+    return nn.Parameter(local)
 
 
 def check_shard(name: str, value: torch.Tensor, expected: tuple[int, ...]) -> None:

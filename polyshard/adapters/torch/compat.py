@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
@@ -122,10 +122,3 @@ def is_communication_error(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return type(error) is RuntimeError and any(word in text for word in _GLOO_WORDS)
-
-
-def ignore_in_ddp(model: torch.nn.Module, names: Iterable[str]) -> None:
-    """Make DistributedDataParallel, when it is built, leave these parameters and their gradients alone."""
-    from torch.nn.parallel import DistributedDataParallel
-
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(names))

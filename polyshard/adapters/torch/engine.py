@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
+from polyshard.adapters.shared.expert_gradients import ExpertGradients, group_of_each, ignore_in_ddp
+from polyshard.adapters.shared.expert_parameters import distributed_experts
 from polyshard.adapters.shared.masters import Masters, broadcast_parameters
 from polyshard.adapters.shared.offload import Offload, check_offload
 from polyshard.adapters.shared.pipeline_training import PipelineTraining
@@ -21,13 +23,11 @@ from polyshard.adapters.shared.weights import check_shard
 from polyshard.adapters.torch.clip import global_grad_norm
 from polyshard.adapters.torch.compat import (
     full_tensor,
-    ignore_in_ddp,
     is_dtensor,
     local_tensor,
     sharded_rows,
     unshard_gradient_sync,
 )
-from polyshard.adapters.torch.expert_parallel import ExpertGradients, distributed_experts, group_of_each
 from polyshard.adapters.torch.float8 import apply_float8
 from polyshard.adapters.torch.overlap import overlap_options, reducer_options
 from polyshard.adapters.torch.sharding import fully_shard_model, fully_shard_stages, is_list_item

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from typing_extensions import override
 
+from polyshard.adapters.shared.expert_parameters import new_experts, weight_in_dtype_of
 from polyshard.adapters.torch.grouped import grouped_matmul
-from polyshard.adapters.torch.linear import new_weight
 from polyshard.core.context import FailureGuard, ParallelAxis, ParallelContext
 from polyshard.core.errors import LayoutError
 from polyshard.core.experts import ClampedSwiglu, ExpertBank, Routing
@@ -23,7 +23,6 @@ from polyshard.layers.differentiable import (
     gather_sequence,
     reduce_from_region,
     scatter_sum_sequence,
-    transform_gradient,
 )
 
 
@@ -46,10 +45,10 @@ class TorchExperts(nn.Module):
         self.tensor_axis, self.expert_axis = context.axis("tensor"), context.axis("expert")
         self.sequence_parallel = context.layout.sequence_parallel
         self.guard = context.guard
-        stds = {"gate_up": bank.hidden_size**-0.5, "down": bank.expert_size**-0.5}
-        for name, layout in bank.layouts(self.expert_axis.rank, self.expert_axis.size).items():
-            self.register_parameter(name, new_weight(layout, context, stds.get(name)))
+        for name, parameter in new_experts(bank, context).items():
+            self.register_parameter(name, parameter)
 
+    @torch.compiler.disable  # dynamo fails in grouped_mm for an unknown number of rows (torch 2.13)
     @override
     def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         weights, experts = routing.weights, routing.experts
@@ -104,14 +103,7 @@ class TorchExperts(nn.Module):
 
     def weight_for(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Return a parameter in the dtype in which rows are computed, with the gradient of expert parallel."""
-        weight = getattr(self, name)
-        dtype = rows.dtype
-        if rows.device.type != "meta" and torch.is_autocast_enabled(rows.device.type):
-            dtype = torch.get_autocast_dtype(rows.device.type)
-        size = self.expert_axis.size
-        if size > 1 and torch.is_grad_enabled():
-            weight = transform_gradient(weight, lambda gradient: gradient / size)
-        return weight.to(dtype)
+        return weight_in_dtype_of(rows, getattr(self, name), self.expert_axis)
 
     def extra_repr(self) -> str:
         """Return the sizes and this rank's position."""

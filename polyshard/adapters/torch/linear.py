@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from polyshard.adapters.shared.weights import new_weight
 from polyshard.adapters.torch.cross_entropy import vocab_parallel_cross_entropy
 from polyshard.adapters.torch.norm import RMSNorm
 from polyshard.core.context import ParallelContext
@@ -25,29 +26,6 @@ from polyshard.layers.differentiable import (
     transform_gradient,
 )
 from polyshard.layers.replica_gradients import sum_replicas
-
-
-def new_weight(layout: WeightLayout, parallel_context: ParallelContext, std: float | None) -> nn.Parameter:
-    """Return this rank's shard of a new weight, sliced from a full weight drawn from torch's global CPU generator.
-
-    Ranks with equal seeds hold shards of the same full weight at every tensor-parallel size. In a context that loads
-    its weights instead (a server's) the shard is uninitialized.
-
-    Args:
-        layout: the weight layout.
-        parallel_context: this process's parallel context.
-        std: standard deviation; None for zeros.
-    """
-    rank = parallel_context.get_tensor_parallel_rank()
-    size = parallel_context.get_tensor_parallel_world_size()
-    local = torch.empty(layout.local_shape(rank, size), device=parallel_context.device)
-    if parallel_context.initialize_weights and local.device.type != "meta":
-        if std is None:
-            local.zero_()
-        else:
-            full = torch.empty(layout.shape, dtype=torch.float32, device="cpu").normal_(0.0, std)
-            local.copy_(layout.slice(full, rank, size))
-    return nn.Parameter(local)
 
 
 class ColumnParallelLinear(nn.Module):

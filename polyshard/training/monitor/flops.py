@@ -13,6 +13,7 @@ from torch import nn
 from polyshard.core.attention import AttentionSpec
 from polyshard.core.batch import MicroBatch
 from polyshard.core.errors import ConfigurationError
+from polyshard.experts.observed import expert_layers
 from polyshard.layers.vocabulary import looks_up
 
 if TYPE_CHECKING:
@@ -59,14 +60,15 @@ def model_flops(engine: TrainingEngine) -> ModelFlops:
     """Count the FLOPs of an engine's model, at the sizes of the full model.
 
     A weight of two dimensions is taken for a matrix product of every token, unless it belongs to a `vocab_embedding` or
-    a `torch.nn.Embedding`. Attention layers are modules with a `spec`, such as `TrainableFlashAttention`; others are
-    named in a warning.
+    a `torch.nn.Embedding`. Of a mixture of experts, those that a token takes are counted. Attention layers are modules
+    with a `spec`, such as `TrainableFlashAttention`; others are named in a warning.
 
     Args:
         engine: the training engine. Of a pipeline, the parts of all stages must be added.
 
     Raises:
-        ConfigurationError: a weight has more than two dimensions, so that its FLOPs are unknown.
+        ConfigurationError: a weight outside of `mixture_of_experts` has more than two dimensions, so that its FLOPs are
+            unknown.
 
     Examples:
         >>> context = ps.initialize("torch")
@@ -76,10 +78,16 @@ def model_flops(engine: TrainingEngine) -> ModelFlops:
     """
     module = engine.module
     lookups = [f"{name}." if name else "" for name, part in module.named_modules() if looks_up(part)]
-    trainable = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    parameters = dict(module.named_parameters())
+    taken = {id(p): layer.experts_per_token for _, layer in expert_layers(module) for p in layer.experts.parameters()}
     per_token = 0
     for entry in engine.table.values():
-        shape = entry.layout.shape
+        shape, parameter = entry.layout.shape, parameters[entry.parameter]
+        passes = 3 if parameter.requires_grad else 2
+        if id(parameter) in taken:
+            if len(shape) == 3:  # a bias has two
+                per_token += taken[id(parameter)] * 2 * math.prod(shape[1:]) * passes
+            continue
         places = (entry.parameter, *entry.tied_parameters)
         uses = sum(not any(place.startswith(prefix) for prefix in lookups) for place in places)
         if len(shape) > 2 and uses:
@@ -88,7 +96,7 @@ def model_flops(engine: TrainingEngine) -> ModelFlops:
                 "dimensions. Give Monitor a function of lengths for this model."
             )
         if len(shape) == 2:
-            per_token += uses * 2 * math.prod(shape) * (3 if trainable[entry.parameter] else 2)
+            per_token += uses * 2 * math.prod(shape) * passes
     uncounted = [name for name, part in module.named_modules() if _is_attention(part) and not list(_specs(part))]
     if uncounted:
         logger.warning("the FLOPs of attention in %s are not counted: it has no AttentionSpec", ", ".join(uncounted))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import moe
+import pytest
 import torch
 
 import polyshard as ps
@@ -32,11 +35,30 @@ def rows_of(context: ps.ParallelContext, ids: torch.Tensor, labels: torch.Tensor
     ]
 
 
+class Mixed:
+    """A `LinearAdapter` with the experts of another library."""
+
+    def __init__(self, layers: Any, experts: Any) -> None:
+        self._layers, self.create_experts = layers, experts.create_experts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layers, name)
+
+
+def initialize(libraries: str, **sizes: Any) -> tuple[str, ps.ParallelContext]:
+    """The library, and a context of it; of `a+b`, with the experts of b."""
+    library, _, experts = libraries.partition("+")
+    context = ps.initialize(library, timeout=60, **sizes)
+    if experts:
+        context = dataclasses.replace(context, linear=Mixed(context.linear, ps.load_adapter(experts).linear))
+    return library, context
+
+
 def one_step(directory: Path, results: Path, batch: tuple, layouts: dict) -> dict:
     """Loss and gradient norm of a step of SGD in each layout, whose weights are saved under its name."""
     found = {}
-    for name, (adapter, sizes, options) in layouts.items():
-        context = ps.initialize(adapter, timeout=60, **sizes)
+    for name, (libraries, sizes, options) in layouts.items():
+        adapter, context = initialize(libraries, **sizes)
         sgd = ps.TorchOptimizer(torch.optim.SGD, lr=RATE)
         engine = ps.load_adapter(adapter).engine(build(directory, context), sgd, context, max_grad_norm=0.5, **options)
         result = engine.train_batch(rows_of(context, *batch))
@@ -48,32 +70,71 @@ def one_step(directory: Path, results: Path, batch: tuple, layouts: dict) -> dic
     return found
 
 
-def resumed(directory: Path, results: Path, batch: tuple, layouts: dict) -> None:
-    """Two steps of AdamW in the first layout, whose state is saved; one more in each layout, from that state.
+def resumed(directory: Path, results: Path, batch: tuple, saves: dict, resumes: dict) -> None:
+    """Three steps of AdamW in each layout of `saves`, with the state saved after the second; the third step again in
+    each layout of `resumes`, from the state that it names.
 
-    The weights after the third step are saved under the layout's name, those without interruption as `straight`.
+    The weights after the third step are saved under the name of the run.
     """
-    for index, (name, (sizes, options)) in enumerate([("straight", next(iter(layouts.values()))), *layouts.items()]):
-        context = ps.initialize("torch", timeout=60, **sizes)
+    runs = [(name, "", layout) for name, layout in saves.items()]
+    for name, start, (libraries, sizes, options) in [*runs, *((n, *found) for n, found in resumes.items())]:
+        adapter, context = initialize(libraries, **sizes)
         model = build(directory, context, ps.Balance(sequence=0.01, z=0.001, bias_rate=0.01))
-        engine = ps.load_adapter("torch").engine(model, ps.AdamW(lr=1e-2), context, **options)
-        if index:
-            ps.load_training_state(engine, results / "state", context)
-        for step in range(2 if index else 0, 3):
+        engine = ps.load_adapter(adapter).engine(model, ps.AdamW(lr=1e-2), context, **options)
+        if start:
+            ps.load_training_state(engine, results / f"state-{start}", context)
+        for step in range(2 if start else 0, 3):
             engine.train_batch(rows_of(context, *batch))
             engine.step()
             ps.update_router_bias(engine.module, context)
             if step == 1:
-                ps.save_training_state(engine, results / "state", context, step=2, config=ps.read_config(directory))
+                state = results / f"state-{name}"
+                ps.save_training_state(engine, state, context, step=2, config=ps.read_config(directory))
         ps.save_checkpoint(engine, results / name, context, config=ps.read_config(directory))
         engine.close()
         ps.shutdown(context)
 
 
-def trained(directory: Path, results: Path, batch: tuple, layouts: dict, resumes: dict) -> dict:
+def frozen(directory: Path, batch: tuple, layouts: dict) -> dict[str, bool]:
+    """Whether frozen experts that are distributed over ranks keep their weights, while the others are trained."""
+    found = {}
+    for library, options in layouts.items():
+        context = ps.initialize(library, timeout=60, expert=2)
+        model = build(directory, context)
+        experts = [p for name, p in model.named_parameters() if ".experts." in name]
+        for parameter in experts:
+            parameter.requires_grad_(False)
+        before = [parameter.clone() for parameter in experts]
+        engine = ps.load_adapter(library).engine(model, ps.AdamW(lr=1e-2), context, **options)
+        engine.train_batch(rows_of(context, *batch))
+        engine.step()
+        found[library] = all(torch.equal(p, old) for p, old in zip(experts, before))
+        engine.close()
+        ps.shutdown(context)
+    return found
+
+
+def refusals(directory: Path, refused: dict) -> dict[str, str]:
+    """The error of each engine that cannot train experts that are distributed over ranks."""
+    found = {}
+    for name, (library, sizes, dtype, options) in refused.items():
+        context = ps.initialize(library, timeout=60, **sizes)
+        model = moe.build_model(ps.read_config(directory), context).to(dtype)
+        with pytest.raises(ps.ConfigurationError) as error:
+            ps.load_adapter(library).engine(model, ps.AdamW(), context, **options)
+        found[name] = str(error.value)
+        ps.shutdown(context)
+    return found
+
+
+def trained(
+    directory: Path, results: Path, batch: tuple, layouts: dict, saves: dict, resumes: dict, refused: dict
+) -> dict:
     (results / "resumed").mkdir(exist_ok=True)
-    resumed(directory / "deepseek_v3", results / "resumed", batch, resumes)
-    return {kind: one_step(directory / kind, results / kind, batch, found) for kind, found in layouts.items()}
+    resumed(directory / "deepseek_v3", results / "resumed", batch, saves, resumes)
+    steps = {kind: one_step(directory / kind, results / kind, batch, found) for kind, found in layouts.items()}
+    kept = frozen(directory / "qwen3_moe", batch, {library: options for library, _, options in saves.values()})
+    return {**steps, "frozen": kept, "refused": refusals(directory / "qwen3_moe", refused)}
 
 
 def synced(directory: Path, results: Path, trainers: dict) -> dict:

@@ -7,21 +7,20 @@ from collections.abc import Iterable, Mapping
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from polyshard.core.context import FailureGuard, ParallelAxis, ParallelContext, holder_axis
 from polyshard.core.weight_table import WeightTable
 
 
-def distributed_experts(table: WeightTable, context: ParallelContext) -> frozenset[str]:
-    """Return the parameters that are distributed over the expert axis; none if it has one rank."""
-    if context.axis("expert").size == 1:
-        return frozenset()
-    return frozenset(name for name, entry in table.items() if entry.layout.experts is not None)
-
-
 def group_of_each(table: WeightTable, context: ParallelContext) -> Mapping[str, dist.ProcessGroup | None]:
     """Return the group of the ranks that hold the same shard of each parameter; None for a single rank."""
     return {name: holder_axis(context, entry.layout).group for name, entry in table.items()}
+
+
+def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
+    """Make DistributedDataParallel, when it is built, leave these parameters and their gradients alone."""
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(names))
 
 
 class ExpertGradients:
