@@ -12,6 +12,7 @@ import tempfile
 from multiprocessing import context, forkserver, reduction
 from typing import Any
 
+
 class _WarmProcess(context.ForkServerProcess):
     """A process that takes from its parent what an executed interpreter would."""
 

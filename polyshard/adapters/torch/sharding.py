@@ -7,7 +7,6 @@ from functools import partial
 
 from torch import nn
 
-from polyshard.adapters.shared.expert_parameters import distributed_experts
 from polyshard.adapters.torch.compat import fsdp_function, mixed_precision_policy, offload_policy
 from polyshard.adapters.torch.overlap import FsdpOptions
 from polyshard.core.context import ParallelContext, replica_axis
