@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from polyshard.checkpoint import load_checkpoint, read_config
 from polyshard.core.context import ParallelContext
@@ -98,8 +100,22 @@ def run_transformers(directory: Path, token_ids: list[int]) -> Named:
     logits = model(ids).logits[0]
     loss = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:])
     loss.backward()
+    return {"loss": loss.detach(), "logits": logits.detach(), **_stored_gradients(model)}
+
+
+def _stored_gradients(model: Any) -> Named:
+    """Return the gradients of a model of transformers by checkpoint name."""
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    return {"loss": loss.detach(), "logits": logits.detach(), **gradients}
+    if all(gradient is not None and gradient.dim() < 3 for gradient in gradients.values()):
+        return gradients
+    # Experts are stored one by one, but transformers holds them as one tensor. It divides them when it saves.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    with tempfile.TemporaryDirectory(prefix="polyshard-gradients-") as folder:
+        model.save_pretrained(folder)
+        files = sorted(Path(folder).glob("*.safetensors"))
+        return {name: gradient for file in files for name, gradient in load_file(file).items()}
 
 
 def run_built_in(adapter: str, tensor: int) -> Named:

@@ -9,9 +9,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from support import forked
 from support.command_line import polyshard
+from support.models.experts import save_moe
 from support.models.tiny import save_tiny
+
+from polyshard.proof.parity import run_transformers
 
 FACTORY = "decoder:build_model"
 
@@ -96,3 +100,14 @@ def test_bad_arguments(directory, verify):
     assert "--tensor-parallel is invalid: got 'two', expected numbers separated by commas" in done.stderr
     assert "config.json does not exist" in verify("--model", directory / "nowhere", *factory).stderr
     assert "--model and --factory must be passed together" in verify(*factory).stderr
+
+
+def test_gradients_of_experts_have_the_names_of_a_checkpoint(tmp_path):
+    """transformers holds the experts of a layer as one tensor, and stores them one by one."""
+    directory = save_moe(tmp_path / "model", "qwen3_moe")
+    found = run_transformers(directory, [1, 2, 3, 4])
+    stored = load_file(directory / "model.safetensors")
+    assert {name: value.shape for name, value in found.items() if name not in ("loss", "logits")} == {
+        name: value.shape for name, value in stored.items()
+    }
+    assert float(found["model.layers.0.mlp.gate.weight"].abs().max()) > 0

@@ -22,6 +22,14 @@ from polyshard.core.experts import ExpertBank, Routing
 from polyshard.layers.differentiable import copy_to_region, gather_sequence, reduce_from_region, scatter_sum_sequence
 
 
+def foreign_context() -> AdapterError:
+    """Return the error for a context of another adapter."""
+    return AdapterError(
+        "Megatron's experts need the process groups of the Megatron adapter: got a context of another one. Use "
+        "polyshard.initialize('megatron', ...), and pass linear= for the layers of other libraries."
+    )
+
+
 class MegatronExperts(nn.Module):
     """Megatron's `SequentialMLP` with its token dispatcher: `(x [tokens, hidden], Routing) -> [tokens, hidden]`.
 
@@ -49,11 +57,8 @@ class MegatronExperts(nn.Module):
         for name, parameter in new_experts(bank, context).items():
             self.register_parameter(name, parameter)
         group = self.expert_axis.group
-        if group is None or context.axis("pipeline").group is None:  # torch's contexts have none on axes of one rank
-            raise AdapterError(
-                "Megatron's experts need the process groups of the Megatron adapter: got a context of another one. Use "
-                "polyshard.initialize('megatron', ...), and pass linear= for the layers of other libraries."
-            )
+        if group is None:
+            raise foreign_context()
         count = len(self.gate_up)
         first = self.expert_axis.rank * count
         self._config = experts_config(bank, self.expert_axis.size, self.gate_up.dtype)

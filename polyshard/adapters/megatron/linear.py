@@ -150,8 +150,13 @@ class MegatronLinearAdapter:
         if reason is not None:
             logger.info("torch's experts are used, not Megatron's: %s", reason)
             return load_adapter("torch").linear.create_experts(bank, parallel_context)
-        from polyshard.adapters.megatron.experts import MegatronExperts
+        from polyshard.adapters.megatron.experts import MegatronExperts, foreign_context
 
+        # torch's contexts have no group on axes of one rank; neither has the pipeline axis of a Megatron stage.
+        if parallel_context.axis("pipeline").group is None and not isinstance(
+            parallel_context.linear, MegatronLinearAdapter
+        ):
+            raise foreign_context()
         return MegatronExperts(bank, parallel_context, self.token_dispatcher)
 
     def vocab_parallel_cross_entropy(
