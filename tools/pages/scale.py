@@ -20,7 +20,18 @@ LLAMA: Mapping[str, Any] = {
 SMALL = {**LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 LARGE = {**LLAMA, "hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126}
 LARGE |= {"num_attention_heads": 128}
-COLUMNS = ("GPUs", "layout", "sharding", "adapters", "parameters", "gradients", "optimizer", "activations", "in transit", "total")
+COLUMNS = (
+    "GPUs",
+    "layout",
+    "sharding",
+    "adapters",
+    "parameters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "in transit",
+    "total",
+)
 TIMES = ("GPUs", "layout", "sharding", "GB sent by axis", "compute", "waits", "bubble", "s/step", "MFU", "bottleneck")
 
 
