@@ -2,6 +2,10 @@
 
     python benchmarks/plan.py [--json FILE] [--check] [--adapters torch,megatron]
 
+It also measures the seconds of a step in float32. The rates of this machine (matrix products, memory, all-reduce) and
+an efficiency, fitted to every second of those layouts, predict them. `polyshard plan --calibration FILE` reads both
+from the JSON file.
+
 Each layout trains a small decoder. Its peak memory is measured by the operating system, with the kernels of the CPU
 that keep what a GPU's operators keep. `--check` exits with status 1 if a plan is more than 10 % off, more than 5 % in
 the median, or more than 3 % below the measured memory: the system also counts what is not a tensor, such as buffers of
@@ -10,22 +14,26 @@ gloo.
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from plan_measured import measured
+from plan_measured import measured, rates
 from report import Report
 
 import polyshard as ps
 from polyshard.launch.ranks import run_ranks
+from polyshard.planning.communication import payload_of
+from polyshard.planning.compute import StepTime, step_time
 from polyshard.planning.decoder import planned_decoder
-from polyshard.planning.memory import memory_of
+from polyshard.planning.memory import Memory, memory_of
 from polyshard.planning.strategy import CASTS, MASTERS, Strategy, sizes
-from polyshard.planning.trace import record
+from polyshard.planning.trace import Trace, record
 
 RANKS = 2
 WORST, MEDIAN, BELOW = 0.10, 0.05, 0.03
@@ -81,8 +89,8 @@ CASES = (
 )
 
 
-def planned(chosen: dict[str, Any]) -> tuple[Strategy, int]:
-    """Return the strategy of a case and its planned bytes."""
+def planned(chosen: dict[str, Any]) -> tuple[Strategy, Trace, Memory]:
+    """Return the strategy of a case, its trace and its planned memory."""
     strategy = Strategy(
         layout=ps.ParallelLayout.for_world(RANKS, **chosen["sizes"]),
         sharding=chosen["sharding"],
@@ -97,7 +105,46 @@ def planned(chosen: dict[str, Any]) -> tuple[Strategy, int]:
     )
     adapter = ps.load_adapter(chosen["adapter"])
     bucket, full = getattr(adapter, "zero_bucket", 0), getattr(adapter, "zero_full_gradients", False)
-    return strategy, memory_of(strategy, trace, bucket=bucket, full_gradients=full).total
+    return strategy, trace, memory_of(strategy, trace, bucket=bucket, full_gradients=full)
+
+
+def cluster() -> ps.Cluster:
+    """Return this machine's cores as a cluster of ranks, with their measured rates and an efficiency of 1."""
+    found = run_ranks(rates, RANKS)
+    peak, memory, link = (min(rank[name] for rank in found) for name in ("peak_flops", "memory", "link"))
+    return ps.Cluster(
+        gpus=RANKS,
+        memory=1 << 40,
+        gpus_per_node=RANKS,
+        nvlink=2 * link / 1e9,  # both directions
+        peak_flops=peak,
+        memory_bandwidth=memory / 1e9,
+        efficiency=1.0,
+        link_efficiency=1.0,
+        reserve=0,
+    )
+
+
+def add_times(report: Report, machine: ps.Cluster, times: list[tuple[dict[str, Any], StepTime]]) -> ps.Cluster:
+    """Fit the efficiency to every second row, and add predicted times to all of them.
+
+    Args:
+        report: whose rows get them.
+        machine: the ranks' rates, with an efficiency of 1.
+        times: rows with measured seconds, and their planned times on `machine`.
+
+    Returns:
+        The machine with the fitted efficiency.
+    """
+    fits = [
+        (time.compute + time.bubble) / (row["s measured"] - time.total + time.compute + time.bubble)
+        for row, time in times[::2]
+    ]
+    efficiency = statistics.median(fits)
+    for row, time in times:
+        row["s planned"] = time.total + (time.compute + time.bubble) * (1 / efficiency - 1)
+        row["time ratio"] = row["s planned"] / row["s measured"]
+    return replace(machine, efficiency=efficiency)
 
 
 def main(
@@ -108,11 +155,13 @@ def main(
 ) -> None:
     """Run the comparison."""
     columns = ("adapter", "layout", "sharding", "precision", "recompute", "micro-batches", "MB measured", "MB planned")
-    report = Report((*columns, "ratio"), lines)
+    report = Report((*columns, "ratio", "s measured", "s planned", "time ratio"), lines)
+    machine, times = cluster(), []
     for adapter in adapters.split(","):
         cases = [chosen for chosen in CASES if chosen["adapter"] == adapter]
         for chosen, *ranks in zip(cases, *run_ranks(measured, RANKS, cases, timeout=900)):
-            strategy, nbytes = planned(chosen)
+            strategy, trace, memory = planned(chosen)
+            nbytes = memory.total
             peak = max(found["peak"] for found in ranks)
             report.add(
                 adapter=adapter,
@@ -127,13 +176,23 @@ def main(
                     "ratio": nbytes / peak,
                 },
             )
+            if strategy.precision == FLOAT32:
+                row = report.rows[-1]
+                row["s measured"] = max(found["seconds"] for found in ranks)
+                times.append((row, step_time(strategy, trace, payload_of(strategy, trace), memory, machine)))
             if not 1 - BELOW <= nbytes / peak <= 1 + WORST:
                 report.missed.append(f"{adapter}, {strategy}: planned {nbytes / peak:.3f} of the measured memory")
     median = statistics.median(abs(row["ratio"] - 1) for row in report.rows)
     if median > MEDIAN:
         report.missed.append(f"the median error is {median:.1%}, not {MEDIAN:.0%}")
+    calibrated = add_times(report, machine, times) if times else machine
     report.show()
     report.save(json_file, torch.device("cpu"))
+    if json_file is not None and times:
+        names = ("peak_flops", "efficiency", "memory_bandwidth", "nvlink", "link_efficiency")
+        figures = json.loads(json_file.read_text())
+        figures["calibration"] = {name: getattr(calibrated, name) for name in names}
+        json_file.write_text(json.dumps(figures, indent=2) + "\n")
     if check and report.missed:
         sys.exit(1)
 

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,37 @@ def measured(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     first = {**cases[0], "config": {**cases[0]["config"], "hidden_size": 64, "num_hidden_layers": 2}}
     _measured(**{**first, "length": 64})  # loads what is loaded on first use
     return [_measured(**case) for case in cases]
+
+
+def rates() -> dict[str, float]:
+    """Return the rates of this rank while all ranks run: float32 FLOP/s, bytes/s of memory and of an all-reduce."""
+    torch.set_num_threads(1)
+    context = ps.initialize("torch", timeout=500)
+    left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    values = torch.randn(4 << 20)
+    group = context.axis("data").group
+    size = context.layout.data
+    found = {
+        "peak_flops": 2 * 1024**3 / _seconds(lambda: left @ right),
+        "memory": 2 * values.nbytes / _seconds(values.clone),
+        "link": 2
+        * (size - 1)
+        / size
+        * values.nbytes
+        / _seconds(lambda: torch.distributed.all_reduce(values, group=group)),
+    }
+    ps.shutdown(context)
+    return found
+
+
+def _seconds(action: Callable[[], Any], times: int = 5) -> float:
+    """Return the shortest of several times."""
+    best = float("inf")
+    for _ in range(times):
+        started = time.perf_counter()
+        action()
+        best = min(best, time.perf_counter() - started)
+    return best
 
 
 def _measured(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from polyshard.core.errors import ConfigurationError
 from polyshard.core.parallel_layout import ParallelLayout
 from polyshard.planning import Cluster
 from polyshard.planning import plan as run
-from polyshard.planning.cluster import parse_bytes, parse_links, parse_tokens
+from polyshard.planning.cluster import parse_bytes, parse_links, parse_tokens, read_calibration
 from polyshard.planning.strategy import PRECISIONS, SHARDINGS
 from polyshard.registry import resolve
 
@@ -38,6 +39,10 @@ def plan(
     efficiency: Annotated[float, typer.Option(help="Fraction of the peak that a rank reaches while it computes.")] = (
         Cluster.__dataclass_fields__["efficiency"].default
     ),
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="JSON file with measured rates, as of benchmarks/plan.py; they replace the options above."),
+    ] = None,
     reserve: Annotated[str, typer.Option(help="Memory that tensors cannot use: context, buffers, fragmentation.")] = (
         "4GiB"
     ),
@@ -73,6 +78,9 @@ def plan(
         reserve=parse_bytes(reserve),
         **parse_links(link),
     )
+    if calibration is not None:
+        rates: dict[str, Any] = dict(read_calibration(calibration))
+        cluster = replace(cluster, **rates)
     with Console(stderr=True).status("planning") as status:
         found = run(
             read_fields(config),

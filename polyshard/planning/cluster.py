@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from polyshard.core.errors import ConfigurationError
 
@@ -12,6 +14,7 @@ _BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BYTES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _COUNTS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _LINKS = ("nvlink", "net")
+_RATES = ("peak_flops", "efficiency", "memory_bandwidth", "nvlink", "net", "link_efficiency")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +70,33 @@ class Cluster:
         """Return the bytes per second that a rank sends in a group whose ranks lie within `span` neighbouring GPUs."""
         inside = span <= self.gpus_per_node and self.gpus_per_node % span == 0
         return (self.nvlink / 2 if inside else self.net) * 1e9 * self.link_efficiency
+
+
+def read_calibration(path: Path) -> Mapping[str, float]:
+    """Return measured rates as fields of `Cluster`, from the `calibration` of a benchmark's JSON file.
+
+    Raises:
+        ConfigurationError: the file cannot be read, has no calibration, or holds other fields than rates.
+
+    Examples:
+        >>> _ = Path("plan.json").write_text('{"calibration": {"efficiency": 0.45}}')
+        >>> read_calibration(Path("plan.json"))
+        {'efficiency': 0.45}
+    """
+    try:
+        found = json.loads(path.read_text())["calibration"]
+        rates = {str(name): float(value) for name, value in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigurationError(
+            f"{path} holds no calibration: got {type(error).__name__}: {error}, expected the JSON file of "
+            'benchmarks/plan.py, or {"calibration": {"efficiency": 0.5}}.'
+        ) from None
+    unknown = sorted(set(rates) - set(_RATES))
+    if unknown:
+        raise ConfigurationError(
+            f"{path}: the calibration is unknown: got {', '.join(unknown)}, expected {', '.join(_RATES)}."
+        )
+    return rates
 
 
 def parse_bytes(text: str) -> int:

@@ -13,7 +13,6 @@ from torch import nn
 from polyshard.config.fields import config_fields
 from polyshard.core.capabilities import Capabilities
 from polyshard.core.context import ParallelContext
-from polyshard.core.discovery import adapter_names, load_adapter
 from polyshard.core.errors import ConfigurationError, LayoutError
 from polyshard.core.parallel_layout import ParallelLayout
 from polyshard.core.precision import Precision
@@ -36,6 +35,7 @@ from polyshard.planning.strategy import (
     strategies,
 )
 from polyshard.planning.trace import Trace, build, joined, record, sizes_of
+from polyshard.planning.training_adapters import reasons_against_axis, training_adapters
 from polyshard.training.recompute import Mode
 
 Factory = Callable[[Any, ParallelContext], nn.Module]
@@ -108,7 +108,7 @@ def plan(
         factory=factory or decoder.planned_decoder,
         length=sequence_length,
         cluster=cluster,
-        **_adapters(adapters),
+        **training_adapters(adapters),
         unsupported=unsupported,
         progress=progress or (lambda _: None),
         traces={} if traces is None else traces,
@@ -117,7 +117,7 @@ def plan(
     axes = [axis for axis in _AXES if unsupported or any(c[axis].available for c in planner.capabilities.values())]
     for axis in _AXES:
         if axis not in axes:
-            planner.refused.update(_reasons(axis, planner.capabilities))
+            planner.refused.update(reasons_against_axis(axis, planner.capabilities))
     candidates = strategies(
         cluster.gpus,
         tokens_per_step,
@@ -286,23 +286,3 @@ class _Planner:
 def _without_duplicates(chosen: Iterable[Strategy]) -> Iterable[Strategy]:
     """Return the strategies in order, each once: a single replica shares nothing with others."""
     return dict.fromkeys(replace(s, sharding="data") if s.replicas == 1 else s for s in chosen)
-
-
-def _adapters(names: Sequence[str] | None) -> dict[str, Any]:
-    """Return the capabilities of the adapters that train, and the sizes of their buckets under ZeRO."""
-    found = {name: load_adapter(name) for name in names or adapter_names()}
-    training = {name: adapter for name, adapter in found.items() if adapter.capabilities["training"].available}
-    if not training:
-        raise ConfigurationError(f"no adapter trains: got {', '.join(found)}. Pass adapters= that train.")
-    return {
-        "capabilities": {name: adapter.capabilities for name, adapter in training.items()},
-        "full_gradients": {name: getattr(adapter, "zero_full_gradients", False) for name, adapter in training.items()},
-        "schedules": {name: getattr(adapter, "pipeline_schedules", ("1f1b",)) for name, adapter in training.items()},
-        "buckets": {name: getattr(adapter, "zero_bucket", 0) for name, adapter in training.items()},
-    }
-
-
-def _reasons(axis: str, capabilities: dict[str, Capabilities]) -> list[str]:
-    return [
-        f"{name}: {axis}: {known[axis].reason}" for name, known in capabilities.items() if not known[axis].available
-    ]

@@ -45,3 +45,16 @@ def test_wrong_options_are_named(capfd, config):
     assert "got 'lots', expected a number of bytes such as 80GiB" in done.stderr
     done = polyshard(capfd, "plan", config, *ASKED, "--memory", "8GiB", "--link", "wifi=1")
     assert "The link is unknown: got wifi, expected nvlink, net" in done.stderr
+
+
+def test_measured_rates_replace_the_assumed_ones(capfd, config, tmp_path):
+    file, options = tmp_path / "measured.json", ("--memory", "8GiB", "--layout", "data=4")
+    file.write_text(json.dumps({"rows": [], "calibration": {"peak_flops": 2e13, "efficiency": 0.3}}))
+    done = polyshard(capfd, "plan", config, *ASKED, *options, "--calibration", file)
+    assert "Times assume 30% of 20 TFLOP/s" in done.stdout, done.stderr
+    file.write_text('{"calibration": {"speed": 1}}')
+    done = polyshard(capfd, "plan", config, *ASKED, *options, "--calibration", file)
+    assert "the calibration is unknown: got speed, expected peak_flops, efficiency" in done.stderr
+    file.write_text("{}")
+    done = polyshard(capfd, "plan", config, *ASKED, *options, "--calibration", file)
+    assert "holds no calibration: got KeyError" in done.stderr

@@ -10,7 +10,7 @@ from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B
 
 import polyshard as ps
 from polyshard.core.capabilities import YES, Capabilities
-from polyshard.planning import planner
+from polyshard.planning import training_adapters
 from polyshard.planning.contexts import planned_context
 from polyshard.planning.decoder import PlannedDecoder, _settings
 from polyshard.planning.memory import passes_under_way
@@ -109,7 +109,7 @@ def test_layouts_that_no_adapter_can_run_are_refused_with_the_adapters_reasons()
 def test_layouts_appear_when_an_adapter_says_that_it_can_run_them(monkeypatch):
     able = Capabilities("new", dict.fromkeys(ps.load_adapter("torch").capabilities.support, YES))
     adapter = SimpleNamespace(capabilities=able, pipeline_schedules=("1f1b", "interleaved-1f1b"))
-    monkeypatch.setattr(planner, "load_adapter", lambda name: adapter)
+    monkeypatch.setattr(training_adapters, "load_adapter", lambda name: adapter)
     cluster = ps.Cluster(gpus=8, gpus_per_node=2, memory=8 * GIB)
     found = small_plan(cluster=cluster, adapters=["new"], shardings=("zero1",), recompute=("none",))
     pipelines = [planned for planned in found.layouts if planned.strategy.layout.pipeline == 4]

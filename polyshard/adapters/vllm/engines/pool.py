@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 Batch = list[list[Job]]
 
-_ATTEMPTS = 5  # of one sync to reach the engines, if all of them fail each time
+# A sync that fails for all engines is repeated: a worker may still wait for the connection that was lost.
+_PATIENCE, _LEAST = 5, 120.0  # timeouts, and seconds at least, until the sync is given up
 
 
 class EnginePool:
@@ -85,7 +86,7 @@ class EnginePool:
             EngineFailureError: no engine is left.
             WeightSyncError: engines can be reached, but none took the weights.
         """
-        dispatcher, attempts = self._dispatcher, 0
+        dispatcher, failed = self._dispatcher, None
         self._on_first(lambda: dispatcher.interrupt() if dispatcher else None)
         self._note_lost()
         self._readmit()
@@ -97,8 +98,11 @@ class EnginePool:
                 report = self._sync(version)
                 break
             except WeightSyncError as error:
-                attempts += 1
-                if not error.engines or (attempts == _ATTEMPTS and set(error.engines) >= set(self._sync.engines)):
+                if not error.engines:
+                    raise
+                failed = time.monotonic() if failed is None else failed
+                late = time.monotonic() - failed > max(_LEAST, _PATIENCE * self._timeout)
+                if self._ranks.broadcast(late and set(error.engines) >= set(self._sync.engines)):
                     raise
                 self._send_away({name: str(error) for name in error.engines})
         self._version, self._synced = version, self._changes()
