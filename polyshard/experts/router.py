@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,6 +11,7 @@ import torch
 from polyshard.core.errors import ConfigurationError, RoutingError
 from polyshard.core.experts import Routing
 
+Sigmoid = Callable[[torch.Tensor], torch.Tensor]
 Score = Literal["softmax", "sigmoid", "softmax_of_chosen"]
 
 
@@ -88,10 +90,10 @@ class Router:
                 f"that hold {experts_per_token} experts per token."
             )
 
-    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+    def scores(self, logits: torch.Tensor, sigmoid: Sigmoid = torch.sigmoid) -> torch.Tensor:
         """Return the scores `[tokens, experts]` of all experts, in float32 (float64 for float64)."""
         logits = _wide(logits)
-        return logits.sigmoid() if self.score == "sigmoid" else logits.softmax(-1)
+        return sigmoid(logits) if self.score == "sigmoid" else logits.softmax(-1)
 
     def route(
         self,
@@ -99,6 +101,7 @@ class Router:
         experts_per_token: int,
         correction: torch.Tensor | None = None,
         experts: torch.Tensor | None = None,
+        sigmoid: Sigmoid = torch.sigmoid,
     ) -> Routing:
         """Choose the experts of each token.
 
@@ -108,6 +111,7 @@ class Router:
             correction: float32 `[experts]`, added to the scores for the choice.
             experts: int64 `[tokens, experts per token]` to take instead of choosing. Their weights are computed from
                 `logits`, so that the router has a gradient.
+            sigmoid: the sigmoid of the scores; in exact mode, one whose bits do not depend on the batch.
 
         Returns:
             The routing, in the order of descending scores.
@@ -125,7 +129,7 @@ class Router:
             logits = _wide(logits)
             experts = logits.topk(experts_per_token, dim=-1).indices if experts is None else experts
             return Routing(weights=logits.gather(1, experts).softmax(-1) * self.scale, experts=experts)
-        scores = self.scores(logits)
+        scores = self.scores(logits, sigmoid)
         if experts is None:
             with torch.no_grad():
                 choice = scores if correction is None else scores + correction
