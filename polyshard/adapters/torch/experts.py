@@ -97,9 +97,12 @@ class TorchExperts(nn.Module):
         hidden = clamped_swiglu(hidden, activation) if isinstance(activation, ClampedSwiglu) else swiglu(hidden)
         y = multiply(hidden, down if stacked else down.transpose(1, 2))
         if bank.bias:
-            # Added once, though the outputs are summed over the tensor axis.
-            bias = self.weight_for("down_bias", rows) if self.tensor_axis.rank == 0 else None
-            y = y if bias is None else y + bias.repeat_interleave(counts, 0, output_size=len(rows))
+            bias = self.weight_for("down_bias", rows)
+            if (
+                self.tensor_axis.rank
+            ):  # added once, though outputs are summed over the axis; every rank has the gradient
+                bias = bias - bias.detach()
+            y = y + bias.repeat_interleave(counts, 0, output_size=len(rows))
         return y
 
     def weight_for(self, name: str, rows: torch.Tensor) -> torch.Tensor:
