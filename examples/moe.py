@@ -222,15 +222,23 @@ class Decoder(nn.Module):
         positions: torch.Tensor | None = None,
         *,
         cu_seqlens: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return hidden states `[..., hidden]` of token IDs `[batch, seq]`, or packed `[tokens]`."""
+        """Return hidden states `[..., hidden]` of token IDs `[batch, seq]`, or packed `[tokens]`.
+
+        With `targets`, the next token of each token, return their float32 log-probabilities instead.
+        """
         x = self.model.embed_tokens(input_ids)
         if positions is None:
             positions = ps.sequence_positions(input_ids, cu_seqlens, self.parallel_context)
         rotary = self.model.rotary(positions, x.dtype)
         for layer in self.model.layers:
             x = layer(x, rotary, cu_seqlens)
-        return self.model.norm(x)
+        hidden = self.model.norm(x)
+        if targets is None:
+            return hidden
+        context, vocab_size = self.parallel_context, self.config.vocab_size
+        return ps.lm_logprobs(hidden, self.compute_logits, targets, context, vocab_size=vocab_size)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return the embeddings of token IDs."""

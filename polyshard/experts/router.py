@@ -109,8 +109,8 @@ class Router:
             logits: `[tokens, experts]`.
             experts_per_token: number of experts per token.
             correction: float32 `[experts]`, added to the scores for the choice.
-            experts: int64 `[tokens, experts per token]` to take instead of choosing. Their weights are computed from
-                `logits`, so that the router has a gradient.
+            experts: int64 `[tokens, experts per token]` to take instead of choosing; -1 to choose. Their weights are
+                computed from `logits`, so that the router has a gradient.
             sigmoid: the sigmoid of the scores; in exact mode, one whose bits do not depend on the batch.
 
         Returns:
@@ -127,15 +127,14 @@ class Router:
             )
         if self.score == "softmax_of_chosen":
             logits = _wide(logits)
-            experts = logits.topk(experts_per_token, dim=-1).indices if experts is None else experts
+            experts = _taken(experts, logits.detach().topk(experts_per_token, dim=-1).indices)
             return Routing(weights=logits.gather(1, experts).softmax(-1) * self.scale, experts=experts)
         scores = self.scores(logits, sigmoid)
-        if experts is None:
-            with torch.no_grad():
-                choice = scores if correction is None else scores + correction
-                if self.groups > 1:
-                    choice = self._within_groups(choice)
-                experts = choice.topk(experts_per_token, dim=-1).indices
+        with torch.no_grad():
+            choice = scores if correction is None else scores + correction
+            if self.groups > 1:
+                choice = self._within_groups(choice)
+            experts = _taken(experts, choice.topk(experts_per_token, dim=-1).indices)
         weights = scores.gather(1, experts)
         if self.normalize:
             total, *rest = weights.unbind(-1)
@@ -154,3 +153,7 @@ class Router:
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _taken(given: torch.Tensor | None, chosen: torch.Tensor) -> torch.Tensor:
+    return chosen if given is None else torch.where(given < 0, chosen, given)
