@@ -3,10 +3,10 @@
     python benchmarks/serving.py [MODEL] [--dtype bfloat16] [--tensor-parallel 1] [--compiled] [--json FILE] [--check]
 
 MODEL is a Hugging Face directory of a Llama-class model (default: SmolLM2-135M, which `examples/smollm2.py` writes), or
-`qwen3` for a Qwen3 with half a billion random weights, or `llama-8b` for the shape of Llama 3.1 8B. On a GPU use more
-concurrent requests (`--times 8`); the weights of all engines must fit into its memory. Each engine runs in its own
-process, and all stay alive. They run the loads alternately, and each ratio is that of the medians. `--check` exits with
-status 1 if a goal is missed.
+`qwen3` for a Qwen3 with half a billion random weights, `qwen3-moe` for a mixture of experts with a third of a billion
+(`examples/moe.py`), or `llama-8b` for the shape of Llama 3.1 8B. On a GPU use more concurrent requests (`--times 8`);
+the weights of all engines must fit into its memory. Each engine runs in its own process, and all stay alive. They run
+the loads alternately, and each ratio is that of the medians. `--check` exits with status 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ ADOPTED_GOAL, TRANSFORMERS_GOAL = 0.95, 1.05
 
 
 # Models with random weights: (model type, architecture, sizes).
-SHAPES: dict[str, tuple[str, str, dict[str, int]]] = {
+SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3": (
         "qwen3",
         "Qwen3ForCausalLM",
@@ -71,6 +71,22 @@ SHAPES: dict[str, tuple[str, str, dict[str, int]]] = {
             "num_attention_heads": 16,
             "num_key_value_heads": 8,
             "head_dim": 64,
+        },
+    ),
+    "qwen3-moe": (
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        {
+            "vocab_size": 32768,
+            "hidden_size": 576,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 64,
+            "num_experts": 32,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 384,
+            "norm_topk_prob": True,
         },
     ),
     "llama-8b": (
@@ -116,7 +132,7 @@ ENGINES = {
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="Directory, or qwen3.")] = "",
+    model: Annotated[str, typer.Argument(help="Directory, qwen3, qwen3-moe or llama-8b.")] = "",
     dtype: str = "bfloat16",
     tensor_parallel: int = 1,
     compiled: Annotated[bool, typer.Option(help="With torch.compile, as vLLM does it.")] = False,
@@ -264,7 +280,9 @@ def start(engine: Engine, directory: str, asked: Options) -> Any:
     if engine.adapter is not None:
         import polyshard as ps
 
-        ps.register_model("PolyshardDecoder", engine.factory, adapter=engine.adapter, exact=engine.exact)
+        mixture = ps.read_config(directory).model_type == "qwen3_moe"
+        factory = engine.factory.replace("decoder:", "moe:") if mixture else engine.factory
+        ps.register_model("PolyshardDecoder", factory, adapter=engine.adapter, exact=engine.exact)
         options["hf_overrides"] = {"architectures": ["PolyshardDecoder"]}
     from vllm import LLM
 

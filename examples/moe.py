@@ -226,14 +226,18 @@ class Decoder(nn.Module):
         *,
         cu_seqlens: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return hidden states `[..., hidden]` of token IDs `[batch, seq]`, or packed `[tokens]`.
+
+        With `targets`, the next token of each token, return their float32 log-probabilities instead.
 
         Args:
             input_ids: token IDs; under context parallel this rank's part.
             positions: positions in the shape of `input_ids`; default: from 0 in each sequence.
             cu_seqlens: int32 `[sequences + 1]`, boundaries of packed input; default: one sequence.
             inputs_embeds: for a later pipeline stage, the output of the previous stage `[..., hidden]`.
+            targets: the next token of each token, in the shape of `input_ids`.
         """
         x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         if positions is None:
@@ -241,7 +245,11 @@ class Decoder(nn.Module):
         rotary = self.model.rotary(positions, x.dtype)
         for layer in self.model.layers:
             x = layer(x, rotary, cu_seqlens)
-        return self.model.norm(x) if self.model.stage.last else x
+        hidden = self.model.norm(x) if self.model.stage.last else x
+        if targets is None:
+            return hidden
+        context, vocab_size = self.parallel_context, self.config.vocab_size
+        return ps.lm_logprobs(hidden, self.compute_logits, targets, context, vocab_size=vocab_size)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return the embeddings of token IDs."""

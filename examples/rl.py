@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 2 examples/rl.py runs/rl --adapter megatron --tensor-parallel 2
     python examples/rl.py runs/rl --separate                                        # vLLM in separate processes
     python examples/rl.py runs/rl --ordinary                                        # without exact mode
+    python examples/rl.py runs/rl --task experts --ordinary --replay                # a mixture of experts, replayed
     python examples/rl.py runs/rl --server http://10.0.0.3:8000 --staleness 1       # vLLM's server on another machine
     python examples/rl.py runs/rl --ray --ranks 2 --engines 2 --staleness 1         # all of it as Ray actors
     python examples/rl.py runs/rl --task addition --dtype bfloat16 --prompts 8 --samples 8 --learning-rate 5e-6
@@ -38,9 +39,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from decoder import build_model
 from rich.progress import Progress
-from rl_tasks import Addition, Successor
+from rl_tasks import Addition, Experts, Successor
 from smollm2 import smollm2_directory
 
 import polyshard as ps
@@ -60,16 +60,18 @@ class Task(StrEnum):
     """The task that the model learns."""
 
     successor = "successor"  # a tiny model with random weights
+    experts = "experts"  # the same task for a tiny mixture of experts
     addition = "addition"  # SmolLM2-135M
 
 
 def main(
     run: Annotated[Path, typer.Argument(help="Folder of this run: metrics, training states.")],
-    task: Annotated[Task, typer.Option(help="By a tiny model of random weights, or by SmolLM2.")] = Task.successor,
+    task: Annotated[Task, typer.Option(help="By tiny models of random weights, or by SmolLM2.")] = Task.successor,
     adapter: Annotated[str, typer.Option(help="Parallelism library.")] = "torch",
     tensor_parallel: Annotated[int, typer.Option(help="Ranks that share each layer; the rest is data parallel.")] = 1,
     separate: Annotated[bool, typer.Option(help="vLLM in processes of its own, which may die.")] = False,
     ordinary: Annotated[bool, typer.Option(help="Without exact mode.")] = False,
+    replay: Annotated[bool, typer.Option(help="The trainer's tokens take the sampler's experts.")] = False,
     dtype: Dtype = Dtype.float32,
     steps: int = 400,
     prompts: Annotated[int, typer.Option(help="Of each step.")] = 16,
@@ -87,6 +89,8 @@ def main(
     """Generate samples, score them, update the weights, and sync them to vLLM."""
     if staleness and not (server or ray):
         raise typer.BadParameter("--staleness requires --server or --ray")
+    if replay and (task is not Task.experts or server or ray):
+        raise typer.BadParameter("--replay requires --task experts, without --server and --ray")
     settings = Settings(
         run=run.resolve(),
         task=task,
@@ -94,6 +98,7 @@ def main(
         tensor_parallel=tensor_parallel,
         separate=separate,
         ordinary=ordinary,
+        replay=replay,
         dtype=dtype,
         steps=steps,
         prompts=prompts,
@@ -119,6 +124,7 @@ class Settings:
     tensor_parallel: int
     separate: bool
     ordinary: bool
+    replay: bool
     dtype: Dtype
     steps: int
     prompts: int
@@ -145,7 +151,8 @@ class Settings:
 
 def task_of(task: Task) -> Any:
     """Return the task."""
-    return Successor() if task is Task.successor else Addition(smollm2_directory())
+    tiny = {Task.successor: Successor, Task.experts: Experts}
+    return tiny[task]() if task in tiny else Addition(smollm2_directory())
 
 
 def with_ray(settings: Settings, ranks: int, engines: int, restarts: int) -> None:
@@ -155,7 +162,7 @@ def with_ray(settings: Settings, ranks: int, engines: int, restarts: int) -> Non
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     own: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": ranks + engines}
     ray.init(runtime_env={"env_vars": {**QUIET, "PYTHONPATH": path}}, log_to_driver=False, **own)
-    ps.register_model(NAME, "decoder:build_model", **settings.modes(ranks))
+    ps.register_model(NAME, task_of(settings.task).factory, **settings.modes(ranks))
     directory = start_of(settings)
     resources = {"GPU": 1.0} if torch.cuda.is_available() else {"CPU": 1.0}
     clients = [
@@ -174,7 +181,7 @@ def start_of(settings: Settings) -> Path:
     directory = settings.run / "start"
     if not (directory / "config.json").exists():
         context = ps.initialize("torch")
-        policy = build_model(chosen.config, context)
+        policy = chosen.build(chosen.config, context)
         ps.initialize_weights(policy, context, seed=settings.seed)
         ps.save_checkpoint(policy, directory, context, config=chosen.config)
         ps.shutdown(context)
@@ -195,13 +202,13 @@ def train(settings: Settings, clients: list[Any]) -> None:
     # float32 parameters: with such learning rates bfloat16 would round an update away.
     masters: dict[str, Any] = {} if ordinary else {"precision": ps.Precision(compute=wanted)}
     context = ps.initialize(settings.adapter, tensor=settings.tensor_parallel, **modes, **masters)
-    ps.register_model(NAME, build_model, **modes)
+    chosen = task_of(settings.task)
+    ps.register_model(NAME, chosen.build, **modes)
     rank, share = context.get_data_parallel_rank(), context.get_data_parallel_world_size()
     first = context.axis("tensor").rank == 0 and rank == 0
 
-    chosen = task_of(settings.task)
     config = chosen.config
-    policy = build_model(config, context)
+    policy = chosen.build(config, context)
     directory = chosen.model or run / "start"
     if chosen.model is not None or clients:
         ps.load_checkpoint(policy, directory if chosen.model else start_of(settings), context)
@@ -221,7 +228,13 @@ def train(settings: Settings, clients: list[Any]) -> None:
         engine = ps.RolloutEngine(None, None, trainer, context, engines=clients)
     else:
         engine = ps.RolloutEngine(
-            directory, NAME, trainer, context, colocated=not settings.separate, **settings.engine()
+            directory,
+            NAME,
+            trainer,
+            context,
+            colocated=not settings.separate,
+            return_routing=settings.replay,
+            **settings.engine(),
         )
     current = int(engine.sync().version)
     limits = {"max_tokens": chosen.max_tokens, "stop_token_ids": list(chosen.stop_token_ids)}
@@ -251,7 +264,9 @@ def train(settings: Settings, clients: list[Any]) -> None:
             mixed = (
                 torch.autocast(context.device.type, wanted) if ordinary and wanted != torch.float32 else nullcontext()
             )
-            with mixed:
+            mine = [rollout for rollout, _ in answers[rank::share]]
+            taken = ps.replay_routing(policy, ps.packed_routing(mine)) if settings.replay else nullcontext()
+            with mixed, taken:
                 own, told, weights = logprobs(trainer, answers[rank::share], context.device)
             ratio = (own - told).exp()
             gain = torch.minimum(ratio * weights, ratio.clamp(1 - CLIP, 1 + CLIP) * weights)
@@ -288,9 +303,7 @@ def train(settings: Settings, clients: list[Any]) -> None:
             if (step + 1) % settings.every == 0:
                 place = run / "states" / f"step-{step + 1:08d}"
                 ps.save_training_state(trainer, place, context, step=step + 1, config=config)
-    ps.save_checkpoint(
-        trainer, run / "policy", context, config=config, architecture=NAME, factory="decoder:build_model"
-    )
+    ps.save_checkpoint(trainer, run / "policy", context, config=config, architecture=NAME, factory=chosen.factory)
     trainer.close()
     ps.shutdown(context)
 

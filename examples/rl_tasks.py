@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import decoder
+import moe
 import torch
 
 import polyshard as ps
@@ -17,6 +19,8 @@ class Successor:
     begin, end = 10, 11  # token IDs after those of the digits
     max_tokens, stop_token_ids = 4, ()
     model = None
+    build: Any = staticmethod(decoder.build_model)
+    factory = "decoder:build_model"
     config = ps.ModelConfig(
         model_type="llama",
         architectures=["LlamaForCausalLM"],
@@ -42,10 +46,36 @@ class Successor:
         return sum(token == (digit + 1) % 10 for digit, token in zip(prompt[1:-1], tokens)) / 4
 
 
+class Experts(Successor):
+    """The same task for a mixture of experts."""
+
+    build: Any = staticmethod(moe.build_model)
+    factory = "moe:build_model"
+    config = ps.ModelConfig(
+        model_type="qwen3_moe",
+        architectures=["Qwen3MoeForCausalLM"],
+        vocab_size=12,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        norm_topk_prob=True,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+    )
+
+
 class Addition:
     """Add two numbers below thirty, given three examples; for a pretrained model."""
 
     max_tokens = 4
+    build: Any = staticmethod(decoder.build_model)
+    factory = "decoder:build_model"
 
     def __init__(self, model: Path) -> None:
         import transformers

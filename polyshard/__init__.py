@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from polyshard.adapters.vllm.clients.local import LlmClient
     from polyshard.adapters.vllm.engines.rollout import Rollout
     from polyshard.adapters.vllm.engines.rollouts import RolloutEngine
+    from polyshard.adapters.vllm.engines.routing import ROUTING_WORKER, served_routing
     from polyshard.adapters.vllm.transfer.lora_sync import LoraSync
     from polyshard.adapters.vllm.transfer.report import SyncReport
     from polyshard.adapters.vllm.transfer.sync import WeightSync
@@ -69,7 +70,7 @@ if TYPE_CHECKING:
     from polyshard.experts.balance import Balance, RouterStatistics
     from polyshard.experts.layer import MixtureOfExperts, SharedExperts, mixture_of_experts
     from polyshard.experts.observed import router_loss, router_statistics, update_router_bias
-    from polyshard.experts.replay import record_routing, replay_routing
+    from polyshard.experts.replay import packed_routing, record_routing, replay_routing
     from polyshard.experts.router import Router
     from polyshard.launch import initialize, shutdown
     from polyshard.layers.activation import swiglu
@@ -113,6 +114,7 @@ _HOMES = {
     "polyshard.adapters.vllm.clients.local": ("LlmClient",),
     "polyshard.adapters.vllm.engines.rollout": ("Rollout",),
     "polyshard.adapters.vllm.engines.rollouts": ("RolloutEngine",),
+    "polyshard.adapters.vllm.engines.routing": ("ROUTING_WORKER", "served_routing"),
     "polyshard.adapters.vllm.transfer.lora_sync": ("LoraSync",),
     "polyshard.adapters.vllm.transfer.report": ("SyncReport",),
     "polyshard.adapters.vllm.transfer.sync": ("WeightSync",),
@@ -193,7 +195,7 @@ _HOMES = {
     "polyshard.experts.balance": ("Balance", "RouterStatistics"),
     "polyshard.experts.layer": ("MixtureOfExperts", "SharedExperts", "mixture_of_experts"),
     "polyshard.experts.observed": ("router_loss", "router_statistics", "update_router_bias"),
-    "polyshard.experts.replay": ("record_routing", "replay_routing"),
+    "polyshard.experts.replay": ("packed_routing", "record_routing", "replay_routing"),
     "polyshard.experts.router": ("Router",),
     "polyshard.layers.lm_loss": ("lm_logprobs", "lm_loss"),
     "polyshard.layers.logprobs": ("token_logprobs",),

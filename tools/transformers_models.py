@@ -67,7 +67,7 @@ compares each "yes" with transformers.
 
 | refusal | meaning |
 |---|---|
-| experts | It has a mixture of experts, for which there are no layers. |
+| experts | It has a mixture of experts that differs from `polyshard.mixture_of_experts`. |
 | more than a text decoder | The config describes an encoder, or vision or audio parts, too. Use its text config. |
 | own attention code | Attention does not go through transformers' attention interface. |
 | attention not recognised | The projections or norms of attention have no sharded form. |

@@ -243,10 +243,17 @@ class TrainableFlashAttention(nn.Module):
             self.context,
             self.context_parallel,
             training=self.training,
-            sinks=self.sinks,
+            sinks=self._served_sinks(),
             kernel=self.kernel,
         )
         return add_residual(residual, out, self.o_proj)
+
+    def _served_sinks(self) -> torch.Tensor | None:
+        """Return the sinks, in exact mode rounded to the dtype in which the server holds them."""
+        exact = self.context.exact
+        if self.sinks is None or exact is None or exact.compute_dtype is None:
+            return self.sinks
+        return self.sinks.to(exact.compute_dtype).to(self.sinks.dtype)
 
     def heads(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return this rank's query, key and value heads, each `[..., heads, dim]`, before the rotary embedding."""

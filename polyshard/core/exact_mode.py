@@ -63,7 +63,8 @@ class ExactMode:
         operators: the operators of the forward pass.
         wrap_adapter: returns an adapter that builds exact versions of the layers of the given `LinearAdapter`.
         replicated_linear: returns an exact module with the parameters of the given replicated `nn.Linear`; the second
-            argument is the context.
+            argument is the context, the third the dtype of the matmul if it is not that of the model.
+        sigmoid: a differentiable sigmoid whose bits for an element do not depend on the rest of the tensor.
         rotate: the operators' rotary embedding, with a backward pass.
         compute_dtype: dtype of activations and matmuls if it is narrower than the parameters' (a trainer with float32
             parameters and a bfloat16 server); None for the parameters' dtype.
@@ -72,6 +73,7 @@ class ExactMode:
     shards: int
     operators: ExactOperators
     wrap_adapter: Callable[[Any], Any]
-    replicated_linear: Callable[[nn.Linear, Any], nn.Module]
+    replicated_linear: Callable[..., nn.Module]
+    sigmoid: Callable[[torch.Tensor], torch.Tensor]
     rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     compute_dtype: torch.dtype | None = None

@@ -18,6 +18,7 @@ from polyshard.core.weight_sharding import WeightLayout, replicated
 # Shell patterns of tensors in old checkpoints that are not parameters: constants that the config determines.
 IGNORED_TENSORS = ("*rotary_emb.inv_freq", "*.masked_bias", "*.attn.bias")
 
+_RENAMED = "checkpoint_names_of_children"  # {child: its name in checkpoints}
 _ATTRIBUTE = "weight_layouts"  # {name inside the module: (canonical name inside the module, layout)}
 
 
@@ -146,6 +147,17 @@ def store_as(owner: nn.Module, child: str, name: str) -> None:
     setattr(owner, _ATTRIBUTE, {**getattr(owner, _ATTRIBUTE, {}), **moved})
 
 
+def rename_in_checkpoints(owner: nn.Module, child: str, name: str) -> None:
+    """Store everything inside a child of `owner` in checkpoints under the name `name` instead of the child's.
+
+    Args:
+        owner: the module that contains the child.
+        child: the attribute of `owner` that is a module; its parameters need not have layouts.
+        name: the name in checkpoints.
+    """
+    setattr(owner, _RENAMED, {**getattr(owner, _RENAMED, {}), child: name})
+
+
 def layer_paths(model: nn.Module) -> dict[str, str]:
     """Return the name of the layer of each parameter that has a layout, by the parameter's name.
 
@@ -182,10 +194,19 @@ def collect_layouts(model: nn.Module) -> WeightTable:
         ((4, 8), (4, 4))
     """
     known: dict[str, tuple[str, WeightLayout]] = {}
+    stored: dict[str, str] = {}  # prefix of each module's parameters in checkpoints
     for module_name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{module_name}." if module_name else ""
+        stored.setdefault(prefix, prefix)
+        for child, _ in module.named_children():
+            name = getattr(module, _RENAMED, {}).get(child, child)
+            stored[f"{prefix}{child}."] = f"{stored[prefix]}{name}."
         for name, (canonical, layout) in getattr(module, _ATTRIBUTE, {}).items():
-            known[prefix + name] = (prefix + canonical, layout)
+            known[prefix + name] = (stored[prefix] + canonical, layout)
+
+    def stored_name(parameter: str) -> str:
+        module, dot, leaf = parameter.rpartition(".")
+        return stored[module + dot] + leaf
 
     first: dict[int, str] = {}
     tied: dict[str, list[str]] = {}
@@ -196,13 +217,13 @@ def collect_layouts(model: nn.Module) -> WeightTable:
 
     entries: dict[str, WeightEntry] = {}
     for parameter, tensor in model.named_parameters():
-        canonical, layout = known.get(parameter) or (parameter, replicated(tensor.shape))
+        canonical, layout = known.get(parameter) or (stored_name(parameter), replicated(tensor.shape))
         entries[parameter] = WeightEntry(
             parameter=parameter,
             name=canonical,
             layout=layout,
             checkpoint_names=checkpoint_names(canonical, layout),
-            tied_names=tuple(known.get(other, (other, None))[0] for other in tied.get(parameter, ())),
+            tied_names=tuple(known.get(other, (stored_name(other), None))[0] for other in tied.get(parameter, ())),
             tied_parameters=tuple(tied.get(parameter, ())),
         )
     return WeightTable(entries)

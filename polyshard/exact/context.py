@@ -17,6 +17,7 @@ from polyshard.core.exact_mode import ExactMode, ExactOperators
 from polyshard.core.precision import Precision
 from polyshard.exact.linear import ExactLinearAdapter, ExactReplicatedLinear, OnBuilt
 from polyshard.exact.rotary import exact_rotate
+from polyshard.exact.sigmoid import exact_sigmoid
 
 _SERVED = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -82,8 +83,8 @@ def exact_mode(
     def wrap_adapter(adapter: Any) -> Any:
         return adapter if isinstance(adapter, ExactLinearAdapter) else ExactLinearAdapter(adapter, mode, on_built)
 
-    def replicated_linear(layer: nn.Linear, context: ParallelContext) -> nn.Module:
-        exact = ExactReplicatedLinear(layer, context, mode)
+    def replicated_linear(layer: nn.Linear, context: ParallelContext, dtype: torch.dtype | None = None) -> nn.Module:
+        exact = ExactReplicatedLinear(layer, context, mode, dtype)
         on_built(exact)
         return exact
 
@@ -92,6 +93,7 @@ def exact_mode(
         operators=operators,
         wrap_adapter=wrap_adapter,
         replicated_linear=replicated_linear,
+        sigmoid=exact_sigmoid,
         rotate=partial(exact_rotate, operators),
         compute_dtype=compute_dtype,
     )

@@ -10,11 +10,11 @@ from torch import nn
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import AdapterError, LayoutError
 from polyshard.core.exact_mode import ExactMode, Matmul
-from polyshard.core.experts import ExpertBank
+from polyshard.core.experts import ClampedSwiglu, ExpertBank
 from polyshard.core.linear_adapter import name_of
 from polyshard.exact.matmul import exact_matmul
 from polyshard.exact.reduction import sum_in_order
-from polyshard.layers.activation import swiglu
+from polyshard.layers.activation import clamped_swiglu, swiglu
 
 
 class ExactExpertProducts:
@@ -28,7 +28,7 @@ class ExactExpertProducts:
     """
 
     def __init__(self, experts: Any, bank: ExpertBank, context: ParallelContext, exact: ExactMode) -> None:
-        self._experts, self._exact, self._axis = experts, exact, context.axis("tensor")
+        self._experts, self._bank, self._exact, self._axis = experts, bank, exact, context.axis("tensor")
         self._count = exact.shards // self._axis.size
         self._packed: list[tuple[Matmul, ...]] | None = None  # a server's, once its weights are loaded
         if (bank.expert_size // self._axis.size) % self._count:
@@ -37,9 +37,10 @@ class ExactExpertProducts:
     def pack(self) -> None:
         """Pack copies of the current weights for all further calls; for servers, which know when weights change."""
         pack = self._exact.operators.pack
+        matrices = (self._matrices(getattr(self._experts, name)) for name in ("gate_up", "down"))
         self._packed = [
             (pack(gate_up), *(pack(part) for part in down.chunk(self._count, dim=1)))
-            for gate_up, down in zip(self._experts.gate_up, self._experts.down)
+            for gate_up, down in zip(*matrices)
         ]
 
     def __call__(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -51,17 +52,37 @@ class ExactExpertProducts:
         """
         if not len(rows):
             return rows
-        gate_up, down = (self._experts.weight_for(name, rows).unbind(0) for name in ("gate_up", "down"))
+        gate_up, down = (self._matrices(self._experts.weight_for(name, rows)) for name in ("gate_up", "down"))
+        bias = self._experts.weight_for("gate_up_bias", rows) if self._bank.bias else None
         shards: list[list[torch.Tensor]] = [[] for _ in range(self._count)]
         for index, part in enumerate(rows.split(counts.tolist())):
             if not len(part):
                 continue
             packed = (None,) * (self._count + 1) if self._packed is None else self._packed[index]
-            hidden = swiglu(exact_matmul(part, gate_up[index], self._exact.operators, packed[0]))
+            hidden = exact_matmul(part, gate_up[index], self._exact.operators, packed[0])
+            hidden = self._activated(hidden if bias is None else hidden + bias[index])
             pieces = zip(shards, hidden.chunk(self._count, -1), down[index].chunk(self._count, 1), packed[1:])
             for shard, channels, matrix, kept in pieces:
                 shard.append(exact_matmul(channels, matrix, self._exact.operators, kept))
-        return sum_in_order([torch.cat(shard) for shard in shards], self._axis, scattered=False)
+        y = sum_in_order([torch.cat(shard) for shard in shards], self._axis, scattered=False)
+        if not self._bank.bias:
+            return y
+        bias = self._experts.weight_for("down_bias", rows)
+        return y + bias.repeat_interleave(counts, 0, output_size=len(rows))
+
+    def _matrices(self, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the matrix `[out, in]` of each expert."""
+        stacked = self._bank.storage.stacked is not None
+        return (weights.transpose(1, 2).contiguous() if stacked else weights).unbind(0)
+
+    def _activated(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the activation of `[rows, 2 * size]`, the clamped one computed in float32 and rounded once."""
+        if self._bank.storage.interleaved:
+            hidden = torch.cat((hidden[..., ::2], hidden[..., 1::2]), dim=-1)
+        activation = self._bank.activation
+        if not isinstance(activation, ClampedSwiglu):
+            return swiglu(hidden)
+        return clamped_swiglu(hidden.float(), activation, self._exact.sigmoid).to(hidden.dtype)
 
 
 def make_exact(experts: nn.Module, bank: ExpertBank, context: ParallelContext, exact: ExactMode) -> None:
@@ -75,11 +96,6 @@ def make_exact(experts: nn.Module, bank: ExpertBank, context: ParallelContext, e
         raise AdapterError(
             f"exact mode does not support the experts of {name_of(experts)}: they have no attribute `products`, which "
             "replaces their matrix products. Use the torch adapter's."
-        )
-    if bank.activation != "silu" or bank.storage.stacked is not None or bank.scale_input:
-        raise AdapterError(
-            "exact mode does not support these experts (notimpl): got another activation than SwiGLU, stacked storage, "
-            "or a scaled input. Leave out exact=True."
         )
     if context.layout.sequence_parallel and context.axis("tensor").size > 1:
         raise LayoutError(

@@ -69,12 +69,39 @@ class ExactLinear(nn.Module):
 
 
 class ExactReplicatedLinear(ExactLinear):
-    """`y = x Wᵀ + b`, replicated on every rank."""
+    """`y = x Wᵀ + b`, replicated on every rank.
+
+    Args:
+        owner: the layer with the parameters.
+        context: the parallel context.
+        exact: the exact mode.
+        dtype: of the matmul, for a router whose logits are float32 in a bfloat16 model; None for the model's.
+    """
+
+    def __init__(
+        self, owner: nn.Module, context: ParallelContext, exact: ExactMode, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(owner, context, exact)
+        self.dtype = dtype
+
+    @override
+    def parts(self) -> list[torch.Tensor]:
+        return [self._wide(self.weight)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer: `[..., in]` to `[..., out]`."""
-        y = self.matmul(x, self.weight, 0)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        if self.dtype is None:
+            y = self.matmul(x, self.weight, 0)
+        else:
+            packed = None if self.packed is None else self.packed[0]
+            y = exact_matmul(x.to(self.dtype), self._wide(self.weight), self.exact.operators, packed)
+        return y if self.bias is None else y + self._wide(self.bias).to(y.dtype)
+
+    def _wide(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return a parameter in the dtype of the matmul, rounded to the server's dtype before."""
+        if self.dtype is None:
+            return weight
+        return (weight if self.exact.compute_dtype is None else weight.to(self.exact.compute_dtype)).to(self.dtype)
 
 
 class ExactColumnParallelLinear(ExactLinear):

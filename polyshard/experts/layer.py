@@ -85,7 +85,7 @@ def mixture_of_experts(
     Raises:
         LayoutError: the experts or their size cannot be divided by the size of their axis.
         ConfigurationError: the router does not fit the experts.
-        AdapterError: the context is in exact mode, which does not support this router or these experts.
+        AdapterError: the context is in exact mode, which does not support the experts of this library.
 
     Examples:
         >>> context = ps.initialize("torch")
@@ -95,11 +95,6 @@ def mixture_of_experts(
     """
     router = router or Router()
     router.check(num_experts, experts_per_token)
-    if parallel_context.exact is not None and (router.score != "softmax" or router.dtype or (shared and shared.gated)):
-        raise AdapterError(
-            "exact mode does not support this router (notimpl): got a score other than softmax, a dtype of its own, or "
-            "a gate of shared experts. torch's sigmoid rounds an element by its place in memory. Leave out exact=True."
-        )
     bank = ExpertBank(
         hidden_size=hidden_size,
         expert_size=expert_size,
@@ -153,7 +148,8 @@ class MixtureOfExperts(nn.Module):
         if shared is not None:
             self.add_module(shared.name, _SharedMLP(bank.hidden_size, shared.size, context))
             if shared.gated:
-                self.shared_expert_gate = Gate(bank.hidden_size, 1, Router(), context)
+                self.shared_expert_gate = _matrix(bank.hidden_size, 1, Router(), context)
+        self.sigmoid = torch.sigmoid if context.exact is None else context.exact.sigmoid
         self.replay: torch.Tensor | None = None
         self._replayed_last: torch.Tensor | None = None
         self.records = False
@@ -174,7 +170,8 @@ class MixtureOfExperts(nn.Module):
         """Return the sum of the experts' outputs for each token, `[..., hidden]`, in the shape of the input."""
         tokens = x.reshape(-1, x.shape[-1])
         logits = self.matrix(tokens)
-        routing = self.rule.route(logits, self.experts_per_token, self.correction, self._replayed(tokens))
+        chosen = self._replayed(tokens)
+        routing = self.rule.route(logits, self.experts_per_token, self.correction, chosen, self.sigmoid)
         if self.records:
             self.recorded = routing.experts
         if self.training:
@@ -183,7 +180,7 @@ class MixtureOfExperts(nn.Module):
         if self._shared is None:
             return y
         shared = getattr(self, self._shared.name)(x)
-        return y + (F.sigmoid(self.shared_expert_gate(x)) * shared if self._shared.gated else shared)
+        return y + (self.sigmoid(self.shared_expert_gate(x)) * shared if self._shared.gated else shared)
 
     def _replayed(self, tokens: torch.Tensor) -> torch.Tensor | None:
         if not in_backward():
@@ -228,14 +225,18 @@ class Gate(nn.Module):
 
 
 def _gate(bank: ExpertBank, router: Router, context: ParallelContext) -> nn.Module:
-    """Return the router's matrix; in exact mode, with the server's matrix product."""
-    gate: Any = Gate(bank.hidden_size, bank.num_experts, router, context)
-    if context.exact is not None:
-        gate = context.exact.replicated_linear(gate, context)
+    """Return the router's matrix, with a correction bias if it has one."""
+    gate: Any = _matrix(bank.hidden_size, bank.num_experts, router, context)
     if router.correction_bias:
         zeros = torch.zeros(bank.num_experts, dtype=torch.float32, device=context.device)
         gate.e_score_correction_bias = nn.Parameter(zeros, requires_grad=False)
     return gate
+
+
+def _matrix(hidden_size: int, outputs: int, router: Router, context: ParallelContext) -> nn.Module:
+    """Return a replicated matrix with the router's bias and dtype; in exact mode, with the server's matrix product."""
+    gate: Any = Gate(hidden_size, outputs, router, context)
+    return gate if context.exact is None else context.exact.replicated_linear(gate, context, router.dtype)
 
 
 class _SharedMLP(nn.Module):

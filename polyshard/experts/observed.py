@@ -275,5 +275,5 @@ def _token_axes(context: ParallelContext) -> tuple[ParallelAxis, ...]:
 
 
 def in_backward() -> bool:
-    """Whether a backward pass is running, which recomputes a forward pass."""
-    return torch._C._current_graph_task_id() != -1
+    """Whether a backward pass is running, which recomputes a forward pass. torch.compile traces the first one."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

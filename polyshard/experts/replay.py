@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from polyshard.core.errors import ConfigurationError
 from polyshard.experts.observed import expert_layers
@@ -52,10 +54,12 @@ def replay_routing(model: nn.Module, experts: Mapping[str, torch.Tensor]) -> Ite
 
     Args:
         model: the model, or a training engine's `module`.
-        experts: int64 `[tokens, experts per token]` of each layer, by its name, as from `record_routing`.
+        experts: int64 `[tokens, experts per token]` of each layer, by its name, as from `record_routing` or
+            `packed_routing`; -1 lets the router choose.
 
     Raises:
-        ConfigurationError: a layer is missing or unknown; or, in the forward pass, the shape is wrong.
+        ConfigurationError: a layer is missing or unknown, or an expert does not exist; or, in the forward pass, the
+            shape is wrong.
 
     Examples:
         >>> layer = ps.mixture_of_experts(16, 32, 8, 2, ps.initialize("torch"))
@@ -73,9 +77,49 @@ def replay_routing(model: nn.Module, experts: Mapping[str, torch.Tensor]) -> Ite
             f"{sorted(set(experts) - set(layers))}. Record them with the same model."
         )
     for name, layer in layers.items():
+        if (
+            experts[name].numel()
+            and not -1 <= int(experts[name].min()) <= int(experts[name].max()) < layer.bank.num_experts
+        ):
+            raise ConfigurationError(
+                f"the replayed experts of {name or 'the layer'} are out of range: got {int(experts[name].min())} to "
+                f"{int(experts[name].max())}, expected -1 to {layer.bank.num_experts - 1}."
+            )
+    for name, layer in layers.items():
         layer.replay = experts[name].to(layer.context.device)
     try:
         yield
     finally:
         for layer in layers.values():
             layer.replay = None
+
+
+def packed_routing(rollouts: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """Return the experts of packed sequences, each a prompt with its sampled tokens, for `replay_routing`.
+
+    Args:
+        rollouts: rollouts of an engine with `return_routing=True`, in the order in which they are packed.
+
+    Returns:
+        int64 `[tokens, experts per token]` by layer. The last token of each sequence, which the server never saw, has
+        -1: its router chooses.
+
+    Raises:
+        ConfigurationError: a rollout has no routing, or there is no rollout.
+
+    Examples:
+        >>> rollout = ps.Rollout(
+        ...     prompt=(1, 2), tokens=(7,), logprobs=(-0.5,), finished=True, version="4",
+        ...     routing={"mlp": torch.tensor([[3, 0], [1, 2]])},
+        ... )
+        >>> packed_routing([rollout])["mlp"]
+        tensor([[ 3,  0],
+                [ 1,  2],
+                [-1, -1]])
+    """
+    if not rollouts or any(rollout.routing is None for rollout in rollouts):
+        raise ConfigurationError("a rollout has no routing. Create the engine with return_routing=True.")
+    return {
+        name: torch.cat([F.pad(rollout.routing[name], (0, 0, 0, 1), value=-1) for rollout in rollouts])
+        for name in rollouts[0].routing
+    }

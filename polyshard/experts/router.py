@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,6 +11,7 @@ import torch
 from polyshard.core.errors import ConfigurationError, RoutingError
 from polyshard.core.experts import Routing
 
+Sigmoid = Callable[[torch.Tensor], torch.Tensor]
 Score = Literal["softmax", "sigmoid", "softmax_of_chosen"]
 
 
@@ -88,10 +90,10 @@ class Router:
                 f"that hold {experts_per_token} experts per token."
             )
 
-    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+    def scores(self, logits: torch.Tensor, sigmoid: Sigmoid = torch.sigmoid) -> torch.Tensor:
         """Return the scores `[tokens, experts]` of all experts, in float32 (float64 for float64)."""
         logits = _wide(logits)
-        return logits.sigmoid() if self.score == "sigmoid" else logits.softmax(-1)
+        return sigmoid(logits) if self.score == "sigmoid" else logits.softmax(-1)
 
     def route(
         self,
@@ -99,6 +101,7 @@ class Router:
         experts_per_token: int,
         correction: torch.Tensor | None = None,
         experts: torch.Tensor | None = None,
+        sigmoid: Sigmoid = torch.sigmoid,
     ) -> Routing:
         """Choose the experts of each token.
 
@@ -106,8 +109,9 @@ class Router:
             logits: `[tokens, experts]`.
             experts_per_token: number of experts per token.
             correction: float32 `[experts]`, added to the scores for the choice.
-            experts: int64 `[tokens, experts per token]` to take instead of choosing. Their weights are computed from
-                `logits`, so that the router has a gradient.
+            experts: int64 `[tokens, experts per token]` to take instead of choosing; -1 to choose. Their weights are
+                computed from `logits`, so that the router has a gradient.
+            sigmoid: the sigmoid of the scores; in exact mode, one whose bits do not depend on the batch.
 
         Returns:
             The routing, in the order of descending scores.
@@ -123,15 +127,14 @@ class Router:
             )
         if self.score == "softmax_of_chosen":
             logits = _wide(logits)
-            experts = logits.topk(experts_per_token, dim=-1).indices if experts is None else experts
+            experts = _taken(experts, logits.detach().topk(experts_per_token, dim=-1).indices)
             return Routing(weights=logits.gather(1, experts).softmax(-1) * self.scale, experts=experts)
-        scores = self.scores(logits)
-        if experts is None:
-            with torch.no_grad():
-                choice = scores if correction is None else scores + correction
-                if self.groups > 1:
-                    choice = self._within_groups(choice)
-                experts = choice.topk(experts_per_token, dim=-1).indices
+        scores = self.scores(logits, sigmoid)
+        with torch.no_grad():
+            choice = scores if correction is None else scores + correction
+            if self.groups > 1:
+                choice = self._within_groups(choice)
+            experts = _taken(experts, choice.topk(experts_per_token, dim=-1).indices)
         weights = scores.gather(1, experts)
         if self.normalize:
             total, *rest = weights.unbind(-1)
@@ -150,3 +153,7 @@ class Router:
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _taken(given: torch.Tensor | None, chosen: torch.Tensor) -> torch.Tensor:
+    return chosen if given is None else torch.where(given < 0, chosen, given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from polyshard.core.errors import ConfigurationError
+from polyshard.core.experts import ClampedSwiglu
 from polyshard.layers.fused import fused_products
 from polyshard.native import swiglu as native
 
@@ -69,3 +71,12 @@ class _Swiglu(torch.autograd.Function):
 def _plain(gate_up: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def clamped_swiglu(
+    gate_up: torch.Tensor, activation: ClampedSwiglu, sigmoid: Callable[[torch.Tensor], torch.Tensor] = torch.sigmoid
+) -> torch.Tensor:
+    """Return gpt-oss's activation of `[..., 2 * size]`, gate half first and up half second: `[..., size]`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+    return (up + 1) * (gate * sigmoid(gate * activation.alpha))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import logging
+from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
@@ -17,14 +18,20 @@ from polyshard.core.errors import ConfigurationError
 from polyshard.layers.linear import column_parallel, row_parallel
 from polyshard.layers.norm import rms_norm
 from polyshard.transformers.gated import gated_mlp
+from polyshard.transformers.mixtures import Mixture
 
 logger = logging.getLogger(__name__)
 
 _REPLICATED = ("colwise_gather_output", "rowwise_split_input", "replicated_with_grad_allreduce")  # right if replicated
 
 
-def exchange_layers(model: Any, context: ParallelContext) -> None:
-    """Replace gated MLPs, norms and linear layers by parallel ones.
+def exchange_layers(model: Any, context: ParallelContext, mixtures: Mapping[str, Mixture]) -> None:
+    """Replace mixtures of experts, gated MLPs, norms and linear layers by parallel ones.
+
+    Args:
+        model: a transformers model on the meta device.
+        context: the parallel context.
+        mixtures: the result of `find_mixtures`.
 
     Raises:
         ConfigurationError: at a tensor-parallel size above 1, there is no plan, or it has an unsupported entry.
@@ -39,6 +46,8 @@ def exchange_layers(model: Any, context: ParallelContext) -> None:
     left: list[str] = []
 
     def exchanged(path: str, module: Any) -> nn.Module | None:
+        if path in mixtures:
+            return mixtures[path].build(context)
         mlp = gated_mlp(module, context)
         if mlp is not None:
             return mlp
@@ -68,7 +77,8 @@ def exchange_layers(model: Any, context: ParallelContext) -> None:
     if size == 1:
         return
     unknown = sorted(set(plan.values()) - {"colwise", "rowwise", *_REPLICATED, "embedding_rowwise"})
-    held = [path for path, module in model.named_modules() if _style(plan, path) in unknown]
+    others = (path for path, _ in model.named_modules() if not _inside(path, mixtures))
+    held = [path for path in others if _style(plan, path) in unknown]
     if held:
         raise ConfigurationError(
             f"{type(model).__name__}: the plan of {held[0]} is unsupported ({', '.join(unknown)}). Run the model at "
@@ -99,6 +109,11 @@ def is_plain_norm(module: nn.Module) -> bool:
 
 def _eps(module: Any) -> float:
     return float(getattr(module, "variance_epsilon", None) or getattr(module, "eps", None) or 1e-6)
+
+
+def _inside(path: str, mixtures: Mapping[str, Mixture]) -> bool:
+    """Whether a module is part of a mixture of experts."""
+    return any(path == block or path.startswith(f"{block}.") for block in mixtures)
 
 
 def _style(plan: dict[str, str], path: str) -> str | None:

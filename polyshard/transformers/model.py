@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from polyshard.layers.vocabulary import vocab_parallel_cross_entropy
 from polyshard.transformers.attention import exchange_attention
 from polyshard.transformers.layers import exchange_layers
 from polyshard.transformers.meta_weights import give_memory
+from polyshard.transformers.mixtures import find_mixtures, store_mixtures
 from polyshard.transformers.replaced.requirement import TRANSFORMERS
 from polyshard.transformers.trial.kinds import kept_modules
 from polyshard.transformers.trial.trial import try_model
@@ -29,6 +31,8 @@ from polyshard.transformers.trial.unsupported import (
     stored_names_of_children,
 )
 from polyshard.transformers.vocabulary import exchange_vocabulary
+
+logger = logging.getLogger(__name__)
 
 
 class TransformersModel(nn.Module):
@@ -180,10 +184,11 @@ def transformers_model(config: Any, parallel_context: ParallelContext) -> Transf
     This is a factory: `register_model("LlamaForCausalLM", "polyshard:transformers_model")` serves a checkpoint of that
     architecture with transformers' own code, and training builds the same model with any adapter.
 
-    Attention that `replace_with_trainable_attention` recognises is replaced, gated MLPs are merged, and other linear
-    layers follow transformers' own tensor-parallel plan. Attention that is not recognised keeps its code and uses the
-    engine's cache, at tensor-parallel 1 only. A trial model of the same configuration is compared with transformers'
-    own, once for each configuration (docs/reference/transformers-models.md lists the result for every family).
+    Attention that `replace_with_trainable_attention` recognises is replaced, mixtures of experts become
+    `mixture_of_experts`, gated MLPs are merged, and other linear layers follow transformers' own tensor-parallel plan.
+    Attention that is not recognised keeps its code and uses the engine's cache, at tensor-parallel 1 only. A trial
+    model of the same configuration is compared with transformers' own, once for each configuration
+    (docs/reference/transformers-models.md lists the result for every family).
 
     Args:
         config: a transformers config, or the fields of one (`polyshard.read_config`).
@@ -233,6 +238,12 @@ def transformers_model(config: Any, parallel_context: ParallelContext) -> Transf
             "in only one of the two. Write its factory (docs/how-to/bring-a-model.md)."
         )
     built.packed_refusal = verdict.packed
+    if parallel_context.attention is None and getattr(config, "output_router_logits", False):
+        logger.warning(
+            "%s: output_router_logits is set, but polyshard's loss leaves out transformers' auxiliary loss. Use "
+            "polyshard.Balance in a factory of your own (docs/how-to/experts.md)",
+            name,
+        )
     return built
 
 
@@ -256,9 +267,11 @@ def _on_meta(config: Any) -> Any:
 
 def _built(model: Any, context: ParallelContext) -> TransformersModel:
     stored, shared = stored_names_of_children(model), shared_parameters(model)
+    mixtures = find_mixtures(model)
     exchange_attention(model, context)
     exchange_vocabulary(model, context)
-    exchange_layers(model, context)
+    exchange_layers(model, context, mixtures)
+    store_mixtures(model, mixtures)
     give_memory(model, context.device)
     built = TransformersModel(model, context, stored)
     refuse_lost_sharing(built, shared, type(model).__name__)

@@ -70,6 +70,13 @@ def test_two_ranks_share_their_processes_with_the_engine(tmp_path, options):
     assert is_exact(run_on_ranks(tmp_path, "--steps", "12", *options))
 
 
+def test_a_mixture_of_experts_replays_the_samplers_experts(tmp_path):
+    metrics = run(tmp_path, "--steps", "4", "--task", "experts", "--ordinary", "--replay", "--dtype", "bfloat16")
+    assert [step["step"] for step in metrics] == [1, 2, 3, 4]
+    found = [(step["kl"], step["bits_differ"]) for step in metrics]
+    assert all(abs(kl) < 2e-3 and differ > 0 for kl, differ in found), found  # not exact mode
+
+
 def test_a_dead_engine_is_replaced_and_goes_on_with_the_trainers_weights(tmp_path):
     """Killed in the middle of a run: the next answers come from the same weights, and still agree bit for bit."""
     arguments = [str(tmp_path), *SMALL, "--separate", "--steps", "30"]

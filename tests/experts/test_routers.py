@@ -119,6 +119,27 @@ def test_replayed_experts_are_taken_and_weighted_by_the_logits():
         ours(x)
 
 
+@pytest.mark.parametrize("score", ["softmax", "softmax_of_chosen"])
+def test_the_router_chooses_where_replayed_experts_are_missing(score):
+    torch.manual_seed(0)
+    ours = layer(ps.Router(score=score))
+    x = torch.randn(5, HIDDEN)
+    with ps.record_routing(ours) as own:
+        ours(x)
+    given = own[""].clone()
+    given[1] = (given[1] + 1) % EXPERTS
+    given[3:] = -1
+    with ps.replay_routing(ours, {"": given}), ps.record_routing(ours) as taken:
+        ours(x)
+    assert torch.equal(taken[""], torch.where(given < 0, own[""], given))
+    given[0, 0] = EXPERTS
+    with (
+        pytest.raises(ps.ConfigurationError, match=f"out of range: got -1 to {EXPERTS}, expected -1 to {EXPERTS - 1}"),
+        ps.replay_routing(ours, {"": given}),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     ("message", "options"),
     [

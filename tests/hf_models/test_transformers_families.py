@@ -38,6 +38,9 @@ def saved(outcomes, tmp_path_factory):
                     torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
                 else:
                     weight.data += 0.2 * torch.randn_like(weight)
+            for key, buffer in model.named_buffers():
+                if key.endswith("e_score_correction_bias"):
+                    buffer.normal_(std=0.2)
             directories[name] = tmp_path_factory.mktemp("families") / "model"
             model.save_pretrained(directories[name])
     return directories
@@ -59,8 +62,6 @@ def problems(name, got, expected):
         found.append("logits")
     if abs(got["loss"] - expected["loss"]) > 1e-5:
         found.append("loss")
-    if name == "gpt_neox":  # stored as published files have it
-        got["gradients"]["lm_head.weight"] = got["gradients"].pop("embed_out.weight")
     missing = set(expected["gradients"]) - set(got["gradients"])
     if missing:
         found.append(f"no gradient of {sorted(missing)}")
@@ -96,8 +97,9 @@ def test_logits_gradients_and_packed_rows_equal_transformers(outcomes, saved, or
         if refused:
             assert "Pass one sequence in each row" in got[name]["packed"]
     for name in saved:  # what polyshard saved is what transformers loads
-        again = transformers.AutoModelForCausalLM.from_pretrained(saved[name] / "again", dtype=torch.float64)
-        again.set_attn_implementation("eager")
+        again = transformers.AutoModelForCausalLM.from_pretrained(
+            saved[name] / "again", dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+        )
         with torch.no_grad():
             logits = again.eval()(token_ids(again.config)[0], use_cache=False).logits
         assert near(logits, originals[name]["logits"]), name
@@ -113,10 +115,13 @@ def test_the_same_at_tensor_parallel_2(outcomes, saved, originals):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("gpt_oss", "GptOssForCausalLM has a mixture of experts .model.layers.0.mlp.experts is a GptOssExperts"),
-        ("llama4_text", "Llama4ForCausalLM has a mixture of experts"),
-        ("qwen3_next", "Qwen3NextForCausalLM has a mixture of experts"),
-        ("mixtral", "MixtralForCausalLM has a mixture of experts"),
+        ("phimoe", "a mixture of experts that is not recognised .*PhimoeSparseMoeBlock: no polyshard.Router chooses"),
+        (
+            "jetmoe",
+            "JetMoeForCausalLM has a mixture of experts that is not recognised .*JetMoeMoE without gate_up_proj",
+        ),
+        ("hy_v4", "checkpoints store its experts stacked as .experts, 2 . size, hidden."),
+        ("zaya", "it has no router with one matrix"),
         ("recurrent_gemma", "RecurrentGemmaForCausalLM with polyshard's layers differs from transformers'"),
         ("gemma3", "Gemma3Config is not the config of a plain text decoder: it has text_config, vision_config"),
         ("apertus", "stores .* buffers beside its parameters .model.layers.0.mlp.act_fn.beta"),

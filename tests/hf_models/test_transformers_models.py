@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from support.engines import engine, greedy
-from support.models.transformers_configs import ALL, LFM2, SHARDED, WHOLE
+from support.models.transformers_configs import ALL, LFM2, MIXTRAL, SHARDED, WHOLE
 from support.oracles.greedy import assert_same_generation, greedy_transformers
 from support.scripts import on_engine_ranks
 from support.workers.colocated import serve_all
@@ -30,7 +30,7 @@ def saved(tmp_path_factory):
     def save(name):
         if name not in directories:
             torch.manual_seed(0)
-            model = transformers.AutoModelForCausalLM.from_config(ALL[name])
+            model = transformers.AutoModelForCausalLM.from_config({**ALL, "mixtral": MIXTRAL}[name])
             for weight in model.parameters():
                 torch.nn.init.normal_(weight, std=0.15)  # far from uniform
             directories[name] = tmp_path_factory.mktemp("transformers") / "model"
@@ -125,10 +125,10 @@ def test_overridden_rotary_parameters_without_a_base_take_that_of_vllms_own_mode
 
 @pytest.mark.vllm
 def test_served_at_tensor_parallel_2(saved):
-    directory = saved("gemma3")
-    asked = [("vllm", directory, "polyshard:transformers_model")]
-    (result,) = on_engine_ranks(serve_all, 2, asked, PROMPTS, TOKENS)[0]
-    assert_same_generation(result, greedy_transformers(directory, PROMPTS, TOKENS), BOUND)
+    directories = [saved(name) for name in ("gemma3", "mixtral")]
+    asked = [("vllm", directory, "polyshard:transformers_model") for directory in directories]
+    for directory, result in zip(directories, on_engine_ranks(serve_all, 2, asked, PROMPTS, TOKENS)[0], strict=True):
+        assert_same_generation(result, greedy_transformers(directory, PROMPTS, TOKENS), BOUND)
 
 
 @pytest.mark.parametrize(

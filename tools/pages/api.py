@@ -30,7 +30,7 @@ TOPICS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         (
             *("mixture_of_experts", "MixtureOfExperts", "Router", "SharedExperts", "ExpertStorage", "ClampedSwiglu"),
             *("Balance", "router_loss", "update_router_bias", "router_statistics", "RouterStatistics"),
-            *("record_routing", "replay_routing"),
+            *("record_routing", "replay_routing", "packed_routing", "served_routing", "ROUTING_WORKER"),
         ),
     ),
     "attention": (

@@ -17,7 +17,7 @@ from polyshard.adapters.torch.grouped import grouped_matmul
 from polyshard.core.context import FailureGuard, ParallelAxis, ParallelContext
 from polyshard.core.errors import LayoutError
 from polyshard.core.experts import ClampedSwiglu, ExpertBank, Routing
-from polyshard.layers.activation import swiglu
+from polyshard.layers.activation import clamped_swiglu, swiglu
 from polyshard.layers.differentiable import (
     copy_to_region,
     gather_sequence,
@@ -54,7 +54,7 @@ class TorchExperts(nn.Module):
         weights, experts = routing.weights, routing.experts
         enter = partial(gather_sequence, dim=0) if self.sequence_parallel else copy_to_region
         x = enter(x, self.tensor_axis)
-        if self.products is None:  # else the outputs are complete where the weights multiply them
+        if self.products is None or self.bank.scale_input:  # else the outputs are complete where weights multiply them
             weights = enter(weights, self.tensor_axis)
         if self.sequence_parallel and self.tensor_axis.collectives is not None:
             experts = self.tensor_axis.collectives.all_gather(experts, 0)
@@ -77,7 +77,7 @@ class TorchExperts(nn.Module):
         y = _Permute.apply(y, slots, order).view(tokens, per_token, -1)
         y = y.to(weights.dtype)
         if self.products is not None:
-            return _added_in_order(y, weights).to(x.dtype)
+            return _added_in_order(y, torch.ones_like(weights) if self.bank.scale_input else weights).to(x.dtype)
         combined = y.sum(1) if self.bank.scale_input else (y * weights.unsqueeze(-1)).sum(1)
         combined = combined.to(x.dtype)
         if self.sequence_parallel:
@@ -94,11 +94,16 @@ class TorchExperts(nn.Module):
             hidden = hidden + self.weight_for("gate_up_bias", rows).repeat_interleave(counts, 0, output_size=len(rows))
         if bank.storage.interleaved:
             hidden = torch.cat((hidden[..., ::2], hidden[..., 1::2]), dim=-1)
-        y = multiply(_activated(hidden, bank.activation), down if stacked else down.transpose(1, 2))
+        activation = bank.activation
+        hidden = clamped_swiglu(hidden, activation) if isinstance(activation, ClampedSwiglu) else swiglu(hidden)
+        y = multiply(hidden, down if stacked else down.transpose(1, 2))
         if bank.bias:
-            # Added once, though the outputs are summed over the tensor axis.
-            bias = self.weight_for("down_bias", rows) if self.tensor_axis.rank == 0 else None
-            y = y if bias is None else y + bias.repeat_interleave(counts, 0, output_size=len(rows))
+            bias = self.weight_for("down_bias", rows)
+            if (
+                self.tensor_axis.rank
+            ):  # added once, though outputs are summed over the axis; every rank has the gradient
+                bias = bias - bias.detach()
+            y = y + bias.repeat_interleave(counts, 0, output_size=len(rows))
         return y
 
     def weight_for(self, name: str, rows: torch.Tensor) -> torch.Tensor:
@@ -120,15 +125,6 @@ def _added_in_order(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     for part in rest:
         total = total + part
     return total
-
-
-def _activated(hidden: torch.Tensor, activation: str | ClampedSwiglu) -> torch.Tensor:
-    """Return the activation of `[rows, 2 * size]`, gates before up projections."""
-    if not isinstance(activation, ClampedSwiglu):
-        return swiglu(hidden)
-    gate, up = hidden.chunk(2, dim=-1)
-    gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
-    return (up + 1) * (gate * torch.sigmoid(gate * activation.alpha))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -112,6 +112,10 @@ def replace_attention(
             made[name] = _replacement(module, parallel_context, kernel)
         except NotRecognised as error:
             kept.append(Kept(name, f"{type(module).__name__}: {error}"))
+    if any(parameter.is_meta for parameter in model.parameters()):  # there is nothing to compare
+        doubled = _doubles_rotary(model)
+        for new in made.values():
+            new.rotary_doubled = doubled
     if kept and strict:
         shown = "; ".join(f"{item.name}: {item.reason}" for item in kept[:4])
         raise ConfigurationError(
@@ -138,6 +142,19 @@ def replace_attention(
         register()
         choose(IMPLEMENTATION)
     return Replacement(tuple(made), tuple(kept))
+
+
+def _doubles_rotary(model: nn.Module) -> bool:
+    """Return whether a model on the meta device repeats cosines for both halves of a head, as all but gpt-oss do."""
+    for module in model.modules():
+        frequencies = getattr(module, "inv_freq", None)
+        if isinstance(frequencies, torch.Tensor) and frequencies.is_meta and "Rotary" in type(module).__name__:
+            try:
+                cos, _ = module(frequencies.new_empty(1, 1, 1), torch.zeros(1, 1, dtype=torch.long, device="meta"))
+            except Exception:  # transformers' code may raise anything, as for other arguments
+                continue
+            return cos.shape[-1] != frequencies.numel()
+    return True
 
 
 def _try_model(model: Any, strict: bool) -> None:

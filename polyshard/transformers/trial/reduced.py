@@ -12,12 +12,15 @@ VOCABULARY = 128
 _INTERMEDIATE = 80
 _HIDDEN = 96  # hidden size, if it is not heads * head_dim
 _POSITIONS = 256  # minimum
+_EXPERTS, _PER_TOKEN = 8, 4  # at most, unless there are more groups of experts
+_ALL_EXPERTS = re.compile(r"^(moe_)?(num|n)_(local_|routed_)?experts$")
+_CHOSEN = re.compile(r"^num_experts_per_tok(en)?$|^moe_top_?k$")
 _WINDOWS = re.compile(r"window(_size)?$|^attention_chunk_size$|^local_attention$")
 _INNER = re.compile(r"intermediate|ffn|^n_inner$|^d_inner$")
 
 
 def reduced_config(config: Any, heads_divide_by: int = 2) -> Any:
-    """Return a copy with fewer heads, smaller layers, shorter windows and a smaller vocabulary.
+    """Return a copy with fewer heads and experts, smaller layers, shorter windows and a smaller vocabulary.
 
     The number of layers, their pattern, the head size (on which rotary factors depend), biases, norms and scalings are
     kept, and so is whether one, some or all query heads share a key head.
@@ -38,7 +41,11 @@ def reduced_config(config: Any, heads_divide_by: int = 2) -> Any:
     for name, value in _integers(small).items():
         if name.endswith("token_id") or "vocab_size" in name or "position" in name:
             continue
-        if _INNER.search(name):
+        if _ALL_EXPERTS.search(name):
+            setattr(small, name, min(value, max(_EXPERTS, 2 * (getattr(small, "n_group", None) or 1))))
+        elif _CHOSEN.search(name):
+            setattr(small, name, min(value, _PER_TOKEN))
+        elif _INNER.search(name):
             setattr(small, name, min(value, _INTERMEDIATE))
         elif value == hidden:
             setattr(small, name, new_hidden)

@@ -25,7 +25,7 @@ from polyshard.transformers.trial.kinds import kept_modules
 from polyshard.transformers.trial.mixing import leaking_modules
 from polyshard.transformers.trial.original import INSTEAD, LENGTHS, identity_of, original_of, trial_inputs
 from polyshard.transformers.trial.simulation import Exchange, Schedule, on_simulated_ranks, simulated_context
-from polyshard.transformers.trial.unsupported import stored_names_of_children
+from polyshard.transformers.trial.unsupported import stored_names_of_children, stored_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -279,6 +279,7 @@ def _copy_weights(original: nn.Module, model: nn.Module, context: Any) -> None:
     for key, weight in original.named_parameters(remove_duplicate=False):
         child, dot, rest = key.partition(".")
         sources[stored.get(child, child) + dot + rest] = weight
+    sources |= stored_tensors(original)  # experts are stored one by one
     parameters = dict(model.named_parameters())
     rank, size = context.get_tensor_parallel_rank(), context.get_tensor_parallel_world_size()
     for entry in collect_layouts(model).values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.weight_table import collect_layouts
+from polyshard.experts.observed import is_router_bias
+from polyshard.transformers.mixtures import Mixture, find_mixtures
 
 _EXPERTS = re.compile(r"Experts|MoE|Moe(?!l)|MixtureOfExperts|SparseMLP")
 _WRITE = "write its factory (docs/how-to/bring-a-model.md)"
@@ -34,38 +37,57 @@ def refuse_unsupported(model: Any, config: Any) -> None:
             f"{type(config).__name__} is not the config of a plain text decoder: it has {shown}. Use the text model's "
             f"own config, or {_WRITE}."
         )
-    experts = next((path for path, module in model.named_modules() if _has_experts(module)), None)
+    mixtures = find_mixtures(model)
+    family = name.removesuffix("ForCausalLM")  # which may be named after its experts
+    others = (path for path, module in model.named_modules() if _has_experts(module, family))
+    experts = next((path for path in others if not any(_contains(block, path) for block in mixtures)), None)
     if experts is not None:
         raise ConfigurationError(
-            f"{name} has a mixture of experts ({experts} is a {type(model.get_submodule(experts)).__name__}): "
-            f"polyshard has no expert layers. Use a dense model, or {_WRITE}."
+            f"{name} has a mixture of experts that is not recognised ({experts} is a "
+            f"{type(model.get_submodule(experts)).__name__} without gate_up_proj and down_proj of stacked experts). "
+            f"Use a dense model, or {_WRITE}."
         )
     parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
     weights = [
-        key for key, tensor in model.state_dict().items() if key not in parameters and tensor.is_floating_point()
+        key
+        for key, tensor in model.state_dict().items()
+        if key not in parameters and tensor.is_floating_point() and not is_router_bias(key)
     ]
     if weights:
         raise ConfigurationError(
             f"{name} stores {len(weights)} buffers beside its parameters ({weights[0]}), but polyshard only loads and "
             f"saves parameters. To use it, {_WRITE}."
         )
-    _refuse_other_storage(model, name)
+    _refuse_other_storage(model, name, mixtures)
 
 
-def _has_experts(module: nn.Module) -> bool:
-    return _EXPERTS.search(type(module).__name__) is not None and not hasattr(module, "base_model_prefix")
+def _has_experts(module: nn.Module, family: str) -> bool:
+    return _EXPERTS.search(type(module).__name__.removeprefix(family)) is not None
 
 
-def _refuse_other_storage(model: Any, name: str) -> None:
-    """Reject checkpoints that transformers converts on loading, except for a renamed child."""
+def _contains(block: str, path: str) -> bool:
+    return path == block or path.startswith(f"{block}.")
+
+
+def _refuse_other_storage(model: Any, name: str, mixtures: Mapping[str, Mixture]) -> None:
+    """Reject checkpoints that transformers converts on loading, except for a renamed child, and for experts."""
     own: dict[str, torch.Tensor] = model.state_dict()
     children = stored_names_of_children(model)
-    expected = {}
+    expected: dict[str, tuple[int, ...]] = {}
+    for block in mixtures.values():
+        if block.storage.stacked is None:
+            expected |= block.stored_names()
     for key, tensor in own.items():
+        path = next((path for path in mixtures if _contains(path, key)), None)
+        if path is not None:
+            block = mixtures[path]
+            if block.storage.stacked is None and key.startswith(f"{path}.experts."):
+                continue
+            key = block.stored + key.removeprefix(path)
         child, dot, rest = key.partition(".")
-        expected[children.get(child, child) + dot + rest] = tensor
-    stored = _stored(model)
-    others = sorted(set(stored) ^ set(expected)) or [k for k, t in stored.items() if t.shape != expected[k].shape]
+        expected[children.get(child, child) + dot + rest] = tuple(tensor.shape)
+    stored = stored_tensors(model)
+    others = sorted(set(stored) ^ set(expected)) or [k for k, t in stored.items() if tuple(t.shape) != expected[k]]
     if others:
         raise ConfigurationError(
             f"{name} stores {len(others)} tensors in another form than its parameters ({others[0]}), and transformers "
@@ -108,7 +130,7 @@ def refuse_lost_sharing(model: nn.Module, shared: list[list[str]], name: str) ->
 
 def stored_names_of_children(model: Any) -> dict[str, str]:
     """Return the checkpoint names of children that are renamed there (`lm_head` of GPT-NeoX is `embed_out`)."""
-    stored, found = set(_stored(model)), {}
+    stored, found = set(stored_tensors(model)), {}
     for child, module in model.named_children():
         keys = [f"{child}.{key}" for key in module.state_dict()]
         if not keys or stored & set(keys):
@@ -121,8 +143,8 @@ def stored_names_of_children(model: Any) -> dict[str, str]:
     return found
 
 
-def _stored(model: Any) -> dict[str, torch.Tensor]:
-    """Return the tensors that transformers would write for a model on the meta device."""
+def stored_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors that transformers would write for a model, by their names in checkpoints."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(model, dict(model.state_dict()))

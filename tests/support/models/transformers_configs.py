@@ -49,5 +49,6 @@ WHOLE = {  # attention of these is not recognised: they keep their own code
         **{"max_position_embeddings": 256, "word_embed_proj_dim": 128, "dropout": 0.0},
     ),
 }
+MIXTRAL = transformers.MixtralConfig(**HEADS, num_local_experts=4)  # its checkpoints rename the block
 LFM2 = transformers.Lfm2Config(**{**ALONE, "num_hidden_layers": 3}, layer_types=["conv", "full_attention", "conv"])
 ALL = {**SHARDED, **WHOLE}

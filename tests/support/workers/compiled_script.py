@@ -1,6 +1,6 @@
 """Engines that compile, one after the other in one process. Needs TORCH_COMPILE_DISABLE=0.
 
-python compiled_script.py DIRECTORY NEW_DIRECTORY PROMPTS_JSON TOKENS
+python compiled_script.py DIRECTORY NEW_DIRECTORY EXPERTS_DIRECTORY PROMPTS_JSON TOKENS
 """
 
 import json
@@ -34,7 +34,7 @@ def breaks(config, parallel_context):
 
 
 def main():
-    directory, new, prompts, tokens = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
+    directory, new, experts, prompts, tokens = *sys.argv[1:4], json.loads(sys.argv[4]), int(sys.argv[5])
     context = ps.initialize()
     model = decoder.build_model(ps.read_config(new), context)
     ps.load_checkpoint(model, new, context)
@@ -48,6 +48,15 @@ def main():
             seen = has_compiled_submodule(local_worker(llm).model)  # else vLLM on CUDA captures and warms up nothing
             ps.WeightSync(model, context, llm)()
             results[name] = {"first": first, "graphs": graphs, "seen": seen, "synced": greedy(llm, prompts, tokens)}
+    ps.register_model("Compiled", "moe:build_model")
+    with engine(experts, "Compiled", enforce_eager=False, worker_extension_cls=ps.ROUTING_WORKER) as llm:
+        first = greedy(llm, prompts, tokens)
+        routing = ps.served_routing(llm, [[*prompt, *ids] for prompt, (ids, _) in zip(prompts, first)])
+        results["experts"] = {
+            "seen": has_compiled_submodule(local_worker(llm).model),
+            "first": first,
+            "routing": [[layer.tolist() for layer in layers.values()] for layers in routing],
+        }
     ps.register_model("Compiled", breaks)
     try:
         with engine(directory, "Compiled", enforce_eager=False):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.core_model_loading import revert_weight_conversion
 
 import polyshard as ps
 from support.workers.on_ranks import full_gradients
@@ -31,7 +32,7 @@ def labels_of(ids: torch.Tensor) -> torch.Tensor:
 def original_outcome(directory: Path) -> dict[str, Any]:
     """Logits of rows and of another sequence, loss and gradients of the rows: by transformers alone, in float64."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float64, attn_implementation="eager"
+        directory, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
     ).eval()
     rows, other = token_ids(model.config)
     output = model(rows, use_cache=False)
@@ -40,6 +41,7 @@ def original_outcome(directory: Path) -> dict[str, Any]:
     with torch.no_grad():
         other_logits = model(other, use_cache=False).logits
     names = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    names = revert_weight_conversion(model, names)  # experts are stored one by one
     packed = torch.cat((output.logits[0].detach(), other_logits[0]))
     return {"logits": output.logits.detach(), "packed": packed, "loss": loss.item(), "gradients": names}
 

@@ -58,6 +58,7 @@ from polyshard.adapters.vllm.compat.attention import (
     queries_per_chunk,
     uses_latent_cache,
 )
+from polyshard.adapters.vllm.compat.batch import batch_of_step
 from polyshard.adapters.vllm.compat.engines import (
     LocalWorker,
     captures_graphs,
@@ -133,6 +134,7 @@ __all__ = [
     "absorb_latents",
     "base_layer",
     "batch_invariant",
+    "batch_of_step",
     "begin_reload",
     "captures_graphs",
     "cpu_attention",

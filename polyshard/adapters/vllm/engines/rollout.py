@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from polyshard.core.errors import ConfigurationError
 
 
@@ -22,6 +24,8 @@ class Rollout:
         version: version of the weights that sampled the last token.
         versions: version of the weights that sampled each token. A completion that was interrupted by a sync has
             several.
+        routing: of an engine with `return_routing=True`, the experts that all tokens but the last took: int64
+            `[tokens - 1, experts per token]` by layer; see `packed_routing`. None otherwise.
 
     Examples:
         >>> rollout = Rollout(prompt=(1, 2), tokens=(7, 3), logprobs=(-0.5, -1.0), finished=True, version="4")
@@ -35,6 +39,7 @@ class Rollout:
     finished: bool
     version: str
     versions: tuple[str, ...] = ()
+    routing: Mapping[str, torch.Tensor] | None = None
 
 
 _UNSUPPORTED = {

@@ -10,15 +10,17 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 from polyshard.adapters.vllm.clients.protocol import RolloutClient
 from polyshard.adapters.vllm.engines.pool import EnginePool
 from polyshard.adapters.vllm.engines.rollout import Rollout, check_prompts, check_sampling
+from polyshard.adapters.vllm.engines.routing import ROUTING_WORKER, served_routing
 from polyshard.adapters.vllm.engines.scratch import engine_folder, temporary_files_in
 from polyshard.adapters.vllm.engines.start import DEFAULTS, start_colocated, start_separate
 from polyshard.adapters.vllm.transfer.report import SyncReport
@@ -55,6 +57,8 @@ class RolloutEngine:
         engines: clients of engines that run elsewhere (`HttpClient`, `RayClient`, `LlmClient`), instead of an engine of
             its own. The first rank calls them. They share the prompts. If one dies, the others take over, and it is
             tried again at each sync. If none is left, calls wait `sync_timeout` seconds for one to come back.
+        return_routing: return the experts that tokens took with each `Rollout`, for `replay_routing`; not for
+            `engines`.
         interface: for `engines`, the network interface over which weights are sent; see `WeightSync`.
         options: arguments of `vllm.LLM`. By default the engine runs eagerly and without a tokenizer. Beside a trainer
             on a GPU set `gpu_memory_utilization`: vLLM's default requires 90% of the device memory to be free.
@@ -85,6 +89,7 @@ class RolloutEngine:
         sync_timeout: float = 600.0,
         engines: Sequence[RolloutClient] | None = None,
         interface: str | None = None,
+        return_routing: bool = False,
         **options: Any,
     ) -> None:
         self._pool: EnginePool | None = None
@@ -93,7 +98,10 @@ class RolloutEngine:
         self._directory, self._architecture = str(directory), architecture
         self._trainer, self._context = trainer, parallel_context
         self._colocated, self._restarts_left, self._timeout = colocated, restarts, sync_timeout
+        self._returns_routing = return_routing
         self._options: dict[str, Any] = {**DEFAULTS, **options}
+        if return_routing:
+            self._options["worker_extension_cls"] = ROUTING_WORKER
         self._ranks = Ranks.of(parallel_context)
         self._keep_process_group = dist.is_available() and dist.is_initialized()
         self._version = "0"
@@ -232,6 +240,11 @@ class RolloutEngine:
         given = [*(name for name, value in named.items() if value is not None), *options]
         if given:
             raise ConfigurationError(f"engines= excludes {', '.join(given)}. Start the engines with these settings.")
+        if self._returns_routing:
+            raise ConfigurationError(
+                "engines= excludes return_routing=True: clients have no call that returns the routing. Let "
+                "RolloutEngine start the engine."
+            )
         if has_adapter:
             raise ConfigurationError(
                 "engines= does not support a trainer with a LoRA adapter, which is sent through files. Train all "
@@ -253,10 +266,15 @@ class RolloutEngine:
                 lora_request=None if self._lora is None else self._lora.request,
                 use_tqdm=False,
             )
-        return [
-            [_rollout(prompt, answer, self._version) for answer in output.outputs]
-            for prompt, output in zip(prompts, outputs)
+            answers = [(prompt, answer) for prompt, output in zip(prompts, outputs) for answer in output.outputs]
+            routing: Sequence[Mapping[str, torch.Tensor] | None] = [None] * len(answers)
+            if self._returns_routing:
+                routing = served_routing(self.llm, [[*prompt, *answer.token_ids] for prompt, answer in answers])
+        rollouts = [
+            _rollout(prompt, answer, self._version, experts)
+            for (prompt, answer), experts in zip(answers, routing, strict=True)
         ]
+        return [rollouts[start : start + samples] for start in range(0, len(rollouts), samples)]
 
     def _synced(self, version: str | None) -> SyncReport:
         assert self._sync is not None
@@ -327,7 +345,7 @@ class RolloutEngine:
         self._sync = WeightSync(self._trainer, self._context, self.llm, timeout=self._timeout)
 
 
-def _rollout(prompt: list[int], answer: Any, version: str) -> Rollout:
+def _rollout(prompt: list[int], answer: Any, version: str, routing: Mapping[str, torch.Tensor] | None) -> Rollout:
     tokens = tuple(answer.token_ids)
     return Rollout(
         prompt=tuple(prompt),
@@ -336,4 +354,5 @@ def _rollout(prompt: list[int], answer: Any, version: str) -> Rollout:
         finished=answer.finish_reason == "stop",
         version=version,
         versions=(version,) * len(tokens),
+        routing=routing,
     )

@@ -77,6 +77,8 @@ def sample(job: SamplingJob, trace: Path | None = None) -> list[Sampled]:
     """
     with engine_folder() as folder:
         environment = engine_environment(job.tensor, folder) | {"OMP_NUM_THREADS": str(job.threads)}
+        if job.exact:  # expanded keys and values; the engine's attention over latents has no exact version
+            environment["VLLM_MLA_DISABLE"] = "1"
         if trace is not None:
             environment[TRACE.name] = str(trace)
         request, response = Path(folder, "job.json"), Path(folder, "answers.json")

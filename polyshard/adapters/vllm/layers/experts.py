@@ -46,12 +46,17 @@ class ServedExperts(QuantizeMethodBase):
         bank: its sizes.
         axis: the tensor axis.
         keep_weights: keep the weights beside their packed copies.
+
+    Attributes:
+        records: whether to keep the experts of each step.
+        recorded: the experts of the last step, `[tokens, experts per token]`.
     """
 
     def __init__(self, experts: nn.Module, bank: ExpertBank, axis: ParallelAxis, keep_weights: bool) -> None:
         self._experts, self._bank, self._axis, self._keeps = experts, bank, axis, keep_weights
         self._own: Callable[..., torch.Tensor] = experts.forward
         self._fused: Any = None
+        self.records, self.recorded = False, torch.zeros(0, 0, dtype=torch.int16)
         self._key = f"experts-{next(_numbers)}"
         _banks[self._key] = self
 
@@ -69,6 +74,8 @@ class ServedExperts(QuantizeMethodBase):
 
     def compute(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """Compute the experts, outside of what torch.compile traces."""
+        if self.records:
+            self.recorded = experts.to(torch.int16)  # a copy, since compiled code reuses the memory
         if self._fused is None:
             return self._own(x, Routing(weights=weights, experts=experts))
         y = self._fused(x, weights, experts)

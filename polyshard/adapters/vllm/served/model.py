@@ -19,6 +19,7 @@ from polyshard.adapters.vllm.compat import (
 )
 from polyshard.adapters.vllm.config import fill_rotary_base
 from polyshard.adapters.vllm.context import serving_context
+from polyshard.adapters.vllm.engines.routing import ROUTING_WORKER
 from polyshard.adapters.vllm.layers.experts import serve_experts
 from polyshard.adapters.vllm.served.early_exit import uses_early_exit
 from polyshard.adapters.vllm.served.forward import explain_trace_errors, make_model_forward
@@ -26,6 +27,7 @@ from polyshard.adapters.vllm.served.live_module import check_load_format
 from polyshard.adapters.vllm.served.loading import attach_loaders, keep_buffers, load_weights, packed_names
 from polyshard.adapters.vllm.served.pipeline import HIDDEN, check_pipeline, names_on_other_stages
 from polyshard.adapters.vllm.served.quantized import quantize_layers, refuse_quantized_reload, refuse_unserved_codes
+from polyshard.adapters.vllm.served.routing import RoutingRecorder
 from polyshard.adapters.vllm.transfer.guard import WeightGuard, shared_memory_watch
 from polyshard.core.errors import CheckpointError, RegistrationError
 from polyshard.core.serving import ModelFactory, RegisteredModel, build_model, check_served_interface
@@ -103,7 +105,16 @@ class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
             changes = parameter_changes(self.factory.module)
             self.weights.accept("the trainer's own", shared_memory_watch(changes, "the engine was started"))
         self.recorder = recorder_of(self.model, self.context.get_tensor_parallel_rank())
+        self.routing = None
+        if vllm_config.parallel_config.worker_extension_cls == ROUTING_WORKER:
+            if axis.size > 1:
+                raise RegistrationError(
+                    f"model {self.registered.name!r}: routing cannot be returned from pipeline stages. Use "
+                    "tensor_parallel_size"
+                )
+            self.routing = RoutingRecorder(self.model, vllm_config.cache_config.block_size)
         can_exit = self.registered.outputs == "hidden" and self.last_stage and self.recorder is None
+        can_exit = can_exit and self.routing is None  # layers after the last attention skip tokens
         self.early_exit = can_exit and uses_early_exit(self.model, vllm_config)
         # A submodule, because vLLM warms up and captures the compiled modules that it finds in a model.
         self.model_forward = make_model_forward(self.registered, self.model, vllm_config, self.early_exit)
@@ -139,6 +150,8 @@ class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
             inputs_embeds = intermediate_tensors[HIDDEN]
         with explain_trace_errors(self.registered.name):
             hidden = self.model_forward(None if inputs_embeds is not None else input_ids, positions, inputs_embeds)
+        if self.routing is not None:
+            self.routing.add(input_ids, positions)
         if not self.last_stage:
             return IntermediateTensors({HIDDEN: hidden})
         return self.full_logits(hidden) if self.registered.outputs == "logits" else hidden

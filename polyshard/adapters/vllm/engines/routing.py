@@ -1,0 +1,60 @@
+"""The experts that an engine's tokens took, asked of its workers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from polyshard.core.errors import ConfigurationError
+
+ROUTING_WORKER = "polyshard.adapters.vllm.served.routing.RoutingWorker"
+
+
+def served_routing(llm: Any, sequences: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
+    """Return the experts that a `vllm.LLM` took for the tokens of finished requests.
+
+    Start the engine with `worker_extension_cls=ps.ROUTING_WORKER`. Its workers keep the choices of four million tokens,
+    by prefix: tokens from the prefix cache have theirs. Of two requests with the same prefix, the later one counts.
+
+    Args:
+        llm: the engine, which serves a registered model.
+        sequences: token IDs of each request: its prompt and the sampled tokens.
+
+    Returns:
+        For each sequence, the experts of all tokens but the last, which the model never saw: int64
+        `[tokens - 1, experts per token]` by layer, in the order of descending scores.
+
+    Raises:
+        ConfigurationError: the engine was started without `worker_extension_cls=ps.ROUTING_WORKER`, or it has not
+            computed a token since its weights were loaded, or no longer keeps it.
+
+    Examples:
+        >>> llm = LLM("model", worker_extension_cls=ps.ROUTING_WORKER)  # needs vLLM  # doctest: +SKIP
+        >>> output = llm.generate({"prompt_token_ids": [3, 1, 4]})[0]  # doctest: +SKIP
+        >>> served_routing(llm, [[3, 1, 4, *output.outputs[0].token_ids]])[0]["layers.0.mlp"].shape  # doctest: +SKIP
+        torch.Size([18, 2])
+    """
+    if llm.llm_engine.vllm_config.parallel_config.worker_extension_cls != ROUTING_WORKER:
+        raise ConfigurationError(
+            "the engine keeps no routing. Start it with worker_extension_cls=ps.ROUTING_WORKER, or pass "
+            "return_routing=True to ps.RolloutEngine."
+        )
+    ids = [list(sequence) for sequence in sequences]
+    answer: Mapping[str, Any] = llm.collective_rpc("polyshard_routing", args=(ids,))[0]  # equal on all ranks
+    if answer["missing"]:
+        raise ConfigurationError(
+            f"the engine has no routing of {answer['missing']} tokens: it has not computed them, or no longer keeps "
+            "them. Ask after each call of generate."
+        )
+    return [
+        {name: _unpacked(rows[index], answer["per_token"][name]) for name, rows in answer["experts"].items()}
+        for index in range(len(ids))
+    ]
+
+
+def _unpacked(rows: bytes, per_token: int) -> torch.Tensor:
+    if not rows:
+        return torch.zeros(0, per_token, dtype=torch.int64)
+    return torch.frombuffer(bytearray(rows), dtype=torch.int16).view(-1, per_token).long()

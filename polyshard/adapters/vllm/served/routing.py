@@ -1,0 +1,142 @@
+"""The experts that a served model took, kept by what a token and the tokens before it are.
+
+vLLM's own `enable_return_routed_experts` needs its model runner V2, which has no CPU version (0.32), and vLLM's own
+experts. Here each worker keeps the choices of its layers by a hash of the prefix, so that tokens which come from the
+prefix cache have theirs, and no request ID is needed. `RoutingWorker` adds the call that returns them to vLLM's workers
+(`worker_extension_cls`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyshard.adapters.vllm import compat
+from polyshard.adapters.vllm.layers.experts import ServedExperts
+from polyshard.core.errors import RegistrationError
+from polyshard.experts.observed import expert_layers
+
+CAPACITY = 4_000_000  # tokens whose choices a worker keeps; the oldest are dropped
+
+
+class RoutingRecorder:
+    """The choices of a model's mixture-of-experts layers in one worker.
+
+    Args:
+        model: the user's model.
+        block_size: tokens of a cache block.
+
+    Raises:
+        RegistrationError: the model has no such layer.
+    """
+
+    def __init__(self, model: nn.Module, block_size: int) -> None:
+        self._layers = dict(expert_layers(model))
+        if not self._layers:
+            raise RegistrationError("routing was requested of a model without a mixture of experts")
+        if max(layer.bank.num_experts for layer in self._layers.values()) > 32768:
+            raise RegistrationError("routing is kept as int16: a layer has more than 32768 experts")
+        for layer in self._layers.values():
+            _source(layer).records = True
+        self._block_size = block_size
+        self._prefixes = torch.zeros(0, dtype=torch.int64)  # hash of the prefix that ends in each cache slot
+        self._steps: deque[list[torch.Tensor]] = deque()  # of each step and layer: int16 [tokens, experts per token]
+        self._dropped, self._tokens = 0, 0
+        self._places: dict[int, tuple[int, int]] = {}  # step and row of each prefix
+
+    def add(self, input_ids: torch.Tensor | None, positions: torch.Tensor) -> None:
+        """Keep the choices of the step that has just run.
+
+        Raises:
+            RegistrationError: the step cannot be attributed to tokens.
+        """
+        batch = compat.batch_of_step()
+        if batch is None:  # a profiling run
+            return
+        if input_ids is None or positions.dim() != 1:
+            raise RegistrationError("routing of prompts given as embeddings cannot be returned. Pass token IDs")
+        bounds, table, slots = (tensor.cpu().long() for tensor in batch)
+        count = int(bounds[-1])
+        tokens, at, slots = input_ids[:count].cpu().long(), positions[:count].cpu().long(), slots[:count]
+        rows = torch.repeat_interleave(torch.arange(len(bounds) - 1), bounds.diff())
+        if not torch.equal(self._slots(table, rows, at), slots):
+            raise RegistrationError("routing cannot be returned: cache slots do not follow from vLLM's block table")
+        if count and int(slots.max()) >= len(self._prefixes):
+            grown = torch.zeros(2 * int(slots.max()) + 1, dtype=torch.int64)
+            grown[: len(self._prefixes)] = self._prefixes
+            self._prefixes = grown
+        first = bounds[:-1][bounds.diff() > 0]  # the first token of each sequence in this step
+        before = torch.zeros(len(bounds) - 1, dtype=torch.int64)
+        inner = first[at[first] > 0]
+        before[rows[inner]] = self._prefixes[self._slots(table, rows[inner], at[inner] - 1)]
+        sums = _mixed(tokens, at).cumsum(0)
+        start = torch.zeros(len(bounds) - 1, dtype=torch.int64)
+        start[rows[first]] = sums[first] - _mixed(tokens[first], at[first])
+        prefixes = sums - start[rows] + before[rows]
+        self._prefixes[slots] = prefixes
+        step = self._dropped + len(self._steps)
+        self._steps.append([_source(layer).recorded[:count].to(torch.int16).cpu() for layer in self._layers.values()])
+        self._places.update(zip(prefixes.tolist(), ((step, row) for row in range(count))))
+        self._tokens += count
+        while self._tokens > CAPACITY and len(self._steps) > 1:
+            self._tokens -= len(self._steps.popleft()[0])
+            self._dropped += 1
+            if self._dropped % 1024 == 0:
+                self._places = {key: place for key, place in self._places.items() if place[0] >= self._dropped}
+
+    def take(self, sequences: Iterable[Sequence[int]]) -> dict[str, Any]:
+        """Return the choices of all tokens but the last of each sequence, as bytes of int16, by layer.
+
+        `missing` is the number of tokens that this worker has not computed, or no longer has.
+        """
+        found: dict[str, list[bytes]] = {name: [] for name in self._layers}
+        missing = 0
+        for sequence in sequences:
+            ids = torch.tensor(sequence[:-1], dtype=torch.int64)
+            keys = _mixed(ids, torch.arange(len(ids))).cumsum(0).tolist()
+            places = [self._places.get(key, (-1, 0)) for key in keys]
+            missing += sum(step < self._dropped for step, _ in places)
+            if missing:
+                continue
+            for number, (name, layer) in enumerate(self._layers.items()):
+                chosen = [self._steps[step - self._dropped][number][row] for step, row in places]
+                empty = torch.zeros(0, layer.experts_per_token, dtype=torch.int16)
+                found[name].append((torch.stack(chosen) if chosen else empty).numpy().tobytes())
+        sizes = {name: layer.experts_per_token for name, layer in self._layers.items()}
+        return {"missing": missing, "per_token": sizes, "experts": found}
+
+    def _slots(self, table: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        size = self._block_size
+        return table[rows, positions // size] * size + positions % size
+
+
+class RoutingWorker:
+    """The methods that vLLM's workers get by `worker_extension_cls`."""
+
+    model_runner: Any
+
+    def polyshard_routing(self, sequences: list[list[int]]) -> dict[str, Any]:
+        """Return the experts that the tokens of sequences took; see `RoutingRecorder.take`."""
+        recorder = getattr(self.model_runner.get_model(), "routing", None)
+        if recorder is None:
+            raise RegistrationError("the served model keeps no routing: it is not a model registered with polyshard")
+        return recorder.take(sequences)
+
+
+def _source(layer: Any) -> Any:
+    """Return the object that records a layer's choices: the served operator, which torch.compile does not trace."""
+    served = getattr(layer.experts, "quant_method", None)
+    return served if isinstance(served, ServedExperts) else layer
+
+
+def _mixed(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Return 64 well-mixed bits for each token at its position (splitmix64); sums of them identify a prefix."""
+    x = tokens * 0x1000003 + positions + 1
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = x * -0x61C8864680B583EB
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return x ^ ((x >> 31) & ((1 << 33) - 1))

@@ -1,0 +1,54 @@
+"""An engine tells which experts its tokens took; transformers' routers in float32 are the oracle."""
+
+import moe
+import pytest
+import support.vllm_required  # noqa: F401
+import torch
+from support.engines import engine
+from support.models.experts import VOCAB, load_reference, save_moe
+
+import polyshard as ps
+from polyshard.cli.verify_exact import random_prompts
+
+pytestmark = pytest.mark.vllm
+
+
+def routers_of_transformers(directory, sequence):
+    """The set of experts of each token but the last, by layer."""
+    with torch.no_grad():
+        output = load_reference(directory, torch.float32)(torch.tensor([sequence[:-1]]), output_router_logits=True)
+    return [logits.topk(2).indices.sort(-1).values for logits in output.router_logits]
+
+
+def test_routing_of_chunked_and_cached_prompts_is_that_of_transformers(tmp_path):
+    from vllm import SamplingParams
+
+    directory = save_moe(tmp_path / "model", "qwen3_moe", head_dim=32)
+    ps.register_model("Routed", moe.build_model)
+    options = {"worker_extension_cls": ps.ROUTING_WORKER, "max_num_batched_tokens": 64, "max_num_seqs": 8}
+    prompts, parameters = random_prompts(VOCAB), SamplingParams(max_tokens=12, detokenize=False)
+    with engine(directory, "Routed", enable_prefix_caching=True, **options) as llm:
+        outputs = [
+            output
+            for batch in (prompts[:4], prompts[4:])  # prompts of the second call share prefixes with the first
+            for output in llm.generate([{"prompt_token_ids": p} for p in batch], parameters, use_tqdm=False)
+        ]
+        sequences = [[*output.prompt_token_ids, *output.outputs[0].token_ids] for output in outputs]
+        routing = ps.served_routing(llm, sequences)
+        with pytest.raises(ps.ConfigurationError, match="the engine has no routing of 3 tokens"):
+            ps.served_routing(llm, [[1, 2, 3, 4]])
+    assert sum(output.num_cached_tokens for output in outputs) > 96
+    for sequence, experts in zip(sequences, routing, strict=True):
+        assert list(experts) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+        for layer, expected in zip(experts.values(), routers_of_transformers(directory, sequence), strict=True):
+            assert torch.equal(layer.sort(-1).values, expected)
+
+
+def test_an_engine_without_routing_says_how_to_start_it(tmp_path):
+    directory = save_moe(tmp_path / "model", "qwen3_moe", head_dim=32, num_hidden_layers=1)
+    ps.register_model("Routed", moe.build_model)
+    with (
+        engine(directory, "Routed") as llm,
+        pytest.raises(ps.ConfigurationError, match="Start it with worker_extension_cls=ps.ROUTING_WORKER"),
+    ):
+        ps.served_routing(llm, [[1, 2]])
