@@ -7,9 +7,9 @@ and a parallel context.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,30 +18,25 @@ from torch import nn
 import polyshard as ps
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """What distinguishes a family's mixture-of-experts layer.
 
     Attributes:
-        block: name of the layer in a checkpoint.
         router: the router, from a config.
+        block: name of the layer in a checkpoint.
         size: field of the expert size in the config.
         options: further arguments of `ps.mixture_of_experts`.
     """
 
-    block: str
     router: Callable[[Any], ps.Router]
-    size: str
-    options: Mapping[str, Any]
+    block: str = "mlp"
+    size: str = "moe_intermediate_size"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 FAMILIES = {
-    "qwen3_moe": Family(
-        block="mlp",
-        router=lambda config: ps.Router(normalize=config.norm_topk_prob),
-        size="moe_intermediate_size",
-        options={},
-    ),
+    "qwen3_moe": Family(router=lambda config: ps.Router(normalize=config.norm_topk_prob)),
     "mixtral": Family(
         block="block_sparse_moe",
         router=lambda config: ps.Router(normalize=True),
@@ -49,7 +44,6 @@ FAMILIES = {
         options={"storage": ps.ExpertStorage(gate="w1", up="w3", down="w2")},
     ),
     "deepseek_v3": Family(
-        block="mlp",
         router=lambda config: ps.Router(
             score="sigmoid",
             normalize=config.norm_topk_prob,
@@ -58,12 +52,9 @@ FAMILIES = {
             chosen_groups=config.topk_group,
             scale=config.routed_scaling_factor,
             dtype=torch.float32,
-        ),
-        size="moe_intermediate_size",
-        options={},
+        )
     ),
     "gpt_oss": Family(
-        block="mlp",
         router=lambda config: ps.Router(score="softmax_of_chosen", bias=True),
         size="intermediate_size",
         options={
@@ -122,14 +113,11 @@ def is_dense(config: Any, index: int) -> bool:
 def attention_of(config: Any, parallel_context: ps.ParallelContext, index: int) -> nn.Module:
     """Return the attention layer of a config."""
     if config.model_type == "deepseek_v3":
+        sizes = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank")
         return ps.TrainableMLA(
             config.hidden_size,
             config.num_attention_heads,
-            kv_lora_rank=config.kv_lora_rank,
-            qk_nope_head_dim=config.qk_nope_head_dim,
-            qk_rope_head_dim=config.qk_rope_head_dim,
-            v_head_dim=config.v_head_dim,
-            q_lora_rank=config.q_lora_rank,
+            **{size: getattr(config, size) for size in sizes},
             scale=latent_scale(config),
             parallel_context=parallel_context,
             layer_index=index,
@@ -230,14 +218,8 @@ class Decoder(nn.Module):
     ) -> torch.Tensor:
         """Return hidden states `[..., hidden]` of token IDs `[batch, seq]`, or packed `[tokens]`.
 
-        With `targets`, the next token of each token, return their float32 log-probabilities instead.
-
-        Args:
-            input_ids: token IDs; under context parallel this rank's part.
-            positions: positions in the shape of `input_ids`; default: from 0 in each sequence.
-            cu_seqlens: int32 `[sequences + 1]`, boundaries of packed input; default: one sequence.
-            inputs_embeds: for a later pipeline stage, the output of the previous stage `[..., hidden]`.
-            targets: the next token of each token, in the shape of `input_ids`.
+        With `targets`, the next token of each token, return their float32 log-probabilities instead. A later pipeline
+        stage takes the output of the previous one as `inputs_embeds`.
         """
         x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         if positions is None:
