@@ -14,6 +14,7 @@ from support.models.tiny import save_tiny
 from support.paths import EXAMPLES
 from support.scripts import on_engine_ranks
 from support.servers import ENGINE_WITHOUT_WORKER_PROCESS
+from support.warm_spawn import descendants
 
 import polyshard as ps
 
@@ -70,6 +71,13 @@ def test_two_ranks_share_their_processes_with_the_engine(tmp_path, options):
     assert is_exact(run_on_ranks(tmp_path, "--steps", "12", *options))
 
 
+def test_ranks_that_share_an_engine_sample_the_same_tokens_without_exact_mode(tmp_path):
+    """The ranks' generators differ, since sharded weights were drawn with them."""
+    metrics = run_on_ranks(tmp_path, "--steps", "4", "--ordinary", "--tensor-parallel", "2")
+    assert len(metrics) == 4
+    assert all(abs(step["kl"]) < 1e-6 and step["bits_differ"] > 0 for step in metrics), metrics
+
+
 def test_a_mixture_of_experts_replays_the_samplers_experts(tmp_path):
     metrics = run(tmp_path, "--steps", "4", "--task", "experts", "--ordinary", "--replay", "--dtype", "bfloat16")
     assert [step["step"] for step in metrics] == [1, 2, 3, 4]
@@ -89,10 +97,9 @@ def test_a_dead_engine_is_replaced_and_goes_on_with_the_trainers_weights(tmp_pat
             assert time.monotonic() < deadline
             assert process.is_alive(), errors.read_text()[-3000:]
             time.sleep(0.05)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        cores = [pid for pid in children if "EngineCore" in Path(f"/proc/{pid}/cmdline").read_text()]
+        cores = [pid for pid in descendants(process.pid) if "EngineCore" in Path(f"/proc/{pid}/cmdline").read_text()]
         assert len(cores) == 1
-        os.kill(int(cores[0]), signal.SIGKILL)
+        os.kill(cores[0], signal.SIGKILL)
         process.join(150)
     finally:
         process.kill()

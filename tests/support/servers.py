@@ -8,6 +8,7 @@ import time
 import urllib.request
 
 from support import forked
+from support.warm_spawn import descendants
 
 # vLLM on CPU (0.32, platforms/cpu.py) starts the engine of one rank in two processes, each of which imports everything
 # anew, if this variable is "1". Any other true value leaves the worker in the engine's process, as on a GPU.
@@ -35,6 +36,9 @@ def running_script(script, arguments, port, log, env):
 
     with _until_it_ends(process.pid, lambda: process.exitcode, wait, [script, *arguments], port, log):
         yield
+    for child in descendants(process.pid):  # no members of its process group
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from multiprocessing import context, forkserver, reduction
+from pathlib import Path
 from typing import Any
 
 
@@ -21,6 +22,8 @@ class _WarmProcess(context.ForkServerProcess):
         server = forkserver._forkserver._forkserver_address
         self._from_parent = (dict(os.environ), os.getcwd(), server)
         super().start()
+        with _children_file(os.getpid()).open("a") as file:
+            file.write(f"{self.pid}\n")
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickled once, while the process starts."""
@@ -44,6 +47,20 @@ class WarmContext(context.ForkServerContext):
     """The context, for tests that start such processes themselves."""
 
     Process = _WarmProcess
+
+
+def _children_file(pid: int) -> Path:
+    return Path(forkserver._forkserver._forkserver_address).parent / f"children-of-{pid}"
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the processes that a process has started in this way, and those that they have started.
+
+    For the system they are children of the server.
+    """
+    file = _children_file(pid)
+    started = [int(line) for line in file.read_text().split()] if file.exists() else []
+    return [found for child in started for found in (child, *descendants(child))]
 
 
 def read_settings() -> None:

@@ -11,6 +11,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from polyshard.adapters.vllm.clients.protocol import RolloutClient
+from polyshard.adapters.vllm.engines.draws import same_draws
 from polyshard.adapters.vllm.engines.pool import EnginePool
 from polyshard.adapters.vllm.engines.rollout import Rollout, check_prompts, check_sampling
 from polyshard.adapters.vllm.engines.routing import ROUTING_WORKER, served_routing
@@ -259,7 +261,8 @@ class RolloutEngine:
         from polyshard.adapters.vllm import compat
 
         parameters = SamplingParams(n=samples, logprobs=0, detokenize=False, **sampling)
-        with compat.raises_if_engine_dies(self.llm):
+        draws = same_draws(self._ranks, self._context.device) if self._colocated else nullcontext()
+        with compat.raises_if_engine_dies(self.llm), draws:
             outputs = self.llm.generate(
                 [{"prompt_token_ids": p} for p in prompts],
                 parameters,

@@ -90,7 +90,7 @@ class ServedExperts(QuantizeMethodBase):
         reason = self._unsupported(held["gate_up"])
         self._fused = None
         if reason is not None:
-            logger.info("experts are computed by torch's grouped matmul, not by vLLM's kernel: %s", reason)
+            logger.info("experts are computed by %s, not by vLLM's kernel: %s", type(self._experts).__name__, reason)
             return
         stacked = self._bank.storage.stacked is not None
         gate_up, down = (held[n].transpose(1, 2) if stacked else held[n] for n in ("gate_up", "down"))
