@@ -74,7 +74,7 @@ def rows(steps: int) -> torch.Tensor:
     """Rows of the documentation's text as token IDs, int64 `[steps, ROWS, LENGTH + 1]`."""
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_directory())
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(smollm2_directory())
     text = "\n".join(path.read_text() for path in sorted((ROOT / "docs").rglob("*.md")))
     wanted = steps * ROWS * (LENGTH + 1)
     ids = torch.tensor(tokenizer(text[: 8 * wanted])["input_ids"][:wanted])
