@@ -40,9 +40,8 @@ def test_parameters_have_the_planned_bytes(name):
     assert runs(2)[name][0]["parameters"] == expected
 
 
-# The profiler does not see what gloo's threads free: benchmarks/plan.py asks the operating system for other layouts.
+# benchmarks/plan.py asks the operating system for other layouts.
 @pytest.mark.parametrize("name", [name for name, case in ON_TWO.items() if case["memory"]])
 def test_peak_memory_is_planned_within_ten_percent_and_is_not_more(name):
-    """The profiler found one case 8 % below the plan in a full run of the tests, and equal when run alone."""
     peak = runs(2)[name][0]["peak"]
     assert 0.99 * peak <= memory(ON_TWO[name], 2).total <= 1.10 * peak
