@@ -33,7 +33,8 @@ def served_routing(llm: Any, sequences: Sequence[Sequence[int]]) -> list[dict[st
     Examples:
         >>> llm = LLM("model", worker_extension_cls=ps.ROUTING_WORKER)  # needs vLLM  # doctest: +SKIP
         >>> output = llm.generate({"prompt_token_ids": [3, 1, 4]})[0]  # needs vLLM  # doctest: +SKIP
-        >>> served_routing(llm, [[3, 1, 4, *output.outputs[0].token_ids]])[0]["layers.0.mlp"].shape  # needs vLLM  # doctest: +SKIP
+        >>> tokens = [3, 1, 4, *output.outputs[0].token_ids]  # needs vLLM  # doctest: +SKIP
+        >>> served_routing(llm, [tokens])[0]["layers.0.mlp"].shape  # needs vLLM  # doctest: +SKIP
         torch.Size([18, 2])
     """
     if llm.llm_engine.vllm_config.parallel_config.worker_extension_cls != ROUTING_WORKER:

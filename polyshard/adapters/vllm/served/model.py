@@ -29,6 +29,7 @@ from polyshard.adapters.vllm.served.pipeline import HIDDEN, check_pipeline, name
 from polyshard.adapters.vllm.served.quantized import quantize_layers, refuse_quantized_reload, refuse_unserved_codes
 from polyshard.adapters.vllm.served.routing import RoutingRecorder
 from polyshard.adapters.vllm.transfer.guard import WeightGuard, shared_memory_watch
+from polyshard.core.context import ParallelContext
 from polyshard.core.errors import CheckpointError, RegistrationError
 from polyshard.core.serving import ModelFactory, RegisteredModel, build_model, check_served_interface
 from polyshard.core.weight_table import WeightTable, collect_layouts
@@ -82,6 +83,7 @@ class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
         self.first_stage, self.last_stage = axis.rank == 0, axis.rank == axis.size - 1
         self.vocab_size = vllm_config.model_config.get_vocab_size()
         self.table = collect_layouts(self.model)
+        self.padded_to_vocabulary = _is_padded_to_vocabulary(self.table, self.vocab_size, self.context)
         self.quantized = None
         rename = self.rename = renamer(self.registered.names)
         if vllm_config.quant_config is not None or vllm_config.lora_config is not None:
@@ -174,7 +176,7 @@ class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
 
     def full_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """Gather logits over the vocabulary, and drop its padding."""
-        if logits.shape[-1] >= self.vocab_size:  # one rank, or already gathered
+        if logits.shape[-1] >= self.vocab_size and not self.padded_to_vocabulary:  # one rank, or already gathered
             return logits[..., : self.vocab_size]
         return gather_logits(logits, self.context, self.vocab_size)
 
@@ -204,6 +206,17 @@ class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
 def make_model_class(registered: RegisteredModel, factory: ModelFactory) -> type[ServedModel]:
     """Return the class with the interface that vLLM inspects, for one registration."""
     return type(registered.name, (ServedModel,), {"registered": registered, "factory": staticmethod(factory)})
+
+
+def _is_padded_to_vocabulary(table: WeightTable, vocab_size: int, context: ParallelContext) -> bool:
+    """Return whether a rank's shard of the logits is as wide as a small vocabulary, because vLLM pads it.
+
+    Its width then does not tell whether the model has gathered the logits. Gathering them twice leaves them unchanged:
+    only the first rank's columns remain.
+    """
+    axis = context.axis("tensor")
+    heads = (e.layout for e in table.values() if e.layout.dim == 0 and e.layout.shape[0] == vocab_size)
+    return axis.size > 1 and any(layout.local_shape(axis.rank, axis.size)[0] >= vocab_size for layout in heads)
 
 
 def refuse_expert_parallel(name: str, table: WeightTable, vllm_config: VllmConfig) -> None:
