@@ -7,11 +7,12 @@ READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-fast docs release lint format lock bench gpu-check gpu-check-vllm test-torch-2.11 test-transformers test-newest clean
+.PHONY: help setup demo test test-slow test-fast docs release lint format lock bench gpu-check gpu-check-vllm test-torch-2.11 test-transformers test-newest clean
 
 help:
 	@echo "make demo    train a real model, serve it in vLLM, prove that both are the same (about six minutes, set-up included)"
-	@echo "make test    the test suite"
+	@echo "make test    the test suite, in less than a quarter of an hour"
+	@echo "make test-slow   rehearsals: documented commands, several machines, kills, the GPU check, all model families"
 	@echo "make test-fast   the tests without vLLM engines, in three minutes"
 	@echo "make docs    the documentation's site, into site/"
 	@echo "make release   build the wheel and check it in an empty environment"
@@ -39,7 +40,11 @@ demo: $(READY)
 # Two workers: much of the time a test waits for engines and ranks to start. A file's tests stay in one of them, and the
 # longest files come first (tests/conftest.py).
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+
+# Rehearsals of documented commands, of several machines, of kills, of the GPU check, and of all model families.
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 # For daily work: no vLLM engine, and only the files that take less than ten seconds.
 test-fast: $(READY)

@@ -18,6 +18,8 @@ from polyshard.checkpoint.manifest import read_manifest, verify_files
 from polyshard.core.ranks import Ranks
 from polyshard.testing import run_ranks
 
+pytestmark = pytest.mark.slow
+
 TRIES = 50
 AT_ONCE = 4  # they mostly wait
 

@@ -4,7 +4,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 from support.paths import ROOT
+
+pytestmark = pytest.mark.slow
 
 PACKAGE = ROOT / "tests" / "thirdparty"
 

@@ -15,6 +15,8 @@ from tools.gpu_check import collect
 from tools.gpu_check.runner import only_failed, run_steps
 from tools.gpu_check.steps import LINES, STEPS, Step, named
 
+pytestmark = pytest.mark.slow
+
 WRITE = "import json, sys; open(sys.argv[1], 'a').write(json.dumps({}) + '\\n')"
 
 

@@ -8,6 +8,8 @@ import sys
 import pytest
 from support.paths import EXAMPLES
 
+pytestmark = pytest.mark.slow
+
 
 def run(*command, **environment):
     env = {

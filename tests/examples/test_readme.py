@@ -12,6 +12,8 @@ from support.servers import running_server
 
 from polyshard.launch.ranks import free_port
 
+pytestmark = pytest.mark.slow
+
 README = (ROOT / "README.md").read_text()
 
 

@@ -12,7 +12,7 @@ import pytest
 from support.paths import EXAMPLES
 
 pytest.importorskip("ray")
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -12,6 +12,8 @@ from support.servers import running_server
 
 from polyshard.launch.ranks import free_port
 
+pytestmark = pytest.mark.slow
+
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
 SETUP, DOCTOR, TRAIN, FINE_TUNE, SERVE, SERVER, REQUEST, VERIFY, SYNC = code_blocks(TUTORIAL, "bash")
 TRAINED, SYNCED = code_blocks(TUTORIAL, "text")

@@ -13,6 +13,8 @@ from support.workers.on_families import families_outcomes, original_outcome, tok
 import polyshard as ps
 from polyshard.testing import run_ranks
 
+pytestmark = pytest.mark.slow
+
 LOCK = ROOT / "requirements" / "cpu.lock"
 sys.path.insert(0, str(TOOLS))
 families = importlib.import_module("model_families")

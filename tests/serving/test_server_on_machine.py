@@ -20,7 +20,11 @@ from support.paths import EXAMPLES
 from support.servers import ENGINE_WITHOUT_WORKER_PROCESS
 from support.workers import rl_on_machines
 
-pytestmark = [pytest.mark.vllm, pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.vllm,
+    pytest.mark.skipif(unavailable() is not None, reason=str(unavailable())),
+]
 
 TIMEOUT = 12  # of the trainer's collectives; that of a sync is half of it
 STEPS = 3

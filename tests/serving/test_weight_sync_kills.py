@@ -13,7 +13,7 @@ from support.workers.killed_sync import TIMEOUT
 
 from polyshard.launch.ranks import free_port
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 SCRIPT = WORKERS / "killed_sync.py"
 

@@ -15,7 +15,7 @@ from support.object_store import client_settings
 from support.workers import on_machines
 
 pytest.importorskip("moto")
-pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))]
 
 TIMEOUT = 10
 STEPS = 6
