@@ -38,12 +38,17 @@ def test_experts_and_a_pipeline(model, deepseek, tmp_path):
         ExpertCase("fsdp", model, options=FSDP),
         ExpertCase("fsdp, dualpipe", model, {"schedule": "dualpipe-v"}, options=FSDP),
         ExpertCase("layers of FairScale", model, layers="fairscale"),
+        ExpertCase("FairScale", model, adapter="fairscale", layers="fairscale", options={"zero_stage": 1}),
+        ExpertCase("Megatron", model, adapter="megatron", layers="megatron", options={"zero_stage": 0}),
         ExpertCase("sequence, ragged rows", model, sizes=SEQUENCE, kind="ragged rows", balance=ps.Balance(), data=1),
         ExpertCase("all experts on each rank", model, sizes={"pipeline": 4}, data=1),
     ]
     resumes = [
         ExpertCase("pipeline 2, expert 2", deepseek, balance=BIASES),  # saves the state
         ExpertCase("pipeline 2, fsdp", deepseek, sizes={"pipeline": 2}, balance=BIASES, options=FSDP),
+        ExpertCase(
+            "Megatron", deepseek, adapter="megatron", layers="megatron", options={"zero_stage": 1}, balance=BIASES
+        ),
         ExpertCase("tensor 2, expert 2", deepseek, sizes={"tensor": 2, "expert": 2}, balance=BIASES),
     ]
     judge(cases, run_ranks(train_and_resume, 4, cases, resumes, tmp_path, timeout=300))
