@@ -139,7 +139,7 @@ def test_a_server_that_cannot_be_reached_is_named_in_time_and_gets_the_weights_w
     told = run.before[0].wait_for("the engine far gets no weights until it can be reached again: (.*)")[1]
     assert told.startswith("sync failed: far: ")
     assert re.search("(worker 0|update_weights within 6 s: the engine) died, froze, or cannot be reached", told)
-    assert run.seconds[0] < 2 * TIMEOUT
+    assert run.seconds[0] < 3 * TIMEOUT
 
 
 def test_a_server_with_a_part_of_the_weights_gives_no_answer(run):
@@ -150,4 +150,4 @@ def test_a_trainer_machine_that_is_lost_in_a_sync_is_named_on_every_rank(run):
     messages = [program.wait_for("^failed RankFailureError: (.*)")[1] for program in run.before]
     assert "rank 1 crashed, hung, or cannot be reached" in messages[0]
     assert "the process that keeps the store" in messages[1]
-    assert run.seconds[1] < 2 * TIMEOUT
+    assert run.seconds[1] < 3 * TIMEOUT
