@@ -55,7 +55,7 @@ class Case:
     """One run.
 
     Attributes:
-        library: whose engine and layers it has.
+        library: name of the adapter for engine and layers.
         schedule: of the pipeline.
         ranks: number of processes.
         sizes: of the axes.

@@ -129,7 +129,7 @@ def add_times(report: Report, machine: ps.Cluster, times: list[tuple[dict[str, A
     """Fit the efficiency to every second row, and add predicted times to all of them.
 
     Args:
-        report: whose rows get them.
+        report: gets the measured layouts as rows.
         machine: the ranks' rates, with an efficiency of 1.
         times: rows with measured seconds, and their planned times on `machine`.
 

@@ -2,10 +2,10 @@
 
     python benchmarks/precision.py [--steps 100] [--only torch] [--json FILE] [--check]
 
-Every run starts from the same bfloat16 weights and reads the same rows of this repository's documentation. The band is
-the mean distance of the losses from those of transformers in float64. A run whose parameters are bfloat16 without
-masters (transformers, in one process) shows what a band has to exclude: its distance must be four times that of every
-engine. `--check` exits with status 1 otherwise.
+Every run starts from the same bfloat16 weights and reads the same rows of this repository's documentation. The
+distance of a run is the mean difference of its losses from those of transformers in float64. transformers with bfloat16
+parameters and no masters shows how far a lossy run is away. `--check` exits with status 1 if the distance of an engine
+is more than a quarter of that.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Case:
     """One engine.
 
     Attributes:
-        library: whose engine and layers it has.
+        library: name of the adapter for engine and layers.
         precision: of the run.
         options: of the engine.
     """

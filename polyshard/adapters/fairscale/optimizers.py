@@ -18,7 +18,7 @@ class ShardedOptimizers:
     """OSS over the replicas, and another over the ranks that hold the same experts, as one optimizer.
 
     Args:
-        template: the user's optimizer of all parameters, whose class, groups and settings both get.
+        template: the user's optimizer of all parameters. Both parts use its class, groups and settings.
         precision: of the run, which decides whether narrow parameters get masters.
         group: the replicas.
         experts: parameters that are distributed over the expert axis.

@@ -17,17 +17,8 @@ from polyshard.adapters.megatron.experts_compat import (
 )
 from polyshard.adapters.shared.expert_parameters import new_experts, weight_in_dtype_of
 from polyshard.core.context import ParallelContext
-from polyshard.core.errors import AdapterError
 from polyshard.core.experts import ExpertBank, Routing
 from polyshard.layers.differentiable import copy_to_region, gather_sequence, reduce_from_region, scatter_sum_sequence
-
-
-def foreign_context() -> AdapterError:
-    """Return the error for a context of another adapter."""
-    return AdapterError(
-        "Megatron's experts need the process groups of the Megatron adapter: got a context of another one. Use "
-        "polyshard.initialize('megatron', ...), and pass linear= for the layers of other libraries."
-    )
 
 
 class MegatronExperts(nn.Module):
@@ -40,9 +31,6 @@ class MegatronExperts(nn.Module):
         bank: the experts: SwiGLU without biases, stored one by one.
         context: a context of the Megatron adapter.
         token_dispatcher: `"alltoall"` or `"allgather"`.
-
-    Raises:
-        AdapterError: the context is of another adapter.
     """
 
     gate_up: nn.Parameter
@@ -57,8 +45,6 @@ class MegatronExperts(nn.Module):
         for name, parameter in new_experts(bank, context).items():
             self.register_parameter(name, parameter)
         group = self.expert_axis.group
-        if group is None:
-            raise foreign_context()
         count = len(self.gate_up)
         first = self.expert_axis.rank * count
         self._config = experts_config(bank, self.expert_axis.size, self.gate_up.dtype)

@@ -12,7 +12,7 @@ from torch import nn
 from polyshard.adapters.shared.token_losses import token_losses
 from polyshard.core.context import ParallelAxis, ParallelContext
 from polyshard.core.discovery import load_adapter
-from polyshard.core.errors import ConfigurationError
+from polyshard.core.errors import AdapterError, ConfigurationError
 from polyshard.core.experts import ExpertBank
 from polyshard.layers.head import PaddedHead, padded_size, tied_weight
 
@@ -145,18 +145,25 @@ class MegatronLinearAdapter:
         return PaddedHead(MegatronLayer(layer, sequence_parallel), vocab_size, axis)
 
     def create_experts(self, bank: ExpertBank, parallel_context: ParallelContext) -> nn.Module:
-        """Return Megatron's experts with its token dispatcher; torch's for experts that Megatron lacks."""
+        """Return Megatron's experts with its token dispatcher; torch's for experts that Megatron lacks.
+
+        Raises:
+            AdapterError: the context is of another adapter.
+        """
         reason = _lacks(bank, parallel_context)
         if reason is not None:
             logger.info("torch's experts are used, not Megatron's: %s", reason)
             return load_adapter("torch").linear.create_experts(bank, parallel_context)
-        from polyshard.adapters.megatron.experts import MegatronExperts, foreign_context
+        from polyshard.adapters.megatron.experts import MegatronExperts
 
         # torch's contexts have no group on axes of one rank; neither has the pipeline axis of a Megatron stage.
-        if parallel_context.axis("pipeline").group is None and not isinstance(
-            parallel_context.linear, MegatronLinearAdapter
-        ):
-            raise foreign_context()
+        own = isinstance(parallel_context.linear, MegatronLinearAdapter)
+        expert, pipeline = (parallel_context.axis(name).group for name in ("expert", "pipeline"))
+        if expert is None or (pipeline is None and not own):
+            raise AdapterError(
+                "Megatron's experts need the process groups of the Megatron adapter: got a context of another one. Use "
+                "polyshard.initialize('megatron', ...), and pass linear= for the layers of other libraries."
+            )
         return MegatronExperts(bank, parallel_context, self.token_dispatcher)
 
     def vocab_parallel_cross_entropy(

@@ -104,7 +104,7 @@ def _settings(spec: DecoderSpec, arguments: Mapping[str, Any]) -> dict[str, Any]
             "moe_router_topk": experts.top_k,
             "moe_ffn_hidden_size": experts.intermediate,
             "moe_router_pre_softmax": not experts.normalized,
-            # Megatron stacks the layers of a checkpoint only if all are said to be alike.
+            # Megatron stacks the layers of a checkpoint only if the frequency is 1.
             "moe_layer_freq": 1 if all(experts.sparse) else [int(sparse) for sparse in experts.sparse],
         }
     )

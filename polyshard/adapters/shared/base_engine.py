@@ -226,7 +226,7 @@ class BaseEngine(ABC):
             )
 
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
-        """Scale the loss of a float16 run; engines whose library does override it."""
+        """Return the loss times the loss scale of a float16 run. Engines with a loss scale of their own override it."""
         return loss * self._scale.factor if self.precision.scales_loss else loss
 
     def _update_if_finite(

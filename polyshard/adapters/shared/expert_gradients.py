@@ -19,7 +19,7 @@ def group_of_each(table: WeightTable, context: ParallelContext) -> Mapping[str, 
 
 
 def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
-    """Make DistributedDataParallel, when it is built, leave these parameters and their gradients alone."""
+    """Exclude parameters from the DistributedDataParallel that is built next."""
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(names))
 
 

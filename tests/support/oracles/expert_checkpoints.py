@@ -11,11 +11,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import transformers
-from torch.nn import functional as F
 
 import polyshard as ps
 from support.models.tiny import tiny_config, tiny_model
-from support.oracles.library_checkpoints import IDS, SIZES, megatron_on_cpu
+from support.oracles.library_checkpoints import IDS, SIZES, megatron_on_cpu, megatron_settings
 
 EXPERTS, TOP_K, WIDTH = 4, 2, 48
 
@@ -49,26 +48,8 @@ def megatron_model(
 
     moe_utils.te_general_gemm = None
     settings = TransformerConfig(
-        num_layers=SIZES["num_hidden_layers"],
-        hidden_size=SIZES["hidden_size"],
-        num_attention_heads=SIZES["num_attention_heads"],
-        num_query_groups=SIZES["num_key_value_heads"],
+        **megatron_settings(),
         kv_channels=16,
-        ffn_hidden_size=SIZES["intermediate_size"],
-        layernorm_epsilon=SIZES["rms_norm_eps"],
-        use_cpu_initialization=True,
-        params_dtype=torch.float32,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
         tensor_model_parallel_size=tensor,
         expert_model_parallel_size=expert,
         qk_layernorm=family == "qwen3_moe",

@@ -32,6 +32,31 @@ SIZES = {
 IDS = torch.randint(0, 128, (2, 16), generator=torch.Generator().manual_seed(3))
 
 
+def megatron_settings():
+    """The sizes of `SIZES` and plain settings, as arguments of Megatron-Core's TransformerConfig."""
+    return {
+        "num_layers": SIZES["num_hidden_layers"],
+        "hidden_size": SIZES["hidden_size"],
+        "num_attention_heads": SIZES["num_attention_heads"],
+        "num_query_groups": SIZES["num_key_value_heads"],
+        "ffn_hidden_size": SIZES["intermediate_size"],
+        "layernorm_epsilon": SIZES["rms_norm_eps"],
+        "use_cpu_initialization": True,
+        "params_dtype": torch.float32,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+    }
+
+
 def config():
     return tiny_config("llama", **SIZES)
 
@@ -67,28 +92,7 @@ def _gpt(state, size):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    settings = TransformerConfig(
-        num_layers=SIZES["num_hidden_layers"],
-        hidden_size=SIZES["hidden_size"],
-        num_attention_heads=SIZES["num_attention_heads"],
-        num_query_groups=SIZES["num_key_value_heads"],
-        ffn_hidden_size=SIZES["intermediate_size"],
-        layernorm_epsilon=SIZES["rms_norm_eps"],
-        use_cpu_initialization=True,
-        params_dtype=torch.float32,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-        tensor_model_parallel_size=size,
-    )
+    settings = TransformerConfig(**megatron_settings(), tensor_model_parallel_size=size)
     torch.manual_seed(11)
     model = GPTModel(
         config=settings,

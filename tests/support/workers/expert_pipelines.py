@@ -13,10 +13,8 @@ from typing import Any
 import moe
 
 import polyshard as ps
-from polyshard.core.weight_table import stored_parts
-from polyshard.weights.gather import gather_shards
-from support.oracles.pipeline_training import STEPS, micro_batches
-from support.workers.pipelines import SGD, mine
+from support.oracles.pipeline_training import micro_batches
+from support.workers.pipelines import SGD, full_weights, mine, run_steps, start_built
 from support.workers.pipelines import train as train_dense
 
 BALANCE = ps.Balance(sequence=0.03, batch=0.05, z=0.01)
@@ -40,25 +38,9 @@ class ExpertCase:
 
 def start(case, optimizer=SGD, timeout=90):
     """A context, and an engine around the stages with the weights of the directory."""
-    context = ps.initialize(case.adapter, timeout=timeout, **case.sizes)
-    if case.layers != case.adapter:
-        context = ps.load_adapter(case.layers).adopt(context)
-    config = ps.read_config(case.directory)
-    plan = ps.pipeline_plan(config.num_hidden_layers, context.layout.pipeline, **case.plan)
-    model = ps.build_stages(partial(moe.build_model, balance=case.balance), config, context, plan)
-    ps.load_checkpoint(model, case.directory, context)
-    options = {"max_grad_norm": None, **case.options}
-    return context, ps.load_adapter(case.adapter).engine(model, optimizer, context, **options)
-
-
-def full_weights(engine, context):
-    """The weights of this rank's stages by checkpoint names, gathered over the tensor and the expert axis."""
-    found = {}
-    for name, shard in engine.weights():
-        entry = engine.table[name]
-        full = gather_shards(shard, entry.layout, context.axis("tensor"), context.axis("expert"))
-        found.update(zip(entry.checkpoint_names, stored_parts(entry.layout, len(entry.checkpoint_names), full.clone())))
-    return found
+    return start_built(
+        case, partial(ps.build_stages, partial(moe.build_model, balance=case.balance)), optimizer, timeout
+    )
 
 
 def train(cases):
@@ -66,14 +48,9 @@ def train(cases):
     results = {}
     for case in cases:
         context, engine = start(case)
-        losses, evaluated, norms = [], [], []
-        for step in range(STEPS):
-            batches = mine(context, micro_batches(case.kind, step))
-            evaluated.append(engine.eval_batch(batches).loss.item())
-            losses.append(engine.train_batch(batches).loss.item())
-            norms.append(engine.step().grad_norm)
+        figures = run_steps(context, engine, case.kind)
         tokens = {name: found.tokens for name, found in ps.router_statistics(engine.module, context).items()}
-        results[case.name] = losses, evaluated, norms, full_weights(engine, context), tokens
+        results[case.name] = *figures, full_weights(engine, context), tokens
         engine.close()
         ps.shutdown(context)
     return results

@@ -37,16 +37,23 @@ class Case:
 
 
 def start(case, optimizer=SGD, timeout=90):
-    """A context, and an engine around the stages with the weights of the directory."""
+    """A context, and an engine around the stages of a decoder with the weights of the directory."""
+
+    def build(config, context, plan):
+        if case.built:
+            return ps.build_stages(decoder.build_model, config, context, plan)
+        return decoder.build_model(config, context)
+
+    return start_built(case, build, optimizer, timeout)
+
+
+def start_built(case, build, optimizer, timeout):
+    """The same for a model that `build(config, context, plan)` returns."""
     context = ps.initialize(case.adapter, timeout=timeout, **case.sizes)
     if case.layers != case.adapter:
         context = ps.load_adapter(case.layers).adopt(context)
     config = ps.read_config(case.directory)
-    plan = ps.pipeline_plan(config.num_hidden_layers, context.layout.pipeline, **case.plan)
-    if case.built:
-        model = ps.build_stages(decoder.build_model, config, context, plan)
-    else:
-        model = decoder.build_model(config, context)
+    model = build(config, context, ps.pipeline_plan(config.num_hidden_layers, context.layout.pipeline, **case.plan))
     ps.load_checkpoint(model, case.directory, context)
     options = {"max_grad_norm": None, **case.options}
     return context, ps.load_adapter(case.adapter).engine(model, optimizer, context, **options)
@@ -64,13 +71,24 @@ def mine(context, batches):
 
 
 def full_weights(engine, context):
-    """The weights of this rank's stages by checkpoint names, gathered over the tensor axis."""
+    """The weights of this rank's stages by checkpoint names, gathered over the tensor and the expert axis."""
     found = {}
     for name, shard in engine.weights():
         entry = engine.table[name]
-        full = gather_shards(shard, entry.layout, context.axis("tensor"))
+        full = gather_shards(shard, entry.layout, context.axis("tensor"), context.axis("expert"))
         found.update(zip(entry.checkpoint_names, stored_parts(entry.layout, len(entry.checkpoint_names), full.clone())))
     return found
+
+
+def run_steps(context, engine, kind):
+    """Losses, evaluation losses and norms of all steps."""
+    losses, evaluated, norms = [], [], []
+    for step in range(STEPS):
+        batches = mine(context, micro_batches(kind, step))
+        evaluated.append(engine.eval_batch(batches).loss.item())
+        losses.append(engine.train_batch(batches).loss.item())
+        norms.append(engine.step().grad_norm)
+    return losses, evaluated, norms
 
 
 def train(cases):
@@ -78,13 +96,7 @@ def train(cases):
     results = {}
     for case in cases:
         context, engine = start(case, case.optimizer)
-        losses, evaluated, norms = [], [], []
-        for step in range(STEPS):
-            batches = mine(context, micro_batches(case.kind, step))
-            evaluated.append(engine.eval_batch(batches).loss.item())
-            losses.append(engine.train_batch(batches).loss.item())
-            norms.append(engine.step().grad_norm)
-        results[case.name] = losses, evaluated, norms, full_weights(engine, context)
+        results[case.name] = *run_steps(context, engine, case.kind), full_weights(engine, context)
         engine.close()
         ps.shutdown(context)
     return results

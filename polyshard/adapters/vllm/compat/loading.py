@@ -61,8 +61,8 @@ def load_into(model: Any, vllm_config: VllmConfig, weights: Iterable[tuple[str, 
 def own_kernel_tensors(places: Sequence[tuple[nn.Module, str]]) -> None:
     """Give a parameter new memory in a reload that has begun, the same in all modules that have the parameter.
 
-    vLLM copies new values into the tensors that a layer had before, and keeps those called `bias` in place. A layer
-    with a tied parameter gets no values of its own, so its tensor must be that of the layer that gets them.
+    vLLM copies new values into the tensors that a layer had before, and keeps those called `bias` in place. It
+    loads a tied parameter for one of its layers only, so all of them must hold one tensor.
 
     Args:
         places: the modules and the parameter's name in each.
@@ -70,7 +70,10 @@ def own_kernel_tensors(places: Sequence[tuple[nn.Module, str]]) -> None:
     own: dict[int, nn.Parameter] = {}
 
     def renewed(parameter: torch.Tensor) -> nn.Parameter:
-        return own.setdefault(parameter.data_ptr(), _with_own_memory(parameter))
+        key = parameter.data_ptr()
+        if key not in own:
+            own[key] = _with_own_memory(parameter)
+        return own[key]
 
     for module, name in places:
         held = get_layerwise_info(module).kernel_tensors
