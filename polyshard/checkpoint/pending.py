@@ -29,15 +29,15 @@ class PendingSave:
         # Collectives of two threads must not share a process group.
         group: Any = None if ranks.is_single else dist.new_group(backend="gloo", timeout=_timeout(context))
         self._group = group
-        self._ranks = Ranks(ranks.rank, ranks.size, group, ranks.guard)
         self._result: Path | None = None
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(work,), name="polyshard-save")
+        of_save = Ranks(ranks.rank, ranks.size, group, ranks.guard)
+        self._thread = threading.Thread(target=self._run, args=(work, of_save), name="polyshard-save")
         self._thread.start()
 
-    def _run(self, work: Callable[[Ranks], Path]) -> None:
+    def _run(self, work: Callable[[Ranks], Path], ranks: Ranks) -> None:
         try:
-            self._result = work(self._ranks)
+            self._result = work(ranks)
         except BaseException as error:  # re-raised by `wait`
             self._error = error
 
@@ -56,7 +56,7 @@ class PendingSave:
         if self._group is not None:
             group, self._group = self._group, None
             if self._error is None:
-                dist.destroy_process_group(group)
+                dist.destroy_process_group(group)  # the last reference: its worker threads end here
         if self._error is not None:
             raise self._error
         assert self._result is not None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from polyshard.adapters.shared.groups import destroy
 from polyshard.core.context import ParallelAxis, ParallelContext
 from polyshard.core.model_weights import gather_over
 
@@ -47,8 +48,7 @@ class ModelGroups:
     def close(self) -> None:
         """Destroy the groups that were created."""
         for group in self.made:
-            if dist.is_initialized():
-                dist.destroy_process_group(group)
+            destroy(group)
 
 
 def _together(axis: ParallelAxis, ranks: list[int]) -> list[int]:

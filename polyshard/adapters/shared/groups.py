@@ -10,9 +10,11 @@ from typing import Any
 import torch.distributed as dist
 
 from polyshard.adapters.shared.devices import default_backend
+from polyshard.adapters.shared.draining import drain, drain_all
 from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.errors import AdapterError
 from polyshard.core.parallel_layout import Axis
+from polyshard.core.ranks import Ranks
 
 
 def group_context(context: ParallelContext) -> GroupContext:
@@ -38,7 +40,7 @@ def with_groups(context: GroupContext, names: Sequence[Axis]) -> GroupContext:
     alone = not dist.is_initialized()
     if alone:
         dist.init_process_group(default_backend(context.device), store=dist.HashStore(), rank=0, world_size=1)
-        undo.append(dist.destroy_process_group)
+        undo.append(_destroy_world)
     axes = dict(context.axes)
     for name in names:
         axis = context.axis(name)
@@ -46,7 +48,7 @@ def with_groups(context: GroupContext, names: Sequence[Axis]) -> GroupContext:
             group: Any = dist.new_group([dist.get_rank()], use_local_synchronization=True)
             axes[name] = dataclasses.replace(axis, group=group)
             if not alone:
-                undo.append(partial(_destroy, group))
+                undo.append(partial(destroy, group))
     return dataclasses.replace(context, axes=axes, on_shutdown=(*undo, *context.on_shutdown))
 
 
@@ -59,6 +61,16 @@ def is_alive(group: dist.ProcessGroup) -> bool:
     return True
 
 
-def _destroy(group: dist.ProcessGroup) -> None:
+def destroy(group: dist.ProcessGroup) -> None:
+    """Destroy a group, unless all groups are destroyed already. A collective over the group.
+
+    References that others hold keep its worker threads running; they may not hold tensors then (draining.py).
+    """
     if dist.is_initialized():
+        drain(group)
         dist.destroy_process_group(group)
+
+
+def _destroy_world() -> None:
+    drain_all(Ranks())
+    dist.destroy_process_group()

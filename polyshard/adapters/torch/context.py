@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from polyshard.adapters.shared.devices import default_backend, pick_backend, pick_device
-from polyshard.adapters.shared.groups import with_groups
+from polyshard.adapters.shared.draining import drain_all
+from polyshard.adapters.shared.groups import destroy, with_groups
 from polyshard.adapters.torch.collectives import TorchCollectives
 from polyshard.adapters.torch.compat import rendezvous_store
 from polyshard.adapters.torch.failure import RankMonitor, backend_timeout
@@ -22,6 +23,7 @@ from polyshard.adapters.torch.generation import agree_on_prefix
 from polyshard.core.context import FailureGuard, GroupContext, ParallelAxis, no_guard
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.parallel_layout import AXES, Axis, ParallelLayout
+from polyshard.core.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -99,12 +101,11 @@ def initialize(
         axis, group = _make_axis(layout, name, rank, timeout, guard)
         axes[name] = axis
         if group is not None and adopted_world:  # otherwise they are destroyed with the world
-            undo.append(partial(dist.destroy_process_group, group))
+            undo.append(partial(destroy, group))
 
     def leave() -> None:
-        # Without the barrier, about one run in five aborts at teardown (facts/libraries.md, F).
         with guard("world barrier"):
-            dist.barrier()
+            drain_all(Ranks(rank, dist.get_world_size()))
         if monitor:
             monitor.stop()
 
