@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,6 +13,8 @@ import torch.distributed as dist
 
 from polyshard.core.context import ParallelContext
 from polyshard.core.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 
 class PendingSave:
@@ -32,13 +35,16 @@ class PendingSave:
         self._result: Path | None = None
         self._error: BaseException | None = None
         of_save = Ranks(ranks.rank, ranks.size, group, ranks.guard)
+        self._context = context
+        context.background.append(self.wait)
         self._thread = threading.Thread(target=self._run, args=(work, of_save), name="polyshard-save")
         self._thread.start()
 
     def _run(self, work: Callable[[Ranks], Path], ranks: Ranks) -> None:
         try:
             self._result = work(ranks)
-        except BaseException as error:  # re-raised by `wait`
+        except BaseException as error:  # raised by `wait`; the script may end without it
+            logger.error("a save in the background failed: %s", error)
             self._error = error
 
     def done(self) -> bool:
@@ -48,11 +54,15 @@ class PendingSave:
     def wait(self) -> Path:
         """Wait for the save and return its directory. Every rank must call it before the next save.
 
+        `shutdown` waits for a save that is not waited for.
+
         Raises:
             CheckpointError: the save failed; the previous checkpoint is untouched.
             RankFailureError: a rank crashed, hung, or cannot be reached.
         """
         self._thread.join()
+        if self.wait in self._context.background:
+            self._context.background.remove(self.wait)
         if self._group is not None:
             group, self._group = self._group, None
             if self._error is None:

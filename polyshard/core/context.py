@@ -170,6 +170,11 @@ class ParallelContext(Protocol):
         ...
 
     @property
+    def background(self) -> list[Callable[[], object]]:
+        """Functions that wait for work in the background, such as saves; `shutdown` calls those that are left."""
+        ...
+
+    @property
     def on_shutdown(self) -> tuple[Callable[[], None], ...]:
         """The functions that undo the initialization, in the order in which they run."""
         ...
@@ -213,6 +218,7 @@ class GroupContext:
         group_timeout: timeout in seconds of process groups that are created later.
         exact: the operators of exact mode, with which the forward pass gives the same bits as the server's; None in
             the ordinary mode.
+        background: functions that wait for work in the background, such as saves; `shutdown` calls those that are left.
         on_shutdown: functions that undo the initialization, in order.
 
     Examples:
@@ -234,6 +240,7 @@ class GroupContext:
     initialize_weights: bool = True
     group_timeout: float = 600.0
     exact: ExactMode | None = None
+    background: list[Callable[[], object]] = field(default_factory=list, compare=False, repr=False)
     on_shutdown: tuple[Callable[[], None], ...] = ()
 
     def axis(self, name: Axis) -> ParallelAxis:

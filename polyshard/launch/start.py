@@ -13,6 +13,7 @@ from polyshard.core.environment import deprecated
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.parallel_layout import ParallelLayout
 from polyshard.core.precision import Precision
+from polyshard.core.shutdown import shut_down
 
 
 def initialize(
@@ -88,9 +89,14 @@ def initialize(
 def shutdown(parallel_context: ParallelContext) -> None:
     """Wait for all ranks, and destroy what `initialize` created; `initialize` may then be called again.
 
+    Saves in the background are waited for first.
+
+    Raises:
+        CheckpointError: a save in the background failed.
+        RankFailureError: a rank crashed, hung, or cannot be reached.
+
     Examples:
         >>> context = ps.initialize("torch")
         >>> ps.shutdown(context)
     """
-    for undo in parallel_context.on_shutdown:
-        undo()
+    shut_down(parallel_context)

@@ -4,7 +4,13 @@ import os
 import subprocess
 import sys
 
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import polyshard as ps
 from polyshard.launch.ranks import free_port
+from polyshard.testing import run_ranks
 
 SCRIPT = """
 import time
@@ -30,3 +36,24 @@ def test_a_process_ends_well_though_a_worker_thread_of_gloo_still_releases_a_ten
     environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env={**os.environ, **environment}, timeout=120)
     assert done.returncode == 0
+
+
+def save_and_end(directory):
+    context = ps.initialize("torch")
+    torch.manual_seed(0)
+    ps.save_checkpoint(torch.nn.Linear(500, 500), directory, context, config={}, asynchronous=True)
+    ps.shutdown(context)
+    return context.background
+
+
+def test_shutdown_waits_for_a_save_that_nobody_waited_for(tmp_path):
+    assert run_ranks(save_and_end, 2, str(tmp_path / "saved"), timeout=60) == [[], []]
+    torch.manual_seed(0)
+    assert load_file(tmp_path / "saved" / "model.safetensors")["weight"].equal(torch.nn.Linear(500, 500).weight)
+
+
+def test_shutdown_raises_the_error_of_a_save_that_nobody_waited_for(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ps.CheckpointError, match="saving .* failed"):
+        save_and_end(tmp_path / "file" / "saved")
+    assert "a save in the background failed" in caplog.text

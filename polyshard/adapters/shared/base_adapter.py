@@ -13,6 +13,7 @@ from polyshard.core.discovery import load_adapter
 from polyshard.core.errors import AdapterError
 from polyshard.core.parallel_layout import ParallelLayout
 from polyshard.core.requirement import Requirement
+from polyshard.core.shutdown import shut_down
 
 
 class BaseAdapter:
@@ -51,9 +52,8 @@ class BaseAdapter:
         raise NotImplementedError
 
     def shutdown(self, context: ParallelContext) -> None:
-        """Run the context's `on_shutdown` functions, which undo what `initialize` did."""
-        for undo in context.on_shutdown:
-            undo()
+        """Wait for work in the background, and run the context's `on_shutdown` functions, which undo `initialize`."""
+        shut_down(context)
 
 
 class ServingOnlyAdapter:

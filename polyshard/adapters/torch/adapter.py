@@ -20,6 +20,7 @@ from polyshard.core.context import GroupContext, ParallelContext
 from polyshard.core.parallel_layout import ParallelLayout
 from polyshard.core.pipeline_plan import SCHEDULES
 from polyshard.core.requirement import Requirement
+from polyshard.core.shutdown import shut_down
 
 logger = logging.getLogger(__name__)
 
@@ -125,5 +126,4 @@ class TorchAdapter:
 
     def shutdown(self, context: ParallelContext) -> None:
         """Wait for all ranks, then destroy the process groups that `initialize` created."""
-        for undo in context.on_shutdown:
-            undo()
+        shut_down(context)
