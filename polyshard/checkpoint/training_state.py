@@ -22,10 +22,9 @@ import torch
 
 from polyshard.checkpoint.data_positions import plain_json, position_of, restore_data
 from polyshard.checkpoint.directory import find
-from polyshard.checkpoint.files import TensorReader
-from polyshard.checkpoint.load import check_fit, known_names, read_pieces
+from polyshard.checkpoint.load import read_pieces
 from polyshard.checkpoint.location import as_path, local_path
-from polyshard.checkpoint.manifest import MANIFEST, Manifest, read_manifest, verify_files
+from polyshard.checkpoint.manifest import verify_files
 from polyshard.checkpoint.optimizer_state import (
     check_optimizer,
     describe,
@@ -34,10 +33,10 @@ from polyshard.checkpoint.optimizer_state import (
     stored_pieces,
     warn_of_groups,
 )
-from polyshard.checkpoint.part import StoredPart, check_kind, check_same_base, fingerprints, part_of
+from polyshard.checkpoint.part import StoredPart, check_same_base, fingerprints, part_of
 from polyshard.checkpoint.pending import PendingSave
 from polyshard.checkpoint.plan import PlannedFile, plan_files
-from polyshard.checkpoint.quantization.reading import refuse_quantized
+from polyshard.checkpoint.random_states import RANDOM, random_states, restore_random, sizes
 from polyshard.checkpoint.save import (
     MAX_SHARD_BYTES,
     SaveJob,
@@ -45,23 +44,17 @@ from polyshard.checkpoint.save import (
     stored_tensors,
     weight_files,
 )
+from polyshard.checkpoint.state_files import FOLDER, KIND, OpenedState, by_reader, open_state
 from polyshard.checkpoint.storage import Progress
 from polyshard.core.adapter import TrainingEngine
 from polyshard.core.context import ParallelContext
-from polyshard.core.errors import CheckpointError
 from polyshard.core.model_weights import ModelWeights
-from polyshard.core.parallel_layout import ParallelLayout
-from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece
+from polyshard.core.pieces import OptimizerState, Piece
 from polyshard.core.ranks import Ranks
 from polyshard.core.serving import RegisteredModel
-from polyshard.core.weight_table import IGNORED_TENSORS, WeightTable
-from polyshard.training import generators
+from polyshard.core.weight_table import WeightTable
 
 logger = logging.getLogger(__name__)
-
-KIND = "training-state"
-FOLDER = "training"
-RANDOM = "random"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,10 +160,10 @@ def save_training_state(
             "step": step,
             "optimizer": describe(state, slot_dtypes, started, ranks),
             "data": positions,
-            "layout": _sizes(layout),
+            "layout": sizes(layout),
             **base,
         },
-        blobs={f"{FOLDER}/{RANDOM}.safetensors": _random_states(ranks)},
+        blobs={f"{FOLDER}/{RANDOM}.safetensors": random_states(ranks)},
     )
     return job.start(parallel_context, asynchronous, progress)
 
@@ -226,8 +219,8 @@ def load_training_state(
     before: OptimizerState = engine.optimizer_state()
     held = held_slots(_of(table, before.pieces), ranks)
 
-    def opened_and_checked() -> _Opened:
-        opened = _open(path, table, part)
+    def opened_and_checked() -> OpenedState:
+        opened = open_state(path, table, part)
         if optimizer:
             saved = opened.manifest.state["optimizer"]
             check_optimizer(saved, before, held, opened.slots, table, scheduler=scheduler)
@@ -249,28 +242,21 @@ def load_training_state(
         ranks.run_on_all(lambda: restore_data(data, position, len(positions)), what)
 
     carried = {"weights"}
-    for pieces in _by_reader(_of(table, engine.weight_pieces()), opened, table):
+    for pieces in by_reader(_of(table, engine.weight_pieces()), opened, table):
         read_pieces(*pieces, table, axis.rank, axis.size, progress)
     engine.weights_written()
     saved = opened.manifest.state
     if optimizer:
         state = engine.optimizer_state()  # after `weights_written`, which refreshes the fp32 copies
         stored = stored_pieces(_of(table, state.pieces), saved["optimizer"].get("started", True))
-        for pieces in _by_reader(stored, opened, table):
+        for pieces in by_reader(stored, opened, table):
             read_pieces(*pieces, table, axis.rank, axis.size, progress)
         engine.optimizer_written(saved_state(saved["optimizer"], before, scheduler=scheduler))
         warn_of_groups(saved["optimizer"], before, ranks)
         carried.add("optimizer")
-    if _restore_random(path, saved["layout"], parallel_context, ranks):
+    if restore_random(path / FOLDER, saved["layout"], parallel_context, ranks):
         carried.add("random")
     return TrainingState(step=saved["step"], data=position, data_positions=positions, carried=frozenset(carried))
-
-
-@dataclass(frozen=True, slots=True)
-class _Opened:
-    manifest: Manifest
-    weights: TensorReader
-    slots: Mapping[str, TensorReader]
 
 
 def _of(table: WeightTable, pieces: Iterable[Piece], owned: Collection[str] | None = None) -> list[Piece]:
@@ -278,48 +264,10 @@ def _of(table: WeightTable, pieces: Iterable[Piece], owned: Collection[str] | No
     return [p for p in pieces if p.parameter in table and (owned is None or p.parameter in owned)]
 
 
-def _sizes(layout: ParallelLayout) -> dict[str, int]:
-    """Return the sizes that decide which random states a rank continues from."""
-    return {axis: getattr(layout, axis) for axis in ("tensor", "data", "context", "pipeline")}
-
-
 def _weight_files(
     part: StoredPart | None, table: WeightTable, dtypes: Mapping[str, torch.dtype], limit: int
 ) -> list[PlannedFile]:
     return weight_files(table, dtypes, limit) if part is None else [part.file(stored_tensors(table, dtypes))]
-
-
-def _open(path: Path, table: WeightTable, part: StoredPart | None) -> _Opened:
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory")
-    manifest = read_manifest(path)
-    if manifest is None:
-        raise CheckpointError(f"{path} is not a complete training state: {MANIFEST} is missing")
-    if manifest.kind != KIND:
-        raise CheckpointError(f"{path} holds only {manifest.kind}. Load it with load_checkpoint.")
-    check_kind(part, manifest.state, path)
-    weights = TensorReader(path) if part is None else part.reader(path)
-    refuse_quantized(path, weights, known_names(table), IGNORED_TENSORS)
-    check_fit(table, weights, IGNORED_TENSORS)
-    slots = {slot: TensorReader(path / FOLDER, stem=slot) for slot in manifest.state["optimizer"]["slots"]}
-    return _Opened(manifest, weights, slots)
-
-
-def _by_reader(pieces: list[Piece], opened: _Opened, table: WeightTable) -> list[tuple[TensorReader, list[Piece]]]:
-    """Group pieces by reader. fp32 masters stand in for weights of a narrower dtype, and the other way round."""
-    groups: dict[int, tuple[TensorReader, list[Piece]]] = {}
-    master = opened.slots.get(MASTER)
-    for piece in pieces:
-        if piece.slot in (WEIGHT, MASTER):
-            entry = table[piece.parameter]
-            names = {*entry.checkpoint_names, *entry.tied_names}
-            wide = master is not None and piece.values.dtype == torch.float32 and not names.isdisjoint(master.where)
-            reader = master if wide else opened.weights  # a frozen weight has no master
-        else:
-            reader = opened.slots[piece.slot]
-        assert reader is not None
-        groups.setdefault(id(reader), (reader, []))[1].append(piece)
-    return list(groups.values())
 
 
 def _slot_dtypes(pieces: list[Piece], ranks: Ranks) -> dict[str, dict[str, torch.dtype]]:
@@ -336,39 +284,3 @@ def _slot_dtypes(pieces: list[Piece], ranks: Ranks) -> dict[str, dict[str, torch
 
 def _in_folder(files: list[PlannedFile]) -> list[PlannedFile]:
     return [PlannedFile(f"{FOLDER}/{file.path}", file.tensors) for file in files]
-
-
-def _random_states(ranks: Ranks) -> dict[str, torch.Tensor]:
-    states = ranks.gather(generators.all_states())
-    return {f"{rank:05d}.{name}": value for rank, state in enumerate(states) for name, value in state.items()}
-
-
-def _restore_random(path: Path, saved: Mapping[str, Any], context: ParallelContext, ranks: Ranks) -> bool:
-    """Restore the random generators; return False if this rank's states could not be restored.
-
-    At the sizes of the save every rank takes its own states. At other tensor-parallel, context-parallel or pipeline
-    sizes it takes those of the first rank with its data-parallel position; with `polyshard.manual_seed` these were
-    equal over the tensor and context axes. A data-parallel position that was not saved, and a later pipeline stage,
-    get a seed from the first rank's next draw and their own number.
-    """
-    now, reader = _sizes(context.layout), TensorReader(path / FOLDER, stem=RANDOM)
-    saved = {"pipeline": 1, **saved}  # older states have no pipeline
-    same = saved == now
-    data, stage = context.axis("data").rank, context.axis("pipeline").rank
-    known = data < saved["data"]
-    source = ranks.rank
-    if not same:
-        layout = ParallelLayout(**saved)
-        source = layout.groups("data")[0][data if known else 0]  # the other coordinates of the first group are all 0
-        if ranks.rank == 0:
-            logger.warning(
-                "random states were saved at tensor %s, data %s, context %s, pipeline %s: each data-parallel rank "
-                "takes those of the first rank at its position, so the run differs from an uninterrupted one",
-                *(saved[name] for name in ("tensor", "data", "context", "pipeline")),
-            )
-    prefix = f"{source:05d}."
-    generators.restore({n.removeprefix(prefix): reader.tensor(n) for n in reader.where if n.startswith(prefix)})
-    if not known or (stage and not same):
-        seed = int(torch.randint(2**62, (), device="cpu"))
-        generators.seed_all(generators.mixed(seed, data + now["data"] * stage))
-    return known
