@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ class PendingSave:
         context.background.append(self.wait)
         self._thread = threading.Thread(target=self._run, args=(work, of_save), name="polyshard-save")
         self._thread.start()
+        # The interpreter waits for threads only after it has closed all thread pools, which a save needs.
+        threading._register_atexit(partial(_join, weakref.ref(self._thread)))  # pyrefly: ignore
 
     def _run(self, work: Callable[[Ranks], Path], ranks: Ranks) -> None:
         try:
@@ -54,7 +58,7 @@ class PendingSave:
     def wait(self) -> Path:
         """Wait for the save and return its directory. Every rank must call it before the next save.
 
-        `shutdown` waits for a save that is not waited for.
+        `shutdown` waits for a save that is not waited for, and so does the end of the script.
 
         Raises:
             CheckpointError: the save failed; the previous checkpoint is untouched.
@@ -71,6 +75,12 @@ class PendingSave:
             raise self._error
         assert self._result is not None
         return self._result
+
+
+def _join(thread: weakref.ref[threading.Thread]) -> None:
+    running = thread()
+    if running is not None:
+        running.join()
 
 
 def _timeout(context: ParallelContext) -> timedelta:

@@ -12,7 +12,7 @@ import polyshard as ps
 from polyshard.launch.ranks import free_port
 from polyshard.testing import run_ranks
 
-SCRIPT = """
+WITH_A_LATE_RELEASE = """
 import time
 import torch
 import polyshard as ps
@@ -34,7 +34,7 @@ ps.shutdown(context)
 def test_a_process_ends_well_though_a_worker_thread_of_gloo_still_releases_a_tensor():
     """Without the wait in `shutdown`, the interpreter ends first, and the process aborts: exit code -6."""
     environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env={**os.environ, **environment}, timeout=120)
+    done = subprocess.run([sys.executable, "-c", WITH_A_LATE_RELEASE], env={**os.environ, **environment}, timeout=120)
     assert done.returncode == 0
 
 
@@ -57,3 +57,19 @@ def test_shutdown_raises_the_error_of_a_save_that_nobody_waited_for(tmp_path, ca
     with pytest.raises(ps.CheckpointError, match="saving .* failed"):
         save_and_end(tmp_path / "file" / "saved")
     assert "a save in the background failed" in caplog.text
+
+
+WITHOUT_SHUTDOWN = """
+import sys
+import torch
+import polyshard as ps
+
+context = ps.initialize("torch")
+ps.save_checkpoint(torch.nn.Linear(3000, 3000), sys.argv[1], context, config={}, asynchronous=True)
+"""
+
+
+def test_a_script_ends_after_its_save_in_the_background(tmp_path):
+    """The interpreter closes thread pools before it waits for threads; the save needs them."""
+    subprocess.run([sys.executable, "-c", WITHOUT_SHUTDOWN, str(tmp_path / "saved")], check=True, timeout=120)
+    assert (tmp_path / "saved" / "polyshard.json").exists()
