@@ -38,7 +38,7 @@ class PendingSave:
         self._error: BaseException | None = None
         of_save = Ranks(ranks.rank, ranks.size, group, ranks.guard)
         self._context = context
-        context.background.append(self.wait)
+        context.background.append(self)
         self._thread = threading.Thread(target=self._run, args=(work, of_save), name="polyshard-save")
         self._thread.start()
         # The interpreter waits for threads only after it has closed all thread pools, which a save needs.
@@ -55,18 +55,22 @@ class PendingSave:
         """Return whether this rank has finished, with or without success; `wait` then does not block."""
         return not self._thread.is_alive()
 
-    def wait(self) -> Path:
-        """Wait for the save and return its directory. Every rank must call it before the next save.
+    def join(self) -> None:
+        """Wait for the save, with or without success."""
+        self._thread.join()
 
-        `shutdown` waits for a save that is not waited for, and so does the end of the script.
+    def wait(self) -> Path:
+        """Wait for the save and return its directory. Every rank must call it.
+
+        The next save, `shutdown` and the end of the script wait, too. `shutdown` also raises the error.
 
         Raises:
             CheckpointError: the save failed; the previous checkpoint is untouched.
             RankFailureError: a rank crashed, hung, or cannot be reached.
         """
         self._thread.join()
-        if self.wait in self._context.background:
-            self._context.background.remove(self.wait)
+        if self in self._context.background:
+            self._context.background.remove(self)
         if self._group is not None:
             group, self._group = self._group, None
             if self._error is None:

@@ -246,7 +246,9 @@ class SaveJob:
     blobs: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
     def start(self, context: ParallelContext, asynchronous: bool, progress: Progress | None) -> Path | PendingSave:
-        """Save now, or in the background from a copy of the pieces."""
+        """Save now, or in the background from a copy of the pieces. Only one copy exists at a time."""
+        for earlier in tuple(context.background):
+            earlier.join()
         tensor = context.axis("tensor")
         if is_remote(self.directory):
             job = replace(self, pieces=[replace(p, values=_copy(p)) for p in self.pieces]) if asynchronous else self

@@ -104,6 +104,18 @@ def no_guard(operation: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+class BackgroundWork(Protocol):
+    """Work of this rank in the background, such as a save."""
+
+    def join(self) -> None:
+        """Return when the work has ended, with or without success."""
+        ...
+
+    def wait(self) -> object:
+        """Return when the work has ended, or raise its error."""
+        ...
+
+
 @runtime_checkable
 class ParallelContext(Protocol):
     """This process's position in the parallel layout: the second argument of every model factory.
@@ -170,8 +182,8 @@ class ParallelContext(Protocol):
         ...
 
     @property
-    def background(self) -> list[Callable[[], object]]:
-        """Functions that wait for work in the background, such as saves; `shutdown` calls those that are left."""
+    def background(self) -> list[BackgroundWork]:
+        """Work in the background that nobody has waited for; `shutdown` does."""
         ...
 
     @property
@@ -218,7 +230,7 @@ class GroupContext:
         group_timeout: timeout in seconds of process groups that are created later.
         exact: the operators of exact mode, with which the forward pass gives the same bits as the server's; None in
             the ordinary mode.
-        background: functions that wait for work in the background, such as saves; `shutdown` calls those that are left.
+        background: work in the background that nobody has waited for; `shutdown` does.
         on_shutdown: functions that undo the initialization, in order.
 
     Examples:
@@ -240,7 +252,7 @@ class GroupContext:
     initialize_weights: bool = True
     group_timeout: float = 600.0
     exact: ExactMode | None = None
-    background: list[Callable[[], object]] = field(default_factory=list, compare=False, repr=False)
+    background: list[BackgroundWork] = field(default_factory=list, compare=False, repr=False)
     on_shutdown: tuple[Callable[[], None], ...] = ()
 
     def axis(self, name: Axis) -> ParallelAxis:

@@ -13,9 +13,9 @@ def shut_down(context: ParallelContext) -> None:
         RankFailureError: a rank failed. Nothing is undone, because that would wait for the rank.
     """
     error: Exception | None = None
-    for wait in tuple(context.background):
+    for work in tuple(context.background):
         try:
-            wait()
+            work.wait()
         except RankFailureError:
             raise
         except Exception as failure:

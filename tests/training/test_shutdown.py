@@ -41,7 +41,10 @@ def test_a_process_ends_well_though_a_worker_thread_of_gloo_still_releases_a_ten
 def save_and_end(directory):
     context = ps.initialize("torch")
     torch.manual_seed(0)
-    ps.save_checkpoint(torch.nn.Linear(500, 500), directory, context, config={}, asynchronous=True)
+    model = torch.nn.Linear(500, 500)
+    first = ps.save_checkpoint(model, f"{directory}-before", context, config={}, asynchronous=True)
+    ps.save_checkpoint(model, directory, context, config={}, asynchronous=True)
+    assert first.done()  # at most one copy of the weights exists
     ps.shutdown(context)
     return context.background
 
