@@ -89,7 +89,8 @@ def initialize(
 def shutdown(parallel_context: ParallelContext) -> None:
     """Wait for all ranks, and destroy what `initialize` created; `initialize` may then be called again.
 
-    Saves in the background are waited for first.
+    Saves in the background are waited for first. While an exception is handled, as in a `finally` block, the wait for
+    the other ranks is short, because they may be waiting elsewhere; they learn which error this rank raised.
 
     Raises:
         CheckpointError: a save in the background failed.

@@ -26,12 +26,23 @@ def wait_for_each_other(how, culprit):
         if how == "stays away":
             time.sleep(TIMEOUT + 4)
             return None
+        if how == "raises":
+            with pytest.raises(ValueError, match="a bad batch"):
+                end_with_an_error(context)
+            return None
     started = time.monotonic()
     try:
         layer(x)
     except ps.RankFailureError as error:
         return time.monotonic() - started, str(error), error.ranks
     return None
+
+
+def end_with_an_error(context):
+    try:
+        raise ValueError("a bad batch")
+    finally:
+        ps.shutdown(context)
 
 
 def test_a_rank_that_dies_is_named():
@@ -64,6 +75,14 @@ def test_a_rank_that_lives_but_does_not_come_is_named():
     assert seconds < TIMEOUT
     assert ranks == (1,)
     assert "rank 1 is alive but has entered 1 collectives on this axis, this rank 2" in message
+
+
+def test_an_error_is_not_hidden_by_shutdown_in_a_finally_block_and_the_others_learn_it():
+    results = run_ranks(wait_for_each_other, 2, "raises", 1, timeout=60)
+    seconds, message, ranks = results[0]
+    assert seconds < TIMEOUT
+    assert ranks == (1,)
+    assert "rank 1 raised ValueError: a bad batch" in message
 
 
 def initialise_again_with_another_size():

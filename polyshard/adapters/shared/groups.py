@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -67,7 +68,8 @@ def destroy(group: dist.ProcessGroup) -> None:
     References that others hold keep its worker threads running; they may not hold tensors then (draining.py).
     """
     if dist.is_initialized():
-        drain(group)
+        if sys.exc_info()[1] is None:  # else the other ranks may not come
+            drain(group)
         dist.destroy_process_group(group)
 
 

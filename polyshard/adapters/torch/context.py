@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -18,7 +19,7 @@ from polyshard.adapters.shared.draining import drain_all
 from polyshard.adapters.shared.groups import destroy, with_groups
 from polyshard.adapters.torch.collectives import TorchCollectives
 from polyshard.adapters.torch.compat import rendezvous_store
-from polyshard.adapters.torch.failure import RankMonitor, backend_timeout
+from polyshard.adapters.torch.failure import PATIENCE, RankMonitor, backend_timeout
 from polyshard.adapters.torch.generation import agree_on_prefix
 from polyshard.core.context import FailureGuard, GroupContext, ParallelAxis, no_guard
 from polyshard.core.errors import ConfigurationError
@@ -104,8 +105,14 @@ def initialize(
             undo.append(partial(destroy, group))
 
     def leave() -> None:
-        with guard("world barrier"):
-            drain_all(Ranks(rank, dist.get_world_size()))
+        failure = sys.exc_info()[1]
+        if failure is None:
+            with guard("world barrier"):
+                drain_all(Ranks(rank, dist.get_world_size()))
+        else:
+            if monitor:
+                monitor.report(failure)
+            _wait_for_others(failure)
         if monitor:
             monitor.stop()
 
@@ -121,6 +128,16 @@ def initialize(
     )
     # A group even for one tensor-parallel rank, as in vLLM: layers of users' adapters (Megatron's) require it.
     return with_groups(context, ("tensor",))
+
+
+def _wait_for_others(failure: BaseException) -> None:
+    """Wait briefly: after an error of this rank alone, the others wait in another collective and do not come."""
+    barrier = dist.barrier(async_op=True)
+    try:
+        if barrier is not None:
+            barrier.wait(timedelta(seconds=PATIENCE))
+    except RuntimeError as error:
+        logger.debug("the other ranks did not end with this one, which raised %r: %s", failure, error)
 
 
 def _require_environment() -> None:

@@ -69,7 +69,7 @@ class RankMonitor:
             raise
         except Exception as error:
             if not is_communication_error(error):
-                self._report(error)
+                self.report(error)
                 raise
             raise self._diagnose(operation, axis, time.monotonic() - started, error) from error
 
@@ -80,7 +80,7 @@ class RankMonitor:
             except (dist.DistError, RuntimeError):
                 return  # the store's process is gone, which the next collective reports
 
-    def _report(self, error: Exception) -> None:
+    def report(self, error: BaseException) -> None:
         """Tell the other ranks of an error at once; this rank may end before its next heartbeat."""
         self._raised = f"{type(error).__name__}: {_first_line(error)}"
         try:
@@ -180,5 +180,5 @@ def _clock(seconds: float) -> str:
     return time.strftime("%H:%M:%S", time.localtime(seconds)) + f".{int(seconds % 1 * 1000):03d}"
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
