@@ -19,6 +19,7 @@ from pathlib import Path
 
 from polyshard.checkpoint.location import as_path, is_remote
 from polyshard.checkpoint.manifest import MANIFEST, missing_part, read_manifest
+from polyshard.checkpoint.others import keep, local_files, other_files, refuse_other_weights
 from polyshard.checkpoint.remote.publish import published
 from polyshard.core.errors import CheckpointError
 
@@ -50,7 +51,16 @@ def _forget_replaced(target: Path) -> None:
 
 
 def publish(staging: Path, target: Path) -> None:
-    """Move the finished directory into place and delete the directory that was there before."""
+    """Move the finished directory into place and delete the checkpoint that was there before, but no other files.
+
+    Raises:
+        CheckpointError: there are other weights, which would lie beside those of the checkpoint.
+    """
+    if target.exists():
+        finished = local_files(staging)
+        others = other_files(target, finished)
+        refuse_other_weights(target, others)
+        keep(others, target, staging)
     for path in (*staging.rglob("*"), staging):
         sync_path(path)
     if not target.exists():
@@ -60,13 +70,19 @@ def publish(staging: Path, target: Path) -> None:
         return
     if _exchange(staging, target):
         sync_path(target.parent)
+        keep(_new_files(staging, target), staging, target)  # written since
         shutil.rmtree(staging, ignore_errors=True)
         return
     previous = target.parent / f".{target.name}.replaced-{secrets.token_hex(4)}"
     os.rename(target, previous)
     os.rename(staging, target)
     sync_path(target.parent)
+    keep(_new_files(previous, target), previous, target)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def _new_files(old: Path, new: Path) -> list[str]:
+    return other_files(old, local_files(new))
 
 
 def find(directory: str | Path) -> Path:

@@ -48,7 +48,7 @@ class PendingSave:
         try:
             self._result = work(ranks)
         except BaseException as error:  # raised by `wait`; the script may end without it
-            logger.error("a save in the background failed: %s", error)
+            logger.error("a save failed: %s", error)
             self._error = error
 
     def done(self) -> bool:

@@ -77,7 +77,8 @@ def save_checkpoint(
 
     Args:
         model: a model as its factory built it, or the training engine around one.
-        directory: the target, a path or a URL of fsspec such as `s3://bucket/name`; replaced if it exists.
+        directory: the target, a path or a URL of fsspec such as `s3://bucket/name`. A checkpoint there is replaced
+            atomically; other files are kept.
         parallel_context: the context that the model was built with.
         config: fields of config.json: a mapping, a `ModelConfig`, or an object with `to_dict`.
         architecture: entry of `architectures` in config.json, the name under which a server has the model registered.

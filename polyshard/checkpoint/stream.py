@@ -35,7 +35,7 @@ def write_tensors(
     """Write a model directory, and return the fingerprint of each tensor as written.
 
     Args:
-        directory: the target; replaced if it exists.
+        directory: the target. A checkpoint there is replaced; other files are kept.
         tensors: name, shape, dtype to store, and a function that loads the tensor; one is held in memory at a time.
         config: fields of config.json.
         companions: files to copy, by their path in the directory.

@@ -103,7 +103,7 @@ def save_training_state(
     Args:
         engine: the training engine.
         directory: the target, such as `runs/a/step-00000100`; `latest_checkpoint("runs/a")` finds the newest.
-            An existing directory is replaced atomically.
+            A checkpoint there is replaced atomically; other files are kept.
         parallel_context: the context of the engine.
         step: the training step, by which `latest_checkpoint` orders.
         config: fields of config.json: a mapping, a `ModelConfig`, or an object with `to_dict`.

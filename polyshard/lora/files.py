@@ -49,7 +49,7 @@ def save_lora(
 
     Args:
         model: a model with an adapter, or the training engine around one.
-        directory: the target; replaced if it exists.
+        directory: the target. A checkpoint there is replaced; other files are kept.
         parallel_context: the context that the model was built with.
         base_model: `base_model_name_or_path` of the file; by default that of the config.
         dtype: dtype to store; by default that of each matrix.

@@ -1,5 +1,6 @@
 """Hugging Face directories: written whole or not at all, loaded exactly or not at all."""
 
+import filecmp
 import json
 import os
 import resource
@@ -228,6 +229,28 @@ def test_a_failed_save_leaves_the_previous_checkpoint_and_is_told_on_every_rank(
         assert f"rank {failing}: [Errno 27] File too large" in told
     assert {p.name: p.read_bytes() for p in copy.iterdir()} == before
     assert os.listdir(copy.parent) == [copy.name]
+
+
+def test_other_files_of_a_directory_are_kept_and_other_weights_are_never_overwritten_or_joined(original, copy):
+    model, context = load(original)
+    (copy / "logs").mkdir()
+    (copy / "logs" / "run.txt").write_text("step 1")
+    (copy / "step-1").mkdir()
+    shutil.copy(copy / "model.safetensors", copy / "step-1")
+    (copy / "here").symlink_to("logs")
+    for _ in range(2):  # over a directory of transformers, and over a checkpoint
+        ps.save_checkpoint(model, copy, context, config=ps.read_config(original))
+        assert (copy / "here" / "run.txt").read_text() == "step 1"
+        assert (copy / "here").is_symlink()
+        assert filecmp.cmp(copy / "step-1" / "model.safetensors", original / "model.safetensors", shallow=False)
+    load(copy)
+    (copy / "adapter_model.safetensors").write_bytes(b"of another program")
+    before = sorted(copy.rglob("*"))
+    with pytest.raises(
+        ps.CheckpointError, match="holds weights that are not part of .*adapter_model.safetensors. Nothing was changed"
+    ):
+        ps.save_checkpoint(model, copy, context, config=ps.read_config(original))
+    assert sorted(copy.rglob("*")) == before
 
 
 def test_other_dtypes_are_converted(original, tmp_path):

@@ -305,7 +305,7 @@ def test_the_marker_tells_which_of_two_killed_saves_is_read(store, name):
     assert value_of(root) == (1.0 if name.endswith("first") else 2.0)
 
 
-def test_a_directory_of_another_program_is_replaced_only_when_the_new_one_is_complete(store, tmp_path):
+def test_in_a_directory_of_another_program_weights_are_replaced_when_all_new_ones_are_there(store, tmp_path):
     context, url = ps.initialize("torch"), f"{ROOT}/foreign"
     weight = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
     save_file(weight, tmp_path / "model.safetensors")
@@ -324,5 +324,30 @@ def test_a_directory_of_another_program_is_replaced_only_when_the_new_one_is_com
         ps.save_checkpoint(model, url, context, config={})
     store.watcher = None
     assert files_of(url) == ["model.safetensors", "old.txt"]
-    ps.save_checkpoint(model, url, context, config={})
-    assert files_of(url) == ["config.json", "model.safetensors", "polyshard.json"]
+    for _ in range(2):
+        ps.save_checkpoint(torch.nn.Linear(2, 2), url, context, config={})
+        assert files_of(url) == ["config.json", "model.safetensors", "old.txt", "polyshard.json"]
+    fsspec.filesystem("s3").pipe_file(f"{url}/other.safetensors", b"old")
+    with pytest.raises(ps.CheckpointError, match="holds weights that are not part of a checkpoint.*other.safetensors"):
+        ps.save_checkpoint(model, url, context, config={})
+    assert len(files_of(url)) == 5
+    ps.load_checkpoint(model, url, context)
+
+
+def test_a_killed_replacement_leaves_no_file_of_the_old_checkpoint_to_the_next(store):
+    context, url = ps.initialize("torch"), f"{ROOT}/twice"
+    old = torch.nn.Sequential(torch.nn.Linear(200, 2), torch.nn.Linear(2, 200))
+    ps.save_checkpoint(old, url, context, config={}, max_shard_bytes=1700)
+    fsspec.filesystem("s3").pipe_file(f"{url}/notes.txt", b"kept")
+    assert "model-00002-of-00003.safetensors" in files_of(url)
+
+    def fail_to_remove_the_weights(method, path):
+        if method == "POST" and path.strip("/") == BUCKET:  # several files at once; the manifest is removed before
+            raise Forbidden
+
+    store.watcher = fail_to_remove_the_weights
+    with pytest.raises(ps.CheckpointError):
+        ps.save_checkpoint(torch.nn.Linear(2, 2), url, context, config={})
+    store.watcher = None
+    ps.save_checkpoint(torch.nn.Linear(2, 2), url, context, config={})
+    assert files_of(url) == ["config.json", "model.safetensors", "notes.txt", "polyshard.json"]

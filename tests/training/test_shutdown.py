@@ -59,7 +59,7 @@ def test_shutdown_raises_the_error_of_a_save_that_nobody_waited_for(tmp_path, ca
     (tmp_path / "file").write_text("")
     with pytest.raises(ps.CheckpointError, match="saving .* failed"):
         save_and_end(tmp_path / "file" / "saved")
-    assert "a save in the background failed" in caplog.text
+    assert "a save failed: saving " in caplog.text
 
 
 WITHOUT_SHUTDOWN = """

@@ -5,18 +5,22 @@ lies in it, so that a directory with the marker and without a manifest is not mi
 
 A directory that holds a checkpoint already is not written to at first. The new files go to a hidden directory beside
 it, which becomes a checkpoint with its manifest. They are then copied by the server. The marker names the hidden
-directory, and a reader takes it while the copy is incomplete (`published`).
+directory, and a reader takes it while the copy is incomplete (`published`). Files that are not part of the old
+checkpoint are kept.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from polyshard.checkpoint.location import file_system, key
 from polyshard.checkpoint.manifest import MANIFEST, Manifest, manifest_text, missing_part, read_manifest
+from polyshard.checkpoint.others import listed_files, refuse_other_weights
 from polyshard.core.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -58,7 +62,8 @@ def commit(prefix: Path, target: Path, manifest: Manifest) -> None:
     """Make the files below `prefix` the checkpoint `target`.
 
     Raises:
-        CheckpointError: a file is missing below `prefix`: the ranks do not see the same file system.
+        CheckpointError: a file is missing below `prefix`: the ranks do not see the same file system. Or there are
+            other weights, which would lie beside those of the checkpoint.
     """
     _refresh(prefix)
     problem = missing_part(prefix, manifest)
@@ -66,6 +71,8 @@ def commit(prefix: Path, target: Path, manifest: Manifest) -> None:
         raise CheckpointError(
             f"{prefix} is incomplete after all ranks have written: {problem}. The ranks must see the same file system."
         )
+    if prefix != target:
+        refuse_other_weights(target, {*_names(target)} - _old(target) - {MANIFEST, MARKER, *manifest.files})
     write_file(prefix / MANIFEST, manifest_text(manifest))
     if prefix != target:
         _replace(prefix, target, manifest)
@@ -104,8 +111,13 @@ def published(path: Path) -> Path:
 def _replace(prefix: Path, target: Path, manifest: Manifest) -> None:
     """Copy the files over those of the old checkpoint, which from here on is found no longer, but `prefix` is."""
     fs = file_system(target)
-    _mark(target, prefix)
-    _clear(target)
+    old = _old(target)
+    _mark(target, prefix, old)
+    _discard(target / MANIFEST)
+    rest = [key(target / name) for name in sorted(old.intersection(_names(target)))]
+    if rest:
+        fs.rm(rest)
+        _refresh(target)
 
     def copy(name: str) -> None:
         _make_parent(target / name)
@@ -131,24 +143,43 @@ def _complete(path: Path) -> bool:
         return False
 
 
-def _mark(target: Path, prefix: Path | None = None) -> None:
+def _mark(target: Path, prefix: Path | None = None, old: Collection[str] = ()) -> None:
     """Write the marker.
 
     Args:
         target: the checkpoint's directory.
         prefix: the directory beside it that holds the complete new checkpoint, if there is one.
+        old: the files of the old checkpoint, which are being removed.
     """
     note = "A save writes this directory. Without polyshard.json it is no checkpoint."
-    write_file(target / MARKER, json.dumps({"note": note, "complete": None if prefix is None else prefix.name}) + "\n")
+    complete = None if prefix is None else prefix.name
+    write_file(target / MARKER, json.dumps({"note": note, "complete": complete, "old": sorted(old)}) + "\n")
+
+
+def _marker(target: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((target / MARKER).read_text())
+    except (ValueError, FileNotFoundError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _copied(target: Path) -> Path | None:
     """Return the directory that the marker names; its manifest is written before the marker."""
-    try:
-        name = json.loads((target / MARKER).read_text()).get("complete")
-    except (ValueError, AttributeError):
-        return None
+    name = _marker(target).get("complete")
     return None if name is None else target.parent / Path(name).name
+
+
+def _old(target: Path) -> set[str]:
+    """Return the files of the checkpoint that is to be replaced, and of one whose replacement was killed."""
+    kept = _copied(target)
+    return {*listed_files(target), *_marker(target).get("old", ()), *(() if kept is None else listed_files(kept))}
+
+
+def _names(directory: Path) -> list[str]:
+    """Return the relative paths of all files."""
+    root = key(directory).rstrip("/")
+    return [name.removeprefix(root).lstrip("/") for name in _files(directory)]
 
 
 def write_file(path: Path, text: str) -> None:

@@ -24,7 +24,7 @@ def download_checkpoint(url: str | Path, directory: str | Path) -> Path:
 
     Args:
         url: a URL of fsspec, such as `s3://bucket/runs/a/step-00000100`.
-        directory: the local target; replaced if it exists.
+        directory: the local target. A checkpoint there is replaced; other files are kept.
 
     Returns:
         The directory.
@@ -69,7 +69,7 @@ def upload_checkpoint(directory: str | Path, url: str | Path) -> Path:
 
     Args:
         directory: a directory with a manifest: written by polyshard.
-        url: the target, a URL of fsspec; replaced if it exists.
+        url: the target, a URL of fsspec. A checkpoint there is replaced; other files are kept.
 
     Returns:
         The target, as a `UPath`.
