@@ -246,9 +246,7 @@ def test_other_files_of_a_directory_are_kept_and_other_weights_are_never_overwri
     load(copy)
     (copy / "adapter_model.safetensors").write_bytes(b"of another program")
     before = sorted(copy.rglob("*"))
-    with pytest.raises(
-        ps.CheckpointError, match="holds weights that are not part of .*adapter_model.safetensors. Nothing was changed"
-    ):
+    with pytest.raises(ps.CheckpointError, match=r"not part of .*adapter_model.safetensors\. Nothing was"):
         ps.save_checkpoint(model, copy, context, config=ps.read_config(original))
     assert sorted(copy.rglob("*")) == before
 
