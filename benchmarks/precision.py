@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,14 +80,13 @@ def rows(steps: int) -> torch.Tensor:
     return ids.view(steps, ROWS, LENGTH + 1)
 
 
-def of_transformers(directory: Path, batches: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
-    """The loss of each step in one process, float64 `[steps]`, and the seconds of a step."""
+def of_transformers(directory: Path, batches: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The loss of each step in one process, float64 `[steps]`."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=BF16).to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, betas=(0.9, 0.95))
     losses = []
-    started = time.perf_counter()
     for batch in batches:
         loss = F.cross_entropy(model(batch[:, :-1]).logits.flatten(0, 1).to(dtype), batch[:, 1:].flatten())
         losses.append(loss.item())
@@ -96,10 +94,10 @@ def of_transformers(directory: Path, batches: torch.Tensor, dtype: torch.dtype) 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return torch.tensor(losses, dtype=torch.float64), (time.perf_counter() - started) / len(batches)
+    return torch.tensor(losses, dtype=torch.float64)
 
 
-def of_engine(directory: Path, batches: torch.Tensor, case: Case) -> tuple[torch.Tensor, float]:
+def of_engine(directory: Path, batches: torch.Tensor, case: Case) -> torch.Tensor:
     """The same of an engine, on each rank."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
@@ -119,16 +117,14 @@ def of_engine(directory: Path, batches: torch.Tensor, case: Case) -> tuple[torch
     )
     rank = context.axis("data").rank
     losses = []
-    started = time.perf_counter()
     for batch in batches:
         mine = batch[rank : rank + 1]
         inputs = {"input_ids": mine[:, :-1].contiguous(), "labels": mine[:, 1:].contiguous()}
         losses.append(engine.train_batch([inputs]).loss.item())
         engine.step()
-    spent = (time.perf_counter() - started) / len(batches)
     engine.close()
     ps.shutdown(context)
-    return torch.tensor(losses, dtype=torch.float64), spent
+    return torch.tensor(losses, dtype=torch.float64)
 
 
 def main(
@@ -139,25 +135,25 @@ def main(
 ) -> None:
     """Compare the losses of every library's mixed precision with transformers in float64."""
     directory, batches = smollm2_directory(), rows(steps)
-    report = Report(("run", "precision", "first loss", "last loss", "mean distance", "largest distance", "s/step"))
-    exact, spent = of_transformers(directory, batches, torch.float64)
+    report = Report(("run", "precision", "first loss", "last loss", "mean distance", "largest distance"))
+    exact = of_transformers(directory, batches, torch.float64)
 
-    def add(run: str, precision: str, found: torch.Tensor, seconds: float) -> float:
+    def add(run: str, precision: str, found: torch.Tensor) -> float:
         apart = (found - exact).abs()
         first, last = float(found[0]), float(found[-5:].mean())
         report.add(
-            **{"run": run, "precision": precision, "first loss": first, "last loss": last, "s/step": seconds},
+            **{"run": run, "precision": precision, "first loss": first, "last loss": last},
             **{"mean distance": float(apart.mean()), "largest distance": float(apart.max())},
         )
         return float(apart.mean())
 
-    add("transformers", "float64", exact, spent)
-    add("transformers", "float32", *of_transformers(directory, batches, torch.float32))
-    lossy = add("transformers", "bfloat16, no masters", *of_transformers(directory, batches, BF16))
+    add("transformers", "float64", exact)
+    add("transformers", "float32", of_transformers(directory, batches, torch.float32))
+    lossy = add("transformers", "bfloat16, no masters", of_transformers(directory, batches, BF16))
     for case in CASES:
         if only in (None, case.library):
-            found, seconds = run_ranks(of_engine, RANKS, directory, batches, case, timeout=1800)[0]
-            distance = add(case.library, case.label, found, seconds)
+            found = run_ranks(of_engine, RANKS, directory, batches, case, timeout=1800)[0]
+            distance = add(case.library, case.label, found)
             if distance > lossy / MARGIN:
                 report.missed.append(f"{case.library}, {case.label}: {distance:.2g} of {lossy / MARGIN:.2g}")
     report.show()
