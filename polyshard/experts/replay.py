@@ -72,12 +72,11 @@ def replay_routing(model: nn.Module, experts: Experts | Sequence[Experts]) -> It
 
     Args:
         model: the model, or a training engine's `module`.
-        experts: int64 `[tokens, experts per token]` of each layer, by its name, as from `packed_routing`; -1 lets the
-            router choose. Every forward pass inside the context takes them. Or a sequence of such mappings, as from
-            `record_routing`: one for each micro-batch of `train_batch` and `eval_batch`. `[batch, seq, experts per
-            token]` is taken, too. Under sequence parallel they may be those of all tokens; under context parallel, pass
-            those of this rank's tokens: `ps.context_shard` takes them. In a pipeline, they may be those of the full
-            model or of this rank's layers.
+        experts: int64 `[tokens, experts per token]` or `[batch, seq, experts per token]` of each layer, by its name, as
+            from `packed_routing`; -1 lets the router choose. For several micro-batches of `train_batch` or
+            `eval_batch`, a sequence of such mappings, one for each, as from `record_routing`. Under sequence parallel
+            they are those of all tokens or of this rank's tokens; under context parallel, of this rank's tokens:
+            `ps.context_shard` shards them. In a pipeline, they are those of the full model or of this rank's layers.
 
     Raises:
         ConfigurationError: a layer is missing or unknown, or an expert does not exist; or, in the forward pass or the
@@ -93,14 +92,13 @@ def replay_routing(model: nn.Module, experts: Experts | Sequence[Experts]) -> It
         True
     """
     layers = dict(expert_layers(model))
-    for_all = isinstance(experts, Mapping)
     passes: Sequence[Experts] = (experts,) if isinstance(experts, Mapping) else tuple(experts)
     if layers and not passes:
         raise ConfigurationError("the replayed experts are empty. Pass one mapping for each micro-batch.")
     in_stages = _in_stages(model, layers.values())
     taken: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     for index, given in enumerate(passes):
-        of_pass = "" if for_all else f" of micro-batch {index}"
+        of_pass = "" if isinstance(experts, Mapping) else f" of micro-batch {index}"
         missing, unexpected = sorted(set(layers) - set(given)), sorted(set(given) - set(layers))
         if missing or (unexpected and not in_stages):  # a step compares them with the layers of all stages
             raise ConfigurationError(
@@ -111,7 +109,7 @@ def replay_routing(model: nn.Module, experts: Experts | Sequence[Experts]) -> It
             taken[name].append(_checked(given[name], f"{name or 'the layer'}{of_pass}", layer))
     names = frozenset(name for given in passes for name in given)
     for name, layer in layers.items():
-        layer.given = GivenExperts(tuple(taken[name]), for_all, names)
+        layer.given = GivenExperts(tuple(taken[name]), names)
         layer.replay = layer.given.outside_of_steps
     try:
         yield

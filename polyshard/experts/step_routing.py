@@ -20,18 +20,12 @@ class GivenExperts:
     """The experts that one layer replays.
 
     Attributes:
-        experts: int64 `[tokens, experts per token]`, one for all forward passes, or one for each micro-batch.
-        for_all: whether there is one for all forward passes.
+        experts: int64 `[tokens, experts per token]` of each micro-batch.
         names: the layers of which experts are given, also those of other pipeline stages.
     """
 
     experts: tuple[torch.Tensor, ...]
-    for_all: bool
     names: frozenset[str]
-
-    def of(self, index: int) -> torch.Tensor:
-        """Return the experts of a micro-batch."""
-        return self.experts[0 if self.for_all else index]
 
     @property
     def outside_of_steps(self) -> torch.Tensor | None:
@@ -98,7 +92,7 @@ class StepRouting:
         """Let the next forward pass, or its recomputation in a backward pass, take the experts of a micro-batch."""
         for layer in self._layers:
             if layer.given is not None:
-                layer.replay = layer.replayed_last = self._fit(layer.given.of(index), index)
+                layer.replay = layer.replayed_last = self._fit(layer.given.experts[index], index)
 
     def collect(self, index: int) -> None:
         """Keep what the forward pass of a micro-batch has recorded; padding is left out."""
@@ -126,7 +120,7 @@ class StepRouting:
 
     def _wrong_count(self, count: int) -> str | None:
         for layer in self._layers:
-            if layer.given is not None and not layer.given.for_all and len(layer.given.experts) != count:
+            if layer.given is not None and len(layer.given.experts) != count:
                 return (
                     f"the replayed experts have the wrong number of micro-batches: got {len(layer.given.experts)}, "
                     f"expected {count}, those of the step. Pass one mapping for each micro-batch."
@@ -136,7 +130,7 @@ class StepRouting:
     def _wrong_tokens(self, tokens: Sequence[Sequence[int]]) -> str | None:
         for name, layer in self._all:
             for index, expected in enumerate(tokens):
-                found = None if layer.given is None else layer.given.of(index).shape
+                found = None if layer.given is None else layer.given.experts[index].shape
                 if found is not None and (found[0] not in expected or found[1] != layer.experts_per_token):
                     return (
                         f"the replayed experts of {name} in micro-batch {index} have the wrong shape: got "
