@@ -117,8 +117,9 @@ def _compared(model: Any, rollouts: list[ps.Rollout], replays: bool) -> dict[str
     ids = torch.tensor([token for sequence in sequences for token in sequence])
     bounds = torch.tensor([0, *map(len, sequences)]).cumsum(0).to(torch.int32)
     served = ps.packed_routing(rollouts)
-    with ps.replay_routing(model, served) if replays else nullcontext(), ps.record_routing(model) as taken:
+    with ps.replay_routing(model, served) if replays else nullcontext(), ps.record_routing(model) as recorded:
         everything = model(ids, cu_seqlens=bounds, targets=ids.roll(-1))
+    (taken,) = recorded
     ends = zip(bounds[1:].tolist(), rollouts)
     sampled = torch.cat([torch.arange(end - len(rollout.tokens), end) for end, rollout in ends])
     told = torch.tensor([value for rollout in rollouts for value in rollout.logprobs])

@@ -89,8 +89,8 @@ def main(
     """Generate samples, score them, update the weights, and sync them to vLLM."""
     if staleness and not (server or ray):
         raise typer.BadParameter("--staleness requires --server or --ray")
-    if replay and (task is not Task.experts or server or ray):
-        raise typer.BadParameter("--replay requires --task experts, without --server and --ray")
+    if replay and task is not Task.experts:
+        raise typer.BadParameter("--replay requires --task experts")
     settings = Settings(
         run=run.resolve(),
         task=task,
@@ -165,8 +165,11 @@ def with_ray(settings: Settings, ranks: int, engines: int, restarts: int) -> Non
     ps.register_model(NAME, task_of(settings.task).factory, **settings.modes(ranks))
     directory = start_of(settings)
     resources = {"GPU": 1.0} if torch.cuda.is_available() else {"CPU": 1.0}
+    options: dict[str, Any] = settings.engine()
+    if settings.replay:
+        options["worker_extension_cls"] = ps.ROUTING_WORKER
     clients = [
-        ps.ray_engine(directory, NAME, name=f"engine-{i}", resources=resources, timeout=600, **settings.engine())
+        ps.ray_engine(directory, NAME, name=f"engine-{i}", resources=resources, timeout=600, **options)
         for i in range(engines)
     ]
     ps.run_on_ray(train, ranks, settings, clients, resources=resources, restarts=restarts)
@@ -225,7 +228,7 @@ def train(settings: Settings, clients: list[Any]) -> None:
     log = Log(run, begin) if first else None
 
     if clients:
-        engine = ps.RolloutEngine(None, None, trainer, context, engines=clients)
+        engine = ps.RolloutEngine(None, None, trainer, context, engines=clients, return_routing=settings.replay)
     else:
         engine = ps.RolloutEngine(
             directory,

@@ -17,6 +17,7 @@ from polyshard.core.weight_table import set_layouts
 from polyshard.experts.balance import Balance
 from polyshard.experts.observed import Observed, in_backward, observe
 from polyshard.experts.router import Router
+from polyshard.experts.step_routing import GivenExperts, of_this_rank
 from polyshard.layers.activation import swiglu
 from polyshard.layers.differentiable import sum_gradient
 from polyshard.layers.forward_gradients import without_autocast
@@ -119,7 +120,9 @@ class MixtureOfExperts(nn.Module):
         rule: how experts are chosen.
         balance: losses and bias updates in training.
         replay: experts `[tokens, experts per token]` of the next forward pass; see `polyshard.replay_routing`.
+        given: the experts of all micro-batches; None if the router chooses.
         recorded: the experts of the last forward pass, while `polyshard.record_routing` records; else None.
+        recorded_in_step: the experts of each micro-batch of the last step.
 
     Examples:
         >>> layer = ps.mixture_of_experts(16, 32, 8, 2, ps.initialize("torch"))
@@ -151,9 +154,11 @@ class MixtureOfExperts(nn.Module):
                 self.shared_expert_gate = _matrix(bank.hidden_size, 1, Router(), context)
         self.sigmoid = torch.sigmoid if context.exact is None else context.exact.sigmoid
         self.replay: torch.Tensor | None = None
-        self._replayed_last: torch.Tensor | None = None
+        self.replayed_last: torch.Tensor | None = None  # for a recomputation of the last forward pass
+        self.given: GivenExperts | None = None
         self.records = False
         self.recorded: torch.Tensor | None = None
+        self.recorded_in_step: dict[int, torch.Tensor] = {}
         self.observed = Observed()
 
     @property
@@ -170,9 +175,9 @@ class MixtureOfExperts(nn.Module):
         """Return the sum of the experts' outputs for each token, `[..., hidden]`, in the shape of the input."""
         tokens = x.reshape(-1, x.shape[-1])
         logits = self.matrix(tokens)
-        chosen = self._replayed(tokens)
+        chosen = self._replayed(x.shape)
         routing = self.rule.route(logits, self.experts_per_token, self.correction, chosen, self.sigmoid)
-        if self.records:
+        if self.records and not in_backward():
             self.recorded = routing.experts
         if self.training:
             observe(self, logits, routing.experts, x.shape, cu_seqlens)
@@ -182,14 +187,22 @@ class MixtureOfExperts(nn.Module):
         shared = getattr(self, self._shared.name)(x)
         return y + (self.sigmoid(self.shared_expert_gate(x)) * shared if self._shared.gated else shared)
 
-    def _replayed(self, tokens: torch.Tensor) -> torch.Tensor | None:
+    def _replayed(self, shape: torch.Size) -> torch.Tensor | None:
         if not in_backward():
-            self._replayed_last = self.replay  # for a recomputation of this forward pass
-        experts = self._replayed_last
-        if experts is not None and experts.shape != (len(tokens), self.experts_per_token):
+            if self.given is not None and self.replay is None:
+                raise ConfigurationError(
+                    f"experts of {len(self.given.experts)} micro-batches are replayed in a forward pass of your own. "
+                    "Use engine.train_batch or engine.eval_batch, or enter ps.replay_routing for each forward pass."
+                )
+            self.replayed_last = self.replay
+        if self.replayed_last is None:
+            return None
+        experts, tokens = of_this_rank(self.replayed_last, shape, self.context), shape[:-1].numel()
+        if experts.shape != (tokens, self.experts_per_token):
+            everywhere = tokens * (self.context.axis("tensor").size if self.context.layout.sequence_parallel else 1)
             raise ConfigurationError(
                 f"the replayed experts have the wrong shape: got {tuple(experts.shape)}, expected "
-                f"{(len(tokens), self.experts_per_token)}, tokens by experts per token."
+                f"{(everywhere, self.experts_per_token)}, tokens by experts per token."
             )
         return experts
 

@@ -17,6 +17,7 @@ from polyshard.core.serving import forward_takes
 from polyshard.core.stages import Stages
 from polyshard.experts.observed import expert_layers
 from polyshard.experts.stage_loss import add_router_loss
+from polyshard.experts.step_routing import StepRouting, on_padded_tokens
 from polyshard.training.padding import pad_arguments, padded_shape, unpadded
 from polyshard.training.train_batch import balanced_tokens, count_labels, lm_loss_of, total_tokens
 
@@ -70,11 +71,11 @@ class PipelineStep:
         self._experts = [layer for _, layer in expert_layers(stages)]
         for layer in self._experts:
             layer.observed.counted = None  # a step that failed has left its own
-        routed = any(layer.replay is not None or layer.records for layer in self._experts)
+        self._routing = StepRouting(stages, self._fit)
         headless = (
             loss is None and stages.last is not None and not callable(getattr(stages.last, "compute_logits", None))
         )
-        _check_same_over_pipeline(micro_batches, counted, headless, routed and len(micro_batches) > 1, context)
+        replayed = _check_same_over_pipeline(micro_batches, counted, headless, self._routing.replays, context)
         self.tokens = total_tokens(counted, context)
         self._balanced = balanced_tokens(counted, stages, context)
         # Engines average over the replicas, so the sum is multiplied by their number.
@@ -89,6 +90,8 @@ class PipelineStep:
         if self._shape is not None:
             self._arguments = [pad_arguments(arguments, self._shape) for arguments in self._arguments]
             self._check_balance()
+        if replayed:
+            self._routing.check_over_pipeline([self._tokens(index) for index in range(len(self))], context)
         self._loss = lm_loss_of(stages.last, context) if loss is None and stages.last is not None else loss
 
     def __len__(self) -> int:
@@ -99,20 +102,38 @@ class PipelineStep:
         return self._arguments[index]["input_ids"]
 
     def select(self, index: int) -> None:
-        """Prepare the experts of all stages for a micro-batch: its padding is left out of loads and balance losses.
+        """Prepare the experts of all stages for a micro-batch: what they replay, and which tokens are padding.
 
         `forward` does it. Call it before the backward pass of a micro-batch, which may recompute the forward pass.
         """
-        if self._shape is None or not self._experts:
-            return
-        sizes = self._micro_batches[index]["input_ids"].shape
+        self._routing.select(index)
+        if self._shape is not None and self._experts:
+            _, own = self._counted(index)
+            for layer in self._experts:
+                layer.observed.counted = own
+
+    def _counted(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which padded tokens of a micro-batch count, `[tokens]`: all tokens', and this rank's."""
+        assert self._shape is not None
         counted = torch.zeros(self._shape, dtype=torch.bool, device=self._context.device)
-        counted[tuple(slice(0, size) for size in sizes)] = True
+        counted[tuple(slice(0, size) for size in self._micro_batches[index]["input_ids"].shape)] = True
+        return counted.reshape(-1), self._own(counted).reshape(-1)
+
+    def _own(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return this rank's part of what belongs to tokens, `[batch, seq]` or `[tokens]`."""
         axis = self._context.axis("tensor")
-        if self._context.layout.sequence_parallel:
-            counted = counted.tensor_split(axis.size, dim=-1)[axis.rank]
-        for layer in self._experts:
-            layer.observed.counted = counted.reshape(-1)
+        return tokens.tensor_split(axis.size, dim=-1)[axis.rank] if self._context.layout.sequence_parallel else tokens
+
+    def _tokens(self, index: int) -> tuple[int, int]:
+        """Return the number of tokens of a micro-batch, and how many of them are this rank's."""
+        if self._shape is not None:
+            everywhere, own = self._counted(index)
+            return int(everywhere.sum()), int(own.sum())
+        ids = self._arguments[index]["input_ids"]
+        return ids.numel(), self._own(ids).numel()
+
+    def _fit(self, experts: torch.Tensor, index: int) -> torch.Tensor:
+        return experts if self._shape is None else on_padded_tokens(experts, *self._counted(index))
 
     def _check_balance(self) -> None:
         balanced = any(layer.balance.has_loss for layer in self._experts)
@@ -145,6 +166,9 @@ class PipelineStep:
             output = stage(**arguments)
         if not self._experts:
             return output
+        self._routing.collect(index)
+        if self._routing.replays and output.grad_fn is not None:
+            output.grad_fn.register_prehook(lambda _: self.select(index))  # the backward pass may recompute this
         return add_router_loss(output, stage, lambda loss: self._scaled(loss * self._share(index, loss)))
 
     def _share(self, index: int, mean: torch.Tensor) -> torch.Tensor:
@@ -177,6 +201,7 @@ class PipelineStep:
         """Return the loss of all micro-batches and replicas on every rank. A collective, after the schedule."""
         for layer in self._experts:
             layer.observed.counted = None  # outside of a pipeline step all tokens count
+        self._routing.end()
         summed = self._sums
         for axis in (self._context.axis("pipeline"), replica_axis(self._context)):
             if axis.size > 1:
@@ -199,21 +224,24 @@ def _check_same_over_pipeline(
     micro_batches: Sequence[MicroBatch],
     counted: Sequence[torch.Tensor],
     headless: bool,
-    routed: bool,
+    replays: bool,
     context: ParallelContext,
-) -> None:
-    """Raise `ConfigurationError`, on all ranks of a pipeline, unless they have the same micro-batches and a head.
+) -> bool:
+    """Return whether a rank of the pipeline replays experts.
 
     Args:
         micro_batches: of this rank.
         counted: their tokens that count.
         headless: whether the last stage is here, without a head, and a head is needed.
-        routed: whether experts are recorded or replayed here, which one forward pass only can be.
+        replays: whether experts are replayed here.
         context: the parallel context.
+
+    Raises:
+        ConfigurationError: on all ranks of a pipeline, unless they have the same micro-batches and a head.
     """
     axis: ParallelAxis = context.axis("pipeline")
     if axis.size == 1:
-        return
+        return replays
     shapes = [
         (name, tuple(value.shape), str(value.dtype)) if isinstance(value, torch.Tensor) else name
         for micro_batch in micro_batches
@@ -228,13 +256,8 @@ def _check_same_over_pipeline(
         )
     )
     assert axis.collectives is not None
-    figures = torch.cat((mine, -mine, mine.new_tensor((float(headless), float(routed)))))
+    figures = torch.cat((mine, -mine, mine.new_tensor((float(headless), float(replays)))))
     most, least, flags = axis.collectives.all_reduce(figures, "max").split((3, 3, 2))
-    if bool(flags[1]):
-        raise ConfigurationError(
-            f"ps.record_routing and ps.replay_routing are unsupported for several micro-batches of a pipeline: got "
-            f"{len(micro_batches)}, expected 1. Each layer records and replays one forward pass."
-        )
     if bool(flags[0]):
         raise ConfigurationError(
             "The last pipeline stage has no compute_logits. Pass loss=, which sums the losses of a micro-batch."
@@ -245,6 +268,7 @@ def _check_same_over_pipeline(
             f"{float(mine[1]):.0f} tokens. Pass the same ones on all ranks {axis.ranks}: select data by "
             "context.axis('data').rank, and seed samplers alike."
         )
+    return bool(flags[1])
 
 
 def _content(micro_batches: Sequence[MicroBatch], device: torch.device) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from polyshard.attention.kernels import attention_operator as operator  # registers `polyshard::attention`
 from polyshard.core.errors import ConfigurationError
+from polyshard.experts.step_routing import recalled
 from polyshard.layers import collective_operators as collectives
 from polyshard.training.blocks import chosen_modules, replace_forwards
 
@@ -65,7 +66,8 @@ def apply_recomputation(model: nn.Module, recompute: Recompute) -> Callable[[], 
     kept: tuple[Any, ...] | None = None
     if recompute == "selective":
         kept = _ATTENTION + collectives.OPERATORS + (_MATMULS if _sums_out_of_place(model) else ())
-    return replace_forwards(chosen, lambda forward: _recomputed(forward, kept))
+    bind = recalled(model)
+    return replace_forwards(chosen, lambda forward: _recomputed(forward, kept, bind))
 
 
 def _sums_out_of_place(model: nn.Module) -> bool:
@@ -74,8 +76,10 @@ def _sums_out_of_place(model: nn.Module) -> bool:
     return all(f"{owner.__module__}.".startswith(_OUT_OF_PLACE) for owner in owners)
 
 
-def _recomputed(forward: Callable[..., Any], kept: tuple[Any, ...] | None) -> Callable[..., Any]:
-    """Wrap a forward; `kept` are operators whose outputs are kept, and None keeps none."""
+def _recomputed(
+    forward: Callable[..., Any], kept: tuple[Any, ...] | None, bind: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Callable[..., Any]:
+    """Wrap a forward; `kept` are operators whose outputs are kept, and None keeps none; `bind` is `recalled`'s."""
     options: dict[str, Any] = {"use_reentrant": False}
     if kept is not None:
         policy = functools.partial(_policy, kept)
@@ -85,7 +89,7 @@ def _recomputed(forward: Callable[..., Any], kept: tuple[Any, ...] | None) -> Ca
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, **options, **kwargs)
+        return checkpoint(bind(forward), *args, **options, **kwargs)
 
     return run
 

@@ -13,6 +13,7 @@ from polyshard.core.batch import IGNORED, BatchResult, CountTokens, MicroBatch, 
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.experts.observed import expert_layers, router_loss
+from polyshard.experts.step_routing import StepRouting
 from polyshard.layers.lm_loss import lm_loss
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def train_batch(
     if not micro_batches:
         raise ConfigurationError("micro_batches is empty. Pass at least one micro-batch.")
     sum_loss = lm_loss_of(engine.module, context) if loss is None else loss
+    routing = StepRouting(engine.module)
+    routing.check(len(micro_batches))
     counted = [(tokens or count_labels)(micro_batch) for micro_batch in micro_batches]
     replicas = replica_axis(context)
     total = total_tokens(counted, context)
@@ -72,7 +75,7 @@ def train_batch(
     last = len(micro_batches) - 1
     for index, micro_batch in enumerate(micro_batches):
         arguments = {name: value for name, value in micro_batch.items() if name != "labels"}
-        with nullcontext() if index == last else engine.accumulate():
+        with routing.micro_batch(index), nullcontext() if index == last else engine.accumulate():
             with engine.computing():
                 value = sum_loss(engine(**arguments), micro_batch)
             if value.dim():
@@ -100,12 +103,14 @@ def eval_batch(
     if not micro_batches:
         raise ConfigurationError("micro_batches is empty. Pass at least one micro-batch.")
     sum_loss = lm_loss_of(engine.module, context) if loss is None else loss
+    routing = StepRouting(engine.module)
+    routing.check(len(micro_batches))
     total = total_tokens([(tokens or count_labels)(micro_batch) for micro_batch in micro_batches], context)
     summed = torch.zeros((), dtype=torch.float64, device=context.device)
     with torch.no_grad():
-        for micro_batch in micro_batches:
+        for index, micro_batch in enumerate(micro_batches):
             arguments = {name: value for name, value in micro_batch.items() if name != "labels"}
-            with engine.computing():
+            with routing.micro_batch(index), engine.computing():
                 summed += sum_loss(engine(**arguments), micro_batch).double()
     replicas = replica_axis(context)
     if replicas.size > 1:

@@ -18,6 +18,8 @@ from support.oracles.greedy import greedy_transformers
 from support.paths import EXAMPLES
 from support.servers import ENGINE_WITHOUT_WORKER_PROCESS, running_script
 
+import polyshard as ps
+from polyshard.adapters.vllm.clients.protocol import SampleRequest
 from polyshard.launch.ranks import free_port
 
 pytestmark = pytest.mark.vllm
@@ -66,7 +68,11 @@ def test_polyshard_serve(checkpoint, tmp_path):
     config = json.loads((checkpoint / "config.json").read_text())
     config["polyshard"] = {"factory": f"{EXAMPLES / 'decoder.py'}:build_model"}
     (checkpoint / "config.json").write_text(json.dumps(config))
-    with server(polyshard, ["serve", str(checkpoint), "--trust-checkpoint"], tmp_path / "log") as client:
+    arguments = ["serve", str(checkpoint), "--trust-checkpoint", "--enable-scale-out"]
+    with server(polyshard, arguments, tmp_path / "log", VLLM_SERVER_DEV_MODE="1") as client:
+        rollouts = ps.HttpClient(str(client.base_url).removesuffix("/v1/"))
+        with pytest.raises(ps.ConfigurationError, match="keeps no routing .* Start the server with --worker-extension"):
+            rollouts.generate(SampleRequest("routed", (1, 2, 3), {"max_tokens": 2}, routing_from=0))
         answer = ask(client)
         assert "Paris" in answer
         pieces = list(streamed(client))

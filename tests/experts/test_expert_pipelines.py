@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 from support.models.experts import save_moe
 from support.models.tiny import VOCAB
 from support.oracles.expert_pipelines import judge
-from support.workers.expert_pipelines import ExpertCase, freezes, train_and_refuse, train_and_resume
+from support.workers.expert_pipelines import ExpertCase, freezes, replayed, train_and_refuse, train_resume_and_replay
 
 import polyshard as ps
 from polyshard.testing import run_ranks
@@ -13,6 +13,20 @@ from polyshard.testing import run_ranks
 TIMEOUT = 4.5
 FSDP = {"data_parallel": "fsdp"}
 SEQUENCE = {"pipeline": 2, "tensor": 2, "sequence_parallel": True}
+BOTH = {"pipeline": 2, "expert": 2}
+REFUSED = {  # of replayed experts: a micro-batch, a token and a layer that are wrong; with and without a pipeline
+    True: (
+        "wrong number of micro-batches: got 1, expected 2",
+        "of model.layers.3.mlp in micro-batch 1 have the wrong shape: got (30, 2), expected (32, 2)",
+        "unexpected ['model.layers.9.mlp'], which no pipeline stage has",
+    ),
+    False: (
+        "wrong number of micro-batches: got 1, expected 2",
+        "wrong shape: got (30, 2), expected (32, 2)",
+        "unexpected ['model.layers.9.mlp']",
+    ),
+}
+KINDS = ("rows", "ragged rows")
 V = {"schedule": "zero-bubble-v"}
 
 
@@ -28,6 +42,43 @@ BIASES = ps.Balance(sequence=0.01, z=0.001, bias_rate=0.01)
 @pytest.fixture(scope="module")
 def deepseek(tmp_path_factory):
     return str(save_moe(tmp_path_factory.mktemp("experts") / "deepseek_v3", "deepseek_v3", vocab_size=VOCAB))
+
+
+def replaying(model):
+    """Runs that record and replay experts, most of them with recomputation."""
+    full = {"recompute": "full"}
+    megatron = {"adapter": "megatron", "layers": "megatron"}
+    cases = {
+        "accumulation": {"sizes": {"tensor": 2, "expert": 2, "sequence_parallel": True}, "checks": True},
+        "1f1b": {"sizes": BOTH, "checks": True},
+        "padded": {"plan": V, "sizes": BOTH, "kind": "ragged rows"},
+        "padded shards": {"sizes": SEQUENCE, "kind": "ragged rows"},
+        "context": {"sizes": {"pipeline": 2, "context": 2}},
+        "Megatron, torch's checkpoints": {**megatron, "options": {"zero_stage": 0}, "checkpoints": True},
+        "DeepSpeed": {"sizes": {"pipeline": 2}, "adapter": "deepspeed", "layers": "deepspeed"},
+    }
+    return [ExpertCase(name, model, **{"options": full, "balance": ps.Balance(), **c}) for name, c in cases.items()]
+
+
+def judge_replays(cases, results):
+    """Assert that each case has taken the given experts, and trained to the weights of one process."""
+    one = [ExpertCase(kind, cases[0].directory, sizes={}, kind=kind, balance=ps.Balance()) for kind in KINDS]
+    references = replayed(one)
+    for case in cases:
+        _, expected, weights, _, _ = references[case.kind]
+        held = set()
+        for result in results:
+            same_bits, loss, got, taken, told = result[case.name]
+            assert same_bits, case.name
+            assert taken, case.name
+            assert loss == pytest.approx(expected, rel=2e-6), case.name
+            for name, weight in got.items():
+                gap = float((weight - weights[name]).abs().max())
+                assert gap < 1e-5, f"{case.name}: {name} by {gap}"
+            for text, wanted in zip(told, REFUSED["pipeline" in case.sizes]):
+                assert wanted in text, case.name
+            held |= got.keys()
+        assert held == weights.keys(), case.name
 
 
 def test_experts_and_a_pipeline(model, deepseek, tmp_path):
@@ -51,7 +102,10 @@ def test_experts_and_a_pipeline(model, deepseek, tmp_path):
         ),
         ExpertCase("tensor 2, expert 2", deepseek, sizes={"tensor": 2, "expert": 2}, balance=BIASES),
     ]
-    judge(cases, run_ranks(train_and_resume, 4, cases, resumes, tmp_path, timeout=300))
+    replays = replaying(model)
+    outcome = run_ranks(train_resume_and_replay, 4, cases, resumes, tmp_path, replays, timeout=300)
+    judge(cases, [trained for trained, _ in outcome])
+    judge_replays(replays, [replayed for _, replayed in outcome])
 
     start = load_file(f"{deepseek}/model.safetensors")
     straight, *others = (load_file(tmp_path / case.name / "model.safetensors") for case in resumes)
@@ -65,15 +119,13 @@ def test_experts_and_a_pipeline(model, deepseek, tmp_path):
 
 
 def test_experts_a_pipeline_and_a_third_axis(model):
-    both = {"pipeline": 2, "expert": 2}
     cases = [
-        ExpertCase("sequence", model, sizes={**both, "tensor": 2, "sequence_parallel": True}),
+        ExpertCase("sequence", model, sizes={**BOTH, "tensor": 2, "sequence_parallel": True}),
         # Context-parallel ranks hold the same experts.
-        ExpertCase("context, zero bubble", model, V, sizes={**both, "context": 2}),
-        ExpertCase("context, fsdp", model, sizes={**both, "context": 2}, options=FSDP),
+        ExpertCase("context, zero bubble", model, V, sizes={**BOTH, "context": 2}),
+        ExpertCase("context, fsdp", model, sizes={**BOTH, "context": 2}, options=FSDP),
     ]
     refused = [
-        (ExpertCase("record", model, sizes=SEQUENCE), "unsupported for several micro-batches of a pipeline: got 2"),
         (ExpertCase("lengths", model, sizes=SEQUENCE, kind="ragged rows"), "expected one shape for balance losses"),
         (ExpertCase("fsdp", model, V, options=FSDP), "FSDP2 cannot shard experts with zero-bubble-v"),
     ]

@@ -13,6 +13,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBl
 
 import polyshard as ps
 from polyshard.core.context import ParallelAxis
+from polyshard.training.recompute import apply_recomputation
 
 HIDDEN, SIZE, EXPERTS = 32, 24, 8
 CONTEXT = ps.initialize("torch")
@@ -126,12 +127,12 @@ def test_the_router_chooses_where_replayed_experts_are_missing(score):
     x = torch.randn(5, HIDDEN)
     with ps.record_routing(ours) as own:
         ours(x)
-    given = own[""].clone()
+    given = own[0][""].clone()
     given[1] = (given[1] + 1) % EXPERTS
     given[3:] = -1
     with ps.replay_routing(ours, {"": given}), ps.record_routing(ours) as taken:
         ours(x)
-    assert torch.equal(taken[""], torch.where(given < 0, own[""], given))
+    assert torch.equal(taken[0][""], torch.where(given < 0, own[0][""], given))
     given[0, 0] = EXPERTS
     with (
         pytest.raises(ps.ConfigurationError, match=f"out of range: got -1 to {EXPERTS}, expected -1 to {EXPERTS - 1}"),
@@ -185,9 +186,9 @@ def test_recomputation_replays_the_experts_of_its_forward_pass():
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"mlp": layer(ps.Router(normalize=True))})
     x = torch.randn(5, HIDDEN, requires_grad=True)
-    with ps.record_routing(model) as experts:
+    with ps.record_routing(model) as recorded:
         model["mlp"](x)
-    experts["mlp"] = (experts["mlp"] + 1) % EXPERTS
+    experts = {"mlp": (recorded[0]["mlp"] + 1) % EXPERTS}
     gradients = []
     for run in (model["mlp"], lambda x: torch.utils.checkpoint.checkpoint(model["mlp"], x, use_reentrant=False)):
         with ps.replay_routing(model, experts):
@@ -199,6 +200,52 @@ def test_recomputation_replays_the_experts_of_its_forward_pass():
         ps.replay_routing(model, {"other": experts["mlp"]}),
     ):
         pass
+
+
+def test_recomputation_by_an_engine_keeps_forward_passes_apart():
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"mlp": layer(ps.Router(normalize=True))})
+    inputs = torch.randn(2, 5, HIDDEN, requires_grad=True)
+    routes = [torch.rand(5, EXPERTS).topk(3).indices for _ in range(2)]
+
+    def gradients():
+        loss = torch.zeros(())
+        for x, experts in zip(inputs, routes):  # both forward passes come before the backward pass
+            with ps.replay_routing(model, {"mlp": experts}):
+                loss = loss + model["mlp"](x).square().sum()
+        return torch.autograd.grad(loss, [inputs, *model.parameters()])
+
+    expected = gradients()
+    undo = apply_recomputation(model, lambda module: module is model["mlp"])
+    torch.testing.assert_close(gradients(), expected, rtol=0, atol=0)
+    undo()
+
+
+@pytest.mark.parametrize(
+    ("message", "count", "changed"),
+    [
+        ("experts of 2 micro-batches are replayed in a forward pass of your own", 2, lambda experts: experts),
+        ("the replayed experts are empty. Pass one mapping for each micro-batch", 0, lambda experts: experts),
+        (
+            r"of micro-batch 0 are invalid: got \(5, 3\) torch.float32, expected int64",
+            1,
+            lambda experts: experts.float(),
+        ),
+        (
+            r"the layer of micro-batch 1 are out of range: got 8 to 15, expected -1 to 7",
+            2,
+            lambda experts: experts % 8 + 8,
+        ),
+    ],
+)
+def test_experts_that_cannot_be_replayed_are_refused(message, count, changed):
+    ours = layer(ps.Router())
+    experts = torch.arange(15).view(5, 3) % EXPERTS
+    given = [{"": experts}, {"": experts}][:count]
+    if given:
+        given[-1] = {"": changed(experts)}
+    with pytest.raises(ps.ConfigurationError, match=message), ps.replay_routing(ours, given):
+        ours(torch.randn(5, HIDDEN))
 
 
 def test_engines_that_average_experts_over_all_replicas_refuse_distributed_ones():

@@ -1,4 +1,5 @@
-"""Engines that others have started: vLLM's server and an engine here, behind one `RolloutEngine`."""
+"""Engines that others have started: vLLM's server and an engine here, behind one `RolloutEngine`. They serve a mixture
+of experts, and return which ones tokens took."""
 
 import contextlib
 import json
@@ -8,15 +9,17 @@ import sys
 import time
 from pathlib import Path
 
-import decoder
+import moe
 import pytest
 import support.vllm_required  # noqa: F401
 import torch
 from support.engines import engine, greedy
-from support.models.tiny import save_tiny
+from support.models.experts import save_moe
 from support.servers import running_script
 
 import polyshard as ps
+from polyshard.adapters.vllm.clients.protocol import SampleAnswer
+from polyshard.adapters.vllm.engines.dispatcher import Job
 from polyshard.launch.ranks import free_port, run_ranks
 
 pytestmark = pytest.mark.vllm
@@ -28,7 +31,7 @@ CLOSE = {"rtol": 0, "atol": 2e-5}  # trainer and server sum in other orders
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("rollouts") / "old", "qwen3", head_dim=32, tie_word_embeddings=True)
+    return save_moe(tmp_path_factory.mktemp("rollouts") / "old", "qwen3_moe", head_dim=32)
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +39,10 @@ def server(directory, tmp_path_factory):
     """vLLM's own server; its URL."""
     port = free_port()
     options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
-    arguments = ["serve", str(directory), "--factory", "decoder:build_model", *options, "--enforce-eager"]
+    arguments = ["serve", str(directory), "--factory", "moe:build_model", *options, "--enforce-eager"]
     arguments += [f"--port={port}", "--host=127.0.0.1", "--enable-scale-out"]
     arguments += ["--weight-transfer-config", json.dumps({"backend": "polyshard"})]
+    arguments += [f"--worker-extension-cls={ps.ROUTING_WORKER}"]
     changes = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     log = tmp_path_factory.mktemp("server") / "log"
     polyshard = Path(sys.executable).with_name("polyshard")
@@ -52,7 +56,7 @@ def train_and_sync(directory, url, out, trainers):
 
     results = []
     for number, (adapter, tensor, options) in enumerate(trainers):
-        context, engine, config = trainer(directory, adapter, tensor, options)
+        context, engine, config = trainer(directory, adapter, tensor, options, build=moe.build_model)
         with ps.RolloutEngine(
             None, None, engine, context, engines=[ps.HttpClient(url, timeout=60)], sync_timeout=60
         ) as rollouts:
@@ -71,7 +75,7 @@ def test_trainers_of_two_sizes_sync_with_a_server_and_sample_from_it(directory, 
     trainers = [("torch", 1, {"data_parallel": "fsdp"}), ("torch", 2, {})]
     first, second = run_ranks(train_and_sync, 2, directory, server, tmp_path, trainers)
     assert first == second
-    ps.register_model("Rolled", decoder.build_model)
+    ps.register_model("Rolled", moe.build_model)
     for number, answers in enumerate(first):
         with engine(tmp_path / str(number), "Rolled") as llm:
             for (tokens, logprobs, versions), (want, wanted) in zip(answers, greedy(llm, PROMPTS, 8)):
@@ -81,9 +85,11 @@ def test_trainers_of_two_sizes_sync_with_a_server_and_sample_from_it(directory, 
 
 
 def logprobs_of(model, answer):
-    ids = torch.tensor([*answer.prompt, *answer.tokens])
-    with torch.no_grad():
-        return model(ids[:-1], targets=ids[1:])[len(answer.prompt) - 1 :]
+    """Log-probabilities of sampled tokens, and the experts that the tokens which they are sampled from take."""
+    ids, first = torch.tensor([*answer.prompt, *answer.tokens]), len(answer.prompt) - 1
+    with torch.no_grad(), ps.record_routing(model) as recorded:
+        logprobs = model(ids[:-1], targets=ids[1:])[first:]
+    return logprobs, torch.stack([experts[first:] for experts in recorded[0].values()], dim=1)
 
 
 def test_a_sync_interrupts_completions_and_an_engine_dies(directory, server):
@@ -91,9 +97,9 @@ def test_a_sync_interrupts_completions_and_an_engine_dies(directory, server):
     from vllm import SamplingParams
 
     context = ps.initialize("torch")
-    ps.register_model("Rolled", decoder.build_model)
+    ps.register_model("Rolled", moe.build_model)
     config = ps.read_config(directory)
-    model = decoder.build_model(config, context)
+    model = moe.build_model(config, context)
     ps.load_checkpoint(model, directory, context)
     models = {}
 
@@ -103,7 +109,7 @@ def test_a_sync_interrupts_completions_and_an_engine_dies(directory, server):
             for parameter in model.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
         version = str(len(models) + 1)
-        models[version] = decoder.build_model(config, context)
+        models[version] = moe.build_model(config, context)
         models[version].load_state_dict(model.state_dict())
         assert rollouts.sync().version == version
 
@@ -115,18 +121,24 @@ def test_a_sync_interrupts_completions_and_an_engine_dies(directory, server):
                 assert len(answer.tokens) == len(answer.versions) == 150
                 assert answer.version == answer.versions[-1]
                 want = {version: logprobs_of(models[version], answer) for version in set(answer.versions)}
-                own = torch.stack([want[version][i] for i, version in enumerate(answer.versions)])
+                own = torch.stack([want[version][0][i] for i, version in enumerate(answer.versions)])
                 torch.testing.assert_close(torch.tensor(answer.logprobs), own, **CLOSE)
+                taken = torch.stack([want[version][1][i] for i, version in enumerate(answer.versions)])
+                routing = torch.stack(list(answer.routing.values()), dim=1)
+                assert len(routing) == len(answer.prompt) + 149
+                assert torch.equal(routing[len(answer.prompt) - 1 :], taken)
 
     def ask(batch):
         rollouts.submit(PROMPTS, samples=3, max_tokens=150, temperature=1.0, seed=10 * batch, ignore_eos=True)
 
     torch.manual_seed(0)
-    with engine(directory, "Rolled", weight_transfer_config={"backend": "polyshard"}) as llm:
+    settings = {"weight_transfer_config": {"backend": "polyshard"}, "worker_extension_cls": ps.ROUTING_WORKER}
+    with engine(directory, "Rolled", **settings) as llm:
         near, far = ps.LlmClient(llm, "near"), ps.HttpClient(server, "far", timeout=60)
         left = SamplingParams(max_tokens=200, ignore_eos=True, detokenize=False)  # of a trainer that died
         llm.llm_engine.add_request("left", {"prompt_token_ids": [1, 2, 3]}, left)
-        with ps.RolloutEngine(None, None, model, context, engines=[near, far], sync_timeout=30) as rollouts:
+        options = {"engines": [near, far], "return_routing": True, "sync_timeout": 30}
+        with ps.RolloutEngine(None, None, model, context, **options) as rollouts:
             with pytest.raises(ps.ConfigurationError, match="no weights of this trainer. Call sync first"):
                 ask(0)
             change()
@@ -171,6 +183,9 @@ def test_what_does_not_go_together_is_refused(directory):
     context = ps.initialize("torch")
     model = torch.nn.Linear(2, 2)
     client = ps.HttpClient("http://127.0.0.1:1")
+    answer = SampleAnswer((7,), (-0.5,), ("1",), "stop")
+    with pytest.raises(ps.ConfigurationError, match="a client returned no routing"):
+        Job((1, 2), {"max_tokens": 1}, returns_routing=True).take(answer)
     with pytest.raises(ps.ConfigurationError, match="directory and architecture are missing. Pass both, or engines="):
         ps.RolloutEngine(None, None, model, context)
     with pytest.raises(ps.ConfigurationError, match="engines= excludes directory, dtype. Start the engines with"):

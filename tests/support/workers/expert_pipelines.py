@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import moe
+import torch
+from torch.utils.checkpoint import checkpoint
 
 import polyshard as ps
 from support.oracles.pipeline_training import micro_batches
@@ -34,6 +35,8 @@ class ExpertCase:
     adapter: str = "torch"
     balance: ps.Balance = BALANCE
     data: int = 2
+    checkpoints: bool = False  # each layer, by torch.utils.checkpoint and not by the engine
+    checks: bool = False  # which experts are refused
 
 
 def start(case, optimizer=SGD, timeout=90):
@@ -81,19 +84,83 @@ def train_all(dense, experts):
     return train_dense(dense), train(experts)
 
 
-def train_and_resume(cases, resumes, results):
+def random_routes(case, context):
+    """Random experts of each layer and token of this rank's micro-batches of the first step."""
+    config, generator = ps.read_config(case.directory), torch.Generator().manual_seed(7)
+    names = [f"model.layers.{i}.mlp" for i in range(config.num_hidden_layers) if i not in config.mlp_only_layers]
+    routes = [
+        {name: torch.rand(*batch["input_ids"].shape, 8, generator=generator).topk(2).indices for name in names}
+        for batch in micro_batches(case.kind, 0)
+    ]
+    data = context.axis("data")
+    return [
+        {name: ps.context_shard(experts, context, dim=1) for name, experts in given.items()}
+        for given in routes[data.rank :: data.size]
+    ]
+
+
+def replayed(cases):
+    """Of each case: whether evaluations that record and replay have equal bits; the loss and the weights of a step with
+    random experts; whether it has taken them; and what is said of experts that do not fit.
+    """
+    results = {}
+    for case in cases:
+        context, engine = start(case)
+        if case.checkpoints:
+            for layer in [layer for stage in engine.module for layer in stage.model.layers]:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        batches, routes = mine(context, micro_batches(case.kind, 0)), random_routes(case, context)
+        with ps.record_routing(engine.module) as recorded:
+            evaluated = engine.eval_batch(batches).loss
+        with ps.replay_routing(engine.module, recorded):
+            again = engine.eval_batch(batches).loss
+        with ps.replay_routing(engine.module, routes), ps.record_routing(engine.module) as taken:
+            loss = engine.train_batch(batches).loss.item()
+        engine.step()
+        assert len(taken) in (0, len(batches))
+        same = context.layout.sequence_parallel or all(
+            torch.equal(experts, given[name].flatten(0, -2))
+            for own, given in zip(taken, routes)
+            for name, experts in own.items()
+        )
+        weights = full_weights(engine, context)
+        told = [said(engine, batches, wrong) for wrong in misfits(routes)] if case.checks else []
+        results[case.name] = torch.equal(evaluated, again), loss, weights, same, told
+        engine.close()
+        ps.shutdown(context)
+    return results
+
+
+def misfits(routes):
+    """Experts of too few micro-batches, of one token too few, and of a layer that the model does not have."""
+    *_, name = routes[0]
+    short = {**routes[1], name: routes[1][name][..., 1:, :]}
+    unknown = [{**given, "model.layers.9.mlp": given[name]} for given in routes]
+    return [routes[:1], [routes[0], short, *routes[2:]], unknown]
+
+
+def said(engine, batches, routes):
+    """The error of a step with these experts."""
+    try:
+        with ps.replay_routing(engine.module, routes):
+            engine.train_batch(batches)
+    except ps.ConfigurationError as error:
+        return str(error)
+    return None
+
+
+def train_resume_and_replay(cases, resumes, results, replays):
     resumed(resumes, results)
-    return train(cases)
+    return train(cases), replayed(replays)
 
 
 def train_and_refuse(cases, refused):
-    """The results of each case on each rank, and what each refused one says; a case named `record` records routing."""
+    """The results of each case on each rank, and what each refused one says."""
     results, told = train(cases), {}
     for case in refused:
         try:
             context, engine = start(case)
-            with ps.record_routing(engine.module) if case.name == "record" else nullcontext():
-                engine.train_batch(mine(context, micro_batches(case.kind, 0)))
+            engine.train_batch(mine(context, micro_batches(case.kind, 0)))
         except ps.ConfigurationError as error:
             told[case.name] = str(error)
     return results, told

@@ -37,8 +37,8 @@ def own_engine(directory, tensor, dtype, adapter="vllm"):
         os.environ.update(kept)
 
 
-def trainer(directory, adapter, tensor, options, timeout=60):
-    """A model with other weights than the directory's, around which training has begun."""
+def trainer(directory, adapter, tensor, options, timeout=60, build=None):
+    """A model with other weights than the directory's, around which training has begun; by default a decoder."""
     import decoder
     import torch
 
@@ -46,12 +46,12 @@ def trainer(directory, adapter, tensor, options, timeout=60):
 
     context = ps.initialize(adapter, tensor=tensor, timeout=timeout)
     config = ps.read_config(directory)
-    model = decoder.build_model(config, context)
+    model = (build or decoder.build_model)(config, context)
     ps.load_checkpoint(model, directory, context)
     engine = ps.load_adapter(adapter).engine(model, ps.AdamW(lr=5e-3), context, max_grad_norm=None, **options)
     ids = torch.arange(24).reshape(2, 12)
     for _ in range(3):
-        engine.backward(engine(ids[:, :-1], labels=ids[:, 1:]))
+        engine.backward(-engine(ids[:, :-1], targets=ids[:, 1:]).mean())
         engine.step()
     return context, engine, config
 

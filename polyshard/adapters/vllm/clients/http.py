@@ -13,10 +13,14 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from polyshard.adapters.vllm.clients.protocol import SampleAnswer, SampleRequest, token_versions
+from polyshard.adapters.vllm.engines.routing import ROUTING_METHOD, ROUTING_WORKER, unpacked_routing
 from polyshard.core.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import torch
 
 _HEALTH = 5.0  # seconds
 # vLLM would fill in values that are not given from the checkpoint's generation_config.json.
@@ -82,7 +86,7 @@ class HttpClient:
 
         Raises:
             ConnectionError: the server cannot be reached, or died.
-            ConfigurationError: the server rejects the request.
+            ConfigurationError: the server rejects the request, or keeps no routing although it is requested.
         """
         sampling = {**_NEUTRAL, **request.sampling, "n": 1, "logprobs": 0, "detokenize": False}
         body = {"request_id": request.id, "token_ids": list(request.prompt), "sampling_params": sampling}
@@ -96,7 +100,22 @@ class HttpClient:
         tokens = tuple(choice["token_ids"])
         logprobs = tuple(entry["logprob"] for entry in choice["logprobs"]["content"] or ())
         versions = token_versions(len(tokens), choice.get("weight_versions"), self._version)
-        return SampleAnswer(tokens, logprobs, versions, choice["finish_reason"])
+        routing = None if request.routing_from is None or not tokens else self._routing(request, tokens)
+        return SampleAnswer(tokens, logprobs, versions, choice["finish_reason"], routing)
+
+    def _routing(self, request: SampleRequest, tokens: tuple[int, ...]) -> Mapping[str, torch.Tensor]:
+        arguments = [[[*request.prompt, *tokens]], [request.routing_from]]
+        try:
+            results = self._post("collective_rpc", {"method": ROUTING_METHOD, "args": arguments})["results"]
+        except RuntimeError as error:
+            if not self.is_reachable():
+                raise
+            raise ConfigurationError(
+                f"{self.name} keeps no routing ({error}). Start the server with "
+                f"--worker-extension-cls={ROUTING_WORKER}, and with a registered model that has experts."
+            ) from None
+        (routing,) = unpacked_routing(results[0], 1)
+        return routing
 
     def is_reachable(self) -> bool:
         """Whether the server answers `/health`."""

@@ -7,11 +7,13 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.clients.protocol import ABORTED, BACKEND, SampleAnswer, SampleRequest, token_versions
 from polyshard.adapters.vllm.engines.rollout import check_known
+from polyshard.adapters.vllm.engines.routing import served_routing
 from polyshard.core.errors import ConfigurationError
 
 
@@ -79,6 +81,7 @@ class LlmClient:
 
         Raises:
             ConnectionError: the engine died.
+            ConfigurationError: a sampling parameter is unknown, or the engine keeps no routing.
         """
         from vllm import SamplingParams
 
@@ -93,7 +96,18 @@ class LlmClient:
                 self._thread = threading.Thread(target=self._run, name=f"polyshard-{self.name}", daemon=True)
                 self._thread.start()
             self._changed.notify()
-        return future.result()
+        answer = future.result()
+        if request.routing_from is None or not answer.tokens:
+            return answer
+        sequence = [*request.prompt, *answer.tokens]
+        try:
+            with self._between_steps():
+                (routing,) = served_routing(self._llm, [sequence], [request.routing_from])
+        except Exception as error:
+            if isinstance(error, ConfigurationError) or self.is_reachable():
+                raise
+            raise ConnectionError(f"{self.name} died: {type(error).__name__}: {error}") from error
+        return replace(answer, routing=routing)
 
     def is_reachable(self) -> bool:
         """Whether the engine's processes are alive."""

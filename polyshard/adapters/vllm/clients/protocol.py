@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
+
 BACKEND = "polyshard"  # the name of the weight transfer backend
 
 ABORTED = "abort"
@@ -49,11 +51,13 @@ class SampleRequest:
         id: an ID that no other request has.
         prompt: token IDs.
         sampling: arguments of `vllm.SamplingParams`.
+        routing_from: the first token of which the answer contains the experts; None for an answer without experts.
     """
 
     id: str
     prompt: tuple[int, ...]
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    routing_from: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +69,15 @@ class SampleAnswer:
         logprobs: log-probability of each sampled token.
         versions: version of the weights that sampled each token.
         reason: `stop`, `length`, or `abort`.
+        routing: the experts that the tokens from `routing_from` to the last but one took, int64
+            `[tokens, experts per token]` by layer; None if they were not requested, or no token was sampled.
     """
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     versions: tuple[str, ...]
     reason: str
+    routing: Mapping[str, torch.Tensor] | None = None
 
 
 class RolloutClient(Client, Protocol):

@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from polyshard.adapters.vllm.clients.protocol import ABORTED, RolloutClient, SampleAnswer, SampleRequest
-from polyshard.core.errors import EngineFailureError
+from polyshard.core.errors import ConfigurationError, EngineFailureError
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ class Job:
     versions: tuple[str, ...] = ()
     reason: str | None = None
     error: Exception | None = None
+    returns_routing: bool = False
+    routing: Mapping[str, torch.Tensor] = field(default_factory=dict)  # of all tokens but the last
     losses: int = 0
     attempt: int = 0
     started: float = field(default_factory=time.monotonic)
@@ -60,13 +64,26 @@ class Job:
                     sampling[name] = max(0, sampling[name] - done)
             if sampling.get("seed") is not None:
                 sampling["seed"] += done
-        return SampleRequest(f"{uuid.uuid4().hex}", self.prompt + self.tokens, sampling)
+        known = len(self.prompt) + done - 1 if done else 0  # tokens whose experts are known
+        return SampleRequest(
+            f"{uuid.uuid4().hex}", self.prompt + self.tokens, sampling, known if self.returns_routing else None
+        )
 
     def take(self, answer: SampleAnswer) -> None:
         """Add an answer, which may be partial."""
         limit = self.sampling["max_tokens"]
         if answer.reason == ABORTED and any(self.sampling.get(name) for name in _NOT_CONTINUED):
             return  # sampled again from its beginning
+        if self.returns_routing and answer.tokens:
+            if answer.routing is None:
+                raise ConfigurationError(
+                    "a client returned no routing, although SampleRequest.routing_from requests it. Use HttpClient, "
+                    "RayClient or LlmClient, or return SampleAnswer.routing."
+                )
+            self.routing = {
+                name: torch.cat((self.routing[name], experts)) if self.routing else experts
+                for name, experts in answer.routing.items()
+            }
         self.tokens += answer.tokens
         self.logprobs += answer.logprobs
         self.versions += answer.versions
@@ -198,7 +215,10 @@ class Dispatcher:
                 return  # the engine was given up, and another has the job
             self._running[client.name].pop(job)
             if answer is not None:
-                job.take(answer)
+                try:
+                    job.take(answer)
+                except ConfigurationError as problem:
+                    job.error = problem
             elif not lost:
                 job.error = error
             if lost:

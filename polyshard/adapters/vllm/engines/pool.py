@@ -40,6 +40,7 @@ class EnginePool:
         parallel_context: the context that the model was built with.
         timeout: seconds until an engine that does not answer is lost, and for which a call without engines waits.
         interface: see `WeightSync`.
+        return_routing: return the experts that tokens took.
     """
 
     def __init__(
@@ -49,9 +50,10 @@ class EnginePool:
         parallel_context: ParallelContext,
         timeout: float,
         interface: str | None,
+        return_routing: bool = False,
     ) -> None:
         self._ranks = Ranks.of(parallel_context)
-        self._timeout = timeout
+        self._timeout, self._returns_routing = timeout, return_routing
         self._clients = {client.name: client for client in clients}
         self._away: dict[str, str] = {}  # engines that are lost, and why
         self._sync = WeightSync(trainer, parallel_context, list(clients), timeout=timeout, interface=interface)
@@ -147,7 +149,7 @@ class EnginePool:
             own = [
                 {"max_tokens": 16, **sampling, **({} if seed is None else {"seed": seed + i})} for i in range(samples)
             ]
-            batch.append([Job(tuple(prompt), settings) for settings in own])
+            batch.append([Job(tuple(prompt), settings, returns_routing=self._returns_routing) for settings in own])
         self._dispatcher.submit([job for jobs in batch for job in jobs])
         return batch
 
@@ -223,4 +225,5 @@ def _rollout(job: Job) -> Rollout:
         finished=job.reason == "stop",
         version=job.versions[-1],
         versions=job.versions,
+        routing=job.routing if job.returns_routing else None,
     )

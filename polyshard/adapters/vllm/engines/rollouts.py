@@ -59,8 +59,8 @@ class RolloutEngine:
         engines: clients of engines that run elsewhere (`HttpClient`, `RayClient`, `LlmClient`), instead of an engine of
             its own. The first rank calls them. They share the prompts. If one dies, the others take over, and it is
             tried again at each sync. If none is left, calls wait `sync_timeout` seconds for one to come back.
-        return_routing: return the experts that tokens took with each `Rollout`, for `replay_routing`; not for
-            `engines`.
+        return_routing: return the experts that tokens took with each `Rollout`, for `replay_routing`. Start `engines`
+            with `worker_extension_cls=ps.ROUTING_WORKER`.
         interface: for `engines`, the network interface over which weights are sent; see `WeightSync`.
         options: arguments of `vllm.LLM`. By default the engine runs eagerly and without a tokenizer. Beside a trainer
             on a GPU set `gpu_memory_utilization`: vLLM's default requires 90% of the device memory to be free.
@@ -116,7 +116,7 @@ class RolloutEngine:
         self._folder: tempfile.TemporaryDirectory[str] | None = None  # for the engine's sockets
         if engines is not None:
             self._check_pool(directory, architecture, options, has_adapter)
-            self._pool = EnginePool(engines, trainer, parallel_context, sync_timeout, interface)
+            self._pool = EnginePool(engines, trainer, parallel_context, sync_timeout, interface, return_routing)
             return
         from polyshard.adapters.vllm import compat
         from polyshard.adapters.vllm.transfer.lora_sync import largest_rank
@@ -242,11 +242,6 @@ class RolloutEngine:
         given = [*(name for name, value in named.items() if value is not None), *options]
         if given:
             raise ConfigurationError(f"engines= excludes {', '.join(given)}. Start the engines with these settings.")
-        if self._returns_routing:
-            raise ConfigurationError(
-                "engines= excludes return_routing=True: clients have no call that returns the routing. Let "
-                "RolloutEngine start the engine."
-            )
         if has_adapter:
             raise ConfigurationError(
                 "engines= does not support a trainer with a LoRA adapter, which is sent through files. Train all "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch
 from polyshard.core.errors import ConfigurationError
 
 ROUTING_WORKER = "polyshard.adapters.vllm.served.routing.RoutingWorker"
+ROUTING_METHOD = "polyshard_routing"  # of the worker: (sequences, starts) to what `unpacked_routing` takes
 
 
-def served_routing(llm: Any, sequences: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
+def served_routing(
+    llm: Any, sequences: Sequence[Sequence[int]], starts: Sequence[int] = ()
+) -> list[dict[str, torch.Tensor]]:
     """Return the experts that a `vllm.LLM` took for the tokens of finished requests.
 
     Start the engine with `worker_extension_cls=ps.ROUTING_WORKER`. Its workers keep the choices of four million tokens,
@@ -21,10 +25,11 @@ def served_routing(llm: Any, sequences: Sequence[Sequence[int]]) -> list[dict[st
     Args:
         llm: the engine, which serves a registered model.
         sequences: token IDs of each request: its prompt and the sampled tokens.
+        starts: the first token of each sequence of which experts are returned; by default 0.
 
     Returns:
-        For each sequence, the experts of all tokens but the last, which the model never saw: int64
-        `[tokens - 1, experts per token]` by layer, in the order of descending scores.
+        For each sequence, the experts of all tokens from the start but the last, which the model never saw: int64
+        `[tokens - 1 - start, experts per token]` by layer, in the order of descending scores.
 
     Raises:
         ConfigurationError: the engine was started without `worker_extension_cls=ps.ROUTING_WORKER`, or it has not
@@ -43,19 +48,32 @@ def served_routing(llm: Any, sequences: Sequence[Sequence[int]]) -> list[dict[st
             "return_routing=True to ps.RolloutEngine."
         )
     ids = [list(sequence) for sequence in sequences]
-    answer: Mapping[str, Any] = llm.collective_rpc("polyshard_routing", args=(ids,))[0]  # equal on all ranks
+    return unpacked_routing(llm.collective_rpc(ROUTING_METHOD, args=(ids, list(starts)))[0], len(ids))  # equal on ranks
+
+
+def unpacked_routing(answer: Mapping[str, Any], count: int) -> list[dict[str, torch.Tensor]]:
+    """Return the experts of sequences, as a worker's `polyshard_routing` has sent them.
+
+    Args:
+        answer: of the worker.
+        count: number of sequences.
+
+    Raises:
+        ConfigurationError: the worker has no experts of some tokens.
+    """
     if answer["missing"]:
         raise ConfigurationError(
             f"the engine has no routing of {answer['missing']} tokens: it has not computed them, or no longer keeps "
-            "them. Ask after each call of generate."
+            "them. Ask after each call of generate. Of several data-parallel engines of one server, only the first "
+            "answers."
         )
     return [
         {name: _unpacked(rows[index], answer["per_token"][name]) for name, rows in answer["experts"].items()}
-        for index in range(len(ids))
+        for index in range(count)
     ]
 
 
-def _unpacked(rows: bytes, per_token: int) -> torch.Tensor:
+def _unpacked(rows: str, per_token: int) -> torch.Tensor:
     if not rows:
         return torch.zeros(0, per_token, dtype=torch.int64)
-    return torch.frombuffer(bytearray(rows), dtype=torch.int16).view(-1, per_token).long()
+    return torch.frombuffer(bytearray(base64.b64decode(rows)), dtype=torch.int16).view(-1, per_token).long()

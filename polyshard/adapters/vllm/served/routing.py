@@ -8,8 +8,8 @@ prefix cache have theirs, and no request ID is needed. `RoutingWorker` adds the 
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Sequence
+import base64
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,8 @@ class RoutingRecorder:
             _source(layer).records = True
         self._block_size = block_size
         self._prefixes = torch.zeros(0, dtype=torch.int64)  # hash of the prefix that ends in each cache slot
-        self._steps: deque[list[torch.Tensor]] = deque()  # of each step and layer: int16 [tokens, experts per token]
+        self._sizes = {name: layer.experts_per_token for name, layer in self._layers.items()}
+        self._steps: dict[int, torch.Tensor] = {}  # of each step: int16 [tokens, experts per token of all layers]
         self._dropped, self._tokens = 0, 0
         self._places: dict[int, tuple[int, int]] = {}  # step and row of each prefix
 
@@ -79,35 +80,39 @@ class RoutingRecorder:
         prefixes = sums - start[rows] + before[rows]
         self._prefixes[slots] = prefixes
         step = self._dropped + len(self._steps)
-        self._steps.append([_source(layer).recorded[:count].to(torch.int16).cpu() for layer in self._layers.values()])
+        recorded = [_source(layer).recorded[:count].to(torch.int16) for layer in self._layers.values()]
+        self._steps[step] = torch.cat(recorded, dim=1).cpu()
         self._places.update(zip(prefixes.tolist(), ((step, row) for row in range(count))))
         self._tokens += count
         while self._tokens > CAPACITY and len(self._steps) > 1:
-            self._tokens -= len(self._steps.popleft()[0])
+            self._tokens -= len(self._steps.pop(self._dropped))
             self._dropped += 1
             if self._dropped % 1024 == 0:
                 self._places = {key: place for key, place in self._places.items() if place[0] >= self._dropped}
 
-    def take(self, sequences: Iterable[Sequence[int]]) -> dict[str, Any]:
-        """Return the choices of all tokens but the last of each sequence, as bytes of int16, by layer.
+    def take(self, sequences: Sequence[Sequence[int]], starts: Sequence[int] = ()) -> dict[str, Any]:
+        """Return the choices of all tokens but the last of each sequence by layer: int16, encoded in base64.
 
         `missing` is the number of tokens that this worker has not computed, or no longer has.
+
+        Args:
+            sequences: token IDs.
+            starts: the first token of each sequence of which choices are returned; by default 0.
         """
-        found: dict[str, list[bytes]] = {name: [] for name in self._layers}
+        found: dict[str, list[str]] = {name: [] for name in self._layers}
         missing = 0
-        for sequence in sequences:
+        for sequence, start in zip(sequences, starts or [0] * len(sequences), strict=True):
             ids = torch.tensor(sequence[:-1], dtype=torch.int64)
-            keys = _mixed(ids, torch.arange(len(ids))).cumsum(0).tolist()
+            keys = _mixed(ids, torch.arange(len(ids))).cumsum(0)[start:].tolist()
             places = [self._places.get(key, (-1, 0)) for key in keys]
             missing += sum(step < self._dropped for step, _ in places)
             if missing:
                 continue
-            for number, (name, layer) in enumerate(self._layers.items()):
-                chosen = [self._steps[step - self._dropped][number][row] for step, row in places]
-                empty = torch.zeros(0, layer.experts_per_token, dtype=torch.int16)
-                found[name].append((torch.stack(chosen) if chosen else empty).numpy().tobytes())
-        sizes = {name: layer.experts_per_token for name, layer in self._layers.items()}
-        return {"missing": missing, "per_token": sizes, "experts": found}
+            chosen = [self._steps[step][row] for step, row in places]
+            rows = torch.stack(chosen) if chosen else torch.zeros(0, sum(self._sizes.values()), dtype=torch.int16)
+            for name, part in zip(found, rows.split(list(self._sizes.values()), dim=1)):
+                found[name].append(base64.b64encode(part.contiguous().numpy().tobytes()).decode())
+        return {"missing": missing, "per_token": self._sizes, "experts": found}
 
     def _slots(self, table: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         size = self._block_size
@@ -119,12 +124,12 @@ class RoutingWorker:
 
     model_runner: Any
 
-    def polyshard_routing(self, sequences: list[list[int]]) -> dict[str, Any]:
+    def polyshard_routing(self, sequences: list[list[int]], starts: Sequence[int] = ()) -> dict[str, Any]:
         """Return the experts that the tokens of sequences took; see `RoutingRecorder.take`."""
         recorder = getattr(self.model_runner.get_model(), "routing", None)
         if recorder is None:
             raise RegistrationError("the served model keeps no routing: it is not a model registered with polyshard")
-        return recorder.take(sequences)
+        return recorder.take(sequences, starts)
 
 
 def _source(layer: Any) -> Any:
