@@ -1,4 +1,4 @@
-"""Planned against measured memory of seventeen layouts, on two ranks of this machine's CPU.
+"""Planned against measured memory of nineteen layouts, on two ranks of this machine's CPU.
 
     python benchmarks/plan.py [--json FILE] [--check] [--adapters torch,megatron]
 
@@ -31,6 +31,7 @@ from polyshard.launch.ranks import run_ranks
 from polyshard.planning.communication import payload_of
 from polyshard.planning.compute import StepTime, step_time
 from polyshard.planning.decoder import planned_decoder
+from polyshard.planning.library import Library
 from polyshard.planning.memory import Memory, memory_of
 from polyshard.planning.strategy import CASTS, MASTERS, Strategy, sizes
 from polyshard.planning.trace import Trace, record
@@ -38,6 +39,7 @@ from polyshard.planning.trace import Trace, record
 RANKS = 2
 WORST, MEDIAN, BELOW = 0.10, 0.05, 0.03
 FLOAT32 = ps.Precision()
+NARROW = ps.Precision(parameters=torch.bfloat16, reduce=torch.bfloat16)  # FairScale's masters
 CONFIG = {
     "model_type": "llama",
     "vocab_size": 4096,
@@ -85,6 +87,8 @@ CASES = (
     case("deepspeed", "zero1", {}, precision=MASTERS, recompute="full"),
     case("deepspeed", "zero2", {}, precision=MASTERS, recompute="full"),
     case("deepspeed", "zero3", {}, precision=MASTERS, recompute="full"),
+    case("fairscale", "zero1", {}, recompute="full", options={"zero_stage": 1, **_SMALL_BUCKETS}),
+    case("fairscale", "zero1", {}, precision=NARROW, micro_batches=2, options={"zero_stage": 1, **_SMALL_BUCKETS}),
     case("fairscale", "zero2", {}, recompute="full"),
 )
 
@@ -103,9 +107,8 @@ def planned(chosen: dict[str, Any]) -> tuple[Strategy, Trace, Memory]:
         dtype=strategy.precision.compute_dtype,
         **{name: chosen[name] for name in ("rows", "length", "recompute")},
     )
-    adapter = ps.load_adapter(chosen["adapter"])
-    bucket, full = getattr(adapter, "zero_bucket", 0), getattr(adapter, "zero_full_gradients", False)
-    return strategy, trace, memory_of(strategy, trace, bucket=bucket, full_gradients=full)
+    library = Library.of(ps.load_adapter(chosen["adapter"]))
+    return strategy, trace, memory_of(strategy, trace, library=library)
 
 
 def cluster() -> ps.Cluster:
