@@ -24,7 +24,7 @@ from polyshard.checkpoint.data_positions import plain_json, position_of, restore
 from polyshard.checkpoint.directory import find
 from polyshard.checkpoint.files import TensorReader
 from polyshard.checkpoint.load import check_fit, known_names, read_pieces
-from polyshard.checkpoint.location import as_path, local_path
+from polyshard.checkpoint.location import as_path
 from polyshard.checkpoint.manifest import MANIFEST, Manifest, read_manifest, verify_files
 from polyshard.checkpoint.optimizer_state import (
     check_optimizer,
@@ -162,7 +162,7 @@ def save_training_state(
         table=table,
         files=files,
         documents=documents,
-        companions=None if companions is None else local_path(companions, "companions"),
+        companions=None if companions is None else as_path(companions),
         state={
             "step": step,
             "optimizer": describe(state, slot_dtypes, started, ranks),
