@@ -200,8 +200,8 @@ class RolloutEngine:
             version: a name for the weights; by default a number that counts up.
 
         Raises:
-            WeightSyncError: the engine is alive but does not hold the weights that were sent; of `engines`, none
-                that is left does, for as long as `engines` describes.
+            WeightSyncError: the engine is alive but does not hold the weights that were sent. With `engines`, all of
+                them failed each sync until they were given up.
             EngineFailureError: none of `engines` can be reached.
         """
         name = str(int(self._version) + 1) if version is None and self._version.isdigit() else version
