@@ -17,6 +17,7 @@ from polyshard.planning.decoder import planned_decoder
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
 _SMALL = 64 * 1024
+_TIMES = 2
 
 
 def measured(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -32,7 +33,12 @@ def measured(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     libc.mallopt(_TRIM_THRESHOLD, _SMALL)
     first = {**cases[0], "config": {**cases[0]["config"], "hidden_size": 64, "num_hidden_layers": 2}}
     _measured(**{**first, "length": 64})  # loads what is loaded on first use
-    return [_measured(**case) for case in cases]
+    return [_smallest([_measured(**case) for _ in range(_TIMES)]) for case in cases]
+
+
+def _smallest(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the smallest of each figure: libraries allocate on first use, and gloo may hold copies of messages."""
+    return {name: min(run[name] for run in runs) for name in runs[0]}
 
 
 def rates() -> dict[str, float]:

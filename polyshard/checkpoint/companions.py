@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
+import logging
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
+
+from polyshard.checkpoint.directory import find
+from polyshard.checkpoint.location import file_system, is_remote, key
+from polyshard.core.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 # Written by the conversion itself, or specific to one format.
 REPLACED = (
@@ -54,6 +62,43 @@ def companions(directory: Path, *, is_model: bool) -> tuple[dict[str, Path], tup
             found[entry.name] = entry
     notes = (f"left out: {', '.join(left)}",) if left else ()
     return found, notes
+
+
+def copy_companions(source: Path, target: Path) -> dict[str, Path]:
+    """Copy the companion files of a model to a local directory; return the copies, keyed by relative path.
+
+    Files that are left out are logged.
+
+    Args:
+        source: a directory, local or remote (see `as_path`), of which only these files are read.
+        target: an existing local directory.
+
+    Raises:
+        CheckpointError: the source is no directory, or a file cannot be copied.
+    """
+    copies: dict[str, Path] = {}
+    try:
+        directory = find(source)
+        if not directory.is_dir():
+            raise CheckpointError(
+                f"companions is invalid: got {source}, expected a directory. Pass one with the model's tokenizer, or "
+                "leave it out."
+            )
+        found, left = companions(directory, is_model=False)
+        for name, file in found.items():
+            copies[name] = target / name
+            copies[name].parent.mkdir(parents=True, exist_ok=True)
+            if is_remote(file):
+                file_system(file).get_file(key(file), str(copies[name]))
+            else:
+                shutil.copyfile(file, copies[name])
+    except CheckpointError:
+        raise
+    except Exception as error:  # clients of remote file systems have errors of their own
+        raise CheckpointError(f"companion files of {source} cannot be copied: {error}") from error
+    for note in left:
+        logger.info("%s: %s", source, note)
+    return copies
 
 
 def has_tokenizer(names: Iterable[str]) -> bool:

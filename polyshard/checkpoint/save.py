@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException, save
 
-from polyshard.checkpoint.companions import companions
+from polyshard.checkpoint.companions import copy_companions
 from polyshard.checkpoint.directory import begin, publish, staging_name
 from polyshard.checkpoint.files import INDEX
-from polyshard.checkpoint.location import as_path, is_remote, local_path
+from polyshard.checkpoint.location import as_path, is_remote
 from polyshard.checkpoint.manifest import FileRecord, Manifest, record_files, write_manifest
 from polyshard.checkpoint.model_code import check_code
 from polyshard.checkpoint.part import part_of
@@ -84,8 +84,8 @@ def save_checkpoint(
         architecture: entry of `architectures` in config.json, the name under which a server has the model registered.
         factory: `module:attribute` of the factory, or the result of `polyshard.register_model`. It is recorded in
             config.json with all its options, for `polyshard serve --trust-checkpoint`.
-        companions: a directory of the same model, from which all files but weights and training state are copied:
-            tokenizer, chat templates, generation configuration, and the Python files that `auto_map` names.
+        companions: a directory of the same model or its URL, from which all files but weights and training state are
+            copied: tokenizer, chat templates, generation configuration, and the Python files that `auto_map` names.
         dtype: dtype to store; by default that of each parameter.
         max_shard_bytes: size above which weights are split over several files.
         asynchronous: copy the weights to CPU memory, write them in the background, and return a `PendingSave`.
@@ -119,7 +119,7 @@ def save_checkpoint(
         table=view.table,
         files=weight_files(view.table, dtypes, max_shard_bytes),
         documents=model_documents(config, architecture, factory, dtypes, getattr(view.module, "architecture", None)),
-        companions=None if companions is None else local_path(companions, "companions"),
+        companions=None if companions is None else as_path(companions),
     )
     return job.start(parallel_context, asynchronous, progress)
 
@@ -231,7 +231,7 @@ class SaveJob:
         pieces: the pieces of this rank.
         files: the planned files of all tensors.
         documents: JSON files that the first rank writes, by name.
-        companions: a directory of the same model, to copy companion files from.
+        companions: a directory of the same model, or a `UPath`, to copy companion files from.
         state: state of the manifest.
         blobs: further safetensors files that the first rank writes, by relative path.
     """
@@ -309,15 +309,8 @@ class SaveJob:
             (staging / INDEX).write_text(json.dumps(index_of(weights), indent=2))
         for name, fields in self.documents.items():
             (staging / name).write_text(json.dumps(fields, indent=2))
-        beside: dict[str, Path] = {}
-        if self.companions is not None:
-            beside, left = companions(self.companions, is_model=False)
-            for note in left:
-                logger.info("%s: %s", self.companions, note)
+        beside = {} if self.companions is None else copy_companions(self.companions, staging)
         check_code(self.documents.get("config.json", {}), beside, _CODE_ADVICE)
-        for place, source in beside.items():
-            (staging / place).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, staging / place)
 
 
 def _attempt(action: Callable[..., None], *arguments: Any) -> Exception | None:

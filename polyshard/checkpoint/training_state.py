@@ -23,7 +23,7 @@ import torch
 from polyshard.checkpoint.data_positions import plain_json, position_of, restore_data
 from polyshard.checkpoint.directory import find
 from polyshard.checkpoint.load import read_pieces
-from polyshard.checkpoint.location import as_path, local_path
+from polyshard.checkpoint.location import as_path
 from polyshard.checkpoint.manifest import verify_files
 from polyshard.checkpoint.optimizer_state import (
     check_optimizer,
@@ -155,7 +155,7 @@ def save_training_state(
         table=table,
         files=files,
         documents=documents,
-        companions=None if companions is None else local_path(companions, "companions"),
+        companions=None if companions is None else as_path(companions),
         state={
             "step": step,
             "optimizer": describe(state, slot_dtypes, started, ranks),

@@ -12,12 +12,11 @@ from typing import Annotated, Any
 import typer
 
 from polyshard.adapters.vllm import adapter as vllm_adapter
-from polyshard.checkpoint import download_checkpoint, read_config
+from polyshard.checkpoint import read_config
 from polyshard.checkpoint.companions import has_tokenizer
-from polyshard.checkpoint.directory import find
 from polyshard.checkpoint.location import as_path, is_remote
-from polyshard.checkpoint.manifest import missing_part, read_manifest
 from polyshard.checkpoint.quantization.reading import refuse_stored_codes, refuse_unserved_method
+from polyshard.cli.download import downloaded
 from polyshard.config.fields import MODEL_TYPE
 from polyshard.config.file import check_complete
 from polyshard.core.errors import CheckpointError, RegistrationError
@@ -148,20 +147,6 @@ def server_command(
         f"no model is registered for {directory}, whose architectures are {architectures}; registered: "
         f"{sorted(known) or 'none'}. Pass --factory module:attribute, or set POLYSHARD_MODELS.{hint}"
     )
-
-
-def downloaded(url: str, directory: Path) -> Path:
-    """Copy a checkpoint to a local directory, unless the directory has the same manifest already.
-
-    Raises:
-        CheckpointError: the URL is a local directory, or see `download_checkpoint`.
-    """
-    manifest = read_manifest(directory) if directory.is_dir() else None
-    if manifest is not None and is_remote(as_path(url)) and manifest == read_manifest(find(url)):
-        problem = missing_part(directory, manifest)
-        if problem is None:
-            return directory
-    return download_checkpoint(url, directory)
 
 
 def _given(arguments: list[str]) -> set[str]:

@@ -14,13 +14,15 @@ import torch
 import typer
 
 from polyshard.checkpoint import read_config
+from polyshard.cli.download import local_copy
 from polyshard.core.discovery import adapter_names, load_adapter
 from polyshard.core.errors import ConfigurationError, LayoutError, PolyshardError
 
 
 def verify(
     model: Annotated[
-        Path | None, typer.Option(help="Hugging Face directory; by default a small model with a float64 reference.")
+        str | None,
+        typer.Option(help="Hugging Face directory or its URL; by default a small model with a float64 reference."),
     ] = None,
     factory: Annotated[
         str | None, typer.Option(help="The model's factory: module:attribute or file.py:attribute.")
@@ -44,6 +46,13 @@ def verify(
     certificate: Annotated[
         Path | None, typer.Option(help="Write the certificate here, as JSON (with --exact).")
     ] = None,
+    download: Annotated[
+        Path | None,
+        typer.Option(
+            help="Local directory for a model whose URL is given; kept, and used again if it is equal. By default a "
+            "temporary one."
+        ),
+    ] = None,
 ) -> None:
     """Compare loss, logits and gradients with transformers on each adapter and size; exit status 1 if they differ.
 
@@ -54,29 +63,47 @@ def verify(
     stages = parse_sizes(pipeline_parallel, "--pipeline-parallel")
     if (model is None) != (factory is None):
         raise ConfigurationError("--model and --factory must be passed together")
+    if model is None and download is not None:
+        raise ConfigurationError("--download needs --model with a URL")
     with tempfile.TemporaryDirectory(prefix="polyshard-verify-") as work:
         oracle: Callable[[list[int]], dict[str, Any]] | None = None
         staged = max(stages) > 1
-        if (vllm or exact or staged) and model is None:  # it is loaded from a checkpoint, so save the small model
+        directory = None if model is None else local_copy(model, download, Path(work) / "model")
+        if (vllm or exact or staged) and directory is None:  # it is loaded from a checkpoint, so save the small model
             from polyshard.proof import small_model
 
-            model, factory, oracle = (
+            directory, factory, oracle = (
                 small_model.save_small_model(Path(work) / "small"),
                 small_model.FACTORY,
                 small_model.oracle,
             )
+        named = model or (None if directory is None else str(directory))
         if exact:
             from polyshard.cli.verify_exact import certify
 
-            assert model is not None
+            assert directory is not None
             assert factory is not None
-            certify(model, factory, names, sizes, stages, server_tensor_parallel, dtype, tokens, certificate, as_json)
+            assert named is not None
+            certify(
+                directory,
+                named,
+                factory,
+                names,
+                sizes,
+                stages,
+                server_tensor_parallel,
+                dtype,
+                tokens,
+                certificate,
+                as_json,
+            )
             return
-        _verify(model, factory, names, sizes, stages, vllm, tokens, tolerance, as_json, oracle)
+        _verify(directory, named, factory, names, sizes, stages, vllm, tokens, tolerance, as_json, oracle)
 
 
 def _verify(
     model: Path | None,
+    named: str | None,
     factory: str | None,
     names: list[str],
     sizes: list[int],
@@ -112,7 +139,7 @@ def _verify(
         print(
             json.dumps(
                 {
-                    "model": None if model is None else str(model),
+                    "model": named,
                     "tokens": tokens,
                     "tolerance": tolerance,
                     "rows": rows,

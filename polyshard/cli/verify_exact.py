@@ -20,6 +20,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def certify(
     model: Path,
+    named: str,
     factory: str,
     adapters: list[str],
     sizes: list[int],
@@ -31,6 +32,8 @@ def certify(
     as_json: bool,
 ) -> None:
     """Compare every trainer with one engine; print and write the result, and exit with status 1 if a bit differs.
+
+    The certificate has the name of the model in place of its local directory.
 
     In half precision each library also runs with float32 parameters, as in training.
     """
@@ -77,7 +80,7 @@ def certify(
             )
             progress.advance(task)
     certificate = Certificate(
-        model=str(model),
+        model=named,
         factory=factory,
         exact=True,
         dtype=dtype,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from polyshard.checkpoint.location import as_path
 from polyshard.checkpoint.part import part_of
 from polyshard.checkpoint.pending import PendingSave
 from polyshard.checkpoint.save import MAX_SHARD_BYTES, SaveJob, model_documents, weight_files
@@ -68,13 +69,13 @@ def save_merged_lora(
     matrices = {name: shard.detach().clone() for name, shard in view.shards() if name in part.parameters}
     dtypes = {name: dtype or held for name, held in view.dtypes.items() if name in table}
     job = SaveJob(
-        directory=Path(directory),
+        directory=as_path(directory),
         kind="weights",
         pieces=_merged(view, layers, matrices, set(table)),
         table=table,
         files=weight_files(table, dtypes, max_shard_bytes),
         documents=model_documents(config, architecture, factory, dtypes, getattr(view.module, "architecture", None)),
-        companions=None if companions is None else Path(companions),
+        companions=None if companions is None else as_path(companions),
     )
     return job.start(parallel_context, asynchronous, progress)
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
+import torch
+
+from polyshard.core.zero_elements import ZeroElements, ZeroQuestion
+from polyshard.planning.library import Library
 from polyshard.planning.recorder import Level
 from polyshard.planning.strategy import Strategy
 from polyshard.planning.trace import Sizes, Trace
@@ -47,8 +51,7 @@ def memory_of(
     trace: Trace,
     stage: int = 0,
     reserve: int = 0,
-    bucket: int = 0,
-    full_gradients: bool = False,
+    library: Library | None = None,
 ) -> Memory:
     """Return the memory of a rank of a pipeline stage.
 
@@ -59,20 +62,20 @@ def memory_of(
         trace: of one micro-batch of this rank's stages, in `strategy.precision.compute_dtype`.
         stage: the rank along the pipeline axis.
         reserve: see `Cluster.reserve`.
-        bucket: elements of the buffers in which the library reduces gradients under ZeRO (DeepSpeed's
-            `reduce_bucket_size`); 0 for a library without.
-        full_gradients: whether ZeRO stage 2 of the library keeps buffers for the gradients of all ranks (FairScale's
-            ShardedDataParallel).
+        library: that of the adapter; by default one that holds what every library does.
     """
+    library = library or Library()
     precision, sizes = strategy.precision, trace.sizes
     stored, wide = precision.parameters.itemsize, precision.optimizer.itemsize
-    trained, shared = sizes.trainable, _share(strategy, sizes)
+    counted = _counted(strategy, sizes, library)
+    trained, shared = sizes.trainable, counted.owned if counted else _share(strategy, sizes)
     partitioned = strategy.sharding in ("zero3", "fsdp") and strategy.replicas > 1
     # A library with buckets keeps masters even of parameters that are as wide: DeepSpeed's flat partitions.
-    flat = bucket > 0 and strategy.sharding.startswith("zero")
+    flat = library.bucket > 0 and strategy.sharding.startswith("zero")
     states = _MOMENTS * wide + (wide if precision.has_masters or flat else 0)
     waiting = (passes_under_way(strategy, stage) - 1) * trace.held // strategy.stages_per_rank
-    held = _held_by_engine(strategy, sizes, bucket, full_gradients)
+    held = _held_by_engine(strategy, sizes, library.bucket, counted)
+    copied_logits = trace.logits if library.copies_logits and precision.compute_dtype == torch.float32 else 0
 
     def at(level: Level) -> Memory:
         gradients, communication = held(level)
@@ -80,13 +83,18 @@ def memory_of(
             parameters=stored * ((shared if partitioned else trained) + sizes.frozen),
             gradients=gradients,
             optimizer=states * (trained if strategy.sharding == "data" else shared),
-            activations=level.live + waiting,
+            activations=level.live + waiting + (copied_logits if level.in_loss else 0),
             communication=communication,
             reserve=reserve,
         )
 
     levels = (level for level in trace.levels if precision.has_masters or not level.copied)
-    return max(map(at, levels), key=lambda memory: memory.total)
+    passes = max(map(at, levels), key=lambda memory: memory.total)
+    if counted is None or not precision.has_masters:
+        return passes
+    cast = stored * counted.gradients + wide * counted.updating
+    update = replace(passes, gradients=cast, activations=0, communication=0)
+    return max(passes, update, key=lambda memory: memory.total)
 
 
 def passes_under_way(strategy: Strategy, rank: int) -> int:
@@ -110,12 +118,15 @@ def passes_under_way(strategy: Strategy, rank: int) -> int:
     return min((several - 1) * ranks + 2 * (ranks - 1 - rank) + 1, strategy.micro_batches * several)
 
 
-def _held_by_engine(strategy: Strategy, sizes: Sizes, bucket: int, full_gradients: bool) -> _Held:
+def _held_by_engine(strategy: Strategy, sizes: Sizes, bucket: int, counted: ZeroElements | None) -> _Held:
     """Return what an engine holds besides parameters, optimizer state and activations."""
+    if counted is not None:
+        each = strategy.precision.parameters.itemsize  # such libraries reduce gradients in the parameters' dtype
+        return lambda _: (each * counted.gradients, each * counted.reducing)
     if strategy.replicas > 1 and strategy.sharding == "fsdp":
         return _gathered(strategy, sizes)
     if strategy.replicas > 1 and strategy.sharding != "data":
-        return _zero(strategy, sizes, bucket, full_gradients)
+        return _zero(strategy, sizes, bucket)
     return _masters(strategy, sizes) if strategy.precision.has_masters else _replicated(strategy, sizes)
 
 
@@ -140,7 +151,7 @@ def _masters(strategy: Strategy, sizes: Sizes) -> _Held:
     return at
 
 
-def _zero(strategy: Strategy, sizes: Sizes, bucket: int, full_gradients: bool) -> _Held:
+def _zero(strategy: Strategy, sizes: Sizes, bucket: int) -> _Held:
     """ZeRO: what each stage keeps of the gradients, and the buffers in which they are reduced.
 
     Stage 1 keeps full gradients: in the reduction's dtype, or with buckets and masters in that of the parameters beside
@@ -154,7 +165,7 @@ def _zero(strategy: Strategy, sizes: Sizes, bucket: int, full_gradients: bool) -
     match strategy.sharding:
         case "zero1" if bucket and precision.has_masters:
             held = compute * sizes.trainable + own, buffer + gathered
-        case "zero1" | "zero2" if strategy.sharding == "zero1" or full_gradients:
+        case "zero1":
             held = reduced * sizes.trainable, gathered
         case "zero2":
             held = own, buffer * (2 if precision.has_masters else 1)
@@ -188,7 +199,27 @@ def _gathered(strategy: Strategy, sizes: Sizes) -> _Held:
     return at
 
 
+def _counted(strategy: Strategy, sizes: Sizes, library: Library) -> ZeroElements | None:
+    """Return what a library holds that divides parameters among the ranks by its own rule."""
+    if library.zero_elements is None or strategy.replicas == 1 or strategy.sharding not in ("zero1", "zero2"):
+        return None
+    question = ZeroQuestion(
+        stage=int(strategy.sharding.removeprefix("zero")),
+        dense=sizes.dense_each,
+        expert=sizes.expert_each,
+        frozen=sizes.frozen,
+        replicas=strategy.replicas,
+        holders=_holders(strategy),
+        micro_batches=strategy.micro_batches,
+    )
+    return library.zero_elements(question)
+
+
 def _share(strategy: Strategy, sizes: Sizes) -> int:
     """Return the number of parameters that a rank keeps if the replicas share them."""
-    experts = max(1, strategy.replicas // strategy.layout.expert)
-    return -(-sizes.dense // strategy.replicas) + -(-sizes.expert // experts)
+    return -(-sizes.dense // strategy.replicas) + -(-sizes.expert // _holders(strategy))
+
+
+def _holders(strategy: Strategy) -> int:
+    """Return the number of ranks that hold the same experts."""
+    return max(1, strategy.replicas // strategy.layout.expert)

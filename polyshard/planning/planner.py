@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from polyshard.config.fields import config_fields
-from polyshard.core.capabilities import Capabilities
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError, LayoutError
 from polyshard.core.parallel_layout import ParallelLayout
@@ -21,6 +20,7 @@ from polyshard.planning.cluster import Cluster
 from polyshard.planning.communication import payload_of, sent_of
 from polyshard.planning.compute import step_time
 from polyshard.planning.experts import expert_parameters
+from polyshard.planning.library import Library
 from polyshard.planning.memory import Memory, memory_of
 from polyshard.planning.result import Plan, PlannedLayout
 from polyshard.planning.serving import serving_plans
@@ -31,11 +31,10 @@ from polyshard.planning.strategy import (
     Sharding,
     Strategy,
     impossible,
-    reason_against,
     strategies,
 )
 from polyshard.planning.trace import Trace, build, joined, record, sizes_of
-from polyshard.planning.training_adapters import reasons_against_axis, training_adapters
+from polyshard.planning.training_adapters import TrainingAdapter, reasons_against_axis, training_adapters
 from polyshard.training.recompute import Mode
 
 Factory = Callable[[Any, ParallelContext], nn.Module]
@@ -108,16 +107,17 @@ def plan(
         factory=factory or decoder.planned_decoder,
         length=sequence_length,
         cluster=cluster,
-        **training_adapters(adapters),
+        adapters=training_adapters(adapters),
         unsupported=unsupported,
         progress=progress or (lambda _: None),
         traces={} if traces is None else traces,
     )
     parameters, layers, sparse = planner.full_model()
-    axes = [axis for axis in _AXES if unsupported or any(c[axis].available for c in planner.capabilities.values())]
+    able = {axis for a in planner.adapters.values() for axis in _AXES if a.capabilities[axis].available}
+    axes = [axis for axis in _AXES if unsupported or axis in able]
     for axis in _AXES:
         if axis not in axes:
-            planner.refused.update(reasons_against_axis(axis, planner.capabilities))
+            planner.refused.update(reasons_against_axis(axis, planner.adapters))
     candidates = strategies(
         cluster.gpus,
         tokens_per_step,
@@ -160,10 +160,7 @@ class _Planner:
     factory: Factory
     length: int
     cluster: Cluster
-    capabilities: dict[str, Capabilities]
-    buckets: dict[str, int]
-    full_gradients: dict[str, bool]
-    schedules: dict[str, Sequence[str]]
+    adapters: dict[str, TrainingAdapter]
     unsupported: bool
     progress: Callable[[str], None]
     traces: Traces
@@ -186,9 +183,7 @@ class _Planner:
         if (reason := impossible(strategy)) is not None:
             self.refuse(reason)
             return []
-        reasons = {
-            name: reason_against(strategy, known, self.schedules[name]) for name, known in self.capabilities.items()
-        }
+        reasons = {name: adapter.reason_against(strategy) for name, adapter in self.adapters.items()}
         able = tuple(name for name, reason in reasons.items() if reason is None)
         if not able and not self.unsupported:
             self.refused.update({f"{name}: {reason}" for name, reason in reasons.items()})
@@ -200,9 +195,8 @@ class _Planner:
             return []
         groups: dict[Memory, list[str]] = {}
         for name in able or ("",):
-            bucket, reserve = self.buckets.get(name, 0), self.cluster.reserve
-            full = self.full_gradients.get(name, False)
-            memories = (memory_of(strategy, trace, stage, reserve, bucket, full) for stage, trace in stages)
+            library = self.adapters[name].library if name else Library()
+            memories = (memory_of(strategy, trace, stage, self.cluster.reserve, library) for stage, trace in stages)
             groups.setdefault(max(memories, key=lambda memory: memory.total), []).append(name)
         return [self._figures(strategy, stages, memory, tuple(filter(None, names))) for memory, names in groups.items()]
 

@@ -72,12 +72,14 @@ class Level:
 
     Attributes:
         in_block: whether a block was computing, whose parameters an engine may gather for that time only.
+        in_loss: whether the loss was computing, of which libraries keep more or fewer tensors.
         copied: whether a gradient is still held beside the one that was just accumulated from it.
         gradients: bytes of accumulated gradients.
         live: bytes of all other tensors.
     """
 
     in_block: bool
+    in_loss: bool
     copied: bool
     gradients: int
     live: int
@@ -100,6 +102,7 @@ class Recorder(TorchDispatchMode):
         live: bytes of all tensors at this moment, without accumulated gradients.
         gradients: bytes of accumulated gradients at this moment.
         in_block: whether a block computes at this moment.
+        in_loss: whether the loss computes at this moment.
         flops: executed FLOPs so far.
         traffic: payload bytes by axis and operation: the full tensor of a reduction, the result of an all-gather, and
             the input of an all-to-all or a send.
@@ -108,8 +111,8 @@ class Recorder(TorchDispatchMode):
     def __init__(self, held: Iterable[torch.Tensor]) -> None:
         super().__init__()
         self.live = self.gradients = 0
-        self.in_block = False
-        self._levels: dict[tuple[bool, bool, int], int] = {}
+        self.in_block = self.in_loss = False
+        self._levels: dict[tuple[bool, bool, bool, int], int] = {}
         self.flops = Flops()
         self.traffic: Counter[tuple[str, str]] = Counter()
         self._storages: dict[int, Any] = {t.untyped_storage()._cdata: t for t in held}
@@ -168,7 +171,7 @@ class Recorder(TorchDispatchMode):
         self._look()
 
     def _look(self, copied: bool = False) -> None:
-        key = (self.in_block, copied, self.gradients)
+        key = (self.in_block, self.in_loss, copied, self.gradients)
         self._levels[key] = max(self._levels.get(key, 0), self.live)
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:

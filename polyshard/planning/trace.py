@@ -29,18 +29,28 @@ class Sizes:
     """Numbers of parameters on one rank.
 
     Attributes:
-        dense: trainable parameters that all replicas share.
-        expert: trainable parameters of experts, which are distributed over the expert axis.
+        dense_each: of each trainable parameter that all replicas share.
+        expert_each: of each trainable parameter of experts, which are distributed over the expert axis.
         frozen: parameters that are not trained.
         block: of the largest block, the unit that FSDP2 gathers.
         blocks: of all blocks.
     """
 
-    dense: int
-    expert: int
+    dense_each: tuple[int, ...]
+    expert_each: tuple[int, ...]
     frozen: int
     block: int
     blocks: int
+
+    @property
+    def dense(self) -> int:
+        """Trainable parameters that all replicas share."""
+        return sum(self.dense_each)
+
+    @property
+    def expert(self) -> int:
+        """Trainable parameters of experts."""
+        return sum(self.expert_each)
 
     @property
     def trainable(self) -> int:
@@ -56,6 +66,7 @@ class Trace:
         sizes: numbers of parameters.
         held: bytes that the forward pass saves for the backward pass.
         levels: the largest memory at each level of accumulated gradients.
+        logits: bytes of the logits of a chunk of tokens, in float32; 0 on a stage without the loss.
         output: bytes of the hidden states that the stage passes on.
         flops: executed FLOPs, recomputation included.
         traffic: payload bytes by axis and operation; see `Recorder`.
@@ -64,6 +75,7 @@ class Trace:
     sizes: Sizes
     held: int
     levels: tuple[Level, ...]
+    logits: int
     output: int
     flops: Flops
     traffic: Mapping[tuple[str, str], int]
@@ -79,11 +91,15 @@ def joined(stages: Sequence[Trace]) -> Trace:
         traffic.update(stage.traffic)
     return Trace(
         sizes=Sizes(
-            **{n: sum(getattr(size, n) for size in sizes) for n in ("dense", "expert", "frozen", "blocks")},
+            dense_each=tuple(n for size in sizes for n in size.dense_each),
+            expert_each=tuple(n for size in sizes for n in size.expert_each),
+            frozen=sum(size.frozen for size in sizes),
             block=max(size.block for size in sizes),
+            blocks=sum(size.blocks for size in sizes),
         ),
         held=sum(stage.held for stage in stages),
         levels=tuple(level for stage in stages for level in stage.levels),
+        logits=max(stage.logits for stage in stages),
         output=max(stage.output for stage in stages),
         flops=sum((stage.flops for stage in stages), Flops()),
         traffic=dict(traffic),
@@ -114,8 +130,8 @@ def sizes_of(model: nn.Module) -> Sizes:
     counts = [sum(p.numel() for p in block.parameters()) for block in blocks]
     inner = {id(p): p.numel() for block in blocks for p in block.parameters()}
     return Sizes(
-        dense=sum(p.numel() for p in trainable if id(p) not in experts),
-        expert=sum(p.numel() for p in trainable if id(p) in experts),
+        dense_each=tuple(p.numel() for p in trainable if id(p) not in experts),
+        expert_each=tuple(p.numel() for p in trainable if id(p) in experts),
         frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
         block=max(counts, default=0),
         blocks=sum(inner.values()),
@@ -170,14 +186,18 @@ def record(
     with recorder, _naming(model):
         out = model(**inputs)
         shape, output = out.shape, out.nbytes
+        logits = 0
         if last:
-            out = _loss(model, out, ids, context)
+            recorder.in_loss = True
+            out, logits = _loss(model, out, ids, context)
+            recorder.in_loss = False
         held = recorder.live
         out.backward(None if last else torch.empty_like(out))
     return Trace(
         sizes=sizes,
         held=held,
         levels=recorder.levels(),
+        logits=logits,
         output=output,
         flops=recorder.flops,
         traffic=dict(recorder.traffic),
@@ -196,10 +216,18 @@ def _naming(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-def _loss(model: Any, hidden: torch.Tensor, labels: torch.Tensor, context: GroupContext) -> torch.Tensor:
+def _loss(model: Any, hidden: torch.Tensor, labels: torch.Tensor, context: GroupContext) -> tuple[torch.Tensor, int]:
+    """Return the loss, and the bytes of float32 logits of a chunk of tokens."""
     if not callable(getattr(model, "compute_logits", None)):
         raise ConfigurationError(
             f"{type(model).__name__} has no compute_logits, which the loss needs. Add it, as "
             "docs/how-to/bring-a-model.md shows."
         )
-    return lm_loss(hidden, model.compute_logits, labels, context, reduction="sum")
+    sizes = [0]
+
+    def head(rows: torch.Tensor) -> torch.Tensor:
+        logits = model.compute_logits(rows)
+        sizes.append(logits.numel() * torch.float32.itemsize)
+        return logits
+
+    return lm_loss(hidden, head, labels, context, reduction="sum"), max(sizes)

@@ -1,15 +1,25 @@
 """What is peculiar to FairScale."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 import polyshard as ps
+from polyshard.adapters.fairscale.zero_elements import zero_elements
+from polyshard.core.zero_elements import ZeroQuestion
 from polyshard.testing import run_ranks
 
+SIZES = (12, 40, 24, 8, 60, 4, 30)  # elements of the parameters; uneven shares
+BUFFER = 50
 
-def gradient_kept_by_sharded_ddp():
-    """On a one-rank group, ShardedDDP as FairScale ships it: does the owner keep its gradient?"""
+
+def gradients_of_sharded_ddp():
+    """On a one-rank group, does the owner keep its gradient? On two ranks, the elements that a rank owns and holds.
+
+    ShardedDDP is as FairScale ships it.
+    """
     import torch.distributed as dist
     from fairscale.nn.data_parallel import ShardedDataParallel
     from fairscale.optim.oss import OSS
@@ -20,15 +30,48 @@ def gradient_kept_by_sharded_ddp():
     wrapped = ShardedDataParallel(model, OSS(model.parameters(), lr=0.1, group=group), process_group=group)
     wrapped(torch.ones(1, 2)).sum().backward()
     kept = model.weight.grad is not None
+
+    parameters = [nn.Parameter(torch.randn(size)) for size in SIZES]
+    optimizer = OSS(parameters, lr=0.1)
+    wrapped = ShardedDataParallel(Sum(parameters), optimizer, reduce_buffer_size=BUFFER)
+    wrapped().backward()
+    owned = sum(p.numel() for group in optimizer.partition_parameters()[dist.get_rank()] for p in group["params"])
+    storages = {p.grad.untyped_storage() for p in parameters if p.grad is not None}
+    held = sum(storage.nbytes() // 4 for storage in {storage.data_ptr(): storage for storage in storages}.values())
     dist.barrier()
     dist.destroy_process_group()
-    return kept
+    return kept, owned, held
 
 
-def test_the_correction_of_sharded_ddp_is_still_needed():
-    assert run_ranks(gradient_kept_by_sharded_ddp, 2) == [True, False], (
+class Sum(nn.Module):
+    def __init__(self, parameters):
+        super().__init__()
+        self.each = nn.ParameterList(parameters)
+
+    def forward(self):
+        return sum(parameter.sum() for parameter in self.each)
+
+
+@pytest.fixture(scope="module")
+def sharded():
+    """What `gradients_of_sharded_ddp` finds on two ranks."""
+    return run_ranks(gradients_of_sharded_ddp, 2)
+
+
+def test_the_correction_of_sharded_ddp_is_still_needed(sharded):
+    assert [kept for kept, _, _ in sharded] == [True, False], (
         "FairScale's ShardedDDP keeps its gradients by itself: drop compat.sharded_data_parallel"
     )
+
+
+def test_plans_count_what_the_fullest_rank_owns_and_holds(sharded):
+    run = ZeroQuestion(stage=2, dense=SIZES, expert=(), frozen=0, replicas=2, holders=1, micro_batches=1)
+    elements = zero_elements(run, BUFFER)
+    assert (elements.owned, elements.gradients) == tuple(map(max, list(zip(*sharded))[1:]))
+    assert elements.owned > sum(SIZES) / 2
+    assert sum(SIZES) / 2 < elements.gradients < sum(SIZES)  # some gradients are freed where they are not owned
+    # A rank owns at least the largest parameter, however many ranks there are.
+    assert zero_elements(replace(run, replicas=100), BUFFER).owned == max(SIZES)
 
 
 def one_group_per_process():

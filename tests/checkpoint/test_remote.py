@@ -1,6 +1,7 @@
 """Checkpoints on a remote file system: a real S3 server, to which two ranks write that share no directory."""
 
 import filecmp
+import json
 import os
 import signal
 import tempfile
@@ -11,6 +12,8 @@ import fsspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.command_line import polyshard
+from support.models.tiny import save_tiny
 from support.object_store import BUCKET, object_store
 
 import polyshard as ps
@@ -25,6 +28,7 @@ pytest.importorskip("moto")
 from werkzeug.exceptions import Forbidden
 
 ROOT = f"s3://{BUCKET}"
+BASE = f"{ROOT}/base"
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +59,7 @@ def save_and_load(settings, url, shared):
     tempfile.tempdir = None
     context = ps.initialize("torch", timeout=60)
     engine = build(context, seed=1)
-    model = {"config": {"a": 1}, "data": {"row": 7}, "max_shard_bytes": 20_000}
+    model = {"config": {"a": 1}, "data": {"row": 7}, "max_shard_bytes": 20_000, "companions": BASE}
     ps.save_training_state(engine, shared / "state", context, step=3, **model)
     returned = ps.save_training_state(engine, f"{url}/step-3", context, step=3, **model)
     assert str(returned) == f"{url}/step-3"
@@ -75,10 +79,18 @@ def save_and_load(settings, url, shared):
     return True
 
 
+def fill_base():
+    """Write a model's directory, with companion files, weights that no save may read, and a run's own files."""
+    files = {"config.json": b"{}", "tokenizer.json": b"{1}", "chat_templates/tool.jinja": b"{{ x }}"}
+    for name, content in {**files, "model.safetensors": b"weights", "logs/a.txt": b"1"}.items():
+        fsspec.filesystem("s3").pipe_file(f"{BASE}/{name}", content)
+
+
 @pytest.fixture(scope="module")
 def saved(store, tmp_path_factory):
     """A training state of two ranks, saved to the store and to a local directory."""
     folder = tmp_path_factory.mktemp("remote")
+    fill_base()
     assert run_ranks(save_and_load, 2, store.settings, f"{ROOT}/runs", folder) == [True, True]
     return folder / "state", f"{ROOT}/runs/step-3"
 
@@ -88,6 +100,8 @@ def test_a_remote_state_has_the_bytes_of_a_local_one(saved, tmp_path):
     copied = ps.download_checkpoint(url, tmp_path / "copied")
     names = sorted(str(path.relative_to(local)) for path in local.rglob("*") if path.is_file())
     assert files_of(url) == names
+    assert (copied / "chat_templates/tool.jinja").read_text() == "{{ x }}"
+    assert {"tokenizer.json", "logs/a.txt"} & set(names) == {"tokenizer.json"}
     assert len([name for name in names if name.startswith("model-")]) > 2, "both ranks have files to write"
     assert filecmp.cmpfiles(local, copied, names, shallow=False) == (names, [], [])
 
@@ -146,6 +160,8 @@ def test_a_config_and_an_adapter_are_written_and_read_at_a_url(store):
     matrices = [[v for n, v in model.state_dict().items() if "lora" in n] for model in (saved, loaded)]
     assert len(matrices[0]) == 2
     assert all(torch.equal(a, b) for a, b in zip(*matrices, strict=True))
+    merged = ps.save_merged_lora(saved, f"{ROOT}/merged", context, config={})
+    assert (str(merged), "model.safetensors" in files_of(merged)) == (f"{ROOT}/merged", True)
     with pytest.raises(ps.CheckpointError, match="s3://bucket/adapter has another scaling than the model"):
         ps.load_lora(adapted(2, lora_alpha=64), url, context)
     with pytest.raises(ps.CheckpointError, match="s3://bucket/config holds no LoRA adapter"):
@@ -153,7 +169,7 @@ def test_a_config_and_an_adapter_are_written_and_read_at_a_url(store):
 
 
 def test_serve_downloads_a_checkpoint_once(store, tmp_path):
-    from polyshard.cli.serve import downloaded
+    from polyshard.cli.download import downloaded
 
     context, url, here = ps.initialize("torch"), f"{ROOT}/served", tmp_path / "served"
     ps.save_checkpoint(torch.nn.Linear(2, 2), url, context, config={"a": 1})
@@ -172,6 +188,49 @@ def test_serve_downloads_a_checkpoint_once(store, tmp_path):
     assert ps.read_config(downloaded(url, here)).a == 2
     with pytest.raises(ps.CheckpointError, match="url must be of a remote file system"):
         downloaded(str(here), tmp_path / "other")
+
+
+def test_companions_are_read_from_a_url_or_the_save_changes_nothing(store, tmp_path):
+    context, model, read = ps.initialize("torch"), torch.nn.Linear(2, 2), []
+    fill_base()
+
+    def save(companions):
+        return ps.save_checkpoint(model, tmp_path / "model", context, config={"a": 1}, companions=companions)
+
+    store.watcher = lambda method, path: read.append(path)
+    directory = save(BASE)
+    assert (directory / "tokenizer.json").read_text() == "{1}"
+    assert not any(path.endswith("base/model.safetensors") for path in read)
+
+    def refuse(method, path):
+        if method == "GET" and path.endswith("tool.jinja"):
+            raise Forbidden
+
+    store.watcher = refuse
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+    with pytest.raises(ps.CheckpointError, match=r"companion files of s3://bucket/base cannot be copied"):
+        save(BASE)
+    store.watcher = None
+    with pytest.raises(ps.CheckpointError, match=r"companions is invalid: got s3://bucket/nothing, expected a direct"):
+        save(f"{ROOT}/nothing")
+    with pytest.raises(ps.CheckpointError, match=r"companions is invalid: got .*nowhere, expected a directory"):
+        save(tmp_path / "nowhere")
+    assert {path: path.stat().st_mtime_ns for path in directory.rglob("*")} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_verify_takes_a_url(store, tmp_path, capfd):
+    url, here = f"{ROOT}/verified", tmp_path / "copy"
+    save_tiny(tmp_path / "model", "qwen3", hidden_size=64, head_dim=32)
+    fsspec.filesystem("s3").put(str(tmp_path / "model"), url, recursive=True)
+    options = ("--factory", "decoder:build_model", "--adapters", "torch", "--tensor-parallel", "1", "--json")
+    done = polyshard(capfd, "verify", "--model", url, *options, "--download", here)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert (found["model"], len(found["rows"])) == (url, 1)
+    assert (here / "config.json").is_file()
+    done = polyshard(capfd, "verify", "--model", f"{ROOT}/nothing", *options)
+    assert "s3://bucket/nothing is not a directory" in done.stderr
 
 
 def test_urls_where_only_local_files_work_are_refused(saved, tmp_path):

@@ -76,6 +76,7 @@ def test_published_layouts_fit_where_they_ran(name, factory):
         ps.ModelConfig(**config),
         cluster=ps.Cluster(gpus=options["gpus"], memory=80 * 10**9),
         factory=factory,
+        adapters=["megatron"],
         layout=layout,
         unsupported=True,
         shardings=("zero1",),
@@ -102,6 +103,7 @@ def test_layouts_that_no_adapter_can_run_are_refused_with_the_adapters_reasons()
     assert all(planned.adapters for planned in found.layouts)
     reason = ps.load_adapter("fairscale").capabilities["sequence"].reason
     assert f"fairscale: sequence: {reason}" in found.refused
+    assert "fairscale: data: its engine shards at least as zero1" in found.refused
     times = [planned.time.total for planned in found.layouts]
     assert times == sorted(times)
 

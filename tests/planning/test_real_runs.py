@@ -9,7 +9,7 @@ from support.workers.planned import measured
 
 from polyshard.testing import run_ranks
 
-CASES = [(2, name) for name in ON_TWO] + [(4, name) for name in ON_FOUR]
+CASES = [(2, name) for name, case in ON_TWO.items() if case["traffic"]] + [(4, name) for name in ON_FOUR]
 
 
 @functools.cache
@@ -43,5 +43,5 @@ def test_parameters_have_the_planned_bytes(name):
 # benchmarks/plan.py asks the operating system for other layouts.
 @pytest.mark.parametrize("name", [name for name, case in ON_TWO.items() if case["memory"]])
 def test_peak_memory_is_planned_within_ten_percent_and_is_not_more(name):
-    peak = runs(2)[name][0]["peak"]
+    peak = max(rank["peak"] for rank in runs(2)[name])
     assert 0.99 * peak <= memory(ON_TWO[name], 2).total <= 1.10 * peak

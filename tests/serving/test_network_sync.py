@@ -12,6 +12,7 @@ from support.engines import engine, greedy
 from support.models.tiny import save_tiny
 
 import polyshard as ps
+from polyshard.adapters.vllm.engines import pool
 from polyshard.adapters.vllm.transfer import network_receiver
 from polyshard.launch.ranks import run_ranks
 
@@ -64,7 +65,7 @@ def test_after_a_sync_an_engine_generates_as_a_fresh_one(trained, served):
     assert old != want
 
 
-def test_engines_join_and_leave_and_a_damaged_tensor_is_named(trained, monkeypatch):
+def test_engines_join_and_leave_and_a_damaged_tensor_is_named(trained, monkeypatch, caplog):
     with (
         engine(trained.old, "Far", **NETWORK) as first,
         engine(trained.old, "Far", **NETWORK, dtype="bfloat16") as second,
@@ -101,6 +102,42 @@ def test_engines_join_and_leave_and_a_damaged_tensor_is_named(trained, monkeypat
         with pytest.raises(ps.ConfigurationError, match="there is no engine 'second': expected one of first"):
             sync.leave("second")
         sync.close()
+
+        # Behind a RolloutEngine, the second engine fails each sync.
+        monkeypatch.setattr(pool, "_PATIENCE", 0)
+        monkeypatch.setattr(pool, "_LEAST", 1.0)
+        clients = [ps.LlmClient(first, "first"), ps.LlmClient(second, "second")]
+        attempts = []
+
+        def damaging_and_counting(self, part, target):
+            attempts.append(target.dtype)
+            return damaging(self, part, target)
+
+        with ps.RolloutEngine(None, None, trained.model, trained.context, engines=clients, sync_timeout=30) as rollouts:
+            with monkeypatch.context() as patched:
+                patched.setattr(network_receiver.NetworkReceiver, "_read_back", damaging_and_counting)
+                rollouts.sync("6")
+                assert "the engine second gets no weights until it can be reached again" in caplog.text
+                time.sleep(1.1)
+                rollouts.sync("7")
+                assert "the engine second has failed each sync, and gets no weights until it leaves" in caplog.text
+                assert f"'{victim}' arrived damaged in worker 0" in caplog.text
+                assert torch.bfloat16 in attempts
+                attempts.clear()
+                rollouts.sync("8")
+                assert set(attempts) == {torch.float32}, "it is not tried again"
+                ((answer,),) = rollouts.generate(PROMPTS[:1], max_tokens=2)
+                assert answer.versions == ("8", "8")
+            rollouts.leave("second")
+            rollouts.join(clients[1])
+            rollouts.sync("9")
+            assert [llm.llm_engine.get_weight_version() for llm in (first, second)] == ["9", "9"]
+            rollouts.leave("first")
+            with monkeypatch.context() as patched:
+                patched.setattr(network_receiver.NetworkReceiver, "_read_back", damaging)
+                with pytest.raises(ps.WeightSyncError, match="second: .*arrived damaged") as caught:
+                    rollouts.sync("10")
+            assert caught.value.engines == ("second",)
 
 
 def test_another_model_is_refused_before_anything_is_sent(trained, tmp_path):

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 import polyshard as ps
 from polyshard.core.parallel_layout import ParallelLayout
 from polyshard.planning.communication import payload_of
 from polyshard.planning.decoder import planned_decoder
+from polyshard.planning.library import Library
 from polyshard.planning.memory import Memory, memory_of
 from polyshard.planning.strategy import CASTS, MASTERS, Strategy
 from polyshard.planning.trace import Trace, record
 
 FLOAT32 = ps.Precision()
+NARROW = ps.Precision(parameters=torch.bfloat16, reduce=torch.bfloat16)
 CONFIG = {
     "model_type": "llama",
     "vocab_size": 512,
@@ -43,7 +47,14 @@ SEQUENCE = {"tensor": 2, "sequence_parallel": True}
 def case(**changes: Any) -> dict[str, Any]:
     """Return a case of `support.workers.planned.measured`."""
     found: dict[str, Any] = {"config": CONFIG, "adapter": "torch", "sizes": {}, "options": {}, "precision": FLOAT32}
-    return {**found, "recompute": "none", "rows": 2, "length": 128, "micro_batches": 1, "memory": True, **changes}
+    found |= {"recompute": "none", "rows": 2, "length": 128, "micro_batches": 1, "memory": True, "traffic": True}
+    return {**found, **changes}
+
+
+def oss(stage: int, **changes: Any) -> dict[str, Any]:
+    """Return a case of FairScale, whose collectives are others than those that are planned."""
+    options = {"zero_stage": stage}
+    return case(adapter="fairscale", sharding=f"zero{stage}", options=options, traffic=False, **changes)
 
 
 ON_TWO = {
@@ -57,6 +68,8 @@ ON_TWO = {
     "sequence": case(sizes=SEQUENCE, recompute="selective", memory=False),
     "context": case(sizes={"context": 2}, recompute="full", memory=False),
     "context by a ring": case(sizes={"context": 2}, config=RING, memory=False),
+    "OSS with DDP, two micro-batches": oss(1, micro_batches=2),
+    "OSS with ShardedDDP, masters": oss(2, precision=NARROW, recompute="full"),
 }
 ON_FOUR = {
     "tensor and data": case(sizes={"tensor": 2}, memory=False),
@@ -102,4 +115,4 @@ def one_name(chosen: dict[str, Any], ranks: int, traffic: Mapping[tuple[str, str
 def memory(chosen: dict[str, Any], ranks: int) -> Memory:
     """Return the planned memory."""
     strategy, trace = planned(chosen, ranks)
-    return memory_of(strategy, trace)
+    return memory_of(strategy, trace, library=Library.of(ps.load_adapter(chosen["adapter"])))

@@ -8,6 +8,7 @@ from torch import nn
 
 from polyshard.adapters.fairscale.context import adopt
 from polyshard.adapters.fairscale.linear import FairscaleLinearAdapter
+from polyshard.adapters.fairscale.zero_elements import zero_elements
 from polyshard.adapters.shared.base_adapter import BaseAdapter
 from polyshard.convert.format import CheckpointFormat
 from polyshard.core.adapter import OptimizerFactory
@@ -24,18 +25,18 @@ CAPABILITIES = Capabilities(
     {
         "tensor": YES,
         "sequence": no("never", "FairScale has no sequence-parallel layers, and is no longer developed"),
-        "data": YES,
+        "data": Support(True, "always with OSS, which shards the optimizer states (zero1)"),
         "fsdp": no("never", "FullyShardedDataParallel needs CUDA streams; torch's FSDP2 has replaced it"),
         "zero1": YES,
         "zero2": YES,
         "zero3": no("never", "FairScale's stage 3 is its FullyShardedDataParallel"),
-        "pipeline": YES,
+        "pipeline": Support(True, "torch's schedules, with OSS", without=("zero2",)),
         "context": YES,
         "expert": Support(
             True, "torch's experts, with OSS over the ranks that hold the same ones; its own MOELayer has a capacity"
         ),
         "casts": YES,
-        "masters": YES,
+        "masters": Support(True, "gradients are reduced in bfloat16, so Precision needs reduce=torch.bfloat16"),
         "float16": YES,
         "float8": no("never", "FairScale has no float8, and is no longer developed"),
         "optimizers": YES,
@@ -75,7 +76,9 @@ class FairscaleAdapter(BaseAdapter):
     capabilities = CAPABILITIES
     requirement = REQUIREMENT
     pipeline_schedules = SCHEDULES  # plans read it
-    zero_full_gradients = True  # ShardedDataParallel keeps buffers of all gradients; plans of memory read it
+    least_sharding = "zero1"  # the engine always has OSS; plans read this and the two below
+    zero_elements = staticmethod(zero_elements)
+    copies_logits = True  # its loss works in place
 
     def __init__(self) -> None:
         self.linear = FairscaleLinearAdapter()

@@ -126,6 +126,8 @@ class FairscaleEngine(BaseEngine):
             )
         if self._distributed:
             ignore_in_ddp(model, self._distributed)
+        # Without views, gradients lie beside DDP's buckets of the same size.
+        options = {"gradient_as_bucket_view": True, **options}
         return DistributedDataParallel(model, process_group=replicas.group, **options)
 
     def _start_pipeline(self, stages: Stages, recompute: Recompute) -> PipelineTraining:

@@ -80,7 +80,8 @@ class MegatronAdapter(BaseAdapter):
     name = "megatron"
     capabilities = CAPABILITIES
     requirement = REQUIREMENT
-    pipeline_schedules = ("1f1b", "interleaved-1f1b")  # plans read it
+    pipeline_schedules = ("1f1b", "interleaved-1f1b")  # plans read this and the next
+    copies_logits = True  # its loss works in place
 
     def __init__(self) -> None:
         self.linear = MegatronLinearAdapter()

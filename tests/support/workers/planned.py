@@ -77,6 +77,8 @@ def _measured(
     length: int,
     micro_batches: int,
     memory: bool,
+    traffic: bool,
+    **_: Any,
 ) -> dict[str, Any]:
     context = ps.initialize(adapter, timeout=250, **sizes)
     settings = {"precision": precision, "recompute": recompute, **options}
@@ -107,6 +109,9 @@ def _measured(
 
     # The profiler does not see what gloo's threads free, so it may find too much.
     peak = min(peak_of_a_step() for _ in range(4)) if memory else 0
+    if not traffic:
+        ps.shutdown(context)
+        return {"peak": peak}
     engine = start()
     step(engine)
     with Collectives(context) as collectives:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from polyshard.adapters.vllm.clients.protocol import RolloutClient
@@ -24,15 +24,16 @@ logger = logging.getLogger(__name__)
 
 Batch = list[list[Job]]
 
-# A sync that fails for all engines is repeated: a worker may still wait for the connection that was lost.
-_PATIENCE, _LEAST = 5, 120.0  # timeouts, and seconds at least, until the sync is given up
+# An engine that failed a sync is tried again: a worker may still wait for the connection that was lost.
+_PATIENCE, _LEAST = 5, 120.0  # timeouts, and seconds at least, after which one that fails each sync is given up
 
 
 class EnginePool:
     """The engines of a `RolloutEngine`, which others have started. Every trainer rank creates one.
 
     The first rank calls the engines; the others wait in step. An engine that is lost gets no prompts. It is tried again
-    at each sync, and after a sync it takes part again. If no engine is left, the call waits for one to come back.
+    at each sync, and after a sync it takes part again. If no engine is left, the call waits for one to come back. An
+    engine that can be reached, but fails each sync for five timeouts (and two minutes at least), is given up.
 
     Args:
         clients: the engines.
@@ -56,6 +57,8 @@ class EnginePool:
         self._timeout, self._returns_routing = timeout, return_routing
         self._clients = {client.name: client for client in clients}
         self._away: dict[str, str] = {}  # engines that are lost, and why
+        self._failing: dict[str, float] = {}  # when engines that fail each sync did so first
+        self._given_up: set[str] = set()
         self._sync = WeightSync(trainer, parallel_context, list(clients), timeout=timeout, interface=interface)
         self._dispatcher = Dispatcher(timeout) if self._ranks.rank == 0 else None
         self._batches: deque[Batch] = deque()
@@ -88,7 +91,7 @@ class EnginePool:
             EngineFailureError: no engine is left.
             WeightSyncError: engines can be reached, but none took the weights.
         """
-        dispatcher, failed = self._dispatcher, None
+        dispatcher = self._dispatcher
         self._on_first(lambda: dispatcher.interrupt() if dispatcher else None)
         self._note_lost()
         self._readmit()
@@ -102,11 +105,12 @@ class EnginePool:
             except WeightSyncError as error:
                 if not error.engines:
                     raise
-                failed = time.monotonic() if failed is None else failed
-                late = time.monotonic() - failed > max(_LEAST, _PATIENCE * self._timeout)
-                if self._ranks.broadcast(late and set(error.engines) >= set(self._sync.engines)):
+                late = self._late(error.engines)
+                if late >= set(self._sync.engines):
                     raise
-                self._send_away({name: str(error) for name in error.engines})
+                self._send_away({name: str(error) for name in error.engines}, late)
+        for name in self._sync.engines:
+            self._failing.pop(name, None)
         self._version, self._synced = version, self._changes()
         if dispatcher is not None:
             for name in self._sync.engines:
@@ -117,8 +121,9 @@ class EnginePool:
 
     def join(self, client: RolloutClient) -> None:
         """Add an engine, which takes part after the next sync."""
-        self._clients[client.name] = client
         self._sync.join(client)
+        self._clients[client.name] = client
+        self._forget(client.name)
 
     def leave(self, name: str) -> None:
         """Remove an engine; what it has not finished is sampled by others."""
@@ -128,7 +133,7 @@ class EnginePool:
         self._clients.pop(name, None)
         if name in self._sync.engines:
             self._sync.leave(name)
-        self._away.pop(name, None)
+        self._forget(name)
         if self._dispatcher is not None:
             self._dispatcher.remove(name)
 
@@ -175,10 +180,26 @@ class EnginePool:
         lost = self._ranks.broadcast(self._dispatcher.take_lost() if self._dispatcher else None)
         self._send_away({name: reason for name, reason in lost.items() if name in self._sync.engines})
 
-    def _send_away(self, lost: dict[str, str]) -> None:
+    def _late(self, failed: Sequence[str]) -> set[str]:
+        """Return which of the engines that failed a sync have failed each one for too long; the same on all ranks."""
+        now = time.monotonic()
+        patience = max(_LEAST, _PATIENCE * self._timeout)
+        return self._ranks.broadcast({n for n in failed if now - self._failing.setdefault(n, now) > patience})
+
+    def _forget(self, name: str) -> None:
+        self._away.pop(name, None)
+        self._failing.pop(name, None)
+        self._given_up.discard(name)
+
+    def _send_away(self, lost: dict[str, str], given_up: Collection[str] = ()) -> None:
         for name, reason in lost.items():
+            if name in given_up:
+                self._given_up.add(name)
+                until = "has failed each sync, and gets no weights until it leaves and joins again"
+            else:
+                until = "gets no weights until it can be reached again"
             if self._ranks.rank == 0:
-                logger.warning("the engine %s gets no weights until it can be reached again: %s", name, reason)
+                logger.warning("the engine %s %s: %s", name, until, reason)
             self._sync.leave(name)
             self._away[name] = reason
             if self._dispatcher is not None:
@@ -186,25 +207,29 @@ class EnginePool:
 
     def _readmit(self) -> None:
         """Let engines that can be reached again take part in the sync."""
-        if not self._away:
+        away = sorted(self._away.keys() - self._given_up)
+        if not away:
             return
-        away = sorted(self._away)
         back: list[str] = self._on_first(lambda: [name for name in away if self._clients[name].is_reachable()]) or []
         self._sync.join(*[self._clients[name] for name in back if name in self._clients])
-        for name in back:
-            self._away.pop(name)
+        for name in away:
+            if name in back:
+                self._away.pop(name)
+            else:
+                self._failing.pop(name, None)  # it may come back as another process
         self.returned += len(back)
 
     def _await_engine(self) -> None:
         deadline = time.monotonic() + self._timeout
         while not self._sync.engines:
             self._readmit()
-            if self._ranks.broadcast(not self._sync.engines and time.monotonic() > deadline):
+            hopeless = self._away.keys() <= self._given_up
+            if self._ranks.broadcast(not self._sync.engines and (hopeless or time.monotonic() > deadline)):
                 names = tuple(sorted(self._away))
                 reasons = "; ".join(f"{name}: {self._away[name]}" for name in names)
+                why = "Join engines" if hopeless else f"None came back within {self._timeout:g} s"
                 raise EngineFailureError(
-                    f"no engine can be reached: {', '.join(names) or 'none was given'}. None came back within "
-                    f"{self._timeout:g} s. {reasons}".rstrip(),
+                    f"no engine can be reached: {', '.join(names) or 'none was given'}. {why}. {reasons}".rstrip(),
                     names,
                 )
             time.sleep(0.5)

@@ -58,7 +58,8 @@ class RolloutEngine:
         sync_timeout: seconds after which an unresponsive engine is an error.
         engines: clients of engines that run elsewhere (`HttpClient`, `RayClient`, `LlmClient`), instead of an engine of
             its own. The first rank calls them. They share the prompts. If one dies, the others take over, and it is
-            tried again at each sync. If none is left, calls wait `sync_timeout` seconds for one to come back.
+            tried again at each sync. If none is left, calls wait `sync_timeout` seconds for one to come back. One that
+            fails each sync for five times `sync_timeout`, and two minutes at least, is given up.
         return_routing: return the experts that tokens took with each `Rollout`, for `replay_routing`. Start `engines`
             with `worker_extension_cls=ps.ROUTING_WORKER`.
         interface: for `engines`, the network interface over which weights are sent; see `WeightSync`.
@@ -199,7 +200,8 @@ class RolloutEngine:
             version: a name for the weights; by default a number that counts up.
 
         Raises:
-            WeightSyncError: the engine is alive but does not hold the weights that were sent.
+            WeightSyncError: the engine is alive but does not hold the weights that were sent. With `engines`, all of
+                them failed each sync until they were given up.
             EngineFailureError: none of `engines` can be reached.
         """
         name = str(int(self._version) + 1) if version is None and self._version.isdigit() else version
