@@ -56,7 +56,12 @@ def with_experts(
     if experts is None:
         raise CheckpointError(
             f"{place} holds {len(files)} files of experts, and the configuration has none: got "
-            f"model_type={spec.family!r}. Pass --config of a Mixtral or Qwen3-MoE."
+            f"model_type={spec.family!r}. Pass --config of a model with experts."
+        )
+    if experts.score != "softmax":
+        raise CheckpointError(
+            f"{place} is of another model than the configuration: got model_type={spec.family!r}, whose router has "
+            f"the score {experts.score}, expected softmax, the only score of DeepSpeed's MoE."
         )
     if experts.top_k > 1 and not experts.normalized:
         raise CheckpointError(
