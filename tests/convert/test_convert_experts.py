@@ -196,8 +196,10 @@ def test_names_of_megatrons_grouped_experts():
 
 
 def test_deepspeed_with_experts_to_hugging_face(tmp_path):
-    runs = [(2, 0, "float32"), (1, 2, "bfloat16")]
-    (_, logits), (weights, _) = run_ranks(save_deepspeed_experts, 2, tmp_path, runs)[0]
+    runs = [(2, 0, "float32"), (1, 2, "bfloat16"), (2, 2, "autoep")]
+    (_, logits), (weights, _), (_, auto_logits) = run_ranks(save_deepspeed_experts, 2, tmp_path, runs)[0]
+    convert(tmp_path / "2", tmp_path / "hf-auto", options=allowed("qwen3_moe", norm_topk_prob=False))
+    torch.testing.assert_close(transformers_logits(tmp_path / "hf-auto"), auto_logits, **CLOSE)
     exact = convert(tmp_path / "0", tmp_path / "hf", options=allowed("qwen3_moe"))
     torch.testing.assert_close(transformers_logits(tmp_path / "hf"), logits, **CLOSE)
     assert any("num_experts_per_tok is that of the configuration, unchecked" in note for note in exact.notes)
@@ -211,9 +213,34 @@ def test_deepspeed_with_experts_to_hugging_face(tmp_path):
     assert set(found) == set(theirs)
     assert all(torch.equal(found[name], theirs[name].to(found[name].dtype)) for name in found)
 
-    (tmp_path / "0" / "step1" / "layer_1_expert_2_mp_rank_00_model_states.pt").unlink()
-    with pytest.raises(ps.CheckpointError, match=r"3 of the model's 45 tensors are missing: .*layers.1.mlp.experts.2"):
-        convert(tmp_path / "0", tmp_path / "no", options=allowed("qwen3_moe"))
+    place = tmp_path / "0" / "step1"
+    file, other = (place / f"layer_1_expert_{e}_mp_rank_00_model_states.pt" for e in (2, 3))
+    stored, content = torch.load(file), torch.load(other)
+
+    def refused(message):
+        with pytest.raises(ps.CheckpointError, match=message):
+            convert(tmp_path / "0", tmp_path / "no", options=allowed("qwen3_moe"))
+
+    torch.save(content, file)
+    refused(r"layer_1_expert_2.* is not the file of expert 2: got model.layers.1.mlp.*deepspeed_experts.3")
+    torch.save({name: value[:40] for name, value in stored.items()}, file)
+    refused(r"layers.1.mlp.experts.2.\w+_proj.weight has the wrong shape: got 1 part of \[40, \d+\]")
+    twice = place / "layer_0_expert_2_mp_rank_00_model_states.pt"
+    before = torch.load(twice)
+    torch.save(stored, file)
+    torch.save(stored, twice)
+    refused(r"holds an expert twice: got model.layers.1.mlp.experts.2.* in layer_1_expert_2.* and in layer_0_expert_2")
+    torch.save(before, twice)
+    torch.save(content, place / "layer_1_expert_03_mp_rank_00_model_states.pt")
+    refused(r"holds an expert twice: got model.layers.1.mlp.experts.3")
+    (place / "layer_1_expert_03_mp_rank_00_model_states.pt").unlink()
+    torch.save({}, place / "expert_0_mp_rank_00_model_states.pt")
+    refused(r"1 files of experts in DeepSpeed's first form, such as expert_0_mp_rank_00_model_states.pt")
+    (place / "expert_0_mp_rank_00_model_states.pt").unlink()
+    file.unlink()
+    refused(r"3 of the model's 45 tensors are missing: .*layers.1.mlp.experts.2")
+    with pytest.raises(ps.CheckpointError, match="router has the score sigmoid, expected softmax"):
+        convert(tmp_path / "1", tmp_path / "no", options=allowed("glm4_moe"))
     with pytest.raises(ps.CheckpointError, match="got norm_topk_prob=false, expected true"):
         convert(tmp_path / "1", tmp_path / "no", options=allowed("qwen3_moe", norm_topk_prob=False))
     dense = {**expert_config("qwen3_moe"), "model_type": "qwen3"}

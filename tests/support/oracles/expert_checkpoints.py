@@ -208,7 +208,9 @@ def _save_megatron(
 def save_deepspeed_experts(
     folder: Path, runs: list[tuple[int, int, str]]
 ) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-    """Train a decoder with DeepSpeed's `MoE` one step for each (expert ranks, ZeRO stage, dtype), and save its engine.
+    """Train a decoder with experts one step for each (expert ranks, ZeRO stage, dtype), and save its engine.
+
+    The experts are those of DeepSpeed's `MoE`, or of its AutoEP in a Qwen3-MoE for the dtype `"autoep"`.
 
     Returns:
         For each run the weights of this rank, and its logits of `IDS`.
@@ -225,6 +227,9 @@ def save_deepspeed_experts(
 
     found = []
     for number, (expert, stage, dtype) in enumerate(runs):
+        if dtype == "autoep":
+            found.append(_auto_expert_parallel(folder / str(number), context.rank, expert, stage))
+            continue
         model = tiny_model(tiny_config("qwen3", **{**SIZES, "intermediate_size": WIDTH}))
         exact = {"drop_tokens": False, "use_rts": False, "top2_2nd_expert_sampling": False}
         for layer in model.model.layers:
@@ -255,3 +260,25 @@ def save_deepspeed_experts(
         weights = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
         found.append((weights, logits))
     return found
+
+
+def _auto_expert_parallel(folder: Path, rank: int, expert: int, stage: int) -> tuple[dict[str, Any], torch.Tensor]:
+    import deepspeed
+
+    config = transformers.AutoConfig.for_model(**expert_config("qwen3_moe", norm_topk_prob=False))
+    torch.manual_seed(13)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "expert_parallel": {"enabled": True, "autoep_size": expert, "preset_model": "qwen3_moe"},
+    }
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
+    rows = IDS[rank : rank + 1]
+    engine.backward(engine(rows, labels=rows).loss)
+    engine.step()
+    engine.save_checkpoint(str(folder), tag="step1")
+    with torch.no_grad():
+        return {}, engine(IDS).logits
