@@ -9,7 +9,7 @@ import torch
 
 from polyshard.convert.format import Foreign
 from polyshard.core.errors import CheckpointError
-from polyshard.experts.observed import is_router_bias
+from polyshard.experts.observed import is_stored_router_bias
 from polyshard.weights.lazy_tensor import LazyTensor
 
 # Relative error that a value, or a row of a matrix, may have: the spacing of bfloat16, the coarsest dtype of weights.
@@ -51,7 +51,7 @@ def cast(foreign: Foreign, dtype: torch.dtype) -> tuple[Foreign, Casts]:
         foreign: the checkpoint.
         dtype: a floating-point dtype.
     """
-    kept = {name for name, tensor in foreign.tensors.items() if is_router_bias(name) and tensor.dtype != dtype}
+    kept = {name for name, tensor in foreign.tensors.items() if is_stored_router_bias(name) and tensor.dtype != dtype}
     casts = Casts(dtype, kept=len(kept))
     tensors = {
         name: replace(tensor, dtype=dtype, load=_loader(name, tensor, casts), read_region=None)
