@@ -31,10 +31,11 @@ FIELDS: dict[str, dict[str, Any]] = {
     "bamba": {**_HYBRID, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 4, "rope_theta": 1e4}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "falcon_mamba": _MAMBA,
     "hunyuan_v1_dense": {"head_dim": 128},
-    "hunyuan_v1_moe": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 4, "moe_topk": 2},
     "lfm2": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
     "mamba": _MAMBA,
@@ -60,6 +61,10 @@ FIELDS: dict[str, dict[str, Any]] = {
 # What a family has beside its default: (model type, fields).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere, norms of heads": ("cohere", {"use_qk_norm": True}),
+    "deepseek_v2, groups of experts": (
+        "deepseek_v2",
+        {"num_experts_per_tok": 3, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    ),
     "gemma3_text, one window for all": (
         "gemma3_text",
         {"num_hidden_layers": 2, "layer_types": ["sliding_attention"] * 2},

@@ -11,6 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from polyshard.config.expert_spec import EXPERT_FAMILIES, ExpertSpec
+from polyshard.config.family_defaults import (
+    attention_biases,
+    has_qk_norm,
+    kv_heads,
+    norm_eps,
+    rope_fields,
+    size,
+    windows,
+)
 from polyshard.core.errors import CheckpointError
 
 _REQUIRED = {
@@ -163,30 +172,30 @@ class DecoderSpec:
             raise CheckpointError("the configuration is wrong: got a key 'self', which is not a field. Remove it.")
         try:
             heads, hidden, layers = (
-                _size(config, n) for n in ("num_attention_heads", "hidden_size", "num_hidden_layers")
+                size(config, n) for n in ("num_attention_heads", "hidden_size", "num_hidden_layers")
             )
-            attention_bias = bool(config.get("attention_bias") or False) and family in ("llama", "qwen3", "qwen3_moe")
+            qkv_bias, output_bias = attention_biases(config, family)
             head_dim = config.get("head_dim", 128 if family == "qwen3" else None)
             if family == "qwen3" and head_dim is None:
                 raise CheckpointError("the configuration's head_dim is wrong: got null, expected an integer.")
             return cls(
                 family=family,
                 hidden=hidden,
-                intermediate=_size(config, "intermediate_size"),
+                intermediate=size(config, "intermediate_size"),
                 layers=layers,
                 heads=heads,
-                kv_heads=_kv_heads(config, family, heads),
+                kv_heads=kv_heads(config, family, heads),
                 head_dim=head_dim or hidden // heads,
-                vocabulary=_size(config, "vocab_size"),
+                vocabulary=size(config, "vocab_size"),
                 tied=bool(config.get("tie_word_embeddings", False)),
-                qkv_bias=family == "qwen2" or attention_bias,
-                output_bias=attention_bias,
+                qkv_bias=qkv_bias,
+                output_bias=output_bias,
                 mlp_bias=family == "llama" and bool(config.get("mlp_bias") or False),
-                qk_norm=family in ("qwen3", "qwen3_moe"),
-                norm_eps=_number(config, "rms_norm_eps", 1e-5 if family == "mixtral" else 1e-6),
+                qk_norm=has_qk_norm(config, family),
+                norm_eps=norm_eps(config, family),
                 activation=config.get("hidden_act", "silu"),
-                rope=Rope.of(config, 1e6 if family == "mixtral" else 10000.0),
-                windows=_windows(config, family, layers),
+                rope=Rope.of(rope_fields(config, family), 1e6 if family == "mixtral" else 10000.0),
+                windows=windows(config, family, layers),
                 experts=ExpertSpec.of(config, layers),
             )
         except KeyError as error:
@@ -253,47 +262,3 @@ def expected_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
     if not spec.tied:
         result["lm_head.weight"] = (spec.vocabulary, h)
     return result
-
-
-def _size(config: Mapping[str, Any], name: str) -> int:
-    value = config[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"the configuration's {name} is wrong: got {value!r}, expected a positive integer.")
-    return value
-
-
-def _number(config: Mapping[str, Any], name: str, default: float) -> float:
-    value = config.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise CheckpointError(f"the configuration's {name} is wrong: got {value!r}, expected a number.")
-    return float(value)
-
-
-def _kv_heads(config: Mapping[str, Any], family: str, heads: int) -> int:
-    default = {"llama": None, "mistral": 8, "mixtral": 8, "qwen2": 32, "qwen3": 32, "qwen3_moe": 4}[family]
-    found = config.get("num_key_value_heads", default) or heads
-    return _size({"num_key_value_heads": found}, "num_key_value_heads")
-
-
-def _windows(config: Mapping[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
-    if family == "llama":
-        return (None,) * layers
-    window = config.get("sliding_window", None if family == "mixtral" else 4096)
-    if window is not None:
-        window = _size({"sliding_window": window}, "sliding_window")
-    if family in ("mistral", "mixtral"):
-        return (window,) * layers
-    if family == "qwen3_moe":
-        return (window if config.get("use_sliding_window", False) else None,) * layers
-    window = window if config.get("use_sliding_window", False) else None
-    first = config.get("max_window_layers", 28)
-    kinds = config.get("layer_types") or [
-        "sliding_attention" if window is not None and i >= first else "full_attention" for i in range(layers)
-    ]
-    unknown = sorted(set(kinds) - {"sliding_attention", "full_attention"})
-    if unknown or len(kinds) != layers:
-        raise CheckpointError(
-            f"the configuration's layer_types are wrong: got {len(kinds)} with {unknown or 'known names'}, expected "
-            f"{layers} of full_attention and sliding_attention."
-        )
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

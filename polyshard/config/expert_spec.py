@@ -9,9 +9,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from polyshard.core.errors import CheckpointError
+from polyshard.config.family_defaults import number, size
 
-EXPERT_FAMILIES = ("mixtral", "qwen3_moe")
+EXPERT_FAMILIES = ("dots1", "glm4_moe", "mixtral", "qwen2_moe", "qwen3_moe")
+_QWEN = {"qwen2_moe": (60, 4, 1408), "qwen3_moe": (128, 8, 768)}  # experts, experts per token, width
+_GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedSpec:
+    """The dense MLP that every token passes beside its experts.
+
+    Attributes:
+        width: width of the MLP; of several shared experts, the sum of their widths.
+        name: name of the MLP in its block.
+        gate: name of the weight `[1, hidden]` whose sigmoid multiplies the output; None without one.
+    """
+
+    width: int
+    name: str
+    gate: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +43,11 @@ class ExpertSpec:
         sparse: for each layer, whether it has experts.
         block: name of the module with router and experts within a layer.
         projections: names of an expert's gate, up and down projection.
+        score: `softmax` over all experts, or `sigmoid` of each logit. Routers with a sigmoid have a correction bias,
+            which is added to the scores for the choice.
+        scale: factor of all weights.
+        groups: number of groups of experts, and in how many of them experts are chosen; (1, 1) if the choice is free.
+        shared: the shared experts; None without any.
     """
 
     count: int
@@ -33,8 +55,12 @@ class ExpertSpec:
     intermediate: int
     normalized: bool
     sparse: tuple[bool, ...]
-    block: str
-    projections: tuple[str, str, str]
+    block: str = "mlp"
+    projections: tuple[str, str, str] = _GATE_UP_DOWN
+    score: str = "softmax"
+    scale: float = 1.0
+    groups: tuple[int, int] = (1, 1)
+    shared: SharedSpec | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any], layers: int) -> ExpertSpec | None:
@@ -55,42 +81,95 @@ class ExpertSpec:
                 block="block_sparse_moe",
                 projections=("w1", "w3", "w2"),
             )
-        if family == "qwen3_moe":
+        if family in _QWEN:
+            count, top_k, width = _QWEN[family]
             step = _size(config, ("decoder_sparse_step",), 1)
             dense = set(config.get("mlp_only_layers") or ())
             return cls(
-                count=_size(config, ("num_local_experts", "num_experts"), 128),
-                top_k=_size(config, ("num_experts_per_tok",), 8),
-                intermediate=_size(config, ("moe_intermediate_size",), 768),
+                count=_size(config, ("num_local_experts", "num_experts"), count),
+                top_k=_size(config, ("num_experts_per_tok",), top_k),
+                intermediate=_size(config, ("moe_intermediate_size",), width),
                 normalized=bool(config.get("norm_topk_prob", False)),
                 sparse=tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers)),
-                block="mlp",
-                projections=("gate_proj", "up_proj", "down_proj"),
+                shared=None if family == "qwen3_moe" else _shared_qwen(config),
             )
-        return None
+        return _like_deepseek(cls, config, layers, family) if family in ("dots1", "glm4_moe") else None
 
     def router(self, layer: int) -> str:
         """Return the name of a layer's router weight, `[count, hidden]`."""
         return f"model.layers.{layer}.{self.block}.gate.weight"
 
+    def correction(self, layer: int) -> str | None:
+        """Return the name of a layer's correction bias, float32 `[count]`; None for routers without one."""
+        bias = f"model.layers.{layer}.{self.block}.gate.e_score_correction_bias"
+        return bias if self.score == "sigmoid" else None
+
     def projection(self, layer: int, expert: int, part: int) -> str:
         """Return the name of an expert's gate, up or down weight (part 0, 1 or 2)."""
         return f"model.layers.{layer}.{self.block}.experts.{expert}.{self.projections[part]}.weight"
 
+    def shared_projection(self, layer: int, part: int) -> str:
+        """Return the name of the shared experts' gate, up or down weight (part 0, 1 or 2).
+
+        Raises:
+            ValueError: there are no shared experts.
+        """
+        if self.shared is None:
+            raise ValueError("the model has no shared experts")
+        return f"model.layers.{layer}.{self.block}.{self.shared.name}.{_GATE_UP_DOWN[part]}.weight"
+
+    def shared_gate(self, layer: int) -> str | None:
+        """Return the name of the weight that gates the shared experts, `[1, hidden]`; None without one."""
+        if self.shared is None or self.shared.gate is None:
+            return None
+        return f"model.layers.{layer}.{self.block}.{self.shared.gate}.weight"
+
     def shapes(self, layer: int, hidden: int) -> dict[str, tuple[int, ...]]:
         """Return names and shapes of the tensors of a layer's router and experts."""
         found: dict[str, tuple[int, ...]] = {self.router(layer): (self.count, hidden)}
+        if correction := self.correction(layer):
+            found[correction] = (self.count,)
         for expert in range(self.count):
-            for part, shape in enumerate((*((self.intermediate, hidden),) * 2, (hidden, self.intermediate))):
+            for part, shape in enumerate(_mlp(self.intermediate, hidden)):
                 found[self.projection(layer, expert, part)] = shape
+        if self.shared is not None:
+            found |= {self.shared_projection(layer, p): s for p, s in enumerate(_mlp(self.shared.width, hidden))}
+        if gate := self.shared_gate(layer):
+            found[gate] = (1, hidden)
         return found
+
+
+def _mlp(width: int, hidden: int) -> tuple[tuple[int, int], ...]:
+    return (width, hidden), (width, hidden), (hidden, width)
+
+
+def _shared_qwen(config: Mapping[str, Any]) -> SharedSpec:
+    width = _size(config, ("shared_expert_intermediate_size",), 5632)
+    return SharedSpec(width=width, name="shared_expert", gate="shared_expert_gate")
+
+
+def _like_deepseek(cls: type[ExpertSpec], config: Mapping[str, Any], layers: int, family: str) -> ExpertSpec:
+    """Return the experts of a family whose routers and experts are those of DeepSeek-V3."""
+    glm = family == "glm4_moe"
+    width = _size(config, ("moe_intermediate_size",), 1408)
+    shared = _size(config, ("n_shared_experts",), 1 if glm else None)
+    dense = config.get("first_k_dense_replace", 1 if glm else 0) or 0
+    groups = _size(config, ("n_group",), 1), _size(config, ("topk_group",), 1)
+    return cls(
+        count=_size(config, ("n_routed_experts", "num_local_experts"), 128 if glm else None),
+        top_k=_size(config, ("num_experts_per_tok",), 8 if glm else None),
+        intermediate=width,
+        normalized=bool(config.get("norm_topk_prob", glm)),
+        sparse=tuple(layer >= dense for layer in range(layers)),
+        score="sigmoid",
+        scale=number(config, "routed_scaling_factor", 1.0),
+        groups=groups if groups[1] < groups[0] else (1, 1),
+        shared=SharedSpec(width=shared * width, name="shared_experts"),
+    )
 
 
 def _size(config: Mapping[str, Any], names: tuple[str, ...], default: int | None = None) -> int:
     given = next((name for name in names if config.get(name) is not None), names[0])
-    value = config.get(given, default)
-    if value is None:
+    if config.get(given) is None and default is None:
         raise KeyError(given)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"the configuration's {given} is wrong: got {value!r}, expected a positive integer.")
-    return value
+    return size({given: config[given] if config.get(given) is not None else default}, given)

@@ -9,6 +9,7 @@ import torch
 
 from polyshard.convert.format import Foreign
 from polyshard.core.errors import CheckpointError
+from polyshard.experts.observed import is_stored_router_bias
 from polyshard.weights.lazy_tensor import LazyTensor
 
 # Relative error that a value, or a row of a matrix, may have: the spacing of bfloat16, the coarsest dtype of weights.
@@ -17,18 +18,25 @@ PRECISION = 2.0**-8
 
 @dataclass(slots=True)
 class Casts:
-    """Counts of the values that casting has rounded to zero or to subnormals."""
+    """Counts of the values that casting has rounded to zero or to subnormals, and of the tensors that keep their dtype.
+
+    The correction biases of routers keep it: rounding them would let tokens choose other experts, and transformers and
+    vLLM compute with them in float32.
+    """
 
     dtype: torch.dtype
+    kept: int = 0
     underflows: int = 0
     subnormals: int = 0
     where: set[str] = field(default_factory=set)
 
     def notes(self) -> tuple[str, ...]:
         """Return the counts as notes for the user."""
+        kept: tuple[str, ...] = (f"kept the dtype of {self.kept} correction biases of routers",) if self.kept else ()
         if not self.where:
-            return ()
+            return kept
         return (
+            *kept,
             f"{self.underflows} values became zero and {self.subnormals} subnormal in {_short(self.dtype)}, in "
             f"{len(self.where)} tensors such as {min(self.where)}",
         )
@@ -37,14 +45,17 @@ class Casts:
 def cast(foreign: Foreign, dtype: torch.dtype) -> tuple[Foreign, Casts]:
     """Return the checkpoint with its floating-point tensors cast to a dtype. Casts are checked when tensors are loaded.
 
+    Correction biases of routers keep their dtype.
+
     Args:
         foreign: the checkpoint.
         dtype: a floating-point dtype.
     """
-    casts = Casts(dtype)
+    kept = {name for name, tensor in foreign.tensors.items() if is_stored_router_bias(name) and tensor.dtype != dtype}
+    casts = Casts(dtype, kept=len(kept))
     tensors = {
         name: replace(tensor, dtype=dtype, load=_loader(name, tensor, casts), read_region=None)
-        if _floating(tensor)
+        if _floating(tensor) and name not in kept
         else tensor
         for name, tensor in foreign.tensors.items()
     }

@@ -167,6 +167,11 @@ def is_router_bias(name: str) -> bool:
     return name.rpartition(".")[2] == "e_score_correction_bias"
 
 
+def is_stored_router_bias(name: str) -> bool:
+    """Whether a tensor in a checkpoint, or in a model of transformers, is a router's correction bias."""
+    return name.rpartition(".")[2] in ("e_score_correction_bias", "expert_bias")
+
+
 def router_loss(model: nn.Module) -> torch.Tensor | None:
     """Take the balance losses of the last forward pass, to be added to a mean loss over the tokens.
 

@@ -23,6 +23,7 @@ class Router:
     |---|---|
     | Mixtral, Qwen3-MoE with `norm_topk_prob` | `Router(normalize=True)` |
     | OLMoE, Qwen2-MoE | `Router()` |
+    | DeepSeek-V2 | `Router(groups=8, chosen_groups=3, best_of_group=1, scale=16.0, dtype=torch.float32)` |
     | DeepSeek-V3 | `Router(score="sigmoid", normalize=True, correction_bias=True, groups=8, chosen_groups=4, scale=2.5, dtype=torch.float32)` |
     | Llama 4 | `Router(score="sigmoid", scale_input=True)`, one expert per token |
     | gpt-oss | `Router(score="softmax_of_chosen", bias=True)` |
@@ -33,7 +34,9 @@ class Router:
         normalize: divide the weights of a token by their sum.
         scale: factor of all weights.
         groups: number of groups of neighbouring experts.
-        chosen_groups: experts are chosen within this many groups, those with the largest sum of their two best scores.
+        chosen_groups: experts are chosen within this many groups, those with the largest sum of their best scores.
+        best_of_group: number of best scores of a group that are added to rank it: 2 in DeepSeek-V3, 1 in DeepSeek-V2.
+        epsilon: added to the sum by which weights are divided (`normalize`); by default 1e-20 for `"sigmoid"`, else 0.
         correction_bias: add a bias `e_score_correction_bias` `[experts]` to the scores for the choice, not for the
             weights. It is float32 and has no gradient; see `polyshard.update_router_bias`.
         bias: add a bias to the logits.
@@ -54,6 +57,8 @@ class Router:
     scale: float = 1.0
     groups: int = 1
     chosen_groups: int = 1
+    best_of_group: int = 2
+    epsilon: float | None = None
     correction_bias: bool = False
     bias: bool = False
     scale_input: bool = False
@@ -69,6 +74,11 @@ class Router:
                 f"The router's groups are invalid: got {self.chosen_groups} chosen of {self.groups}, expected at least "
                 "one and at most all."
             )
+        if self.best_of_group < 1 or (self.epsilon is not None and self.epsilon < 0):
+            raise ConfigurationError(
+                f"The router is invalid: got best_of_group={self.best_of_group} and epsilon={self.epsilon}, expected "
+                "at least 1 and at least 0."
+            )
         if self.score == "softmax_of_chosen" and (self.normalize or self.groups > 1 or self.correction_bias):
             raise ConfigurationError(
                 "The router is contradictory: a softmax over the chosen experts is normalized already, and has no "
@@ -83,11 +93,11 @@ class Router:
                 f"The number of experts per token is invalid: got {experts_per_token}, expected 1 to {num_experts}, "
                 "the number of experts."
             )
-        if rest or experts_per_token > each * self.chosen_groups or (self.groups > 1 and each < 2):
+        if rest or experts_per_token > each * self.chosen_groups or (self.groups > 1 and each < self.best_of_group):
             raise ConfigurationError(
                 f"The router's groups do not fit the experts: got {self.groups} groups of {num_experts} experts, of "
-                f"which {self.chosen_groups} are chosen, expected groups of equal size, with two experts or more, "
-                f"that hold {experts_per_token} experts per token."
+                f"which {self.chosen_groups} are chosen, expected groups of equal size, with {self.best_of_group} "
+                f"experts or more, that hold {experts_per_token} experts per token."
             )
 
     def scores(self, logits: torch.Tensor, sigmoid: Sigmoid = torch.sigmoid) -> torch.Tensor:
@@ -140,13 +150,14 @@ class Router:
             total, *rest = weights.unbind(-1)
             for weight in rest:  # one by one, not in an order of a reduction's own
                 total = total + weight
-            weights = weights / (total.unsqueeze(-1) + (1e-20 if self.score == "sigmoid" else 0.0))
+            default = 1e-20 if self.score == "sigmoid" else 0.0
+            weights = weights / (total.unsqueeze(-1) + (default if self.epsilon is None else self.epsilon))
         return Routing(weights=weights * self.scale if self.scale != 1.0 else weights, experts=experts)
 
     def _within_groups(self, choice: torch.Tensor) -> torch.Tensor:
         """Return the scores with those outside of the chosen groups at minus infinity."""
         grouped = choice.unflatten(-1, (self.groups, -1))
-        best = grouped.topk(2, dim=-1).values.sum(-1).topk(self.chosen_groups, dim=-1).indices
+        best = grouped.topk(self.best_of_group, dim=-1).values.sum(-1).topk(self.chosen_groups, dim=-1).indices
         kept = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=choice.device).scatter_(1, best, True)
         return grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.experts import ClampedSwiglu, ExpertStorage
-from polyshard.core.weight_table import rename_in_checkpoints
+from polyshard.core.experts import ClampedSwiglu
+from polyshard.core.weight_sharding import replicated
+from polyshard.core.weight_table import rename_in_checkpoints, set_layouts
 from polyshard.experts.layer import MixtureOfExperts, SharedExperts, mixture_of_experts
 from polyshard.experts.router import Router
+from polyshard.transformers.mixture_storage import StoredBlock, stored_block, tensors_of
 from polyshard.transformers.replaced.recognize import NotRecognised
-from polyshard.transformers.trial.mixture_block import CORRECTION, BlockTrial, first_number, is_transposed
+from polyshard.transformers.trial.mixture_block import BlockTrial, first_number, tensor_at
 
 _ROUTERS = ("gate", "router")
 _PER_TOKEN = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
@@ -29,7 +29,10 @@ class Mixture:
     Attributes:
         router: how the block chooses experts.
         router_name: the router's attribute in the block.
-        stored: the block's path in checkpoints.
+        matrix: path of the router's matrix in the block.
+        router_bias: path of the bias of the logits; None without one.
+        correction: path of the correction bias; None without one.
+        stored: the block's names in checkpoints.
         pair: whether the block returns its output as the first of two.
     """
 
@@ -39,18 +42,20 @@ class Mixture:
     per_token: int
     router: Router
     router_name: str
+    matrix: str
+    router_bias: str | None
+    correction: str | None
     shared: SharedExperts | None
     activation: str | ClampedSwiglu
     bias: bool
-    storage: ExpertStorage
-    stored: str
+    stored: StoredBlock
     pair: bool
 
     def stored_names(self) -> dict[str, tuple[int, ...]]:
         """Return names and shapes of the experts' tensors in checkpoints, for experts that are stored one by one."""
-        storage, shape = self.storage, (self.expert_size, self.hidden_size)
+        storage, shape = self.stored.experts, (self.expert_size, self.hidden_size)
         return {
-            f"{self.stored}.experts.{index}.{name}.weight": shape if name != storage.down else shape[::-1]
+            f"{self.stored.path}.experts.{index}.{name}.weight": shape if name != storage.down else shape[::-1]
             for index in range(self.num_experts)
             for name in (storage.gate, storage.up, storage.down)
         }
@@ -68,7 +73,7 @@ class Mixture:
             activation=self.activation,
             bias=self.bias,
             router_name=self.router_name,
-            storage=self.storage,
+            storage=self.stored.experts,
         )
         if self.pair:
             layer.register_forward_hook(lambda module, inputs, output: (output, None))
@@ -91,13 +96,13 @@ def find_mixtures(model: Any) -> dict[str, Mixture]:
             if key not in seen:
                 seen[key] = _recognised(module, model.config)
             sizes, router, pair = seen[key]
-            storage, stored = _storage(model, path, module)
+            stored = stored_block(model, path, module, sizes)
         except NotRecognised as error:
             raise ConfigurationError(
                 f"{type(model).__name__} has a mixture of experts that is not recognised ({path} is a "
                 f"{type(module).__name__}: {error}). Write its factory (docs/how-to/experts.md)."
             ) from error
-        found[path] = Mixture(**sizes, router=router, pair=pair, storage=storage, stored=stored)
+        found[path] = Mixture(**sizes, router=router, pair=pair, stored=stored)
     return found
 
 
@@ -105,9 +110,17 @@ def store_mixtures(model: nn.Module, found: dict[str, Mixture]) -> None:
     """Give the built layers the names that their blocks have in checkpoints: `block_sparse_moe` for Mixtral's `mlp`."""
     for path, mixture in found.items():
         parent, _, child = path.rpartition(".")
-        name = mixture.stored.rpartition(".")[2]
+        name = mixture.stored.path.rpartition(".")[2]
         if name != child:
             rename_in_checkpoints(model.get_submodule(parent), child, name)
+        layer: Any = model.get_submodule(path)
+        for inner, stored in mixture.stored.children.items():
+            if stored != inner:
+                rename_in_checkpoints(layer, inner, stored)
+        if mixture.correction is not None:
+            own = f"{mixture.router_name}.e_score_correction_bias"
+            layout = replicated(layer.get_parameter(own).shape)
+            set_layouts(layer, {own: (mixture.stored.names[mixture.correction], layout)})
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -128,29 +141,19 @@ def _identity(block: nn.Module) -> str:
 
 def _recognised(block: Any, config: Any) -> tuple[dict[str, Any], Router, bool]:
     """Return sizes and options, the router, and whether the block returns a pair."""
-    children = dict(block.named_children())
-    router_name = next((name for name in _ROUTERS if name in children), None)
-    matrix = getattr(children.get(router_name or ""), "weight", None)
-    if router_name is None or not isinstance(matrix, nn.Parameter) or matrix.dim() != 2:
-        raise NotRecognised("it has no router with one matrix [experts, hidden]")
-    count, hidden = matrix.shape
+    parts = _router_parts(block)
+    children, router_name = dict(block.named_children()), parts["router_name"]
+    count, hidden = tensor_at(block, parts["matrix"]).shape
     gate_up, down = block.experts.gate_up_proj, block.experts.down_proj
     if gate_up.dim() != 3 or gate_up.shape[0] != count or down.shape[0] != count or hidden not in down.shape[1:]:
         raise NotRecognised(f"its router has {count} outputs, its experts {tuple(gate_up.shape)} weights")
     size = gate_up[0].numel() // hidden // 2
-    shared = next((name for name in children if name.startswith("shared_expert") and name[-5:] != "_gate"), None)
+    shared = next((name for name in children if name.startswith("shared_") and name[-5:] != "_gate"), None)
     gated = "shared_expert_gate" in children
-    unknown = set(children) - {"experts", router_name, shared, "shared_expert_gate"}
-    own = {name for name, _ in block.named_parameters(recurse=False)} | {
-        name for name, _ in block.named_buffers(recurse=False)
-    }
-    held = {name for name, _ in (*children[router_name].named_parameters(), *children[router_name].named_buffers())}
-    extra = (
-        unknown
-        | own
-        | (held - {"weight", "bias", CORRECTION})
-        | ({"shared_expert_gate"} if gated and not shared else set())
-    )
+    held = {name for name in tensors_of(block) if not name.startswith(("experts.", "shared_expert_gate."))}
+    known = {parts[part] for part in ("matrix", "router_bias", "correction")}
+    extra = {name for name in held - known if shared is None or not name.startswith(f"{shared}.")}
+    extra |= {"shared_expert_gate"} if gated and not shared else set()
     if extra:
         raise NotRecognised(f"it has parts of unknown meaning: {', '.join(sorted(extra))}")
     experts_hold = {name for name, _ in block.experts.named_parameters()}
@@ -164,7 +167,7 @@ def _recognised(block: Any, config: Any) -> tuple[dict[str, Any], Router, bool]:
         "expert_size": size,
         "num_experts": count,
         "per_token": first_number(_PER_TOKEN, children[router_name], block, config),
-        "router_name": router_name,
+        **parts,
         "shared": SharedExperts(size=_shared_size(children[shared]), gated=gated, name=shared) if shared else None,
         "activation": ClampedSwiglu(alpha=float(limits[0]), limit=float(limits[1])) if clamped else "silu",  # pyrefly: ignore  # numbers
         "bias": bias,
@@ -175,47 +178,33 @@ def _recognised(block: Any, config: Any) -> tuple[dict[str, Any], Router, bool]:
     return sizes, router, pair
 
 
+def _router_parts(block: nn.Module) -> dict[str, str | None]:
+    """Return the router's attribute, and the paths of its matrix, of its bias and of the correction bias in the block.
+
+    The correction bias is a tensor `[experts]` without gradient, of the router or of the block itself.
+    """
+    router = next((name for name in _ROUTERS if name in dict(block.named_children())), None)
+    inner = {name: tensor for name, tensor in tensors_of(block).items() if name.startswith(f"{router}.")}
+    matrices = [name for name, t in inner.items() if t.dim() == 2 and t.requires_grad and name.endswith(".weight")]
+    if router is None or len(matrices) != 1:
+        raise NotRecognised("it has no router with one matrix [experts, hidden]")
+    own = {name: tensor for name, tensor in tensors_of(block).items() if "." not in name}
+    count, bias = inner[matrices[0]].shape[0], matrices[0].removesuffix("weight") + "bias"
+    corrections = [
+        name
+        for name, tensor in (inner | own).items()
+        if tuple(tensor.shape) == (count,) and tensor.is_floating_point() and not tensor.requires_grad
+    ]
+    return {
+        "router_name": router,
+        "matrix": matrices[0],
+        "router_bias": bias if bias in inner else None,
+        "correction": corrections[0] if len(corrections) == 1 else None,
+    }
+
+
 def _shared_size(module: nn.Module) -> int:
     linear = {name: child for name, child in module.named_children() if type(child) is nn.Linear}
     if set(linear) != {"gate_proj", "up_proj", "down_proj"} or any(m.bias is not None for m in linear.values()):
         raise NotRecognised("its shared experts are not a gated MLP of plain linear layers without biases")
     return linear["gate_proj"].out_features
-
-
-def _storage(model: Any, path: str, block: Any) -> tuple[ExpertStorage, str]:
-    """Return how checkpoints store the experts, and the block's path in them.
-
-    transformers converts small experts with marked values, so that no name is taken by its looks.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    experts = block.experts
-    count = experts.gate_up_proj.shape[0]
-    hidden = next(getattr(block, name) for name in _ROUTERS if hasattr(block, name)).weight.shape[1]
-    if is_transposed(experts, hidden):
-        interleaved = not getattr(experts, "is_concatenated", True)
-        return ExpertStorage(stacked="gate_up_proj", down="down_proj", interleaved=interleaved), path
-    gate_up = torch.arange(2.0 * count, device="cpu").view(count, 2, 1)
-    down = torch.arange(-1.0, -count - 1, -1, device="cpu").view(count, 1, 1)
-    names = f"{path}.experts.gate_up_proj", f"{path}.experts.down_proj"
-    try:
-        stored = revert_weight_conversion(model, dict(zip(names, (gate_up, down))))
-    except Exception as error:  # transformers' code may raise anything
-        raise NotRecognised(f"the storage of its experts is unknown: {type(error).__name__}: {error}") from error
-    if set(stored) & set(names):
-        raise NotRecognised("checkpoints store its experts stacked as [experts, 2 * size, hidden]")
-    values = {float(tensor): name for name, tensor in stored.items() if tensor.numel() == 1}
-    parts: dict[str, set[str]] = {"gate": set(), "up": set(), "down": set()}
-    prefixes = set()
-    for index in range(count):
-        for part, value in (("gate", 2.0 * index), ("up", 2.0 * index + 1), ("down", -1.0 - index)):
-            match = re.fullmatch(rf"(.+)\.experts\.{index}\.(\w+)\.weight", values.get(value, ""))
-            if match is None:
-                raise NotRecognised(f"checkpoints store its experts under other names: {min(stored)}")
-            prefixes.add(match[1])
-            parts[part].add(match[2])
-    (stored_path,) = prefixes if len(prefixes) == 1 else ("",)
-    if any(len(found) > 1 for found in parts.values()) or stored_path.rpartition(".")[0] != path.rpartition(".")[0]:
-        raise NotRecognised(f"checkpoints store its experts under other names: {min(stored)}")
-    gate, up, down_name = (next(iter(parts[part])) for part in ("gate", "up", "down"))
-    return ExpertStorage(gate=gate, up=up, down=down_name), stored_path

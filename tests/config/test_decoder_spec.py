@@ -1,5 +1,7 @@
 """A config.json is read as transformers reads it, with every optional field left out in turn."""
 
+import itertools
+
 import pytest
 import torch
 import transformers
@@ -54,15 +56,27 @@ EXPERT_CHANGES = (
     {"decoder_sparse_step": 2, "norm_topk_prob": True, "attention_bias": True},
     {"mlp_only_layers": [0]},
 )
+LIKE_DEEPSEEK = (
+    {"attention_bias": True, "use_qk_norm": True, "n_shared_experts": 2},
+    {"max_window_layers": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 0},
+)
 EXPERT_OPTIONAL = ("num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
-EXPERT_OPTIONAL += ("decoder_sparse_step", "mlp_only_layers")
+EXPERT_OPTIONAL += ("decoder_sparse_step", "mlp_only_layers", "num_experts", "shared_expert_intermediate_size")
+EXPERT_OPTIONAL += ("qkv_bias", "first_k_dense_replace", "routed_scaling_factor", "n_group", "topk_group")
+EXPERT_OPTIONAL += ("n_routed_experts", "n_shared_experts", "use_qk_norm")
+NEEDED = {"dots1": ("num_experts_per_tok", "n_routed_experts", "n_shared_experts")}  # they have no default
 
 
-@pytest.mark.parametrize("changes", EXPERT_CHANGES)
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        *itertools.product(("mixtral", "qwen2_moe", "qwen3_moe"), EXPERT_CHANGES),
+        *itertools.product(("dots1", "glm4_moe"), LIKE_DEEPSEEK),
+    ],
+)
 def test_experts_are_read_as_transformers_reads_them(family, changes, tmp_path):
     full = expert_config(family, **changes)
-    for name in (None, *OPTIONAL, *EXPERT_OPTIONAL):
+    for name in {None, *OPTIONAL, *EXPERT_OPTIONAL} - set(NEEDED.get(family, ())):
         fields = {key: value for key, value in full.items() if key != name}
         read = transformers.AutoConfig.for_model(**fields).to_dict()
         ours, theirs = (DecoderSpec.of(config, experts=True) for config in (fields, read))

@@ -3,6 +3,7 @@
 The oracle is each library's own model: transformers' logits of the converted files are those of the library.
 """
 
+import re
 import shutil
 
 import pytest
@@ -29,16 +30,46 @@ def allowed(family, **changes):
     return Options(config=expert_config(family, **changes), allow_pickle=True)
 
 
+# Cases of the checkpoints: what the configuration has beside `expert_config`'s fields.
+CHANGES = {"dots1": {"n_group": 2, "topk_group": 1}, "qwen2_moe": {"norm_topk_prob": False}}
+GROUPED = {"moe_grouped_gemm": True}
+
+
+def assert_converted(folder, case, logits):
+    """Convert both kinds of checkpoint, compare logits, and return the last conversion."""
+    for kind in ("dist", "legacy"):
+        options, target = allowed(case, **CHANGES.get(case, {})), folder / f"hf-{case}-{kind}"
+        done = convert(folder / case / kind, target, options=options)
+        torch.testing.assert_close(transformers_logits(target), logits[case], **CLOSE)
+    return done
+
+
 def test_megatron_with_expert_parallel_to_hugging_face(tmp_path):
     """Of two expert ranks: `torch_dist`, `mp_rank_TT_EEE`, and with two pipeline stages `mp_rank_TT_PPP_EEE`."""
-    logits = run_ranks(save_megatron_experts, 2, tmp_path, 1, 2, "mixtral", {})[0]
-    legacy = tmp_path / "legacy" / "iter_0000003"
-    files = [torch.load(legacy / f"mp_rank_00_{e:03d}" / "model_optim_rng.pt", weights_only=False) for e in range(2)]
+    cases = {"mixtral": ("mixtral", {}), "glm4_moe": ("glm4_moe", {}), "dots1": ("dots1", GROUPED)}
+    logits = run_ranks(save_megatron_experts, 2, tmp_path, 1, 2, cases)[0]
+    for case in cases:
+        notes = assert_converted(tmp_path, case, logits).notes
+        assert any("e_score_correction_bias is written as zeros" in n for n in notes) == (case == "dots1")
+    legacy = tmp_path / "mixtral" / "legacy" / "iter_0000003"
+    files = files_of(legacy)
     save_stages(tmp_path / "stages", files)
-    for kind in ("dist", "legacy", "stages"):
-        done = convert(tmp_path / kind, tmp_path / f"hf-{kind}", options=allowed("mixtral"), verify=kind == "dist")
-        assert kind != "dist" or "Megatron-Core's GPTModel" in done.compared[-1], done.not_compared
-        torch.testing.assert_close(transformers_logits(tmp_path / f"hf-{kind}"), logits, **CLOSE)
+    convert(tmp_path / "stages", tmp_path / "hf-stages", options=allowed("mixtral"))
+    torch.testing.assert_close(transformers_logits(tmp_path / "hf-stages"), logits["mixtral"], **CLOSE)
+    # A correction bias that is rounded chooses other experts.
+    done = convert(
+        tmp_path / "glm4_moe" / "dist",
+        tmp_path / "bf16",
+        options=allowed("glm4_moe"),
+        dtype=torch.bfloat16,
+        verify=True,
+    )
+    assert "Megatron-Core's GPTModel" in done.compared[-1], done.not_compared
+    assert "kept the dtype of 1 correction biases of routers" in done.notes
+    found = load_file(tmp_path / "bf16" / "model.safetensors")
+    assert {n for n, v in found.items() if v.dtype == torch.float32} == {
+        "model.layers.1.mlp.gate.e_score_correction_bias"
+    }
 
     contradictions = {
         r"num_experts: the checkpoint's arguments say 4, the configuration 8": {"num_local_experts": 2 * EXPERTS},
@@ -47,34 +78,94 @@ def test_megatron_with_expert_parallel_to_hugging_face(tmp_path):
     }
     for message, changes in contradictions.items():
         with pytest.raises(ps.CheckpointError, match=message):
-            convert(tmp_path / "dist", tmp_path / "no", options=allowed("mixtral", **changes))
-    unnormalized = allowed("qwen3_moe", norm_topk_prob=False)
-    with pytest.raises(ps.CheckpointError, match="moe_router_pre_softmax: the checkpoint's arguments say False"):
-        convert(tmp_path / "dist", tmp_path / "no", options=unnormalized)
-    for name, value in {"moe_router_score_function": "sigmoid", "moe_shared_expert_intermediate_size": 48}.items():
-        save_legacy(tmp_path / name, files, **{name: value})
-        with pytest.raises(ps.CheckpointError, match=f"unsupported model: its arguments say {name}={value!r}"):
-            convert(tmp_path / name, tmp_path / "no", options=allowed("mixtral"))
+            convert(tmp_path / "mixtral" / "dist", tmp_path / "no", options=allowed("mixtral", **changes))
+    for case, changes, arguments, message in ROUTERS:
+        stored = files_of(tmp_path / case) if case in cases else files
+        save_legacy(tmp_path / message, stored, **arguments)
+        with pytest.raises(ps.CheckpointError, match=re.escape(message)):
+            convert(tmp_path / message, tmp_path / "no", options=allowed(case, **changes))
+    for state in files:
+        state["model"]["decoder.layers.1.mlp.router.local_tokens_per_expert"] = torch.rand(EXPERTS)
     save_legacy(tmp_path / "capacity", files, moe_expert_capacity_factor=1.0)
     done = convert(tmp_path / "capacity", tmp_path / "hf-capacity", options=allowed("mixtral"))
     assert any("left out moe_expert_capacity_factor=1.0" in note for note in done.notes)
+    assert any("left out the training state" in note and "routers' counts of tokens" in note for note in done.notes)
 
     files[1]["model"]["decoder.layers.1.mlp.router.weight"] += 1
     save_legacy(tmp_path / "apart", files)
     with pytest.raises(ps.CheckpointError, match=r"mlp.router.weight is on two stages or expert ranks with different"):
         convert(tmp_path / "apart", tmp_path / "no", options=allowed("mixtral"))
+    grouped = files_of(tmp_path / "dots1")
+    for state in grouped:
+        del state["args"]
+    save_files(tmp_path / "fewer", grouped)
+    wrong = allowed("dots1", n_routed_experts=10)
+    with pytest.raises(ps.CheckpointError, match=r"experts.weight1 does not fit .* \[64, 192\] .* expected 10 experts"):
+        convert(tmp_path / "fewer", tmp_path / "no", options=wrong)
     shutil.rmtree(legacy / "mp_rank_00_001")
     with pytest.raises(ps.CheckpointError, match="expert_model_parallel_size=2, got 1 ranks"):
-        convert(tmp_path / "legacy", tmp_path / "no", options=allowed("mixtral"))
+        convert(tmp_path / "mixtral" / "legacy", tmp_path / "no", options=allowed("mixtral"))
+
+
+# Family, changes of the configuration, arguments of the checkpoint, and the error.
+ROUTERS = [
+    (
+        *("mixtral", {}, {"moe_router_score_function": "sigmoid"}),
+        "moe_router_score_function: the checkpoint's arguments say 'sigmoid', the configuration 'softmax'",
+    ),
+    (
+        *("mixtral", {}, {"moe_shared_expert_intermediate_size": 48}),
+        "moe_shared_expert_intermediate_size: the checkpoint's arguments say 48, the configuration None",
+    ),
+    (
+        *("mixtral", {}, {"moe_router_load_balancing_type": ["sinkhorn"]}),
+        "moe_router_load_balancing_type: the configuration's model has no sinkhorn router",
+    ),
+    (
+        *("qwen3_moe", {"norm_topk_prob": False}, {}),
+        "moe_router_pre_softmax: the checkpoint's arguments say False, the configuration True",
+    ),
+    (
+        *("glm4_moe", {"routed_scaling_factor": 1.0}, {}),
+        "moe_router_topk_scaling_factor: the checkpoint's arguments say 2.5, the configuration None",
+    ),
+    (
+        *("glm4_moe", {"norm_topk_prob": False}, {}),
+        "norm_topk_prob: Megatron divides the weights by their sum",
+    ),
+    (
+        *("glm4_moe", {}, {"moe_latent_size": 8}),
+        "its arguments say moe_latent_size=8",
+    ),
+    (
+        *("dots1", {}, {}),
+        "moe_router_num_groups: the checkpoint's arguments say 2, the configuration None",
+    ),
+    (
+        *("dots1", {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 1}, {"moe_router_topk": 1}),
+        "topk_group: Megatron ranks groups by the sum of their 1 best experts",
+    ),
+]
+
+
+def files_of(place):
+    """Return the contents of the legacy files of two expert ranks."""
+    place = place if place.name.startswith("iter") else place / "legacy" / "iter_0000003"
+    return [torch.load(place / f"mp_rank_00_{e:03d}" / "model_optim_rng.pt", weights_only=False) for e in range(2)]
+
+
+def save_files(folder, files):
+    """Save the contents of expert ranks."""
+    for expert, content in enumerate(files):
+        place = folder / f"mp_rank_00_{expert:03d}"
+        place.mkdir(parents=True)
+        torch.save(content, place / "model_optim_rng.pt")
 
 
 def save_legacy(folder, files, **arguments):
     """Save the files of expert ranks with further arguments."""
-    for expert, content in enumerate(files):
-        place = folder / f"mp_rank_00_{expert:03d}"
-        place.mkdir(parents=True)
-        said = type(content["args"])(**{**vars(content["args"]), **arguments})
-        torch.save({**content, "args": said}, place / "model_optim_rng.pt")
+    said = (type(content["args"])(**{**vars(content["args"]), **arguments}) for content in files)
+    save_files(folder, [{**content, "args": args} for content, args in zip(files, said, strict=True)])
 
 
 def save_stages(folder, files):
@@ -91,24 +182,24 @@ def save_stages(folder, files):
 
 
 def test_megatron_with_experts_on_two_tensor_ranks_to_hugging_face(tmp_path):
-    logits = run_ranks(save_megatron_experts, 2, tmp_path, 2, 1, "qwen3_moe", {})[0]
-    for kind in ("dist", "legacy"):
-        convert(tmp_path / kind, tmp_path / f"hf-{kind}", options=allowed("qwen3_moe"))
-        torch.testing.assert_close(transformers_logits(tmp_path / f"hf-{kind}"), logits, **CLOSE)
+    cases = {"qwen3_moe": ("qwen3_moe", {}), "qwen2_moe": ("qwen2_moe", GROUPED)}
+    logits = run_ranks(save_megatron_experts, 2, tmp_path, 2, 1, cases)[0]
+    for case in cases:
+        assert_converted(tmp_path, case, logits)
 
 
 def test_names_of_megatrons_grouped_experts():
-    """TEGroupedMLP needs Transformer Engine, and GroupedMLP grouped_gemm: neither runs on a CPU."""
+    """TEGroupedMLP needs Transformer Engine, which does not run on a CPU."""
     assert local_expert("mlp.experts.linear_fc2.weight13") == (13, "linear_fc2.weight")
     assert local_expert("mlp.experts.local_experts.3.linear_fc1.weight") == (3, "linear_fc1.weight")
     assert local_expert("mlp.shared_experts.linear_fc1.weight") is None
-    with pytest.raises(ps.CheckpointError, match=r"is of Megatron's GroupedMLP, which is unsupported"):
-        local_expert("mlp.experts.weight1")
 
 
 def test_deepspeed_with_experts_to_hugging_face(tmp_path):
-    runs = [(2, 0, "float32"), (1, 2, "bfloat16")]
-    (_, logits), (weights, _) = run_ranks(save_deepspeed_experts, 2, tmp_path, runs)[0]
+    runs = [(2, 0, "float32"), (1, 2, "bfloat16"), (2, 2, "autoep")]
+    (_, logits), (weights, _), (_, auto_logits) = run_ranks(save_deepspeed_experts, 2, tmp_path, runs)[0]
+    convert(tmp_path / "2", tmp_path / "hf-auto", options=allowed("qwen3_moe", norm_topk_prob=False))
+    torch.testing.assert_close(transformers_logits(tmp_path / "hf-auto"), auto_logits, **CLOSE)
     exact = convert(tmp_path / "0", tmp_path / "hf", options=allowed("qwen3_moe"))
     torch.testing.assert_close(transformers_logits(tmp_path / "hf"), logits, **CLOSE)
     assert any("num_experts_per_tok is that of the configuration, unchecked" in note for note in exact.notes)
@@ -122,9 +213,34 @@ def test_deepspeed_with_experts_to_hugging_face(tmp_path):
     assert set(found) == set(theirs)
     assert all(torch.equal(found[name], theirs[name].to(found[name].dtype)) for name in found)
 
-    (tmp_path / "0" / "step1" / "layer_1_expert_2_mp_rank_00_model_states.pt").unlink()
-    with pytest.raises(ps.CheckpointError, match=r"3 of the model's 45 tensors are missing: .*layers.1.mlp.experts.2"):
-        convert(tmp_path / "0", tmp_path / "no", options=allowed("qwen3_moe"))
+    place = tmp_path / "0" / "step1"
+    file, other = (place / f"layer_1_expert_{e}_mp_rank_00_model_states.pt" for e in (2, 3))
+    stored, content = torch.load(file), torch.load(other)
+
+    def refused(message):
+        with pytest.raises(ps.CheckpointError, match=message):
+            convert(tmp_path / "0", tmp_path / "no", options=allowed("qwen3_moe"))
+
+    torch.save(content, file)
+    refused(r"layer_1_expert_2.* is not the file of expert 2: got model.layers.1.mlp.*deepspeed_experts.3")
+    torch.save({name: value[:40] for name, value in stored.items()}, file)
+    refused(r"layers.1.mlp.experts.2.\w+_proj.weight has the wrong shape: got 1 part of \[40, \d+\]")
+    twice = place / "layer_0_expert_2_mp_rank_00_model_states.pt"
+    before = torch.load(twice)
+    torch.save(stored, file)
+    torch.save(stored, twice)
+    refused(r"holds an expert twice: got model.layers.1.mlp.experts.2.* in layer_1_expert_2.* and in layer_0_expert_2")
+    torch.save(before, twice)
+    torch.save(content, place / "layer_1_expert_03_mp_rank_00_model_states.pt")
+    refused(r"holds an expert twice: got model.layers.1.mlp.experts.3")
+    (place / "layer_1_expert_03_mp_rank_00_model_states.pt").unlink()
+    torch.save({}, place / "expert_0_mp_rank_00_model_states.pt")
+    refused(r"1 files of experts in DeepSpeed's first form, such as expert_0_mp_rank_00_model_states.pt")
+    (place / "expert_0_mp_rank_00_model_states.pt").unlink()
+    file.unlink()
+    refused(r"3 of the model's 45 tensors are missing: .*layers.1.mlp.experts.2")
+    with pytest.raises(ps.CheckpointError, match="router has the score sigmoid, expected softmax"):
+        convert(tmp_path / "1", tmp_path / "no", options=allowed("glm4_moe"))
     with pytest.raises(ps.CheckpointError, match="got norm_topk_prob=false, expected true"):
         convert(tmp_path / "1", tmp_path / "no", options=allowed("qwen3_moe", norm_topk_prob=False))
     dense = {**expert_config("qwen3_moe"), "model_type": "qwen3"}

@@ -4,8 +4,10 @@ import pytest
 import torch
 import transformers
 from torch.nn import functional as F
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+from transformers.models.lfm2_moe.modeling_lfm2_moe import Lfm2MoeTopKRouter
 from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
@@ -34,6 +36,10 @@ def blocks():
     shared = ps.SharedExperts(size=40, gated=True, name="shared_expert")
     yield "qwen2_moe", Qwen2MoeSparseMoeBlock(config), layer(ps.Router(), shared=shared), {}
     groups = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "n_shared_experts": 2}
+    sizes = {**SIZES, "n_routed_experts": EXPERTS, "moe_intermediate_size": SIZE, "topk_method": "group_limited_greedy"}
+    config = transformers.DeepseekV2Config(**sizes, **groups)
+    router = ps.Router(scale=2.5, groups=4, chosen_groups=2, best_of_group=1, dtype=torch.float32)
+    yield "deepseek_v2", DeepseekV2Moe(config), layer(router, shared=ps.SharedExperts(size=2 * SIZE)), {}
     config = transformers.DeepseekV3Config(**SIZES, n_routed_experts=EXPERTS, moe_intermediate_size=SIZE, **groups)
     router = ps.Router(
         score="sigmoid", normalize=True, scale=2.5, groups=4, chosen_groups=2, correction_bias=True, dtype=torch.float32
@@ -88,6 +94,20 @@ def test_output_and_gradients_equal_transformers(case):
     compared += [(torch.cat([p.grad for p in parts]), q.grad) for parts, q in pairs if q.requires_grad]
     for expected, found in compared:
         torch.testing.assert_close(found, expected, rtol=0, atol=4e-6 * expected.abs().max().item())
+
+
+def test_low_scores_are_normalized_with_the_familys_epsilon():
+    config = transformers.Lfm2MoeConfig(**SIZES, num_experts=EXPERTS)
+    theirs, ours = Lfm2MoeTopKRouter(config), ps.Router(score="sigmoid", normalize=True, epsilon=1e-6)
+    torch.manual_seed(0)
+    theirs.weight.data.uniform_(-1, 0)
+    x, bias = torch.rand(20, HIDDEN), torch.rand(EXPERTS)  # logits of about -8
+    _, weights, experts = theirs(x, bias)
+    found = ours.route(F.linear(x, theirs.weight), 3, bias)
+    assert torch.equal(found.experts, experts)
+    torch.testing.assert_close(found.weights, weights, rtol=1e-5, atol=0)
+    with pytest.raises(ps.ConfigurationError, match="got best_of_group=0 and epsilon=None"):
+        ps.Router(best_of_group=0)
 
 
 def test_the_sum_over_experts_is_float32_in_bfloat16():

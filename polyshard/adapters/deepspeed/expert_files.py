@@ -1,7 +1,8 @@
-"""The files in which DeepSpeed's `MoE` layers store experts: `layer_L_expert_E_mp_rank_TT_model_states.pt`.
+"""The files in which DeepSpeed's layers store experts: `layer_L_expert_E_mp_rank_TT_model_states.pt`.
 
 L counts the layers that have experts, E the experts over all ranks. Routers are in the files of the other weights. The
-layers are those of `deepspeed.moe.layer.MoE` in a decoder that otherwise has Hugging Face's names.
+layers are those of `deepspeed.moe.layer.MoE` in a decoder that otherwise has Hugging Face's names, or those that AutoEP
+(`expert_parallel` in the configuration of DeepSpeed) puts into a model of transformers.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from polyshard.core.errors import CheckpointError
 FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d\d)_model_states\.pt$")
 _NAME = re.compile(r"(?P<prefix>.*?)model\.layers\.(?P<layer>\d+)\.(?:[\w]+\.)*?deepspeed_moe\.(?P<rest>.+)$")
 _EXPERT = re.compile(r"experts\.deepspeed_experts\.(\d+)\.(\w+)\.weight$")
+_AUTO = re.compile(
+    r"(?P<prefix>.*?)model\.layers\.(?P<layer>\d+)\.\w+\."
+    r"(?:experts\.(?P<part>w[123])\.(?P<expert>\d+)|(?P<router>router|gate)\.gate\.weight)$"
+)
 _PARTS = {"gate_proj": 0, "up_proj": 1, "down_proj": 2, "w1": 0, "w3": 1, "w2": 2}
 
 PRECISION_NOTE = (
@@ -56,25 +61,79 @@ def with_experts(
     if experts is None:
         raise CheckpointError(
             f"{place} holds {len(files)} files of experts, and the configuration has none: got "
-            f"model_type={spec.family!r}. Pass --config of a Mixtral or Qwen3-MoE."
+            f"model_type={spec.family!r}. Pass --config of a model with experts."
         )
-    if experts.top_k > 1 and not experts.normalized:
+    native = any("deepspeed_moe." in name for module in modules for name in module)  # AutoEP routes as transformers
+    if experts.score != "softmax":
+        raise CheckpointError(
+            f"{place} is of another model than the configuration: got model_type={spec.family!r}, whose router has "
+            f"the score {experts.score}, expected softmax."
+        )
+    if native and experts.top_k > 1 and not experts.normalized:
         raise CheckpointError(
             f"{place} is of another model than the configuration: got norm_topk_prob=false, expected true, because "
             "DeepSpeed divides the weights of two or more experts by their sum."
         )
-    ranks: list[dict[str, torch.Tensor]] = [dict(module) for module in modules]
+    ranks = [_renamed(place, module, experts) for module in modules]
+    sources: list[dict[str, str]] = [{} for _ in ranks]
     for file in files:
         match = FILE.match(file.name)
-        rank = int(match[3]) if match else 0
+        rank, number = (int(match[3]), int(match[2])) if match else (0, 0)
         if rank >= len(ranks):
             raise CheckpointError(f"{place} is incomplete: the file of tensor rank {rank} is missing. Copy all ranks.")
-        ranks[rank] |= {n: value for n, value in load_pickle(file, options).items() if isinstance(value, torch.Tensor)}
-    return [{_hugging_face(name, experts): value for name, value in rank.items()} for rank in ranks]
+        content = {n: value for n, value in load_pickle(file, options).items() if isinstance(value, torch.Tensor)}
+        strangers = sorted(name for name in content if _number(name) != number)
+        if strangers or not content:
+            held = strangers[0] if strangers else "no tensors"
+            raise CheckpointError(f"{file} is not the file of expert {number}: got {held}. Copy the checkpoint again.")
+        for name, value in content.items():
+            own = _hugging_face(name, experts)
+            if own in ranks[rank]:
+                raise CheckpointError(
+                    f"{place} holds an expert twice: got {own} in {file.name} and in "
+                    f"{sources[rank].get(own, 'the file of the other weights')}. Copy the checkpoint again."
+                )
+            ranks[rank][own], sources[rank][own] = value, file.name
+    return list(ranks)
+
+
+def _renamed(place: Path, module: Mapping[str, torch.Tensor], experts: ExpertSpec) -> dict[str, torch.Tensor]:
+    """Return the weights that are not experts under Hugging Face's names; AutoEP stores a router under two names.
+
+    Raises:
+        CheckpointError: the two have different values.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for name, value in module.items():
+        own = _hugging_face(name, experts)
+        if own in found and not torch.equal(found[own], value):
+            raise CheckpointError(
+                f"{place} holds {own} twice with different values: got a difference in {name}, expected equal ones. "
+                "Find out which is right."
+            )
+        found[own] = value
+    return found
+
+
+def _number(name: str) -> int | None:
+    """Return the number of the expert that a tensor belongs to; None for other tensors."""
+    for pattern in (_NAME, _AUTO):
+        match = pattern.match(name)
+        inner = _EXPERT.match(match["rest"]) if match and pattern is _NAME else None
+        if inner is not None:
+            return int(inner[1])
+        if match and pattern is _AUTO and match["expert"]:
+            return int(match["expert"])
+    return None
 
 
 def _hugging_face(name: str, experts: ExpertSpec) -> str:
     """Return Hugging Face's name of a router or an expert; all other names are returned as they are."""
+    if auto := _AUTO.match(name):
+        layer = int(auto["layer"])
+        if auto["router"]:
+            return auto["prefix"] + experts.router(layer)
+        return auto["prefix"] + experts.projection(layer, int(auto["expert"]), _PARTS[auto["part"]])
     match = _NAME.match(name)
     if match is None:
         return name

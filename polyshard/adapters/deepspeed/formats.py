@@ -190,6 +190,11 @@ def _check_files(place: Path, models: list[Path]) -> None:
     """
     known = {*models, *expert_files(place)}
     others = sorted(file.name for file in place.glob("*model_states.pt") if file not in known)
+    if others and others[0].startswith("expert_"):
+        raise CheckpointError(
+            f"{place} holds {len(others)} files of experts in DeepSpeed's first form, such as {others[0]}, which is "
+            "unsupported: it does not name the layer. Load and save the checkpoint with a newer DeepSpeed."
+        )
     if others:
         raise CheckpointError(
             f"{place} holds {len(others)} files of pipeline layers, such as {others[0]}, which are unsupported. Make "

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from polyshard.adapters.megatron.expert_arguments import NEUTRAL_OF_EXPERTS, expected_of_experts
+from polyshard.adapters.megatron.expert_arguments import NEUTRAL_OF_EXPERTS, expected_of_experts, expert_differences
 from polyshard.config.decoder_spec import DecoderSpec, Rope, foreign_fields
 from polyshard.core.errors import CheckpointError
 
@@ -136,6 +136,7 @@ def check_arguments(where: object, held: Mapping[str, Any], spec: DecoderSpec) -
         for name, expected in _expected(spec, held).items()
         if held.get(name) is not None and not _equal(held[name], expected)
     ]
+    differences += expert_differences(spec, held)
     differences += _rope_differences(held, spec.rope) + _window_differences(held, spec)
     if differences:
         raise CheckpointError(

@@ -1,34 +1,35 @@
 """Megatron-Core's names of routers and experts, and the one form of them that the converter works with.
 
-`SequentialMLP`, `TEGroupedMLP` and `torch_dist` checkpoints name the same tensors differently. `canonical` and
-`unstacked` give them the names `mlp.experts.EXPERT.linear_fc1.weight`, with experts numbered over all ranks. The older
-`GroupedMLP` (`mlp.experts.weight1`) is unsupported.
+`SequentialMLP`, `TEGroupedMLP`, `GroupedMLP` and `torch_dist` checkpoints store the same tensors differently.
+`one_by_one`, `canonical` and `unstacked` give them the names `mlp.experts.EXPERT.linear_fc1.weight`, with experts
+numbered over all ranks.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
 
 from polyshard.config.decoder_spec import DecoderSpec
+from polyshard.config.expert_spec import ExpertSpec
 from polyshard.core.errors import CheckpointError
 from polyshard.weights.lazy_tensor import LazyTensor
 
-ROUTER = "mlp.router.weight"
+ROUTER, EXPERT_BIAS = "mlp.router.weight", "mlp.router.expert_bias"
+SHARED = "mlp.shared_experts"
+COUNTERS = re.compile(r"mlp\.router\.(local_tokens_per_expert|global_tokens_per_expert|ga_steps)$")
 _SEQUENTIAL = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)$")
 _GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12]\.(?:weight|bias))(\d+)$")
 _STACKED = re.compile(r"mlp\.experts\.experts\.(linear_fc[12]\..+)$")
 _SINGLE = re.compile(r"mlp\.experts\.experts\.(\d+)\.(linear_fc[12]\..+)$")
-_OLD = re.compile(r"mlp\.experts\.weight[12]$")
+_IN_ONE = re.compile(r"mlp\.experts\.weight([12])$")
 
 
 def local_expert(name: str) -> tuple[int, str] | None:
-    """Return the number of an expert on its rank and the rest of the name; None for other tensors.
-
-    Raises:
-        CheckpointError: the tensor is of `GroupedMLP`.
-    """
-    refuse_grouped(name)
+    """Return the number of an expert on its rank and the rest of the name; None for other tensors."""
     if match := _SEQUENTIAL.search(name):
         return int(match[1]), match[2]
     if match := _GROUPED.search(name):
@@ -41,18 +42,52 @@ def canonical(expert: int, rest: str) -> str:
     return f"mlp.experts.{expert}.{rest}"
 
 
-def refuse_grouped(name: str) -> None:
-    """Raise `CheckpointError` for a tensor of Megatron's `GroupedMLP`."""
-    if _OLD.search(name):
-        raise CheckpointError(
-            f"{name} is of Megatron's GroupedMLP, which is unsupported: got the experts of a rank in one tensor, "
-            "expected SequentialMLP or TEGroupedMLP. Save the model again with one of them."
-        )
+def is_grouped(name: str) -> bool:
+    """Whether a tensor holds all experts of a rank, as in `GroupedMLP`."""
+    return _IN_ONE.search(name) is not None
+
+
+def one_by_one(state: Mapping[str, Any], spec: DecoderSpec, ranks: int) -> Mapping[str, Any]:
+    """Return a rank's tensors with those of `GroupedMLP` split into one for each expert, named as in `SequentialMLP`.
+
+    `weight1` `[hidden, experts * 2 * width]` is the memory of `[experts, hidden, 2 * width]`, and `weight2`
+    `[experts * width, hidden]` that of `[experts, width, hidden]`: both are transposed in comparison with linear
+    layers. Source: `GroupedMLP.forward` in `megatron/core/transformer/moe/experts.py`.
+
+    Args:
+        state: the tensors of one rank.
+        spec: the decoder spec of the model.
+        ranks: number of expert ranks.
+
+    Raises:
+        CheckpointError: the configuration has no experts, or a tensor does not hold as many experts.
+    """
+    found = dict[str, Any]()
+    for name, value in state.items():
+        match = _IN_ONE.search(name) if isinstance(value, torch.Tensor) else None
+        if match is None:
+            found[name] = value
+            continue
+        count, rest = divmod(spec.experts.count if spec.experts else 0, ranks)
+        dim = 2 - int(match[1])  # the dimension that the experts share
+        if count < 1 or rest or value.dim() != 2 or value.shape[1 - dim] != spec.hidden or value.shape[dim] % count:
+            raise CheckpointError(
+                f"{name} does not fit the configuration: got {list(value.shape)} on each of {ranks} expert ranks, "
+                f"expected {spec.experts.count if spec.experts else 'no'} experts of hidden size {spec.hidden}. Pass "
+                "--config with the configuration that belongs to this checkpoint, or all of its ranks."
+            )
+        shape = (count, spec.hidden, -1) if dim else (count, -1, spec.hidden)
+        for expert, part in enumerate(value.reshape(shape).transpose(1, 2)):
+            own = f"mlp.experts.local_experts.{expert}.linear_fc{match[1]}.weight"
+            found[name[: match.start()] + own] = part
+    return found
 
 
 def unstacked(name: str, tensor: LazyTensor) -> Iterator[tuple[str, LazyTensor]]:
-    """Yield the tensors of all experts that a tensor of one layer of a `torch_dist` checkpoint stacks, or itself."""
-    refuse_grouped(name)
+    """Yield the tensors of all experts that a tensor of one layer of a `torch_dist` checkpoint stacks, or itself.
+
+    `GroupedMLP` stores the same tensors there as `SequentialMLP`.
+    """
     if match := _SINGLE.search(name):
         yield name[: match.start()] + canonical(int(match[1]), match[2]), tensor
     elif match := _STACKED.search(name):
@@ -66,6 +101,7 @@ def unstacked(name: str, tensor: LazyTensor) -> Iterator[tuple[str, LazyTensor]]
 def experts_to_hugging_face(
     layers: str,
     spec: DecoderSpec,
+    held: Mapping[str, LazyTensor],
     need: Callable[[str], LazyTensor],
     half: Callable[[LazyTensor, int], LazyTensor],
 ) -> Mapping[str, LazyTensor]:
@@ -74,6 +110,7 @@ def experts_to_hugging_face(
     Args:
         layers: what stands before the number of a layer.
         spec: the decoder spec of the model.
+        held: all tensors, by their canonical names.
         need: returns a tensor by its canonical name.
         half: returns the gate or the up projection of a fused tensor.
     """
@@ -82,10 +119,30 @@ def experts_to_hugging_face(
         return found
     for layer in (layer for layer in range(spec.layers) if experts.sparse[layer]):
         found[experts.router(layer)] = need(f"{layers}{layer}.{ROUTER}")
+        if correction := experts.correction(layer):
+            bias = f"{layers}{layer}.{EXPERT_BIAS}"
+            found[correction] = need(bias) if bias in held else _zeros(experts)
         for expert in range(experts.count):
             fused = need(f"{layers}{layer}.{canonical(expert, 'linear_fc1.weight')}")
             found |= {experts.projection(layer, expert, part): half(fused, part) for part in range(2)}
             found[experts.projection(layer, expert, 2)] = need(
                 f"{layers}{layer}.{canonical(expert, 'linear_fc2.weight')}"
             )
+        if experts.shared is not None:
+            fused = need(f"{layers}{layer}.{SHARED}.linear_fc1.weight")
+            found |= {experts.shared_projection(layer, part): half(fused, part) for part in range(2)}
+            found[experts.shared_projection(layer, 2)] = need(f"{layers}{layer}.{SHARED}.linear_fc2.weight")
+        if gate := experts.shared_gate(layer):
+            found[gate] = need(f"{layers}{layer}.{SHARED}.gate_weight")
     return found
+
+
+def expert_notes(held: Mapping[str, LazyTensor], spec: DecoderSpec) -> tuple[str, ...]:
+    """Return a note if the configuration's routers have a correction bias, and the checkpoint's have none."""
+    if spec.experts is None or spec.experts.score != "sigmoid" or any(name.endswith(EXPERT_BIAS) for name in held):
+        return ()
+    return ("the routers have no expert_bias: e_score_correction_bias is written as zeros, which have no effect",)
+
+
+def _zeros(experts: ExpertSpec) -> LazyTensor:
+    return LazyTensor((experts.count,), torch.float32, lambda: torch.zeros(experts.count))

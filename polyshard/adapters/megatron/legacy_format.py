@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,18 @@ import torch
 from polyshard.adapters.megatron.arguments import check_arguments, padded_rows, plain_arguments
 from polyshard.adapters.megatron.dist_format import NO_ARGUMENTS, iteration
 from polyshard.adapters.megatron.expert_arguments import capacity_note
-from polyshard.adapters.megatron.expert_names import canonical, local_expert
+from polyshard.adapters.megatron.expert_names import (
+    COUNTERS,
+    canonical,
+    expert_notes,
+    is_grouped,
+    local_expert,
+    one_by_one,
+)
 from polyshard.adapters.megatron.names import LAYERS, padding_note, to_hugging_face
 from polyshard.adapters.megatron.reference_logits import independent
 from polyshard.config.decoder_spec import DecoderSpec
-from polyshard.convert.format import Foreign, Independent, Options
+from polyshard.convert.format import Foreign, Independent, NotComparableError, Options
 from polyshard.convert.pickles import load_pickle
 from polyshard.core.errors import CheckpointError
 from polyshard.weights.lazy_tensor import LazyTensor
@@ -79,17 +86,20 @@ class MegatronLegacyFormat:
         _check_sizes(place, files, arguments)
         held: dict[str, LazyTensor] = {}
         first = 0  # first layer of the chunk
-        _, expert_size, tensor_size = _sizes(files)
-        for stage, chunk in _chunks(place, files):
+        _, expert_size, tensor = _sizes(files)
+        for stage, chunk in _chunks(files):
             states = [
-                [_model(files[stage, expert, rank], chunk) for rank in range(tensor_size)]
+                [one_by_one(_model(files[stage, expert, rank], chunk), spec, expert_size) for rank in range(tensor)]
                 for expert in range(expert_size)
             ]
             first += _add(held, place, states, first)
         rows = padded_rows(arguments, spec, options.padded_vocabulary)
         tensors = to_hugging_face(path, held, spec, rows)
-        notes = padding_note(held, spec) + capacity_note(arguments) + (() if arguments else (NO_ARGUMENTS,))
+        notes = padding_note(held, spec) + expert_notes(held, spec) + capacity_note(arguments)
+        notes += () if arguments else (NO_ARGUMENTS,)
         left = sorted({key for content in files.values() for key in content if not key.startswith("model")})
+        counters = {name for state in _models(files) for name in state if COUNTERS.search(name)}
+        left += ["the routers' counts of tokens"] * bool(counters)
         if left and "model" in files[0, 0, 0]:
             notes += (f"left out the training state: {', '.join(left)}",)
         return Foreign(tensors=tensors, config=config, companions=path, notes=notes)
@@ -102,7 +112,10 @@ class MegatronLegacyFormat:
         """Return Megatron-Core's own GPT, loaded by its own code."""
         place = iteration(path)
         files = _complete(place)
-        arguments = _arguments(load_pickle(files[0, 0, 0], options))
+        content = load_pickle(files[0, 0, 0], options)
+        if any(is_grouped(name) for name in _model(content, "model")):
+            raise NotComparableError("Megatron-Core's GroupedMLP computes on CUDA only")
+        arguments = _arguments(content)
         return independent(place, "legacy", options.need_config("Megatron's", place, path), arguments, ranks=len(files))
 
 
@@ -183,7 +196,7 @@ def _check_sizes(place: Path, files: Mapping[Place, Any], arguments: Mapping[str
             )
 
 
-def _chunks(place: Path, files: Mapping[Place, Any]) -> list[tuple[int, str]]:
+def _chunks(files: Mapping[Place, Any]) -> list[tuple[int, str]]:
     """Return the stage and key of each pipeline chunk, in the order of the layers."""
     keys = sorted((key for key in files[0, 0, 0] if re.fullmatch(r"model\d+", key)), key=lambda key: int(key[5:]))
     stages = range(_sizes(files)[0])
@@ -192,6 +205,12 @@ def _chunks(place: Path, files: Mapping[Place, Any]) -> list[tuple[int, str]]:
 
 def _model(content: Mapping[str, Any], key: str) -> State:
     return content.get(key, content) if key == "model" else content[key]
+
+
+def _models(files: Mapping[Place, Any]) -> Iterator[State]:
+    """Yield the tensors of each file and chunk."""
+    for (_, key), content in itertools.product(_chunks(files), files.values()):
+        yield _model(content, key)
 
 
 def _add(held: dict[str, LazyTensor], place: Path, ranks: list[list[State]], first: int) -> int:
@@ -231,7 +250,7 @@ def _of_expert_rank(place: Path, states: list[State]) -> dict[str, list[torch.Te
     names = {name for state in states for name, value in state.items() if isinstance(value, torch.Tensor)}
     found: dict[str, list[torch.Tensor]] = {}
     for name in names:
-        if name.endswith("_extra_state"):
+        if name.endswith("_extra_state") or COUNTERS.search(name):
             continue
         lacking = [index for index, state in enumerate(states) if name not in state]
         if lacking:

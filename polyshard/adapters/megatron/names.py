@@ -91,7 +91,7 @@ def to_hugging_face(
         for i in range(spec.layers):
             if not (sparse[i] and theirs.startswith("mlp.")):
                 result[f"model.layers.{i}.{theirs}"] = need(*(f"{LAYERS}{i}.{name}" for name in names))
-    result |= experts_to_hugging_face(LAYERS, spec, need, _half)
+    result |= experts_to_hugging_face(LAYERS, spec, held, need, _half)
     result["model.norm.weight"] = need(FINAL_NORM)
     if not spec.tied:
         result["lm_head.weight"] = _rows(need(HEAD), "the head", spec.vocabulary, padded)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from polyshard.adapters.megatron.expert_arguments import router_settings
 from polyshard.config.decoder_spec import DecoderSpec
 from polyshard.convert.format import Independent, NotComparableError, Options
 from polyshard.convert.pickles import load_pickle
@@ -78,6 +79,7 @@ def _settings(spec: DecoderSpec, arguments: Mapping[str, Any]) -> dict[str, Any]
         "num_query_groups": spec.kv_heads,
         "kv_channels": spec.head_dim,
         "rotary_base": rope.theta,
+        "rotary_percent": rope.get("partial_rotary_factor", 1.0),
         "rotary_seq_len_interpolation_factor": rope.get("factor") if rope.kind == "linear" else None,
         "use_rope_scaling": rope.kind == "llama3",
         "rope_scaling_factor": rope.get("factor") if rope.kind == "llama3" else 8.0,
@@ -96,6 +98,8 @@ def _settings(spec: DecoderSpec, arguments: Mapping[str, Any]) -> dict[str, Any]
     if settings["window_size"] == "mixed" or arguments.get("window_attn_skip_freq") is not None:
         raise NotComparableError("Megatron-Core's attention on CPU supports only one window for all layers")
     experts = spec.experts
+    if experts is not None and experts.score == "sigmoid" and not arguments:
+        raise NotComparableError("without Megatron's arguments it is unknown whether the routers have an expert_bias")
     settings |= (
         {}
         if experts is None
@@ -103,7 +107,9 @@ def _settings(spec: DecoderSpec, arguments: Mapping[str, Any]) -> dict[str, Any]
             "num_moe_experts": experts.count,
             "moe_router_topk": experts.top_k,
             "moe_ffn_hidden_size": experts.intermediate,
-            "moe_router_pre_softmax": not experts.normalized,
+            "moe_router_pre_softmax": experts.score == "softmax" and not experts.normalized,
+            **router_settings(experts),
+            "moe_router_enable_expert_bias": bool(arguments.get("moe_router_enable_expert_bias")),
             # Megatron stacks the layers of a checkpoint only if the frequency is 1.
             "moe_layer_freq": 1 if all(experts.sparse) else [int(sparse) for sparse in experts.sparse],
         }
@@ -128,8 +134,9 @@ def main(path: str) -> None:
         parallel_state.initialize_model_parallel(1)
         model = _gpt(job)
         with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.fill_(float("nan"))  # so that a tensor that is not loaded is noticed
+            biases = (buffer for name, buffer in model.named_buffers() if name.endswith("router.expert_bias"))
+            for tensor in (*model.parameters(), *biases):
+                tensor.fill_(float("nan"))  # so that a tensor that is not loaded is noticed
         try:
             _load(model, job, parallel_state)
         except Exception as error:
@@ -220,6 +227,7 @@ def _gpt(job: Mapping[str, Any]) -> Any:
         position_embedding_type="rope",
         share_embeddings_and_output_weights=not said["untie_embeddings_and_output_weights"],
         rotary_base=said["rotary_base"],
+        rotary_percent=said["rotary_percent"],
         rope_scaling=bool(said["use_rope_scaling"]),
         rope_scaling_factor=said["rope_scaling_factor"] or 8.0,
         seq_len_interpolation_factor=said["rotary_seq_len_interpolation_factor"],

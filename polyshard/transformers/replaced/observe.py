@@ -8,6 +8,7 @@ interface are unambiguous.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,11 +96,15 @@ def observe(module: nn.Module, hidden_size: int) -> Observed | None:
     like = next((t for t in tensors.values() if t.is_floating_point()), torch.empty(0))
     hidden = torch.empty(1, _TOKENS, hidden_size, device="meta", dtype=like.dtype)
     parameters = inspect.signature(module.forward).parameters
-    for rotary_dim in _rotary_dims(module, config):
-        angles, noticing = _noticing(torch.empty(1, _TOKENS, rotary_dim, device="meta", dtype=like.dtype))
+    for rotary_dim, complex_numbers in itertools.product(_rotary_dims(module, config), (False, True)):
+        if complex_numbers:  # one number for the cosine and sine of a pair of channels
+            angles = torch.empty(1, _TOKENS, rotary_dim // 2, device="meta", dtype=torch.complex64)
+        else:
+            angles = torch.empty(1, _TOKENS, rotary_dim, device="meta", dtype=like.dtype)
+        angles, noticing = _noticing(angles)
         arguments: dict[str, Any] = {}
         if "position_embeddings" in parameters:
-            arguments["position_embeddings"] = (angles, angles)
+            arguments["position_embeddings"] = angles if complex_numbers else (angles, angles)
         if "attention_mask" in parameters:
             arguments["attention_mask"] = None
         if "position_ids" in parameters:

@@ -17,17 +17,22 @@ from polyshard.core.experts import ClampedSwiglu
 from polyshard.experts.router import Router
 from polyshard.transformers.replaced.recognize import NotRecognised
 
-CORRECTION = "e_score_correction_bias"
-
-_TOKENS, _SIZE = 12, 4  # tokens and expert size
+_TOKENS, _LOW, _SIZE = 40, 8, 4  # tokens, those with low scores for all experts, and expert size
+_EPSILONS = (None, 1e-6)  # added to the sum of the weights: by default 1e-20 or 0, and in LFM2
 _GROUPS, _CHOSEN_GROUPS = ("n_group", "num_group", "n_groups"), ("topk_group", "topk_groups")
-_SCALES = ("routed_scaling_factor", "router_scaling_factor", "moe_router_scaling_factor")
+_SCALES = ("routed_scaling_factor", "router_scaling_factor", "moe_router_scaling_factor", "route_scale")
 
 
 def first_number(names: tuple[str, ...], *holders: Any) -> Any:
     """Return the first number among the attributes of some objects; None without one."""
     found = (getattr(holder, name, None) for holder in holders for name in names)
     return next((value for value in found if isinstance(value, (int, float)) and not isinstance(value, bool)), None)
+
+
+def tensor_at(block: nn.Module, path: str | None) -> Any:
+    """Return the parameter or buffer at a path in a module; None without one."""
+    owner, _, name = (path or "").rpartition(".")
+    return getattr(block.get_submodule(owner), name, None) if path else None
 
 
 def is_transposed(experts: Any, hidden_size: int) -> bool:
@@ -72,11 +77,17 @@ class BlockTrial:
                     new = self._draw(*tensor.shape)
                     held = module._parameters if name in module._parameters else module._buffers
                     held[name] = nn.Parameter(new, requires_grad=False) if name in module._parameters else new
-        self.x = self._draw(_TOKENS, hidden) * hidden**0.5
+        self.x = torch.cat((self._draw(_TOKENS - _LOW, hidden) * hidden**0.5, self._with_low_scores()))
 
     def _draw(self, *shape: int) -> torch.Tensor:
         """Return normal numbers whose sums over the last dimension are of the order of 1."""
         return torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu") * shape[-1] ** -0.5
+
+    def _with_low_scores(self) -> torch.Tensor:
+        """Return tokens whose sigmoid scores are about 1e-5, so that what is added to their sum can be seen."""
+        matrix = tensor_at(self.block, self.sizes["matrix"]).detach().float()
+        logits = torch.randn(_LOW, len(matrix), generator=self.generator, dtype=torch.float32, device="cpu") - 12
+        return torch.linalg.lstsq(matrix, logits.T).solution.T.contiguous()
 
     @torch.no_grad()
     def router(self, config: Any) -> tuple[Router, bool]:
@@ -109,13 +120,19 @@ class BlockTrial:
         module = getattr(self.block, self.sizes["router_name"])
         holders = module, self.block, config
         groups, chosen = first_number(_GROUPS, *holders), first_number(_CHOSEN_GROUPS, *holders)
-        grouped = [(1, 1), *([(groups, chosen)] if groups and chosen and groups > 1 else [])]
+        grouped = [
+            (1, 1, 2),
+            *([(groups, chosen, best) for best in (2, 1)] if groups and chosen and groups > 1 else []),
+        ]
         scales = {1.0, float(first_number(_SCALES, *holders) or 1.0)}
         scores = ("softmax", "sigmoid", "softmax_of_chosen")
-        ways = itertools.product(scores, (True, False), grouped, scales, (False, True))
-        for score, normalize, (among, within), scale, scale_input in ways:
-            options: dict[str, Any] = {"score": score, "normalize": normalize, "groups": among, "chosen_groups": within}
-            correction, bias = hasattr(module, CORRECTION), getattr(module, "bias", None) is not None
+        ways = itertools.product(scores, (True, False), grouped, scales, (False, True), _EPSILONS)
+        for score, normalize, (among, within, best), scale, scale_input, epsilon in ways:
+            if epsilon is not None and not (normalize and score == "sigmoid"):
+                continue
+            options: dict[str, Any] = {"score": score, "normalize": normalize, "epsilon": epsilon}
+            options |= {"groups": among, "chosen_groups": within, "best_of_group": best}
+            correction, bias = self.sizes["correction"] is not None, self.sizes["router_bias"] is not None
             options |= {"correction_bias": correction, "bias": bias, "scale": scale, "scale_input": scale_input}
             try:
                 router = Router(**options, dtype=dtype)
@@ -126,9 +143,10 @@ class BlockTrial:
 
     def _computed(self, router: Router) -> torch.Tensor:
         """Return what `MixtureOfExperts` computes with a router: `[tokens, hidden]`."""
-        module = getattr(self.block, self.sizes["router_name"])
-        logits = F.linear(self.x, module.weight, getattr(module, "bias", None))
-        routing = router.route(logits, self.sizes["per_token"], getattr(module, CORRECTION, None))
+        matrix, bias, correction = (
+            tensor_at(self.block, self.sizes[part]) for part in ("matrix", "router_bias", "correction")
+        )
+        routing = router.route(F.linear(self.x, matrix, bias), self.sizes["per_token"], correction)
         weights, chosen = routing.weights.unsqueeze(-1), routing.experts
         rows = (
             self.x.unsqueeze(1) * weights if router.scale_input else self.x.unsqueeze(1).expand(-1, chosen.shape[1], -1)
@@ -154,7 +172,7 @@ class BlockTrial:
 
     def _router_dtype(self) -> torch.dtype | None:
         """Return the dtype of the router's matrix product if it is not that of the model."""
-        shape, seen = getattr(self.block, self.sizes["router_name"]).weight.shape, []
+        shape, seen = tensor_at(self.block, self.sizes["matrix"]).shape, []
 
         class Watch(TorchFunctionMode):
             def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

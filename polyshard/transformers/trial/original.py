@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from polyshard.core.errors import ConfigurationError
-from polyshard.experts.observed import is_router_bias
+from polyshard.experts.observed import is_stored_router_bias
 from polyshard.transformers.trial.kinds import fewest_layers
 from polyshard.transformers.trial.reduced import VOCABULARY, reduced_config, with_fewer_tokens, with_short_windows
 
@@ -92,7 +92,7 @@ def _random_model(config: Any) -> Any:
         else:
             weight.add_(noise * 0.2)
     for name, buffer in model.named_buffers():
-        if is_router_bias(name):
+        if is_stored_router_bias(name):
             buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.2)
     return model
 

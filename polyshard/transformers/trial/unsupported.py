@@ -11,7 +11,6 @@ from torch import nn
 
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.weight_table import collect_layouts
-from polyshard.experts.observed import is_router_bias
 from polyshard.transformers.mixtures import Mixture, find_mixtures
 
 _EXPERTS = re.compile(r"Experts|MoE|Moe(?!l)|MixtureOfExperts|SparseMLP")
@@ -51,7 +50,7 @@ def refuse_unsupported(model: Any, config: Any) -> None:
     weights = [
         key
         for key, tensor in model.state_dict().items()
-        if key not in parameters and tensor.is_floating_point() and not is_router_bias(key)
+        if key not in parameters and tensor.is_floating_point() and not any(_contains(path, key) for path in mixtures)
     ]
     if weights:
         raise ConfigurationError(
@@ -75,15 +74,16 @@ def _refuse_other_storage(model: Any, name: str, mixtures: Mapping[str, Mixture]
     children = stored_names_of_children(model)
     expected: dict[str, tuple[int, ...]] = {}
     for block in mixtures.values():
-        if block.storage.stacked is None:
+        if block.stored.experts.stacked is None:
             expected |= block.stored_names()
     for key, tensor in own.items():
         path = next((path for path in mixtures if _contains(path, key)), None)
         if path is not None:
             block = mixtures[path]
-            if block.storage.stacked is None and key.startswith(f"{path}.experts."):
+            inner = key.removeprefix(f"{path}.")
+            if block.stored.experts.stacked is None and inner.startswith("experts."):
                 continue
-            key = block.stored + key.removeprefix(path)
+            key = f"{block.stored.path}.{block.stored.names.get(inner, inner)}"
         child, dot, rest = key.partition(".")
         expected[children.get(child, child) + dot + rest] = tuple(tensor.shape)
     stored = stored_tensors(model)
