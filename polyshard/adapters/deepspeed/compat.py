@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +230,7 @@ def count_gradients(
             if partitions[group].grad is not None:
                 yield names[id(parameter)], partitions[group].grad.view(-1)[to : to + count], start
 
-    def norm_of(found: Iterator[tuple[str, torch.Tensor, int]]) -> torch.Tensor:
+    def norm_of(found: Iterable[tuple[str, torch.Tensor, int]]) -> torch.Tensor:
         squares = [
             torch.linalg.vector_norm(part, dtype=torch.float32).square() for run in found for part in parts(*run)
         ]
@@ -242,14 +242,31 @@ def count_gradients(
         total = total.sqrt()
         return torch.where(total.isfinite(), total, -1.0)  # DeepSpeed's mark of a norm that is not finite
 
-    def norm(gradients: Any, parameters: Any, norm_type: float = 2) -> torch.Tensor:
+    def norm_of_group(gradients: Any, parameters: Any, norm_type: float = 2) -> torch.Tensor:
         assert norm_type == 2
         return norm_of(runs(gradients, parameters))
 
+    def norm_of_all(norm_type: float = 2) -> torch.Tensor:
+        """Return the norm over all parameter groups, of which pipeline stages may have different numbers."""
+        assert norm_type == 2
+        found = (
+            run
+            for index, parameters in enumerate(optimizer.params_in_partition)
+            for run in (
+                offloaded_runs(parameters)
+                if optimizer.cpu_offload
+                else runs(optimizer.averaged_gradients[index], parameters)
+            )
+        )
+        return norm_of(found).to(optimizer.device)  # gradients are on the CPU if the optimizer is offloaded
+
+    if stage < 3:
+        optimizer.scaled_global_norm = norm_of_all
+        return
     optimizer.complete_grad_norm_calculation_for_cpu_offload = lambda parameters: norm_of(
         offloaded_runs(parameters)
     ).cpu()
-    optimizer.get_grad_norm_direct = norm
+    optimizer.get_grad_norm_direct = norm_of_group
 
 
 def gather_persistent(optimizer: Any) -> None:
