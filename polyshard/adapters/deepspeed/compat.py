@@ -182,8 +182,14 @@ def zero_fragments(
 
 
 def skip_infinite_gradients(optimizer: Any) -> None:
-    """Let ZeRO 1 to 3 skip a step whose gradient norm is not finite, in bfloat16 as well (engine.py, 0.19.8)."""
+    """Let ZeRO 1 to 3 skip a step whose gradient norm is not finite, in bfloat16 as well (engine.py, 0.19.8).
+
+    ZeRO 1 and 2 look at the norm after a pass over all gradients and two all-reduces that find the same: they are left
+    out.
+    """
     optimizer.check_grad_overflow = True
+    if getattr(optimizer, "compute_grad_norm", False):
+        optimizer.check_overflow = lambda partition_gradients=True: None
 
 
 def count_gradients(
@@ -237,7 +243,7 @@ def count_gradients(
         device = get_accelerator().current_device_name()
         total = torch.stack(squares).sum().to(device) if squares else torch.zeros((), device=device)
         for group in groups:
-            if group is not None:
+            if group is not None and torch.distributed.get_world_size(group) > 1:
                 torch.distributed.all_reduce(total, group=group)
         total = total.sqrt()
         return torch.where(total.isfinite(), total, -1.0)  # DeepSpeed's mark of a norm that is not finite
