@@ -14,18 +14,17 @@ from torch import nn
 
 from polyshard.adapters.deepspeed.compat import (
     base_optimizer,
-    count_gradients,
     deepspeed,
     forget_autocast,
     forget_mpu,
     gather_persistent,
     gathered,
     partition,
-    skip_infinite_gradients,
     zero_fragments,
 )
 from polyshard.adapters.deepspeed.context import Mpu, check_accelerator
 from polyshard.adapters.deepspeed.expert_training import ExpertTraining
+from polyshard.adapters.deepspeed.norm_compat import count_gradients, skip_infinite_gradients
 from polyshard.adapters.deepspeed.pipeline import SETTINGS as PIPELINE_SETTINGS
 from polyshard.adapters.deepspeed.pipeline import DeepspeedPipeline, check_pipeline
 from polyshard.adapters.deepspeed.pipeline_compat import accumulated_gradient, reduce_gradients, take_step
