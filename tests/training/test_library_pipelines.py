@@ -42,13 +42,14 @@ def test_two_ranks(tied, untied, experts):
 
     cases = [
         case("megatron", "1f1b, no optimizer shards", untied, options=ZERO_0),
-        case("megatron", "interleaved, tied", tied, INTERLEAVED),
+        case("megatron", "interleaved, tied", tied, INTERLEAVED, kind="steps of unequal lengths"),
         case("megatron", "uneven lengths, uneven stages", tied, kind="uneven", plan={"layers": (1, 3)}),
         case("megatron", "uneven lengths, interleaved", tied, INTERLEAVED, kind="uneven", options=ZERO_0),
         case("megatron", "ragged rows, the factory's own stage", tied, kind="ragged rows", built=False),
         case("megatron", "recompute", tied, options={"recompute": "full", **ZERO_0}),
         case("deepspeed", "zero 0", untied, options=ZERO_0),
         case("deepspeed", "zero 1, tied", tied, options=CLIPPED),
+        case("deepspeed", "unequal steps", tied, options=ZERO_0, kind="steps of unequal lengths"),
         case("deepspeed", "uneven lengths, uneven stages", tied, kind="uneven", plan={"layers": (1, 3)}),
         case("deepspeed", "ragged rows, the factory's own stage", tied, kind="ragged rows", built=False),
         case("deepspeed", "recompute", tied, options={"recompute": "full", **ZERO_0}),

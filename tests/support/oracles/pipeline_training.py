@@ -25,8 +25,9 @@ def micro_batches(kind, step):
 
     found = []
     for index in range(COUNT):
-        if kind == "rows":
-            ids, labels = tokens(2, 16), tokens(2, 16)
+        if kind in ("rows", "steps of unequal lengths"):
+            length = 16 if kind == "rows" else (16, 12, 20)[step]
+            ids, labels = tokens(2, length), tokens(2, length)
             labels[:, : 5 * index] = -100
             found.append({"input_ids": ids, "labels": labels})
         elif kind == "ragged rows":
