@@ -65,9 +65,13 @@ def apply_compile(model: nn.Module, compile: Compile, *, exact: bool = False) ->
             "server. Omit compile, or exact mode."
         )
     if isinstance(model, Stages) and model.plan.schedule in SPLIT_BACKWARD:
+        # A compiled block is one node of autograd's graph, which torch's split (pipelining/_backward.py, 2.13) cannot
+        # cut: measured, each block's backward ran twice, and Inductor's only with donated buffers switched off. torch
+        # itself rejects stages with an OptimizedModule (schedules.py, _check_torch_compile_compatibility).
         raise ConfigurationError(
             f"compile is unsupported with {model.plan.schedule}: the schedule runs the backward pass for inputs and "
-            "for weights at different times, and a compiled one computes both at once. Use 1f1b or interleaved-1f1b."
+            "for weights at different times, and torch would run that of a compiled block both times in full. Use "
+            "1f1b or interleaved-1f1b."
         )
     if torch._dynamo.config.disable:
         logger.warning("compile has no effect: TORCH_COMPILE_DISABLE, or torch._dynamo.config.disable, is set")

@@ -202,11 +202,13 @@ class PipelineStep:
         for layer in self._experts:
             layer.observed.counted = None  # outside of a pipeline step all tokens count
         self._routing.end()
-        summed = self._sums
-        for axis in (self._context.axis("pipeline"), replica_axis(self._context)):
-            if axis.size > 1:
-                assert axis.collectives is not None
-                summed = axis.collectives.all_reduce(summed)
+        summed, replicas, pipeline = self._sums, replica_axis(self._context), self._context.axis("pipeline")
+        if self._stages.last is not None and replicas.size > 1:  # the other stages are still in their backward passes
+            assert replicas.collectives is not None
+            summed = replicas.collectives.all_reduce(summed)
+        if pipeline.size > 1:
+            assert pipeline.collectives is not None
+            summed = pipeline.collectives.all_reduce(summed)
         return BatchResult(loss=summed / self.tokens.clamp_min(1.0), tokens=self.tokens)
 
 

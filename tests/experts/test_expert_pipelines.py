@@ -36,6 +36,10 @@ def model(tmp_path_factory):
     return str(save_moe(folder, "qwen3_moe", vocab_size=VOCAB, num_hidden_layers=4, mlp_only_layers=[1]))
 
 
+def deepspeed(*args, **fields):
+    return ExpertCase(*args, adapter="deepspeed", layers="deepspeed", **fields)
+
+
 BIASES = ps.Balance(sequence=0.01, z=0.001, bias_rate=0.01)
 
 
@@ -91,6 +95,7 @@ def test_experts_and_a_pipeline(model, deepseek, tmp_path):
         ExpertCase("layers of FairScale", model, layers="fairscale"),
         ExpertCase("FairScale", model, adapter="fairscale", layers="fairscale", options={"zero_stage": 1}),
         ExpertCase("Megatron", model, adapter="megatron", layers="megatron", options={"zero_stage": 0}),
+        deepspeed("DeepSpeed", model, options={"zero_stage": 0}),
         ExpertCase("sequence, ragged rows", model, sizes=SEQUENCE, kind="ragged rows", balance=ps.Balance(), data=1),
         ExpertCase("all experts on each rank", model, sizes={"pipeline": 4}, data=1),
     ]
@@ -100,6 +105,7 @@ def test_experts_and_a_pipeline(model, deepseek, tmp_path):
         ExpertCase(
             "Megatron", deepseek, adapter="megatron", layers="megatron", options={"zero_stage": 1}, balance=BIASES
         ),
+        deepspeed("DeepSpeed", deepseek, balance=BIASES),
         ExpertCase("tensor 2, expert 2", deepseek, sizes={"tensor": 2, "expert": 2}, balance=BIASES),
     ]
     replays = replaying(model)
@@ -124,6 +130,8 @@ def test_experts_a_pipeline_and_a_third_axis(model):
         # Context-parallel ranks hold the same experts.
         ExpertCase("context, zero bubble", model, V, sizes={**BOTH, "context": 2}),
         ExpertCase("context, fsdp", model, sizes={**BOTH, "context": 2}, options=FSDP),
+        deepspeed("context, DeepSpeed", model, sizes={**BOTH, "context": 2}),
+        deepspeed("DeepSpeed, a stage without experts", model, sizes={"pipeline": 4, "expert": 2}, kind="uneven"),
     ]
     refused = [
         (ExpertCase("lengths", model, sizes=SEQUENCE, kind="ragged rows"), "expected one shape for balance losses"),

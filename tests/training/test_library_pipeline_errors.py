@@ -35,11 +35,13 @@ def test_what_a_library_lacks_is_refused_with_the_reason(directory):
     }
     for found in run_ranks(messages, 2, directory):
         for library in ("megatron", "deepspeed"):
-            skipped, changed, norms = found.pop(f"{library}, training")
+            skipped, changed, norms, all_reduces = found.pop(f"{library}, training")
             assert skipped == [False, True, False], "all stages skip the step together"
             assert changed == [True, False, True]
             # Tied copies of the first train_batch must not be summed again by the second.
             assert norms[1] == pytest.approx(2 * norms[0], rel=1e-5)
+            if library == "deepspeed":
+                assert all_reduces == [3, 5], "a check of the data and a loss for each train_batch, and the norm"
         assert found.keys() == told.keys()
         for name, text in told.items():
             if text is None:

@@ -12,6 +12,7 @@ from support.workers.pipelines import train
 from polyshard.testing import run_ranks
 
 ZERO_0 = {"zero_stage": 0}
+CLIPPED = {"max_grad_norm": 0.5}
 OVERLAP = {"ddp_options": {"overlap_grad_reduce": True, "bucket_size": 4096}}
 INTERLEAVED = "interleaved-1f1b"
 
@@ -41,13 +42,14 @@ def test_two_ranks(tied, untied, experts):
 
     cases = [
         case("megatron", "1f1b, no optimizer shards", untied, options=ZERO_0),
-        case("megatron", "interleaved, tied", tied, INTERLEAVED),
+        case("megatron", "interleaved, tied", tied, INTERLEAVED, kind="steps of unequal lengths"),
         case("megatron", "uneven lengths, uneven stages", tied, kind="uneven", plan={"layers": (1, 3)}),
         case("megatron", "uneven lengths, interleaved", tied, INTERLEAVED, kind="uneven", options=ZERO_0),
         case("megatron", "ragged rows, the factory's own stage", tied, kind="ragged rows", built=False),
         case("megatron", "recompute", tied, options={"recompute": "full", **ZERO_0}),
         case("deepspeed", "zero 0", untied, options=ZERO_0),
-        case("deepspeed", "zero 1, tied", tied),
+        case("deepspeed", "zero 1, tied", tied, options=CLIPPED),
+        case("deepspeed", "unequal steps", tied, options=ZERO_0, kind="steps of unequal lengths"),
         case("deepspeed", "uneven lengths, uneven stages", tied, kind="uneven", plan={"layers": (1, 3)}),
         case("deepspeed", "ragged rows, the factory's own stage", tied, kind="ragged rows", built=False),
         case("deepspeed", "recompute", tied, options={"recompute": "full", **ZERO_0}),
@@ -70,16 +72,16 @@ def test_each_pair_of_axes(tied, untied):
     sequence = {**tensor, "sequence_parallel": True}
     cases = [
         case("megatron", "four stages", tied, sizes={"pipeline": 4}, options=ZERO_0),
-        case("megatron", "data, optimizer shards, tied", tied),
+        case("megatron", "data, optimizer shards, tied", tied, options=CLIPPED),
         case("megatron", "data, overlapped, interleaved", untied, INTERLEAVED, options=OVERLAP),
-        case("megatron", "data, no optimizer shards", tied, options=ZERO_0),
+        case("megatron", "data, no optimizer shards", tied, options={**ZERO_0, **CLIPPED}),
         case("megatron", "tensor, optimizer shards", tied, sizes=tensor),
         case("megatron", "sequence, interleaved", tied, INTERLEAVED, sizes=sequence, options=ZERO_0),
         case("megatron", "sequence, ragged rows", tied, sizes=sequence, options=ZERO_0, kind="ragged rows"),
         case("megatron", "context", tied, sizes=context),
         case("deepspeed", "four stages", tied, sizes={"pipeline": 4}, options=ZERO_0),
         case("deepspeed", "data, zero 1, tied", tied),
-        case("deepspeed", "data, zero 0", tied, options=ZERO_0),
+        case("deepspeed", "data, zero 0", tied, options={**ZERO_0, **CLIPPED}),
         case("deepspeed", "tensor, zero 1", tied, sizes=tensor),
         case("deepspeed", "tensor, zero 0, uneven lengths", tied, sizes=tensor, options=ZERO_0, kind="uneven"),
         case("deepspeed", "context, zero 1", tied, sizes=context),

@@ -56,12 +56,13 @@ def test_mistakes_are_told_on_every_rank(directory):
 
 
 def test_all_stages_skip_a_step_together(directory):
-    for skipped, changed, updates, norms in run_ranks(skips_together, 2, directory):
+    for skipped, changed, updates, norms, all_reduces in run_ranks(skips_together, 2, directory):
         assert skipped == [False, True, False]
         assert changed == [False, True]
         assert updates == 2 + 2
         # Tied copies of the first train_batch must not be summed again by the second.
         assert norms[1] == pytest.approx(2 * norms[0], rel=1e-5)
+        assert all_reduces == [3, 5], "a check of the data and a loss for each train_batch, and the norm"
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ def test_two_ranks(tied, untied):
     cases = [
         *(Case(f"{name}, tied", tied, {"schedule": name}) for name in SCHEDULES),
         *(Case(f"{name}, untied", untied, {"schedule": name}) for name in ("1f1b", *SPLIT)),
-        Case("the factory's own stage", tied, built=False),
-        Case("uneven stages", tied, {"layers": (1, 3)}),
+        Case("the factory's own stage", tied, built=False, kind="steps of unequal lengths"),
+        Case("uneven stages, clipped", tied, {"layers": (1, 3)}, options={"max_grad_norm": 0.5}),
         Case("packed", tied, {"schedule": "zero-bubble-v"}, kind="packed"),
         *(Case(f"uneven lengths, {name}", tied, {"schedule": name}, kind="uneven") for name in ("1f1b", *SPLIT)),
         Case("ragged rows", tied, kind="ragged rows"),

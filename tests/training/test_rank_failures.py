@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import polyshard as ps
+from polyshard.adapters.torch.failure import RankMonitor
 from polyshard.testing import run_ranks
 
 TIMEOUT = 8.0  # seconds given to initialize
@@ -83,6 +84,20 @@ def test_an_error_is_not_hidden_by_shutdown_in_a_finally_block_and_the_others_le
     assert seconds < TIMEOUT
     assert ranks == (1,)
     assert "rank 1 raised ValueError: a bad batch" in message
+
+
+def test_a_rank_of_another_pipeline_stage_is_not_blamed_for_its_fewer_collectives():
+    """Ranks 0 and 1 are replicas of one stage, rank 2 is in another one, which has none of these collectives."""
+    store = torch.distributed.HashStore()
+    monitors = [RankMonitor(store, rank, 3) for rank in range(3)]
+    monitors[0].peers["data"] = (0, 1)
+    try:
+        with pytest.raises(ps.RankFailureError) as caught, monitors[0].guard("data all_reduce"):
+            raise torch.distributed.DistError("Timed out")
+    finally:
+        for monitor in monitors:
+            monitor.stop()
+    assert caught.value.ranks == (1,)
 
 
 def initialise_again_with_another_size():

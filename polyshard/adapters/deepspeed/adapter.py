@@ -33,7 +33,7 @@ CAPABILITIES = Capabilities(
         "expert": Support(
             True,
             "experts and exchange of its AutoEP for SwiGLU experts, torch's experts for others",
-            without=("zero3", "pipeline"),
+            without=("zero3",),
         ),
         "casts": YES,
         "masters": YES,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 logger = logging.getLogger(__name__)
-
-CountedParts = Callable[[str, torch.Tensor, int], list[torch.Tensor]]
 
 with printing_as_log(logger, "DeepSpeed"):
     import deepspeed
@@ -53,7 +51,6 @@ __all__ = [
     "VocabParallelLinear",
     "accelerator",
     "base_optimizer",
-    "count_gradients",
     "deepspeed",
     "enter_training_mode",
     "forget_autocast",
@@ -179,77 +176,6 @@ def zero_fragments(
     start = mapping.lp_fragment_address.start
     for slot, whole in {MASTER: flat, **slots(base, flat)}.items():
         yield slot, start, whole.detach().view(-1)[address.start : address.start + address.numel]
-
-
-def skip_infinite_gradients(optimizer: Any) -> None:
-    """Let ZeRO 1 to 3 skip a step whose gradient norm is not finite, in bfloat16 as well (engine.py, 0.19.8)."""
-    optimizer.check_grad_overflow = True
-
-
-def count_gradients(
-    optimizer: Any, stage: int, named: Mapping[str, torch.nn.Parameter], parts: CountedParts, groups: Sequence[Any]
-) -> None:
-    """Let the gradient norm of ZeRO 1 to 3 count each logical element once.
-
-    DeepSpeed tells shards from copies by an attribute of the parameter (stage_1_and_2.py, get_grad_norm_direct), and no
-    attribute says that a part of a parameter is a copy, such as a KV head that tensor-parallel ranks share.
-
-    Args:
-        optimizer: ZeRO's.
-        stage: 1 to 3.
-        named: the model's parameters.
-        parts: `(name, values, start) -> the views of a run of the flattened shard that count on this rank`.
-        groups: process groups that the norm is summed over; the data axis first, None for an axis of one rank.
-    """
-    names = {id(parameter): name for name, parameter in named.items()}
-
-    def runs(gradients: Any, parameters: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
-        """Yield name, flattened gradient and its start in the shard for each parameter of a partition."""
-        real = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
-        rank = torch.distributed.get_rank(groups[0]) if groups[0] is not None else 0
-        group = -1 if stage == 3 else next(i for i, p in enumerate(optimizer.params_in_partition) if p is parameters)
-        for index, (gradient, parameter) in enumerate(zip(real, parameters)):
-            if stage == 3:
-                start = rank * parameter.ds_tensor.numel()
-            else:  # only the first parameter of a partition may begin in another one
-                start = optimizer.first_offset[group] if index == 0 else 0
-            yield names[id(parameter)], gradient.reshape(-1), start
-
-    def offloaded_runs(parameters: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
-        """Yield the same for gradients that ZeRO-Offload has copied to the CPU, beside the fp32 partitions."""
-        rank = torch.distributed.get_rank(groups[0]) if groups[0] is not None else 0
-        for parameter in parameters:
-            place = optimizer.grad_position.get(optimizer.get_param_id(parameter))
-            if place is None:
-                continue
-            group, to, count = place[0], place[-2], place[-1]
-            start = rank * parameter.ds_tensor.numel() if stage == 3 else place[1]
-            partitions = (
-                optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
-            )
-            if partitions[group].grad is not None:
-                yield names[id(parameter)], partitions[group].grad.view(-1)[to : to + count], start
-
-    def norm_of(found: Iterator[tuple[str, torch.Tensor, int]]) -> torch.Tensor:
-        squares = [
-            torch.linalg.vector_norm(part, dtype=torch.float32).square() for run in found for part in parts(*run)
-        ]
-        device = get_accelerator().current_device_name()
-        total = torch.stack(squares).sum().to(device) if squares else torch.zeros((), device=device)
-        for group in groups:
-            if group is not None:
-                torch.distributed.all_reduce(total, group=group)
-        total = total.sqrt()
-        return torch.where(total.isfinite(), total, -1.0)  # DeepSpeed's mark of a norm that is not finite
-
-    def norm(gradients: Any, parameters: Any, norm_type: float = 2) -> torch.Tensor:
-        assert norm_type == 2
-        return norm_of(runs(gradients, parameters))
-
-    optimizer.complete_grad_norm_calculation_for_cpu_offload = lambda parameters: norm_of(
-        offloaded_runs(parameters)
-    ).cpu()
-    optimizer.get_grad_norm_direct = norm
 
 
 def gather_persistent(optimizer: Any) -> None:

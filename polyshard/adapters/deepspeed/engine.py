@@ -14,18 +14,17 @@ from torch import nn
 
 from polyshard.adapters.deepspeed.compat import (
     base_optimizer,
-    count_gradients,
     deepspeed,
     forget_autocast,
     forget_mpu,
     gather_persistent,
     gathered,
     partition,
-    skip_infinite_gradients,
     zero_fragments,
 )
 from polyshard.adapters.deepspeed.context import Mpu, check_accelerator
 from polyshard.adapters.deepspeed.expert_training import ExpertTraining
+from polyshard.adapters.deepspeed.norm_compat import count_gradients, skip_infinite_gradients
 from polyshard.adapters.deepspeed.pipeline import SETTINGS as PIPELINE_SETTINGS
 from polyshard.adapters.deepspeed.pipeline import DeepspeedPipeline, check_pipeline
 from polyshard.adapters.deepspeed.pipeline_compat import accumulated_gradient, reduce_gradients, take_step
@@ -132,12 +131,13 @@ class DeepspeedEngine(BaseEngine):
         if check_offload(offload, context.device, zero_stage > 0, "zero_stage 1 to 3"):
             settings = with_offload(settings, context.device)
         forget_autocast()
-        self._experts = ExpertTraining(model, self.table, context, zero_stage, in_pipeline=self._stages is not None)
+        self._experts = ExpertTraining(model, self.table, context, zero_stage)
         built = self._build(optimizer, model.named_parameters(), held="flat" if zero_stage else "whole")
-        with self._guard("data parallel setup"), printing_as_log(logger, "DeepSpeed"), self._experts.marked():
+        wrapped = model if self._pipeline is None else self._pipeline.module
+        with self._guard("data parallel setup"), printing_as_log(logger, "DeepSpeed"), self._experts.marked(wrapped):
             initialize: Any = deepspeed.initialize
             self._wrapped, self.optimizer, _, _ = initialize(
-                model=model if self._pipeline is None else self._pipeline.module,
+                model=wrapped,
                 model_parameters=[p for p in model.parameters() if p.requires_grad],
                 optimizer=self._experts.split(built),
                 config=settings,

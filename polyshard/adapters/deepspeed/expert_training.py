@@ -22,19 +22,16 @@ class ExpertTraining:
         table: its weight table.
         context: the parallel context.
         stage: the ZeRO stage.
-        in_pipeline: whether DeepSpeed runs a pipeline.
 
     Raises:
-        ConfigurationError: DeepSpeed cannot train them at this stage or in a pipeline; or the context is of another
-            adapter, and has no group of the ranks that hold the same experts.
+        ConfigurationError: DeepSpeed cannot train them at this stage; or the context is of another adapter, and has no
+            group of the ranks that hold the same experts.
     """
 
-    def __init__(
-        self, model: nn.Module, table: WeightTable, context: ParallelContext, stage: int, *, in_pipeline: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, table: WeightTable, context: ParallelContext, stage: int) -> None:
         names, size = distributed_experts(table, context), context.axis("expert").size
-        check_experts(stage, in_pipeline, names)
-        self._model, self._size = model, size
+        check_experts(stage, names)
+        self._size = size
         self._experts = [parameter for name, parameter in model.named_parameters() if name in names]
         self._forget_groups = set_expert_groups(context) if names else None
         # DeepSpeed divides the summed gradients of experts by the number of all replicas (engine.py and
@@ -47,9 +44,9 @@ class ExpertTraining:
         split_groups(optimizer, self._experts, self._size)
         return optimizer
 
-    def marked(self) -> AbstractContextManager[None]:
-        """Return a context manager in which DeepSpeed's engine is built."""
-        return marked_as_experts(self._model, self._experts, self._size)
+    def marked(self, wrapped: nn.Module) -> AbstractContextManager[None]:
+        """Return a context manager in which DeepSpeed's engine is built around the model, or around its pipeline."""
+        return marked_as_experts(wrapped, self._experts, self._size)
 
     def close(self) -> None:
         """Restore the gradients of the model, and DeepSpeed's process groups."""

@@ -128,20 +128,15 @@ def check_precision(precision: Precision, stage: int, config: dict[str, Any]) ->
         )
 
 
-def check_experts(stage: int, in_pipeline: bool, experts: Collection[str]) -> None:
+def check_experts(stage: int, experts: Collection[str]) -> None:
     """Raise `ConfigurationError` for experts that are distributed over ranks if the engine cannot train them.
 
     Args:
         stage: the ZeRO stage.
-        in_pipeline: whether DeepSpeed runs a pipeline.
         experts: the distributed parameters.
     """
     if experts and stage == 3:
         raise ConfigurationError(
             "ZeRO stage 3 is unsupported with expert parallel (notimpl): DeepSpeed would shard every expert over all "
             "replicas, which hold different ones. Use stages 0 to 2, or torch's FSDP2."
-        )
-    if experts and in_pipeline:
-        raise ConfigurationError(
-            "DeepSpeed's pipelines are unsupported with expert parallel (notimpl). Use an expert-parallel size of 1."
         )

@@ -32,7 +32,9 @@ def global_grad_norm(
     """
     tensor_axis, replicas, expert_axis = context.axis("tensor"), replica_axis(context), context.axis("expert")
     over_replicas, over_experts, everywhere = torch.zeros(3, device=context.device).unbind(0)
-    for name, parameter in named_parameters:
+    named, sharded = list(named_parameters), False
+    for name, parameter in named:
+        sharded = sharded or is_dtensor(parameter)
         if parameter.grad is None or name not in owned:
             continue
         layout = table[name].layout
@@ -54,7 +56,7 @@ def global_grad_norm(
     if expert_axis.size > 1:
         assert expert_axis.collectives is not None
         over_experts = expert_axis.collectives.all_reduce(over_experts)
-    if replicas.size > 1:
+    if sharded and replicas.size > 1:
         assert replicas.collectives is not None
         over_replicas = replicas.collectives.all_reduce(over_replicas)
     return over_stages(over_replicas + over_experts + everywhere, context).sqrt()

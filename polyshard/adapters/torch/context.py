@@ -104,6 +104,9 @@ def initialize(
         if group is not None and adopted_world:  # otherwise they are destroyed with the world
             undo.append(partial(destroy, group))
 
+    if monitor:
+        monitor.peers = {name: axis.ranks for name, axis in axes.items()}
+
     def leave() -> None:
         failure = sys.exc_info()[1]
         if failure is None:

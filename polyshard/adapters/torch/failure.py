@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -35,9 +35,20 @@ def backend_timeout(timeout: float) -> float:
 
 
 class RankMonitor:
-    """Writes this rank's heartbeat, and identifies failed ranks. One per initialized context."""
+    """Writes this rank's heartbeat, and identifies failed ranks. One per initialized context.
+
+    Attributes:
+        peers: the ranks of each axis of this rank, with which it shares the collectives of that axis. Pipeline stages
+            run different numbers of them.
+
+    Args:
+        store: for heartbeats.
+        rank: of this process.
+        world_size: number of ranks.
+    """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+        self.peers: Mapping[str, tuple[int, ...]] = {}
         self._store, self._rank, self._world_size = store, rank, world_size
         self._entered: Counter[str] = Counter()
         self._operation = ""
@@ -122,6 +133,7 @@ class RankMonitor:
             return RankFailureError(f"{here}: {told}; backend: {_first_line(error)}", tuple(sorted(suspects)))
         mine = self._entered[axis]
         behind = [rank for rank in others if latest[rank]["entered"].get(axis, 0) < mine]
+        behind = [rank for rank in behind if rank in self.peers.get(axis, ())] or behind
         if behind:
             told = "; ".join(
                 f"rank {rank} is alive but has entered {latest[rank]['entered'].get(axis, 0)} collectives on this "

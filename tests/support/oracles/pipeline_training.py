@@ -25,8 +25,9 @@ def micro_batches(kind, step):
 
     found = []
     for index in range(COUNT):
-        if kind == "rows":
-            ids, labels = tokens(2, 16), tokens(2, 16)
+        if kind in ("rows", "steps of unequal lengths"):
+            length = 16 if kind == "rows" else (16, 12, 20)[step]
+            ids, labels = tokens(2, length), tokens(2, length)
             labels[:, : 5 * index] = -100
             found.append({"input_ids": ids, "labels": labels})
         elif kind == "ragged rows":
@@ -54,8 +55,8 @@ def sequences(micro_batch):
 
 
 @cache
-def train(directory, kind, dtype):
-    """Losses, gradient norms, and the weights after all steps."""
+def train(directory, kind, dtype, clip=None):
+    """Losses, gradient norms, and the weights after all steps, whose gradients are clipped to the norm `clip`."""
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     losses, norms = [], []
     for step in range(STEPS):
@@ -67,7 +68,10 @@ def train(directory, kind, dtype):
             loss.backward()
             total += loss.item()
         losses.append(total)
-        norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item())
+        if clip is None:
+            norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item())
+        else:
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item())
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter -= parameter.grad
@@ -85,7 +89,8 @@ def allowed(directory, kind):
 def judge(cases, results):
     """Assert that each case trained on all ranks as transformers, and that copies of the embedding are equal."""
     for case in cases:
-        losses, norms, weights = train(case.directory, case.kind, torch.float64)
+        clip = case.options.get("max_grad_norm")
+        losses, norms, weights = train(case.directory, case.kind, torch.float64, clip)
         held = set()
         for result in results:
             got, evaluated, got_norms, got_weights = result[case.name]

@@ -8,7 +8,7 @@ import torch
 import polyshard as ps
 from support.oracles.pipeline_training import micro_batches
 from support.workers.library_pipelines import LibraryCase
-from support.workers.pipelines import full_weights, start
+from support.workers.pipelines import full_weights, norms_and_all_reduces, start
 
 ADAMW = ps.AdamW(lr=1e-2)
 INTERLEAVED = "interleaved-1f1b"
@@ -66,12 +66,7 @@ def skips_together(engine, context):
         changed.append(any(not torch.equal(before[name], now[name]) for name in now))
         before = now
     engine.set_learning_rate(0.0)
-    norms = []
-    for repeats in (1, 2):
-        for _ in range(repeats):
-            engine.train_batch(micro_batches("rows", 0))
-        norms.append(engine.step().grad_norm)
-    return skipped, changed, norms
+    return skipped, changed, *norms_and_all_reduces(engine)
 
 
 def fails(library, schedule, directory, how, timeout):

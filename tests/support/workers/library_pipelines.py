@@ -9,6 +9,10 @@ from support.workers.pipelines import SGD, Case
 
 # DistributedOptimizer has Adam only. With such an epsilon its update is the gradient: SGD at learning rate 1.
 ADAM_AS_SGD = ps.AdamW(lr=1e8, eps=1e8, betas=(0.0, 0.0), weight_decay=0.0)
+# Layer 0 is in a parameter group that later stages lack, with the same rate up to rounding.
+GROUPED_SGD = ps.TorchOptimizer(
+    torch.optim.SGD, lr=1.0, weight_decay=0.0, groups=(ps.ParameterGroup("*layers.0.*", lr_scale=1 + 1e-9),)
+)
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class LibraryCase(Case):
     @property
     def optimizer(self):
         sharded = self.adapter == "megatron" and self.options.get("zero_stage", 1) == 1
-        return ADAM_AS_SGD if sharded else SGD
+        return ADAM_AS_SGD if sharded else GROUPED_SGD if self.adapter == "deepspeed" else SGD
 
 
 def in_bfloat16(function, *arguments):

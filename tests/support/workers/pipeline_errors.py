@@ -10,7 +10,7 @@ from torch import nn
 
 import polyshard as ps
 from support.oracles.pipeline_training import micro_batches
-from support.workers.pipelines import SGD, Case, full_weights, start
+from support.workers.pipelines import SGD, Case, full_weights, norms_and_all_reduces, start
 
 
 class Layers(nn.Module):
@@ -117,13 +117,9 @@ def skips_together(directory):
         weights.append(full_weights(engine, context))
     changed = [any(not torch.equal(a[n], b[n]) for n in a) for a, b in pairwise(weights)]
     engine.set_learning_rate(0.0)
-    norms = []
-    for repeats in (1, 2):
-        for _ in range(repeats):
-            engine.train_batch(micro_batches("rows", 0))
-        norms.append(engine.step().grad_norm)
+    norms, numbers = norms_and_all_reduces(engine)
     ps.shutdown(context)
-    return skipped, changed, engine.updates, norms
+    return skipped, changed, engine.updates, norms, numbers
 
 
 def fails(directory, how, culprit, timeout):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import decoder
 import torch
@@ -89,6 +90,19 @@ def run_steps(context, engine, kind):
         losses.append(engine.train_batch(batches).loss.item())
         norms.append(engine.step().grad_norm)
     return losses, evaluated, norms
+
+
+def norms_and_all_reduces(engine):
+    """The norms of a step with one train_batch and of one with two, and the number of their all-reduces over ranks."""
+    norms, numbers = [], []
+    for repeats in (1, 2):
+        with mock.patch.object(torch.distributed, "all_reduce", wraps=torch.distributed.all_reduce) as reduced:
+            for _ in range(repeats):
+                engine.train_batch(micro_batches("rows", 0))
+            norms.append(engine.step().grad_norm)
+        groups = [call.kwargs.get("group") for call in reduced.call_args_list]
+        numbers.append(sum(torch.distributed.get_world_size(group) > 1 for group in groups))
+    return norms, numbers
 
 
 def train(cases):
