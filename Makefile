@@ -93,8 +93,7 @@ test-transformers: $(READY)
 		(rm -rf .overlay && $(BIN)/pip install --quiet --no-compile --no-deps --target .overlay \
 			transformers==$(NEWEST_TRANSFORMERS) torchao==$(TORCHAO))
 	PYTHONPATH=$(CURDIR)/.overlay $(BIN)/python -m pytest -n 2 --dist loadfile -m "not vllm" \
-		tests/hf_models/test_replaced_attention.py tests/hf_models/test_replace_caches.py tests/hf_models/test_transformers_models.py tests/examples/test_generic_models.py \
-		tests/training/test_float8.py
+		tests/hf_models/test_replaced_attention.py tests/hf_models/test_transformers_models.py tests/training/test_float8.py
 
 # The suite without vLLM's tests on Python 3.12 with the newest of everything (CUDA builds: some 5 GB), on the CPU.
 test-newest:
