@@ -1,5 +1,4 @@
-# Everything runs in .venv, which `make` builds from the lock by itself: once, and again when the lock changes. Python
-# compiles what it imports, which is a small part of the 28,000 files that pip would compile (--no-compile).
+# Everything runs in .venv, which `make` builds from the lock by itself: once, and again when the lock changes.
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -30,8 +29,8 @@ setup: $(READY)
 
 $(READY): requirements/cpu.lock requirements/cpu-source.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --no-deps -r requirements/cpu.lock
-	$(BIN)/pip install --quiet --no-compile --no-deps --no-build-isolation -r requirements/cpu-source.lock
+	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -r requirements/cpu-source.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $(READY)
 
@@ -90,7 +89,7 @@ TORCHAO := 0.18.0
 NEWEST_TRANSFORMERS := 5.24.0
 test-transformers: $(READY)
 	test -d .overlay/transformers-$(NEWEST_TRANSFORMERS).dist-info -a -d .overlay/torchao-$(TORCHAO).dist-info || \
-		(rm -rf .overlay && $(BIN)/pip install --quiet --no-compile --no-deps --target .overlay \
+		(rm -rf .overlay && $(BIN)/pip install --quiet --no-deps --target .overlay \
 			transformers==$(NEWEST_TRANSFORMERS) torchao==$(TORCHAO))
 	PYTHONPATH=$(CURDIR)/.overlay $(BIN)/python -m pytest -n 2 --dist loadfile -m "not vllm" \
 		tests/hf_models/test_replaced_attention.py tests/hf_models/test_transformers_models.py tests/training/test_float8.py
