@@ -56,13 +56,14 @@ def publish(staging: Path, target: Path) -> None:
     Raises:
         CheckpointError: there are other weights, which would lie beside those of the checkpoint.
     """
+    for path in staging.rglob("*"):
+        sync_path(path)
     if target.exists():
-        finished = local_files(staging)
-        others = other_files(target, finished)
+        others = _other_files(target, staging)
         refuse_other_weights(target, others)
         keep(others, target, staging)
-    for path in (*staging.rglob("*"), staging):
-        sync_path(path)
+    for folder, *_ in os.walk(staging):  # the files that are kept may be links or pipes, which cannot be flushed
+        sync_path(Path(folder))
     if not target.exists():
         os.rename(staging, target)
         sync_path(target.parent)
@@ -70,18 +71,19 @@ def publish(staging: Path, target: Path) -> None:
         return
     if _exchange(staging, target):
         sync_path(target.parent)
-        keep(_new_files(staging, target), staging, target)  # written since
+        keep(_other_files(staging, target), staging, target)  # written since
         shutil.rmtree(staging, ignore_errors=True)
         return
     previous = target.parent / f".{target.name}.replaced-{secrets.token_hex(4)}"
     os.rename(target, previous)
     os.rename(staging, target)
     sync_path(target.parent)
-    keep(_new_files(previous, target), previous, target)
+    keep(_other_files(previous, target), previous, target)
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _new_files(old: Path, new: Path) -> list[str]:
+def _other_files(old: Path, new: Path) -> list[str]:
+    """Return the files of the old directory that are neither in its checkpoint nor in the new directory."""
     return other_files(old, local_files(new))
 
 

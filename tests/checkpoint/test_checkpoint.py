@@ -238,10 +238,12 @@ def test_other_files_of_a_directory_are_kept_and_other_weights_are_never_overwri
     (copy / "step-1").mkdir()
     shutil.copy(copy / "model.safetensors", copy / "step-1")
     (copy / "here").symlink_to("logs")
+    (copy / "gone").symlink_to("missing")
     for _ in range(2):  # over a directory of transformers, and over a checkpoint
         ps.save_checkpoint(model, copy, context, config=ps.read_config(original))
         assert (copy / "here" / "run.txt").read_text() == "step 1"
         assert (copy / "here").is_symlink()
+        assert (copy / "gone").is_symlink()
         assert filecmp.cmp(copy / "step-1" / "model.safetensors", original / "model.safetensors", shallow=False)
     load(copy)
     (copy / "adapter_model.safetensors").write_bytes(b"of another program")
