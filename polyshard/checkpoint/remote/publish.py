@@ -71,11 +71,14 @@ def commit(prefix: Path, target: Path, manifest: Manifest) -> None:
         raise CheckpointError(
             f"{prefix} is incomplete after all ranks have written: {problem}. The ranks must see the same file system."
         )
+    old: set[str] = set()
     if prefix != target:
-        refuse_other_weights(target, {*_names(target)} - _old(target) - {MANIFEST, MARKER, *manifest.files})
+        present = set(remote_files(target))
+        old = _old(target) & present
+        refuse_other_weights(target, present - old - {MANIFEST, MARKER, *manifest.files})
     write_file(prefix / MANIFEST, manifest_text(manifest))
     if prefix != target:
-        _replace(prefix, target, manifest)
+        _replace(prefix, target, manifest, old)
     _discard(target / MARKER)
     for kept in _beside(target):
         _clear(kept)
@@ -108,13 +111,12 @@ def published(path: Path) -> Path:
     raise CheckpointError(f"{path} is incomplete: a save to it is under way, or was killed. Load another checkpoint.")
 
 
-def _replace(prefix: Path, target: Path, manifest: Manifest) -> None:
+def _replace(prefix: Path, target: Path, manifest: Manifest, old: set[str]) -> None:
     """Copy the files over those of the old checkpoint, which from here on is found no longer, but `prefix` is."""
     fs = file_system(target)
-    old = _old(target)
     _mark(target, prefix, old)
     _discard(target / MANIFEST)
-    rest = [key(target / name) for name in sorted(old.intersection(_names(target)))]
+    rest = [key(target / name) for name in sorted(old - {MANIFEST})]
     if rest:
         fs.rm(rest)
         _refresh(target)
@@ -171,13 +173,13 @@ def _copied(target: Path) -> Path | None:
 
 
 def _old(target: Path) -> set[str]:
-    """Return the files of the checkpoint that is to be replaced, and of one whose replacement was killed."""
+    """Return the files of the checkpoint to replace, including those that a killed replacement has left."""
     kept = _copied(target)
     return {*listed_files(target), *_marker(target).get("old", ()), *(() if kept is None else listed_files(kept))}
 
 
-def _names(directory: Path) -> list[str]:
-    """Return the relative paths of all files."""
+def remote_files(directory: Path) -> list[str]:
+    """Return the relative paths of all files below a remote directory."""
     root = key(directory).rstrip("/")
     return [name.removeprefix(root).lstrip("/") for name in _files(directory)]
 

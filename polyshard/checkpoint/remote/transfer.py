@@ -9,7 +9,7 @@ from pathlib import Path
 from polyshard.checkpoint.directory import begin, find, publish, staging_name
 from polyshard.checkpoint.location import as_path, file_system, is_remote, key, local_path
 from polyshard.checkpoint.manifest import MANIFEST, read_manifest, verify_files
-from polyshard.checkpoint.remote.publish import begin_upload, commit, upload, withdraw
+from polyshard.checkpoint.remote.publish import begin_upload, commit, remote_files, upload, withdraw
 from polyshard.core.errors import CheckpointError
 from polyshard.core.ranks import Ranks
 
@@ -42,8 +42,8 @@ def download_checkpoint(url: str | Path, directory: str | Path) -> Path:
     source, target = find(url), local_path(directory, "directory")
     if not is_remote(source):
         raise CheckpointError(f"url must be of a remote file system: got {url}. Use the directory itself.")
-    fs, root = file_system(source), key(source)
-    names = [name[len(root) :].lstrip("/") for name in fs.find(root)] if source.is_dir() else []
+    fs = file_system(source)
+    names = remote_files(source) if source.is_dir() else []
     if not names:
         raise CheckpointError(f"{source} is not a directory")
     staging = target.parent / staging_name(target)
