@@ -27,7 +27,7 @@ def listed_files(directory: Path) -> set[str]:
 
 
 def refuse_other_weights(directory: Path, others: Iterable[str]) -> None:
-    """Check that no other file lies where a program would read it as weights of the checkpoint.
+    """Check that no program would read another file of the directory as weights of the checkpoint.
 
     Args:
         directory: of the checkpoint.

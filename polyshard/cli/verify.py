@@ -49,8 +49,8 @@ def verify(
     download: Annotated[
         Path | None,
         typer.Option(
-            help="Local directory for a model whose URL is given; kept, and used again if it is equal. By default a "
-            "temporary one."
+            help="Directory that a model is downloaded to if --model is a URL. It is kept, and reused if it holds the "
+            "same checkpoint. By default a temporary directory."
         ),
     ] = None,
 ) -> None:

@@ -33,8 +33,8 @@ def drain(group: dist.ProcessGroup) -> None:
     """Wait until no worker thread of a gloo group holds a tensor. A collective over the group; others return at once.
 
     All-reduces with a callback are repeated until each thread of each rank has run one: the threads are then past
-    what they did before. Now only the tensors and callbacks of these all-reduces may be held, which their reference
-    counts show.
+    what they did before. They can hold only the tensors and callbacks of these all-reduces, whose reference counts show
+    when they are released.
 
     Raises:
         TimeoutError: a thread holds on to its tensors beyond the group's timeout.

@@ -134,7 +134,7 @@ def initialize(
 
 
 def _wait_for_others(failure: BaseException) -> None:
-    """Wait briefly: after an error of this rank alone, the others wait in another collective and do not come."""
+    """Wait a few seconds for the other ranks: if only this rank has failed, they never reach this barrier."""
     barrier = dist.barrier(async_op=True)
     try:
         if barrier is not None:
