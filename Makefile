@@ -29,9 +29,10 @@ setup: $(READY)
 
 $(READY): requirements/cpu.lock requirements/cpu-source.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation -r requirements/cpu-source.lock
+	$(BIN)/pip install --quiet --no-compile --no-deps -r requirements/cpu.lock
+	$(BIN)/pip install --quiet --no-compile --no-deps --no-build-isolation -r requirements/cpu-source.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	-$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib  # pip compiles on one core; it skips files of other versions, too
 	touch $(READY)
 
 demo: $(READY)

@@ -49,7 +49,7 @@ from polyshard.launch import ranks  # noqa: E402
 
 # The ranks of all tests are forked from one server; a library that it has imported costs them no seconds.
 LIBRARIES = ("megatron.engine", "deepspeed.engine", "fairscale.engine", "vllm.exact")
-imported = [*ranks.PRELOAD, *(f"polyshard.adapters.{name}" for name in LIBRARIES), "support.workers.engine_imports"]
+imported = [*ranks.PRELOAD, "support.workers.engine_imports", *(f"polyshard.adapters.{name}" for name in LIBRARIES)]
 imported.append("support.workers.frozen")
 multiprocessing.set_forkserver_preload(imported)
 

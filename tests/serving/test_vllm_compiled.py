@@ -1,14 +1,13 @@
 """torch.compile of registered models, as vLLM compiles its own; the oracle is transformers."""
 
 import json
-import sys
 
 import pytest
 from support.models.experts import save_moe
 from support.models.tiny import save_tiny, tiny_config, tiny_model
 from support.oracles.greedy import assert_same_generation, greedy_transformers
 from support.paths import WORKERS
-from support.scripts import run
+from support.scripts import run_forked
 
 pytestmark = pytest.mark.vllm
 
@@ -23,7 +22,7 @@ def outcome(tmp_path_factory):
     tiny_model(tiny_config("llama", hidden_size=96, head_dim=32), seed=1).save_pretrained(new := scratch / "new")
     experts = save_moe(scratch / "experts", "qwen3_moe", head_dim=32)
     arguments = [str(old), str(new), str(experts), json.dumps(PROMPTS), str(TOKENS)]
-    result = run([sys.executable, str(WORKERS / "compiled_script.py"), *arguments], TORCH_COMPILE_DISABLE="0")
+    result = run_forked(WORKERS / "compiled_script.py", *arguments, TORCH_COMPILE_DISABLE="0")
     return result, *(greedy_transformers(directory, PROMPTS, TOKENS) for directory in (old, new, experts))
 
 

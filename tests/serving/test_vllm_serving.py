@@ -66,22 +66,27 @@ def test_the_layers_of_every_library_serve(models, adapter):
     ps.register_model(f"Served{adapter}", decoder.build_model, adapter=adapter)
     with engine(directory, f"Served{adapter}") as llm:
         assert_same_generation(greedy(llm, PROMPTS, TOKENS), expected, TINY_BOUND)
+        if select_matmul(torch.float32) == "native":
+            assert_taken_inside_the_product(llm)
 
 
 @pytest.mark.skipif(select_matmul(torch.float32) != "native", reason="vLLM's product is taken here")
-@pytest.mark.parametrize("adapter", ps.adapter_names())
-def test_activation_and_residuals_are_taken_inside_the_product_with_the_same_bits(models, adapter, monkeypatch):
-    directory, _ = models["llama-biased"]
+@pytest.mark.parametrize("adapter", ["vllm", "torch"])
+def test_activation_and_residuals_are_taken_inside_the_product_with_the_same_bits(models, adapter):
     ps.register_model("Fused", decoder.build_model, adapter=adapter)
+    with engine(models["llama-biased"][0], "Fused") as llm:
+        assert_taken_inside_the_product(llm)
+
+
+def assert_taken_inside_the_product(llm):
     calls, gated, added = Counter(), PackedProduct.swiglu, PackedProduct.added_to
-    monkeypatch.setattr(PackedProduct, "swiglu", lambda self, *x: (calls.update(["gated"]), gated(self, *x))[1])
-    monkeypatch.setattr(PackedProduct, "added_to", lambda self, *x: (calls.update(["added"]), added(self, *x))[1])
-    with engine(directory, "Fused") as llm:
-        calls.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackedProduct, "swiglu", lambda self, *x: (calls.update(["gated"]), gated(self, *x))[1])
+        patch.setattr(PackedProduct, "added_to", lambda self, *x: (calls.update(["added"]), added(self, *x))[1])
         inside = greedy(llm, PROMPTS, TOKENS)
         assert calls["added"] == 2 * calls["gated"] > 0  # of attention, and of the MLP
-        monkeypatch.setattr(PackedProduct, "swiglu", lambda self, *x: ps.swiglu(self(*x)))
-        monkeypatch.setattr(PackedProduct, "added_to", lambda self, residual, *x: residual + self(*x))
+        patch.setattr(PackedProduct, "swiglu", lambda self, *x: ps.swiglu(self(*x)))
+        patch.setattr(PackedProduct, "added_to", lambda self, residual, *x: residual + self(*x))
         assert greedy(llm, PROMPTS, TOKENS) == inside
 
 
