@@ -4,8 +4,8 @@
 
 Every run starts from the same bfloat16 weights and reads the same rows of this repository's documentation. The
 distance of a run is the mean difference of its losses from those of transformers in float64. transformers with bfloat16
-parameters and no masters shows how far a lossy run is away. `--check` exits with status 1 if the distance of an engine
-is more than a quarter of that.
+parameters and no masters shows how far a lossy run is away, and under autocast how far bfloat16 products alone lead.
+`--check` exits with status 1 if the distance of an engine is more than a quarter of the lossy run's.
 """
 
 from __future__ import annotations
@@ -80,15 +80,17 @@ def rows(steps: int) -> torch.Tensor:
     return ids.view(steps, ROWS, LENGTH + 1)
 
 
-def of_transformers(directory: Path, batches: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The loss of each step in one process, float64 `[steps]`."""
+def of_transformers(directory: Path, batches: torch.Tensor, dtype: torch.dtype, autocast: bool = False) -> torch.Tensor:
+    """The loss of each step in one process, float64 `[steps]`; `autocast` computes products in bfloat16."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=BF16).to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, betas=(0.9, 0.95))
     losses = []
     for batch in batches:
-        loss = F.cross_entropy(model(batch[:, :-1]).logits.flatten(0, 1).to(dtype), batch[:, 1:].flatten())
+        with torch.autocast("cpu", dtype=BF16, enabled=autocast):
+            logits = model(batch[:, :-1]).logits
+        loss = F.cross_entropy(logits.flatten(0, 1).to(dtype), batch[:, 1:].flatten())
         losses.append(loss.item())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -149,6 +151,7 @@ def main(
 
     add("transformers", "float64", exact)
     add("transformers", "float32", of_transformers(directory, batches, torch.float32))
+    add("transformers", "float32, autocast to bfloat16", of_transformers(directory, batches, torch.float32, True))
     lossy = add("transformers", "bfloat16, no masters", of_transformers(directory, batches, BF16))
     for case in CASES:
         if only in (None, case.library):
