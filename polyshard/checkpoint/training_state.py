@@ -48,7 +48,6 @@ from polyshard.checkpoint.state_files import FOLDER, KIND, OpenedState, by_reade
 from polyshard.checkpoint.storage import Progress
 from polyshard.core.adapter import TrainingEngine
 from polyshard.core.context import ParallelContext
-from polyshard.core.model_weights import ModelWeights
 from polyshard.core.pieces import OptimizerState, Piece
 from polyshard.core.ranks import Ranks
 from polyshard.core.serving import RegisteredModel
@@ -125,7 +124,7 @@ def save_training_state(
     """
     ranks = Ranks.of(parallel_context)
     part = part_of(engine.module)
-    model = ModelWeights.of(engine.module, engine.table, parallel_context)
+    model = engine.model_weights
     table = model.table if part is None else part.table(model.table)
     state = engine.optimizer_state()
     started = any(ranks.gather(state.started))
@@ -214,7 +213,7 @@ def load_training_state(
     path = ranks.run_on_all(lambda: find(directory), f"{directory} cannot be loaded")
     axis = parallel_context.axis("tensor")
     part = part_of(engine.module)
-    model = ModelWeights.of(engine.module, engine.table, parallel_context)
+    model = engine.model_weights
     table = model.table if part is None else part.table(model.table)
     before: OptimizerState = engine.optimizer_state()
     held = held_slots(_of(table, before.pieces), ranks)

@@ -60,7 +60,7 @@ class WeightView:
 
 
 def view_weights(model: nn.Module | Any, parallel_context: ParallelContext) -> WeightView:
-    """Return the view of a training engine's weights, or of a module's. A collective over the pipeline axis.
+    """Return the view of a training engine's weights, or of a module's, a collective over the pipeline axis.
 
     Args:
         model: a model as its factory built it, or a training engine around one.
@@ -68,7 +68,7 @@ def view_weights(model: nn.Module | Any, parallel_context: ParallelContext) -> W
     """
     if isinstance(model, nn.Module):
         return _module_view(model, parallel_context)
-    weights = ModelWeights.of(model.module, model.table, parallel_context)
+    weights: ModelWeights = model.model_weights  # FSDP2 may have gathered the module's parameters, in another dtype
     return WeightView(
         module=model.module,
         table=weights.table,

@@ -14,6 +14,7 @@ from torch import nn
 
 from polyshard.adapters.deepspeed.compat import (
     base_optimizer,
+    clear_gradients,
     deepspeed,
     forget_autocast,
     forget_mpu,
@@ -203,7 +204,7 @@ class DeepspeedEngine(BaseEngine):
 
     def zero_grad(self) -> None:
         """Clear accumulated gradients."""
-        self._wrapped.optimizer.zero_grad()
+        clear_gradients(self._wrapped.optimizer)
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Return a context manager for all micro-batches except the last."""

@@ -1,4 +1,4 @@
-"""A step with a gradient that is not finite on one rank, between two ordinary steps, on each rank."""
+"""Steps that are skipped, gradients that are discarded, and evaluation between backward and step, on each rank."""
 
 from __future__ import annotations
 
@@ -22,7 +22,36 @@ def steps(adapter: str, engines: tuple[dict, ...], dtype: torch.dtype = torch.fl
             engine.backward(engine(torch.ones(2, 8, dtype=dtype)).sum() * factor)
             skipped.append(engine.step().skipped)
             changed.append(any(not torch.equal(before[name], weight) for name, weight in engine.weights()))
-        outcomes.append((options, skipped, changed, engine.updates))
         engine.close()
+        plain, disturbed = (two_steps(adapter, options, dtype, context, disturb) for disturb in (False, True))
+        outcomes.append((options, skipped, changed, engine.updates, plain, disturbed))
     ps.shutdown(context)
     return outcomes
+
+
+def two_steps(adapter: str, options: dict, dtype: torch.dtype, context: ps.ParallelContext, disturb: bool) -> tuple:
+    """Weights after two steps, what the engine would save, and norms; with other passes in between if `disturb`."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(ps.column_parallel(8, 8, context), ps.row_parallel(8, 8, context)).to(dtype)
+    engine = ps.load_adapter(adapter).engine(model, ps.AdamW(lr=0.1), context, **options)
+    rows = torch.arange(16.0).view(2, 8).to(dtype) / 16 + context.get_data_parallel_rank()
+    norms = []
+    for _ in range(2):
+        if disturb:
+            with engine.accumulate():
+                engine.backward(engine(rows).sum() * 3)
+            engine.zero_grad()
+            engine.backward(engine(rows).sum() * 3)
+            engine.zero_grad()
+        engine.backward(engine(rows).sin().sum())
+        if disturb:
+            with torch.no_grad():
+                engine(rows)
+        norms.append(engine.step().grad_norm)
+    if disturb:
+        with torch.no_grad():
+            engine(rows)
+    saved = sorted((p.parameter, p.slot, p.start, p.values.numel()) for p in engine.optimizer_state().pieces)
+    held = [(p.parameter, p.start, p.values.clone()) for p in engine.weight_pieces()]
+    engine.close()
+    return norms, saved, held
