@@ -45,6 +45,7 @@ from polyshard.adapters.shared.tied_weights import copy_from_owners, sum_over_co
 from polyshard.adapters.shared.weights import check_shard
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, holder_axis, replica_axis
+from polyshard.core.engine_copies import Held
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision
@@ -162,6 +163,10 @@ class DeepspeedEngine(BaseEngine):
 
     _pipeline_has_fixed_shapes = False
 
+    @property
+    def _holds(self) -> Held | None:
+        return "shards" if self._stage == 3 else "copies" if self._stage else None
+
     def _run_pipeline(self, step: PipelineStep, *, backward: bool) -> None:
         """Run DeepSpeed's schedule; `step` of the engine averages the gradients over the replicas."""
         assert self._pipeline is not None
@@ -277,6 +282,7 @@ class DeepspeedEngine(BaseEngine):
         self._undo_compile()
         self._wrapped.destroy()
         self._experts.close()
+        self._release()
         forget_mpu()
 
     def _base_optimizers(self) -> list[Any]:

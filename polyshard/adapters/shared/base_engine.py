@@ -18,11 +18,14 @@ from polyshard.adapters.shared.devices import check_devices
 from polyshard.adapters.shared.grad_norm import check_max_grad_norm, scale_gradients
 from polyshard.adapters.shared.learning_rate import LearningRate, set_scales
 from polyshard.adapters.shared.loss_scale import LossScale
-from polyshard.adapters.shared.parameter_groups import Held, check_elementwise, check_patterns, settings_of_groups
+from polyshard.adapters.shared.parameter_groups import Held as Parts
+from polyshard.adapters.shared.parameter_groups import check_elementwise, check_patterns, settings_of_groups
+from polyshard.adapters.shared.weights import check_unsharded
 from polyshard.core.adapter import StepResult
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.build_stages import as_stages
 from polyshard.core.context import ParallelContext, holder_axis
+from polyshard.core.engine_copies import Held, mark_held
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.model_weights import ModelWeights
 from polyshard.core.optimizer import OptimizerFactory
@@ -85,6 +88,7 @@ class BaseEngine(ABC):
         check_max_grad_norm(max_grad_norm)
         self._stages = as_stages(model, context) if context.axis("pipeline").size > 1 else None
         model = _only_stage(model) if self._stages is None else self._stages
+        check_unsharded(model)
         check_devices(model, context)
         self.precision = _precision_of_run(model, precision, context)
         self.context = context
@@ -97,6 +101,8 @@ class BaseEngine(ABC):
                 f"{type(self).__name__} cannot train experts that are distributed over ranks: got an expert-parallel "
                 f"size of {context.axis('expert').size}, expected 1. Use torch's engine, or a size of 1."
             )
+        for parameter in model.parameters():
+            parameter.grad = None  # what an earlier engine left belongs to no step of this one
         self._module = model
         self._wrapped: Any = model
         self._guard = context.guard
@@ -106,9 +112,10 @@ class BaseEngine(ABC):
         self._max_grad_norm = max_grad_norm
         self._scheduler = scheduler
         self._generators = GeneratorCheck(model, context, check_random)
+        self._awaits_backward = False  # a forward pass with gradients has run since the last backward pass
 
     def _build(
-        self, optimizer: OptimizerFactory, named: Iterable[tuple[str, nn.Parameter]], held: Held
+        self, optimizer: OptimizerFactory, named: Iterable[tuple[str, nn.Parameter]], held: Parts
     ) -> torch.optim.Optimizer:
         """Return the torch optimizer of parameters, which it gets by their canonical names.
 
@@ -129,7 +136,13 @@ class BaseEngine(ABC):
 
     def _start_rate(self, lr: float | None = None) -> None:
         """Set the first learning rate, after `optimizer` has been set; by default that of the one that was built."""
+        mark_held(self._module, self._holds)
         self._rate = LearningRate(self.optimizer, self._first_lr if lr is None else lr, self._scheduler)
+
+    @property
+    def _holds(self) -> Held | None:
+        """What the optimizer updates in place of the module's parameters."""
+        return "copies" if self.precision.has_masters else None
 
     @property
     def module(self) -> nn.Module:
@@ -139,8 +152,19 @@ class BaseEngine(ABC):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward inside the library's wrapper, in the dtype of computation."""
         self._refuse_in_pipeline("the engine's forward pass")
+        self._awaits_backward |= torch.is_grad_enabled()
         with self._guard("data forward"), self._generators.watching(), self.computing():
             return self._wrapped(*args, **kwargs)
+
+    def _check_forward(self, wrapper: str) -> None:
+        """Check that the wrapper saw the forward pass of this backward pass, or it would not average the gradients."""
+        if not self._awaits_backward:
+            raise ConfigurationError(
+                f"the loss does not come from the engine's forward pass: {wrapper} averages gradients in one backward "
+                "pass after each call of the engine. Call engine(...) in place of the model, and add the losses of one "
+                "call before engine.backward(loss)."
+            )
+        self._awaits_backward = False
 
     def computing(self) -> AbstractContextManager[Any]:
         """Return a context in which the model's operations compute in `precision.compute`.
@@ -330,6 +354,12 @@ class BaseEngine(ABC):
         self._undo_recomputation()
         self._undo_compile()
         self._wrapped = self._module
+        self._release()
+
+    def _release(self) -> None:
+        """Leave the weights to the module, unless they stay sharded."""
+        if self._holds != "shards":
+            mark_held(self._module, None)
 
     def _base_optimizers(self) -> list[Any]:
         """Return the torch optimizers inside the library's optimizer, which hold the state; all of one kind."""

@@ -35,6 +35,7 @@ from polyshard.adapters.torch.overlap import overlap_options, reducer_options
 from polyshard.adapters.torch.sharding import fully_shard_model, fully_shard_stages, is_list_item
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, holder_axis, replica_axis
+from polyshard.core.engine_copies import Held
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision
@@ -206,6 +207,10 @@ class TorchEngine(BaseEngine):
                 f"{precision.reduce}, expected {precision.parameters}."
             )
 
+    @property
+    def _holds(self) -> Held | None:
+        return "shards" if self._sharded else super()._holds
+
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters as the engine holds them: with FSDP2 the shards, whatever a forward pass has gathered."""
         if self._sharded:
@@ -225,6 +230,8 @@ class TorchEngine(BaseEngine):
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients, averaged over the replicas."""
         self._refuse_in_pipeline("the engine's backward pass")
+        if isinstance(self._wrapped, DistributedDataParallel) and self._wrapped.require_backward_grad_sync:
+            self._check_forward("DistributedDataParallel")
         with self._guard("data backward"):
             self._scaled(loss).backward()
             if self._reducer is not None and self._reducer.sends:
@@ -313,6 +320,8 @@ class TorchEngine(BaseEngine):
     def close(self) -> None:
         """Release the wrapper, and compute the model's matrix products without float8 again."""
         self._undo_float8()
+        if self._reducer is not None:
+            self._reducer.close()
         super().close()
 
     def _piece(self, name: str, slot: str, tensor: Any) -> Piece:
