@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -334,6 +334,8 @@ class BaseEngine(ABC):
             optimizer_state.set_scalars(base, state.scalars)
             optimizer_state.set_started(base, state.started)
         self._rate.load(state.lr, state.schedule)
+        if state.loss_scale is not None and self.precision.scales_loss:
+            self._load_loss_scale(state.loss_scale)
 
     def _state(self, pieces: Iterable[Piece]) -> OptimizerState:
         """Return the optimizer's state, of which the pieces are given."""
@@ -347,7 +349,14 @@ class BaseEngine(ABC):
             started=any(optimizer_state.is_started(base) for base in bases),
             scalars=optimizer_state.scalars(bases[0]),
             groups=self._settings,
+            loss_scale=self._loss_scale_state() if self.precision.scales_loss else None,
         )
+
+    def _loss_scale_state(self) -> Mapping[str, float]:
+        return self._scale.state()
+
+    def _load_loss_scale(self, saved: Mapping[str, float]) -> None:
+        self._scale.load(saved)
 
     def close(self) -> None:
         """Release the wrapper and the process group that it holds."""
