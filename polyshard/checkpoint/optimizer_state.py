@@ -141,6 +141,17 @@ def warn_of_groups(saved: Mapping[str, Any], state: OptimizerState, ranks: Ranks
         )
 
 
+def warn_of_rate(saved: Mapping[str, Any], before: OptimizerState, ranks: Ranks) -> None:
+    """Warn if a saved learning rate without a schedule takes the place of the engine's."""
+    if before.schedule is None and saved["lr"] != before.lr and ranks.rank == 0:
+        logger.warning(
+            "the learning rate continues at %s, that of the saved run, and not at the engine's, %s. Pass "
+            "scheduler=False to keep the engine's",
+            saved["lr"],
+            before.lr,
+        )
+
+
 def held_slots(pieces: Iterable[Piece], ranks: Ranks) -> dict[str, set[str]]:
     """Return the parameters of each slot over all ranks. A collective."""
     mine: dict[str, set[str]] = {}

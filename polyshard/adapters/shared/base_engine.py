@@ -40,7 +40,7 @@ from polyshard.training.muon import Muon
 from polyshard.training.pipeline_step import PipelineStep
 from polyshard.training.recompute import Recompute, apply_recomputation
 from polyshard.training.schedule import SchedulerFactory
-from polyshard.training.train_batch import eval_batch, train_batch
+from polyshard.training.train_batch import check_micro_batches, eval_batch, has_unshifted_labels, train_batch
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +112,7 @@ class BaseEngine(ABC):
         self._max_grad_norm = max_grad_norm
         self._scheduler = scheduler
         self._generators = GeneratorCheck(model, context, check_random)
+        self._has_seen_labels = False
         self._awaits_backward = False  # a forward pass with gradients has run since the last backward pass
 
     def _build(
@@ -194,6 +195,14 @@ class BaseEngine(ABC):
         In a pipeline all its ranks pass the same micro-batches, which contain `input_ids`. The `loss` is called on the
         ranks of the last stage only.
         """
+        if loss is None and not self._has_seen_labels:
+            check_micro_batches(micro_batches)
+            self._has_seen_labels = True
+            if has_unshifted_labels(micro_batches[0]):
+                logger.warning(
+                    "labels are the tokens themselves, so the model learns to copy: got labels equal to input_ids, "
+                    "expected the token after each token. Shift them by one"
+                )
         if self._stages is None:
             return train_batch(self, self.context, micro_batches, loss, tokens)
         step = self._pipeline_step(self._stages, micro_batches, loss, tokens)
