@@ -49,7 +49,7 @@ def engine_of(optimizer=None, **options):
         (lambda: engine_of(recompute=True), "recompute is invalid: got True"),
         (lambda: engine_of(recompute=None), "recompute is invalid: got None"),
         (lambda: engine_of(precision=torch.bfloat16), "precision is invalid: got torch.bfloat16"),
-        (lambda: engine_of(max_grad_norm="1.0"), "max_grad_norm must be a positive number, or None, got '1.0'"),
+        (lambda: engine_of(max_grad_norm="1.0"), "max_grad_norm must be positive, or None, got '1.0'"),
     ],
 )
 def test_settings_of_an_engine(build, message):
