@@ -35,7 +35,13 @@ def staging_name(target: Path) -> str:
 
 
 def begin(target: Path, staging: Path) -> None:
-    """Create the staging directory, and remove directories that killed saves of the same target left behind."""
+    """Create the staging directory, and remove directories that killed saves of the same target left behind.
+
+    Raises:
+        CheckpointError: the target is a file, which the checkpoint would replace.
+    """
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file, expected a directory or no such path. Name another directory.")
     target.parent.mkdir(parents=True, exist_ok=True)
     for stale in target.parent.glob(f".{target.name}.saving-*"):
         if _is_abandoned(stale):

@@ -59,6 +59,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: files are missing, truncated or altered; tensors are missing, unexpected, or have the wrong
             shape or dtype (the message lists all of them); or weights are quantized in an unsupported way.
+        ConfigurationError: `model` is the model of an engine that keeps the weights elsewhere; pass the engine.
 
     Examples:
         >>> context = ps.initialize("torch")
@@ -71,7 +72,7 @@ def load_checkpoint(
     """
     ranks = Ranks.of(parallel_context)
     path = ranks.run_on_all(lambda: find(directory), f"{directory} cannot be loaded; nothing was changed")
-    view = view_weights(model, parallel_context)
+    view = view_weights(model, parallel_context, written=True)
     reader = _checked(path, view.table, ignore, ranks, verify)
     axis = parallel_context.axis("tensor")
     pieces = list(view.pieces())

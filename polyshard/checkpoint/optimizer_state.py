@@ -42,6 +42,7 @@ def describe(state: OptimizerState, slots: Iterable[str], started: bool, ranks: 
         "started": started,
         "scalars": scalars if started else {},
         "schedule": state.schedule,
+        "loss_scale": None if state.loss_scale is None else dict(state.loss_scale),
         "groups": [
             {"lr_scale": scale, "weight_decay": decay, "parameters": names}
             for (scale, decay), names in by_settings.items()
@@ -53,7 +54,7 @@ def saved_state(saved: Mapping[str, Any], mine: OptimizerState, *, scheduler: bo
     """Return the state that an engine continues from.
 
     Args:
-        saved: the manifest's entry; older ones have no `started`, `scalars`, `schedule` and `groups`.
+        saved: the manifest's entry; older ones lack `started`, `scalars`, `schedule`, `groups` and `loss_scale`.
         mine: the engine's state before the load.
         scheduler: False to keep the engine's own rate and schedule.
     """
@@ -65,6 +66,7 @@ def saved_state(saved: Mapping[str, Any], mine: OptimizerState, *, scheduler: bo
         schedule=saved.get("schedule") if scheduler else None,
         started=saved.get("started", True),
         scalars=saved.get("scalars", {}),
+        loss_scale=saved.get("loss_scale"),
     )
 
 
@@ -136,6 +138,17 @@ def warn_of_groups(saved: Mapping[str, Any], state: OptimizerState, ranks: Ranks
             mine[changed[0]],
             before[changed[0]],
             len(changed),
+        )
+
+
+def warn_of_rate(saved: Mapping[str, Any], before: OptimizerState, ranks: Ranks) -> None:
+    """Warn if a saved learning rate without a schedule takes the place of the engine's."""
+    if before.schedule is None and saved["lr"] != before.lr and ranks.rank == 0:
+        logger.warning(
+            "the learning rate continues at %s, that of the saved run, and not at the engine's, %s. Pass "
+            "scheduler=False to keep the engine's",
+            saved["lr"],
+            before.lr,
         )
 
 

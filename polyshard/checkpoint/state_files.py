@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from polyshard.checkpoint.files import TensorReader
 from polyshard.checkpoint.load import check_fit, known_names
 from polyshard.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from polyshard.checkpoint.part import StoredPart, check_kind
 from polyshard.checkpoint.quantization.reading import refuse_quantized
-from polyshard.core.errors import CheckpointError
+from polyshard.core.errors import CheckpointError, ConfigurationError
 from polyshard.core.pieces import MASTER, WEIGHT, Piece
 from polyshard.core.weight_table import IGNORED_TENSORS, WeightTable
 
@@ -66,3 +69,20 @@ def by_reader(pieces: list[Piece], opened: OpenedState, table: WeightTable) -> l
         assert reader is not None
         groups.setdefault(id(reader), (reader, []))[1].append(piece)
     return list(groups.values())
+
+
+def check_engine(engine: Any) -> None:
+    """Raise `ConfigurationError` if it is a model, which has no training state."""
+    if isinstance(engine, nn.Module):
+        raise ConfigurationError(
+            f"a training state is that of an engine: got the model {type(engine).__name__}. Pass the engine, or use "
+            "save_checkpoint and load_checkpoint for a model."
+        )
+
+
+def checked_step(step: Any) -> int:
+    """Return a step as an integer, by which `latest_checkpoint` orders; raise `ConfigurationError` if it is none."""
+    try:
+        return operator.index(step)
+    except TypeError:
+        raise ConfigurationError(f"step is invalid: got {step!r}, expected an integer.") from None

@@ -32,6 +32,7 @@ from polyshard.checkpoint.optimizer_state import (
     saved_state,
     stored_pieces,
     warn_of_groups,
+    warn_of_rate,
 )
 from polyshard.checkpoint.part import StoredPart, check_same_base, fingerprints, part_of
 from polyshard.checkpoint.pending import PendingSave
@@ -44,11 +45,18 @@ from polyshard.checkpoint.save import (
     stored_tensors,
     weight_files,
 )
-from polyshard.checkpoint.state_files import FOLDER, KIND, OpenedState, by_reader, open_state
+from polyshard.checkpoint.state_files import (
+    FOLDER,
+    KIND,
+    OpenedState,
+    by_reader,
+    check_engine,
+    checked_step,
+    open_state,
+)
 from polyshard.checkpoint.storage import Progress
 from polyshard.core.adapter import TrainingEngine
 from polyshard.core.context import ParallelContext
-from polyshard.core.model_weights import ModelWeights
 from polyshard.core.pieces import OptimizerState, Piece
 from polyshard.core.ranks import Ranks
 from polyshard.core.serving import RegisteredModel
@@ -116,6 +124,7 @@ def save_training_state(
 
     Raises:
         CheckpointError: a rank could not write, or `data` is not JSON; raised on every rank, naming the rank.
+        ConfigurationError: `engine` is a model, or `step` is not an integer.
 
     Examples:
         >>> context = ps.initialize("torch")
@@ -123,9 +132,11 @@ def save_training_state(
         >>> save_training_state(engine, "run/step-100", context, step=100, config={}, data={"row": 7})
         PosixPath('run/step-100')
     """
+    check_engine(engine)
+    step = checked_step(step)
     ranks = Ranks.of(parallel_context)
     part = part_of(engine.module)
-    model = ModelWeights.of(engine.module, engine.table, parallel_context)
+    model = engine.model_weights
     table = model.table if part is None else part.table(model.table)
     state = engine.optimizer_state()
     started = any(ranks.gather(state.started))
@@ -210,11 +221,12 @@ def load_training_state(
         >>> state.step, state.data, sorted(state.carried)
         (100, {'row': 7}, ['optimizer', 'random', 'weights'])
     """
+    check_engine(engine)
     ranks = Ranks.of(parallel_context)
     path = ranks.run_on_all(lambda: find(directory), f"{directory} cannot be loaded")
     axis = parallel_context.axis("tensor")
     part = part_of(engine.module)
-    model = ModelWeights.of(engine.module, engine.table, parallel_context)
+    model = engine.model_weights
     table = model.table if part is None else part.table(model.table)
     before: OptimizerState = engine.optimizer_state()
     held = held_slots(_of(table, before.pieces), ranks)
@@ -253,6 +265,8 @@ def load_training_state(
             read_pieces(*pieces, table, axis.rank, axis.size, progress)
         engine.optimizer_written(saved_state(saved["optimizer"], before, scheduler=scheduler))
         warn_of_groups(saved["optimizer"], before, ranks)
+        if scheduler:
+            warn_of_rate(saved["optimizer"], before, ranks)
         carried.add("optimizer")
     if restore_random(path / FOLDER, saved["layout"], parallel_context, ranks):
         carried.add("random")

@@ -13,6 +13,7 @@ from torch import nn
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.capabilities import Capabilities
 from polyshard.core.context import ParallelContext
+from polyshard.core.model_weights import ModelWeights
 from polyshard.core.optimizer import OptimizerFactory
 from polyshard.core.parallel_layout import ParallelLayout
 from polyshard.core.pieces import OptimizerState, Piece
@@ -63,6 +64,8 @@ class TrainingEngine(Protocol):
     def table(self) -> WeightTable:
         """The model's weight layouts, collected before the model was wrapped."""
         ...
+
+    model_weights: ModelWeights  # over all pipeline stages, with the dtypes of the parameters as they were built
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward pass through the library's wrapper."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +35,9 @@ class AdamW:
             pattern matches a parameter.
         fused: use torch's fused kernel; None for wherever torch has one for the device.
 
+    Raises:
+        ConfigurationError: a setting is out of its range.
+
     Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization".
 
     Examples:
@@ -48,6 +53,12 @@ class AdamW:
     groups: tuple[ParameterGroup, ...] = ()
     fused: bool | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "weight_decay"):
+            check_setting(f"AdamW.{name}", getattr(self, name))
+        for beta in self.betas:
+            check_setting("AdamW.betas", beta, below=1.0)
+
     def __call__(self, named_parameters: NamedParameters) -> torch.optim.Optimizer:
         """Return torch's AdamW for the parameters that require a gradient."""
         settings = {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
@@ -58,6 +69,20 @@ class AdamW:
             return build_optimizer(torch.optim.AdamW, named, self.groups, {**settings, "fused": True})
         except RuntimeError:  # torch has no fused kernel for this device or dtype
             return build_optimizer(torch.optim.AdamW, named, self.groups, settings)
+
+
+def check_setting(name: str, value: Any, below: float = math.inf) -> None:
+    """Check a number of an optimizer, which not every library does.
+
+    Raises:
+        ConfigurationError: it is not a number from 0 to below `below`.
+
+    Examples:
+        >>> check_setting("AdamW.lr", 1e-3)
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < below:
+        limit = "" if below == math.inf else f" below {below:g}"
+        raise ConfigurationError(f"{name} is invalid: got {value!r}, expected a finite number{limit} of 0 or more.")
 
 
 @dataclass(frozen=True, slots=True, init=False)

@@ -71,6 +71,8 @@ class OptimizerState:
         scalars: numbers besides the count of steps that the optimizer keeps, equal for all parameters (NAdam's
             `mu_product`).
         groups: learning-rate scale and weight decay of each trained parameter, by its canonical name.
+        loss_scale: of a float16 run: the `factor` on the loss, and the numbers that decide its next change; None
+            without one.
 
     Examples:
         >>> context = ps.initialize("torch")
@@ -88,3 +90,4 @@ class OptimizerState:
     started: bool = True
     scalars: Mapping[str, float] = field(default_factory=dict)
     groups: Mapping[str, GroupSettings] = field(default_factory=dict)
+    loss_scale: Mapping[str, float] | None = None

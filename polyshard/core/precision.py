@@ -120,7 +120,7 @@ def precision_of(model: nn.Module, given: Precision | None) -> Precision:
         given: the user's; None for the default.
 
     Raises:
-        ConfigurationError: the model's parameters have another dtype than `given.parameters`.
+        ConfigurationError: the model's parameters have another dtype than `given.parameters`, or it is no `Precision`.
 
     Examples:
         >>> precision_of(torch.nn.Linear(2, 2).bfloat16(), None).has_masters
@@ -131,6 +131,10 @@ def precision_of(model: nn.Module, given: Precision | None) -> Precision:
     if given is None:
         wide = max(torch.float32, narrowest, key=lambda dtype: dtype.itemsize)
         return Precision(parameters=narrowest, reduce=wide, optimizer=wide)
+    if not isinstance(given, Precision):
+        raise ConfigurationError(
+            f"precision is invalid: got {given!r}, expected a Precision, such as Precision(compute=torch.bfloat16)."
+        )
     if dtypes and narrowest != given.parameters:
         raise ConfigurationError(
             f"the model's parameters have another dtype than the precision: got {narrowest}, expected "

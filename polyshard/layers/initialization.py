@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from polyshard.core.context import ParallelContext
+from polyshard.core.engine_copies import check_not_held
 from polyshard.core.weight_table import collect_layouts, copy_into_shard, is_stored_here, stored_shape
 
 Initializer = Callable[[str, tuple[int, ...], torch.Generator], torch.Tensor]
@@ -58,6 +59,9 @@ def initialize_weights(
         seed: the same on all ranks.
         initializer: `(checkpoint name, logical shape, generator) -> full tensor`; `normal_initializer()` by default.
 
+    Raises:
+        ConfigurationError: an engine around the model keeps the weights elsewhere.
+
     Examples:
         >>> context = ps.initialize("torch")
         >>> first, second = (ps.column_parallel(4, 8, context) for _ in range(2))
@@ -66,6 +70,7 @@ def initialize_weights(
         >>> torch.equal(first.weight, second.weight)
         True
     """
+    check_not_held(model, written=True)
     draw = initializer or normal_initializer()
     rank = parallel_context.get_tensor_parallel_rank()
     size = parallel_context.get_tensor_parallel_world_size()

@@ -160,6 +160,9 @@ class _Chunks:
                 f"labels have the wrong shape: got {tuple(ids.shape)}, expected {tuple(expected)}, that of the hidden "
                 "states without the last dimension."
             )
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ConfigurationError(f"labels have the wrong dtype: got {ids.dtype}, expected torch.int64.")
+        ids = ids.long()
         if ranks == 1:
             flat = hidden.reshape(-1, hidden.shape[-1])
             return cls(flat.split(chunk_tokens), ids.reshape(-1).split(chunk_tokens), ids.shape, 1)

@@ -126,7 +126,7 @@ def load_lora(
         True
     """
     path, ranks = find(directory), Ranks.of(parallel_context)
-    view = view_weights(model, parallel_context)
+    view = view_weights(model, parallel_context, written=True)
     part = lora_part_of(view.module)
     table = part.table(view.table)
 

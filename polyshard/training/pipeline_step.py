@@ -19,7 +19,13 @@ from polyshard.experts.observed import expert_layers
 from polyshard.experts.stage_loss import add_router_loss
 from polyshard.experts.step_routing import StepRouting, on_padded_tokens
 from polyshard.training.padding import pad_arguments, padded_shape, unpadded
-from polyshard.training.train_batch import balanced_tokens, count_labels, lm_loss_of, total_tokens
+from polyshard.training.train_batch import (
+    balanced_tokens,
+    check_micro_batches,
+    count_labels,
+    lm_loss_of,
+    total_tokens,
+)
 
 Computing = Callable[[], AbstractContextManager[Any]]
 
@@ -57,8 +63,7 @@ class PipelineStep:
         scaled: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
         fixed_shapes: bool = False,
     ) -> None:
-        if not micro_batches:
-            raise ConfigurationError("micro_batches is empty. Pass at least one micro-batch.")
+        check_micro_batches(micro_batches)
         for micro_batch in micro_batches:
             if not isinstance(micro_batch.get("input_ids"), torch.Tensor):
                 raise ConfigurationError(

@@ -55,7 +55,7 @@ def apply_recomputation(model: nn.Module, recompute: Recompute) -> Callable[[], 
         >>> model(torch.ones(1, 2)).sum().backward()
         >>> undo()
     """
-    if isinstance(recompute, str) and recompute not in get_args(Mode):
+    if recompute not in get_args(Mode) and not callable(recompute):
         raise ConfigurationError(
             f"recompute is invalid: got {recompute!r}, expected one of {', '.join(map(repr, get_args(Mode)))}, or a "
             "function of a module."

@@ -51,6 +51,11 @@ class Schedule:
     """
 
     def __init__(self, factory: SchedulerFactory, lr: float) -> None:
+        if isinstance(factory, LRScheduler) or not callable(factory):
+            raise ConfigurationError(
+                f"scheduler is invalid: got {type(factory).__name__}, expected a function of an optimizer, such as "
+                "lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)."
+            )
         self._optimizer = RateOnly(lr)
         scheduler = factory(self._optimizer)
         if not isinstance(scheduler, LRScheduler) or getattr(scheduler, "optimizer", None) is not self._optimizer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +60,7 @@ def train_batch(
         >>> train_batch(engine, context, [batch, batch], loss=loss).tokens
         tensor(4., dtype=torch.float64)
     """
-    if not micro_batches:
-        raise ConfigurationError("micro_batches is empty. Pass at least one micro-batch.")
+    check_micro_batches(micro_batches)
     sum_loss = lm_loss_of(engine.module, context) if loss is None else loss
     routing = StepRouting(engine.module)
     routing.check(len(micro_batches))
@@ -78,10 +77,9 @@ def train_batch(
         with routing.micro_batch(index), nullcontext() if index == last else engine.accumulate():
             with engine.computing():
                 value = sum_loss(engine(**arguments), micro_batch)
-            if value.dim():
-                raise ConfigurationError(
-                    f"the loss has the wrong shape: got {tuple(value.shape)}, expected a scalar sum"
-                )
+            if not isinstance(value, torch.Tensor) or value.dim():
+                got = tuple(value.shape) if isinstance(value, torch.Tensor) else value
+                raise ConfigurationError(f"the loss has the wrong shape: got {got}, expected a scalar tensor, the sum.")
             balance = router_loss(engine.module)
             share = value if balance is None else value + balance.to(value.dtype) * balanced[index].to(value.dtype)
             engine.backward(share * factor.to(value.dtype))
@@ -100,8 +98,7 @@ def eval_batch(
     tokens: CountTokens | None = None,
 ) -> BatchResult:
     """Return the loss of micro-batches without gradients; the arguments are those of `train_batch`."""
-    if not micro_batches:
-        raise ConfigurationError("micro_batches is empty. Pass at least one micro-batch.")
+    check_micro_batches(micro_batches)
     sum_loss = lm_loss_of(engine.module, context) if loss is None else loss
     routing = StepRouting(engine.module)
     routing.check(len(micro_batches))
@@ -158,15 +155,46 @@ def balanced_tokens(
     return (axis.collectives.all_reduce(mine) / axis.size).unbind()
 
 
+def check_micro_batches(micro_batches: Any) -> None:
+    """Check that a step has a list of micro-batches.
+
+    Raises:
+        ConfigurationError: there is none, or it is a micro-batch itself.
+    """
+    if isinstance(micro_batches, Mapping):
+        raise ConfigurationError(
+            f"micro_batches is one micro-batch: got a mapping of {', '.join(map(str, micro_batches))}, expected a list "
+            "of such mappings. Pass [micro_batch]."
+        )
+    if not micro_batches:
+        raise ConfigurationError("micro_batches is empty. Pass at least one micro-batch.")
+
+
+def has_unshifted_labels(micro_batch: MicroBatch) -> bool:
+    """Return whether the labels are the tokens themselves and not the tokens after them, as in transformers."""
+    ids, labels = micro_batch.get("input_ids"), micro_batch.get("labels")
+    if not isinstance(ids, torch.Tensor) or not isinstance(labels, torch.Tensor) or ids.shape != labels.shape:
+        return False
+    counted = labels != IGNORED
+    after = counted[..., :-1]
+    same, following = (labels == ids)[counted], (labels[..., :-1] == ids[..., 1:])[after]
+    return bool(same.numel() > 1 and same.all() and not following.all())
+
+
 def count_labels(micro_batch: MicroBatch) -> torch.Tensor:
     """Return the number of labels other than -100, a scalar.
 
     Raises:
-        ConfigurationError: the micro-batch has no labels.
+        ConfigurationError: the micro-batch has no labels, or not as a tensor.
     """
     if "labels" not in micro_batch:
         raise ConfigurationError(
             f"a micro-batch has no labels: got {', '.join(micro_batch)}. Add labels, or pass tokens=."
+        )
+    if not isinstance(micro_batch["labels"], torch.Tensor):
+        raise ConfigurationError(
+            f"labels are no tensor: got {type(micro_batch['labels']).__name__}, expected int64 token IDs. Convert "
+            "them, or pass loss= and tokens=."
         )
     return (micro_batch["labels"] != IGNORED).sum()
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from polyshard.core.context import ParallelContext
+from polyshard.core.engine_copies import check_not_held
 from polyshard.core.model_weights import ModelWeights
 from polyshard.core.pieces import MASTER, Piece
 from polyshard.core.weight_table import WeightTable, collect_layouts
@@ -59,16 +60,21 @@ class WeightView:
         return WeightTable({name: entry for name, entry in self.table.items() if name in held})
 
 
-def view_weights(model: nn.Module | Any, parallel_context: ParallelContext) -> WeightView:
-    """Return the view of a training engine's weights, or of a module's. A collective over the pipeline axis.
+def view_weights(model: nn.Module | Any, parallel_context: ParallelContext, *, written: bool = False) -> WeightView:
+    """Return the view of a training engine's weights, or of a module's, a collective over the pipeline axis.
 
     Args:
         model: a model as its factory built it, or a training engine around one.
         parallel_context: the context that the model was built with.
+        written: whether values will be written into it.
+
+    Raises:
+        ConfigurationError: it is the model of an engine that keeps the weights elsewhere.
     """
     if isinstance(model, nn.Module):
+        check_not_held(model, written=written)
         return _module_view(model, parallel_context)
-    weights = ModelWeights.of(model.module, model.table, parallel_context)
+    weights: ModelWeights = model.model_weights  # FSDP2 may have gathered the module's parameters, in another dtype
     return WeightView(
         module=model.module,
         table=weights.table,

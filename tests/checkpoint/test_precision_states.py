@@ -25,13 +25,16 @@ CHAIN = [
     ("torch", HALF, DDP),
 ]
 
+OVERFLOWS = ps.Precision(compute=torch.float16, loss_scale=2.0**30)
+SCALED = [("torch", OVERFLOWS, DDP), ("megatron", ps.Precision(parameters=torch.float16), {"zero_stage": 1})]
+
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     folder = tmp_path_factory.mktemp("states")
     states = [folder / str(index) for index in range(len(CHAIN))]
     directory = save_tiny(folder / "model", "llama")
-    return states, run_ranks(saved_and_moved, 2, directory, states, CHAIN, timeout=280)[0]
+    return states, *run_ranks(saved_and_moved, 2, directory, states, CHAIN, SCALED, timeout=280)[0]
 
 
 def masters_of(state):
@@ -42,7 +45,7 @@ def masters_of(state):
 
 
 def test_masters_keep_all_bits_through_every_library_and_precision(outcome):
-    states, _ = outcome
+    states, *_ = outcome
     first = masters_of(states[0])
     assert any(not torch.equal(value, value.to(BF16).float()) for value in first.values())
     for state, kind in zip(states[1:], CHAIN[1:]):
@@ -62,7 +65,14 @@ def test_weights_are_the_rounded_masters(outcome):
 
 
 def test_a_resumed_run_has_the_losses_of_the_unbroken_one(outcome):
-    _, losses = outcome
+    _, losses, _ = outcome
     assert losses[1] == losses[0]  # bit for bit in the same library and precision
     for resumed, kind in zip(losses[2:], CHAIN[2:]):
         assert resumed == pytest.approx(losses[0], abs=2e-2), kind
+
+
+def test_the_loss_scale_continues_in_another_library(outcome):
+    first, second = outcome[2]
+    assert 1 < first["factor"] < OVERFLOWS.loss_scale  # it has overflowed
+    assert second["factor"] == first["factor"]
+    assert second["steps"] == first["steps"] == 1

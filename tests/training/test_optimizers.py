@@ -281,3 +281,25 @@ def test_optimizers_that_need_whole_matrices_are_refused_on_parts():
         built = ps.TorchOptimizer(cls, lr=0.1)(layer.named_parameters())
         with pytest.raises(ps.ConfigurationError, match=message):
             check_elementwise(built, ps.collect_layouts(layer).values(), dict(layer.named_parameters()), tensor, held)
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adamax])
+def test_a_save_before_every_parameter_has_had_a_gradient_changes_nothing(tmp_path, cls, caplog):
+    context = ps.initialize("torch")
+
+    def weights(save):
+        torch.manual_seed(0)
+        model = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)])
+        settings = {"momentum": 0.9} if cls is torch.optim.SGD else {}
+        engine = ps.load_adapter("torch").engine(model, ps.TorchOptimizer(cls, lr=0.1, **settings), context)
+        for step in range(4):
+            hidden = model[0](torch.arange(8.0).view(2, 4) + step)
+            engine.backward((model[1](hidden) if step > 2 else hidden).sin().sum())
+            engine.step()
+            if save:
+                ps.save_training_state(engine, tmp_path / "state", context, step=step, config={})
+        return [parameter.detach() for parameter in model.parameters()]
+
+    for plain, saved in zip(weights(False), weights(True)):
+        assert torch.equal(plain, saved)
+    assert ("parameters have had 1 to 4 updates" in caplog.text) == (cls is not torch.optim.SGD)  # which counts none

@@ -34,6 +34,7 @@ with printing_as_log(logger, "DeepSpeed"):
     )
     from deepspeed.runtime import torch_autocast as _autocast
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
     from deepspeed.sequence.cross_entropy import vocab_parallel_cross_entropy
     from deepspeed.utils import groups as _groups
 
@@ -51,6 +52,7 @@ __all__ = [
     "VocabParallelLinear",
     "accelerator",
     "base_optimizer",
+    "clear_gradients",
     "deepspeed",
     "enter_training_mode",
     "forget_autocast",
@@ -131,6 +133,23 @@ def base_optimizer(optimizer: Any) -> Any:
         for group, parameters in zip(base.param_groups, held):
             group["params"] = parameters
     return base
+
+
+def clear_gradients(optimizer: Any) -> None:
+    """Clear gradients, including those of earlier micro-batches.
+
+    `zero_grad` of ZeRO 1 and 2 leaves the partitions into which `backward` has averaged them, and the next step would
+    use them (stage_1_and_2.py, independent_gradient_partition_epilogue). This does what ZeRO does after an overflow.
+    """
+    optimizer.zero_grad()
+    if not hasattr(optimizer, "all_grad_tensors"):  # stage 0, or 3
+        return
+    optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
+    optimizer._release_preflattened_grad_buffers()
+    if optimizer.cpu_offload:
+        optimizer.reset_cpu_buffers()
+    for held in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+        held.update(dict.fromkeys(held))
 
 
 def partition(parameter: Any, rank: int) -> tuple[int, torch.Tensor]:

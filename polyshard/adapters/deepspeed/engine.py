@@ -14,6 +14,7 @@ from torch import nn
 
 from polyshard.adapters.deepspeed.compat import (
     base_optimizer,
+    clear_gradients,
     deepspeed,
     forget_autocast,
     forget_mpu,
@@ -44,6 +45,7 @@ from polyshard.adapters.shared.tied_weights import copy_from_owners, sum_over_co
 from polyshard.adapters.shared.weights import check_shard
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, holder_axis, replica_axis
+from polyshard.core.engine_copies import Held
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision
@@ -161,6 +163,10 @@ class DeepspeedEngine(BaseEngine):
 
     _pipeline_has_fixed_shapes = False
 
+    @property
+    def _holds(self) -> Held | None:
+        return "shards" if self._stage == 3 else "copies" if self._stage else None
+
     def _run_pipeline(self, step: PipelineStep, *, backward: bool) -> None:
         """Run DeepSpeed's schedule; `step` of the engine averages the gradients over the replicas."""
         assert self._pipeline is not None
@@ -203,7 +209,7 @@ class DeepspeedEngine(BaseEngine):
 
     def zero_grad(self) -> None:
         """Clear accumulated gradients."""
-        self._wrapped.optimizer.zero_grad()
+        clear_gradients(self._wrapped.optimizer)
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Return a context manager for all micro-batches except the last."""
@@ -276,6 +282,7 @@ class DeepspeedEngine(BaseEngine):
         self._undo_compile()
         self._wrapped.destroy()
         self._experts.close()
+        self._release()
         forget_mpu()
 
     def _base_optimizers(self) -> list[Any]:

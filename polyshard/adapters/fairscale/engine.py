@@ -108,6 +108,7 @@ class FairscaleEngine(BaseEngine):
         self._start_rate()
         # In stage 2 only the rank that owns the optimizer state of a parameter keeps its gradient.
         self._owned_only = zero_stage == 2 and replica_axis(context).size > 1
+        self._reducer: GradientReducer | None = None  # of a pipeline
         self._pipeline = None if self._stages is None else self._start_pipeline(self._stages, recompute)
         self._syncs = True  # False while all but the last micro-batch accumulate
         with self._guard("data parallel setup"):
@@ -137,7 +138,7 @@ class FairscaleEngine(BaseEngine):
         # Each parameter stands for itself: OSS keeps the masters of narrow ones.
         own = Masters(self._module.named_parameters(), self.precision.parameters)
         groups = group_of_each(self.table, self.context)
-        reducer = GradientReducer(self._module.named_parameters(), own, self.precision.reduce, groups)
+        self._reducer = reducer = GradientReducer(self._module.named_parameters(), own, self.precision.reduce, groups)
         return PipelineTraining(
             stages,
             self.model_weights,
@@ -154,6 +155,8 @@ class FairscaleEngine(BaseEngine):
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients, averaged over the replicas."""
+        if self._wrapped is not self._module and self._syncs and replica_axis(self.context).size > 1:
+            self._check_forward(type(self._wrapped).__name__)
         super().backward(self._scaled(loss))
         if self._distributed and self._syncs:
             self._experts.average()
@@ -221,6 +224,12 @@ class FairscaleEngine(BaseEngine):
                 tensors[MASTER] = updated.detach()
             pieces += [Piece(parameter=name, slot=s, start=0, values=value.view(-1)) for s, value in tensors.items()]
         return self._state(pieces)
+
+    def close(self) -> None:
+        """Release the wrapper, and stop taking gradients."""
+        if self._reducer is not None:
+            self._reducer.close()
+        super().close()
 
     def _base_optimizers(self) -> list[Any]:
         return self.optimizer.bases

@@ -122,6 +122,27 @@ def base_optimizers(optimizer: Any) -> list[Any]:
     return bases
 
 
+def loss_scale_state(optimizer: Any) -> dict[str, float]:
+    """Return the loss scale of a float16 run, and the counts that decide when it changes."""
+    state = _holders(optimizer)[0].grad_scaler.state_dict()
+    counts = {"steps": state["growth_tracker"], "hysteresis": state["hysteresis_tracker"]}
+    return {"factor": float(state["scale"]), **counts}
+
+
+def load_loss_scale(optimizer: Any, saved: Mapping[str, float]) -> None:
+    """Continue with the loss scale that `loss_scale_state` returned, or that of another library."""
+    for holder in _holders(optimizer):
+        scaler = holder.grad_scaler
+        state = scaler.state_dict()
+        scaler.load_state_dict(
+            {
+                "scale": torch.full_like(state["scale"], saved["factor"]),
+                "growth_tracker": min(int(saved["steps"]), scaler.growth_interval - 1),
+                "hysteresis_tracker": int(saved.get("hysteresis", state["hysteresis_tracker"])),
+            }
+        )
+
+
 def _holders(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 

@@ -280,6 +280,13 @@ class MegatronEngine(BaseEngine):
         super().close()
         self._groups.close()
 
+    def _loss_scale_state(self) -> Mapping[str, float]:
+        return compat.loss_scale_state(self.optimizer)
+
+    def _load_loss_scale(self, saved: Mapping[str, float]) -> None:
+        with compat.cuda_as_cpu(self.context.device):
+            compat.load_loss_scale(self.optimizer, saved)
+
     def _sum_tied_gradients(self) -> None:
         parameters: dict[str, Any] = dict(self._module.named_parameters())
         gradients = {name: p.main_grad for name, p in parameters.items() if p.requires_grad}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -18,11 +18,14 @@ from polyshard.adapters.shared.devices import check_devices
 from polyshard.adapters.shared.grad_norm import check_max_grad_norm, scale_gradients
 from polyshard.adapters.shared.learning_rate import LearningRate, set_scales
 from polyshard.adapters.shared.loss_scale import LossScale
-from polyshard.adapters.shared.parameter_groups import Held, check_elementwise, check_patterns, settings_of_groups
+from polyshard.adapters.shared.parameter_groups import Held as Parts
+from polyshard.adapters.shared.parameter_groups import check_elementwise, check_patterns, settings_of_groups
+from polyshard.adapters.shared.weights import check_unsharded
 from polyshard.core.adapter import StepResult
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.build_stages import as_stages
 from polyshard.core.context import ParallelContext, holder_axis
+from polyshard.core.engine_copies import Held, mark_held
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.model_weights import ModelWeights
 from polyshard.core.optimizer import OptimizerFactory
@@ -37,7 +40,7 @@ from polyshard.training.muon import Muon
 from polyshard.training.pipeline_step import PipelineStep
 from polyshard.training.recompute import Recompute, apply_recomputation
 from polyshard.training.schedule import SchedulerFactory
-from polyshard.training.train_batch import eval_batch, train_batch
+from polyshard.training.train_batch import check_micro_batches, eval_batch, has_unshifted_labels, train_batch
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +88,7 @@ class BaseEngine(ABC):
         check_max_grad_norm(max_grad_norm)
         self._stages = as_stages(model, context) if context.axis("pipeline").size > 1 else None
         model = _only_stage(model) if self._stages is None else self._stages
+        check_unsharded(model)
         check_devices(model, context)
         self.precision = _precision_of_run(model, precision, context)
         self.context = context
@@ -97,6 +101,8 @@ class BaseEngine(ABC):
                 f"{type(self).__name__} cannot train experts that are distributed over ranks: got an expert-parallel "
                 f"size of {context.axis('expert').size}, expected 1. Use torch's engine, or a size of 1."
             )
+        for parameter in model.parameters():
+            parameter.grad = None  # what an earlier engine left belongs to no step of this one
         self._module = model
         self._wrapped: Any = model
         self._guard = context.guard
@@ -106,9 +112,11 @@ class BaseEngine(ABC):
         self._max_grad_norm = max_grad_norm
         self._scheduler = scheduler
         self._generators = GeneratorCheck(model, context, check_random)
+        self._has_seen_labels = False
+        self._awaits_backward = False  # a forward pass with gradients has run since the last backward pass
 
     def _build(
-        self, optimizer: OptimizerFactory, named: Iterable[tuple[str, nn.Parameter]], held: Held
+        self, optimizer: OptimizerFactory, named: Iterable[tuple[str, nn.Parameter]], held: Parts
     ) -> torch.optim.Optimizer:
         """Return the torch optimizer of parameters, which it gets by their canonical names.
 
@@ -129,7 +137,13 @@ class BaseEngine(ABC):
 
     def _start_rate(self, lr: float | None = None) -> None:
         """Set the first learning rate, after `optimizer` has been set; by default that of the one that was built."""
+        mark_held(self._module, self._holds)
         self._rate = LearningRate(self.optimizer, self._first_lr if lr is None else lr, self._scheduler)
+
+    @property
+    def _holds(self) -> Held | None:
+        """What the optimizer updates in place of the module's parameters."""
+        return "copies" if self.precision.has_masters else None
 
     @property
     def module(self) -> nn.Module:
@@ -139,8 +153,19 @@ class BaseEngine(ABC):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward inside the library's wrapper, in the dtype of computation."""
         self._refuse_in_pipeline("the engine's forward pass")
+        self._awaits_backward |= torch.is_grad_enabled()
         with self._guard("data forward"), self._generators.watching(), self.computing():
             return self._wrapped(*args, **kwargs)
+
+    def _check_forward(self, wrapper: str) -> None:
+        """Check that the wrapper saw the forward pass of this backward pass, or it would not average the gradients."""
+        if not self._awaits_backward:
+            raise ConfigurationError(
+                f"the loss does not come from the engine's forward pass: {wrapper} averages gradients in one backward "
+                "pass after each call of the engine. Call engine(...) in place of the model, and add the losses of one "
+                "call before engine.backward(loss)."
+            )
+        self._awaits_backward = False
 
     def computing(self) -> AbstractContextManager[Any]:
         """Return a context in which the model's operations compute in `precision.compute`.
@@ -170,6 +195,14 @@ class BaseEngine(ABC):
         In a pipeline all its ranks pass the same micro-batches, which contain `input_ids`. The `loss` is called on the
         ranks of the last stage only.
         """
+        if loss is None and not self._has_seen_labels:
+            check_micro_batches(micro_batches)
+            self._has_seen_labels = True
+            if has_unshifted_labels(micro_batches[0]):
+                logger.warning(
+                    "labels are the tokens themselves, so the model learns to copy: got labels equal to input_ids, "
+                    "expected the token after each token. Shift them by one"
+                )
         if self._stages is None:
             return train_batch(self, self.context, micro_batches, loss, tokens)
         step = self._pipeline_step(self._stages, micro_batches, loss, tokens)
@@ -310,6 +343,8 @@ class BaseEngine(ABC):
             optimizer_state.set_scalars(base, state.scalars)
             optimizer_state.set_started(base, state.started)
         self._rate.load(state.lr, state.schedule)
+        if state.loss_scale is not None and self.precision.scales_loss:
+            self._load_loss_scale(state.loss_scale)
 
     def _state(self, pieces: Iterable[Piece]) -> OptimizerState:
         """Return the optimizer's state, of which the pieces are given."""
@@ -323,13 +358,26 @@ class BaseEngine(ABC):
             started=any(optimizer_state.is_started(base) for base in bases),
             scalars=optimizer_state.scalars(bases[0]),
             groups=self._settings,
+            loss_scale=self._loss_scale_state() if self.precision.scales_loss else None,
         )
+
+    def _loss_scale_state(self) -> Mapping[str, float]:
+        return self._scale.state()
+
+    def _load_loss_scale(self, saved: Mapping[str, float]) -> None:
+        self._scale.load(saved)
 
     def close(self) -> None:
         """Release the wrapper and the process group that it holds."""
         self._undo_recomputation()
         self._undo_compile()
         self._wrapped = self._module
+        self._release()
+
+    def _release(self) -> None:
+        """Leave the weights to the module, unless they stay sharded."""
+        if self._holds != "shards":
+            mark_held(self._module, None)
 
     def _base_optimizers(self) -> list[Any]:
         """Return the torch optimizers inside the library's optimizer, which hold the state; all of one kind."""

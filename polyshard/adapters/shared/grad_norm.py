@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Collection, Iterable
 from functools import cache
 from typing import Any
@@ -19,8 +20,8 @@ from polyshard.weights.regions import Region, regions
 
 def check_max_grad_norm(max_grad_norm: float | None) -> None:
     """Raise `ConfigurationError` unless it is a positive number, or None for no clipping."""
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ConfigurationError(f"max_grad_norm must be positive, or None, got {max_grad_norm}")
+    if max_grad_norm is not None and not (isinstance(max_grad_norm, numbers.Real) and max_grad_norm > 0):
+        raise ConfigurationError(f"max_grad_norm must be positive, or None, got {max_grad_norm!r}")
 
 
 def counted_square(gradient: torch.Tensor, layout: WeightLayout, rank: int, size: int) -> torch.Tensor:

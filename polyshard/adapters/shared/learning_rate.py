@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from polyshard.core.errors import ConfigurationError
+from polyshard.core.optimizer import check_setting
 from polyshard.core.parameter_groups import LR_SCALE
 from polyshard.training.schedule import Schedule, SchedulerFactory
 
@@ -59,8 +60,9 @@ class LearningRate:
         """Set the rate.
 
         Raises:
-            ConfigurationError: a scheduler sets it.
+            ConfigurationError: a scheduler sets it, or it is negative or no number.
         """
+        check_setting("the learning rate", lr)
         if self.schedule is not None:
             raise ConfigurationError(
                 "the engine's scheduler sets the learning rate: got another rate, expected none. Build the engine "

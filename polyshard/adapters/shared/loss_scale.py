@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -28,3 +29,11 @@ class LossScale:
             self.factor, self.steps = max(1.0, self.factor / 2), 0
         elif self.steps == self.interval:
             self.factor, self.steps = self.factor * 2, 0
+
+    def state(self) -> dict[str, float]:
+        """Return what a training state stores, as plain JSON."""
+        return {"factor": self.factor, "steps": self.steps}
+
+    def load(self, saved: Mapping[str, float]) -> None:
+        """Continue from the state of this scaling, or of another library's."""
+        self.factor, self.steps = float(saved["factor"]), min(int(saved["steps"]), self.interval - 1)

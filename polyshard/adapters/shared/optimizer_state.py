@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 
 from polyshard.core.errors import CheckpointError
 from polyshard.training.muon import MuonWithAdamW
+
+logger = logging.getLogger(__name__)
 
 ADAM = "adam"
 PLACEHOLDER = "polyshard_placeholder"  # the key of state that no step has made
@@ -45,7 +48,8 @@ def materialize(optimizer: Any) -> None:
                     state.update({name: torch.zeros_like(parameter.detach()) for name in names})
         return
     # Other optimizers: one step with learning rate 0. Its state is not that of a new optimizer (a count is 1), so it is
-    # marked, and dropped before the first real step unless a checkpoint overwrites it.
+    # marked, and dropped before the first real step unless a checkpoint overwrites it. Parameters that have state get
+    # no gradient, or the step would change their state.
     held = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
     settings = [
         {name: group[name] for name in ("lr", "weight_decay") if name in group} for group in optimizer.param_groups
@@ -54,6 +58,8 @@ def materialize(optimizer: Any) -> None:
         for group, values in zip(optimizer.param_groups, settings):
             group.update({n: torch.zeros_like(v) if isinstance(v, torch.Tensor) else 0.0 for n, v in values.items()})
         for parameter, _ in held:
+            parameter.grad = None
+        for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
     finally:
@@ -116,8 +122,8 @@ def scalars(optimizer: Any) -> dict[str, float]:
     """
     found: dict[str, set[float]] = {}
     for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if name not in ("step", PLACEHOLDER) and _is_scalar(value, parameter):
+        for name, value in () if PLACEHOLDER in state else state.items():
+            if name != "step" and _is_scalar(value, parameter):
                 found.setdefault(name, set()).add(float(value))
     differing = [name for name, values in found.items() if len(values) > 1]
     if differing:
@@ -144,9 +150,16 @@ def _is_scalar(value: Any, parameter: torch.Tensor) -> bool:
 
 
 def get_step(optimizer: Any) -> int:
-    """Return the number of updates so far."""
-    steps = {int(state["step"]) for state in optimizer.state.values() if "step" in state}
+    """Return the number of updates so far: the largest, with a warning, if some parameters had fewer gradients."""
+    steps = {int(state["step"]) for state in optimizer.state.values() if "step" in state and PLACEHOLDER not in state}
     steps |= {int(group["step"]) for group in optimizer.param_groups if "step" in group}
+    if len(steps) > 1:
+        logger.warning(
+            "parameters have had %d to %d updates, because some got no gradient: a training state counts %d for all",
+            min(steps),
+            max(steps),
+            max(steps),
+        )
     return max(steps, default=0)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.parameter_groups import LR_SCALE, GroupSettings
+from polyshard.core.parameter_groups import LR_SCALE, GroupSettings, ParameterGroup
 from polyshard.core.ranks import Ranks
 from polyshard.core.weight_table import WeightEntry, WeightTable
 from polyshard.training.muon import MuonWithAdamW
@@ -25,9 +25,18 @@ def check_patterns(optimizer: Any, table: WeightTable, context: ParallelContext)
     A frozen parameter counts, and so does one that an earlier group takes.
 
     Raises:
-        ConfigurationError: a pattern matches nothing.
+        ConfigurationError: a pattern matches nothing, the groups are not groups, or the optimizer has been built.
     """
-    patterns = [*getattr(optimizer, "exclude", ()), *(group.pattern for group in getattr(optimizer, "groups", ()))]
+    if isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigurationError(
+            f"the optimizer has been built: got {type(optimizer).__name__}, expected its settings, because the engine "
+            "may replace the parameters. Pass ps.AdamW(...), ps.TorchOptimizer(cls, ...) or a function of named "
+            "parameters."
+        )
+    groups = getattr(optimizer, "groups", ())
+    if not isinstance(groups, Sequence) or not all(isinstance(group, ParameterGroup) for group in groups):
+        raise ConfigurationError(f"the optimizer's groups are invalid: got {groups!r}, expected ParameterGroups.")
+    patterns = [*getattr(optimizer, "exclude", ()), *(group.pattern for group in groups)]
     if not patterns:
         return
     names = [entry.name for entry in table.values()]

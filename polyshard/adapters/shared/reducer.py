@@ -12,8 +12,10 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from polyshard.adapters.shared.masters import Masters
+from polyshard.core.errors import ConfigurationError
 
 BUCKET_MB = 25  # as DistributedDataParallel's default
 
@@ -58,6 +60,7 @@ class GradientReducer:
         self._bucket_of: dict[str, _Bucket] = {}
         self._next = 0
         self._parameters: dict[str, nn.Parameter] = {}
+        self._hooks: list[RemovableHandle] = []
         capacity = int(bucket_cap_mb * (1 << 20))
         filled = capacity
         for name, parameter in reversed([(n, p) for n, p in named_parameters if p.requires_grad]):
@@ -69,7 +72,7 @@ class GradientReducer:
             self._buckets[-1].names.append(name)
             self._bucket_of[name] = self._buckets[-1]
             self._parameters[name] = parameter
-            parameter.register_post_accumulate_grad_hook(partial(self._add, name))
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(partial(self._add, name)))
         self._restart()
 
     def _restart(self) -> None:
@@ -78,7 +81,11 @@ class GradientReducer:
             bucket.missing, bucket.message, bucket.work = set(bucket.names), None, None
 
     def _add(self, name: str, parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
+        if parameter.grad is None:  # the hook of another reducer took it
+            raise ConfigurationError(
+                f"the gradient of {name} went to another engine of this model. Call close() on that engine before you "
+                "build the next one."
+            )
         gradient, parameter.grad = parameter.grad, None
         held = self._sums.get(name)
         self._sums[name] = gradient.to(self._dtype) if held is None else held.add_(gradient)
@@ -125,3 +132,8 @@ class GradientReducer:
         """Forget sums that have not been sent."""
         self._sums.clear()
         self._restart()
+
+    def close(self) -> None:
+        """Leave the gradients of later backward passes in the parameters."""
+        for hook in self._hooks:
+            hook.remove()

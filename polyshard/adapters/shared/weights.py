@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from polyshard.core.context import ParallelContext
-from polyshard.core.errors import LayoutError
+from polyshard.core.errors import ConfigurationError, LayoutError
 from polyshard.core.weight_sharding import WeightLayout
 
 
@@ -49,3 +49,14 @@ def load_shards(parameters: Mapping[str, nn.Parameter], weights: Iterable[tuple[
         for name, value in weights:
             check_shard(name, value, tuple(parameters[name].shape))
             parameters[name].copy_(value)
+
+
+def check_unsharded(model: nn.Module) -> None:
+    """Raise `ConfigurationError` if another engine has sharded the parameters, which lasts after it was closed."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_tensor") or hasattr(parameter, "device_mesh"):
+            by = "DeepSpeed's ZeRO stage 3" if hasattr(parameter, "ds_tensor") else "FSDP2"
+            raise ConfigurationError(
+                f"the model belongs to an earlier engine: got {name} as {by} has sharded it, expected parameters as "
+                "the factory builds them. Build the model again, and load a checkpoint of the earlier engine into it."
+            )

@@ -112,6 +112,35 @@ def unshard_gradient_sync(module: nn.Module, enabled: bool) -> None:
     module.set_requires_gradient_sync(enabled)  # pyrefly: ignore  # FSDPModule adds it at run time
 
 
+def reshard(module: nn.Module) -> None:
+    """Free the weights that FSDP2 has gathered, so that `parameters()` are the shards that the optimizer updates.
+
+    The root stays gathered after a forward pass that no backward pass follows, in the dtype of computation. Its
+    parameters are then copies, of which neither the optimizer nor a later all-gather knows.
+    """
+    for part in module.modules():
+        if hasattr(part, "set_requires_gradient_sync"):  # an FSDPModule
+            part.reshard()  # pyrefly: ignore
+
+
+def drop_accumulated_gradients(module: nn.Module) -> None:
+    """Drop what FSDP2 has accumulated without synchronization, and the state of a step that an error interrupted.
+
+    The optimizer's `zero_grad` knows only the gradients of shards (_fsdp_param_group.py, post_backward).
+    """
+    for part in module.modules():
+        if not hasattr(part, "set_requires_gradient_sync"):
+            continue
+        state: Any = part._get_fsdp_state()  # pyrefly: ignore
+        if state._is_root and hasattr(part, "reset_iter_state"):  # from torch 2.13
+            part.reset_iter_state()  # pyrefly: ignore
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for held in (held for group in groups if group is not None for held in group.fsdp_params):
+            held.unsharded_accumulated_grad = None
+            if getattr(held, "_unsharded_param", None) is not None:
+                held._unsharded_param.grad = None
+
+
 # Gloo raises a plain RuntimeError; these words occur in messages of its transport and of the process group.
 _GLOO_WORDS = ("gloo", "connection closed by peer", "timed out", "connection reset", "broken pipe", "nccl")
 

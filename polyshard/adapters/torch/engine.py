@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -22,9 +22,11 @@ from polyshard.adapters.shared.reducer import GradientReducer
 from polyshard.adapters.shared.weights import check_shard
 from polyshard.adapters.torch.clip import global_grad_norm
 from polyshard.adapters.torch.compat import (
+    drop_accumulated_gradients,
     full_tensor,
     is_dtensor,
     local_tensor,
+    reshard,
     sharded_rows,
     unshard_gradient_sync,
 )
@@ -33,6 +35,7 @@ from polyshard.adapters.torch.overlap import overlap_options, reducer_options
 from polyshard.adapters.torch.sharding import fully_shard_model, fully_shard_stages, is_list_item
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, holder_axis, replica_axis
+from polyshard.core.engine_copies import Held
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER, WEIGHT, OptimizerState, Piece, replicated_piece
 from polyshard.core.precision import Precision
@@ -204,13 +207,31 @@ class TorchEngine(BaseEngine):
                 f"{precision.reduce}, expected {precision.parameters}."
             )
 
+    @property
+    def _holds(self) -> Held | None:
+        return "shards" if self._sharded else super()._holds
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters as the engine holds them: with FSDP2 the shards, whatever a forward pass has gathered."""
+        if self._sharded:
+            for root in self._roots:
+                reshard(root)
+        return self._module.named_parameters()
+
     def _updated(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The tensors that the optimizer updates: the parameters, or their masters."""
-        return self._module.named_parameters() if self._masters is None else self._masters.named()
+        return self._parameters() if self._masters is None else self._masters.named()
+
+    @property
+    def _roots(self) -> Sequence[nn.Module]:
+        """The modules that FSDP2 treats as roots: the model, or what the pipeline's schedule calls."""
+        return [self._module] if self._pipeline is None else self._pipeline.modules
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients, averaged over the replicas."""
         self._refuse_in_pipeline("the engine's backward pass")
+        if isinstance(self._wrapped, DistributedDataParallel) and self._wrapped.require_backward_grad_sync:
+            self._check_forward("DistributedDataParallel")
         with self._guard("data backward"):
             self._scaled(loss).backward()
             if self._reducer is not None and self._reducer.sends:
@@ -234,6 +255,9 @@ class TorchEngine(BaseEngine):
     def zero_grad(self) -> None:
         """Clear accumulated gradients."""
         self.optimizer.zero_grad(set_to_none=True)
+        if self._sharded:
+            for root in self._roots:
+                drop_accumulated_gradients(root)
         if self._reducer is not None:
             self._reducer.clear()
 
@@ -248,14 +272,14 @@ class TorchEngine(BaseEngine):
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield parameter names with tensor-parallel shards, gathered over the replicas."""
-        for name, parameter in self._module.named_parameters():
+        for name, parameter in self._parameters():
             with self._guard("data gather of weights"):
                 yield name, full_tensor(parameter.detach())
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load tensor-parallel shards into the parameters."""
         self.updates += 1
-        parameters = dict(self._module.named_parameters())
+        parameters = dict(self._parameters())
         with torch.no_grad():
             for name, value in weights:
                 parameter = parameters[name]
@@ -266,7 +290,7 @@ class TorchEngine(BaseEngine):
 
     def weight_pieces(self) -> Iterator[Piece]:
         """Yield this rank's piece of every parameter."""
-        for name, parameter in self._module.named_parameters():
+        for name, parameter in self._parameters():
             yield self._piece(name, WEIGHT, parameter.detach())
 
     def optimizer_state(self) -> OptimizerState:
@@ -296,6 +320,8 @@ class TorchEngine(BaseEngine):
     def close(self) -> None:
         """Release the wrapper, and compute the model's matrix products without float8 again."""
         self._undo_float8()
+        if self._reducer is not None:
+            self._reducer.close()
         super().close()
 
     def _piece(self, name: str, slot: str, tensor: Any) -> Piece:

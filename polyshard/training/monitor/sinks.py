@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
-from polyshard.core.errors import MissingDependencyError
+from polyshard.core.errors import ConfigurationError, MissingDependencyError
 from polyshard.training.monitor.record import StepRecord
 
 
@@ -58,12 +58,21 @@ def _keep_before(path: Path, step: int) -> None:
     kept = []
     with path.open() as lines:
         for line in lines:
-            if not line.endswith("\n") or json.loads(line)["step"] >= step:
+            if not line.endswith("\n") or _step_of(line, path) >= step:
                 break
             kept.append(line)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text("".join(kept))
     part.replace(path)
+
+
+def _step_of(line: str, path: Path) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        raise ConfigurationError(
+            f"{path} holds other lines than records: got {line[:40]!r}, expected JSON with a step. Name another file."
+        ) from None
 
 
 class TensorBoard:

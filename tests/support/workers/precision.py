@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -112,8 +113,13 @@ def small_updates(adapter: str, cases: list[tuple[ps.Precision, dict, int]]) -> 
 Kind = tuple[str, ps.Precision, dict]  # adapter, precision, options of the engine
 
 
-def saved_and_moved(directory: Path, states: list[Path], kinds: list[Kind]) -> list[list[float]]:
-    """Train and save by the first kind; load, save and train on by each of the others. Losses after each start."""
+def saved_and_moved(
+    directory: Path, states: list[Path], kinds: list[Kind], scaled: list[Kind]
+) -> tuple[list[list[float]], list[dict]]:
+    """Train and save by the first kind; load, save and train on by each of the others. Losses after each start.
+
+    Then the loss scale of float16 runs, of which the first overflows and the others continue.
+    """
     losses = []
     for index, (adapter, precision, options) in enumerate(kinds):
         context = ps.initialize(adapter, timeout=60)
@@ -127,4 +133,23 @@ def saved_and_moved(directory: Path, states: list[Path], kinds: list[Kind]) -> l
         losses.append(run(engine, context, 3, 3))
         engine.close()
         ps.shutdown(context)
-    return losses
+    return losses, [*loss_scales(directory, states[0].with_name("scaled"), scaled)]
+
+
+def loss_scales(directory: Path, state: Path, kinds: list[Kind]) -> Iterator[dict]:
+    """Overflow until a step is not skipped, by the first kind; load and save by each of the others."""
+    for index, (adapter, precision, options) in enumerate(kinds):
+        context = ps.initialize(adapter, timeout=60)
+        engine = start(directory, context, precision, options)
+        if index:
+            ps.load_training_state(engine, state, context)
+        else:
+            ids = learnable_rows(0)[:1]
+            batch = [{"input_ids": ids[:, :-1], "labels": ids[:, 1:]}]
+            while not engine.updates:
+                engine.train_batch(batch)
+                engine.step()
+        yield engine.optimizer_state().loss_scale
+        ps.save_training_state(engine, state, context, step=1, config={"model_type": "llama"})
+        engine.close()
+        ps.shutdown(context)

@@ -1,0 +1,123 @@
+"""Arguments of a training run that have the wrong type or value: an error or a warning says what to pass instead."""
+
+import logging
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+import polyshard as ps
+
+
+class Model(torch.nn.Module):
+    """A next-token model of one matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(8, 8)])
+
+    def forward(self, input_ids):
+        return self.layers[0](torch.nn.functional.one_hot(input_ids, 8).float())
+
+    def compute_logits(self, hidden):
+        return hidden
+
+
+IDS = torch.tensor([[1, 2, 3, 4]])
+BATCH = {"input_ids": IDS, "labels": torch.tensor([[2, 3, 4, -100]])}
+BUILT = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+
+
+@pytest.fixture
+def engine():
+    return engine_of()
+
+
+def engine_of(optimizer=None, **options):
+    return ps.load_adapter("torch").engine(Model(), optimizer or ps.AdamW(lr=0.1), ps.initialize("torch"), **options)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ps.AdamW(lr="1e-4"), "AdamW.lr is invalid: got '1e-4'"),
+        (lambda: ps.AdamW(lr=-1.0), "AdamW.lr is invalid: got -1.0"),
+        (lambda: ps.AdamW(betas=(0.9, 1.0)), "AdamW.betas is invalid: got 1.0, expected a finite number below 1"),
+        (lambda: engine_of(BUILT), "the optimizer has been built: got SGD"),
+        (lambda: engine_of(ps.AdamW(groups=ps.ParameterGroup("*"))), "groups are invalid"),
+        (lambda: engine_of(scheduler=lr_scheduler.StepLR(BUILT, 1)), "scheduler is invalid: got StepLR"),
+        (lambda: engine_of(recompute=True), "recompute is invalid: got True"),
+        (lambda: engine_of(recompute=None), "recompute is invalid: got None"),
+        (lambda: engine_of(precision=torch.bfloat16), "precision is invalid: got torch.bfloat16"),
+        (lambda: engine_of(max_grad_norm="1.0"), "max_grad_norm must be positive, or None, got '1.0'"),
+    ],
+)
+def test_settings_of_an_engine(build, message):
+    with pytest.raises(ps.ConfigurationError, match=message):
+        build()
+
+
+def test_a_learning_rate_must_be_a_number(engine):
+    for rate in (-1.0, float("nan"), "1e-3"):
+        with pytest.raises(ps.ConfigurationError, match="the learning rate is invalid"):
+            engine.set_learning_rate(rate)
+    assert engine.learning_rate == 0.1
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "loss", "message"),
+    [
+        (BATCH, None, r"micro_batches is one micro-batch.*Pass \[micro_batch\]"),
+        ([{**BATCH, "labels": BATCH["labels"].float()}], None, "labels have the wrong dtype: got torch.float32"),
+        ([{**BATCH, "labels": [[2, 3, 4, 5]]}], None, "labels are no tensor: got list"),
+        ([BATCH], lambda output, batch: 3.0, "got 3.0, expected a scalar tensor"),
+    ],
+)
+def test_micro_batches_and_losses(engine, micro_batches, loss, message):
+    with pytest.raises(ps.ConfigurationError, match=message):
+        engine.train_batch(micro_batches, loss)
+
+
+def test_int32_labels_are_converted(engine):
+    loss = engine.train_batch([BATCH]).loss
+    assert engine.train_batch([{**BATCH, "labels": BATCH["labels"].int()}]).loss == loss
+
+
+def test_labels_that_are_not_shifted_are_reported_once(caplog):
+    with caplog.at_level(logging.WARNING):
+        engine_of().train_batch([BATCH])
+        engine_of().train_batch([{"input_ids": torch.ones_like(IDS), "labels": torch.ones_like(IDS)}])
+        assert not caplog.records
+        engine = engine_of()
+        for _ in range(2):
+            engine.train_batch([{"input_ids": IDS, "labels": IDS}])
+    assert [record.message for record in caplog.records if "Shift them by one" in record.message] != []
+    assert len(caplog.records) == 1
+
+
+def test_training_states(engine, tmp_path, caplog):
+    context = ps.initialize("torch")
+    for step in ("5", 5.0, None):
+        with pytest.raises(ps.ConfigurationError, match="step is invalid"):
+            ps.save_training_state(engine, tmp_path / "state", context, step=step, config={})
+    with pytest.raises(ps.ConfigurationError, match="a training state is that of an engine"):
+        ps.save_training_state(engine.module, tmp_path / "state", context, step=1, config={})
+    (tmp_path / "notes").write_text("text")
+    with pytest.raises(ps.CheckpointError, match="notes is a file"):
+        ps.save_training_state(engine, tmp_path / "notes", context, step=1, config={})
+    assert (tmp_path / "notes").read_text() == "text"
+
+    state = ps.save_training_state(engine, tmp_path / "state", context, step=1, config={})
+    other = engine_of(ps.AdamW(lr=0.01))
+    with caplog.at_level(logging.WARNING):
+        ps.load_training_state(other, state, context)
+    assert other.learning_rate == 0.1
+    assert "the learning rate continues at 0.1" in caplog.text
+    ps.load_training_state(engine_of(ps.AdamW(lr=0.01)), state, context, scheduler=False)
+
+
+def test_a_file_of_records_must_hold_records(tmp_path):
+    (tmp_path / "log.txt").write_text("started\n")
+    with pytest.raises(ps.ConfigurationError, match="holds other lines than records: got 'started"):
+        ps.JsonLines(tmp_path / "log.txt")(ps.StepRecord(step=1, loss=1.0))
+    assert (tmp_path / "log.txt").read_text() == "started\n"
