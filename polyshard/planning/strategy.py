@@ -66,6 +66,14 @@ class Strategy:
         return text if self.stages_per_rank == 1 else text.replace(stages, f"{stages} v{self.stages_per_rank}", 1)
 
     @property
+    def dtypes(self) -> str:
+        """The name of the precision, and the dtype of the reduction if it is not the usual one: `masters`."""
+        precision = self.precision
+        name = "casts" if precision.casts else "masters" if precision.has_masters else _dtype(precision.parameters)
+        usual = precision.reduce in (torch.float32, precision.optimizer)
+        return name if usual else f"{name}, reduce {_dtype(precision.reduce)}"
+
+    @property
     def replicas(self) -> int:
         """The number of ranks that hold the same weights."""
         return self.layout.data * self.layout.context
@@ -85,6 +93,10 @@ class Strategy:
 
     def __str__(self) -> str:
         return f"{self.sizes}, {self.sharding}, recompute {self.recompute}"
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 _NAMES = {"t": "tensor", "c": "context", "p": "pipeline", "e": "expert", "d": "data"}

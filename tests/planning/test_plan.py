@@ -1,5 +1,6 @@
 """`ps.plan`: published layouts fit, capabilities decide what is shown, and what is impossible has a reason."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import moe
@@ -9,6 +10,8 @@ from support.planned_cases import CONFIG, LLAMA_405B
 from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B
 
 import polyshard as ps
+from polyshard.adapters.deepspeed.settings import check_precision as deepspeed_refuses
+from polyshard.adapters.fairscale.engine import _check_precision as fairscale_refuses
 from polyshard.core.capabilities import YES, Capabilities
 from polyshard.planning import training_adapters
 from polyshard.planning.contexts import planned_context
@@ -92,6 +95,32 @@ def test_published_layouts_fit_where_they_ran(name, factory):
     assert fits.memory.parameters + fits.memory.optimizer < 80 * 10**9 < 2 * found.parameters
 
 
+def test_engines_accept_the_planned_precisions_and_stages():
+    """Each engine's own checks, of what its adapter is planned to run."""
+    refuses = {
+        "deepspeed": partial(deepspeed_refuses, config={}),
+        "fairscale": lambda precision, _: fairscale_refuses(precision),
+    }
+    found = small_plan(adapters=list(refuses), recompute=("full",), stages_per_rank=(1,))
+    for planned in (*found.layouts, *found.too_large):
+        strategy = planned.strategy
+        stage = {"data": 0 if strategy.replicas > 1 else 1, "zero1": 1, "zero2": 2, "zero3": 3}[strategy.sharding]
+        for adapter in planned.adapters:
+            refuses[adapter](strategy.precision, stage)
+            assert strategy.layout.pipeline == 1 or stage < 2
+    (half, full) = (
+        next(
+            p
+            for p in found.layouts
+            if p.strategy.sizes == "d8" and p.strategy.sharding == "zero1" and name in p.adapters
+        )
+        for name in ("fairscale", "deepspeed")
+    )
+    assert half.strategy.dtypes == "masters, reduce bfloat16"
+    # Parameters in 2 bytes are gathered, and gradients reduced in 2 or in 4.
+    assert half.sent["replica"] / full.sent["replica"] == pytest.approx((2 + 2) / (2 + 4))
+
+
 def test_features_that_a_library_does_not_combine_are_refused():
     strategy = Strategy(layout=ps.ParallelLayout(data=2, expert=2), sharding="zero3")
     assert reason_against(strategy, ps.load_adapter("deepspeed").capabilities) == "expert: not with zero3"
@@ -123,6 +152,7 @@ def test_layouts_appear_when_an_adapter_says_that_it_can_run_them(monkeypatch):
 def test_an_interleaved_schedule_has_a_smaller_bubble_and_more_messages_and_activations():
     layout = ps.ParallelLayout(pipeline=2, data=2)
     options = {"cluster": ps.Cluster(gpus=4, memory=8 * GIB), "tokens_per_step": 16 * 256, "layout": layout}
+    options["precisions"] = (ps.Precision(),)
     found = small_plan(**options, adapters=["torch", "deepspeed"], shardings=("data",), recompute=("none",))
     once, twice = sorted(found.layouts, key=lambda planned: planned.strategy.stages_per_rank)
     assert (once.strategy.sizes, once.adapters) == ("p2 d2", ("torch", "deepspeed"))
