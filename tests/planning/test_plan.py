@@ -15,9 +15,11 @@ from polyshard.adapters.fairscale.engine import _check_precision as fairscale_re
 from polyshard.core.capabilities import YES, Capabilities
 from polyshard.planning import training_adapters
 from polyshard.planning.contexts import planned_context
-from polyshard.planning.decoder import PlannedDecoder, _settings
-from polyshard.planning.memory import passes_under_way
-from polyshard.planning.strategy import MASTERS, Strategy, reason_against, strategies
+from polyshard.planning.decoder import PlannedDecoder, _settings, planned_decoder
+from polyshard.planning.library import Library
+from polyshard.planning.memory import memory_of, passes_under_way
+from polyshard.planning.strategy import MASTERS, PRECISIONS, Strategy, reason_against, strategies
+from polyshard.planning.trace import record
 
 GIB = 2**30
 DEEPSEEK_V3 = {
@@ -281,3 +283,17 @@ def test_serving_counts_weights_and_cache():
     assert plan.weights == 2 * found.parameters
     assert plan.cache_per_token == 2 * 4 * 2 * 4 * 8  # bytes, layers, keys and values, KV heads, head size
     assert plan.cache_tokens == (int(0.9 * 8 * GIB) - plan.weights) // plan.cache_per_token
+
+
+@pytest.mark.parametrize(("name", "counted"), [("masters", 208_977_225), ("float32", 241_779_657)])
+def test_stage_3_of_deepspeed_holds_a_bucket_and_its_copy(name, counted):
+    """Tensors of a step on two ranks with `reduce_bucket_size` 2,000,000, as a dispatch mode has counted them."""
+    config = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
+    config |= {"model_type": "llama", "vocab_size": 4096, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
+    strategy = Strategy(
+        layout=ps.ParallelLayout(data=2), sharding="zero3", precision=PRECISIONS[name], recompute="full", rows=2
+    )
+    options = {"rows": 2, "length": 512, "recompute": "full", "dtype": strategy.precision.compute_dtype}
+    trace, _ = record(planned_decoder, ps.ModelConfig(**config), strategy.layout, **options)
+    planned = memory_of(strategy, trace, library=Library(bucket=2_000_000))
+    assert 0.97 * counted < planned.total < 1.02 * counted
