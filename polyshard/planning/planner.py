@@ -100,6 +100,8 @@ def plan(
         >>> found.parameters, found.layouts[0].adapters
         (6738415616, ('torch',))
     """
+    if serve < 0:
+        raise ConfigurationError(f"serve is invalid: got {serve}, expected a number of GPUs, or 0.")
     fields = config_fields(config)
     given = factory is not None
     planner = _Planner(
@@ -131,6 +133,7 @@ def plan(
         precisions=precisions,
         recompute=recompute,
         stages_per_rank=stages_per_rank,
+        refuse=planner.refuse,
     )
     chosen = [s for s in candidates if layout is None or s.layout == layout]
     if layout is not None and not chosen:

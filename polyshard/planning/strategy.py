@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal, get_args
@@ -160,6 +160,7 @@ def strategies(
     precisions: Sequence[Precision],
     recompute: Sequence[Mode],
     stages_per_rank: Sequence[int] = (1,),
+    refuse: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Strategy]:
     """Yield every strategy whose sizes divide the GPUs, the step and the sequence.
 
@@ -176,10 +177,15 @@ def strategies(
         precisions: see `Strategy`.
         recompute: see `Strategy`.
         stages_per_rank: see `Strategy`; more than one need a number of micro-batches that the pipeline size divides.
+        refuse: called for each strategy whose replicas do not divide the step.
 
     Raises:
-        ConfigurationError: the step is not a whole number of sequences.
+        ConfigurationError: the step is not a whole number of sequences, or a number is not positive.
     """
+    numbers = {"sequence_length": (length,), "rows": rows, "stages_per_rank": stages_per_rank}
+    for name, given in numbers.items():
+        if not given or min(given) < 1:
+            raise ConfigurationError(f"{name} is invalid: got {', '.join(map(str, given))}, expected at least 1.")
     sequences, rest = divmod(tokens_per_step, length)
     if rest or not sequences:
         raise ConfigurationError(
@@ -203,7 +209,9 @@ def strategies(
             options = product(shardings, precisions, recompute, rows, several)
             for sharding, precision, mode, count, virtual in options:
                 micro_batches, rest = divmod(sequences, data * count)
-                if not rest and micro_batches and (virtual == 1 or micro_batches % pipeline == 0):
+                if rest or not micro_batches:
+                    refuse(f"the replicas do not divide the {sequences} sequences of a step into equal micro-batches")
+                elif virtual == 1 or micro_batches % pipeline == 0:
                     yield Strategy(
                         layout=layout,
                         sharding=sharding,

@@ -103,7 +103,9 @@ def test_engines_accept_the_planned_precisions_and_stages():
         "deepspeed": partial(deepspeed_refuses, config={}),
         "fairscale": lambda precision, _: fairscale_refuses(precision),
     }
-    found = small_plan(adapters=list(refuses), recompute=("full",), stages_per_rank=(1,))
+    found = small_plan(
+        cluster=ps.Cluster(gpus=4, memory=8 * GIB), adapters=list(refuses), recompute=("full",), stages_per_rank=(1,)
+    )
     for planned in (*found.layouts, *found.too_large):
         strategy = planned.strategy
         stage = {"data": 0 if strategy.replicas > 1 else 1, "zero1": 1, "zero2": 2, "zero3": 3}[strategy.sharding]
@@ -114,7 +116,7 @@ def test_engines_accept_the_planned_precisions_and_stages():
         next(
             p
             for p in found.layouts
-            if p.strategy.sizes == "d8" and p.strategy.sharding == "zero1" and name in p.adapters
+            if p.strategy.sizes == "d4" and p.strategy.sharding == "zero1" and name in p.adapters
         )
         for name in ("fairscale", "deepspeed")
     )
@@ -254,6 +256,35 @@ def test_models_of_unknown_families_need_a_factory():
             tokens_per_step=256,
             sequence_length=256,
         )
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"sequence_length": 0}, "sequence_length is invalid: got 0, expected at least 1"),
+        ({"rows": (0,)}, "rows is invalid: got 0, expected at least 1"),
+        ({"stages_per_rank": (0,)}, "stages_per_rank is invalid: got 0"),
+        ({"serve": -1}, "serve is invalid: got -1"),
+        ({"factory": lambda *_: None}, "the factory does not build a model: got None, expected a torch.nn.Module"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(changes, told):
+    with pytest.raises(ps.ConfigurationError, match=told):
+        small_plan(**changes)
+
+
+@pytest.mark.parametrize("name", ["n_routed_experts", "num_experts_per_tok", "rms_norm_eps", "v_head_dim"])
+def test_configs_with_experts_must_be_complete(name):
+    """Without its number of experts the model would be planned as a dense one."""
+    config = ps.ModelConfig(**{field: value for field, value in DEEPSEEK_V3.items() if field != name})
+    with pytest.raises(ps.ConfigurationError, match=f"'deepseek_v3' is incomplete: .*{name}.* missing"):
+        _settings(config)
+
+
+def test_replicas_that_do_not_divide_a_step_are_a_reason():
+    found = small_plan(cluster=ps.Cluster(gpus=8, memory=8 * GIB, gpus_per_node=1), tokens_per_step=256)
+    assert {p.strategy.layout.data for p in (*found.layouts, *found.too_large)} <= {1}
+    assert "the replicas do not divide the 1 sequences of a step into equal micro-batches" in found.refused
 
 
 def test_strategies_use_every_rank_and_every_token():
