@@ -69,6 +69,11 @@ def plan(
     """
     from rich.console import Console
 
+    if top < 0:
+        raise ConfigurationError(f"--top is invalid: got {top}, expected a number of layouts, or 0 for all.")
+    for file in (picture, json_file):
+        if file is not None and not file.parent.is_dir():
+            raise ConfigurationError(f"{file} cannot be written: there is no directory {file.parent}.")
     cluster = Cluster(
         gpus=gpus,
         memory=parse_bytes(memory),
@@ -91,11 +96,11 @@ def plan(
             adapters=None if adapters is None else adapters.split(","),
             unsupported=unsupported,
             layout=None if layout is None else _layout(layout),
-            rows=[int(count) for count in rows.split(",")],
+            rows=_numbers("rows", rows),
             shardings=_chosen("sharding", sharding, SHARDINGS),
             precisions=[PRECISIONS[name] for name in _chosen("precision", precision, tuple(PRECISIONS))],
             recompute=_chosen("recompute", recompute, MODES),
-            stages_per_rank=[int(count) for count in stages_per_rank.split(",")],
+            stages_per_rank=_numbers("stages-per-rank", stages_per_rank),
             serve=serve,
             progress=lambda text: status.update(f"planning {text}"),
         )
@@ -131,6 +136,13 @@ def _chosen(option: str, text: str, known: tuple[Any, ...]) -> list[Any]:
     if unknown:
         raise ConfigurationError(f"--{option} is invalid: got {', '.join(unknown)}, expected {', '.join(known)}.")
     return names
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(count) for count in text.split(",")]
+    except ValueError:
+        raise ConfigurationError(f"--{option} is invalid: got {text!r}, expected numbers such as 1,2.") from None
 
 
 def _layout(text: str) -> ParallelLayout:

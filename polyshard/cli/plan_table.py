@@ -60,7 +60,7 @@ def _table(title: str, found: Iterable[PlannedLayout], plan: Plan) -> Any:
         table.add_row(
             strategy.sizes,
             strategy.sharding,
-            "casts" if strategy.precision.casts else "masters" if strategy.precision.has_masters else "float32",
+            strategy.dtypes,
             strategy.recompute,
             f"{strategy.micro_batches} x {strategy.rows}",
             f"{planned.memory.total / _GIB:.1f}",

@@ -16,6 +16,7 @@ from polyshard.attention import RotaryEmbedding, TrainableFlashAttention, Traina
 from polyshard.attention.defaults import sequence_positions
 from polyshard.config.families import OPTIONAL, complete_config
 from polyshard.config.fields import config_fields
+from polyshard.config.file import REQUIRED
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
 from polyshard.experts.layer import SharedExperts, mixture_of_experts
@@ -156,6 +157,23 @@ def planned_decoder(config: Any, parallel_context: ParallelContext) -> PlannedDe
     return PlannedDecoder(_settings(config), parallel_context)
 
 
+def _check_complete(fields: Mapping[str, Any]) -> None:
+    """Raise `ConfigurationError` if the config of a model with experts lacks a size."""
+    required = [*REQUIRED, "num_experts_per_tok"]
+    if fields.get("kv_lora_rank"):
+        required += ["qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
+    else:
+        required.append("num_key_value_heads")
+    missing = [name for name in required if fields.get(name) is None]
+    if not number_of_experts(fields):
+        missing.append(" or ".join(_EXPERTS))
+    if missing:
+        raise ConfigurationError(
+            f"the config of model_type {fields['model_type']!r} is incomplete: {', '.join(missing)} missing. Add them "
+            "to config.json."
+        )
+
+
 def _settings(config: Any) -> SimpleNamespace:
     fields = dict(config_fields(config))
     family = fields.get("model_type")
@@ -169,6 +187,7 @@ def _settings(config: Any) -> SimpleNamespace:
     defaults |= {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "head_dim": None}
     if family in OPTIONAL:
         return SimpleNamespace(**{**defaults, **vars(complete_config(config)), "experts": 0})
+    _check_complete(fields)
     known = {name: value for name, value in fields.items() if value is not None}
     found = SimpleNamespace(**{**defaults, **known, "experts": number_of_experts(fields)})
     found.head_dim = found.head_dim or found.hidden_size // found.num_attention_heads

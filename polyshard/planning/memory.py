@@ -15,6 +15,7 @@ from polyshard.planning.trace import Sizes, Trace
 
 _MOMENTS = 2  # AdamW's
 _LIVE = 1_000_000_000  # DeepSpeed's default stage3_max_live_parameters
+_SUB_GROUP = 1_000_000_000  # DeepSpeed's default sub_group_size
 
 # Bytes of gradients, and bytes that are gathered or under way, at a level of a micro-batch's pass.
 _Held = Callable[[Level], tuple[int, int]]
@@ -90,6 +91,9 @@ def memory_of(
 
     levels = (level for level in trace.levels if precision.has_masters or not level.copied)
     passes = max(map(at, levels), key=lambda memory: memory.total)
+    if strategy.sharding == "zero3" and strategy.replicas > 1:
+        update = replace(passes, activations=0, **_stage3_update(strategy, sizes, library.bucket))
+        return max(passes, update, key=lambda memory: memory.total)
     if counted is None or not precision.has_masters:
         return passes
     cast = stored * counted.gradients + wide * counted.updating
@@ -155,8 +159,9 @@ def _zero(strategy: Strategy, sizes: Sizes, bucket: int) -> _Held:
     """ZeRO: what each stage keeps of the gradients, and the buffers in which they are reduced.
 
     Stage 1 keeps full gradients: in the reduction's dtype, or with buckets and masters in that of the parameters beside
-    a part in the former. DeepSpeed has two buckets in stages 2 and 3: one is reduced while the other is filled. Stage 2
-    has one if gradients need no cast.
+    a part in the former. DeepSpeed has two buckets in stage 2: one is reduced while the other is filled. It has one if
+    gradients need no cast. Stage 3 has one bucket in the reduction's dtype, and a copy of it while it is reduced
+    (`reduce_scatter_coalesced` of DeepSpeed 0.19).
     """
     precision, share = strategy.precision, _share(strategy, sizes)
     compute, reduced = precision.compute_dtype.itemsize, precision.reduce.itemsize
@@ -171,8 +176,17 @@ def _zero(strategy: Strategy, sizes: Sizes, bucket: int) -> _Held:
             held = own, buffer * (2 if precision.has_masters else 1)
         case _:
             live = compute * min(sizes.trainable + sizes.frozen, _LIVE)
-            held = own * (2 if precision.has_masters else 1), 2 * buffer + live
+            held = own, 2 * reduced * min(sizes.trainable, bucket) + live
     return lambda _: held
+
+
+def _stage3_update(strategy: Strategy, sizes: Sizes, bucket: int) -> dict[str, int]:
+    """ZeRO stage 3 during the update: its gradients beside a copy of those of one group of parameters."""
+    reduced, share = strategy.precision.reduce.itemsize, _share(strategy, sizes)
+    return {
+        "gradients": reduced * (share + min(share, _SUB_GROUP)),
+        "communication": reduced * min(sizes.trainable, bucket),
+    }
 
 
 def _gathered(strategy: Strategy, sizes: Sizes) -> _Held:

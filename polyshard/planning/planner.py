@@ -100,6 +100,8 @@ def plan(
         >>> found.parameters, found.layouts[0].adapters
         (6738415616, ('torch',))
     """
+    if serve < 0:
+        raise ConfigurationError(f"serve is invalid: got {serve}, expected a number of GPUs, or 0.")
     fields = config_fields(config)
     given = factory is not None
     planner = _Planner(
@@ -131,6 +133,7 @@ def plan(
         precisions=precisions,
         recompute=recompute,
         stages_per_rank=stages_per_rank,
+        refuse=planner.refuse,
     )
     chosen = [s for s in candidates if layout is None or s.layout == layout]
     if layout is not None and not chosen:
@@ -165,6 +168,7 @@ class _Planner:
     progress: Callable[[str], None]
     traces: Traces
     refused: Counter[str] = field(default_factory=Counter)
+    _planned: set[tuple[str, Strategy]] = field(default_factory=set)  # by adapter, in the precision in which it runs
 
     def refuse(self, reason: str) -> None:
         self.refused[reason] += 1
@@ -179,7 +183,7 @@ class _Planner:
         return self.traces["full"]
 
     def planned(self, strategy: Strategy) -> list[PlannedLayout]:
-        """Return the figures of a strategy, one for the adapters that need equal memory."""
+        """Return the figures of a strategy, one for the adapters with equal precision and memory."""
         if (reason := impossible(strategy)) is not None:
             self.refuse(reason)
             return []
@@ -193,12 +197,16 @@ class _Planner:
         except LayoutError as error:
             self.refuse(str(error))
             return []
-        groups: dict[Memory, list[str]] = {}
+        groups: dict[tuple[Strategy, Memory], list[str]] = {}
         for name in able or ("",):
             library = self.adapters[name].library if name else Library()
-            memories = (memory_of(strategy, trace, stage, self.cluster.reserve, library) for stage, trace in stages)
-            groups.setdefault(max(memories, key=lambda memory: memory.total), []).append(name)
-        return [self._figures(strategy, stages, memory, tuple(filter(None, names))) for memory, names in groups.items()]
+            run = library.strategy(strategy)
+            if (name, run) in self._planned:
+                continue  # of another precision, in which the library does not run
+            self._planned.add((name, run))
+            memories = (memory_of(run, trace, stage, self.cluster.reserve, library) for stage, trace in stages)
+            groups.setdefault((run, max(memories, key=lambda memory: memory.total)), []).append(name)
+        return [self._figures(run, stages, memory, tuple(filter(None, n))) for (run, memory), n in groups.items()]
 
     def _figures(
         self, strategy: Strategy, stages: list[tuple[int, Trace]], memory: Memory, names: tuple[str, ...]

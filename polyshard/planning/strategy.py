@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal, get_args
@@ -66,6 +66,14 @@ class Strategy:
         return text if self.stages_per_rank == 1 else text.replace(stages, f"{stages} v{self.stages_per_rank}", 1)
 
     @property
+    def dtypes(self) -> str:
+        """The name of the precision, and the dtype of the reduction if it is not the usual one: `masters`."""
+        precision = self.precision
+        name = "casts" if precision.casts else "masters" if precision.has_masters else _dtype(precision.parameters)
+        usual = precision.reduce in (torch.float32, precision.optimizer)
+        return name if usual else f"{name}, reduce {_dtype(precision.reduce)}"
+
+    @property
     def replicas(self) -> int:
         """The number of ranks that hold the same weights."""
         return self.layout.data * self.layout.context
@@ -85,6 +93,10 @@ class Strategy:
 
     def __str__(self) -> str:
         return f"{self.sizes}, {self.sharding}, recompute {self.recompute}"
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 _NAMES = {"t": "tensor", "c": "context", "p": "pipeline", "e": "expert", "d": "data"}
@@ -148,6 +160,7 @@ def strategies(
     precisions: Sequence[Precision],
     recompute: Sequence[Mode],
     stages_per_rank: Sequence[int] = (1,),
+    refuse: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Strategy]:
     """Yield every strategy whose sizes divide the GPUs, the step and the sequence.
 
@@ -164,10 +177,15 @@ def strategies(
         precisions: see `Strategy`.
         recompute: see `Strategy`.
         stages_per_rank: see `Strategy`; more than one need a number of micro-batches that the pipeline size divides.
+        refuse: called for each strategy whose replicas do not divide the step.
 
     Raises:
-        ConfigurationError: the step is not a whole number of sequences.
+        ConfigurationError: the step is not a whole number of sequences, or a number is not positive.
     """
+    numbers = {"sequence_length": (length,), "rows": rows, "stages_per_rank": stages_per_rank}
+    for name, given in numbers.items():
+        if not given or min(given) < 1:
+            raise ConfigurationError(f"{name} is invalid: got {', '.join(map(str, given))}, expected at least 1.")
     sequences, rest = divmod(tokens_per_step, length)
     if rest or not sequences:
         raise ConfigurationError(
@@ -191,7 +209,9 @@ def strategies(
             options = product(shardings, precisions, recompute, rows, several)
             for sharding, precision, mode, count, virtual in options:
                 micro_batches, rest = divmod(sequences, data * count)
-                if not rest and micro_batches and (virtual == 1 or micro_batches % pipeline == 0):
+                if rest or not micro_batches:
+                    refuse(f"the replicas do not divide the {sequences} sequences of a step into equal micro-batches")
+                elif virtual == 1 or micro_batches % pipeline == 0:
                     yield Strategy(
                         layout=layout,
                         sharding=sharding,

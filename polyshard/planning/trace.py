@@ -111,8 +111,12 @@ def build(factory: Factory, config: Any, layout: ParallelLayout, dtype: torch.dt
 
     Raises:
         LayoutError: the model cannot be divided in this way.
+        ConfigurationError: the factory builds something else, or on another device.
     """
-    model = factory(config, planned_context(layout, stage)).to(dtype)
+    model = factory(config, planned_context(layout, stage))
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"the factory does not build a model: got {model!r}, expected a torch.nn.Module.")
+    model = model.to(dtype)
     placed = [name for name, p in model.named_parameters() if p.device.type != "meta"]
     if placed:
         raise ConfigurationError(

@@ -1,5 +1,6 @@
 """`ps.plan`: published layouts fit, capabilities decide what is shown, and what is impossible has a reason."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import moe
@@ -9,12 +10,16 @@ from support.planned_cases import CONFIG, LLAMA_405B
 from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B
 
 import polyshard as ps
+from polyshard.adapters.deepspeed.settings import check_precision as deepspeed_refuses
+from polyshard.adapters.fairscale.engine import _check_precision as fairscale_refuses
 from polyshard.core.capabilities import YES, Capabilities
 from polyshard.planning import training_adapters
 from polyshard.planning.contexts import planned_context
-from polyshard.planning.decoder import PlannedDecoder, _settings
-from polyshard.planning.memory import passes_under_way
-from polyshard.planning.strategy import MASTERS, Strategy, reason_against, strategies
+from polyshard.planning.decoder import PlannedDecoder, _settings, planned_decoder
+from polyshard.planning.library import Library
+from polyshard.planning.memory import memory_of, passes_under_way
+from polyshard.planning.strategy import MASTERS, PRECISIONS, Strategy, reason_against, strategies
+from polyshard.planning.trace import record
 
 GIB = 2**30
 DEEPSEEK_V3 = {
@@ -92,6 +97,34 @@ def test_published_layouts_fit_where_they_ran(name, factory):
     assert fits.memory.parameters + fits.memory.optimizer < 80 * 10**9 < 2 * found.parameters
 
 
+def test_engines_accept_the_planned_precisions_and_stages():
+    """Each engine's own checks, of what its adapter is planned to run."""
+    refuses = {
+        "deepspeed": partial(deepspeed_refuses, config={}),
+        "fairscale": lambda precision, _: fairscale_refuses(precision),
+    }
+    found = small_plan(
+        cluster=ps.Cluster(gpus=4, memory=8 * GIB), adapters=list(refuses), recompute=("full",), stages_per_rank=(1,)
+    )
+    for planned in (*found.layouts, *found.too_large):
+        strategy = planned.strategy
+        stage = {"data": 0 if strategy.replicas > 1 else 1, "zero1": 1, "zero2": 2, "zero3": 3}[strategy.sharding]
+        for adapter in planned.adapters:
+            refuses[adapter](strategy.precision, stage)
+            assert strategy.layout.pipeline == 1 or stage < 2
+    (half, full) = (
+        next(
+            p
+            for p in found.layouts
+            if p.strategy.sizes == "d4" and p.strategy.sharding == "zero1" and name in p.adapters
+        )
+        for name in ("fairscale", "deepspeed")
+    )
+    assert half.strategy.dtypes == "masters, reduce bfloat16"
+    # Parameters in 2 bytes are gathered, and gradients reduced in 2 or in 4.
+    assert half.sent["replica"] / full.sent["replica"] == pytest.approx((2 + 2) / (2 + 4))
+
+
 def test_features_that_a_library_does_not_combine_are_refused():
     strategy = Strategy(layout=ps.ParallelLayout(data=2, expert=2), sharding="zero3")
     assert reason_against(strategy, ps.load_adapter("deepspeed").capabilities) == "expert: not with zero3"
@@ -123,6 +156,7 @@ def test_layouts_appear_when_an_adapter_says_that_it_can_run_them(monkeypatch):
 def test_an_interleaved_schedule_has_a_smaller_bubble_and_more_messages_and_activations():
     layout = ps.ParallelLayout(pipeline=2, data=2)
     options = {"cluster": ps.Cluster(gpus=4, memory=8 * GIB), "tokens_per_step": 16 * 256, "layout": layout}
+    options["precisions"] = (ps.Precision(),)
     found = small_plan(**options, adapters=["torch", "deepspeed"], shardings=("data",), recompute=("none",))
     once, twice = sorted(found.layouts, key=lambda planned: planned.strategy.stages_per_rank)
     assert (once.strategy.sizes, once.adapters) == ("p2 d2", ("torch", "deepspeed"))
@@ -224,6 +258,35 @@ def test_models_of_unknown_families_need_a_factory():
         )
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"sequence_length": 0}, "sequence_length is invalid: got 0, expected at least 1"),
+        ({"rows": (0,)}, "rows is invalid: got 0, expected at least 1"),
+        ({"stages_per_rank": (0,)}, "stages_per_rank is invalid: got 0"),
+        ({"serve": -1}, "serve is invalid: got -1"),
+        ({"factory": lambda *_: None}, "the factory does not build a model: got None, expected a torch.nn.Module"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(changes, told):
+    with pytest.raises(ps.ConfigurationError, match=told):
+        small_plan(**changes)
+
+
+@pytest.mark.parametrize("name", ["n_routed_experts", "num_experts_per_tok", "rms_norm_eps", "v_head_dim"])
+def test_configs_with_experts_must_be_complete(name):
+    """Without its number of experts the model would be planned as a dense one."""
+    config = ps.ModelConfig(**{field: value for field, value in DEEPSEEK_V3.items() if field != name})
+    with pytest.raises(ps.ConfigurationError, match=f"'deepseek_v3' is incomplete: .*{name}.* missing"):
+        _settings(config)
+
+
+def test_replicas_that_do_not_divide_a_step_are_a_reason():
+    found = small_plan(cluster=ps.Cluster(gpus=8, memory=8 * GIB, gpus_per_node=1), tokens_per_step=256)
+    assert {p.strategy.layout.data for p in (*found.layouts, *found.too_large)} <= {1}
+    assert "the replicas do not divide the 1 sequences of a step into equal micro-batches" in found.refused
+
+
 def test_strategies_use_every_rank_and_every_token():
     made = strategies(
         24,
@@ -251,3 +314,17 @@ def test_serving_counts_weights_and_cache():
     assert plan.weights == 2 * found.parameters
     assert plan.cache_per_token == 2 * 4 * 2 * 4 * 8  # bytes, layers, keys and values, KV heads, head size
     assert plan.cache_tokens == (int(0.9 * 8 * GIB) - plan.weights) // plan.cache_per_token
+
+
+@pytest.mark.parametrize(("name", "counted"), [("masters", 208_977_225), ("float32", 241_779_657)])
+def test_stage_3_of_deepspeed_holds_a_bucket_and_its_copy(name, counted):
+    """Tensors of a step on two ranks with `reduce_bucket_size` 2,000,000, as a dispatch mode has counted them."""
+    config = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
+    config |= {"model_type": "llama", "vocab_size": 4096, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
+    strategy = Strategy(
+        layout=ps.ParallelLayout(data=2), sharding="zero3", precision=PRECISIONS[name], recompute="full", rows=2
+    )
+    options = {"rows": 2, "length": 512, "recompute": "full", "dtype": strategy.precision.compute_dtype}
+    trace, _ = record(planned_decoder, ps.ModelConfig(**config), strategy.layout, **options)
+    planned = memory_of(strategy, trace, library=Library(bucket=2_000_000))
+    assert 0.97 * counted < planned.total < 1.02 * counted

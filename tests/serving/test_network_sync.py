@@ -74,6 +74,10 @@ def test_engines_join_and_leave_and_a_damaged_tensor_is_named(trained, monkeypat
         sync("1")
         with pytest.raises(ps.ConfigurationError, match="two engines have the same name: 'first'"):
             sync.join(ps.LlmClient(second, "first"))
+        sync.join(ps.LlmClient(first, "twin"))
+        with pytest.raises(ps.ConfigurationError, match="first and twin are one engine. Pass it once"):
+            sync("2")
+        sync.leave("twin")
         sync.join(ps.LlmClient(second, "second"))
         sync("2")
         assert [llm.llm_engine.get_weight_version() for llm in (first, second)] == ["2", "2"]

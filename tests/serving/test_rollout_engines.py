@@ -18,8 +18,9 @@ from support.models.experts import save_moe
 from support.servers import running_script
 
 import polyshard as ps
-from polyshard.adapters.vllm.clients.protocol import SampleAnswer
+from polyshard.adapters.vllm.clients.protocol import SampleAnswer, SampleRequest
 from polyshard.adapters.vllm.engines.dispatcher import Job
+from polyshard.adapters.vllm.engines.rollout import checked_prompts
 from polyshard.launch.ranks import free_port, run_ranks
 
 pytestmark = pytest.mark.vllm
@@ -92,7 +93,7 @@ def logprobs_of(model, answer):
     return logprobs, torch.stack([experts[first:] for experts in recorded[0].values()], dim=1)
 
 
-def test_a_sync_interrupts_completions_and_an_engine_dies(directory, server):
+def test_a_sync_interrupts_completions_and_an_engine_dies(directory, server, caplog):
     """Each token's log-probability is that of the weights that its version names, also behind an interruption."""
     from vllm import SamplingParams
 
@@ -135,6 +136,8 @@ def test_a_sync_interrupts_completions_and_an_engine_dies(directory, server):
     settings = {"weight_transfer_config": {"backend": "polyshard"}, "worker_extension_cls": ps.ROUTING_WORKER}
     with engine(directory, "Rolled", **settings) as llm:
         near, far = ps.LlmClient(llm, "near"), ps.HttpClient(server, "far", timeout=60)
+        with pytest.raises(ps.ConfigurationError, match="unknown sampling parameter 'tempreature': far has "):
+            far.generate(SampleRequest("misspelled", (1, 2), {"tempreature": 0.0}))  # the server would ignore it
         left = SamplingParams(max_tokens=200, ignore_eos=True, detokenize=False)  # of a trainer that died
         llm.llm_engine.add_request("left", {"prompt_token_ids": [1, 2, 3]}, left)
         options = {"engines": [near, far], "return_routing": True, "sync_timeout": 30}
@@ -155,6 +158,10 @@ def test_a_sync_interrupts_completions_and_an_engine_dies(directory, server):
 
             os.killpg(server_group(server), signal.SIGKILL)  # in the middle of the second batch
             check(rollouts.collect())
+            near.forget_cached("another trainer's")
+            ((answer,),) = rollouts.generate(PROMPTS[:1], max_tokens=2)
+            assert answer.versions == ("2", "2"), "the engine gets this trainer's weights before it answers"
+            assert 'it serves weights "another trainer\'s", which this trainer has not sent' in caplog.text
             change()
             ask(3)
             check(rollouts.collect())
@@ -190,5 +197,22 @@ def test_what_does_not_go_together_is_refused(directory):
         ps.RolloutEngine(None, None, model, context)
     with pytest.raises(ps.ConfigurationError, match="engines= excludes directory, dtype. Start the engines with"):
         ps.RolloutEngine(directory, None, model, context, engines=[client], dtype="float32")
+    for engines in ("http://127.0.0.1:1", ["http://127.0.0.1:1"]):
+        for create in (ps.WeightSync, lambda *a: ps.RolloutEngine(None, None, *a[:2], engines=a[2])):
+            with pytest.raises(ps.ConfigurationError, match="an engine is invalid: got 'http://.*expected ps.Http"):
+                create(ps.rms_norm(2, context), context, engines)
+    for prompts, samples, told in (
+        (["a text"], 1, "the prompts are invalid: 'str' .* Tokenize texts first"),
+        ([1, 2], 1, "the prompts are invalid: 'int' object is not iterable. Expected a list of token IDs for each"),
+        ([[1, 2], []], 1, "prompt 1 of 2 is empty"),
+        ([[1, 2]], 0, "samples is invalid: got 0, expected at least 1"),
+    ):
+        with pytest.raises(ps.ConfigurationError, match=told):
+            checked_prompts(prompts, samples)
+    assert checked_prompts(torch.tensor([[1, 2]]), 1) == [[1, 2]]
+    with ps.RolloutEngine(None, None, ps.rms_norm(2, context), context, engines=client) as rollouts:
+        pass
+    with pytest.raises(ps.ConfigurationError, match="the RolloutEngine is closed. Create another one"):
+        rollouts.generate([[1]])
     with pytest.raises(ps.ConfigurationError, match="not a URL: got '10.0.0.3:80', expected http://HOST:PORT"):
         ps.HttpClient("10.0.0.3:80")

@@ -28,7 +28,7 @@ CAPABILITIES = Capabilities(
         "zero1": YES,
         "zero2": YES,
         "zero3": YES,
-        "pipeline": YES,
+        "pipeline": Support(True, "its PipelineEngine, with ZeRO stages 0 and 1", without=("zero2", "zero3")),
         "context": YES,
         "expert": Support(
             True,
@@ -36,7 +36,7 @@ CAPABILITIES = Capabilities(
             without=("zero3",),
         ),
         "casts": YES,
-        "masters": YES,
+        "masters": Support(True, "of ZeRO stages 1 to 3", without=("data",)),
         "float16": no("notyet", "its loss scaling does not run on CPU, and has not been tested on CUDA"),
         "float8": no("notyet", "the layers of DeepSpeed's automatic tensor parallelism have no float8"),
         "optimizers": YES,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import threading
 import urllib.error
 import urllib.parse
@@ -21,6 +22,8 @@ from polyshard.core.errors import ConfigurationError
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 _HEALTH = 5.0  # seconds
 # vLLM would fill in values that are not given from the checkpoint's generation_config.json.
@@ -57,6 +60,7 @@ class HttpClient:
         self._unfinished: set[str] = set()
         self._lock = threading.Lock()
         self._version = ""
+        self._known: frozenset[str] | None = None  # sampling parameters of the server
 
     def call(self, method: str, payload: Mapping[str, Any] | None) -> None:
         """Call the route of a weight-transfer method. Before an update begins, the server is paused."""
@@ -86,8 +90,10 @@ class HttpClient:
 
         Raises:
             ConnectionError: the server cannot be reached, or died.
-            ConfigurationError: the server rejects the request, or keeps no routing although it is requested.
+            ConfigurationError: the server rejects the request, has no such sampling parameter, or keeps no routing
+                although it is requested.
         """
+        self._require_known(request.sampling)
         sampling = {**_NEUTRAL, **request.sampling, "n": 1, "logprobs": 0, "detokenize": False}
         body = {"request_id": request.id, "token_ids": list(request.prompt), "sampling_params": sampling}
         with self._lock:
@@ -103,6 +109,35 @@ class HttpClient:
         routing = None if request.routing_from is None or not tokens else self._routing(request, tokens)
         return SampleAnswer(tokens, logprobs, versions, choice["finish_reason"], routing)
 
+    def _require_known(self, sampling: Mapping[str, Any]) -> None:
+        """Raise `ConfigurationError` for sampling parameters that the server lacks: it would ignore them."""
+        if self._known is None:
+            self._known = self._sampling_parameters()
+        unknown = sorted(set(sampling) - self._known) if self._known else []
+        if unknown:
+            raise ConfigurationError(
+                f"unknown sampling parameter {unknown[0]!r}: {self.name} has {', '.join(sorted(self._known))}"
+            )
+
+    def _sampling_parameters(self) -> frozenset[str]:
+        """Return the names in the server's description of its routes; empty if it has none."""
+        request = urllib.request.Request(f"{self._url}/openapi.json", headers=self._headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self._timeout) as answer:
+                schemas = json.loads(answer.read())["components"]["schemas"]
+            found = schemas["GenerateRequest"]["properties"]["sampling_params"]
+            found = schemas[found["$ref"].rpartition("/")[2]] if "$ref" in found else found
+            return frozenset(found["properties"])
+        except (urllib.error.HTTPError, ValueError, KeyError, TypeError):
+            logger.warning(
+                "%s does not describe its routes (vLLM's --disable-fastapi-docs): it ignores sampling parameters that "
+                "it does not know, such as misspelled ones",
+                self.name,
+            )
+            return frozenset()
+        except (OSError, http.client.HTTPException) as error:
+            raise ConnectionError(f"the server died, froze, or cannot be reached (/openapi.json: {error})") from error
+
     def _routing(self, request: SampleRequest, tokens: tuple[int, ...]) -> Mapping[str, torch.Tensor]:
         arguments = [[[*request.prompt, *tokens]], [request.routing_from]]
         try:
@@ -116,6 +151,11 @@ class HttpClient:
             ) from None
         (routing,) = unpacked_routing(results[0], 1)
         return routing
+
+    def _about_path(self) -> str:
+        """Return a hint for a URL such as http://10.0.0.3:8000/v1, which other clients want."""
+        path = urllib.parse.urlsplit(self._url).path
+        return f" Or omit {path!r} from its URL." if path else ""
 
     def is_reachable(self) -> bool:
         """Whether the server answers `/health`."""
@@ -137,7 +177,7 @@ class HttpClient:
             if error.code in (403, 404):
                 raise ConfigurationError(
                     f"the server has no open route /{path}: {told}. Start it with VLLM_SERVER_DEV_MODE=1 and "
-                    "--enable-scale-out."
+                    f"--enable-scale-out.{self._about_path()}"
                 ) from None
             if error.code < 500:
                 raise ConfigurationError(f"the server rejected /{path}: {told}") from None
@@ -149,6 +189,8 @@ class HttpClient:
 
 def _message(error: urllib.error.HTTPError) -> str:
     text = error.read().decode(errors="replace")
+    if text.lstrip().startswith("<"):  # a page of another program
+        return str(error)
     try:
         return json.loads(text)["error"]["message"]
     except (ValueError, KeyError, TypeError):

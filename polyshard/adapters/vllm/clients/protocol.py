@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from polyshard.core.errors import ConfigurationError
+
 BACKEND = "polyshard"  # the name of the weight transfer backend
 
 ABORTED = "abort"
@@ -90,6 +92,32 @@ class RolloutClient(Client, Protocol):
     def is_reachable(self) -> bool:
         """Whether the engine answers, within seconds."""
         ...
+
+
+def is_client(engine: Any) -> bool:
+    """Whether an object has the methods of a `Client`."""
+    return hasattr(engine, "call") and hasattr(engine, "forget_cached")
+
+
+def listed_engines(engines: Any, *, only_clients: bool = False) -> list[Any]:
+    """Return one engine, or several, as a list.
+
+    Args:
+        engines: clients or `vllm.LLM` objects.
+        only_clients: whether to refuse the latter.
+
+    Raises:
+        ConfigurationError: one is something else, such as a URL.
+    """
+    found = list(engines) if isinstance(engines, (list, tuple)) else [engines]
+    for engine in found:
+        if not is_client(engine) and (only_clients or not hasattr(engine, "llm_engine")):
+            others = "" if only_clients else ", or a vllm.LLM object"
+            raise ConfigurationError(
+                f"an engine is invalid: got {engine!r}, expected ps.HttpClient(URL), ps.ray_engine(...) or "
+                f"ps.LlmClient(llm){others}."
+            )
+    return found
 
 
 def token_versions(count: int, spans: Sequence[Any] | None, version: str) -> tuple[str, ...]:

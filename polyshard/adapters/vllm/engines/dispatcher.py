@@ -110,6 +110,7 @@ class Dispatcher:
         self._waiting: deque[Job] = deque()
         self._lost: dict[str, str] = {}
         self._paused = True
+        self._versions: set[str] = set()  # of the weights that the trainer has sent
         self._closed = threading.Event()
         self._attempts = itertools.count(1)
         threading.Thread(target=self._watch, name="polyshard-rollouts", daemon=True).start()
@@ -176,10 +177,11 @@ class Dispatcher:
                     for name in [name for name, jobs in self._running.items() if jobs]:
                         self._lose(name, f"its requests did not end within {self._timeout:g} s")
 
-    def resume(self) -> None:
-        """Hand out jobs again."""
+    def resume(self, version: str) -> None:
+        """Hand out jobs again; engines may answer with tokens of this version of the weights, and of those before."""
         with self._changed:
             self._paused = False
+            self._versions.add(version)
             self._dispatch()
 
     def close(self) -> None:
@@ -214,6 +216,9 @@ class Dispatcher:
             if job.attempt != attempt:
                 return  # the engine was given up, and another has the job
             self._running[client.name].pop(job)
+            foreign = set(answer.versions) - self._versions if answer is not None else set()
+            if foreign:
+                lost, answer, error = True, None, _foreign(foreign)
             if answer is not None:
                 try:
                     job.take(answer)
@@ -268,3 +273,12 @@ class Dispatcher:
                     told = f"no completion within {self._timeout:g} s" if late else "it does not answer"
                     with self._changed:
                         self._lose(client.name, told)
+
+
+def _foreign(versions: set[str]) -> EngineFailureError:
+    """Return the error of an engine that serves weights which the trainer has not sent."""
+    names = ", ".join(sorted(map(repr, versions)))
+    return EngineFailureError(
+        f"it serves weights {names}, which this trainer has not sent: the engine was restarted, or another trainer "
+        "sends weights to it"
+    )

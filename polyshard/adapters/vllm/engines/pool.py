@@ -116,7 +116,7 @@ class EnginePool:
             for name in self._sync.engines:
                 if name not in dispatcher.engines:
                     dispatcher.add(self._clients[name])
-            dispatcher.resume()
+            dispatcher.resume(version)
         return report
 
     def join(self, client: RolloutClient) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,20 @@ def check_known(sampling: Mapping[str, Any]) -> None:
             )
 
 
-def check_prompts(token_ids: list[list[int]]) -> None:
-    """Raise `ConfigurationError` for an empty prompt."""
+def checked_prompts(prompts: Iterable[Iterable[Any]], samples: int) -> list[list[int]]:
+    """Return prompts as lists of token IDs, which may be elements of tensors or arrays.
+
+    Raises:
+        ConfigurationError: a prompt is empty or holds something else, or there are no samples.
+    """
+    if samples < 1:
+        raise ConfigurationError(f"samples is invalid: got {samples}, expected at least 1.")
+    try:
+        token_ids = [[operator.index(token) for token in prompt] for prompt in prompts]
+    except TypeError as error:
+        raise ConfigurationError(
+            f"the prompts are invalid: {error}. Expected a list of token IDs for each prompt. Tokenize texts first."
+        ) from None
     if not all(token_ids):
         raise ConfigurationError(f"prompt {token_ids.index([])} of {len(token_ids)} is empty")
+    return token_ids

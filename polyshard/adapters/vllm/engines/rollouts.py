@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from polyshard.adapters.vllm.clients.protocol import RolloutClient
+from polyshard.adapters.vllm.clients.protocol import RolloutClient, listed_engines
 from polyshard.adapters.vllm.engines.draws import same_draws
 from polyshard.adapters.vllm.engines.pool import EnginePool
-from polyshard.adapters.vllm.engines.rollout import Rollout, check_prompts, check_sampling
+from polyshard.adapters.vllm.engines.rollout import Rollout, check_sampling, checked_prompts
 from polyshard.adapters.vllm.engines.routing import ROUTING_WORKER, served_routing
 from polyshard.adapters.vllm.engines.scratch import engine_folder, temporary_files_in
 from polyshard.adapters.vllm.engines.start import DEFAULTS, start_colocated, start_separate
@@ -96,6 +96,7 @@ class RolloutEngine:
         **options: Any,
     ) -> None:
         self._pool: EnginePool | None = None
+        self._closed = False
         if engines is None and (directory is None or architecture is None):
             raise ConfigurationError("directory and architecture are missing. Pass both, or engines=.")
         self._directory, self._architecture = str(directory), architecture
@@ -117,7 +118,8 @@ class RolloutEngine:
         self._folder: tempfile.TemporaryDirectory[str] | None = None  # for the engine's sockets
         if engines is not None:
             self._check_pool(directory, architecture, options, has_adapter)
-            self._pool = EnginePool(engines, trainer, parallel_context, sync_timeout, interface, return_routing)
+            clients = listed_engines(engines, only_clients=True)
+            self._pool = EnginePool(clients, trainer, parallel_context, sync_timeout, interface, return_routing)
             return
         from polyshard.adapters.vllm import compat
         from polyshard.adapters.vllm.transfer.lora_sync import largest_rank
@@ -144,12 +146,13 @@ class RolloutEngine:
             For each prompt, `samples` rollouts.
 
         Raises:
-            ConfigurationError: a prompt is empty, or a sampling parameter is unknown or unsupported.
+            ConfigurationError: a prompt is empty or holds no token IDs, or a sampling parameter is unknown or
+                unsupported.
             Exception: the engine died more than `restarts` times; the error is vLLM's.
         """
+        self._require_open()
         check_sampling(sampling, known=self._pool is None)
-        token_ids = [list(prompt) for prompt in prompts]
-        check_prompts(token_ids)
+        token_ids = checked_prompts(prompts, samples)
         if self._pool is not None:
             return self._pool.generate(token_ids, samples, sampling)
         return self._with_restarts(lambda: self._generate(token_ids, samples, sampling))
@@ -169,9 +172,9 @@ class RolloutEngine:
         Raises:
             ConfigurationError: the engine is not one of `engines`, or an argument is invalid.
         """
+        self._require_open()
         check_sampling(sampling, known=False)
-        token_ids = [list(prompt) for prompt in prompts]
-        check_prompts(token_ids)
+        token_ids = checked_prompts(prompts, samples)
         self._require_pool("submit").submit(token_ids, samples, sampling)
 
     def collect(self) -> list[list[Rollout]]:
@@ -181,11 +184,13 @@ class RolloutEngine:
             ConfigurationError: nothing has been submitted.
             EngineFailureError: no engine is left, and none came back.
         """
+        self._require_open()
         return self._require_pool("collect").collect()
 
     def join(self, engine: RolloutClient) -> None:
         """Add an engine, which takes part after the next sync. Every rank must call it."""
-        self._require_pool("join").join(engine)
+        (client,) = listed_engines(engine, only_clients=True)
+        self._require_pool("join").join(client)
 
     def leave(self, name: str) -> None:
         """Remove an engine; others sample what it has not finished. Every rank must call it."""
@@ -204,6 +209,7 @@ class RolloutEngine:
                 them failed each sync until they were given up.
             EngineFailureError: none of `engines` can be reached.
         """
+        self._require_open()
         name = str(int(self._version) + 1) if version is None and self._version.isdigit() else version
         if self._pool is not None:
             report = self._pool.sync(name or f"{self._version}+")
@@ -213,6 +219,10 @@ class RolloutEngine:
 
     def close(self) -> None:
         """Shut down the engine, and release its resources. Engines that were given as `engines` go on."""
+        self._closed = True
+        self._shut_down()
+
+    def _shut_down(self) -> None:
         if self._pool is not None:
             self._pool.close()
         for sync in (self._sync, self._lora):
@@ -233,6 +243,10 @@ class RolloutEngine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ConfigurationError("the RolloutEngine is closed. Create another one.")
 
     def _require_pool(self, method: str) -> EnginePool:
         if self._pool is None:
@@ -310,7 +324,7 @@ class RolloutEngine:
                 logger.warning(
                     "the rollout engine died (%s): starting another one, %d restarts left", error, self._restarts_left
                 )
-            self.close()
+            self._shut_down()
             self._start()
             self._synced(self._version)
 

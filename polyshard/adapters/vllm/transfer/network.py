@@ -16,13 +16,13 @@ import torch
 from polyshard.adapters.vllm.clients.protocol import Client
 from polyshard.adapters.vllm.transfer.link import CHUNK_BYTES, Link, first_line, local_address, make_store, open_store
 from polyshard.adapters.vllm.transfer.network_engine import NetworkEngine
-from polyshard.adapters.vllm.transfer.network_sender import NetworkSender, held_regions
+from polyshard.adapters.vllm.transfer.network_sender import NetworkSender, check_names, held_regions
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError, PolyshardError, WeightSyncError
 from polyshard.core.exact_identity import ExactIdentity, check_same_mode, identity_of
 from polyshard.core.ranks import Ranks
 from polyshard.core.waiting import run_in_step, run_within
-from polyshard.weights.transfers import Need, sender_name
+from polyshard.weights.transfers import Need
 from polyshard.weights.view import WeightView
 
 Phase = Callable[[NetworkEngine], None]
@@ -116,6 +116,8 @@ class NetworkLeg:
                 self._run(action, active, failures)
                 if action == self._announce:
                     self._share_addresses(active)
+                elif action == self._plan:
+                    self._require_different(active)
         finally:
             for engine in self._engines:
                 if engine.name in failures:
@@ -196,8 +198,8 @@ class NetworkLeg:
             everything if report["needs"] is None else [Need.from_json(fields) for fields in report["needs"]]
             for report in reports
         ]
-        _check_names(self._shapes, needs)
-        engine.workers = len(reports)
+        check_names(self._shapes, needs)
+        engine.workers, engine.identity = len(reports), first["identity"]
         self.dtype = getattr(torch, first["dtype"])
         size = self._ranks.size + engine.workers
         engine.link = Link(engine.store, self._ranks.rank, size, self._timeout, own)
@@ -213,6 +215,18 @@ class NetworkLeg:
         )
         if engine.client is not None and any(report["open"] for report in reports):
             engine.call("finish_weight_update", None)  # of a trainer that died
+
+    def _require_different(self, active: Sequence[NetworkEngine]) -> None:
+        """Raise on all ranks if an engine was given under two names: the second connection would replace the first."""
+        names, twice = {engine.name for engine in active}, ""
+        known = {engine.identity: engine.name for engine in self._engines if engine.name not in names}
+        for engine in active:
+            if engine.identity is not None and known.setdefault(engine.identity, engine.name) != engine.name:
+                twice = f"{known[engine.identity]} and {engine.name} are one engine. Pass it once."
+        twice = self._ranks.broadcast(twice)
+        if twice:
+            self.close()  # the engine knows its last connection only
+            raise ConfigurationError(twice)
 
     def _connect(self, engine: NetworkEngine) -> None:
         assert engine.sender is not None
@@ -268,25 +282,6 @@ class NetworkLeg:
                 everything.setdefault(name, shape)
                 owners.setdefault(name, stage)  # a tied embedding is in the first stage and in the last
         return [name for name in shapes if owners[name] == pipeline.rank], everything
-
-
-def _check_names(shapes: Mapping[str, tuple[int, ...]], needs: Sequence[Sequence[Need]]) -> None:
-    """Raise if trainer and engine do not have the same tensors."""
-    known = set(shapes)
-    used: set[str] = set()
-    for need in (need for wanted in needs for need in wanted):
-        name = sender_name(need, known)
-        if name is None:
-            raise WeightSyncError(f"the trainer has no weight {need.name!r}, which the engine needs", (need.name,))
-        if tuple(shapes[name]) != need.shape:
-            raise WeightSyncError(
-                f"{name!r} has the wrong shape for the engine: got {list(shapes[name])}, expected {list(need.shape)}",
-                (name,),
-            )
-        used.update((need.name, *need.aliases))
-    extra = sorted(known - used)
-    if extra:
-        raise WeightSyncError(f"{extra[0]!r} is not a weight of the engine's model", tuple(extra))
 
 
 def _told(errors: Sequence[tuple[int, str]]) -> str:

@@ -31,6 +31,7 @@ class NetworkEngine:
         link: this rank's end of the connection.
         sender: what this rank sends; None until connected.
         workers: the number of its workers.
+        identity: of its first worker, which the engine has under any name or address.
         pending: the call that has not been answered, on the first rank.
         incomplete: whether an update has begun and not completed, so that the model refuses to compute.
     """
@@ -43,6 +44,7 @@ class NetworkEngine:
     link: Link | None = None
     sender: NetworkSender | None = None
     workers: int = 0
+    identity: str | None = None
     pending: Background[Any] | None = None
     incomplete: bool = False
 
@@ -53,7 +55,7 @@ class NetworkEngine:
     def ready(self, link: Link, worker: int) -> dict[str, Any]:
         """Return what a worker has written into the store: its layout and its engine's settings."""
         try:
-            return link.read(f"ready/{worker}", _REPORT)
+            return link.read(f"ready/{worker}", min(_REPORT, self.timeout))
         except TimeoutError:
             raise WeightSyncError(
                 f"worker {worker} has not reached the trainer's store at {self.address}. Pass interface= to name the "
@@ -90,7 +92,13 @@ class NetworkEngine:
         """Raise `WeightSyncError` unless every worker reports this state."""
         assert self.link is not None
         for worker in range(self.workers):
-            report = self.link.read(f"report/{worker}", _REPORT)
+            try:
+                report = self.link.read(f"report/{worker}", min(_REPORT, self.timeout))
+            except TimeoutError:
+                raise WeightSyncError(
+                    f"worker {worker} does not report to this trainer: another trainer has connected to the engine",
+                    ranks=(worker,),
+                ) from None
             if report["state"] != state:
                 told = report["error"] or f"is {report['state']}"
                 raise WeightSyncError(f"worker {worker}: {told}", tuple(report["tensors"]), (worker,))

@@ -23,6 +23,7 @@ from polyshard.weights.transfers import (
     messages_to_json,
     parts_for,
     plan_messages,
+    sender_name,
     unpack,
 )
 from polyshard.weights.view import WeightView
@@ -145,3 +146,22 @@ class NetworkSender:
 
 def _unreachable(worker: int, error: RuntimeError) -> WeightSyncError:
     return WeightSyncError(f"worker {worker} died, froze, or cannot be reached ({first_line(error)})", (), (worker,))
+
+
+def check_names(shapes: Mapping[str, tuple[int, ...]], needs: Sequence[Sequence[Need]]) -> None:
+    """Raise if trainer and engine do not have the same tensors."""
+    known = set(shapes)
+    used: set[str] = set()
+    for need in (need for wanted in needs for need in wanted):
+        name = sender_name(need, known)
+        if name is None:
+            raise WeightSyncError(f"the trainer has no weight {need.name!r}, which the engine needs", (need.name,))
+        if tuple(shapes[name]) != need.shape:
+            raise WeightSyncError(
+                f"{name!r} has the wrong shape for the engine: got {list(shapes[name])}, expected {list(need.shape)}",
+                (name,),
+            )
+        used.update((need.name, *need.aliases))
+    extra = sorted(known - used)
+    if extra:
+        raise WeightSyncError(f"{extra[0]!r} is not a weight of the engine's model", tuple(extra))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from polyshard.adapters.vllm.clients.protocol import Client
+from polyshard.adapters.vllm.clients.protocol import Client, is_client, listed_engines
 from polyshard.adapters.vllm.transfer.bucket import Bucket, Chunk, bucket_path, plan_chunks, remove_abandoned
 from polyshard.adapters.vllm.transfer.guard import shared_memory_watch
 from polyshard.adapters.vllm.transfer.link import CHUNK_BYTES
@@ -98,8 +98,8 @@ class WeightSync:
         self._local: list[LocalEngine] = []
         self._remote: list[RemoteEngine] = []
 
-        given = [] if engines is None else list(engines) if isinstance(engines, (list, tuple)) else [engines]
-        clients = [engine for engine in given if _is_client(engine)]
+        given = [] if engines is None else listed_engines(engines)
+        clients = [engine for engine in given if is_client(engine)]
         self._network = NetworkLeg(
             self._view, parallel_context, self._shapes, timeout, interface, min(bucket_bytes, CHUNK_BYTES)
         )
@@ -107,7 +107,7 @@ class WeightSync:
 
         def connect() -> None:
             remove_abandoned()
-            self._connect([engine for engine in given if not _is_client(engine)], timeout, share)
+            self._connect([engine for engine in given if not is_client(engine)], timeout, share)
             for connected in (*self._local, *self._remote):
                 check_same_mode(identity_of(parallel_context), connected.exact, connected.name)
 
@@ -311,7 +311,3 @@ class WeightSync:
             (piece, *shared_run(piece, table[piece.parameter].layout.local_shape(rank, size)))
             for piece in self._view.owned_pieces()
         ]
-
-
-def _is_client(engine: Any) -> bool:
-    return hasattr(engine, "call") and hasattr(engine, "forget_cached")

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -73,6 +74,7 @@ class PolyshardTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         parallel = vllm_config.parallel_config
         self._rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
         self._exact = identity_of(getattr(model, "context", None))
+        self._identity = uuid.uuid4().hex
         self._reports: Path | None = None
         self._link: Link | None = None
         self._network: NetworkReceiver | None = None
@@ -214,6 +216,7 @@ class PolyshardTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
             "rank": self._rank,
             "open": self._open,
             "pid": os.getpid(),
+            "identity": self._identity,
             "tensor_size": self.parallel_config.tensor_parallel_size,
             "workers": self.parallel_config.data_parallel_size * self.parallel_config.world_size,
             "dtype": str(self.model_config.dtype).removeprefix("torch."),
