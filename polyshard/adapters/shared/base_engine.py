@@ -91,6 +91,7 @@ class BaseEngine(ABC):
         self.updates = 0
         self.table = collect_layouts(model)
         self.model_weights = ModelWeights.of(model, self.table, context)
+        self._check_trained_stages()
         has_experts = any(entry.layout.experts is not None for entry in self.table.values())
         if has_experts and context.axis("expert").size > 1 and not self._trains_distributed_experts:
             raise ConfigurationError(
@@ -217,6 +218,16 @@ class BaseEngine(ABC):
         """
         del step, backward
         raise NotImplementedError(f"{type(self).__name__} declares the capability pipeline, but runs none")
+
+    def _check_trained_stages(self) -> None:
+        """Raise `ConfigurationError` on all ranks of a pipeline if one of them has nothing to train."""
+        axis, frozen = self.context.axis("pipeline"), self.model_weights.frozen_ranks
+        if frozen:
+            raise ConfigurationError(
+                f"ranks {[axis.ranks[at] for at in frozen]} of a pipeline have nothing to train: their stages have no "
+                "parameter that requires a gradient. Train a layer of each rank, or divide the layers by pipeline_plan("
+                "layers=...) so that each rank has one that is trained."
+            )
 
     def _refuse_in_pipeline(self, what: str) -> None:
         if self._stages is not None:

@@ -64,6 +64,9 @@ def messages(directory):
         "full, without build_stages",
         lambda: ps.load_adapter("torch").engine(FACTORIES["full"](None, context), SGD, context),
     )
+    stages = ps.build_stages(lambda _, c: Layers(lambda s, _: s.layers, c), None, context)
+    stages.requires_grad_(context.axis("pipeline").rank == 0)
+    attempt("nothing to train", lambda: ps.load_adapter("torch").engine(stages, SGD, context))
     ps.shutdown(context)
 
     context, engine = start(Case("1f1b", directory))
