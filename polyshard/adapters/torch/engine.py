@@ -135,10 +135,12 @@ class TorchEngine(BaseEngine):
         if data_parallel == "fsdp" and not self._sharded:
             logger.warning("fsdp does nothing at data-parallel size 1: the model is trained unsharded")
         of_experts = {parameter for name, parameter in model.named_parameters() if name in experts}
+        # DistributedDataParallel refuses a model without a parameter of its own.
+        experts_only = bool(experts) and not any(p.requires_grad and p not in of_experts for p in model.parameters())
         if self._sharded and self._stages is None:
             chosen = shard_modules or is_list_item(model)
             fully_shard_model(model, context, chosen, self.precision, fsdp, offloads, of_experts)
-        elif not self._sharded and (self._stages is not None or self.precision.has_masters):
+        elif not self._sharded and (self._stages is not None or self.precision.has_masters or experts_only):
             self._start_reducer(ddp_options)
         elif not self._sharded and replicas.size > 1:
             with self._guard("data parallel setup"):
