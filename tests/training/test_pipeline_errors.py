@@ -80,6 +80,7 @@ def test_a_failing_stage_is_named_on_every_other_rank(directory, how, word):
         assert word in message
     if how == "raises":
         assert results[1][1:3] == ("ValueError", "the tokens are wrong")
+        assert "ended in the middle of its schedule (ValueError: the tokens are wrong)" in results[1][4]
 
 
 def test_plans_divide_layers_by_number_list_and_cost():

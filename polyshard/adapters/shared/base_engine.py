@@ -23,7 +23,7 @@ from polyshard.core.adapter import StepResult
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.build_stages import as_stages
 from polyshard.core.context import ParallelContext, holder_axis
-from polyshard.core.errors import ConfigurationError
+from polyshard.core.errors import ConfigurationError, RankFailureError
 from polyshard.core.model_weights import ModelWeights
 from polyshard.core.optimizer import OptimizerFactory
 from polyshard.core.parameter_groups import GroupSettings
@@ -101,6 +101,7 @@ class BaseEngine(ABC):
         self._module = model
         self._wrapped: Any = model
         self._guard = context.guard
+        self._interrupted: str | None = None  # the error that ended a pipeline's schedule before its end
         self._scale = LossScale(self.precision.loss_scale if self.precision.scales_loss else 1.0)
         self._undo_compile = apply_compile(model, compile, exact=context.exact is not None)
         self._undo_recomputation = apply_recomputation(model, recompute)
@@ -195,6 +196,17 @@ class BaseEngine(ABC):
         loss: SumLoss | None,
         tokens: CountTokens | None,
     ) -> PipelineStep:
+        if self._interrupted is not None:
+            axis = self.context.axis("pipeline")
+            raise RankFailureError(
+                f"rank {axis.ranks[axis.rank]}: an earlier step of this pipeline ended in the middle of its schedule "
+                f"({self._interrupted}), so that the ranks are no longer in step. Restart all ranks from a checkpoint.",
+                (axis.ranks[axis.rank],),
+            )
+
+        def interrupted(error: Exception) -> None:
+            self._interrupted = f"{type(error).__name__}: {error}"
+
         return PipelineStep(
             stages,
             self.context,
@@ -204,6 +216,7 @@ class BaseEngine(ABC):
             computing=self.computing,
             scaled=self._scaled,
             fixed_shapes=self._pipeline_has_fixed_shapes,
+            interrupted=interrupted,
         )
 
     @property
