@@ -60,6 +60,7 @@ SAVES = {
 RESUMES = {  # the saved state, and the layout that continues with it
     **{f"{name} in the same layout": (name, layout) for name, layout in SAVES.items()},
     "torch, expert 4": ("torch", ("torch", {"expert": 4}, {})),
+    "torch, fsdp, each expert on one rank": ("torch", ("torch", {"expert": 4}, FSDP)),
     "fairscale from megatron": ("megatron", ("fairscale", {"expert": 4}, {"zero_stage": 1})),
     "torch, fsdp, from fairscale": ("fairscale", ("torch", {"expert": 2}, FSDP)),
     "megatron from deepspeed": ("deepspeed", ("megatron", {"expert": 4}, {"zero_stage": 1})),

@@ -30,7 +30,12 @@ from polyshard.adapters.torch.compat import (
 )
 from polyshard.adapters.torch.float8 import apply_float8
 from polyshard.adapters.torch.overlap import overlap_options, reducer_options
-from polyshard.adapters.torch.sharding import fully_shard_model, fully_shard_stages, is_list_item
+from polyshard.adapters.torch.sharding import (
+    fully_shard_model,
+    fully_shard_stages,
+    is_list_item,
+    separate_dtensors,
+)
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, holder_axis, replica_axis
 from polyshard.core.errors import ConfigurationError
@@ -167,6 +172,8 @@ class TorchEngine(BaseEngine):
                     self._stages, modules, context, shard_modules, self.precision, fsdp, offloads, of_experts
                 )
         self.optimizer = self._build(optimizer, self._updated(), held="rows" if self._sharded else "whole")
+        if self._sharded:
+            separate_dtensors(self.optimizer)
         self._start_rate()
 
     def _start_reducer(self, ddp_options: Mapping[str, Any] | None) -> None:
