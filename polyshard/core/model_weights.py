@@ -27,6 +27,7 @@ class ModelWeights:
         owned: the names of this rank's parameters that it stores: those that no earlier stage holds.
         holders: the pipeline ranks of each weight that several ranks hold (a tied embedding); the first one owns it.
         owners: the pipeline rank that owns each weight.
+        frozen_ranks: the pipeline ranks that hold no weight with a gradient.
     """
 
     table: WeightTable
@@ -34,6 +35,7 @@ class ModelWeights:
     owned: frozenset[str]
     holders: Mapping[str, tuple[int, ...]]
     owners: Mapping[str, int]
+    frozen_ranks: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, module: nn.Module, table: WeightTable, context: ParallelContext) -> ModelWeights:
@@ -88,6 +90,7 @@ class ModelWeights:
             owned=frozenset(name for name, ranks in held.items() if ranks[0] == rank),
             holders={name: tuple(ranks) for name, ranks in held.items() if len(ranks) > 1},
             owners={name: ranks[0] for name, ranks in held.items()},
+            frozen_ranks=tuple(at for at, part in enumerate(gathered) if not any(trains for *_, trains in part)),
         )
 
 

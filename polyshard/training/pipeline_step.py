@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class PipelineStep:
         computing: enters the dtype of computation.
         scaled: applies the factor of a float16 run to a loss, as the library does to the share of a micro-batch.
         fixed_shapes: pad micro-batches of unequal length to one shape, by tokens that no loss counts.
+        interrupted: called with an error that ends the schedule before its end.
 
     Raises:
         ConfigurationError: as `polyshard.train_batch`; or the ranks of a pipeline have different micro-batches, or a
@@ -62,6 +63,7 @@ class PipelineStep:
         computing: Computing = nullcontext,
         scaled: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
         fixed_shapes: bool = False,
+        interrupted: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         check_micro_batches(micro_batches)
         for micro_batch in micro_batches:
@@ -71,6 +73,7 @@ class PipelineStep:
                     "beside the hidden states."
                 )
         self._stages, self._context, self._computing, self._scaled = stages, context, computing, scaled
+        self._interrupted = interrupted
         self._micro_batches = list(micro_batches)
         counted = [(tokens or count_labels)(micro_batch) for micro_batch in micro_batches]
         self._experts = [layer for _, layer in expert_layers(stages)]
@@ -98,6 +101,16 @@ class PipelineStep:
         if replayed:
             self._routing.check_over_pipeline([self._tokens(index) for index in range(len(self))], context)
         self._loss = lm_loss_of(stages.last, context) if loss is None and stages.last is not None else loss
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run the library's schedule inside this context, which names a rank that fails."""
+        try:
+            with self._context.guard("pipeline schedule"):
+                yield
+        except Exception as error:
+            self._interrupted(error)
+            raise
 
     def __len__(self) -> int:
         return len(self._micro_batches)

@@ -14,11 +14,12 @@ TIMEOUT = 4.5
 FSDP = {"data_parallel": "fsdp"}
 SEQUENCE = {"pipeline": 2, "tensor": 2, "sequence_parallel": True}
 BOTH = {"pipeline": 2, "expert": 2}
-REFUSED = {  # of replayed experts: a micro-batch, a token and a layer that are wrong; with and without a pipeline
+REFUSED = {  # of replayed experts: a micro-batch, a token, a layer and a rank that lack; with and without a pipeline
     True: (
         "wrong number of micro-batches: got 1, expected 2",
         "of model.layers.3.mlp in micro-batch 1 have the wrong shape: got (30, 2), expected (32, 2)",
         "unexpected ['model.layers.9.mlp'], which no pipeline stage has",
+        "experts are replayed on some ranks of a pipeline only: not on",
     ),
     False: (
         "wrong number of micro-batches: got 1, expected 2",
@@ -79,7 +80,7 @@ def judge_replays(cases, results):
             for name, weight in got.items():
                 gap = float((weight - weights[name]).abs().max())
                 assert gap < 1e-5, f"{case.name}: {name} by {gap}"
-            for text, wanted in zip(told, REFUSED["pipeline" in case.sizes]):
+            for text, wanted in zip(told, REFUSED["pipeline" in case.sizes], strict=False):
                 assert wanted in text, case.name
             held |= got.keys()
         assert held == weights.keys(), case.name

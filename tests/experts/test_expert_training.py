@@ -60,6 +60,7 @@ SAVES = {
 RESUMES = {  # the saved state, and the layout that continues with it
     **{f"{name} in the same layout": (name, layout) for name, layout in SAVES.items()},
     "torch, expert 4": ("torch", ("torch", {"expert": 4}, {})),
+    "torch, fsdp, each expert on one rank": ("torch", ("torch", {"expert": 4}, FSDP)),
     "fairscale from megatron": ("megatron", ("fairscale", {"expert": 4}, {"zero_stage": 1})),
     "torch, fsdp, from fairscale": ("fairscale", ("torch", {"expert": 2}, FSDP)),
     "megatron from deepspeed": ("deepspeed", ("megatron", {"expert": 4}, {"zero_stage": 1})),
@@ -87,20 +88,24 @@ def runs(tmp_path_factory):
 
 
 def step(directory, rows, dtype):
-    """One step of SGD: loss, gradient norm and update of every tensor."""
+    """One step of SGD: loss, gradient norm, update of every tensor, and the norms of experts and of other tensors."""
     model = load_reference(directory, dtype)
     logits = model(rows[0]).logits
     loss = F.cross_entropy(logits.flatten(0, 1), rows[1].flatten())
     loss.backward()
+    gradients = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        gradients[".experts." in name].append(parameter.grad)
+    of_experts, of_others = (torch.nn.utils.get_total_norm(gradients[found]).item() for found in (True, False))
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
     torch.optim.SGD(model.parameters(), lr=RATE).step()
     model.save_pretrained(place := directory.with_name(f"{directory.name}-{dtype}"))
-    return loss.item(), norm.item(), load_file(place / "model.safetensors")
+    return loss.item(), norm.item(), load_file(place / "model.safetensors"), of_experts, of_others
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, found in LAYOUTS.items() for name in found])
 def test_step_equals_transformers(runs, kind, name):
-    results, found, ((loss, norm, exact), (*_, rounded)) = runs[0], runs[1], runs[2][kind]
+    results, found, ((loss, norm, exact, *_), (_, _, rounded, *_)) = runs[0], runs[1], runs[2][kind]
     weights = load_file(results / kind / name / "model.safetensors")
     assert set(weights) == set(exact)
     for rank in found:
@@ -128,8 +133,12 @@ def test_training_resumes_in_another_layout_and_library(runs, name):
 
 
 @pytest.mark.parametrize("library", SAVES)
-def test_frozen_experts_keep_their_weights(runs, library):
-    assert all(rank["frozen"][library] for rank in runs[1])
+@pytest.mark.parametrize("frozen_experts", [True, False])
+def test_frozen_parameters_keep_their_weights(runs, library, frozen_experts):
+    *_, of_experts, of_others = runs[2]["qwen3_moe"][0]
+    norm = of_others if frozen_experts else of_experts
+    for rank in runs[1]:
+        assert rank["frozen"][library, frozen_experts] == (True, pytest.approx(norm, rel=1e-6))
 
 
 @pytest.mark.parametrize("name", REFUSED)

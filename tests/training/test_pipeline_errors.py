@@ -41,6 +41,7 @@ def test_mistakes_are_told_on_every_rank(directory):
         "unknown argument": "unexpected keyword argument 'colour'",
         "rows and packed tokens": "have different dimensions",
         "cannot be padded": "mask cannot be padded: got shape (3,), expected",
+        "nothing to train": "ranks [1] of a pipeline have nothing to train",
         "interleaved, five micro-batches": "interleaved-1f1b does not take 5 micro-batches",
         "recompute": "recompute='selective' is unsupported with zero-bubble-v",
         "unknown": "data_parallel must be 'ddp' or 'fsdp'",
@@ -79,6 +80,7 @@ def test_a_failing_stage_is_named_on_every_other_rank(directory, how, word):
         assert word in message
     if how == "raises":
         assert results[1][1:3] == ("ValueError", "the tokens are wrong")
+        assert "ended in the middle of its schedule (ValueError: the tokens are wrong)" in results[1][4]
 
 
 def test_plans_divide_layers_by_number_list_and_cost():

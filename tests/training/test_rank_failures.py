@@ -86,6 +86,27 @@ def test_an_error_is_not_hidden_by_shutdown_in_a_finally_block_and_the_others_le
     assert "rank 1 raised ValueError: a bad batch" in message
 
 
+def test_an_error_that_a_rank_caught_is_told_until_a_collective_of_that_axis_succeeds():
+    store = torch.distributed.HashStore()
+    waits, catches = (RankMonitor(store, rank, 2) for rank in range(2))
+    told = []
+    try:
+        with pytest.raises(ValueError, match="a bad batch"), catches.guard("pipeline schedule"):
+            raise ValueError("a bad batch")
+        for later in ("world barrier", "pipeline schedule"):
+            with catches.guard(later):
+                pass
+            with pytest.raises(ps.RankFailureError) as caught, waits.guard("pipeline schedule"):
+                raise RuntimeError("Application timeout caused pair closure")
+            told.append(str(caught.value))
+    finally:
+        for monitor in (waits, catches):
+            monitor.stop()
+    assert "rank 1 raised ValueError: a bad batch (last heartbeat at " in told[0]
+    assert "in pipeline schedule" in told[0]
+    assert "all ranks are alive" in told[1]
+
+
 def test_a_rank_of_another_pipeline_stage_is_not_blamed_for_its_fewer_collectives():
     """Ranks 0 and 1 are replicas of one stage, rank 2 is in another one, which has none of these collectives."""
     store = torch.distributed.HashStore()

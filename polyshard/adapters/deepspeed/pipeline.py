@@ -55,7 +55,7 @@ class DeepspeedPipeline:
         self._step, self._index = step, -1
         hold_back(engine)
         try:
-            with self._context.guard("pipeline schedule"), torch.set_grad_enabled(backward):
+            with step.running(), torch.set_grad_enabled(backward):
                 run_schedule(
                     engine,
                     len(step),

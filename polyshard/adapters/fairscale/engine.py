@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -107,7 +107,8 @@ class FairscaleEngine(BaseEngine):
         self.optimizer = ShardedOptimizers(template, self.precision, group, experts, holders.group)
         self._start_rate()
         # In stage 2 only the rank that owns the optimizer state of a parameter keeps its gradient.
-        self._owned_only = zero_stage == 2 and replica_axis(context).size > 1
+        dense = self.optimizer.dense is not None
+        self._owned_only = zero_stage == 2 and replica_axis(context).size > 1 and dense
         self._reducer: GradientReducer | None = None  # of a pipeline
         self._pipeline = None if self._stages is None else self._start_pipeline(self._stages, recompute)
         self._syncs = True  # False while all but the last micro-batch accumulate
@@ -119,6 +120,9 @@ class FairscaleEngine(BaseEngine):
     def _data_parallel(self, model: nn.Module, zero_stage: int, options: dict[str, Any]) -> Any:
         """Wrap the model, without distributed experts, whose gradients `ExpertGradients` averages."""
         replicas = replica_axis(self.context)
+        if self.optimizer.dense is None:  # experts alone are trained, and the wrappers would refuse the model
+            broadcast_parameters(model, replicas.group, replicas.ranks, without=self._distributed)
+            return model
         if zero_stage == 2:
             if self._distributed:  # the wrapper would send the first replica's experts to all
                 broadcast_parameters(model, replicas.group, replicas.ranks, without=self._distributed)
@@ -184,7 +188,7 @@ class FairscaleEngine(BaseEngine):
     def _without_sync(self) -> Iterator[None]:
         self._syncs = False
         try:
-            with self._wrapped.no_sync():
+            with nullcontext() if self._wrapped is self._module else self._wrapped.no_sync():
                 yield
         finally:
             self._syncs = True

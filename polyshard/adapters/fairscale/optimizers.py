@@ -25,7 +25,7 @@ class ShardedOptimizers:
         expert_group: the ranks that hold the same experts; None if there are none.
 
     Attributes:
-        dense: of the weights that all replicas hold.
+        dense: of the weights that all replicas hold; None if experts alone are trained.
         parts: all.
 
     Raises:
@@ -59,10 +59,10 @@ class ShardedOptimizers:
                 for group in template.param_groups
             ]
             groups = [found for found in groups if found["params"]]
-            return OSS(groups, optim=optimizer_class, group=over, **settings)
+            return OSS(groups, optim=optimizer_class, group=over, **settings) if groups else None
 
         self.dense: Any = sharded(False, group)
-        self.parts: list[Any] = [self.dense, *([sharded(True, expert_group)] if chosen else [])]
+        self.parts: list[Any] = [part for part in (self.dense, sharded(True, expert_group)) if part is not None]
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -144,7 +144,9 @@ def load_loss_scale(optimizer: Any, saved: Mapping[str, float]) -> None:
 
 
 def _holders(optimizer: Any) -> list[Any]:
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+    """Return the optimizers with parameters: if experts alone are trained, the other one of the chain is a stub."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [holder for holder in chained if holder.optimizer is not None]
 
 
 def group_overrides(settings: Mapping[torch.nn.Parameter, GroupSettings | None], lr: float) -> dict[Any, Any]:

@@ -98,7 +98,7 @@ class MegatronPipeline:
         self._config.grad_scale_func = scale
         axis = self._context.axis("pipeline")
         assert axis.group is not None
-        with self._context.guard("pipeline schedule"), torch.set_grad_enabled(backward):
+        with step.running(), torch.set_grad_enabled(backward):
             run_schedule(
                 chunks,
                 self._config,

@@ -26,7 +26,7 @@ from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.build_stages import as_stages
 from polyshard.core.context import ParallelContext, holder_axis
 from polyshard.core.engine_copies import Held, mark_held
-from polyshard.core.errors import ConfigurationError
+from polyshard.core.errors import ConfigurationError, RankFailureError
 from polyshard.core.model_weights import ModelWeights
 from polyshard.core.optimizer import OptimizerFactory
 from polyshard.core.parameter_groups import GroupSettings
@@ -95,6 +95,7 @@ class BaseEngine(ABC):
         self.updates = 0
         self.table = collect_layouts(model)
         self.model_weights = ModelWeights.of(model, self.table, context)
+        self._check_trained_stages()
         has_experts = any(entry.layout.experts is not None for entry in self.table.values())
         if has_experts and context.axis("expert").size > 1 and not self._trains_distributed_experts:
             raise ConfigurationError(
@@ -106,6 +107,7 @@ class BaseEngine(ABC):
         self._module = model
         self._wrapped: Any = model
         self._guard = context.guard
+        self._interrupted: str | None = None  # the error that ended a pipeline's schedule before its end
         self._scale = LossScale(self.precision.loss_scale if self.precision.scales_loss else 1.0)
         self._undo_compile = apply_compile(model, compile, exact=context.exact is not None)
         self._undo_recomputation = apply_recomputation(model, recompute)
@@ -227,6 +229,17 @@ class BaseEngine(ABC):
         loss: SumLoss | None,
         tokens: CountTokens | None,
     ) -> PipelineStep:
+        if self._interrupted is not None:
+            axis = self.context.axis("pipeline")
+            raise RankFailureError(
+                f"rank {axis.ranks[axis.rank]}: an earlier step of this pipeline ended in the middle of its schedule "
+                f"({self._interrupted}), so that the ranks are no longer in step. Restart all ranks from a checkpoint.",
+                (axis.ranks[axis.rank],),
+            )
+
+        def interrupted(error: Exception) -> None:
+            self._interrupted = f"{type(error).__name__}: {error}"
+
         return PipelineStep(
             stages,
             self.context,
@@ -236,6 +249,7 @@ class BaseEngine(ABC):
             computing=self.computing,
             scaled=self._scaled,
             fixed_shapes=self._pipeline_has_fixed_shapes,
+            interrupted=interrupted,
         )
 
     @property
@@ -250,6 +264,16 @@ class BaseEngine(ABC):
         """
         del step, backward
         raise NotImplementedError(f"{type(self).__name__} declares the capability pipeline, but runs none")
+
+    def _check_trained_stages(self) -> None:
+        """Raise `ConfigurationError` on all ranks of a pipeline if one of them has nothing to train."""
+        axis, frozen = self.context.axis("pipeline"), self.model_weights.frozen_ranks
+        if frozen:
+            raise ConfigurationError(
+                f"ranks {[axis.ranks[at] for at in frozen]} of a pipeline have nothing to train: their stages have no "
+                "parameter that requires a gradient. Train a layer of each rank, or divide the layers by pipeline_plan("
+                "layers=...) so that each rank has one that is trained."
+            )
 
     def _refuse_in_pipeline(self, what: str) -> None:
         if self._stages is not None:

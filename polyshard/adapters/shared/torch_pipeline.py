@@ -118,7 +118,7 @@ class TorchPipeline:
             boundaries = self._boundaries(tokens)
             schedule = self._made(tokens, boundaries, len(step))
             arguments = [(step.input_ids(index),) for index in range(len(step))]
-            with self._context.guard("pipeline schedule"), torch.set_grad_enabled(backward):
+            with step.running(), torch.set_grad_enabled(backward):
                 try:
                     run_schedule(schedule, arguments, len(step), backward)
                 except Exception:

@@ -142,7 +142,15 @@ def drop_accumulated_gradients(module: nn.Module) -> None:
 
 
 # Gloo raises a plain RuntimeError; these words occur in messages of its transport and of the process group.
-_GLOO_WORDS = ("gloo", "connection closed by peer", "timed out", "connection reset", "broken pipe", "nccl")
+_GLOO_WORDS = (
+    "gloo",
+    "connection closed by peer",
+    "pair closure",
+    "timed out",
+    "connection reset",
+    "broken pipe",
+    "nccl",
+)
 
 
 def is_communication_error(error: BaseException) -> bool:

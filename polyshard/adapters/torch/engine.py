@@ -32,7 +32,12 @@ from polyshard.adapters.torch.compat import (
 )
 from polyshard.adapters.torch.float8 import apply_float8
 from polyshard.adapters.torch.overlap import overlap_options, reducer_options
-from polyshard.adapters.torch.sharding import fully_shard_model, fully_shard_stages, is_list_item
+from polyshard.adapters.torch.sharding import (
+    fully_shard_model,
+    fully_shard_stages,
+    is_list_item,
+    separate_dtensors,
+)
 from polyshard.core.adapter import OptimizerFactory, StepResult
 from polyshard.core.context import ParallelContext, holder_axis, replica_axis
 from polyshard.core.engine_copies import Held
@@ -138,10 +143,12 @@ class TorchEngine(BaseEngine):
         if data_parallel == "fsdp" and not self._sharded:
             logger.warning("fsdp does nothing at data-parallel size 1: the model is trained unsharded")
         of_experts = {parameter for name, parameter in model.named_parameters() if name in experts}
+        # DistributedDataParallel refuses a model without a parameter of its own.
+        experts_only = bool(experts) and not any(p.requires_grad and p not in of_experts for p in model.parameters())
         if self._sharded and self._stages is None:
             chosen = shard_modules or is_list_item(model)
             fully_shard_model(model, context, chosen, self.precision, fsdp, offloads, of_experts)
-        elif not self._sharded and (self._stages is not None or self.precision.has_masters):
+        elif not self._sharded and (self._stages is not None or self.precision.has_masters or experts_only):
             self._start_reducer(ddp_options)
         elif not self._sharded and replicas.size > 1:
             with self._guard("data parallel setup"):
@@ -168,6 +175,8 @@ class TorchEngine(BaseEngine):
                     self._stages, modules, context, shard_modules, self.precision, fsdp, offloads, of_experts
                 )
         self.optimizer = self._build(optimizer, self._updated(), held="rows" if self._sharded else "whole")
+        if self._sharded:
+            separate_dtensors(self.optimizer)
         self._start_rate()
 
     def _start_reducer(self, ddp_options: Mapping[str, Any] | None) -> None:

@@ -52,7 +52,9 @@ class RankMonitor:
         self._store, self._rank, self._world_size = store, rank, world_size
         self._entered: Counter[str] = Counter()
         self._operation = ""
-        self._raised = ""  # an error of the program during the last operation, which the others may wait for
+        # The last error of the program, which the others may wait for, and the operation during which it was raised.
+        # It is kept until a later operation on the same axis succeeds: the program may catch it and go on.
+        self._raised = self._raised_in = ""
         self._stopping = threading.Event()
         self._beat("running")
         self._thread = threading.Thread(target=self._run, name="polyshard-heartbeat", daemon=True)
@@ -72,10 +74,12 @@ class RankMonitor:
         """Count a collective, and convert a backend error in it to `RankFailureError`."""
         axis = operation.split(" ", 1)[0]
         self._entered[axis] += 1
-        self._operation, self._raised = operation, ""
+        self._operation = operation
         started = time.monotonic()
         try:
             yield
+            if self._raised_in.split(" ", 1)[0] == axis:
+                self._raised = self._raised_in = ""
         except RankFailureError:
             raise
         except Exception as error:
@@ -93,7 +97,7 @@ class RankMonitor:
 
     def report(self, error: BaseException) -> None:
         """Tell the other ranks of an error at once; this rank may end before its next heartbeat."""
-        self._raised = f"{type(error).__name__}: {_first_line(error)}"
+        self._raised, self._raised_in = f"{type(error).__name__}: {_first_line(error)}", self._operation
         try:
             _in_time(lambda: self._beat("running"), PATIENCE)
         except (dist.DistError, RuntimeError, TimeoutError) as gone:
@@ -106,6 +110,7 @@ class RankMonitor:
             "entered": dict(self._entered),
             "operation": self._operation,
             "raised": self._raised,
+            "raised_in": self._raised_in,
         }
         self._store.set(str(self._rank), json.dumps(beat))
 
@@ -127,7 +132,9 @@ class RankMonitor:
                 f"{here}: the process that keeps the store (torchrun's agent, or rank 0) is gone, or cannot be reached "
                 f"({type(gone).__name__}); backend: {_first_line(error)}"
             )
-        suspects |= {rank for rank in others if latest[rank].get("raised")}
+        raised = {rank for rank in others if latest[rank]["raised"]}
+        suspects |= {rank for rank in raised if latest[rank]["raised_in"] == latest[rank]["operation"]}
+        suspects = suspects or raised
         if suspects:
             told = "; ".join(_describe(rank, latest[rank]) for rank in sorted(suspects))
             return RankFailureError(f"{here}: {told}; backend: {_first_line(error)}", tuple(sorted(suspects)))
@@ -181,8 +188,8 @@ def _in_time(action: Callable[[], T], seconds: float) -> T:
 
 def _describe(rank: int, beat: dict[str, Any]) -> str:
     last = f"last heartbeat at {_clock(beat['time'])}, {max(0.0, time.time() - beat['time']):.1f} s ago"
-    if beat.get("raised"):
-        return f"rank {rank} raised {beat['raised']} ({last}, in {beat['operation']})"
+    if beat["raised"]:
+        return f"rank {rank} raised {beat['raised']} ({last}, in {beat['raised_in'] or 'no collective yet'})"
     if beat["state"] == "finished":
         return f"rank {rank} had shut down ({last})"
     return f"rank {rank} crashed, hung, or cannot be reached ({last}, in {beat['operation'] or 'no collective yet'})"

@@ -78,6 +78,6 @@ def reducer_options(options: Mapping[str, Any], precision: object) -> dict[str, 
     if others:
         raise ConfigurationError(
             f"ddp_options has names without effect: got {', '.join(others)} with {precision}, expected bucket_cap_mb "
-            "only. Parameters with masters are reduced by polyshard, in the dtype of reduce=."
+            "only. polyshard reduces these gradients, in the dtype of reduce=."
         )
     return {name: value for name, value in options.items() if value is not None}

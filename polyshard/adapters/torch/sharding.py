@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
 from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
 
-from polyshard.adapters.torch.compat import fsdp_function, mixed_precision_policy, offload_policy
+from polyshard.adapters.torch.compat import fsdp_function, is_dtensor, mixed_precision_policy, offload_policy
 from polyshard.adapters.torch.overlap import FsdpOptions
 from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
@@ -16,6 +18,7 @@ from polyshard.core.precision import Precision
 from polyshard.core.ranks import Ranks
 from polyshard.core.stages import Stages
 from polyshard.experts.observed import is_router_bias
+from polyshard.training.muon import MuonWithAdamW
 
 
 def is_list_item(model: nn.Module) -> Callable[[nn.Module], bool]:
@@ -129,3 +132,21 @@ def fully_shard_stages(
     for module in modules:
         chosen = (lambda _: False) if splits else shard_modules or is_list_item(module)
         fully_shard_model(module, context, chosen, precision, options, offloads, experts)
+
+
+def separate_dtensors(optimizer: torch.optim.Optimizer) -> None:
+    """Split each parameter group that has both DTensors and tensors, which torch's fused kernels do not take together.
+
+    Experts that a single rank holds are no DTensors: they are not sharded any further.
+    """
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        sharded = [parameter for parameter in group["params"] if is_dtensor(parameter)]
+        others = [parameter for parameter in group["params"] if not is_dtensor(parameter)]
+        if sharded and others:
+            groups += [{**group, "params": sharded}, {**group, "params": others}]
+        else:
+            groups.append(group)
+    optimizer.param_groups[:] = groups
+    if isinstance(optimizer, MuonWithAdamW) and optimizer.adamw is not None:
+        optimizer.adamw.param_groups[:] = [group for group in groups if group["algorithm"] == "adamw"]

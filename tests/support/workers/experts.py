@@ -96,21 +96,28 @@ def resumed(directory: Path, results: Path, batch: tuple, saves: dict, resumes: 
 
 
 def frozen(directory: Path, batch: tuple, layouts: dict) -> dict[str, bool]:
-    """Whether frozen experts that are distributed over ranks keep their weights, while the others are trained."""
+    """Of each library: whether frozen parameters keep their weights while the others are trained, and the gradient
+    norm of the others; of frozen experts that are distributed over ranks, and of frozen layers around them.
+    """
     found = {}
     for library, options in layouts.items():
-        context = ps.initialize(library, timeout=60, expert=2)
-        model = build(directory, context)
-        experts = [p for name, p in model.named_parameters() if ".experts." in name]
-        for parameter in experts:
-            parameter.requires_grad_(False)
-        before = [parameter.clone() for parameter in experts]
-        engine = ps.load_adapter(library).engine(model, ps.AdamW(lr=1e-2), context, **options)
-        engine.train_batch(rows_of(context, *batch))
-        engine.step()
-        found[library] = all(torch.equal(p, old) for p, old in zip(experts, before))
-        engine.close()
-        ps.shutdown(context)
+        for frozen_experts in (True, False):
+            context = ps.initialize(library, timeout=60, expert=2)
+            model = build(directory, context)
+            before = {}
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_((".experts." in name) != frozen_experts)
+                before[parameter] = parameter.clone()
+            engine = ps.load_adapter(library).engine(model, ps.AdamW(lr=1e-2), context, **options)
+            rows = rows_of(context, *batch)
+            with engine.accumulate():
+                engine.backward(engine(rows[0]["input_ids"]).sum() * 0.0)
+            engine.train_batch(rows)
+            norm = engine.step().grad_norm
+            kept = all(torch.equal(p, old) != p.requires_grad for p, old in before.items())
+            found[library, frozen_experts] = kept, norm
+            engine.close()
+            ps.shutdown(context)
     return found
 
 

@@ -5,6 +5,7 @@ import signal
 import time
 from itertools import pairwise
 
+import pytest
 import torch
 from torch import nn
 
@@ -64,6 +65,9 @@ def messages(directory):
         "full, without build_stages",
         lambda: ps.load_adapter("torch").engine(FACTORIES["full"](None, context), SGD, context),
     )
+    stages = ps.build_stages(lambda _, c: Layers(lambda s, _: s.layers, c), None, context)
+    stages.requires_grad_(context.axis("pipeline").rank == 0)
+    attempt("nothing to train", lambda: ps.load_adapter("torch").engine(stages, SGD, context))
     ps.shutdown(context)
 
     context, engine = start(Case("1f1b", directory))
@@ -148,7 +152,11 @@ def fails(directory, how, culprit, timeout):
         engine.train_batch(batches)
     except (ps.PolyshardError, ValueError) as error:
         seconds = time.monotonic() - started
+        told = seconds, type(error).__name__, str(error), getattr(error, "ranks", ())
         if how == "raises" and context.rank == culprit:
+            with pytest.raises(ps.RankFailureError) as again:
+                engine.train_batch(batches)
             time.sleep(timeout + 2)  # it lives on: the others must not wait for its end
-        return seconds, type(error).__name__, str(error), getattr(error, "ranks", ())
+            return *told, str(again.value)
+        return told
     return None
