@@ -20,6 +20,7 @@ from model_families import VARIANTS, families, small_config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import polyshard as ps
+from polyshard.transformers.kept_attention import is_attention
 from polyshard.transformers.trial.simulation import Exchange, Schedule, simulated_context
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "transformers-models.md"
@@ -34,7 +35,6 @@ _REASONS = {
     "shares weights between layers": "shared layers",
     "buffers beside its parameters": "weights in buffers",
     "does not use transformers' attention interface": "own attention code",
-    "are not recognised (": "attention not recognised",
     "has no tensor-parallel plan": "no plan",
     "is not causal": "not causal",
     "differs from transformers' own code": "differs",
@@ -62,7 +62,7 @@ compares each "yes" with transformers.
 |---|---|
 | rows | logits of rows of one sequence each, in training |
 | packed | logits of several sequences packed into one row |
-| tensor parallel | logits at tensor-parallel size 2 |
+| tensor parallel | logits at tensor-parallel size 2. "attention replicated": every rank computes all heads. |
 | served | logits in the steps of a serving engine: chunked prefill, decode, several sequences in a batch |
 
 | refusal | meaning |
@@ -70,7 +70,6 @@ compares each "yes" with transformers.
 | experts | It has a mixture of experts that differs from `polyshard.mixture_of_experts`. |
 | more than a text decoder | The config describes an encoder, or vision or audio parts, too. Use its text config. |
 | own attention code | Attention does not go through transformers' attention interface. |
-| attention not recognised | The projections or norms of attention have no sharded form. |
 | no plan | transformers has no tensor-parallel plan for the family. |
 | plan not supported | transformers' plan asks for a way of sharding that is not available. |
 | state | A layer other than attention carries state from token to token (recurrence, convolution, linear attention). |
@@ -92,15 +91,17 @@ class Outcome:
     Attributes:
         cells: of the columns rows, packed, sharded and served: `YES`, or why not.
         messages: what the errors said.
+        keeps_attention: whether attention keeps transformers' code at tensor-parallel size 2.
     """
 
     cells: dict[str, str]
     messages: dict[str, str]
+    keeps_attention: bool = False
 
 
 def outcome(config: Any) -> Outcome:
     """Ask `transformers_model` for a model in each way."""
-    cells, messages = {}, {}
+    cells, messages, attention = {}, {}, []
     for way, (size, served) in _WAYS.items():
         context = simulated_context(0, Exchange(size), Schedule() if served else None)
         try:
@@ -111,11 +112,16 @@ def outcome(config: Any) -> Outcome:
                 return Outcome(dict.fromkeys((*_WAYS, "packed"), cells[way]), messages)
             continue
         cells[way] = YES
+        if way == "sharded":
+            attention = [module for module in model.modules() if is_attention(module)]
+            projections = [child for module in attention for child in module.children()]
+            if any(type(child) is torch.nn.Linear for child in projections):
+                cells[way] += ", attention replicated"
         if way == "rows":
             refusal = model.packed_refusal
             cells["packed"] = YES if refusal is None else reason(refusal)
             messages["packed"] = refusal or ""
-    return Outcome(cells, messages)
+    return Outcome(cells, messages, bool(attention))
 
 
 def reason(message: str) -> str:

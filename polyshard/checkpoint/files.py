@@ -28,7 +28,7 @@ def locate_tensors(directory: Path) -> dict[str, Path]:
 
     Raises:
         CheckpointError: there are no weights, a file is missing or truncated, the index names a file outside the
-            directory, or the index disagrees with the files.
+            directory, the index disagrees with the files, or there are weights beside those of the index.
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory")
@@ -98,6 +98,12 @@ def _from_index(directory: Path, index: Path) -> dict[str, Path]:
         if name not in held[path]:
             raise CheckpointError(f"{index} places {name!r} in {file_name!r}, which does not contain it")
         where[name] = path
+    single = directory / SINGLE
+    if single.is_file() and single not in held:
+        raise CheckpointError(
+            f"{directory} holds two models: got {SINGLE}, which transformers reads, beside {INDEX}, which vLLM reads. "
+            "Remove the one that is out of date."
+        )
     for path, names in held.items():
         stray = sorted(names - {n for n, p in where.items() if p == path})
         if stray:

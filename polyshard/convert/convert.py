@@ -133,8 +133,9 @@ def convert(
     writer = format_named(to_format)
     if not writer.writes:
         writer.write(Foreign(tensors={}), target, options)  # raises an error that names a format to write instead
-    if target.exists() and any(target.iterdir()):
-        raise CheckpointError(f"{target} exists and is not empty. Name a new directory.")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        what = "is not empty" if target.is_dir() else "is a file"
+        raise CheckpointError(f"{target} exists and {what}. Name a new directory.")
     foreign = reader.read(source, options)
     copies = isinstance(writer, HuggingFaceFormat)
     if not (copies and reader.name.startswith("huggingface") and dtype is None):

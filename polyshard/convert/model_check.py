@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from polyshard.checkpoint.quantization.detect import signs_of_quantization
 from polyshard.config.decoder_spec import FAMILIES, DecoderSpec, expected_shapes
 from polyshard.config.expert_spec import EXPERT_FAMILIES
 from polyshard.convert.accounting import (
@@ -18,6 +20,7 @@ from polyshard.convert.accounting import (
     check_shapes,
     some,
 )
+from polyshard.convert.expert_check import check_experts
 from polyshard.convert.format import Foreign
 from polyshard.core.errors import CheckpointError
 
@@ -35,9 +38,10 @@ def check_model(foreign: Foreign, where: Path, *, given: bool) -> tuple[str, ...
             user's configuration does not cover all tensors.
     """
     _refuse_prefix(foreign, where)
+    check_experts(foreign, where)
     config = foreign.config or {}
     family, architectures = config.get("model_type"), config.get("architectures") or ["ForCausalLM"]
-    known = FAMILIES + EXPERT_FAMILIES * given  # a directory of its own may hold stacked experts, which are carried
+    known = FAMILIES + EXPERT_FAMILIES
     if family not in known or not architectures[0].endswith("ForCausalLM"):
         if given:
             raise CheckpointError(
@@ -49,9 +53,12 @@ def check_model(foreign: Foreign, where: Path, *, given: bool) -> tuple[str, ...
         spec = DecoderSpec.of(config, experts=True)
         expected = expected_shapes(spec)
     except CheckpointError as error:
+        if family in EXPERT_FAMILIES and not given:
+            return (f"did not compare the tensors with the configuration: {error}",)
         raise CheckpointError(f"{'--config' if given else where}: {error}") from None
-    check_shapes(where, {name: tensor.shape for name, tensor in foreign.tensors.items()}, expected)
-    others = {name for name in set(foreign.tensors) - set(expected) if not REDUNDANT.search(name)}
+    stored, inside = _as_stored(expected, foreign, stacked=not given)
+    check_shapes(where, {name: tensor.shape for name, tensor in foreign.tensors.items()}, stored)
+    others = {name for name in set(foreign.tensors) - set(expected) - inside if not REDUNDANT.search(name)}
     notes: tuple[str, ...] = ()
     if spec.tied and "lm_head.weight" in others:
         others.discard("lm_head.weight")
@@ -68,6 +75,36 @@ def check_model(foreign: Foreign, where: Path, *, given: bool) -> tuple[str, ...
     if others:
         notes += (f"carried {len(others)} tensors that are not part of the configuration's model: {some(others)}",)
     return notes
+
+
+def _as_stored(
+    expected: Mapping[str, tuple[int, ...]], foreign: Foreign, *, stacked: bool
+) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Return the expected tensors that must be stored under their names, and the names that stand for the others.
+
+    Codes and scales stand for the weight of a quantized layer; stacked tensors may stand for the experts of a layer.
+    """
+    quantized = bool(signs_of_quantization(foreign.tensors, foreign.config))
+    left, inside = dict(expected), set[str]()
+    below: dict[str, set[str]] = {}
+    directly: dict[str, set[str]] = {}
+    for name in foreign.tensors:
+        parts = name.split(".")
+        directly.setdefault(".".join(parts[:-1]), set()).add(name)
+        for length in range(1, len(parts)):
+            below.setdefault(".".join(parts[:length]), set()).add(name)
+    for name in expected:
+        layer = name.removesuffix(".weight")
+        codes = below.get(layer, set()) - {name, f"{layer}.bias"} if quantized and layer != name else set()
+        block, experts, _ = name.partition(".experts.")
+        together = directly.get(f"{block}.experts")
+        if codes:
+            inside |= below[layer]  # AutoGPTQ also writes a bias of zeros
+            del left[name]
+        elif stacked and experts and together:
+            inside |= together
+            del left[name]
+    return left, inside
 
 
 def _refuse_prefix(foreign: Foreign, where: Path) -> None:

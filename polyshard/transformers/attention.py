@@ -2,47 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
-
-from torch import nn
 
 from polyshard.core.attention import AttentionSpec
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
+from polyshard.transformers.kept_attention import is_attention, shard_by_heads
 from polyshard.transformers.replaced.interface import IMPLEMENTATION, register
 from polyshard.transformers.replaced.observe import Observed, observe
 from polyshard.transformers.replaced.surgery import replace_attention
 
 
-def exchange_attention(model: Any, context: ParallelContext) -> None:
+def exchange_attention(model: Any, context: ParallelContext, by_heads: bool) -> tuple[str, ...]:
     """Replace the attention that is recognised; in a server, the rest calls the engine through transformers' interface.
 
     Args:
         model: a transformers model on the meta device.
         context: the parallel context.
+        by_heads: at a tensor-parallel size above 1, shard the rest by heads; otherwise every rank computes all heads.
+
+    Returns:
+        The paths of the modules that are replicated.
 
     Raises:
-        ConfigurationError: attention is not recognised at a tensor-parallel size above 1, or does not use transformers'
-            attention interface.
+        ConfigurationError: attention does not use transformers' attention interface.
     """
-    try:
-        kept = replace_attention(model, context, None, False, compare_model=False).kept
-    except ConfigurationError:  # there are no projections with the usual names
-        kept = ()
+    with contextlib.suppress(ConfigurationError):  # there are no projections with the usual names
+        replace_attention(model, context, None, False, compare_model=False)
     config = model.config.get_text_config()
     rest = {
         name: (module, observe(module, config.hidden_size))
         for name, module in model.named_modules()
-        if _is_attention(module)
+        if is_attention(module)
     }
     if not rest:
-        return
-    if context.get_tensor_parallel_world_size() > 1:
-        reasons = "; ".join(f"{item.name}: {item.reason}" for item in kept[:1]) or "its projections have other names"
-        raise ConfigurationError(
-            f"the attention modules of {type(model).__name__} are not recognised ({reasons}), so it is only supported "
-            "at tensor-parallel 1"
-        )
+        return ()
     apart = next((name for name, (_, seen) in rest.items() if seen is None), None)
     if apart is not None or not getattr(model, "_supports_attention_backend", False):
         raise ConfigurationError(
@@ -50,6 +45,9 @@ def exchange_attention(model: Any, context: ParallelContext) -> None:
             + ("" if apart is None else f" in {apart} ({type(rest[apart][0]).__name__})")
             + ". Write its factory (docs/how-to/bring-a-model.md)."
         )
+    sharded = context.get_tensor_parallel_world_size() > 1
+    if sharded and by_heads:
+        rest = {name: (module, shard_by_heads(model, name, seen, context)) for name, (module, seen) in rest.items()}  # pyrefly: ignore  # none is None
     register()
     model.set_attn_implementation(IMPLEMENTATION)
     factory = context.attention
@@ -58,11 +56,7 @@ def exchange_attention(model: Any, context: ParallelContext) -> None:
             assert seen is not None
             sinks = getattr(module, "sinks", None) if seen.sinks else None
             module.polyshard_core = factory(_spec(module, seen), sinks)
-
-
-def _is_attention(module: nn.Module) -> bool:
-    name = type(module).__name__
-    return "Attention" in name and name != "ReplacedAttention" and isinstance(getattr(module, "layer_idx", None), int)
+    return tuple(rest) if sharded and not by_heads else ()
 
 
 def _spec(module: Any, seen: Observed) -> AttentionSpec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from inspect import signature
 from typing import Any
 
@@ -25,13 +25,16 @@ logger = logging.getLogger(__name__)
 _REPLICATED = ("colwise_gather_output", "rowwise_split_input", "replicated_with_grad_allreduce")  # right if replicated
 
 
-def exchange_layers(model: Any, context: ParallelContext, mixtures: Mapping[str, Mixture]) -> None:
+def exchange_layers(
+    model: Any, context: ParallelContext, mixtures: Mapping[str, Mixture], replicated: Collection[str] = ()
+) -> None:
     """Replace mixtures of experts, gated MLPs, norms and linear layers by parallel ones.
 
     Args:
         model: a transformers model on the meta device.
         context: the parallel context.
         mixtures: the result of `find_mixtures`.
+        replicated: paths of the modules whose linear layers stay replicated.
 
     Raises:
         ConfigurationError: at a tensor-parallel size above 1, there is no plan, or it has an unsupported entry.
@@ -58,7 +61,7 @@ def exchange_layers(model: Any, context: ParallelContext, mixtures: Mapping[str,
             return rms_norm(weight.numel(), context, eps=_eps(module))
         if type(module) is not nn.Linear:
             return None
-        style = _style(plan, path)
+        style = None if _inside(path, replicated) else style_of(plan, path)
         if style in ("colwise", "rowwise") or size == 1:
             make = row_parallel if style == "rowwise" else column_parallel
             return make(module.in_features, module.out_features, context, bias=module.bias is not None)
@@ -77,8 +80,8 @@ def exchange_layers(model: Any, context: ParallelContext, mixtures: Mapping[str,
     if size == 1:
         return
     unknown = sorted(set(plan.values()) - {"colwise", "rowwise", *_REPLICATED, "embedding_rowwise"})
-    others = (path for path, _ in model.named_modules() if not _inside(path, mixtures))
-    held = [path for path in others if _style(plan, path) in unknown]
+    others = (path for path, _ in model.named_modules() if not _inside(path, (*mixtures, *replicated)))
+    held = [path for path in others if style_of(plan, path) in unknown]
     if held:
         raise ConfigurationError(
             f"{type(model).__name__}: the plan of {held[0]} is unsupported ({', '.join(unknown)}). Run the model at "
@@ -111,11 +114,11 @@ def _eps(module: Any) -> float:
     return float(getattr(module, "variance_epsilon", None) or getattr(module, "eps", None) or 1e-6)
 
 
-def _inside(path: str, mixtures: Mapping[str, Mixture]) -> bool:
-    """Whether a module is part of a mixture of experts."""
-    return any(path == block or path.startswith(f"{block}.") for block in mixtures)
+def _inside(path: str, blocks: Collection[str]) -> bool:
+    """Whether a module is one of some modules, or inside one."""
+    return any(path == block or path.startswith(f"{block}.") for block in blocks)
 
 
-def _style(plan: dict[str, str], path: str) -> str | None:
+def style_of(plan: dict[str, str], path: str) -> str | None:
     """Return the plan's entry for a module; a star in the plan stands for a layer number."""
     return next((style for pattern, style in plan.items() if fnmatch.fnmatchcase(path, pattern)), None)

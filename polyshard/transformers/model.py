@@ -18,6 +18,7 @@ from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
 from polyshard.layers.vocabulary import vocab_parallel_cross_entropy
 from polyshard.transformers.attention import exchange_attention
+from polyshard.transformers.kept_attention import kept_shards_by_heads
 from polyshard.transformers.layers import exchange_layers
 from polyshard.transformers.meta_weights import give_memory
 from polyshard.transformers.mixtures import find_mixtures, store_mixtures
@@ -186,9 +187,10 @@ def transformers_model(config: Any, parallel_context: ParallelContext) -> Transf
 
     Attention that `replace_with_trainable_attention` recognises is replaced, mixtures of experts become
     `mixture_of_experts`, gated MLPs are merged, and other linear layers follow transformers' own tensor-parallel plan.
-    Attention that is not recognised keeps its code and uses the engine's cache, at tensor-parallel 1 only. A trial
-    model of the same configuration is compared with transformers' own, once for each configuration
-    (docs/reference/transformers-models.md lists the result for every family).
+    Attention that is not recognised keeps its code and uses the engine's cache; over several tensor-parallel ranks it
+    is sharded by heads if its projections allow it, and else replicated. A trial model of the same configuration is
+    compared with transformers' own, once for each configuration (docs/reference/transformers-models.md lists the result
+    for every family).
 
     Args:
         config: a transformers config, or the fields of one (`polyshard.read_config`).
@@ -222,15 +224,17 @@ def transformers_model(config: Any, parallel_context: ParallelContext) -> Transf
             )
     model = _on_meta(config)
     refuse_unsupported(model, config)
+    by_heads = layout.tensor > 1 and kept_shards_by_heads(model, layout.tensor)
     verdict = try_model(  # before memory is allocated
         config,
         sum(parameter.numel() for parameter in model.parameters()),
-        lambda small, context: _built(_on_meta(small), context),
+        lambda small, context: _built(_on_meta(small), context, by_heads),
         sharded=layout.tensor > 1,
+        by_heads=by_heads,
         served=parallel_context.attention is not None,
     )
     name = type(model).__name__
-    built = _built(model, parallel_context)
+    built = _built(model, parallel_context, by_heads)
     others = sorted(kept_modules(built) ^ verdict.kept)
     if others:
         raise ConfigurationError(
@@ -265,12 +269,12 @@ def _on_meta(config: Any) -> Any:
         ) from error
 
 
-def _built(model: Any, context: ParallelContext) -> TransformersModel:
+def _built(model: Any, context: ParallelContext, by_heads: bool) -> TransformersModel:
     stored, shared = stored_names_of_children(model), shared_parameters(model)
     mixtures = find_mixtures(model)
-    exchange_attention(model, context)
+    replicated = exchange_attention(model, context, by_heads)
     exchange_vocabulary(model, context)
-    exchange_layers(model, context, mixtures)
+    exchange_layers(model, context, mixtures, replicated)
     store_mixtures(model, mixtures)
     give_memory(model, context.device)
     built = TransformersModel(model, context, stored)

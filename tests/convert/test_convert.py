@@ -242,3 +242,5 @@ def test_a_target_that_is_there_is_not_touched(original, tmp_path):
     with pytest.raises(ps.CheckpointError, match="exists and is not empty. Name a new directory"):
         convert(original, target)
     assert (target / "model.safetensors").read_bytes() == before
+    with pytest.raises(ps.CheckpointError, match=r"model.safetensors exists and is a file. Name a new directory"):
+        convert(original, target / "model.safetensors")

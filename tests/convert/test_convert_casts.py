@@ -112,6 +112,16 @@ def test_a_cast_gives_torchs_values_or_refuses(source, target):
         assert bool(casts.notes()) or float(vector[1]) == 0 or float(found[1]) != 0
 
 
+def test_parts_of_one_tensor_of_megatron_in_several_dtypes_are_refused(tmp_path):
+    def change(state):
+        state[MATRIX] = state[MATRIX].float()
+
+    source = _changed(tmp_path, torch.bfloat16, change)
+    with pytest.raises(ps.CheckpointError, match=rf"{MATRIX} in float32.* have different dtypes.*Pass --dtype"):
+        convert(source, tmp_path / "b", to_format="megatron-torch-dist")
+    convert(source, tmp_path / "b", to_format="megatron-torch-dist", dtype=torch.float32)
+
+
 def test_infinities_that_are_there_already_are_kept(tmp_path):
     values = torch.tensor([1.0, torch.inf, torch.nan])
     assert torch.equal(checked_cast("x", values, Casts(torch.float16))[:2], values[:2].half())

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from support.models.tiny import save_tiny, tiny_config, tiny_model
 from support.oracles.conversions import ALLOW, logits, save_gguf, save_module, with_config
@@ -18,6 +19,13 @@ from polyshard.testing import run_ranks
 SHAPE = {
     **{"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4},
     **{"num_key_value_heads": 2, "max_position_embeddings": 64},
+}
+
+
+DEEPSEEK = {
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32},
+    **{"first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8},
+    **{"qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4},
 }
 
 
@@ -65,8 +73,34 @@ def test_a_file_of_weights_that_the_index_does_not_name(tmp_path, hugging_face):
     shutil.copytree(hugging_face, source)
     save_file({"lm_head.bias": torch.ones(128)}, source / "head.safetensors")
     _refused(source, tmp_path, "head.safetensors is not part of the model")
+    (source / "head.safetensors").rename(source / "model.safetensors")
+    _refused(source, tmp_path, "holds two models: got model.safetensors, which transformers reads")
+    (source / "model.safetensors").rename(source / "head.safetensors")
     (source / "head.safetensors").rename(source / "consolidated.safetensors")
     assert any("left out consolidated.safetensors" in note for note in convert(source, tmp_path / "out").notes)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])  # with a specification here, and without one
+def test_an_expert_that_is_missing_doubled_or_not_in_the_configuration(tmp_path, family):
+    sizes = {"num_local_experts": 4} if family == "mixtral" else DEEPSEEK
+    source = tmp_path / "source"
+    tiny_model(transformers.AutoConfig.for_model(family, **SHAPE | sizes, num_hidden_layers=2)).save_pretrained(source)
+    tensors = load_file(source / "model.safetensors")
+    name = next(name for name in tensors if ".1." in name and ".experts.3." in name)
+    block, _, part = name.partition(".3.")
+
+    def holds(**changed):
+        file = {key: tensor for key, tensor in (tensors | changed).items() if tensor is not None}
+        save_file(file, source / "model.safetensors", metadata={"format": "pt"})
+
+    holds(**{name: None})
+    _refused(source, tmp_path, f"1 parts of experts are missing: {block}.3.{part.partition('.')[0]}")
+    holds(**{f"{block}.4.{part}": tensors[name].clone()})
+    _refused(source, tmp_path, rf"unexpected experts: got {block}.4, expected experts 0 to 3 by .*experts=4")
+    holds(**{f"{block}.down_proj": torch.zeros(4, 64, 96)})
+    _refused(source, tmp_path, f"stores experts twice: got {block}.down_proj beside {block}.0")
+    holds()
+    assert convert(source, tmp_path / "out").tensors == len(tensors)
 
 
 def test_an_adapter_beside_the_model(tmp_path, hugging_face):

@@ -146,6 +146,19 @@ def test_they_are_copied_whole_without_a_dtype(tmp_path):
     assert json.loads((tmp_path / "b" / "config.json").read_text())["quantization_config"] == KINDS["fp8 in blocks"]
 
 
+@pytest.mark.parametrize("case", ["gptq", "awq", "packed", "two codes to a byte"])
+def test_codes_without_a_rule_are_copied_too_but_not_without_the_other_weights(tmp_path, case):
+    save_other(tmp_path / "a", case)
+    file = tmp_path / "a" / "model.safetensors"
+    assert not any("not part of" in note for note in convert(tmp_path / "a", tmp_path / "b").notes)
+    wanted = load_file(file)
+    assert set(load_file(tmp_path / "b" / "model.safetensors")) == set(wanted)
+    del wanted["model.layers.0.self_attn.k_proj.weight"]
+    save_file(wanted, file, metadata={"format": "pt"})
+    with pytest.raises(ps.CheckpointError, match=r"1 of the model's .* are missing: model.layers.0.self_attn.k_proj"):
+        convert(tmp_path / "a", tmp_path / "c")
+
+
 @pytest.mark.parametrize("case", OTHERS)
 @pytest.mark.parametrize("to_format", ["huggingface", "llama", "megatron-torch-dist"])
 def test_other_codes_are_refused_by_name(tmp_path, case, to_format):

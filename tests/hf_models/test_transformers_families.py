@@ -15,6 +15,10 @@ from polyshard.testing import run_ranks
 
 pytestmark = pytest.mark.slow
 
+# Of the families whose attention keeps transformers' code at tensor-parallel 2, these stand for the others: a gate,
+# fused projections, replicated heads, norms of heads.
+KEPT = ("afmoe", "gpt_neox", "minimax_m2", "phi, norms of heads")
+
 LOCK = ROOT / "requirements" / "cpu.lock"
 sys.path.insert(0, str(TOOLS))
 families = importlib.import_module("model_families")
@@ -108,8 +112,9 @@ def test_logits_gradients_and_packed_rows_equal_transformers(outcomes, saved, or
 
 
 def test_the_same_at_tensor_parallel_2(outcomes, saved, originals):
-    sharded = {name: saved[name] for name in saved if outcomes[name].cells["sharded"] == tool.YES}
-    assert len(sharded) > 20
+    everywhere = {name: saved[name] for name in saved if outcomes[name].cells["sharded"].startswith(tool.YES)}
+    assert len(everywhere) > 60
+    sharded = {name: saved[name] for name in everywhere if name in KEPT or not outcomes[name].keeps_attention}
     got = run_ranks(families_outcomes, 2, sharded, timeout=280)[0]
     assert [p for name in sharded for p in problems(name, got[name], originals[name])] == []
 

@@ -14,6 +14,7 @@ import torch
 
 from polyshard.adapters.megatron.expert_names import experts_to_hugging_face
 from polyshard.adapters.shared.hugging_face_names import same_head
+from polyshard.checkpoint.quantization.detect import short
 from polyshard.config.decoder_spec import DecoderSpec, expected_shapes
 from polyshard.convert.accounting import account, check_shapes, without_padding
 from polyshard.core.errors import CheckpointError
@@ -117,17 +118,30 @@ def from_hugging_face(tensors: Mapping[str, LazyTensor], spec: DecoderSpec, padd
         padded: number of rows of the padded vocabulary.
 
     Raises:
-        CheckpointError: a tensor is missing, or Megatron has no place for it.
+        CheckpointError: a tensor is missing, Megatron has no place for it, or the parts of one of Megatron's tensors
+            have different dtypes.
     """
     account("the source", tensors, expected_shapes(spec), "Megatron's GPT has no place for them.")
+
+    read: list[str] = []  # the parts of the current tensor
 
     def load(name: str) -> torch.Tensor:
         if name not in tensors:
             raise CheckpointError(f"{name} is missing")
+        read.append(name)
         return tensors[name].load()
 
     def stacked(make: Callable[[int], torch.Tensor]) -> torch.Tensor:
-        return torch.stack([make(i) for i in range(spec.layers)])
+        read.clear()
+        full = torch.stack([make(i) for i in range(spec.layers)])
+        dtypes = {tensors[name].dtype: name for name in read}
+        if len(dtypes) > 1:  # torch would widen some of them
+            held = " and ".join(f"{name} in {short(dtype)}" for dtype, name in dtypes.items())
+            raise CheckpointError(
+                f"{held} have different dtypes, but Megatron stores them in one tensor. Pass --dtype to write one "
+                "dtype."
+            )
+        return full
 
     result = {EMBEDDING: _padded(load("model.embed_tokens.weight"), padded)}
     for leaf in _leaves(spec.qkv_bias):

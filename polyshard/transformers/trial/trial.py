@@ -51,7 +51,7 @@ class Verdict:
 _verdicts: dict[str, Verdict | ConfigurationError] = {}
 
 
-def try_model(config: Any, parameters: int, build: Build, *, sharded: bool, served: bool) -> Verdict:
+def try_model(config: Any, parameters: int, build: Build, *, sharded: bool, by_heads: bool, served: bool) -> Verdict:
     """Compare a model of this configuration with transformers' own, once in a process for each configuration.
 
     Args:
@@ -59,12 +59,13 @@ def try_model(config: Any, parameters: int, build: Build, *, sharded: bool, serv
         parameters: number of the model's parameters.
         build: builds the model with polyshard's layers.
         sharded: whether the model runs at a tensor-parallel size above 1.
+        by_heads: whether `build` shards the attention that keeps transformers' code.
         served: whether the model runs in a serving engine.
 
     Raises:
         ConfigurationError: the logits differ, or the two cannot be compared.
     """
-    key = f"{identity_of(config)} {sharded} {served}"
+    key = f"{identity_of(config)} {sharded} {by_heads} {served}"
     if key not in _verdicts:
         try:
             with _aside():

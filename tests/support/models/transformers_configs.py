@@ -40,7 +40,7 @@ SHARDED = {
         **ALONE, sliding_window=16, layer_types=["sliding_attention", "full_attention"]
     ),
 }
-WHOLE = {  # attention of these is not recognised: they keep their own code
+WHOLE = {  # attention of these is not recognised: it keeps its own code
     "gpt2": transformers.GPT2Config(**GPT2),
     "cohere": transformers.CohereConfig(**ALONE),
     "olmo2": transformers.Olmo2Config(**ALONE),

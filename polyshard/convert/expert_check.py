@@ -1,0 +1,68 @@
+"""Checks of experts that are stored one by one, by their numbers: every family's names have the same form."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from polyshard.convert.accounting import some
+from polyshard.convert.format import Foreign
+from polyshard.core.errors import CheckpointError
+
+_PART = re.compile(r"(.+\.experts)\.(\d+)\.([^.]+)")
+_STACKED = re.compile(r"\.experts\.(gate_up_proj|down_proj)\w*$")
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def check_experts(foreign: Foreign, where: Path) -> None:
+    """Check that every block of experts has all of its experts, with equal parts, and stores them once.
+
+    Args:
+        foreign: the checkpoint.
+        where: its path, for errors.
+
+    Raises:
+        CheckpointError: an expert or a part of one is missing, there are more experts than the configuration states, or
+            a block stores its experts both one by one and stacked.
+    """
+    blocks: dict[str, dict[int, set[str]]] = {}
+    for match in filter(None, map(_PART.match, foreign.tensors)):
+        blocks.setdefault(match[1], {}).setdefault(int(match[2]), set()).add(match[3])
+    stacked = {name.rpartition(".")[0]: name for name in foreign.tensors if _STACKED.search(name)}
+    field, count = _stated(foreign.config or {})
+    missing: list[str] = []
+    for block, experts in blocks.items():
+        if block in stacked:
+            raise CheckpointError(
+                f"{where} stores experts twice: got {stacked[block]} beside {block}.{min(experts)}, expected one form. "
+                "Remove one of them."
+            )
+        last = max(experts)
+        if count is not None and last >= count:
+            raise CheckpointError(
+                f"{where} holds unexpected experts: got {block}.{last}, expected experts 0 to {count - 1} by the "
+                f"configuration's {field}={count}. Correct {field}, or the checkpoint."
+            )
+        parts = set.union(*experts.values())
+        missing += [
+            f"{block}.{number}.{part}"
+            for number in range(last + 1 if count is None else count)
+            for part in parts - experts.get(number, set())
+        ]
+    if missing:
+        stated = "" if count is None else f", by the configuration's {field}={count}"
+        raise CheckpointError(
+            f"{where} is incomplete: {len(missing)} parts of experts are missing: {some(missing)}{stated}. Copy the "
+            "whole checkpoint."
+        )
+
+
+def _stated(config: Mapping[str, Any]) -> tuple[str, int | None]:
+    """Return the field that states the number of experts, and the number; None if the configuration has several."""
+    parts = {name for name, value in config.items() if name.endswith("_config") and isinstance(value, Mapping)}
+    if parts - {"quantization_config"}:  # a model of several parts, each with its own number
+        return "", None
+    held = {name: value for name in _COUNTS if isinstance(value := config.get(name), int) and value > 0}
+    return next(iter(held.items())) if len(set(held.values())) == 1 else ("", None)
