@@ -73,14 +73,15 @@ def replay_routing(model: nn.Module, experts: Experts | Sequence[Experts]) -> It
     Args:
         model: the model, or a training engine's `module`.
         experts: int64 `[tokens, experts per token]` or `[batch, seq, experts per token]` of each layer, by its name, as
-            from `packed_routing`; -1 lets the router choose. For several micro-batches of `train_batch` or
-            `eval_batch`, a sequence of such mappings, one for each, as from `record_routing`. Under sequence parallel
-            they are those of all tokens or of this rank's tokens; under context parallel, of this rank's tokens:
-            `ps.context_shard` shards them. In a pipeline, they are those of the full model or of this rank's layers.
+            from `packed_routing`; for a token with only -1 the router chooses. For several micro-batches of
+            `train_batch` or `eval_batch`, a sequence of such mappings, as from `record_routing`. Under sequence
+            parallel they are those of all tokens or of this rank's tokens; under context parallel, of this rank's
+            tokens: `ps.context_shard` shards them. In a pipeline, they are those of the full model or of this rank's
+            layers.
 
     Raises:
-        ConfigurationError: a layer is missing or unknown, or an expert does not exist; or, in the forward pass or the
-            step, the shape or the number of micro-batches is wrong.
+        ConfigurationError: a layer is missing or unknown, an expert does not exist, or a token takes one twice; or, in
+            the forward pass or the step, the shape or the number of micro-batches is wrong.
 
     Examples:
         >>> layer = ps.mixture_of_experts(16, 32, 8, 2, ps.initialize("torch"))
@@ -135,6 +136,15 @@ def _checked(experts: torch.Tensor, name: str, layer: MixtureOfExperts) -> torch
         raise ConfigurationError(
             f"the replayed experts of {name} are out of range: got {int(experts.min())} to {int(experts.max())}, "
             f"expected -1 to {layer.bank.num_experts - 1}."
+        )
+    in_order = experts.sort(dim=-1).values
+    twice = (in_order[..., 1:] == in_order[..., :-1]) & (in_order[..., 1:] >= 0)
+    partly = (in_order[..., :1] < 0) & (in_order[..., -1:] >= 0)  # the router might choose a given expert again
+    wrong = int((twice.any(-1) | partly.any(-1)).sum())
+    if wrong:
+        raise ConfigurationError(
+            f"the replayed experts of {name} are contradictory for {wrong} of {experts[..., 0].numel()} tokens: got an "
+            "expert twice, or -1 beside an expert, expected different experts or only -1."
         )
     return experts.flatten(0, -2).to(layer.context.device, torch.int64)
 

@@ -256,6 +256,12 @@ def test_recomputation_by_an_engine_keeps_forward_passes_apart():
             2,
             lambda experts: experts % 8 + 8,
         ),
+        ("micro-batch 0 are contradictory for 5 of 5 tokens: got an expert twice", 1, lambda experts: experts // 8 * 8),
+        (
+            "micro-batch 0 are contradictory for 2 of 5 tokens: .* or -1 beside",
+            1,
+            lambda experts: experts.where(experts > 0, -1),
+        ),
     ],
 )
 def test_experts_that_cannot_be_replayed_are_refused(message, count, changed):
