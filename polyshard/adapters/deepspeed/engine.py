@@ -120,6 +120,7 @@ class DeepspeedEngine(BaseEngine):
         model = self._module
         check_precision(self.precision, zero_stage, config or {})
         self._stage = zero_stage
+        self._boundary = True  # False while all but the last micro-batch accumulate
         self._pipeline: DeepspeedPipeline | None = None
         if self._stages is not None:
             check_pipeline(self._stages, zero_stage, offload, config or {})
@@ -175,12 +176,22 @@ class DeepspeedEngine(BaseEngine):
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients of `loss`, averaged over the replicas."""
         self._refuse_in_pipeline("the engine's backward pass")
+        if self._stage in (1, 2):
+            self._check_step(f"ZeRO stage {self._stage}")
+        elif self._stage == 3 and not self._has_run:
+            raise ConfigurationError(
+                "the loss does not come from the engine's last forward pass: ZeRO stage 3 adds up one backward pass "
+                "after each call of the engine. Run the backward pass of a micro-batch before the forward pass of the "
+                "next one, or add their losses before engine.backward(loss)."
+            )
+        self._has_run = False
         with self._guard("data backward"):
             self._wrapped.backward(loss)
 
     def step(self) -> StepResult:
         """Run DeepSpeed's step, which clips, updates, and clears the gradients; skip it if a gradient is not finite."""
         self.updates += 1
+        self._awaits_step = False
         with self._guard("data step"):
             self._generators.compare()
             if self._pipeline is not None:
@@ -209,6 +220,7 @@ class DeepspeedEngine(BaseEngine):
 
     def zero_grad(self) -> None:
         """Clear accumulated gradients."""
+        self._awaits_step = False
         clear_gradients(self._wrapped.optimizer)
 
     def accumulate(self) -> AbstractContextManager[None]:
@@ -303,10 +315,16 @@ class DeepspeedEngine(BaseEngine):
         owned = name in self.model_weights.owned
         return counted_parts(self.table[name], values, start, axis.rank, axis.size) if owned else []
 
+    @property
+    def _averages(self) -> bool:
+        return self._boundary
+
     @contextmanager
     def _without_boundary(self) -> Iterator[None]:
+        self._boundary = False
         self._wrapped.set_gradient_accumulation_boundary(False)
         try:
             yield
         finally:
+            self._boundary = True
             self._wrapped.set_gradient_accumulation_boundary(True)

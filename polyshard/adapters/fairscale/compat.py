@@ -22,6 +22,7 @@ __all__ = [
     "RowParallelLinear",
     "VocabParallelEmbedding",
     "get_group",
+    "remove_hooks",
     "set_group",
     "sharded_data_parallel",
     "sharded_options",
@@ -65,3 +66,10 @@ def sharded_data_parallel(
     sharded = ShardedDataParallel(model, optimizer, process_group=group, sync_models_at_startup=sync_models, **options)
     sharded._global_rank = sharded._rank
     return sharded
+
+
+def remove_hooks(wrapped: ShardedDataParallel) -> None:
+    """Let a ShardedDataParallel reduce no gradients of later backward passes, which its hooks outlive it to do."""
+    for hook in wrapped._grad_hooks:
+        hook.remove()
+    wrapped._grad_hooks.clear()

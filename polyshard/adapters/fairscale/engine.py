@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from polyshard.adapters.fairscale.adapter import CAPABILITIES
-from polyshard.adapters.fairscale.compat import sharded_data_parallel, sharded_options
+from polyshard.adapters.fairscale.compat import remove_hooks, sharded_data_parallel, sharded_options
 from polyshard.adapters.fairscale.optimizers import ShardedOptimizers
 from polyshard.adapters.shared import optimizer_state
 from polyshard.adapters.shared.base_engine import BaseEngine
@@ -159,8 +159,10 @@ class FairscaleEngine(BaseEngine):
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients, averaged over the replicas."""
-        if self._wrapped is not self._module and self._syncs and replica_axis(self.context).size > 1:
+        if self._wrapped is not self._module and replica_axis(self.context).size > 1:
             self._check_forward(type(self._wrapped).__name__)
+            if self._owned_only:
+                self._check_step("ShardedDataParallel")
         super().backward(self._scaled(loss))
         if self._distributed and self._syncs:
             self._experts.average()
@@ -174,6 +176,7 @@ class FairscaleEngine(BaseEngine):
 
     def zero_grad(self) -> None:
         """Clear accumulated gradients."""
+        self._awaits_step = False
         self._wrapped.zero_grad(set_to_none=True)  # the stages themselves in a pipeline
         for name, parameter in self._module.named_parameters():
             if name in self._distributed:  # ShardedDataParallel clears its own
@@ -183,6 +186,10 @@ class FairscaleEngine(BaseEngine):
         """Return a context manager for all micro-batches except the last."""
         self._refuse_in_pipeline("accumulate()")
         return self._without_sync()
+
+    @property
+    def _averages(self) -> bool:
+        return self._syncs
 
     @contextmanager
     def _without_sync(self) -> Iterator[None]:
@@ -233,6 +240,8 @@ class FairscaleEngine(BaseEngine):
         """Release the wrapper, and stop taking gradients."""
         if self._reducer is not None:
             self._reducer.close()
+        if self._owned_only and self._wrapped is not self._module:
+            remove_hooks(self._wrapped)
         super().close()
 
     def _base_optimizers(self) -> list[Any]:

@@ -115,7 +115,9 @@ class BaseEngine(ABC):
         self._scheduler = scheduler
         self._generators = GeneratorCheck(model, context, check_random)
         self._has_seen_labels = False
-        self._awaits_backward = False  # a forward pass with gradients has run since the last backward pass
+        self._awaits_backward = False  # a forward pass after which the wrapper averages gradients has run
+        self._has_run = False  # any forward pass with gradients has run since the last backward pass
+        self._awaits_step = False  # gradients have been averaged
 
     def _build(
         self, optimizer: OptimizerFactory, named: Iterable[tuple[str, nn.Parameter]], held: Parts
@@ -155,19 +157,36 @@ class BaseEngine(ABC):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward inside the library's wrapper, in the dtype of computation."""
         self._refuse_in_pipeline("the engine's forward pass")
-        self._awaits_backward |= torch.is_grad_enabled()
+        self._has_run |= torch.is_grad_enabled()
+        self._awaits_backward |= torch.is_grad_enabled() and self._averages
         with self._guard("data forward"), self._generators.watching(), self.computing():
             return self._wrapped(*args, **kwargs)
 
+    @property
+    def _averages(self) -> bool:
+        """Whether the next backward pass averages gradients over the replicas, because nothing accumulates."""
+        return True
+
     def _check_forward(self, wrapper: str) -> None:
         """Check that the wrapper saw the forward pass of this backward pass, or it would not average the gradients."""
-        if not self._awaits_backward:
+        if self._averages and not self._awaits_backward:
             raise ConfigurationError(
                 f"the loss does not come from the engine's forward pass: {wrapper} averages gradients in one backward "
-                "pass after each call of the engine. Call engine(...) in place of the model, and add the losses of one "
-                "call before engine.backward(loss)."
+                "pass after each call of the engine. Call engine(...) in place of the model, add the losses of several "
+                "calls before one engine.backward(loss), and run both passes of a micro-batch under accumulate(), or "
+                "neither."
             )
         self._awaits_backward = False
+
+    def _check_step(self, library: str) -> None:
+        """Check that no averaged gradients wait for a step, to which the library would not add those of this pass."""
+        if self._averages and self._awaits_step:
+            raise ConfigurationError(
+                f"averaged gradients wait for a step: got another backward pass that averages, whose gradients "
+                f"{library} does not add to them. Pass all micro-batches of a step to one train_batch, run all but the "
+                "last under engine.accumulate(), or call engine.step() or engine.zero_grad() before."
+            )
+        self._awaits_step |= self._averages
 
     def computing(self) -> AbstractContextManager[Any]:
         """Return a context in which the model's operations compute in `precision.compute`.

@@ -217,6 +217,10 @@ class TorchEngine(BaseEngine):
             )
 
     @property
+    def _averages(self) -> bool:
+        return getattr(self._wrapped, "require_backward_grad_sync", True)
+
+    @property
     def _holds(self) -> Held | None:
         return "shards" if self._sharded else super()._holds
 
@@ -239,7 +243,7 @@ class TorchEngine(BaseEngine):
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients, averaged over the replicas."""
         self._refuse_in_pipeline("the engine's backward pass")
-        if isinstance(self._wrapped, DistributedDataParallel) and self._wrapped.require_backward_grad_sync:
+        if isinstance(self._wrapped, DistributedDataParallel):
             self._check_forward("DistributedDataParallel")
         with self._guard("data backward"):
             self._scaled(loss).backward()

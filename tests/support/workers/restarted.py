@@ -66,6 +66,8 @@ def train(folder: Path, model: Path, case: Case, kill: str | None = None) -> Non
         for step, micro_batches in zip(range(first, STEPS), monitor.data(loader)):
             with monitor.phase("forward_backward"):
                 killing = kill == "micro-batch" and step == 5
+                if killing and isinstance(pending, ps.PendingSave):
+                    pending.wait()  # a loaded machine may still be writing the state of step 4
                 result = engine.train_batch(micro_batches, loss_of(engine, context, 1 if killing else None))
             with monitor.phase("step"):
                 update = engine.step()

@@ -86,10 +86,14 @@ def misused(adapter: str, options: dict, dtype: torch.dtype, context: ps.Paralle
     engine = engine_of(model)
     errors = [error_of(lambda: ps.initialize_weights(model, context))]
     errors.append(error_of(lambda: engine.backward(model(rows).sum())))
+    engine.zero_grad()
+    engine.backward(engine(rows).sum())
+    again_before_step = error_of(lambda: engine.backward(engine(rows).sum()))
     engine.close()
     errors.append(error_of(lambda: ps.initialize_weights(model, context)))
     errors.append(error_of(lambda: engine_of(model)))
-    if errors[-1]:
+    errors.append(again_before_step)
+    if errors[3]:
         return errors, True
     first, again = trained(engine_of(other)), trained(engine_of(model))
     return errors, all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
