@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from support.engines import engine, greedy
-from support.models.transformers_configs import ALL, LFM2, MIXTRAL, SHARDED, WHOLE
+from support.models.transformers_configs import ALL, HEADS, LFM2, MIXTRAL, SHARDED, WHOLE
 from support.oracles.greedy import assert_same_generation, greedy_transformers
 from support.scripts import on_engine_ranks
 from support.workers.colocated import serve_all
@@ -138,6 +138,7 @@ def test_served_at_tensor_parallel_2(saved):
     ("config", "layout", "words"),
     [
         (WHOLE["gpt2"], {"tensor": 2}, "GPT2LMHeadModel has no tensor-parallel plan"),
+        (transformers.MixtralConfig(**HEADS, hidden_act="gelu"), {}, "experts' activation is GELUActivation"),
         (SHARDED["llama"], {"pipeline": 2}, "pipeline parallel is unsupported"),
         (transformers.T5Config(), {}, "no causal language model for T5Config"),
         ({"hidden_size": 8}, {}, "the config is unsupported: got dict"),
