@@ -8,6 +8,7 @@ from typing import Any
 from polyshard.core.attention import AttentionSpec
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
+from polyshard.core.exact_identity import exact_kernel
 from polyshard.transformers.kept_attention import is_attention, shard_by_heads
 from polyshard.transformers.replaced.interface import IMPLEMENTATION, register
 from polyshard.transformers.replaced.observe import Observed, observe
@@ -50,6 +51,9 @@ def exchange_attention(model: Any, context: ParallelContext, by_heads: bool) -> 
         rest = {name: (module, shard_by_heads(model, name, seen, context)) for name, (module, seen) in rest.items()}  # pyrefly: ignore  # none is None
     register()
     model.set_attn_implementation(IMPLEMENTATION)
+    kernel = exact_kernel(context, None)
+    for module, _ in rest.values():
+        module.polyshard_kernel = kernel
     factory = context.attention
     if factory is not None:
         for module, seen in rest.values():

@@ -91,6 +91,16 @@ def exchange_layers(
         logger.warning("%d linear layers are replicated on every rank: %s", len(left), ", ".join(left[:4]))
 
 
+def replicate_exactly(model: nn.Module, context: ParallelContext) -> None:
+    """In exact mode, replace the linear layers that stay replicated in transformers' own modules by exact ones."""
+    if context.exact is None:
+        return
+    for module in [module for module in model.modules() if type(module).__module__.startswith("transformers.")]:
+        for name, child in module.named_children():
+            if type(child) is nn.Linear:
+                setattr(module, name, context.exact.replicated_linear(child, context))
+
+
 def is_plain_norm(module: nn.Module) -> bool:
     """Return whether a norm only multiplies by its weight, found by running it (Gemma's adds 1 to the weight)."""
     if [name for name, _ in module.named_parameters()] != ["weight"] or len(signature(module.forward).parameters) != 1:

@@ -19,7 +19,7 @@ from polyshard.core.errors import ConfigurationError
 from polyshard.layers.vocabulary import vocab_parallel_cross_entropy
 from polyshard.transformers.attention import exchange_attention
 from polyshard.transformers.kept_attention import kept_shards_by_heads
-from polyshard.transformers.layers import exchange_layers
+from polyshard.transformers.layers import exchange_layers, replicate_exactly
 from polyshard.transformers.meta_weights import give_memory
 from polyshard.transformers.mixtures import find_mixtures, store_mixtures
 from polyshard.transformers.replaced.requirement import TRANSFORMERS
@@ -241,6 +241,7 @@ def transformers_model(config: Any, parallel_context: ParallelContext) -> Transf
             f"{name} has other layers than the trial model that was compared with transformers' own: got {others[0]} "
             "in only one of the two. Write its factory (docs/how-to/bring-a-model.md)."
         )
+    replicate_exactly(built, parallel_context)
     built.packed_refusal = verdict.packed
     if parallel_context.attention is None and getattr(config, "output_router_logits", False):
         logger.warning(

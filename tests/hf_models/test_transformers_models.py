@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from support.engines import engine, greedy
-from support.models.transformers_configs import ALL, LFM2, MIXTRAL, SHARDED, WHOLE
+from support.models.transformers_configs import ALL, HEADS, LFM2, MIXTRAL, SHARDED, WHOLE
 from support.oracles.greedy import assert_same_generation, greedy_transformers
 from support.scripts import on_engine_ranks
 from support.workers.colocated import serve_all
@@ -15,8 +15,11 @@ from support.workers.on_ranks import transformers_outcome
 
 import polyshard as ps
 from polyshard.core.context import ParallelAxis
+from polyshard.core.exact_identity import exact_kernel
 from polyshard.testing import run_ranks
 from polyshard.transformers.gated import GatedMLP
+from polyshard.transformers.kept_attention import is_attention
+from polyshard.transformers.replaced.interface import attend
 
 PROMPTS = [[1, 2, 3, 4, 5], [7, 9, 11], list(range(40))]
 TOKENS, BOUND = 6, 2e-5
@@ -135,6 +138,7 @@ def test_served_at_tensor_parallel_2(saved):
     ("config", "layout", "words"),
     [
         (WHOLE["gpt2"], {"tensor": 2}, "GPT2LMHeadModel has no tensor-parallel plan"),
+        (transformers.MixtralConfig(**HEADS, hidden_act="gelu"), {}, "experts' activation is GELUActivation"),
         (SHARDED["llama"], {"pipeline": 2}, "pipeline parallel is unsupported"),
         (transformers.T5Config(), {}, "no causal language model for T5Config"),
         ({"hidden_size": 8}, {}, "the config is unsupported: got dict"),
@@ -147,6 +151,16 @@ def test_what_cannot_be_built_says_why(config, layout, words):
     context = dataclasses.replace(ps.initialize(), layout=ps.ParallelLayout(**layout), axes=axes)
     with pytest.raises(ps.ConfigurationError, match=words):
         ps.transformers_model(config, context)
+
+
+@pytest.mark.vllm  # whose kernel it is on CPU
+def test_attention_that_keeps_its_code_uses_the_kernel_of_exact_mode():
+    context = ps.initialize(exact=True)
+    model = ps.transformers_model(WHOLE["cohere"], context)
+    module = next(module for module in model.modules() if is_attention(module))
+    q, k, v = torch.randn(3, 40, 4, 32, generator=torch.Generator().manual_seed(0))
+    got, _ = attend(module, *(t[None].transpose(1, 2) for t in (q, k[:, :2], v[:, :2])), None)
+    assert torch.equal(got[0], ps.packed_attention(q, k[:, :2], v[:, :2], kernel=exact_kernel(context, None)))
 
 
 @pytest.mark.parametrize("name", SHARDED)

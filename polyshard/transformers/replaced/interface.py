@@ -74,6 +74,7 @@ def attend(
         softcap=softcap,
         dropout=dropout,
         sinks=s_aux,
+        kernel=getattr(module, "polyshard_kernel", None),
         last_counts=not torch.is_grad_enabled(),  # this function does not see the cache
     )
     return out, None

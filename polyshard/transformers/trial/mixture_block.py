@@ -111,6 +111,10 @@ class BlockTrial:
             got = self._computed(router)
             if torch.allclose(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max())):
                 return router, pair
+        activation = getattr(self.block.experts, "act_fn", None)
+        tried = torch.linspace(-4.0, 4.0, 17, dtype=torch.float32, device="cpu")
+        if isinstance(activation, nn.Module) and not torch.allclose(activation(tried), F.silu(tried), atol=1e-5):
+            raise NotRecognised(f"its experts' activation is {type(activation).__name__}, expected SiLU")
         raise NotRecognised("no polyshard.Router chooses and weights experts as it does")
 
     def _tokens(self, output: Any) -> torch.Tensor:
