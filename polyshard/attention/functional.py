@@ -26,6 +26,7 @@ def packed_attention(
     alibi_slopes: Sequence[float] | None = None,
     sinks: torch.Tensor | None = None,
     dropout: float = 0.0,
+    head_offset: int = 0,
     kernel: str | None = None,
 ) -> torch.Tensor:
     """Compute attention within each packed sequence. Differentiable in `q`, `k`, `v` and `sinks`.
@@ -46,6 +47,7 @@ def packed_attention(
         sinks: `[heads]`, one logit for each head that is added to the softmax's sum and has no value.
         dropout: probability of dropping an attention weight. The mask is a function of a seed from torch's CPU
             generator, the head, and the two tokens.
+        head_offset: index of the first head of `q` among the heads of all tensor-parallel ranks, for dropout.
         kernel: name of the kernel to use; default: the environment variable POLYSHARD_ATTENTION, else the fastest one.
 
     Returns:
@@ -92,6 +94,7 @@ def packed_attention(
         alibi_slopes=None if alibi_slopes is None else tuple(alibi_slopes),
         sinks=sinks is not None,
         dropout=dropout,
+        head_offset=head_offset,
     )
     check_spec(spec)
     return run_kernel(q, k, v, bounds, spec, dropout > 0, kernel, sinks=sinks, keys=key_bounds)

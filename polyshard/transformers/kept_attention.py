@@ -66,7 +66,9 @@ def shard_by_heads(model: Any, path: str, seen: Observed, context: ParallelConte
     if context.attention is None:  # a server computes no gradients
         for name in norms:
             setattr(module, name, SummedNorm(getattr(module, name), context))
-    return replace(seen, num_heads=seen.num_heads // size, num_kv_heads=seen.num_kv_heads // size)
+    heads = seen.num_heads // size
+    module.polyshard_head_offset = context.get_tensor_parallel_rank() * heads  # on which dropout depends
+    return replace(seen, num_heads=heads, num_kv_heads=seen.num_kv_heads // size)
 
 
 def _replaceable(module: nn.Module) -> bool:

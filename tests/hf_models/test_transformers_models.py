@@ -1,6 +1,7 @@
 """transformers' models by their own code, with polyshard's layers: trained, sharded, saved, served."""
 
 import contextlib
+import copy
 import dataclasses
 
 import pytest
@@ -11,7 +12,7 @@ from support.models.transformers_configs import ALL, HEADS, LFM2, MIXTRAL, SHARD
 from support.oracles.greedy import assert_same_generation, greedy_transformers
 from support.scripts import on_engine_ranks
 from support.workers.colocated import serve_all
-from support.workers.on_ranks import transformers_outcome
+from support.workers.on_ranks import dropped_logits, transformers_outcome
 
 import polyshard as ps
 from polyshard.core.context import ParallelAxis
@@ -85,6 +86,24 @@ def test_loss_logits_and_gradients_equal_the_originals(saved, name, tensor, adap
     assert set(got["gradients"]) == set(gradients)
     for stored, gradient in gradients.items():
         torch.testing.assert_close(got["gradients"][stored], gradient, rtol=2e-3, atol=2e-5, msg=stored)
+
+
+def test_dropout_does_not_depend_on_the_tensor_parallel_size(tmp_path):
+    """... in attention of polyshard's form (Llama), and in attention that keeps its code (Cohere)."""
+    directories = []
+    for name, config in ((name, ALL[name]) for name in ("llama", "cohere")):
+        changed = copy.deepcopy(config)
+        changed.attention_dropout = 0.4
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(changed)
+        for weight in model.parameters():
+            torch.nn.init.normal_(weight, std=0.15)
+        directories.append(tmp_path / name)
+        model.save_pretrained(directories[-1])
+    for plain, alone, sharded in run_ranks(dropped_logits, 2, directories, IDS)[0]:
+        largest = plain.abs().max().item()
+        assert (alone - plain).abs().max() > 0.1 * largest
+        torch.testing.assert_close(sharded, alone, rtol=0, atol=1e-4 * largest)
 
 
 @pytest.mark.vllm

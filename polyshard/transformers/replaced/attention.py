@@ -139,6 +139,7 @@ class ReplacedAttention(TrainableFlashAttention):
             sliding_window=spec.sliding_window,
             softcap=spec.softcap,
             dropout=spec.dropout if self.training else 0.0,
+            head_offset=spec.head_offset,
             sinks=self.sinks,
             kernel=exact_kernel(self.context, self.kernel),
             last_counts=past_key_values is not None,

@@ -69,7 +69,7 @@ def attend_batch(
     if window is not None and _gaps_matter(counts, window):
         kernel = features.pop("kernel", None)
         allow_dense(kernel, "a mask with gaps in rows longer than the sliding window")
-        named = {name: value for name, value in features.items() if name != "sliding_window"}
+        named = {name: value for name, value in features.items() if name not in ("sliding_window", "head_offset")}
         if last_counts:
             _tell_of_empty_windows(counts, counts[:, -window:])
         return windowed_attention(q, k, v, counts, window, named.pop("causal", True), **named)

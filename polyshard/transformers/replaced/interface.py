@@ -73,6 +73,7 @@ def attend(
         sliding_window=sliding_window,
         softcap=softcap,
         dropout=dropout,
+        head_offset=getattr(module, "polyshard_head_offset", 0),
         sinks=s_aux,
         kernel=getattr(module, "polyshard_kernel", None),
         last_counts=not torch.is_grad_enabled(),  # this function does not see the cache

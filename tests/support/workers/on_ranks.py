@@ -87,6 +87,27 @@ def training_curve(directory: Path, batches: list, sizes: dict, engine: dict, op
     }
 
 
+def dropped_logits(directories: list[Path], input_ids: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """Logits of each model without dropout and with it on one rank, and with it over all ranks, from one seed."""
+    import transformers
+
+    context = ps.initialize("torch", timeout=60, tensor=int(os.environ["WORLD_SIZE"]))
+    alone = ps.GroupContext(layout=ps.ParallelLayout(), device=context.device, linear=context.linear)
+
+    def logits(directory: Path, context: ps.ParallelContext, training: bool) -> torch.Tensor:
+        config = transformers.AutoConfig.from_pretrained(directory)
+        model = ps.transformers_model(config, context).train(training)
+        ps.load_checkpoint(model, directory, context)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return ps.gather_logits(model.compute_logits(model(input_ids)), context, config.vocab_size)
+
+    cases = ((alone, False), (alone, True), (context, True))
+    found = [tuple(logits(directory, *case) for case in cases) for directory in directories]
+    ps.shutdown(context)
+    return found
+
+
 def transformers_outcome(directory: Path, input_ids: torch.Tensor, adapter: str) -> dict:
     """Loss, logits and gradients of a transformers model by its own code, sharded over all ranks; and packed."""
     import transformers
