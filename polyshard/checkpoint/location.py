@@ -25,7 +25,7 @@ def as_path(location: str | Path | Any) -> Path:
         location: a path, a URL such as `s3://bucket/runs/a`, or a `UPath` with storage options of its own.
 
     Raises:
-        CheckpointError: a URL was made a `pathlib.Path`, which drops one of its slashes; or fsspec does not know it.
+        CheckpointError: a URL lacks a slash, such as one that was made a `pathlib.Path`; or fsspec does not know it.
         MissingDependencyError: the package of the file system is not installed.
 
     Examples:
@@ -33,18 +33,22 @@ def as_path(location: str | Path | Any) -> Path:
         (PosixPath('runs/a'), PosixPath('/runs/a'))
     """
     if isinstance(location, Path) and not hasattr(location, "fs"):
-        if location.parts and _COLLAPSED.match(location.parts[0]) and not Path(location.parts[0]).exists():
-            raise CheckpointError(
-                f"{location} is a URL that was made a pathlib.Path, which drops a slash of it. Pass a str."
-            )
+        _check_slashes(location, "was made a pathlib.Path, which drops a slash of it. Pass a str")
         return location
     if isinstance(location, str) and location.startswith("file://"):
         return Path(location.removeprefix("file://"))
     if isinstance(location, str) and not _URL.match(location):
+        _check_slashes(Path(location), "lacks a slash. Write ://")
         return Path(location)
     path = _upath(location)
     path.fs.invalidate_cache()
     return cast(Path, path)
+
+
+def _check_slashes(path: Path, what: str) -> None:
+    """Raise `CheckpointError` for s3:/bucket, which would be a local directory named `s3:`."""
+    if path.parts and _COLLAPSED.match(path.parts[0]) and not Path(path.parts[0]).exists():
+        raise CheckpointError(f"{path} is a URL that {what}.")
 
 
 def is_remote(path: Path) -> bool:

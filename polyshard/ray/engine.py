@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ from polyshard.adapters.vllm.clients.protocol import SampleAnswer, SampleRequest
 from polyshard.core.errors import ConfigurationError
 from polyshard.ray.requirement import REQUIREMENT
 from polyshard.registry import ENVIRONMENT_VARIABLE, engine_errors
+
+logger = logging.getLogger(__name__)
 
 _CONCURRENCY = 256  # calls that an engine handles at once: requests wait in it
 _PING = 5.0  # seconds
@@ -109,9 +112,11 @@ class RayClient:
         except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, Exception) else error from None
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
-            told = str(error).strip().splitlines()
+            told = str(error).strip().splitlines() or [""]
+            # Of an engine that could not be created, the last line is the reason.
+            reason = told[-1] if "creation task" in told[0] else told[0]
             raise ConnectionError(
-                f"{self.name} died, froze, or cannot be reached ({type(error).__name__}: {told[0] if told else ''})"
+                f"{self.name} died, froze, or cannot be reached ({type(error).__name__}: {reason})"
             ) from error
 
 
@@ -151,12 +156,16 @@ def ray_engine(
         >>> client = ray_engine("model", "MyModel", resources={"GPU": 1})  # needs Ray and vLLM  # doctest: +SKIP
     """
     ray = require_ray()
+    needs = dict(resources or {"CPU": 1})
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(machine.get(what, 0) >= amount for what, amount in needs.items()) for machine in machines):
+        logger.warning("no machine of the Ray cluster has %s: the engine %s waits for one", needs, name)
     models = os.environ.get(ENVIRONMENT_VARIABLE)
     variables = {**({} if models is None else {ENVIRONMENT_VARIABLE: models}), **(environment or {})}
     actor = (
         ray.remote(Engine)
         .options(
-            **actor_options(resources or {"CPU": 1}),
+            **actor_options(needs),
             max_concurrency=_CONCURRENCY,
             max_restarts=max_restarts,
             runtime_env={"env_vars": variables},

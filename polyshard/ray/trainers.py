@@ -128,6 +128,11 @@ def _results(ray: Any, calls: list[Any]) -> list[Any]:
             ray.get(done)
         except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, Exception) else error from None
+        except ray.exceptions.UnserializableException as error:
+            told = str(error).strip().splitlines()
+            raise RuntimeError(
+                f"rank {calls.index(done)} raised an exception that cannot be sent to this process: {told[-1]}"
+            ) from error
         except ray.exceptions.RayError as error:
             rank = calls.index(done)
             told = " ".join(str(error).split())[:300]

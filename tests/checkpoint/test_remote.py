@@ -242,6 +242,8 @@ def test_urls_where_only_local_files_work_are_refused(saved, tmp_path):
         server_command(url, None, False, [])
     with pytest.raises(ps.CheckpointError, match=r"is a URL that was made a pathlib\.Path"):
         ps.read_config(Path(url))
+    with pytest.raises(ps.CheckpointError, match="s3:/bucket/run is a URL that lacks a slash. Write ://"):
+        ps.save_checkpoint(torch.nn.Linear(2, 2), "s3:/bucket/run", context, config={})
     with pytest.raises(ps.CheckpointError, match="is not a URL that fsspec knows"):
         ps.read_config("nosuch://bucket/model")
     with pytest.raises(ps.CheckpointError, match="megatron-torch-dist can be written to a local directory only"):

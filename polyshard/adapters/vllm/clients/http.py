@@ -60,6 +60,7 @@ class HttpClient:
         self._unfinished: set[str] = set()
         self._lock = threading.Lock()
         self._version = ""
+        self._asking = threading.Lock()
         self._known: frozenset[str] | None = None  # sampling parameters of the server
 
     def call(self, method: str, payload: Mapping[str, Any] | None) -> None:
@@ -111,8 +112,9 @@ class HttpClient:
 
     def _require_known(self, sampling: Mapping[str, Any]) -> None:
         """Raise `ConfigurationError` for sampling parameters that the server lacks: it would ignore them."""
-        if self._known is None:
-            self._known = self._sampling_parameters()
+        with self._asking:  # once, and not from each thread that samples
+            if self._known is None:
+                self._known = self._sampling_parameters()
         unknown = sorted(set(sampling) - self._known) if self._known else []
         if unknown:
             raise ConfigurationError(
@@ -128,7 +130,9 @@ class HttpClient:
             found = schemas["GenerateRequest"]["properties"]["sampling_params"]
             found = schemas[found["$ref"].rpartition("/")[2]] if "$ref" in found else found
             return frozenset(found["properties"])
-        except (urllib.error.HTTPError, ValueError, KeyError, TypeError):
+        except (urllib.error.HTTPError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, urllib.error.HTTPError) and error.code >= 500:
+                raise RuntimeError(f"the server failed at /openapi.json: {_message(error)}") from None
             logger.warning(
                 "%s does not describe its routes (vLLM's --disable-fastapi-docs): it ignores sampling parameters that "
                 "it does not know, such as misspelled ones",

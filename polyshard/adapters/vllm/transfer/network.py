@@ -116,7 +116,7 @@ class NetworkLeg:
                 self._run(action, active, failures)
                 if action == self._announce:
                     self._share_addresses(active)
-                elif action == self._plan:
+                elif action == self._plan and active:
                     self._require_different(active)
         finally:
             for engine in self._engines:
