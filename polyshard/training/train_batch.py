@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from polyshard.layers.lm_loss import lm_loss
 
 if TYPE_CHECKING:
     from polyshard.core.adapter import TrainingEngine
+
+logger = logging.getLogger(__name__)
 
 
 def train_batch(
@@ -170,15 +173,19 @@ def check_micro_batches(micro_batches: Any) -> None:
         raise ConfigurationError("micro_batches is empty. Pass at least one micro-batch.")
 
 
-def has_unshifted_labels(micro_batch: MicroBatch) -> bool:
-    """Return whether the labels are the tokens themselves and not the tokens after them, as in transformers."""
+def warn_of_unshifted_labels(micro_batch: MicroBatch) -> None:
+    """Warn if the labels are the tokens themselves and not the tokens after them, as in transformers."""
     ids, labels = micro_batch.get("input_ids"), micro_batch.get("labels")
     if not isinstance(ids, torch.Tensor) or not isinstance(labels, torch.Tensor) or ids.shape != labels.shape:
-        return False
+        return
     counted = labels != IGNORED
     after = counted[..., :-1]
     same, following = (labels == ids)[counted], (labels[..., :-1] == ids[..., 1:])[after]
-    return bool(same.numel() > 1 and same.all() and not following.all())
+    if bool(same.numel() > 1 and same.all() and not following.all()):
+        logger.warning(
+            "labels are the tokens themselves, so the model learns to copy: got labels equal to input_ids, expected "
+            "the token after each token. Shift them by one"
+        )
 
 
 def count_labels(micro_batch: MicroBatch) -> torch.Tensor:

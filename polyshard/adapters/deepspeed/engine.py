@@ -177,21 +177,17 @@ class DeepspeedEngine(BaseEngine):
         """Accumulate gradients of `loss`, averaged over the replicas."""
         self._refuse_in_pipeline("the engine's backward pass")
         if self._stage in (1, 2):
-            self._check_step(f"ZeRO stage {self._stage}")
-        elif self._stage == 3 and not self._has_run:
-            raise ConfigurationError(
-                "the loss does not come from the engine's last forward pass: ZeRO stage 3 adds up one backward pass "
-                "after each call of the engine. Run the backward pass of a micro-batch before the forward pass of the "
-                "next one, or add their losses before engine.backward(loss)."
-            )
-        self._has_run = False
+            self._passes.check_step(f"ZeRO stage {self._stage}")
+        elif self._stage == 3:
+            self._passes.check_last_forward("ZeRO stage 3")
+        self._passes.forward = False
         with self._guard("data backward"):
             self._wrapped.backward(loss)
 
     def step(self) -> StepResult:
         """Run DeepSpeed's step, which clips, updates, and clears the gradients; skip it if a gradient is not finite."""
         self.updates += 1
-        self._awaits_step = False
+        self._passes.note_step()
         with self._guard("data step"):
             self._generators.compare()
             if self._pipeline is not None:
@@ -220,7 +216,7 @@ class DeepspeedEngine(BaseEngine):
 
     def zero_grad(self) -> None:
         """Clear accumulated gradients."""
-        self._awaits_step = False
+        self._passes.note_step()
         clear_gradients(self._wrapped.optimizer)
 
     def accumulate(self) -> AbstractContextManager[None]:

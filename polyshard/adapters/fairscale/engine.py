@@ -160,9 +160,9 @@ class FairscaleEngine(BaseEngine):
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients, averaged over the replicas."""
         if self._wrapped is not self._module and replica_axis(self.context).size > 1:
-            self._check_forward(type(self._wrapped).__name__)
+            self._passes.check_wrapper(type(self._wrapped).__name__)
             if self._owned_only:
-                self._check_step("ShardedDataParallel")
+                self._passes.check_step("ShardedDataParallel")
         super().backward(self._scaled(loss))
         if self._distributed and self._syncs:
             self._experts.average()
@@ -176,7 +176,7 @@ class FairscaleEngine(BaseEngine):
 
     def zero_grad(self) -> None:
         """Clear accumulated gradients."""
-        self._awaits_step = False
+        self._passes.note_step()
         self._wrapped.zero_grad(set_to_none=True)  # the stages themselves in a pipeline
         for name, parameter in self._module.named_parameters():
             if name in self._distributed:  # ShardedDataParallel clears its own

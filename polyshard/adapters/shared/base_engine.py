@@ -20,13 +20,15 @@ from polyshard.adapters.shared.learning_rate import LearningRate, set_scales
 from polyshard.adapters.shared.loss_scale import LossScale
 from polyshard.adapters.shared.parameter_groups import Held as Parts
 from polyshard.adapters.shared.parameter_groups import check_elementwise, check_patterns, settings_of_groups
+from polyshard.adapters.shared.pass_order import PassOrder
+from polyshard.adapters.shared.pipeline_checks import check_not_interrupted, check_trained_stages, refuse_in_pipeline
 from polyshard.adapters.shared.weights import check_unsharded
 from polyshard.core.adapter import StepResult
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.build_stages import as_stages
 from polyshard.core.context import ParallelContext, holder_axis
 from polyshard.core.engine_copies import Held, mark_held
-from polyshard.core.errors import ConfigurationError, RankFailureError
+from polyshard.core.errors import ConfigurationError
 from polyshard.core.model_weights import ModelWeights
 from polyshard.core.optimizer import OptimizerFactory
 from polyshard.core.parameter_groups import GroupSettings
@@ -40,7 +42,7 @@ from polyshard.training.muon import Muon
 from polyshard.training.pipeline_step import PipelineStep
 from polyshard.training.recompute import Recompute, apply_recomputation
 from polyshard.training.schedule import SchedulerFactory
-from polyshard.training.train_batch import check_micro_batches, eval_batch, has_unshifted_labels, train_batch
+from polyshard.training.train_batch import check_micro_batches, eval_batch, train_batch, warn_of_unshifted_labels
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +97,7 @@ class BaseEngine(ABC):
         self.updates = 0
         self.table = collect_layouts(model)
         self.model_weights = ModelWeights.of(model, self.table, context)
-        self._check_trained_stages()
+        check_trained_stages(self.model_weights, context)
         has_experts = any(entry.layout.experts is not None for entry in self.table.values())
         if has_experts and context.axis("expert").size > 1 and not self._trains_distributed_experts:
             raise ConfigurationError(
@@ -115,9 +117,7 @@ class BaseEngine(ABC):
         self._scheduler = scheduler
         self._generators = GeneratorCheck(model, context, check_random)
         self._has_seen_labels = False
-        self._awaits_backward = False  # a forward pass after which the wrapper averages gradients has run
-        self._has_run = False  # any forward pass with gradients has run since the last backward pass
-        self._awaits_step = False  # gradients have been averaged
+        self._passes = PassOrder(lambda: self._averages)
 
     def _build(
         self, optimizer: OptimizerFactory, named: Iterable[tuple[str, nn.Parameter]], held: Parts
@@ -157,8 +157,7 @@ class BaseEngine(ABC):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward inside the library's wrapper, in the dtype of computation."""
         self._refuse_in_pipeline("the engine's forward pass")
-        self._has_run |= torch.is_grad_enabled()
-        self._awaits_backward |= torch.is_grad_enabled() and self._averages
+        self._passes.note_forward()
         with self._guard("data forward"), self._generators.watching(), self.computing():
             return self._wrapped(*args, **kwargs)
 
@@ -166,27 +165,6 @@ class BaseEngine(ABC):
     def _averages(self) -> bool:
         """Whether the next backward pass averages gradients over the replicas, because nothing accumulates."""
         return True
-
-    def _check_forward(self, wrapper: str) -> None:
-        """Check that the wrapper saw the forward pass of this backward pass, or it would not average the gradients."""
-        if self._averages and not self._awaits_backward:
-            raise ConfigurationError(
-                f"the loss does not come from the engine's forward pass: {wrapper} averages gradients in one backward "
-                "pass after each call of the engine. Call engine(...) in place of the model, add the losses of several "
-                "calls before one engine.backward(loss), and run both passes of a micro-batch under accumulate(), or "
-                "neither."
-            )
-        self._awaits_backward = False
-
-    def _check_step(self, library: str) -> None:
-        """Check that no averaged gradients wait for a step, to which the library would not add those of this pass."""
-        if self._averages and self._awaits_step:
-            raise ConfigurationError(
-                f"averaged gradients wait for a step: got another backward pass that averages, whose gradients "
-                f"{library} does not add to them. Pass all micro-batches of a step to one train_batch, run all but the "
-                "last under engine.accumulate(), or call engine.step() or engine.zero_grad() before."
-            )
-        self._awaits_step |= self._averages
 
     def computing(self) -> AbstractContextManager[Any]:
         """Return a context in which the model's operations compute in `precision.compute`.
@@ -218,12 +196,8 @@ class BaseEngine(ABC):
         """
         if loss is None and not self._has_seen_labels:
             check_micro_batches(micro_batches)
+            warn_of_unshifted_labels(micro_batches[0])
             self._has_seen_labels = True
-            if has_unshifted_labels(micro_batches[0]):
-                logger.warning(
-                    "labels are the tokens themselves, so the model learns to copy: got labels equal to input_ids, "
-                    "expected the token after each token. Shift them by one"
-                )
         if self._stages is None:
             return train_batch(self, self.context, micro_batches, loss, tokens)
         step = self._pipeline_step(self._stages, micro_batches, loss, tokens)
@@ -248,13 +222,7 @@ class BaseEngine(ABC):
         loss: SumLoss | None,
         tokens: CountTokens | None,
     ) -> PipelineStep:
-        if self._interrupted is not None:
-            axis = self.context.axis("pipeline")
-            raise RankFailureError(
-                f"rank {axis.ranks[axis.rank]}: an earlier step of this pipeline ended in the middle of its schedule "
-                f"({self._interrupted}), so that the ranks are no longer in step. Restart all ranks from a checkpoint.",
-                (axis.ranks[axis.rank],),
-            )
+        check_not_interrupted(self._interrupted, self.context)
 
         def interrupted(error: Exception) -> None:
             self._interrupted = f"{type(error).__name__}: {error}"
@@ -284,22 +252,8 @@ class BaseEngine(ABC):
         del step, backward
         raise NotImplementedError(f"{type(self).__name__} declares the capability pipeline, but runs none")
 
-    def _check_trained_stages(self) -> None:
-        """Raise `ConfigurationError` on all ranks of a pipeline if one of them has nothing to train."""
-        axis, frozen = self.context.axis("pipeline"), self.model_weights.frozen_ranks
-        if frozen:
-            raise ConfigurationError(
-                f"ranks {[axis.ranks[at] for at in frozen]} of a pipeline have nothing to train: their stages have no "
-                "parameter that requires a gradient. Train a layer of each rank, or divide the layers by pipeline_plan("
-                "layers=...) so that each rank has one that is trained."
-            )
-
     def _refuse_in_pipeline(self, what: str) -> None:
-        if self._stages is not None:
-            raise ConfigurationError(
-                f"{what} does not exist in a pipeline of {self._stages.plan.num_stages} stages. Use "
-                "engine.train_batch(micro_batches) and engine.step(), or engine.eval_batch(micro_batches)."
-            )
+        refuse_in_pipeline(self._stages, what)
 
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
         """Return the loss times the loss scale of a float16 run. Engines with a loss scale of their own override it."""

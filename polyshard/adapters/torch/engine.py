@@ -244,7 +244,7 @@ class TorchEngine(BaseEngine):
         """Accumulate gradients, averaged over the replicas."""
         self._refuse_in_pipeline("the engine's backward pass")
         if isinstance(self._wrapped, DistributedDataParallel):
-            self._check_forward("DistributedDataParallel")
+            self._passes.check_wrapper("DistributedDataParallel")
         with self._guard("data backward"):
             self._scaled(loss).backward()
             if self._reducer is not None and self._reducer.sends:
