@@ -139,6 +139,7 @@ def test_everything_is_plain_safetensors_and_json(state):
         "started": True,
         "scalars": {},
         "schedule": None,
+        "loss_scale": None,
     }
     assert set(load_file(state / "model.safetensors")) == set(load_file(state / "training/exp_avg.safetensors"))
 

@@ -74,7 +74,7 @@ def read_settings() -> None:
 def _share_server(address: str) -> None:
     """Let this process, which the server at `address` has forked, use it as the process that started it does."""
     forkserver._forkserver._forkserver_address = address
-    forkserver._forkserver.ensure_running = lambda: None
+    forkserver._forkserver.ensure_running = forkserver.ensure_running = lambda: None  # the latter is what `start` calls
     context._concrete_contexts["forkserver"] = WarmContext()
 
 
