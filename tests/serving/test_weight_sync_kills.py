@@ -9,6 +9,7 @@ import support.vllm_required  # noqa: F401
 from support import forked
 from support.models.tiny import save_tiny
 from support.paths import WORKERS
+from support.warm_spawn import OWN_SERVER
 from support.workers.killed_sync import TIMEOUT
 
 from polyshard.launch.ranks import free_port
@@ -23,7 +24,7 @@ def run(scenario, ranks, folder):
     port = str(free_port())
     started = []
     for rank in range(ranks):
-        environment = dict(os.environ)
+        environment = {**os.environ, OWN_SERVER: "1"}
         if ranks > 1:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

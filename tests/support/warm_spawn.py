@@ -13,6 +13,10 @@ from multiprocessing import context, forkserver, reduction
 from pathlib import Path
 from typing import Any
 
+# A process with this environment variable starts a server of its own for its children, which imports everything again:
+# vLLM's engine does not end when a worker of it that the common server has forked is killed.
+OWN_SERVER = "POLYSHARD_TESTS_OWN_SERVER"
+
 
 class _WarmProcess(context.ForkServerProcess):
     """A process that takes from its parent what an executed interpreter would."""
@@ -74,7 +78,9 @@ def read_settings() -> None:
 def _share_server(address: str) -> None:
     """Let this process, which the server at `address` has forked, use it as the process that started it does."""
     forkserver._forkserver._forkserver_address = address
-    forkserver._forkserver.ensure_running = forkserver.ensure_running = lambda: None  # the latter is what `start` calls
+    forkserver._forkserver.ensure_running = lambda: None
+    if OWN_SERVER not in os.environ:
+        forkserver.ensure_running = lambda: None  # another name of the same method, which `start` calls
     context._concrete_contexts["forkserver"] = WarmContext()
 
 
