@@ -7,8 +7,7 @@ A step is forward and backward of one layer of the shape of Qwen3-MoE, with 8 ex
 - `transformers` is `Qwen3MoeSparseMoeBlock` as it is built by default, with grouped matmuls. With 8 experts every token
   takes all of them; the growth to 256 experts shows the cost of small groups.
 - `by hand` is Megatron-Core's `MoELayer` and the layer of DeepSpeed's AutoEP, each with its own router, beside
-  polyshard on that library's experts; one rank with one thread. Megatron's own layer runs with the dispatcher
-  `allgather`.
+  polyshard on that library's experts; one rank with one thread. Megatron's dispatcher is `allgather` in both.
 - `expert 1` is polyshard's layer on two ranks of one thread with all experts on each, beside half of the experts on
   each, which exchange their rows. An engine would average the gradients of the former, which is not measured.
 
@@ -77,7 +76,8 @@ def against_transformers(experts: int, dtype: torch.dtype, device: torch.device,
 
 def by_hand(library: str, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     """The same of a library's own layer and polyshard's on its experts; on one rank."""
-    context = ps.initialize(library, timeout=600)
+    options = {"token_dispatcher": "allgather"} if library == "megatron" else {}
+    context = ps.initialize(library, timeout=600, **options)
     values = weights(COMPARED, dtype, context.device)
     hand, ours = getattr(BY_HAND, library)(values), of_polyshard(context, values)
     found = compared({f"{library}, by hand": hand, f"polyshard on {library}": ours}, rounds)

@@ -89,7 +89,7 @@ def _measured(
     before = _resident("VmRSS")
     local = length // context.get_context_parallel_world_size()
     ids = torch.randint(0, config["vocab_size"], (rows, local))
-    batches = [{"input_ids": ids, "labels": ids}] * micro_batches
+    batches = [{"input_ids": ids, "labels": ids.roll(-1, -1)}] * micro_batches
     model = planned_decoder(ps.ModelConfig(**config), context).to(precision.parameters)
     settings = {"precision": precision, "recompute": recompute, **options}
     engine: Any = ps.load_adapter(adapter).engine(model, ps.AdamW(), context, **settings)

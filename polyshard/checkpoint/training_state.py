@@ -134,6 +134,12 @@ def save_training_state(
     """
     check_engine(engine)
     step = checked_step(step)
+    if engine.has_gradients:
+        logger.warning(
+            "%s leaves out the gradients of a step that is not finished: a run that resumes from it neither has them nor "
+            "reads their rows again. Save after engine.step()",
+            directory,
+        )
     ranks = Ranks.of(parallel_context)
     part = part_of(engine.module)
     model = engine.model_weights

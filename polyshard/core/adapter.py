@@ -65,6 +65,11 @@ class TrainingEngine(Protocol):
         """The model's weight layouts, collected before the model was wrapped."""
         ...
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether gradients wait for `step`."""
+        ...
+
     model_weights: ModelWeights  # over all pipeline stages, with the dtypes of the parameters as they were built
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

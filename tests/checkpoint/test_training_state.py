@@ -67,6 +67,18 @@ def test_an_asynchronous_save_holds_the_weights_of_its_moment(tmp_path):
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_a_state_without_the_gradients_of_an_unfinished_step_says_so(tmp_path, caplog):
+    context, engine = make("torch", 1, {})
+    for finished in (True, False):
+        engine.backward(engine.module.embed.weight.square().sum())
+        if finished:
+            engine.step()
+        caplog.clear()
+        ps.save_training_state(engine, tmp_path / f"{finished}", context, step=1, config={})
+        assert ("leaves out the gradients of a step that is not finished" in caplog.text) is not finished
+    ps.shutdown(context)
+
+
 def in_bfloat16(adapter, options, directory):
     """Losses of three steps in bfloat16 with fp32 copies, of the same again from a saved state, and the slots."""
     context, engine = make(adapter, 1, options, dtype=torch.bfloat16)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from polyshard.launch.ranks import run_ranks
-from support import forked
+from support import forked, warm_spawn
 from support.paths import EXAMPLES, ROOT
 
 
@@ -59,10 +59,11 @@ def on_engine_ranks(function, ranks, *arguments):
     The server that forks them has imported vLLM (conftest.py), which takes longer than what they do.
     """
     with one_engine_of_torchruns():
-        return run_ranks(_with_engines, ranks, function, *arguments, timeout=280)
+        return run_ranks(_with_engines, ranks, warm_spawn.server(), function, *arguments, timeout=280)
 
 
-def _with_engines(function, *arguments):
+def _with_engines(server, function, *arguments):
     multiprocessing.current_process()._config["daemon"] = False  # an engine may have processes of its own
+    warm_spawn.use(server)
     torch._dynamo.config.disable = True
     return function(*arguments)

@@ -75,6 +75,18 @@ def read_settings() -> None:
     torch._dynamo.config.disable = os.environ.get("TORCH_COMPILE_DISABLE") == "1"
 
 
+def server() -> str:
+    """Return the address of this process's server, for `use`."""
+    forkserver.ensure_running()
+    return forkserver._forkserver._forkserver_address
+
+
+def use(address: str) -> None:
+    """Fork the processes that this one spawns, a rank of `run_ranks`, from the server that has forked it."""
+    _share_server(address)
+    install()
+
+
 def _share_server(address: str) -> None:
     """Let this process, which the server at `address` has forked, use it as the process that started it does."""
     forkserver._forkserver._forkserver_address = address

@@ -21,9 +21,10 @@ CASES = [
 def test_skipped_steps_discarded_gradients_evaluation_and_misuse_leave_training_right(adapter, dtype):
     engines = [e for e in ENGINES[adapter] if (adapter, dtype, e.get("zero_stage")) != ("deepspeed", torch.bfloat16, 0)]
     for outcome in run_ranks(steps, 2, adapter, engines, dtype, timeout=120):
-        for options, skipped, changed, updates, plain, disturbed, errors, trains_again in outcome:
+        for options, skipped, changed, waits, updates, plain, disturbed, errors, trains_again in outcome:
             assert skipped == [False, True, False], options
             assert changed == [True, False, True], options
+            assert waits == [True, False] * 3, options
             assert updates == 2, options
             norms, saved, held = zip(plain, disturbed)
             assert norms[0] == norms[1], options

@@ -176,6 +176,7 @@ class DeepspeedEngine(BaseEngine):
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients of `loss`, averaged over the replicas."""
         self._refuse_in_pipeline("the engine's backward pass")
+        self._passes.note_backward()
         if self._stage in (1, 2):
             self._passes.check_step(f"ZeRO stage {self._stage}")
         elif self._stage == 3:

@@ -222,6 +222,7 @@ class MegatronEngine(BaseEngine):
 
     def zero_grad(self) -> None:
         """Clear accumulated gradients."""
+        self._passes.note_step()
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()

@@ -166,6 +166,11 @@ class BaseEngine(ABC):
         """Whether the next backward pass averages gradients over the replicas, because nothing accumulates."""
         return True
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether gradients wait for `step`."""
+        return self._passes.gradients
+
     def computing(self) -> AbstractContextManager[Any]:
         """Return a context in which the model's operations compute in `precision.compute`.
 
@@ -183,6 +188,7 @@ class BaseEngine(ABC):
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients of `loss`, averaged over the replicas."""
         self._refuse_in_pipeline("the engine's backward pass")
+        self._passes.note_backward()
         with self._guard("data backward"):
             loss.backward()
 
@@ -201,6 +207,7 @@ class BaseEngine(ABC):
         if self._stages is None:
             return train_batch(self, self.context, micro_batches, loss, tokens)
         step = self._pipeline_step(self._stages, micro_batches, loss, tokens)
+        self._passes.note_backward()
         with self._generators.watching():
             self._run_pipeline(step, backward=True)
         return step.result()

@@ -19,12 +19,14 @@ class PassOrder:
         forward: whether a forward pass with gradients has run since the last backward pass.
         averaging_forward: whether one has run after which the wrapper averages gradients.
         averaged: whether averaged gradients wait for a step.
+        gradients: whether any gradients do.
     """
 
     averages: Callable[[], bool]
     forward: bool = False
     averaging_forward: bool = False
     averaged: bool = False
+    gradients: bool = False
 
     def note_forward(self) -> None:
         """Note that the engine's forward pass begins."""
@@ -73,6 +75,10 @@ class PassOrder:
             )
         self.averaged |= self.averages()
 
+    def note_backward(self) -> None:
+        """Note that a backward pass begins."""
+        self.gradients = True
+
     def note_step(self) -> None:
         """Note that no gradients are left, after a step or because they were discarded."""
-        self.averaged = False
+        self.averaged = self.gradients = False

@@ -243,6 +243,7 @@ class TorchEngine(BaseEngine):
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients, averaged over the replicas."""
         self._refuse_in_pipeline("the engine's backward pass")
+        self._passes.note_backward()
         if isinstance(self._wrapped, DistributedDataParallel):
             self._passes.check_wrapper("DistributedDataParallel")
         with self._guard("data backward"):
@@ -267,6 +268,7 @@ class TorchEngine(BaseEngine):
 
     def zero_grad(self) -> None:
         """Clear accumulated gradients."""
+        self._passes.note_step()
         self.optimizer.zero_grad(set_to_none=True)
         if self._sharded:
             for root in self._roots:

@@ -84,7 +84,7 @@ def _measured(
     settings = {"precision": precision, "recompute": recompute, **options}
     local = length // context.get_context_parallel_world_size()
     ids = torch.randint(0, config["vocab_size"], (rows, local))
-    batches = [{"input_ids": ids, "labels": ids}] * micro_batches
+    batches = [{"input_ids": ids, "labels": ids.roll(-1, -1)}] * micro_batches
 
     def start() -> Any:
         model = planned_decoder(ps.ModelConfig(**config), context).to(precision.parameters)

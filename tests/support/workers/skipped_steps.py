@@ -15,17 +15,28 @@ def steps(adapter: str, engines: tuple[dict, ...], dtype: torch.dtype = torch.fl
         torch.manual_seed(0)
         model = ps.column_parallel(8, 8, context).to(dtype)
         engine = ps.load_adapter(adapter).engine(model, ps.AdamW(lr=0.1), context, **options)
-        skipped, changed = [], []
+        skipped, changed, waits = [], [], []
         for step in range(3):
             before = {name: weight.clone() for name, weight in engine.weights()}
             factor = float("inf") if step == 1 and context.get_data_parallel_rank() == 1 else 1.0
             engine.backward(engine(torch.ones(2, 8, dtype=dtype)).sum() * factor)
+            waits.append(engine.has_gradients)
             skipped.append(engine.step().skipped)
+            waits.append(engine.has_gradients)
             changed.append(any(not torch.equal(before[name], weight) for name, weight in engine.weights()))
         engine.close()
         plain, disturbed = (two_steps(adapter, options, dtype, context, disturb) for disturb in (False, True))
         outcomes.append(
-            (options, skipped, changed, engine.updates, plain, disturbed, *misused(adapter, options, dtype, context))
+            (
+                options,
+                skipped,
+                changed,
+                waits,
+                engine.updates,
+                plain,
+                disturbed,
+                *misused(adapter, options, dtype, context),
+            )
         )
     ps.shutdown(context)
     return outcomes
