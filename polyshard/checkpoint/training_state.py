@@ -136,8 +136,8 @@ def save_training_state(
     step = checked_step(step)
     if engine.has_gradients:
         logger.warning(
-            "%s leaves out the gradients of a step that is not finished: a run that resumes from it neither has them nor "
-            "reads their rows again. Save after engine.step()",
+            "%s leaves out the gradients of a step that is not finished: a run that resumes from it neither has them "
+            "nor reads their rows again. Save after engine.step()",
             directory,
         )
     ranks = Ranks.of(parallel_context)
