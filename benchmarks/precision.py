@@ -3,8 +3,9 @@
     python benchmarks/precision.py [--steps 100] [--only torch] [--json FILE] [--check]
 
 Every run starts from the same bfloat16 weights and reads the same rows of this repository's documentation. The
-distance of a run is the mean difference of its losses from those of transformers in float64. transformers with bfloat16
-parameters and no masters shows how far a lossy run is away, and under autocast how far bfloat16 products alone lead.
+distance of a run is the mean difference of its losses from those of transformers in float64. The row of transformers
+with bfloat16 parameters and no masters shows the distance of a lossy run, the row under autocast that of bfloat16
+matrix products alone.
 `--check` exits with status 1 if the distance of an engine is more than a quarter of the lossy run's.
 """
 

@@ -80,9 +80,9 @@ def check_model(foreign: Foreign, where: Path, *, given: bool) -> tuple[str, ...
 def _as_stored(
     expected: Mapping[str, tuple[int, ...]], foreign: Foreign, *, stacked: bool
 ) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Return the expected tensors that must be stored under their names, and the names that stand for the others.
+    """Return the expected tensors that must be stored under their names, and the stored names that replace the others.
 
-    Codes and scales stand for the weight of a quantized layer; stacked tensors may stand for the experts of a layer.
+    Codes and scales replace the weight of a quantized layer; stacked tensors may replace the experts of a layer.
     """
     quantized = bool(signs_of_quantization(foreign.tensors, foreign.config))
     left, inside = dict(expected), set[str]()

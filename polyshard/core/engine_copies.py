@@ -1,4 +1,4 @@
-"""A mark on models whose engine keeps the weights elsewhere: in wider copies, or in shards."""
+"""A mark on models whose engine updates float32 copies or shards of the weights instead of the parameters."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class FairscaleAdapter(BaseAdapter):
     requirement = REQUIREMENT
     pipeline_schedules = SCHEDULES  # plans read it
     least_sharding = "zero1"  # the engine always has OSS; plans read this and the three below
-    reduces_as_stored = True  # DDP and ShardedDataParallel send gradients as they are
+    reduces_as_stored = True  # DDP and ShardedDataParallel reduce gradients in their dtype
     zero_elements = staticmethod(zero_elements)
     copies_logits = True  # its loss works in place
 

@@ -112,15 +112,19 @@ def unshard_gradient_sync(module: nn.Module, enabled: bool) -> None:
     module.set_requires_gradient_sync(enabled)  # pyrefly: ignore  # FSDPModule adds it at run time
 
 
+def _fsdp_modules(module: nn.Module) -> list[Any]:
+    """Return the modules that FSDP2 shards."""
+    return [part for part in module.modules() if hasattr(part, "set_requires_gradient_sync")]
+
+
 def reshard(module: nn.Module) -> None:
     """Free the weights that FSDP2 has gathered, so that `parameters()` are the shards that the optimizer updates.
 
     The root stays gathered after a forward pass that no backward pass follows, in the dtype of computation. Its
     parameters are then copies, of which neither the optimizer nor a later all-gather knows.
     """
-    for part in module.modules():
-        if hasattr(part, "set_requires_gradient_sync"):  # an FSDPModule
-            part.reshard()  # pyrefly: ignore
+    for part in _fsdp_modules(module):
+        part.reshard()
 
 
 def drop_accumulated_gradients(module: nn.Module) -> None:
@@ -128,12 +132,10 @@ def drop_accumulated_gradients(module: nn.Module) -> None:
 
     The optimizer's `zero_grad` knows only the gradients of shards (_fsdp_param_group.py, post_backward).
     """
-    for part in module.modules():
-        if not hasattr(part, "set_requires_gradient_sync"):
-            continue
-        state: Any = part._get_fsdp_state()  # pyrefly: ignore
+    for part in _fsdp_modules(module):
+        state: Any = part._get_fsdp_state()
         if state._is_root and hasattr(part, "reset_iter_state"):  # from torch 2.13
-            part.reset_iter_state()  # pyrefly: ignore
+            part.reset_iter_state()
         groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
         for held in (held for group in groups if group is not None for held in group.fsdp_params):
             held.unsharded_accumulated_grad = None
