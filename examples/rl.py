@@ -89,6 +89,8 @@ def main(
     """Generate samples, score them, update the weights, and sync them to vLLM."""
     if staleness and not (server or ray):
         raise typer.BadParameter("--staleness requires --server or --ray")
+    if ray and (server or separate):
+        raise typer.BadParameter("--ray starts engines of its own: leave out --server and --separate")
     if replay and task is not Task.experts:
         raise typer.BadParameter("--replay requires --task experts")
     settings = Settings(

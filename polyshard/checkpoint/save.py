@@ -26,7 +26,7 @@ from polyshard.checkpoint.model_code import check_code
 from polyshard.checkpoint.part import part_of
 from polyshard.checkpoint.pending import PendingSave
 from polyshard.checkpoint.plan import PlannedFile, StoredTensor, index_of, plan_files
-from polyshard.checkpoint.remote.publish import write_file
+from polyshard.checkpoint.remote.requests import write_file
 from polyshard.checkpoint.remote.save import save_remotely
 from polyshard.checkpoint.storage import LayoutPlanner, LayoutWriter, Progress, storage_key
 from polyshard.config.fields import MODEL_TYPE, config_fields

@@ -18,8 +18,8 @@ from support.object_store import BUCKET, object_store
 
 import polyshard as ps
 from polyshard.checkpoint.location import as_path
-from polyshard.checkpoint.manifest import MANIFEST
-from polyshard.checkpoint.remote import publish
+from polyshard.checkpoint.manifest import MANIFEST, read_manifest
+from polyshard.checkpoint.remote import ownership, publish
 from polyshard.convert import convert
 from polyshard.testing import run_ranks
 from polyshard.testing.model import SuiteConfig, SuiteModel
@@ -255,7 +255,9 @@ def test_urls_where_only_local_files_work_are_refused(saved, tmp_path):
 def save_into_a_memory_of_its_own(folder):
     context = ps.initialize("torch", tensor=2, timeout=30)
     model = SuiteModel(SuiteConfig(), context)
-    with pytest.raises(ps.CheckpointError, match=r"is incomplete after all ranks have written: .* is missing"):
+    with pytest.raises(
+        ps.CheckpointError, match=r"saving is missing, which .* All ranks must see the same file system"
+    ):
         ps.save_checkpoint(model, "memory://run/model", context, config={}, max_shard_bytes=20_000)
     own = folder / str(context.rank)  # as on machines that share no disk
     with pytest.raises(ps.CheckpointError, match=r"this rank does not see the directory that rank 0 has created"):
@@ -362,8 +364,49 @@ def test_the_marker_tells_which_of_two_killed_saves_is_read(store, name):
     context, root = ps.initialize("torch"), f"{ROOT}/two"
     for value, saving in ((1.0, ".model.saving-first"), (2.0, ".model.saving-second")):
         ps.save_checkpoint(filled(value), f"{root}/{saving}", context, config={"a": value})
-    publish._mark(as_path(f"{root}/model"), as_path(f"{root}/{name}"))
+    ownership.mark(as_path(f"{root}/model"), name, complete=True)
     assert value_of(root) == (1.0 if name.endswith("first") else 2.0)
+
+
+@pytest.mark.parametrize(
+    ("at", "replaces", "kept"),
+    [("model.safetensors", False, None), ("model.safetensors", True, 2.0)],
+    ids=["while a file is on its way", "while files are replaced"],
+)
+def test_of_two_runs_that_save_to_one_url_one_is_told(store, tmp_path, at, replaces, kept):
+    """A job that was started again while its first run is alive: both write files of the same names and sizes."""
+    context, url = ps.initialize("torch"), f"{ROOT}/contested-{at}-{replaces}/model"
+    if replaces:
+        ps.save_checkpoint(filled(0.0), url, context, config={"a": 0.0})
+    for value in (1.0, 2.0):
+        ps.save_checkpoint(filled(value), tmp_path / str(value), context, config={"a": value})
+    requests = []
+
+    def the_other_saves_now(method, path):
+        if method == "PUT" and path.endswith(f"/model/{at}"):
+            requests.append(path)
+            if len(requests) == 1:
+                ps.upload_checkpoint(tmp_path / "2.0", url)
+
+    store.watcher = the_other_saves_now
+    with pytest.raises(ps.CheckpointError, match="another save (writes|has written|has finished) .*contested"):
+        ps.upload_checkpoint(tmp_path / "1.0", url)
+    store.watcher = None
+    assert value_of(url.rsplit("/", 1)[0]) == kept
+    if kept is None:
+        with pytest.raises(ps.CheckpointError, match="is incomplete"):
+            ps.load_checkpoint(filled(0.0), url, context)
+
+
+def test_a_save_writes_no_more_to_a_directory_that_another_has_taken_over(store, tmp_path):
+    context, url = ps.initialize("torch"), f"{ROOT}/taken/model"
+    saved = ps.save_checkpoint(filled(1.0), tmp_path / "model", context, config={"a": 1.0})
+    first = publish.begin_upload(as_path(url), ".model.saving-first", ())
+    ps.save_checkpoint(filled(2.0), url, context, config={"a": 2.0})
+    with pytest.raises(ps.CheckpointError, match="another save writes .*taken/model at the same time"):
+        publish.upload(saved, read_manifest(saved).files, first)
+    publish.withdraw(first)
+    assert value_of(f"{ROOT}/taken") == 2.0
 
 
 def test_in_a_directory_of_another_program_weights_are_replaced_when_all_new_ones_are_there(store, tmp_path):

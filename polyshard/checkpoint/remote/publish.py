@@ -11,86 +11,125 @@ checkpoint are kept.
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from polyshard.checkpoint.location import file_system, key
-from polyshard.checkpoint.manifest import MANIFEST, Manifest, manifest_text, missing_part, read_manifest
+from polyshard.checkpoint.manifest import MANIFEST, FileRecord, Manifest, manifest_text, missing_part, read_manifest
 from polyshard.checkpoint.others import listed_files, refuse_other_weights
+from polyshard.checkpoint.remote.identity import Identity, identity
+from polyshard.checkpoint.remote.ownership import (
+    MARKER,
+    Upload,
+    check_own,
+    check_unchanged,
+    discard,
+    mark,
+    mark_incomplete,
+    read_marker,
+    taken_over,
+    undo_late,
+)
+from polyshard.checkpoint.remote.requests import keys_below, make_parent, refresh, remote_files, write_file
 from polyshard.core.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-MARKER = ".polyshard-saving"
 _THREADS = 8
+Files = Mapping[str, FileRecord]
 
 
-def begin_upload(target: Path, name: str) -> Path:
-    """Return the directory into which the files of a save go; `target` itself unless it holds a checkpoint.
+def begin_upload(target: Path, name: str, planned: Iterable[str]) -> Upload:
+    """Return the upload of a save, in place unless `target` holds files that must stay readable.
 
     Args:
         target: the checkpoint's directory.
-        name: name of a hidden directory beside it.
-    """
-    _refresh(target)
-    if _is_written(target):
-        return target.parent / name
-    if _files(target):
-        logger.warning("removing what a killed save left in %s", target)
-    _mark(target)
-    _clear(target)
-    return target
-
-
-def upload(folder: Path, files: list[str], prefix: Path) -> None:
-    """Copy files of a local folder below a remote directory."""
-    fs = file_system(prefix)
-
-    def put(name: str) -> None:
-        _make_parent(prefix / name)
-        fs.put_file(str(folder / name), key(prefix / name))
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(put, files))
-
-
-def commit(prefix: Path, target: Path, manifest: Manifest) -> None:
-    """Make the files below `prefix` the checkpoint `target`.
+        name: name of a hidden directory beside it, of this save only.
+        planned: relative paths of the weights that will be uploaded.
 
     Raises:
-        CheckpointError: a file is missing below `prefix`: the ranks do not see the same file system. Or there are
-            other weights, which would lie beside those of the checkpoint.
+        CheckpointError: there are other weights, which would lie beside those of the checkpoint.
     """
-    _refresh(prefix)
+    refresh(target)
+    if _is_written(target):
+        present = set(remote_files(target))
+        refuse_other_weights(target, present - _old(target) - {MANIFEST, MARKER, *planned})
+        return Upload(target, name, in_place=False)
+    if keys_below(target):
+        logger.warning("removing what a killed save left in %s, or another one is writing, which will fail", target)
+    mark(target, name)
+    _clear(target)
+    return Upload(target, name, in_place=True)
+
+
+def upload(folder: Path, files: Files, to: Upload) -> dict[str, Identity]:
+    """Copy files of a local folder to the upload's directory, and return what the file system tells about each.
+
+    Raises:
+        CheckpointError: another save has taken the directory over.
+    """
+
+    def put(name: str, path: Path) -> None:
+        make_parent(path)
+        file_system(path).put_file(str(folder / name), key(path))
+
+    return _write_all(files, to, to.prefix, put)
+
+
+def commit(done: Upload, manifest: Manifest, written: Mapping[str, Identity]) -> None:
+    """Make the uploaded files the checkpoint.
+
+    Args:
+        done: the upload, to which all ranks have uploaded their files.
+        manifest: of all files.
+        written: what `upload` returned on all ranks.
+
+    Raises:
+        CheckpointError: a file is missing: the ranks do not see the same file system. Or another save has written the
+            same directory. Or there are other weights, which would lie beside those of the checkpoint.
+    """
+    prefix, target = done.prefix, done.target
+    refresh(prefix)
+    if done.in_place:
+        check_unchanged(done, written)
     problem = missing_part(prefix, manifest)
     if problem is not None:
         raise CheckpointError(
-            f"{prefix} is incomplete after all ranks have written: {problem}. The ranks must see the same file system."
+            f"{prefix} is incomplete after all ranks have written: {problem}. The ranks must see the same file system, "
+            "and no other save may write the same directory at the same time."
         )
     old: set[str] = set()
-    if prefix != target:
+    if not done.in_place:
         present = set(remote_files(target))
         old = _old(target) & present
         refuse_other_weights(target, present - old - {MANIFEST, MARKER, *manifest.files})
     write_file(prefix / MANIFEST, manifest_text(manifest))
-    if prefix != target:
-        _replace(prefix, target, manifest, old)
-    _discard(target / MARKER)
+    if not done.in_place:
+        try:
+            written = _replace(done, manifest, old)
+        except OSError:
+            check_own(done)  # else the other save has removed the files
+            raise
+    try:
+        check_unchanged(done, written)  # again: what arrives from here on, its own save sees beside a manifest
+    except CheckpointError:
+        mark_incomplete(done)
+        raise
+    discard(target / MARKER)
     for kept in _beside(target):
         _clear(kept)
 
 
-def withdraw(prefix: Path) -> None:
-    """Remove what a failed save has uploaded; a finished checkpoint stays. What cannot be removed is no checkpoint."""
+def withdraw(failed: Upload) -> None:
+    """Remove what a failed save has uploaded; a finished checkpoint stays, and so does what another save writes."""
+    prefix = failed.prefix
     try:
-        _refresh(prefix)
-        if not (prefix / MANIFEST).is_file():
+        refresh(prefix)
+        if not (prefix / MANIFEST).is_file() and not (failed.in_place and taken_over(failed)):
             _clear(prefix)
-            _discard(prefix / MARKER)
+            discard(prefix / MARKER)
     except Exception as error:  # the file system cannot be reached, which the save's own error tells
         logger.warning("%s holds files of a failed save, which the next save removes: %s", prefix, error)
 
@@ -101,7 +140,7 @@ def published(path: Path) -> Path:
     Raises:
         CheckpointError: a save to it has not finished.
     """
-    _refresh(path)
+    refresh(path)
     if (path / MANIFEST).is_file() or not (path / MARKER).is_file():
         return path
     kept = _copied(path)
@@ -111,23 +150,43 @@ def published(path: Path) -> Path:
     raise CheckpointError(f"{path} is incomplete: a save to it is under way, or was killed. Load another checkpoint.")
 
 
-def _replace(prefix: Path, target: Path, manifest: Manifest, old: set[str]) -> None:
-    """Copy the files over those of the old checkpoint, which from here on is found no longer, but `prefix` is."""
+def _replace(done: Upload, manifest: Manifest, old: set[str]) -> dict[str, Identity]:
+    """Copy the files over those of the old checkpoint, which from here on is found no longer, but the new one is."""
+    prefix, target = done.prefix, done.target
     fs = file_system(target)
-    _mark(target, prefix, old)
-    _discard(target / MANIFEST)
+    mark(target, done.name, complete=True, old=old)
+    discard(target / MANIFEST)
     rest = [key(target / name) for name in sorted(old - {MANIFEST})]
     if rest:
         fs.rm(rest)
-        _refresh(target)
+        refresh(target)
 
-    def copy(name: str) -> None:
-        _make_parent(target / name)
-        fs.cp_file(key(prefix / name), key(target / name))
+    def copy(name: str, path: Path) -> None:
+        make_parent(path)
+        fs.cp_file(key(prefix / name), key(path))
+
+    written = _write_all(manifest.files, done, target, copy)
+    check_unchanged(done, written)
+    write_file(target / MANIFEST, manifest_text(manifest))
+    return written
+
+
+def _write_all(files: Files, save: Upload, directory: Path, write: Callable[[str, Path], None]) -> dict[str, Identity]:
+    """Write files below a remote directory, several at a time, and return what it tells about each."""
+
+    def one(name: str) -> tuple[str, Identity]:
+        path = directory / name
+        if directory != save.target:
+            write(name, path)
+            return name, identity(path)
+        check_own(save)
+        write(name, path)
+        if taken_over(save):
+            undo_late(save, name, files[name])
+        return name, identity(path)
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(copy, manifest.files))
-    write_file(target / MANIFEST, manifest_text(manifest))
+        return dict(pool.map(one, files))
 
 
 def _is_written(target: Path) -> bool:
@@ -135,7 +194,7 @@ def _is_written(target: Path) -> bool:
     if (target / MARKER).is_file() and not _complete(target):
         kept = _copied(target)
         return kept is not None and _complete(kept)
-    return bool(_files(target))
+    return bool(keys_below(target))
 
 
 def _complete(path: Path) -> bool:
@@ -145,61 +204,16 @@ def _complete(path: Path) -> bool:
         return False
 
 
-def _mark(target: Path, prefix: Path | None = None, old: Collection[str] = ()) -> None:
-    """Write the marker.
-
-    Args:
-        target: the checkpoint's directory.
-        prefix: the directory beside it that holds the complete new checkpoint, if there is one.
-        old: the files of the old checkpoint, which are being removed.
-    """
-    note = "A save writes this directory. Without polyshard.json it is no checkpoint."
-    complete = None if prefix is None else prefix.name
-    write_file(target / MARKER, json.dumps({"note": note, "complete": complete, "old": sorted(old)}) + "\n")
-
-
-def _marker(target: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((target / MARKER).read_text())
-    except (ValueError, FileNotFoundError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _copied(target: Path) -> Path | None:
     """Return the directory that the marker names; its manifest is written before the marker."""
-    name = _marker(target).get("complete")
+    name = read_marker(target).get("complete")
     return None if name is None else target.parent / Path(name).name
 
 
 def _old(target: Path) -> set[str]:
     """Return the files of the checkpoint to replace, including those that a killed replacement has left."""
     kept = _copied(target)
-    return {*listed_files(target), *_marker(target).get("old", ()), *(() if kept is None else listed_files(kept))}
-
-
-def remote_files(directory: Path) -> list[str]:
-    """Return the relative paths of all files below a remote directory."""
-    root = key(directory).rstrip("/")
-    return [name.removeprefix(root).lstrip("/") for name in _files(directory)]
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write a small file in one request, so that it is there completely or not at all."""
-    _make_parent(path)
-    file_system(path).pipe_file(key(path), text.encode())
-
-
-def _make_parent(path: Path) -> None:
-    """Create a file's directory. Object stores have none, and s3fs would create the bucket instead."""
-    fs = file_system(path)
-    if not fs.async_impl:
-        fs.makedirs(key(path.parent), exist_ok=True)
-
-
-def _files(directory: Path) -> list[str]:
-    fs = file_system(directory)
-    return fs.find(key(directory)) if fs.exists(key(directory)) else []
+    return {*listed_files(target), *read_marker(target).get("old", ()), *(() if kept is None else listed_files(kept))}
 
 
 def _beside(target: Path) -> list[Path]:
@@ -211,18 +225,8 @@ def _beside(target: Path) -> list[Path]:
 
 def _clear(directory: Path) -> None:
     """Remove all files but the marker; the manifest first, so that what a kill leaves is no checkpoint."""
-    _discard(directory / MANIFEST)
-    rest = [name for name in _files(directory) if not name.endswith(f"/{MARKER}")]
+    discard(directory / MANIFEST)
+    rest = [name for name in keys_below(directory) if not name.endswith(f"/{MARKER}")]
     if rest:
         file_system(directory).rm(rest)
-    _refresh(directory)
-
-
-def _discard(path: Path) -> None:
-    if path.is_file():
-        file_system(path).rm_file(key(path))
-        _refresh(path)
-
-
-def _refresh(path: Path) -> None:
-    file_system(path).invalidate_cache()
+    refresh(directory)

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polyshard.checkpoint.directory import begin, staging_name
-from polyshard.checkpoint.manifest import FileRecord, Manifest, checksums, joined
+from polyshard.checkpoint.files import INDEX
+from polyshard.checkpoint.manifest import FileRecord, checksums, joined
 from polyshard.checkpoint.remote.exchange import write_files, writers
-from polyshard.checkpoint.remote.publish import begin_upload, commit, upload, withdraw
+from polyshard.checkpoint.remote.identity import Identity
+from polyshard.checkpoint.remote.publish import Upload, begin_upload, commit, upload, withdraw
 from polyshard.checkpoint.storage import Progress, rectangles
 from polyshard.core.errors import RankFailureError
 from polyshard.core.ranks import Ranks
@@ -37,32 +39,36 @@ def save_remotely(
     target = job.directory
     what = f"saving {target} failed; nothing was changed"
     folder = ranks.run_on_all(_local_folder, what)
-    prefix: Path | None = None
+    started: Upload | None = None
     try:
         held = list(rectangles(job.pieces, job.table, tensor_rank, tensor_size))
         fingerprints = write_files(folder, job.files, writers(job.files, ranks), held, ranks, what, progress)
 
-        def prepared() -> tuple[dict[str, FileRecord], Path | None]:
+        def prepared() -> tuple[dict[str, FileRecord], Upload | None]:
             if ranks.rank == 0:
                 job.add_documents(folder)
             names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
             records = checksums(folder, dict.fromkeys(names, "blake3"))
-            return records, begin_upload(target, staging_name(target)) if ranks.rank == 0 else None
+            weights = [INDEX, *(file.path for file in job.files)]
+            return records, begin_upload(target, staging_name(target), weights) if ranks.rank == 0 else None
 
-        mine, prefix = ranks.run_on_all(prepared, what)
-        name = ranks.broadcast(None if prefix is None else prefix.name)
-        _together(lambda: upload(folder, list(mine), target.parent / name), ranks, what)
+        mine, started = ranks.run_on_all(prepared, what)
+        name, in_place = ranks.broadcast(None if started is None else (started.name, started.in_place))
+        to = Upload(target, name, in_place)
+        written: dict[str, Identity] = {}
+        _together(lambda: written.update(upload(folder, mine, to)), ranks, what)
         manifest = job.manifest(joined(ranks.gather(mine)), fingerprints)
-        _together(lambda: _commit(prefix, target, manifest), ranks, what)
-        prefix = None
+        everywhere = {name: one for part in ranks.gather(written) for name, one in part.items()}
+        _together(lambda: commit(to, manifest, everywhere) if ranks.rank == 0 else None, ranks, what)
+        started = None
         return target
     except RankFailureError:
-        prefix = None  # other ranks may still be uploading: the marker must stay, and the next save removes the files
+        started = None  # other ranks may still be uploading: the marker must stay, and the next save removes the files
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if prefix is not None:
-            withdraw(prefix)
+        if started is not None:
+            withdraw(started)
 
 
 def _local_folder() -> Path:
@@ -72,11 +78,6 @@ def _local_folder() -> Path:
     begin(root, folder)
     folder.chmod(0o700)
     return folder
-
-
-def _commit(prefix: Path | None, target: Path, manifest: Manifest) -> None:
-    if prefix is not None:  # rank 0
-        commit(prefix, target, manifest)
 
 
 def _together(action: Callable[[], None], ranks: Ranks, what: str) -> None:

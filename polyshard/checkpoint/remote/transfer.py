@@ -9,7 +9,7 @@ from pathlib import Path
 from polyshard.checkpoint.directory import begin, find, publish, staging_name
 from polyshard.checkpoint.location import as_path, file_system, is_remote, key, local_path
 from polyshard.checkpoint.manifest import MANIFEST, read_manifest, verify_files
-from polyshard.checkpoint.remote.publish import begin_upload, commit, remote_files, upload, withdraw
+from polyshard.checkpoint.remote.publish import Upload, begin_upload, commit, remote_files, upload, withdraw
 from polyshard.core.errors import CheckpointError
 from polyshard.core.ranks import Ranks
 
@@ -91,14 +91,13 @@ def upload_checkpoint(directory: str | Path, url: str | Path) -> Path:
     if manifest is None:
         raise CheckpointError(f"{source} is not a checkpoint of polyshard: {MANIFEST} is missing. Convert it first.")
     verify_files(source, manifest, Ranks())
-    prefix: Path | None = None
+    started: Upload | None = None
     try:
-        prefix = begin_upload(target, staging_name(target))
-        upload(source, list(manifest.files), prefix)
-        commit(prefix, target, manifest)
+        started = begin_upload(target, staging_name(target), manifest.files)
+        commit(started, manifest, upload(source, manifest.files, started))
     except OSError as error:
         raise CheckpointError(f"copying {source} to {target} failed; nothing was changed: {error}") from error
     finally:
-        if prefix is not None:
-            withdraw(prefix)
+        if started is not None:
+            withdraw(started)
     return target
