@@ -255,9 +255,7 @@ def test_urls_where_only_local_files_work_are_refused(saved, tmp_path):
 def save_into_a_memory_of_its_own(folder):
     context = ps.initialize("torch", tensor=2, timeout=30)
     model = SuiteModel(SuiteConfig(), context)
-    with pytest.raises(
-        ps.CheckpointError, match=r"saving is missing, which .* All ranks must see the same file system"
-    ):
+    with pytest.raises(ps.CheckpointError, match=r"saving is missing, which .* All ranks must see the same file"):
         ps.save_checkpoint(model, "memory://run/model", context, config={}, max_shard_bytes=20_000)
     own = folder / str(context.rank)  # as on machines that share no disk
     with pytest.raises(ps.CheckpointError, match=r"this rank does not see the directory that rank 0 has created"):

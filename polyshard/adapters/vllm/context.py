@@ -9,7 +9,7 @@ import torch
 
 from polyshard.adapters.vllm.attention.latent import latent_factory
 from polyshard.adapters.vllm.attention.layer import paged_attention_factory
-from polyshard.adapters.vllm.compat import VllmConfig, get_pp_group, get_pp_indices, get_tp_group
+from polyshard.adapters.vllm.compat import VllmConfig, allow_amx, get_pp_group, get_pp_indices, get_tp_group
 from polyshard.adapters.vllm.exact import exact_serving
 from polyshard.adapters.vllm.layers.linear import VllmLinearAdapter
 from polyshard.adapters.vllm.layers.wrapped import PackedLinearAdapter
@@ -49,6 +49,7 @@ def serving_context(vllm_config: VllmConfig, registered: RegisteredModel) -> Gro
     In exact mode every adapter's layers use the same matmul. Their weights belong to another library's layers, so
     `"vllm"` means torch's layers there.
     """
+    allow_amx()
     adapter = "torch" if registered.exact and registered.adapter == "vllm" else registered.adapter
     axes: dict[Axis, ParallelAxis] = {}
     for name, group in (("tensor", get_tp_group()), ("pipeline", get_pp_group())):

@@ -19,13 +19,13 @@ from polyshard.adapters.vllm.layers.matmul import select_matmul
 from polyshard.adapters.vllm.layers.norm import rms_norm, supports_norm
 from polyshard.attention.rotary import rotate_heads
 from polyshard.core.context import GroupContext
+from polyshard.core.environment import MATMUL
 from polyshard.core.errors import ConfigurationError, LayoutError, RegistrationError
 from polyshard.core.exact_mode import ExactOperators, Matmul
 from polyshard.core.serving import RegisteredModel
 from polyshard.exact.context import check_shards, exact_mode
 from polyshard.native.matmul import PackedProduct, unsupported_reason
 
-ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 _UNSUPPORTED_DTYPE = "exact mode does not support {} on this CPU (supported: {}). Use a supported dtype on both sides"
 
 
@@ -45,7 +45,7 @@ class CpuOperators:
         return _by_dtype({dtype: attention_kernel_name(dtype) for dtype in exact_matmuls()})
 
     def pack(self, weight: torch.Tensor) -> Matmul:
-        """Return the native matmul, or oneDNN's where faster.
+        """Return the native matmul, or oneDNN's where that is unavailable.
 
         A single row is duplicated for oneDNN, which uses a different kernel for one row.
 
@@ -80,15 +80,18 @@ class CpuOperators:
 def exact_matmuls() -> dict[torch.dtype, str]:
     """Return the matmul, `native` or `vllm`, of each dtype that exact mode supports on this CPU.
 
-    vLLM's is used only for dtypes whose oneDNN kernel was checked (`ONEDNN_DTYPES`).
+    It is the native one wherever it can be built, also where vLLM's is faster (AMX). vLLM's is used for dtypes in which
+    a row's bits do not depend on the number of rows: bfloat16 with AMX is none of them.
+
+    Raises:
+        ConfigurationError: POLYSHARD_MATMUL has an unknown value, or names a matmul that is unavailable.
     """
     matmuls = {}
-    for dtype in (*ONEDNN_DTYPES, torch.float16):
-        if dtype in ONEDNN_DTYPES and select_matmul(dtype) == "vllm":
-            if compat.has_packed_matmul(dtype):
-                matmuls[dtype] = "vllm"
-        elif unsupported_reason(dtype) is None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if MATMUL.read() != "vllm" and unsupported_reason(dtype) is None:
             matmuls[dtype] = "native"
+        elif select_matmul(dtype) == "vllm" and compat.is_row_invariant(dtype) and compat.has_packed_matmul(dtype):
+            matmuls[dtype] = "vllm"
     return matmuls
 
 

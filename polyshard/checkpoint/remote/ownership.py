@@ -80,8 +80,8 @@ def check_own(upload: Upload) -> None:
     target = upload.target
     if not read_marker(target) and not (target / MANIFEST).is_file():
         raise CheckpointError(
-            f"{target / MARKER} is missing, which the save has written. All ranks must see the same file system, and no "
-            "other run may save to the same directory at the same time."
+            f"{target / MARKER} is missing, which the save has written. All ranks must see the same file system, and "
+            "no other run may save to the same directory at the same time."
         )
     raise CheckpointError(f"another save writes {target} at the same time. {_ALONE}")
 

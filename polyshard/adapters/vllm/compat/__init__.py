@@ -85,11 +85,13 @@ from polyshard.adapters.vllm.compat.loading import (
 )
 from polyshard.adapters.vllm.compat.lora import lora_config, lora_request, max_lora_rank, replace_lora
 from polyshard.adapters.vllm.compat.operators import (
+    allow_amx,
     batch_invariant,
     cpu_packed_matmul,
     has_packed_matmul,
     has_vllm_only_instructions,
     is_batch_invariant,
+    is_row_invariant,
     operator_rms_norm,
     operator_supports_norm,
     rotate_in_place,
@@ -132,6 +134,7 @@ __all__ = [
     "WeightTransferUpdateInfo",
     "WeightsMapper",
     "absorb_latents",
+    "allow_amx",
     "base_layer",
     "batch_invariant",
     "batch_of_step",
@@ -156,6 +159,7 @@ __all__ = [
     "has_vllm_only_instructions",
     "is_batch_invariant",
     "is_eager",
+    "is_row_invariant",
     "keeps_keys_transposed",
     "latent_unsupported_reason",
     "load_into",

@@ -15,6 +15,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentio
 from vllm.v1.attention.selector import get_attn_backend
 
 from polyshard.adapters.vllm.compat.engines import model_dtype
+from polyshard.adapters.vllm.compat.operators import allow_amx
 from polyshard.adapters.vllm.compat.paging import CPU_BLOCK, Blocks, split_queries
 from polyshard.attention.kernels.protocol import AttentionCall
 from polyshard.core.attention import AttentionSpec
@@ -108,6 +109,7 @@ def cpu_cache(k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor) -> tuple[t
 
 def cpu_isa(dtype: torch.dtype, head_dim: int) -> str:
     """Return the instruction set that vLLM's CPU attention uses on this machine."""
+    allow_amx()
     return cpu_attn._get_attn_isa(dtype, CPU_BLOCK, head_dim, "auto")
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from polyshard.adapters.vllm.compat.operators import allow_amx
+
 FusedExperts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 _MULTIPLE = 32  # of hidden and expert size, in the kernels of 0.32 and 0.33 (csrc/cpu/cpu_fused_moe.cpp)
@@ -40,6 +42,7 @@ def pack_experts(
     """
     from vllm import _custom_ops as operators
 
+    allow_amx()
     size = down.shape[2]
     extra = -size % _MULTIPLE  # experts of zeros beside the real channels: activation(0, 0) is 0
     isa = "amx" if gate_up.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else "vec"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,25 @@ def cpu_packed_matmul(weight: torch.Tensor) -> Any:
 
     handler = operators.create_onednn_mm(weight.detach().contiguous().t(), 32)
     return partial(operators.onednn_mm, handler, bias=None)
+
+
+@functools.cache
+def allow_amx() -> None:
+    """Ask the kernel of the operating system for AMX tiles, if the processor has them; without it, they are illegal.
+
+    vLLM's attention and experts use them without asking: oneDNN has asked before them, unless another matmul is used.
+    """
+    torch.cpu._init_amx()
+
+
+def is_row_invariant(dtype: torch.dtype) -> bool:
+    """Whether the bits of a row of `cpu_packed_matmul` are the same for two rows and for any larger number.
+
+    Measured with 0.32.0 at up to 3072 input features. With AMX, in bfloat16, rows differ from 576 input features on.
+    """
+    if dtype == torch.bfloat16:
+        return not torch.cpu.get_capabilities().get("amx_bf16", False)
+    return dtype == torch.float32
 
 
 def has_packed_matmul(dtype: torch.dtype) -> bool:
