@@ -19,6 +19,7 @@ import polyshard as ps
 from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.served.loading import attach_loaders, load_weights
 from polyshard.cli.serve import server_command
+from polyshard.convert import convert
 from polyshard.core.weight_table import collect_layouts
 
 pytestmark = pytest.mark.vllm
@@ -166,6 +167,18 @@ def test_a_scheme_without_a_kernel_is_refused_by_name_before_weights_are_loaded(
         engine(tmp_path / "a", "ServedFloat8", **SHORT),
     ):
         pass
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="vLLM serves FP8 in blocks on CPUs with AMX only")
+def test_fp8_in_blocks_gives_what_its_values_give(tmp_path):
+    """Its activations stay bfloat16."""
+    whole_blocks = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    save_quantized(tmp_path / "codes", "fp8 in blocks", **whole_blocks, head_dim=64)
+    convert(tmp_path / "codes", tmp_path / "values", dtype=torch.bfloat16)
+    ps.register_model("ServedFloat8", decoder.build_model)
+    with engine(tmp_path / "codes", "ServedFloat8", **SHORT) as llm:
+        found = greedy(llm, PROMPTS, TOKENS)
+    assert_same_generation(found, greedy_transformers(tmp_path / "values", PROMPTS, TOKENS), 0.1)
 
 
 def without_experts(config, parallel_context):
