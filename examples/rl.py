@@ -82,8 +82,8 @@ def main(
     server: Annotated[list[str] | None, typer.Option(help="URL of a vLLM server; may be repeated.")] = None,
     staleness: Annotated[int, typer.Option(help="Steps that samples may be behind, with --server or --ray.")] = 0,
     ray: Annotated[bool, typer.Option(help="Trainer ranks and engines as Ray actors.")] = False,
-    ranks: Annotated[int, typer.Option(help="Trainer ranks, with --ray.")] = 1,
-    engines: Annotated[int, typer.Option(help="vLLM engines, with --ray.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Trainer ranks, with --ray.")] = 1,
+    engines: Annotated[int, typer.Option(min=1, help="vLLM engines, with --ray.")] = 1,
     restarts: Annotated[int, typer.Option(help="How often trainer ranks are replaced, with --ray.")] = 3,
 ) -> None:
     """Generate samples, score them, update the weights, and sync them to vLLM."""

@@ -58,13 +58,15 @@ def run_on_ray(
 
     Raises:
         MissingDependencyError: Ray is not installed.
-        ConfigurationError: Ray has not been initialized, or does not have the resources.
+        ConfigurationError: Ray has not been initialized, or does not have the resources; or `ranks` is not positive.
         RankFailureError: a rank died more than `restarts` times.
 
     Examples:
         >>> losses = run_on_ray(train, 2, "runs/1", restarts=3)  # needs Ray  # doctest: +SKIP
     """
     ray = require_ray()
+    if ranks < 1:
+        raise ConfigurationError(f"ranks is invalid: got {ranks}, expected a positive integer.")
     needs = dict(resources or {"CPU": 1})
     for left in range(restarts, -1, -1):
         try:
