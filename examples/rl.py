@@ -211,6 +211,11 @@ def train(settings: Settings, clients: list[Any]) -> None:
     ps.register_model(NAME, chosen.build, **modes)
     rank, share = context.get_data_parallel_rank(), context.get_data_parallel_world_size()
     first = context.axis("tensor").rank == 0 and rank == 0
+    if settings.prompts * settings.samples < share:
+        raise ValueError(
+            f"--prompts times --samples must be at least the number of data-parallel ranks: got {settings.prompts} x "
+            f"{settings.samples}, expected at least {share}"
+        )
 
     config = chosen.config
     policy = chosen.build(config, context)

@@ -102,7 +102,7 @@ def test_vllms_latent_cache_gives_the_trainers_numbers_after_a_sync_too(tmp_path
 
     context, model = latent.checkpoint(tmp_path / "mla", **latent.take_deepseek_sizes(monkeypatch))
     ps.register_model("Latent", latent.build, adapter=adapter)
-    with engine(tmp_path / "mla", "Latent") as llm:
+    with engine(tmp_path / "mla", "Latent", attention_backend="CPU_MLA") as llm:  # also where vLLM would take AMX's
         kinds = [type(module) for module in local_worker(llm).model.modules()]
         assert kinds.count(MLAAttention) == latent.CONFIG["num_hidden_layers"]
         assert_serves(llm, model, bound=2e-4)  # weights absorbed into the query: sums of 512 terms in another order
@@ -121,9 +121,36 @@ def test_a_latent_that_vllms_kernels_lack_is_refused_with_the_way_out(tmp_path, 
 
     _, model = latent.checkpoint(tmp_path / "mla", model_type="deepseek_v3", q_lora_rank=20, **latent.SIZES)
     ps.register_model("Latent", latent.build)
-    refused = pytest.raises(ps.RegistrationError, match="keys of 36: CPU_MLA supports only 576. Set VLLM_MLA_DISABLE=1")
+    refused = pytest.raises(ps.RegistrationError, match="keys of 36: (CPU|AMX)_MLA supports only 576. VLLM_MLA_D")
     with refused, engine(tmp_path / "mla", "Latent"):
         pass
     monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
     with engine(tmp_path / "mla", "Latent") as llm:
         assert_serves(llm, model)
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="the backend of processors with AMX")
+def test_amx_serves_bfloat16_and_refuses_what_it_would_compute_wrongly(tmp_path, monkeypatch):
+    from support.engines import engine
+
+    fields = latent.take_deepseek_sizes(monkeypatch)
+    latent.checkpoint(tmp_path / "odd", **fields)
+    ps.register_model("Latent", latent.build)
+    for dtype, reason in (("float32", "does not support torch.float32"), ("bfloat16", "v_head_dim, got 20 and 16")):
+        refused = pytest.raises(ps.RegistrationError, match=f"AMX_MLA .*{reason}. Start .*attention_backend='CPU_MLA'")
+        with refused, engine(tmp_path / "odd", "Latent", dtype=dtype):
+            pass
+    even = {"qk_nope_head_dim": 32, "v_head_dim": 32}
+    monkeypatch.setattr(latent, "SIZES", {**latent.SIZES, **even})
+    usual = latent.initial  # scores so small that bfloat16 alone is 0.02 from float32
+    monkeypatch.setattr(latent, "initial", lambda *given: usual(*given) / (1 if len(given[1]) < 2 else 3))
+    context, model = latent.checkpoint(tmp_path / "even", **{**fields, **even})
+    with engine(tmp_path / "even", "Latent", dtype="bfloat16") as llm:
+        assert_serves(llm, model, bound=0.05)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.9)
+        with ps.WeightSync(model, context, llm) as sync:
+            sync()
+            assert_serves(llm, model, bound=0.05)

@@ -38,6 +38,11 @@ class _Expansion:
         """`[heads * (nope_dim + value_dim), kv_rank]`."""
         return self._owner.weight
 
+    @weight.setter
+    def weight(self, value: torch.Tensor) -> None:
+        """Keep the weight, which vLLM frees once AMX's backend has packed it: a reload or a sync writes it again."""
+        assert not value.numel(), value.shape
+
     @property
     def quant_method(self) -> Any:
         """vLLM's quantization method of a quantized layer; None for floating-point weights."""
@@ -97,11 +102,11 @@ def latent_factory(vllm_config: VllmConfig, exact: bool = False) -> LatentFactor
         size = latent.kv_rank + latent.rope_dim
         reason = "unsupported in exact mode"
         if not exact:
-            reason = latent_unsupported_reason(vllm_config, size, spec.num_heads)
+            reason = latent_unsupported_reason(vllm_config, spec, latent)
         if reason is not None:
             raise RegistrationError(
                 f"vLLM caches latents for model_type {model_type!r}, but cannot serve latents and rotated keys of "
-                f"{size}: {reason}. Set VLLM_MLA_DISABLE=1 to cache the expanded keys and values of every head instead"
+                f"{size}: {reason}. VLLM_MLA_DISABLE=1 caches the expanded keys and values of every head instead"
             )
         return CachedLatents(spec, latent, expand, vllm_config, f"model.layers.{index}.self_attn.attn")
 

@@ -18,7 +18,7 @@ from polyshard.adapters.vllm.compat.engines import model_dtype
 from polyshard.adapters.vllm.compat.operators import allow_amx
 from polyshard.adapters.vllm.compat.paging import CPU_BLOCK, Blocks, split_queries
 from polyshard.attention.kernels.protocol import AttentionCall
-from polyshard.core.attention import AttentionSpec
+from polyshard.core.attention import AttentionSpec, LatentSpec
 from polyshard.core.errors import ConfigurationError
 
 
@@ -238,18 +238,32 @@ def uses_latent_cache(vllm_config: VllmConfig) -> bool:
     return bool(vllm_config.model_config.use_mla)
 
 
-def latent_unsupported_reason(vllm_config: VllmConfig, size: int, num_heads: int) -> str | None:
+def latent_unsupported_reason(vllm_config: VllmConfig, spec: AttentionSpec, latent: LatentSpec) -> str | None:
     """Return why vLLM cannot cache latents on this platform; None if it can.
+
+    vLLM checks a CPU backend for nothing: that of AMX would take float32 for bfloat16.
 
     Args:
         vllm_config: vLLM's configuration.
-        size: the combined size of a token's latent and rotated key.
-        num_heads: number of query heads on this rank.
+        spec: the attention of one layer on this rank.
+        latent: its latents.
     """
-    cache = vllm_config.cache_config.cache_dtype
+    size, dtype, cache = (
+        latent.kv_rank + latent.rope_dim,
+        model_dtype(vllm_config),
+        vllm_config.cache_config.cache_dtype,
+    )
     try:
-        backend = get_attn_backend(size, model_dtype(vllm_config), cache, use_mla=True, num_heads=num_heads)
+        backend = get_attn_backend(size, dtype, cache, use_mla=True, num_heads=spec.num_heads)
     except (ValueError, NotImplementedError) as error:
         return str(error)
-    sizes = backend.get_supported_head_sizes()
-    return f"{backend.get_name()} supports only {', '.join(map(str, sizes))}" if sizes and size not in sizes else None
+    sizes, name = backend.get_supported_head_sizes(), backend.get_name()
+    if sizes and size not in sizes:
+        return f"{name} supports only {', '.join(map(str, sizes))}"
+    reason = None
+    if not backend.supports_dtype(dtype):
+        reason = f"{name} does not support {dtype}"
+    elif name == "AMX_MLA" and (latent.nope_dim % 32 or spec.v_dim % 32):
+        sizes = f"{latent.nope_dim} and {spec.v_dim}"
+        reason = f"{name} needs multiples of 32 as qk_nope_head_dim and v_head_dim, got {sizes}"
+    return reason and f"{reason}. Start the engine with attention_backend='CPU_MLA'"
