@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from polyshard.adapters.megatron.compat import ColumnParallelLinear, RowParallelLinear
 from polyshard.adapters.shared.quiet import printing_as_log
+from polyshard.adapters.shared.unbind import unbind
 from polyshard.core.experts import ExpertBank
 
 logger = logging.getLogger(__name__)
@@ -129,9 +130,9 @@ def run_experts(
         counts: int64 `[experts]`, rows of each expert.
         probabilities: `[rows]`, which scale the outputs.
     """
-    # `unbind`, since indexing gives each expert a gradient of the whole bank.
+    # Since indexing gives each expert a gradient of the whole bank.
     weights = {}
-    for index, (first, second) in enumerate(zip(gate_up.unbind(0), down.unbind(0))):
+    for index, (first, second) in enumerate(zip(unbind(gate_up), unbind(down))):
         weights[f"local_experts.{index}.linear_fc1.weight"] = first
         weights[f"local_experts.{index}.linear_fc2.weight"] = second
     output, _ = functional_call(experts, weights, (rows, counts, probabilities))
