@@ -96,7 +96,8 @@ def layouts_of(adapter):
     if ps.load_adapter(adapter).capabilities["sequence"].available:
         found.append((SEQUENCE, [Case("sequence", last)]))
     options = PIPELINES[adapter]
-    found.append((PIPELINE, [Case("pipeline", options, saves=("start", "end", "merged"))]))
+    narrow = Case("bfloat16 pipeline", options, dtype=torch.bfloat16, saves=())
+    found.append((PIPELINE, [Case("pipeline", options, saves=("start", "end", "merged")), narrow]))
     if adapter == "torch":
         dropped = {"options": {"recompute": "full"}, "fields": DROPPED, "saves": ()}
         found[1][1].append(Case("dropped tensor", **dropped))
