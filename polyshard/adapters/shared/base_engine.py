@@ -202,6 +202,12 @@ class BaseEngine(ABC):
         In a pipeline all its ranks pass the same micro-batches, which contain `input_ids`. The `loss` is called on the
         ranks of the last stage only.
         """
+        if loss is None and getattr(self._wrapped, "find_unused_parameters", False):
+            raise ConfigurationError(
+                "find_unused_parameters=True is unsupported with the default loss: it runs the head after the model's "
+                "forward pass, and DistributedDataParallel would take the head for unused. Pass static_graph=True, "
+                "which finds unused parameters, too, or a loss= of your own."
+            )
         if loss is None and not self._has_seen_labels:
             warn_of_unshifted_labels(micro_batches)
             self._has_seen_labels = True
