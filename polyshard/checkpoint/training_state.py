@@ -144,7 +144,8 @@ def save_training_state(
     part = part_of(engine.module)
     model = engine.model_weights
     table = model.table if part is None else part.table(model.table)
-    state = engine.optimizer_state()
+    failed = f"saving {directory} failed; nothing was changed"
+    state = ranks.run_on_all(engine.optimizer_state, failed)  # one rank alone may hold what cannot be stored
     started = any(ranks.gather(state.started))
     weights = _of(table, engine.weight_pieces(), model.owned)
     optimizer = stored_pieces(_of(table, state.pieces, model.owned), started)
@@ -154,7 +155,7 @@ def save_training_state(
     for slot, by_name in slot_dtypes.items():
         files += _in_folder(plan_files(slot, stored_tensors(table, by_name, slot), max_shard_bytes))
 
-    data = ranks.run_on_all(lambda: plain_json(data), f"saving {directory} failed; nothing was changed")
+    data = ranks.run_on_all(lambda: plain_json(data), failed)
     first_of_replica = all(parallel_context.axis(a).rank == 0 for a in ("tensor", "context", "pipeline"))
     mine = (parallel_context.axis("data").rank, data) if first_of_replica else None
     positions = [d for _, d in sorted((x for x in ranks.gather(mine) if x is not None), key=lambda x: x[0])]

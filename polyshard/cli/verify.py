@@ -61,6 +61,8 @@ def verify(
     names = [n.strip() for n in adapters.split(",") if n.strip()] or trainable()
     sizes = parse_sizes(tensor_parallel)
     stages = parse_sizes(pipeline_parallel, "--pipeline-parallel")
+    if tokens < (least := 1 if exact else 2):  # the last token of a sequence has no label
+        raise ConfigurationError(f"--tokens is invalid: got {tokens}, expected {least} or more")
     if (model is None) != (factory is None):
         raise ConfigurationError("--model and --factory must be passed together")
     if model is None and download is not None:

@@ -47,14 +47,16 @@ def certify(
     if server_size < 1:
         raise ConfigurationError(f"--server-tensor-parallel is invalid: got {server_size}, expected 1 or more")
     vllm_adapter.requirement.require()
-    from polyshard.adapters.vllm.engines.sampling import SamplingJob, sample
+    from polyshard.adapters.vllm.engines.sampling import SPARE, SamplingJob, sample
 
+    config = read_config(model)
+    room = longest_prompt(getattr(config, "max_position_embeddings", None), tokens, SPARE)
     shards = math.lcm(server_size, *sizes)
     job = SamplingJob(
         directory=str(model),
         factory=factory,
         dtype=dtype,
-        prompts=random_prompts(read_config(model).vocab_size),
+        prompts=random_prompts(config.vocab_size, room),
         tokens=tokens,
         tensor=server_size,
         shards=shards,
@@ -104,11 +106,36 @@ def certify(
         sys.exit(1)
 
 
-def random_prompts(vocab_size: int) -> list[list[int]]:
-    """Return prompts of one token to more than one chunk; two share a prefix, to hit the prefix cache."""
+def random_prompts(vocab_size: int, longest: int | None = None) -> list[list[int]]:
+    """Return prompts of one token to more than one chunk; two share a prefix, to hit the prefix cache.
+
+    Args:
+        vocab_size: of the model.
+        longest: length to which prompts are cut; None for their own.
+    """
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in (5, 1, 64, 130, 17)]
-    return [*prompts, prompts[3][:96] + prompts[2], prompts[3]]
+    return [prompt[:longest] for prompt in (*prompts, prompts[3][:96] + prompts[2], prompts[3])]
+
+
+def longest_prompt(positions: int | None, tokens: int, spare: int) -> int | None:
+    """Return the length of the longest prompt, which a note on stderr tells if prompts have to be cut."""
+    if positions is None:
+        return None
+    room = positions - tokens - spare
+    if room < 1:
+        raise ConfigurationError(
+            f"the model has too few positions for --exact: got max_position_embeddings {positions} with --tokens "
+            f"{tokens}, expected at least {tokens + spare + 1}. Pass fewer --tokens."
+        )
+    longest = max(map(len, random_prompts(2)))
+    if room < longest:
+        print(
+            f"prompts are cut to {room} tokens, from {longest}: the model has {positions} positions, of which "
+            f"{tokens} are for --tokens and {spare} are spare",
+            file=sys.stderr,
+        )
+    return room
 
 
 def show(certificate: Certificate) -> None:

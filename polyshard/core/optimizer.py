@@ -124,4 +124,12 @@ class TorchOptimizer:
 
     def __call__(self, named_parameters: NamedParameters) -> torch.optim.Optimizer:
         """Return the optimizer of the parameters that require a gradient."""
-        return build_optimizer(self.cls, named_parameters, self.groups, self.settings)
+        try:
+            return build_optimizer(self.cls, named_parameters, self.groups, self.settings)
+        except ValueError as error:
+            if isinstance(error, ConfigurationError) or self.cls is not getattr(torch.optim, "Muon", None):
+                raise
+            raise ConfigurationError(
+                f"torch.optim.Muon rejects the model or its settings: {error}. Use polyshard.Muon, which updates "
+                "vectors by AdamW."
+            ) from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,22 +17,28 @@ from polyshard.core.weight_table import WeightTable, layer_paths
 from polyshard.lora.config import ALL_LINEAR, check_patterns, matcher, rank_and_scale
 from polyshard.lora.layer import LoraPart, lora_part
 
+logger = logging.getLogger(__name__)
+
+_SHOWN = 4  # of the modules that a warning names
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A layer that can get low-rank matrices.
+    """A layer that a config may target.
 
     Attributes:
         path: of the layer in the model.
         layout: of its weight.
         names: of its projections in a checkpoint.
         is_vocabulary: whether it is an embedding or an output projection.
+        are_experts: whether its weight holds the experts of a layer, which get no matrices.
     """
 
     path: str
     layout: WeightLayout
     names: tuple[str, ...]
-    is_vocabulary: bool
+    is_vocabulary: bool = False
+    are_experts: bool = False
 
 
 Chosen = dict[str, tuple[WeightLayout, list[LoraPart]]]  # by the path of the layer
@@ -63,6 +70,7 @@ class _OfStage:
     addressed: frozenset[str]
     known: frozenset[str]
     other_names: bool
+    experts: frozenset[tuple[str, str]]  # the layer and the projection of targeted experts
 
 
 def matrix_name(path: str, kind: str, part: LoraPart) -> str:
@@ -96,19 +104,24 @@ def choose(config: Any, stages: Callable[[], Sequence[list[Candidate]]], context
         if told is not None:
             raise ConfigurationError(f"rank {rank}: {told}")
     everywhere = [of_stage for _, of_rank in gathered for of_stage in of_rank]
+    experts = sorted(set().union(*(of_stage.experts for of_stage in everywhere)))
+    addressed = set().union(*(of_stage.addressed for of_stage in everywhere))
+    _check_experts(config, addressed, experts)
     if not any(of_stage.projections for of_stage in everywhere):
         known = sorted(set().union(*(of_stage.known for of_stage in everywhere)))
         raise ConfigurationError(
             f"LoraConfig.target_modules matches no linear layer: got {config.target_modules!r}, expected names among "
             f"{', '.join(known)}."
         )
-    check_patterns(config, set().union(*(of_stage.addressed for of_stage in everywhere)))
+    check_patterns(config, addressed)
     empty = [rank for rank, (_, parts) in zip(axis.ranks, gathered) if not any(part.projections for part in parts)]
     if empty:
         raise ConfigurationError(
             f"LoraConfig targets no layer of the pipeline stages on rank {empty[0]}, which would train nothing: got "
             f"{config.target_modules!r}. Target a layer in each rank's stages, or use fewer pipeline ranks."
         )
+    if experts:
+        _warn_of_experts(experts)
     return Choice(
         stages=[chosen for chosen, _ in mine],
         parameters=frozenset().union(*(of_stage.parameters for of_stage in everywhere)),
@@ -117,12 +130,48 @@ def choose(config: Any, stages: Callable[[], Sequence[list[Candidate]]], context
     )
 
 
+def _check_experts(config: Any, addressed: Iterable[str], experts: Iterable[tuple[str, str]]) -> None:
+    """Raise `ConfigurationError` if a target is a projection of experts only."""
+    if isinstance(config.target_modules, str):
+        wanted = () if addressed else tuple(name for _, name in experts)[:1]
+    else:
+        of_experts = {name for _, name in experts}
+        wanted = sorted(t for t in config.target_modules if t in of_experts and not _named(t, addressed))
+    if wanted:
+        raise ConfigurationError(
+            f"LoRA on the experts of a layer is unsupported: got target {wanted[0]!r}, expected projections of other "
+            "layers. Leave it out of target_modules."
+        )
+
+
+def _named(target: str, names: Iterable[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for name in names)
+
+
+def _warn_of_experts(experts: Sequence[tuple[str, str]]) -> None:
+    layers = sorted({layer for layer, _ in experts})
+    more = f" and {len(layers) - _SHOWN} more" if len(layers) > _SHOWN else ""
+    logger.warning(
+        "LoraConfig targets %s of experts, which get no adapter and stay frozen, because LoRA on experts is "
+        "unsupported: %s%s",
+        ", ".join(sorted({name for _, name in experts})),
+        ", ".join(layers[:_SHOWN]),
+        more,
+    )
+
+
 def candidates(model: nn.Module, table: WeightTable) -> list[Candidate]:
-    """Return the linear layers of a model, with the embedding and the output projection."""
+    """Return the linear layers of a model, with the embedding, the output projection and experts."""
     paths = layer_paths(model)
     found: list[Candidate] = []
     for entry in table.values():
         layer, _, leaf = entry.name.rpartition(".")
+        if entry.layout.experts is not None:
+            if not leaf.endswith("bias"):
+                names = tuple(name.removesuffix(".weight") for name in entry.checkpoint_names)
+                path = layer if leaf == "weight" else entry.name
+                found.append(Candidate(path=path, layout=entry.layout, names=names, are_experts=True))
+            continue
         path = paths.get(entry.parameter)
         if path is None and isinstance(model.get_submodule(entry.parameter.rpartition(".")[0]), nn.Linear):
             path = layer
@@ -146,7 +195,13 @@ def _choose(config: Any, layers: list[Candidate], context: ParallelContext) -> t
     chosen: Chosen = {}
     addressed: set[str] = set()
     other_names = False
+    experts: set[tuple[str, str]] = set()
     for layer in layers:
+        if layer.are_experts:
+            module, _, own = layer.path.rpartition(".")
+            targeted = {name.rpartition(".")[2] for name in layer.names if is_target(name)}
+            experts |= {(module, name) for name in targeted or ({own} if is_target(layer.path) else ())}
+            continue
         whole = is_target(layer.path)
         indices = [index for index, name in enumerate(layer.names) if whole or is_target(name)]
         if not indices or (layer.is_vocabulary and everything):
@@ -177,7 +232,8 @@ def _choose(config: Any, layers: list[Candidate], context: ParallelContext) -> t
         ),
         projections=frozenset(part.name for _, parts in chosen.values() for part in parts),
         addressed=frozenset(addressed),
-        known=frozenset(name.rpartition(".")[2] for layer in layers for name in layer.names),
+        known=frozenset(name.rpartition(".")[2] for layer in layers if not layer.are_experts for name in layer.names),
         other_names=other_names,
+        experts=frozenset(experts),
     )
     return chosen, of_stage

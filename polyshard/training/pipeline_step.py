@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
-from polyshard.core.context import ParallelAxis, ParallelContext, replica_axis
+from polyshard.core.context import ParallelContext, replica_axis
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.serving import forward_takes
 from polyshard.core.stages import Stages
@@ -19,10 +18,12 @@ from polyshard.experts.observed import expert_layers
 from polyshard.experts.stage_loss import add_router_loss
 from polyshard.experts.step_routing import StepRouting, on_padded_tokens
 from polyshard.training.padding import pad_arguments, padded_shape, unpadded
+from polyshard.training.pipeline_agreement import agree_over_pipeline
+from polyshard.training.prepared import attempt, check_default_labels
 from polyshard.training.train_batch import (
     balanced_tokens,
     check_micro_batches,
-    count_labels,
+    counted_tokens,
     lm_loss_of,
     total_tokens,
 )
@@ -46,10 +47,12 @@ class PipelineStep:
         scaled: applies the factor of a float16 run to a loss, as the library does to the share of a micro-batch.
         fixed_shapes: pad micro-batches of unequal length to one shape, by tokens that no loss counts.
         interrupted: called with an error that ends the schedule before its end.
+        vocab_size: of the head, against which labels of the default loss are checked; None if it is unknown.
 
     Raises:
         ConfigurationError: as `polyshard.train_batch`; or the ranks of a pipeline have different micro-batches, or a
             micro-batch cannot be padded.
+        RankFailureError: another rank has raised an error before the schedule.
     """
 
     def __init__(
@@ -64,18 +67,13 @@ class PipelineStep:
         scaled: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
         fixed_shapes: bool = False,
         interrupted: Callable[[Exception], None] = lambda error: None,
+        vocab_size: int | None = None,
     ) -> None:
-        check_micro_batches(micro_batches)
-        for micro_batch in micro_batches:
-            if not isinstance(micro_batch.get("input_ids"), torch.Tensor):
-                raise ConfigurationError(
-                    f"a micro-batch of a pipeline has no input_ids: got {', '.join(micro_batch)}. Later stages get it "
-                    "beside the hidden states."
-                )
         self._stages, self._context, self._computing, self._scaled = stages, context, computing, scaled
         self._interrupted = interrupted
-        self._micro_batches = list(micro_batches)
-        counted = [(tokens or count_labels)(micro_batch) for micro_batch in micro_batches]
+        self._micro_batches: list[MicroBatch] = []
+        self._arguments: list[dict[str, Any]] = []
+        self._shape: tuple[int, ...] | None = None
         self._experts = [layer for _, layer in expert_layers(stages)]
         for layer in self._experts:
             layer.observed.counted = None  # a step that failed has left its own
@@ -83,24 +81,50 @@ class PipelineStep:
         headless = (
             loss is None and stages.last is not None and not callable(getattr(stages.last, "compute_logits", None))
         )
-        replayed = _check_same_over_pipeline(micro_batches, counted, headless, self._routing.replays, context)
-        self.tokens = total_tokens(counted, context)
+        # An error of this rank is raised after collectives that tell it to the other stages, and to other pipelines.
+        found, error = attempt(lambda: self._prepare(micro_batches, loss, tokens, fixed_shapes, vocab_size))
+        counted = found or []
+        replays = self._routing.replays
+        replayed, error = agree_over_pipeline(self._micro_batches, counted, headless, replays, error, context)
+        self.tokens = total_tokens(counted, context, error)
         self._balanced = balanced_tokens(counted, stages, context)
         # Engines average over the replicas, so the sum is multiplied by their number.
         self._factor = replica_axis(context).size / self.tokens.clamp_min(1.0)
         self._sums = torch.zeros((), dtype=torch.float64, device=context.device)
-        self._arguments: list[dict[str, Any]] = [
-            {name: value for name, value in micro_batch.items() if name != "labels"} for micro_batch in micro_batches
-        ]
-        self._shape: tuple[int, ...] | None = None
-        if fixed_shapes:
-            self._shape = padded_shape([a["input_ids"].shape for a in self._arguments], context, loss is not None)
-        if self._shape is not None:
-            self._arguments = [pad_arguments(arguments, self._shape) for arguments in self._arguments]
-            self._check_balance()
         if replayed:
             self._routing.check_over_pipeline([self._tokens(index) for index in range(len(self))], context)
         self._loss = lm_loss_of(stages.last, context) if loss is None and stages.last is not None else loss
+
+    def _prepare(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        loss: SumLoss | None,
+        tokens: CountTokens | None,
+        fixed_shapes: bool,
+        vocab_size: int | None,
+    ) -> list[torch.Tensor]:
+        """Check and pad the micro-batches, without communication; return the numbers of tokens that count."""
+        check_micro_batches(micro_batches)
+        for micro_batch in micro_batches:
+            if not isinstance(micro_batch.get("input_ids"), torch.Tensor):
+                raise ConfigurationError(
+                    f"a micro-batch of a pipeline has no input_ids: got {', '.join(micro_batch)}. Later stages get it "
+                    "beside the hidden states."
+                )
+        self._micro_batches = list(micro_batches)
+        counted = counted_tokens(micro_batches, tokens, self._context)
+        if loss is None and self._stages.last is not None:
+            check_default_labels(micro_batches, vocab_size)
+        self._arguments = [
+            {name: value for name, value in micro_batch.items() if name != "labels"} for micro_batch in micro_batches
+        ]
+        if fixed_shapes:
+            shapes = [arguments["input_ids"].shape for arguments in self._arguments]
+            self._shape = padded_shape(shapes, self._context, loss is not None)
+        if self._shape is not None:
+            self._arguments = [pad_arguments(arguments, self._shape) for arguments in self._arguments]
+            self._check_balance()
+        return counted
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -238,66 +262,3 @@ def check_stage_interface(stages: Stages) -> None:
                 f"{type(stage).__name__} cannot be a later pipeline stage: its forward has no argument inputs_embeds, "
                 "which is the output of the stage before in place of embeddings. Add it, as for a vLLM pipeline."
             )
-
-
-def _check_same_over_pipeline(
-    micro_batches: Sequence[MicroBatch],
-    counted: Sequence[torch.Tensor],
-    headless: bool,
-    replays: bool,
-    context: ParallelContext,
-) -> bool:
-    """Return whether a rank of the pipeline replays experts.
-
-    Args:
-        micro_batches: of this rank.
-        counted: their tokens that count.
-        headless: whether the last stage is here, without a head, and a head is needed.
-        replays: whether experts are replayed here.
-        context: the parallel context.
-
-    Raises:
-        ConfigurationError: on all ranks of a pipeline, unless they have the same micro-batches and a head.
-    """
-    axis: ParallelAxis = context.axis("pipeline")
-    if axis.size == 1:
-        return replays
-    shapes = [
-        (name, tuple(value.shape), str(value.dtype)) if isinstance(value, torch.Tensor) else name
-        for micro_batch in micro_batches
-        for name, value in sorted(micro_batch.items())
-    ]
-    structure = hashlib.blake2b(repr((len(micro_batches), shapes)).encode(), digest_size=6).digest()
-    mine = torch.stack(
-        (
-            torch.tensor(float(int.from_bytes(structure, "little")), dtype=torch.float64, device=context.device),
-            torch.stack([torch.as_tensor(count, device=context.device).double() for count in counted]).sum(),
-            _content(micro_batches, context.device),
-        )
-    )
-    assert axis.collectives is not None
-    figures = torch.cat((mine, -mine, mine.new_tensor((float(headless), float(replays)))))
-    most, least, flags = axis.collectives.all_reduce(figures, "max").split((3, 3, 2))
-    if bool(flags[0]):
-        raise ConfigurationError(
-            "The last pipeline stage has no compute_logits. Pass loss=, which sums the losses of a micro-batch."
-        )
-    if bool((most != -least).any()):
-        raise ConfigurationError(
-            f"the ranks of a pipeline have different micro-batches: got {len(micro_batches)} on this rank, with "
-            f"{float(mine[1]):.0f} tokens. Pass the same ones on all ranks {axis.ranks}: select data by "
-            "context.axis('data').rank, and seed samplers alike."
-        )
-    return bool(flags[1])
-
-
-def _content(micro_batches: Sequence[MicroBatch], device: torch.device) -> torch.Tensor:
-    """Return a number that depends on all elements and their order, in float64."""
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for index, micro_batch in enumerate(micro_batches):
-        for place, (_, value) in enumerate(sorted(micro_batch.items())):
-            if isinstance(value, torch.Tensor) and value.numel():
-                flat: Any = value.detach().reshape(-1).to(device, torch.float64).nan_to_num()
-                ramp = torch.arange(flat.numel(), dtype=torch.float64, device=device).remainder_(1021.0).add_(1.0)
-                total = total + (flat @ ramp) * (1.0 + index + 0.37 * place)
-    return total

@@ -57,7 +57,15 @@ class Schedule:
                 "lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)."
             )
         self._optimizer = RateOnly(lr)
-        scheduler = factory(self._optimizer)
+        try:
+            scheduler = factory(self._optimizer)
+        except ValueError as problem:
+            if "momentum" not in str(problem):
+                raise
+            raise ConfigurationError(
+                f"scheduler sets the momentum: got {problem!r}, expected one that sets the learning rate alone. Pass "
+                "cycle_momentum=False to it."
+            ) from problem
         if not isinstance(scheduler, LRScheduler) or getattr(scheduler, "optimizer", None) is not self._optimizer:
             raise ConfigurationError(
                 f"scheduler returns no scheduler of the optimizer that it is given: got {type(scheduler).__name__}, "

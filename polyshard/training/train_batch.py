@@ -16,6 +16,7 @@ from polyshard.core.errors import ConfigurationError
 from polyshard.experts.observed import expert_layers, router_loss
 from polyshard.experts.step_routing import StepRouting
 from polyshard.layers.lm_loss import lm_loss
+from polyshard.training.prepared import attempt, check_default_labels, told_error
 
 if TYPE_CHECKING:
     from polyshard.core.adapter import TrainingEngine
@@ -53,6 +54,7 @@ def train_batch(
     Raises:
         ConfigurationError: there is no micro-batch, ranks have different numbers of them, a micro-batch has no labels
             and `tokens` is not given, or the model has no `compute_logits` and `loss` is not given.
+        RankFailureError: another replica has raised an error before its first pass.
 
     Examples:
         >>> context = ps.initialize("torch")
@@ -63,13 +65,12 @@ def train_batch(
         >>> train_batch(engine, context, [batch, batch], loss=loss).tokens
         tensor(4., dtype=torch.float64)
     """
-    check_micro_batches(micro_batches)
-    sum_loss = lm_loss_of(engine.module, context) if loss is None else loss
     routing = StepRouting(engine.module)
-    routing.check(len(micro_batches))
-    counted = [(tokens or count_labels)(micro_batch) for micro_batch in micro_batches]
+    prepared, error = attempt(lambda: _prepare(engine, context, micro_batches, loss, tokens, routing))
     replicas = replica_axis(context)
-    total = total_tokens(counted, context)
+    total = total_tokens([] if prepared is None else prepared[1], context, error)
+    assert prepared is not None, "total_tokens raises the error"
+    sum_loss, counted = prepared
     balanced = balanced_tokens(counted, engine.module, context)
     # Engines average over the replicas, so the sum is multiplied by their number.
     factor = replicas.size / total.clamp_min(1.0)
@@ -101,11 +102,11 @@ def eval_batch(
     tokens: CountTokens | None = None,
 ) -> BatchResult:
     """Return the loss of micro-batches without gradients; the arguments are those of `train_batch`."""
-    check_micro_batches(micro_batches)
-    sum_loss = lm_loss_of(engine.module, context) if loss is None else loss
     routing = StepRouting(engine.module)
-    routing.check(len(micro_batches))
-    total = total_tokens([(tokens or count_labels)(micro_batch) for micro_batch in micro_batches], context)
+    prepared, error = attempt(lambda: _prepare(engine, context, micro_batches, loss, tokens, routing))
+    total = total_tokens([] if prepared is None else prepared[1], context, error)
+    assert prepared is not None, "total_tokens raises the error"
+    sum_loss, _ = prepared
     summed = torch.zeros((), dtype=torch.float64, device=context.device)
     with torch.no_grad():
         for index, micro_batch in enumerate(micro_batches):
@@ -119,21 +120,59 @@ def eval_batch(
     return BatchResult(loss=summed / total.clamp_min(1.0), tokens=total)
 
 
-def total_tokens(counted: Sequence[torch.Tensor], context: ParallelContext) -> torch.Tensor:
-    """Return the number of tokens that count over all micro-batches and replicas, in float64.
+def _prepare(
+    engine: TrainingEngine,
+    context: ParallelContext,
+    micro_batches: Sequence[MicroBatch],
+    loss: SumLoss | None,
+    tokens: CountTokens | None,
+    routing: StepRouting,
+) -> tuple[SumLoss, list[torch.Tensor]]:
+    """Return the loss, and the number of tokens of each micro-batch that count, without communication."""
+    check_micro_batches(micro_batches)
+    sum_loss = lm_loss_of(engine.module, context) if loss is None else loss
+    routing.check(len(micro_batches))
+    counted = counted_tokens(micro_batches, tokens, context)
+    if loss is None:
+        check_default_labels(micro_batches, getattr(engine, "head_vocabulary", None))
+    return sum_loss, counted
+
+
+def counted_tokens(
+    micro_batches: Sequence[MicroBatch], tokens: CountTokens | None, context: ParallelContext
+) -> list[torch.Tensor]:
+    """Return the number of tokens of each micro-batch that count, as float64 scalars."""
+    counted = [(tokens or count_labels)(micro_batch) for micro_batch in micro_batches]
+    return [torch.as_tensor(count, device=context.device).double() for count in counted]
+
+
+def total_tokens(
+    counted: Sequence[torch.Tensor], context: ParallelContext, error: Exception | None = None
+) -> torch.Tensor:
+    """Return the number of tokens that count over all micro-batches and replicas, in float64. A collective.
+
+    Args:
+        counted: of each micro-batch of this rank.
+        context: the parallel context.
+        error: why this rank has no micro-batches. It is raised, and told to the other replicas.
 
     Raises:
         ConfigurationError: ranks have different numbers of micro-batches.
+        RankFailureError: another replica has an error.
     """
-    mine = torch.stack([torch.as_tensor(count, device=context.device).double() for count in counted]).sum()
+    mine = torch.zeros((), dtype=torch.float64, device=context.device) if error else torch.stack([*counted]).sum()
     replicas = replica_axis(context)
     if replicas.size == 1:
+        if error is not None:
+            raise error
         return mine
     assert replicas.collectives is not None
     # n is the same on all ranks if and only if ranks * sum(n²) = sum(n)²: every rank reaches the same decision.
     number = float(len(counted))
-    figures = replicas.collectives.all_reduce(torch.stack((mine, *mine.new_tensor((number, number**2)))))
-    tokens, first, second = figures.unbind()
+    flags = mine.new_tensor((number, number**2, float(error is not None)))
+    tokens, first, second, failed = replicas.collectives.all_reduce(torch.stack((mine, *flags))).unbind()
+    if bool(failed):
+        raise told_error(error, replicas, context)
     if bool(replicas.size * second != first**2):
         raise ConfigurationError(
             f"ranks have unequal numbers of micro-batches: got {len(counted)} on this rank, {float(first):.0f} on all "
@@ -151,7 +190,7 @@ def balanced_tokens(
     over the context axis if the model has balance losses.
     """
     axis = context.axis("context")
-    mine = torch.stack([torch.as_tensor(count, device=context.device).double() for count in counted])
+    mine = torch.stack([*counted])
     if axis.size == 1 or not any(layer.balance.has_loss for _, layer in expert_layers(model)):
         return mine.unbind()
     assert axis.collectives is not None
@@ -162,19 +201,36 @@ def check_micro_batches(micro_batches: Any) -> None:
     """Check that a step has a list of micro-batches.
 
     Raises:
-        ConfigurationError: there is none, or it is a micro-batch itself.
+        ConfigurationError: there is none, it is a micro-batch itself, or one of them is no mapping.
     """
     if isinstance(micro_batches, Mapping):
         raise ConfigurationError(
             f"micro_batches is one micro-batch: got a mapping of {', '.join(map(str, micro_batches))}, expected a list "
             "of such mappings. Pass [micro_batch]."
         )
+    if not isinstance(micro_batches, Sequence) or isinstance(micro_batches, (str, bytes)):
+        raise ConfigurationError(
+            f"micro_batches is no list: got {type(micro_batches).__name__}, expected a list of mappings, the arguments "
+            "of the model's forward and labels. Pass list(...) of it."
+        )
     if not micro_batches:
         raise ConfigurationError("micro_batches is empty. Pass at least one micro-batch.")
+    for index, micro_batch in enumerate(micro_batches):
+        if not isinstance(micro_batch, Mapping):
+            raise ConfigurationError(
+                f"micro-batch {index} is no mapping: got {type(micro_batch).__name__}, expected the arguments of the "
+                "model's forward by name, and labels."
+            )
 
 
-def warn_of_unshifted_labels(micro_batch: MicroBatch) -> None:
-    """Warn if the labels are the tokens themselves and not the tokens after them, as in transformers."""
+def warn_of_unshifted_labels(micro_batches: Any) -> None:
+    """Warn if the labels are the tokens themselves and not the tokens after them, as in transformers.
+
+    This is for the first micro-batch. What is no list of micro-batches is left to `check_micro_batches`.
+    """
+    if not isinstance(micro_batches, Sequence) or not micro_batches or not isinstance(micro_batches[0], Mapping):
+        return
+    micro_batch = micro_batches[0]
     ids, labels = micro_batch.get("input_ids"), micro_batch.get("labels")
     if not isinstance(ids, torch.Tensor) or not isinstance(labels, torch.Tensor) or ids.shape != labels.shape:
         return

@@ -132,6 +132,20 @@ def test_backward_is_the_derivative_of_the_forward(changes):
     assert torch.autograd.gradcheck(fixed_seed, inputs)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_autocast_does_not_narrow_what_a_kernel_widens(kernel):
+    """Selective recomputation switches autocast off inside of operators, so that it would change the loss."""
+    q, k, v = (torch.randn(12, 2, 32, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(3))
+    outcomes = []
+    for narrows in (False, True):
+        leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrows):
+            out = ps.packed_attention(*leaves, cumulative((5, 7)), kernel=kernel)
+            outcomes.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+    for plain, cast in zip(*outcomes):
+        assert torch.equal(cast, plain)
+
+
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_the_operator_keeps_torchs_contract(with_sinks, dropout):

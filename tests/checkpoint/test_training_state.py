@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import polyshard as ps
-from polyshard.testing import RankError, run_ranks
+from polyshard.testing import run_ranks
 from polyshard.testing.resuming import first_half, make, second_half, steps, straight
 
 HALF, ALL = 10, 20
@@ -296,11 +296,25 @@ def test_a_resumed_run_draws_what_the_unbroken_one_would_have(tmp_path):
     assert second == run_ranks(loaded_and_drawn, 2, tmp_path / "state", 1)[1]
 
 
-def bad_directory():
+def not_stored():
+    raise ps.CheckpointError("the state 'eta' cannot be stored")
+
+
+def bad_states(directory):
+    """What each rank says of a state that is missing, and of one that rank 1 cannot store."""
     context, engine = make("torch", 1, {})
-    ps.load_training_state(engine, "/nonexistent/state", context)
+    told = []
+    with pytest.raises(ps.CheckpointError) as error:
+        ps.load_training_state(engine, "/nonexistent/state", context)
+    told.append(str(error.value))
+    if context.rank == 1:
+        engine.optimizer_state = not_stored
+    with pytest.raises(ps.CheckpointError) as error:
+        ps.save_training_state(engine, directory, context, step=1, config={})
+    return [*told, str(error.value)]
 
 
-def test_a_missing_directory_is_an_error_on_every_rank():
-    with pytest.raises(RankError, match="/nonexistent/state is not a directory"):
-        run_ranks(bad_directory, 2)
+def test_an_error_of_one_rank_is_one_on_every_rank(tmp_path):
+    for missing, stored in run_ranks(bad_states, 2, tmp_path / "state"):
+        assert "/nonexistent/state is not a directory" in missing
+        assert "the state 'eta' cannot be stored" in stored, "and no rank waits for the timeout"

@@ -15,6 +15,8 @@ from support.command_line import polyshard
 from support.models.experts import save_moe
 from support.models.tiny import save_tiny
 
+import polyshard as ps
+from polyshard.cli.verify_exact import longest_prompt, random_prompts
 from polyshard.proof.parity import run_transformers
 
 FACTORY = "decoder:build_model"
@@ -100,6 +102,18 @@ def test_bad_arguments(directory, verify):
     assert "--tensor-parallel is invalid: got 'two', expected numbers separated by commas" in done.stderr
     assert "config.json does not exist" in verify("--model", directory / "nowhere", *factory).stderr
     assert "--model and --factory must be passed together" in verify(*factory).stderr
+    assert "--tokens is invalid: got 1, expected 2 or more" in verify("--tokens", "1").stderr
+
+
+def test_prompts_of_an_exact_comparison_fit_into_a_short_model(capsys):
+    """vLLM would end in a traceback, since prompts and samples need 200 positions."""
+    assert longest_prompt(4096, tokens=24, spare=16) > 160
+    assert capsys.readouterr().err == ""
+    assert longest_prompt(96, tokens=24, spare=16) == 56
+    assert "prompts are cut to 56 tokens, from 160: the model has 96 positions" in capsys.readouterr().err
+    assert sorted(map(len, random_prompts(9, 56))) == [1, 5, 17, 56, 56, 56, 56]
+    with pytest.raises(ps.ConfigurationError, match="got max_position_embeddings 40 with --tokens 24, expected at le"):
+        longest_prompt(40, tokens=24, spare=16)
 
 
 def test_gradients_of_experts_have_the_names_of_a_checkpoint(tmp_path):

@@ -148,6 +148,45 @@ def test_rows_at_the_end_of_an_epoch(documents, caplog):
         ps.StepLoader(rows, context, batch=batch, micro_batch=3)
 
 
+def test_another_batch_size_continues_in_the_same_epoch(documents):
+    """Without "carry" no step has rows of two epochs, and the last step of the epoch is not lost."""
+    context, rows = ps.initialize("torch"), ps.PackedDocuments(documents, LENGTH)
+    loader = ps.StepLoader(rows, context, batch=4, last="drop")
+    read = [tuple(ids) for step in steps_of(loader, 2) for ids in step]
+    other = ps.StepLoader(rows, context, batch=3, last="drop", epochs=1)
+    other.load_state_dict(loader.state_dict())
+    read += [tuple(ids) for step in steps_of(other, 10**9) for ids in step]
+    assert len(set(read)) == len(read)
+    assert sum(map(len, read)) // LENGTH == 8 + (len(rows) - 8) // 3 * 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch": 2.0}, "batch is invalid: got 2.0"),
+        ({"batch": 2, "micro_batch": 0}, "micro_batch is invalid: got 0"),
+        ({"batch": 2, "epochs": -1}, "epochs is invalid: got -1"),
+        ({"batch": 2, "workers": -1}, "workers is invalid: got -1"),
+        ({"batch": 2, "seed": None}, "seed is invalid: got None"),
+    ],
+)
+def test_settings_that_are_no_counts_are_refused(documents, settings, message):
+    with pytest.raises(ps.ConfigurationError, match=message):
+        ps.StepLoader(ps.PackedDocuments(documents, LENGTH), ps.initialize("torch"), **settings)
+
+
+def test_documents_that_are_no_token_ids_are_refused():
+    for documents in (["a text"], [[0.5, 1.5]], [{"input_ids": [1, 2], "labels": [0.5, 1.5]}]):
+        with pytest.raises(ps.ConfigurationError, match="document 0 holds no token IDs: got (str|torch.float32)"):
+            ps.PackedDocuments(documents, LENGTH)[0]
+    with pytest.raises(ps.ConfigurationError, match=r"got generator, .*Pass list\(...\) of it"):
+        ps.PackedDocuments((ids for ids in [[1, 2]]), LENGTH)
+    with pytest.raises(
+        ps.ConfigurationError, match="rows are not packed: missing cu_seqlens, positions. Pass collate="
+    ):
+        ps.packed_batch([{"input_ids": torch.arange(3), "labels": torch.arange(3)}])
+
+
 def test_workers_draw_nothing_from_the_generator_of_dropout(documents):
     loader = ps.StepLoader(ps.PackedDocuments(documents, LENGTH), ps.initialize("torch"), batch=2, workers=1)
     before = torch.get_rng_state()
@@ -162,6 +201,9 @@ def test_a_position_in_other_data_is_rejected(documents):
     for rows, seed in [*((rows, 0) for rows in others), (ps.PackedDocuments(documents, LENGTH), 1)]:
         with pytest.raises(ps.ConfigurationError, match="the position is of other data"):
             ps.StepLoader(rows, context, batch=2, seed=seed).load_state_dict(loader.state_dict())
+    for wrong in ({"row": -1}, {"row": 10**6}, {"epoch": "last"}):  # the first would read no rows, without an end
+        with pytest.raises(ps.ConfigurationError, match="the position is invalid"):
+            loader.load_state_dict({**loader.state_dict(), **wrong})
     iterator = iter(loader)
     next(iterator)
     with pytest.raises(ps.ConfigurationError, match="being iterated"):

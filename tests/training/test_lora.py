@@ -2,11 +2,13 @@
 
 import json
 
+import moe
 import peft
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from support.models.experts import save_moe
 from support.models.tiny import save_tiny
 from support.oracles.transformers_reference import FLOOR, MARGIN
 from support.suite_engines import ENGINES
@@ -94,7 +96,8 @@ def layouts_of(adapter):
     if ps.load_adapter(adapter).capabilities["sequence"].available:
         found.append((SEQUENCE, [Case("sequence", last)]))
     options = PIPELINES[adapter]
-    found.append((PIPELINE, [Case("pipeline", options, saves=("start", "end", "merged"))]))
+    narrow = Case("bfloat16 pipeline", options, dtype=torch.bfloat16, saves=())
+    found.append((PIPELINE, [Case("pipeline", options, saves=("start", "end", "merged")), narrow]))
     if adapter == "torch":
         dropped = {"options": {"recompute": "full"}, "fields": DROPPED, "saves": ()}
         found[1][1].append(Case("dropped tensor", **dropped))
@@ -267,6 +270,27 @@ def test_every_field_of_a_config_is_used_carried_or_refused():
 
     known = {field.name for field in fields(peft.LoraConfig)}
     assert known >= USED | CARRIED
+
+
+def test_experts_that_get_no_adapter_are_named(tmp_path, caplog):
+    """Layer 0 of this model is dense; the experts of layer 1 have projections of the same names."""
+    directory = save_moe(tmp_path / "model", "unnormalized")
+    context = ps.initialize("torch")
+
+    def add(targets):
+        model = moe.build_model(ps.read_config(directory), context)
+        ps.add_lora(model, peft.LoraConfig(r=2, target_modules=targets), context)
+
+    for targets in (["q_proj", "gate_proj"], ["q_proj", "gate_up"], "all-linear"):
+        caplog.clear()
+        add(targets)
+        assert "of experts, which get no adapter and stay frozen" in caplog.text, targets
+        assert "model.layers.1.mlp.experts" in caplog.text
+    caplog.clear()
+    add(["q_proj"])
+    assert not caplog.text
+    with pytest.raises(ps.ConfigurationError, match="LoRA on the experts of a layer is unsupported: got target"):
+        add(r".*\.experts\..*")
 
 
 def test_targets_are_chosen_as_peft_chooses_them(base):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from dataclasses import replace
 
 import pytest
@@ -133,6 +134,20 @@ def test_steps_that_a_restart_does_again_stand_once(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines] == expected
     assert read_back(tmp_path / "tensorboard", "loss") == expected
     assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_figures_that_are_not_finite_are_strings_that_float_reads(tmp_path):
+    """Strict readers of JSON reject NaN. A skipped step has such a gradient norm."""
+    sink = ps.JsonLines(tmp_path / "steps.jsonl")
+    sink(ps.StepRecord(step=1, loss=math.nan, grad_norm=math.inf, learning_rate=-math.inf, seconds={"data": math.nan}))
+    sink.close()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    found = json.loads((tmp_path / "steps.jsonl").read_text(), parse_constant=refuse)
+    assert (found["loss"], found["grad_norm"], found["learning_rate"]) == ("NaN", "Infinity", "-Infinity")
+    assert math.isnan(float(found["seconds"]["data"]))
 
 
 def test_the_terminal_shows_steps_as_lines_if_it_is_none(capsys):

@@ -273,9 +273,13 @@ def test_optimizers_that_need_whole_matrices_are_refused_on_parts():
     muon = ps.TorchOptimizer(torch.optim.Muon, lr=0.1)
     with pytest.raises(ps.ConfigurationError, match=r"got 2 matrices fused in 0.weight. Use polyshard.Muon"):
         engine_of(muon, layer)
+    with pytest.raises(ps.ConfigurationError, match=r"rejects the model or its settings: .*Use polyshard.Muon"):
+        engine_of(muon)  # it has a bias
     for cls, tensor, held, message in (
         (torch.optim.Muon, 2, "whole", "Muon needs whole matrices: got a shard of weight. Use polyshard.Muon."),
         (torch.optim.Adafactor, 1, "rows", "Adafactor needs whole matrices: got the parts of them that FSDP or ZeRO"),
+        (torch.optim.Adagrad, 1, "flat", "Adagrad is unsupported with ZeRO: DeepSpeed builds it again"),
+        (torch.optim.Rprop, 1, "rows", "Rprop is unsupported with FSDP2"),
     ):
         layer = ps.column_parallel(4, 4, context, bias=False)
         built = ps.TorchOptimizer(cls, lr=0.1)(layer.named_parameters())

@@ -83,4 +83,7 @@ def test_options_without_effect_are_refused_with_the_reason():
     assert "got reduce_fp16" in refused("fairscale", ddp_options={"reduce_fp16": True})
     assert "bucket_size has no effect" in refused("megatron", ddp_options={"bucket_size": 1000})
     assert "would be those before the step" in refused("megatron", ddp_options={"overlap_param_gather": True})
+    assert "got bucket_cap_mb='50', expected a number of 0" in refused("torch", ddp_options={"bucket_cap_mb": "50"})
+    assert "got static_graph='yes', expected no text" in refused("torch", ddp_options={"static_graph": "yes"})
+    assert "got list, expected a mapping" in refused("fairscale", ddp_options=["bucket_cap_mb"])
     assert "got 1, expected 2" in refused("deepspeed", zero_stage=2, config={"zero_optimization": {"stage": 1}})

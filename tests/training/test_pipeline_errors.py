@@ -46,7 +46,17 @@ def test_mistakes_are_told_on_every_rank(directory):
         "recompute": "recompute='selective' is unsupported with zero-bubble-v",
         "unknown": "data_parallel must be 'ddp' or 'fsdp'",
     }
+    of_one_rank = {
+        "labels of one rank": "ConfigurationError: labels are no tensor: got list",
+        "count of one rank": "KeyError: 'mask'",
+        "label outside": "ValueError: label 131 is outside the vocabulary: expected 0 to 130",
+        "label of one replica": "ValueError: label 131 is outside the vocabulary",
+        "tuple of one replica": "ConfigurationError: micro-batch 0 is no mapping: got tuple",
+    }
     for rank, found in enumerate(run_ranks(messages, 2, directory)):
+        for name, text in of_one_rank.items():  # told at once, and the engine goes on
+            there = f"RankFailureError: the step was not begun: rank 1 raised {text}"
+            assert found.pop(name).startswith(text if rank == 1 else there), name
         assert found.pop("calls of the loss") == (4 if rank == 1 else 0), "only real micro-batches reach the loss"
         assert found.keys() == told.keys()
         for name, text in told.items():

@@ -73,6 +73,10 @@ def test_a_skipped_step_does_not_advance_the_schedule():
 def test_what_cannot_set_the_rate_is_refused():
     for scheduler, message in (
         (lr_scheduler.ReduceLROnPlateau, "ReduceLROnPlateau needs a metric"),
+        (
+            lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.3, total_steps=9),
+            "sets the momentum.* cycle_momentum=F",
+        ),
         (lambda optimizer: None, "got NoneType, expected one of torch.optim.lr_scheduler"),
         (lambda optimizer: SCHEDULERS["cosine"](torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])), "returns no"),
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from polyshard.adapters.shared.optimizer_state import materialize, slots
 from polyshard.adapters.shared.quiet import printing_as_log
+from polyshard.core.errors import ConfigurationError
 from polyshard.core.pieces import MASTER
 
 # Before the import, during which DeepSpeed detects accelerators and warns on a machine without one.
@@ -37,6 +39,7 @@ with printing_as_log(logger, "DeepSpeed"):
     from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
     from deepspeed.sequence.cross_entropy import vocab_parallel_cross_entropy
     from deepspeed.utils import groups as _groups
+    from pydantic import ValidationError
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it would log every setting to stdout
 
@@ -87,6 +90,18 @@ def init_communication() -> None:
         with printing_as_log(logger, "DeepSpeed"):
             backend = torch.distributed.get_backend()
             deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+@contextmanager
+def naming_wrong_settings() -> Iterator[None]:
+    """Return a context in which a value of the configuration that DeepSpeed rejects is a `ConfigurationError`."""
+    try:
+        yield
+    except ValidationError as error:  # of pydantic, by which DeepSpeed reads its configuration
+        wrong = [f"{'.'.join(map(str, each['loc']))}={each['input']!r} ({each['msg']})" for each in error.errors()]
+        raise ConfigurationError(
+            f"config has settings that DeepSpeed rejects: got {'; '.join(wrong)}. See {error.title} of DeepSpeed."
+        ) from error
 
 
 def forget_mpu() -> None:

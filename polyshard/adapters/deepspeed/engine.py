@@ -20,6 +20,7 @@ from polyshard.adapters.deepspeed.compat import (
     forget_mpu,
     gather_persistent,
     gathered,
+    naming_wrong_settings,
     partition,
     zero_fragments,
 )
@@ -138,7 +139,7 @@ class DeepspeedEngine(BaseEngine):
         built = self._build(optimizer, model.named_parameters(), held="flat" if zero_stage else "whole")
         wrapped = model if self._pipeline is None else self._pipeline.module
         with self._guard("data parallel setup"), printing_as_log(logger, "DeepSpeed"), self._experts.marked(wrapped):
-            initialize: Any = deepspeed.initialize
+            initialize: Any = naming_wrong_settings()(deepspeed.initialize)
             self._wrapped, self.optimizer, _, _ = initialize(
                 model=wrapped,
                 model_parameters=[p for p in model.parameters() if p.requires_grad],

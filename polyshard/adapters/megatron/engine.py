@@ -17,7 +17,7 @@ from polyshard.adapters.megatron import compat
 from polyshard.adapters.megatron.experts_compat import average_expert_gradients, mark_experts
 from polyshard.adapters.megatron.model_groups import ModelGroups
 from polyshard.adapters.megatron.optimizer import own_optimizer
-from polyshard.adapters.megatron.pipeline import MegatronPipeline
+from polyshard.adapters.megatron.pipeline import MegatronPipeline, hidden_dtype
 from polyshard.adapters.megatron.pipeline_compat import process_groups
 from polyshard.adapters.megatron.settings import check_loss_scale, check_precision, checked_ddp_options
 from polyshard.adapters.shared import optimizer_state
@@ -183,9 +183,7 @@ class MegatronEngine(BaseEngine):
         for name in self.model_weights.holders.keys() & parameters.keys():
             # A bucket of its own: DistributedOptimizer then shards every copy in the same way.
             parameters[name].shared_embedding = True
-        exact = self.context.exact
-        dtype = None if exact is None else exact.compute_dtype
-        return MegatronPipeline(stages, self.context, config, groups, dtype or self.precision.parameters)
+        return MegatronPipeline(stages, self.context, config, groups, hidden_dtype(self.model_weights, self.context))
 
     _pipeline_has_fixed_shapes = False
 

@@ -11,7 +11,7 @@ from torch import nn
 from polyshard.adapters.megatron.pipeline_compat import ScheduledStage, configure_pipeline, run_schedule
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.model_weights import gather_over
+from polyshard.core.model_weights import ModelWeights, gather_over
 from polyshard.core.stages import Stages
 from polyshard.training.pipeline_step import PipelineStep, check_stage_interface
 
@@ -139,6 +139,16 @@ class MegatronPipeline:
             )
         self._sent.add(shape)
         return wire
+
+
+def hidden_dtype(weights: ModelWeights, context: ParallelContext) -> torch.dtype:
+    """Return the dtype of hidden states between stages: that of exact mode, or of the narrowest weights.
+
+    Frozen weights count: beside a bfloat16 base the matrices of LoRA, which are trained, are float32.
+    """
+    if context.exact is not None and context.exact.compute_dtype is not None:
+        return context.exact.compute_dtype
+    return min((d for d in weights.dtypes.values() if d.is_floating_point), key=lambda dtype: dtype.itemsize)
 
 
 def _from_wire(received: torch.Tensor) -> torch.Tensor:

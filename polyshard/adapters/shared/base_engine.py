@@ -40,9 +40,10 @@ from polyshard.training.compile import Compile, apply_compile
 from polyshard.training.generators import GeneratorCheck
 from polyshard.training.muon import Muon
 from polyshard.training.pipeline_step import PipelineStep
+from polyshard.training.prepared import vocabulary_of_head
 from polyshard.training.recompute import Recompute, apply_recomputation
 from polyshard.training.schedule import SchedulerFactory
-from polyshard.training.train_batch import check_micro_batches, eval_batch, train_batch, warn_of_unshifted_labels
+from polyshard.training.train_batch import eval_batch, train_batch, warn_of_unshifted_labels
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ class BaseEngine(ABC):
         self.context = context
         self.updates = 0
         self.table = collect_layouts(model)
+        self.head_vocabulary = vocabulary_of_head(model, self.table)
         self.model_weights = ModelWeights.of(model, self.table, context)
         check_trained_stages(self.model_weights, context)
         has_experts = any(entry.layout.experts is not None for entry in self.table.values())
@@ -200,9 +202,14 @@ class BaseEngine(ABC):
         In a pipeline all its ranks pass the same micro-batches, which contain `input_ids`. The `loss` is called on the
         ranks of the last stage only.
         """
+        if loss is None and getattr(self._wrapped, "find_unused_parameters", False):
+            raise ConfigurationError(
+                "find_unused_parameters=True is unsupported with the default loss: it runs the head after the model's "
+                "forward pass, and DistributedDataParallel would take the head for unused. Pass static_graph=True, "
+                "which finds unused parameters, too, or a loss= of your own."
+            )
         if loss is None and not self._has_seen_labels:
-            check_micro_batches(micro_batches)
-            warn_of_unshifted_labels(micro_batches[0])
+            warn_of_unshifted_labels(micro_batches)
             self._has_seen_labels = True
         if self._stages is None:
             return train_batch(self, self.context, micro_batches, loss, tokens)
@@ -244,6 +251,7 @@ class BaseEngine(ABC):
             scaled=self._scaled,
             fixed_shapes=self._pipeline_has_fixed_shapes,
             interrupted=interrupted,
+            vocab_size=self.head_vocabulary,
         )
 
     @property

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import numbers
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -25,6 +27,8 @@ _DDP_RESERVED = frozenset(
     }
 )
 
+_SIZES = frozenset({"bucket_cap_mb", "bucket_size", "reduce_buffer_size"})
+
 
 def checked_options(name: str, options: Mapping[str, Any] | None, allowed: Collection[str]) -> dict[str, Any]:
     """Return a copy of the options.
@@ -35,17 +39,24 @@ def checked_options(name: str, options: Mapping[str, Any] | None, allowed: Colle
         allowed: names that may be set.
 
     Raises:
-        ConfigurationError: a name is not allowed.
+        ConfigurationError: a name is not allowed, or a value is text or no size.
 
     Examples:
         >>> checked_options("ddp_options", {"bucket_cap_mb": 50}, {"bucket_cap_mb"})
         {'bucket_cap_mb': 50}
     """
+    if options is not None and not isinstance(options, Mapping):
+        raise ConfigurationError(f"{name} is invalid: got {type(options).__name__}, expected a mapping of names.")
     unexpected = sorted(set(options or {}) - set(allowed))
     if unexpected:
         raise ConfigurationError(
             f"{name} has unexpected names: got {', '.join(unexpected)}, expected some of {', '.join(sorted(allowed))}."
         )
+    for option, value in (options or {}).items():
+        is_size = isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf
+        if isinstance(value, str) or (option in _SIZES and value is not None and not is_size):
+            expected = "a number of 0 or more" if option in _SIZES else "no text"
+            raise ConfigurationError(f"{name} has an invalid value: got {option}={value!r}, expected {expected}.")
     return dict(options or {})
 
 

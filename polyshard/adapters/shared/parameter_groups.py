@@ -71,7 +71,8 @@ def check_elementwise(
         held: what the optimizer updates.
 
     Raises:
-        ConfigurationError: the optimizer needs whole matrices, and a weight is sharded or fused; or it needs a closure.
+        ConfigurationError: the optimizer needs whole matrices, and a weight is sharded or fused; or it needs a closure;
+            or the library cannot run it on its parts.
     """
     name = type(optimizer).__name__
     if isinstance(optimizer, MuonWithAdamW):
@@ -83,6 +84,18 @@ def check_elementwise(
         return
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ConfigurationError("LBFGS is unsupported: it evaluates the loss several times in a step. Use AdamW.")
+    if (
+        isinstance(optimizer, torch.optim.Adagrad) and held == "flat"
+    ):  # zero/stage_1_and_2.py and stage3.py of DeepSpeed
+        raise ConfigurationError(
+            "Adagrad is unsupported with ZeRO: DeepSpeed builds it again, without the rates and decays of parameter "
+            "groups. Use AdamW, or zero_stage=0."
+        )
+    if isinstance(optimizer, torch.optim.Rprop) and held == "rows":
+        raise ConfigurationError(
+            "Rprop is unsupported with FSDP2: it writes through masks, which DTensors do not support. Use AdamW, or "
+            "data_parallel='ddp'."
+        )
     needs_matrices = tuple(
         cls for cls in (getattr(torch.optim, n, None) for n in ("Muon", "Adafactor")) if cls is not None
     )

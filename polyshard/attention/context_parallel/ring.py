@@ -73,7 +73,8 @@ class _RingAttention(torch.autograd.Function):
         held = (k, v)
         for step in range(ring.axis.size):
             for rows, seen, call in _blocks(ring, step, q.device):
-                part, logsumexp, _ = ring.kernel.forward(q[rows], held[0][seen], held[1][seen], call)
+                with torch.autocast(q.device.type, enabled=False):  # as in the operator of a single rank
+                    part, logsumexp, _ = ring.kernel.forward(q[rows], held[0][seen], held[1][seen], call)
                 _merge(out[rows], total[rows], part, logsumexp)
             if step + 1 < ring.axis.size:
                 held = _rotated(held, ring.axis)
@@ -96,7 +97,8 @@ class _RingAttention(torch.autograd.Function):
         for step in range(ring.axis.size):
             for rows, seen, call in _blocks(ring, step, q.device):
                 tensors = (q[rows], held[0][seen], held[1][seen], out[rows], total[rows])
-                parts = ring.kernel.backward(grad_out[rows], *tensors, none, call)
+                with torch.autocast(q.device.type, enabled=False):
+                    parts = ring.kernel.backward(grad_out[rows], *tensors, none, call)
                 for target, part in zip((grad_q[rows], sums[0][seen], sums[1][seen]), parts):
                     target += part
             if step + 1 < ring.axis.size:

@@ -51,7 +51,10 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     arguments = named(flat)
     kernel, sinks = _kernels[arguments.settings.kernel], arguments.tensors.sinks
-    out, logsumexp, saved = kernel.forward(q, k, v, unpack(q, k, v, arguments))
+    # Kernels widen where they must; autocast would narrow it again, unless a dispatch mode such as that of selective
+    # recomputation has switched it off.
+    with torch.autocast(q.device.type, enabled=False):
+        out, logsumexp, saved = kernel.forward(q, k, v, unpack(q, k, v, arguments))
     if sinks is not None and not kernel.native_sinks:
         out, logsumexp = with_sinks(out, logsumexp, sinks)
     return out, logsumexp, saved
@@ -82,7 +85,8 @@ def _attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     arguments = named(flat)
     kernel, sinks = _kernels[arguments.settings.kernel], arguments.tensors.sinks
-    grads = kernel.backward(grad_out, q, k, v, out, logsumexp, saved, unpack(q, k, v, arguments))
+    with torch.autocast(q.device.type, enabled=False):
+        grads = kernel.backward(grad_out, q, k, v, out, logsumexp, saved, unpack(q, k, v, arguments))
     return *grads, q.new_empty(0) if sinks is None else sinks_gradient(grad_out, out, logsumexp, sinks)
 
 

@@ -15,7 +15,7 @@ from polyshard.core.batch import MicroBatch
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.ranks import Ranks
-from polyshard.training.data.order import Last, Position, RowOrder
+from polyshard.training.data.order import Last, Position, RowOrder, is_count
 from polyshard.training.data.packing import packed_batch
 
 logger = logging.getLogger(__name__)
@@ -75,20 +75,31 @@ class StepLoader:
         collate: Callable[[Sequence[Any]], MicroBatch] = packed_batch,
     ) -> None:
         axis = parallel_context.axis("data")
-        micro_batch = max(1, batch // axis.size) if micro_batch is None else micro_batch
-        if micro_batch < 1 or batch % (axis.size * micro_batch):
-            raise ConfigurationError(
-                f"the batch cannot be divided: got {batch} rows, expected a multiple of {axis.size} data-parallel "
-                f"ranks times {micro_batch} rows of a micro-batch."
-            )
+
+        def divided() -> tuple[RowOrder, int]:
+            for name, value, least in (("batch", batch, 1), ("workers", workers, 0)):
+                if not is_count(value, least):
+                    raise ConfigurationError(
+                        f"{name} is invalid: got {value!r}, expected an integer of at least {least}."
+                    )
+            for name, value in (("micro_batch", micro_batch), ("epochs", epochs)):
+                if value is not None and not is_count(value, 1):
+                    raise ConfigurationError(
+                        f"{name} is invalid: got {value!r}, expected None or an integer of at least 1."
+                    )
+            order = RowOrder(rows=len(rows), batch=batch, seed=seed, shuffle=shuffle, last=last)
+            size = max(1, batch // axis.size) if micro_batch is None else micro_batch
+            if batch % (axis.size * size):
+                raise ConfigurationError(
+                    f"the batch cannot be divided: got {batch} rows, expected a multiple of {axis.size} data-parallel "
+                    f"ranks times {size} rows of a micro-batch."
+                )
+            return order, size
+
         ranks = Ranks.of(parallel_context)
-        self._order = ranks.run_on_all(
-            lambda: RowOrder(rows=len(rows), batch=batch, seed=seed, shuffle=shuffle, last=last),
-            "the loader cannot be built",
-            ConfigurationError,
-        )
+        self._order, size = ranks.run_on_all(divided, "the loader cannot be built", ConfigurationError)
         self._identity = {"rows": len(rows), "fingerprint": getattr(rows, "fingerprint", None)}
-        settings = (self._order, self._identity, micro_batch, epochs)
+        settings = (self._order, self._identity, size, epochs)
         if any(other != settings for other in ranks.gather(settings)):
             raise ConfigurationError(
                 f"ranks have different data: got {settings} on this rank. Pass the same rows and settings on every one."
@@ -98,7 +109,7 @@ class StepLoader:
         if last == "carry" and epochs is not None and len(rows) * epochs % batch:
             logger.warning("%d rows are dropped after the last epoch", len(rows) * epochs % batch)
         self._rows, self._context, self._collate = rows, parallel_context, collate
-        self._share, self._micro_batch, self._epochs, self._workers = axis, micro_batch, epochs, workers
+        self._share, self._micro_batch, self._epochs, self._workers = axis, size, epochs, workers
         self._position = Position()
         self._iterating = False
 
@@ -155,7 +166,12 @@ class StepLoader:
         saved = {name: state.get(name) for name in mine}
         if saved != mine:
             raise ConfigurationError(f"the position is of other data: got {saved}, expected {mine}.")
-        self._position = Position(*(int(state[name]) for name in Position._fields))
+        at: dict[str, Any] = {name: state.get(name) for name in Position._fields}
+        if not all(is_count(value, 0) for value in at.values()) or at["row"] > self._order.rows:
+            raise ConfigurationError(
+                f"the position is invalid: got {at}, expected an epoch from 0 and a row from 0 to {self._order.rows}."
+            )
+        self._position = Position(**at)
 
     def _placed(self, micro_batch: MicroBatch) -> MicroBatch:
         """Return a micro-batch on the device, with this rank's part of the tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import numbers
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -12,6 +13,16 @@ import torch
 from polyshard.core.errors import ConfigurationError
 
 Last = Literal["carry", "drop", "error"]
+
+
+def is_count(value: object, least: int) -> bool:
+    """Whether a value is an integer that is not below `least`.
+
+    Examples:
+        >>> is_count(4, 1), is_count(4.0, 1), is_count(True, 1)
+        (True, False, False)
+    """
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 class Position(NamedTuple):
@@ -46,8 +57,10 @@ class RowOrder:
     def __post_init__(self) -> None:
         if self.last not in get_args(Last):
             raise ConfigurationError(f"last is invalid: got {self.last!r}, expected one of {', '.join(get_args(Last))}")
-        if self.batch < 1:
-            raise ConfigurationError(f"batch is invalid: got {self.batch}, expected at least 1 row.")
+        if not is_count(self.batch, 1):
+            raise ConfigurationError(f"batch is invalid: got {self.batch!r}, expected at least 1 row.")
+        if not isinstance(self.seed, numbers.Integral):
+            raise ConfigurationError(f"seed is invalid: got {self.seed!r}, expected an integer.")
         if self.rows < 1 or (self.last != "carry" and self.rows < self.batch):
             raise ConfigurationError(f"the dataset is too small: got {self.rows} rows for steps of {self.batch}.")
         if self.last == "error" and self.rows % self.batch:
@@ -70,7 +83,8 @@ class RowOrder:
         chosen: list[int] = []
         while epochs is None or number < epochs:
             order = self.epoch(number)
-            end = self.rows if self.last == "carry" else self.rows - self.rows % self.batch
+            # A position of another batch size may leave a different number of rows.
+            end = self.rows if self.last == "carry" else self.rows - (self.rows - at) % self.batch
             while at < end:
                 taken = order[at : min(end, at + self.batch - len(chosen))].tolist()
                 chosen += taken

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from polyshard.core.batch import IGNORED
 from polyshard.core.errors import ConfigurationError
+from polyshard.training.data.order import is_count
 
 Row = dict[str, torch.Tensor]
 Span = tuple[int, int, int]  # document, first token, one past the last
@@ -63,8 +64,13 @@ class PackedDocuments(Dataset[Row]):
         lengths: Sequence[int] | None = None,
         pad_id: int = 0,
     ) -> None:
-        if length < 1:
-            raise ConfigurationError(f"length is invalid: got {length}, expected at least 1 token.")
+        if not is_count(length, 1):
+            raise ConfigurationError(f"length is invalid: got {length!r}, expected an integer of at least 1 token.")
+        if not hasattr(documents, "__len__") or not hasattr(documents, "__getitem__"):
+            raise ConfigurationError(
+                f"documents is invalid: got {type(documents).__name__}, expected a sequence with __len__ and "
+                "__getitem__. Pass list(...) of it."
+            )
         counts = [len(_ids(document)) for document in documents] if lengths is None else [int(n) for n in lengths]
         if len(counts) != len(documents):
             raise ConfigurationError(f"lengths is invalid: got {len(counts)}, expected one of each document.")
@@ -110,9 +116,9 @@ class PackedDocuments(Dataset[Row]):
     def _document(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a document's tokens and, unshifted, its labels."""
         document = self.documents[index]
-        tokens = torch.as_tensor(_ids(document), dtype=torch.int64)
+        tokens = _integers(_ids(document), index)
         own = document.get("labels") if isinstance(document, Mapping) else None
-        labels = tokens if own is None else torch.as_tensor(own, dtype=torch.int64)
+        labels = tokens if own is None else _integers(own, index)
         if tokens.shape != (self._counts[index],) or labels.shape != tokens.shape:
             raise ConfigurationError(
                 f"document {index} has the wrong shape: got input_ids {tuple(tokens.shape)} and labels "
@@ -130,11 +136,20 @@ def packed_batch(rows: Sequence[Mapping[str, torch.Tensor]]) -> Row:
     Returns:
         `input_ids`, `labels` and `positions` `[rows * length]`, and int32 `cu_seqlens` of all sequences.
 
+    Raises:
+        ConfigurationError: the rows are not packed.
+
     Examples:
         >>> rows = ps.PackedDocuments([[1, 2], [3, 4], [5]], length=2)
         >>> packed_batch([rows[0], rows[1]])["cu_seqlens"]
         tensor([0, 2, 4], dtype=torch.int32)
     """
+    missing = sorted({"input_ids", "labels", "positions", "cu_seqlens"} - set(rows[0]))
+    if missing:
+        raise ConfigurationError(
+            f"rows are not packed: missing {', '.join(missing)}. Pass collate=, which makes a micro-batch of a list of "
+            "your rows, or use PackedDocuments."
+        )
     batch = {name: torch.cat([row[name] for row in rows]) for name in ("input_ids", "labels", "positions")}
     lengths = torch.cat([row["cu_seqlens"].diff() for row in rows])
     batch["cu_seqlens"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
@@ -143,6 +158,20 @@ def packed_batch(rows: Sequence[Mapping[str, torch.Tensor]]) -> Row:
 
 def _ids(document: Any) -> Any:
     return document["input_ids"] if isinstance(document, Mapping) else document
+
+
+def _integers(values: Any, index: int) -> torch.Tensor:
+    """Return the tokens or labels of a document; torch would convert fractions without a word."""
+    try:
+        found = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        found = None
+    if found is None or (found.numel() and (found.is_floating_point() or found.dtype == torch.bool)):
+        got = type(values).__name__ if found is None else str(found.dtype)
+        raise ConfigurationError(
+            f"document {index} holds no token IDs: got {got}, expected integers. Tokenize the documents first."
+        )
+    return found.to(torch.int64)
 
 
 def _best_fit(counts: Sequence[int], length: int) -> list[list[Span]]:

@@ -7,6 +7,7 @@ resumed does some steps again: the first record replaces those of its own step a
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -19,6 +20,9 @@ from polyshard.training.monitor.record import StepRecord
 
 class JsonLines:
     """Append each record to a file, as one line of JSON.
+
+    JSON has no numbers that are not finite, such as the gradient norm of a skipped step: they are written as the
+    strings `"NaN"`, `"Infinity"` and `"-Infinity"`, which Python's `float` reads.
 
     Args:
         path: the file; folders that do not exist are created.
@@ -42,13 +46,22 @@ class JsonLines:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _keep_before(self._path, record.step)
             self._file = self._path.open("a")
-        self._file.write(json.dumps(asdict(record)) + "\n")
+        self._file.write(json.dumps(_finite(asdict(record)), allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
             self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    """Return figures with strings for numbers that are not finite, as Protocol Buffers writes them to JSON."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 def _keep_before(path: Path, step: int) -> None:

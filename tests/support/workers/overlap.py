@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -30,6 +31,15 @@ def overlapped_steps(directory: Path, adapter: str, cases: list[tuple[dict, dict
             weights.append({name: weight.detach().clone() for name, weight in engine.weights()})
             engine.close()
         outcomes.append(tuple(weights))
+    if adapter == "torch":
+        unused = {"ddp_options": {"find_unused_parameters": True}}
+        engine = ps.load_adapter(adapter).engine(build(directory, context), optimizer, context, **unused)
+        with pytest.raises(ps.ConfigurationError, match="Pass static_graph=True"):
+            engine.train_batch([{"input_ids": torch.ones(1, 4).long(), "labels": torch.ones(1, 4).long()}])
+    if adapter == "deepspeed":
+        wrong = {"zero_optimization": {"reduce_bucket_size": -1}}
+        with pytest.raises(ps.ConfigurationError, match="rejects: got reduce_bucket_size=-1 "):
+            ps.load_adapter(adapter).engine(build(directory, context), optimizer, context, config=wrong)
     ps.shutdown(context)
     return outcomes
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import polyshard as ps
+from support.models.tiny import VOCAB
 from support.oracles.pipeline_training import micro_batches
 from support.workers.pipelines import SGD, Case, full_weights, norms_and_all_reduces, start
 
@@ -43,6 +44,10 @@ def _raises(_, context):
     return FACTORIES["norm"](_, context)
 
 
+def _count(micro_batch):
+    raise KeyError("mask")
+
+
 def messages(directory):
     """What each mistake says on this rank."""
     found = {}
@@ -51,7 +56,7 @@ def messages(directory):
         try:
             action()
             found[name] = None
-        except (ps.PolyshardError, KeyError, TypeError) as error:
+        except (ps.PolyshardError, KeyError, TypeError, ValueError) as error:
             found[name] = f"{type(error).__name__}: {error}"
 
     context = ps.initialize("torch", pipeline=2, timeout=60)
@@ -87,6 +92,10 @@ def messages(directory):
     attempt("rows and packed tokens", lambda: engine.train_batch(mixed))
     wide = [batches[0], {**micro_batches("ragged rows", 0)[0], "mask": torch.zeros(3)}]
     attempt("cannot be padded", lambda: engine.train_batch([{**batches[0], "mask": torch.zeros(3)}, wide[1]]))
+    attempt("labels of one rank", lambda: engine.train_batch([{**batches[0], "labels": [1]} if last else batches[0]]))
+    attempt("count of one rank", lambda: engine.train_batch(batches, None, _count if last else None))
+    outside = {**batches[0], "labels": torch.full_like(batches[0]["labels"], VOCAB)}
+    attempt("label outside", lambda: engine.train_batch([batches[0], outside]))
     calls = []
 
     def loss(hidden, micro_batch):
@@ -95,6 +104,11 @@ def messages(directory):
 
     engine.train_batch(batches, loss)
     found["calls of the loss"] = len(calls)
+    ps.shutdown(context)
+    context, engine = start(Case("replicas", directory, sizes={}))
+    attempt("label of one replica", lambda: engine.train_batch([outside if last else batches[0]]))
+    attempt("tuple of one replica", lambda: engine.eval_batch([tuple(batches) if last else batches[0]]))
+    engine.train_batch(batches)
     ps.shutdown(context)
     context, engine = start(Case("interleaved", directory, {"schedule": "interleaved-1f1b"}))
     attempt("interleaved, five micro-batches", lambda: engine.train_batch([*batches, batches[0]]))

@@ -21,6 +21,7 @@ from polyshard.core.errors import PolyshardError
 from polyshard.registry import engine_errors, register_model
 
 NAME = "PolyshardSampled"
+SPARE = 16  # positions of an engine's context that its longest prompt and completion leave free
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +98,7 @@ def register_for(job: SamplingJob) -> dict[str, Any]:
         "hf_overrides": {"architectures": [NAME]},
         "tensor_parallel_size": job.tensor,
         "dtype": job.dtype,
-        "max_model_len": max(map(len, job.prompts)) + job.tokens + 16,
+        "max_model_len": max(map(len, job.prompts)) + job.tokens + SPARE,
         "max_num_batched_tokens": job.chunk,
         "max_num_seqs": min(16, job.chunk),
         "enforce_eager": True,
