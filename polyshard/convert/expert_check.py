@@ -13,7 +13,7 @@ from polyshard.core.errors import CheckpointError
 
 _PART = re.compile(r"(.+\.experts)\.(\d+)\.([^.]+)")
 _STACKED = re.compile(r"\.experts\.(gate_up_proj|down_proj)\w*$")
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def check_experts(foreign: Foreign, where: Path) -> None:

@@ -26,7 +26,9 @@ class Router:
     | DeepSeek-V2 | `Router(groups=8, chosen_groups=3, best_of_group=1, scale=16.0, dtype=torch.float32)` |
     | DeepSeek-V3 | `Router(score="sigmoid", normalize=True, correction_bias=True, groups=8, chosen_groups=4, scale=2.5, dtype=torch.float32)` |
     | Llama 4 | `Router(score="sigmoid", scale_input=True)`, one expert per token |
+    | ERNIE 4.5 | `Router(normalize=True, least_sum=1e-12, correction_bias=True, dtype=torch.float32)` |
     | gpt-oss | `Router(score="softmax_of_chosen", bias=True)` |
+    | Granite | `Router(score="softmax_of_chosen")` |
 
     Attributes:
         score: `"softmax"` over all experts, `"sigmoid"` of each logit, or `"softmax_of_chosen"`: softmax over the
@@ -37,11 +39,13 @@ class Router:
         chosen_groups: experts are chosen within this many groups, those with the largest sum of their best scores.
         best_of_group: number of best scores of a group that are added to rank it: 2 in DeepSeek-V3, 1 in DeepSeek-V2.
         epsilon: added to the sum by which weights are divided (`normalize`); by default 1e-20 for `"sigmoid"`, else 0.
+        least_sum: the sum by which weights are divided is at least this (`normalize`; ERNIE 4.5).
         correction_bias: add a bias `e_score_correction_bias` `[experts]` to the scores for the choice, not for the
             weights. It is float32 and has no gradient; see `polyshard.update_router_bias`.
         bias: add a bias to the logits.
         scale_input: multiply an expert's input by the weight, instead of its output.
         dtype: of the logits' matrix product; None for the model's.
+        float32_weight: an engine keeps the matrix in float32, also if the model has another dtype (ERNIE 4.5).
 
     Raises:
         ConfigurationError: the score is unknown, or the groups are contradictory.
@@ -59,10 +63,12 @@ class Router:
     chosen_groups: int = 1
     best_of_group: int = 2
     epsilon: float | None = None
+    least_sum: float = 0.0
     correction_bias: bool = False
     bias: bool = False
     scale_input: bool = False
     dtype: torch.dtype | None = None
+    float32_weight: bool = False
 
     def __post_init__(self) -> None:
         if self.score not in get_args(Score):
@@ -74,10 +80,10 @@ class Router:
                 f"The router's groups are invalid: got {self.chosen_groups} chosen of {self.groups}, expected at least "
                 "one and at most all."
             )
-        if self.best_of_group < 1 or (self.epsilon is not None and self.epsilon < 0):
+        if self.best_of_group < 1 or (self.epsilon is not None and self.epsilon < 0) or self.least_sum < 0:
             raise ConfigurationError(
-                f"The router is invalid: got best_of_group={self.best_of_group} and epsilon={self.epsilon}, expected "
-                "at least 1 and at least 0."
+                f"The router is invalid: got best_of_group={self.best_of_group}, epsilon={self.epsilon} and "
+                f"least_sum={self.least_sum}, expected at least 1, 0 and 0."
             )
         if self.score == "softmax_of_chosen" and (self.normalize or self.groups > 1 or self.correction_bias):
             raise ConfigurationError(
@@ -151,7 +157,9 @@ class Router:
             for weight in rest:  # one by one, not in an order of a reduction's own
                 total = total + weight
             default = 1e-20 if self.score == "sigmoid" else 0.0
-            weights = weights / (total.unsqueeze(-1) + (default if self.epsilon is None else self.epsilon))
+            total = total + (default if self.epsilon is None else self.epsilon)
+            total = total.clamp(min=self.least_sum) if self.least_sum else total
+            weights = weights / total.unsqueeze(-1)
         return Routing(weights=weights * self.scale if self.scale != 1.0 else weights, experts=experts)
 
     def _within_groups(self, choice: torch.Tensor) -> torch.Tensor:

@@ -5,19 +5,12 @@ import pytest
 import support.vllm_required  # noqa: F401
 import torch
 from support.engines import engine
-from support.models.experts import VOCAB, load_reference, save_moe
+from support.models.experts import VOCAB, routers_of_transformers, save_moe
 
 import polyshard as ps
 from polyshard.cli.verify_exact import random_prompts
 
 pytestmark = pytest.mark.vllm
-
-
-def routers_of_transformers(directory, sequence):
-    """The set of experts of each token but the last, by layer."""
-    with torch.no_grad():
-        output = load_reference(directory, torch.float32)(torch.tensor([sequence[:-1]]), output_router_logits=True)
-    return [logits.topk(2).indices.sort(-1).values for logits in output.router_logits]
 
 
 def test_routing_of_chunked_and_cached_prompts_is_that_of_transformers(tmp_path):

@@ -153,7 +153,7 @@ class HttpClient:
                 f"{self.name} keeps no routing ({error}). Start the server with "
                 f"--worker-extension-cls={ROUTING_WORKER}, and with a registered model that has experts."
             ) from None
-        (routing,) = unpacked_routing(results[0], 1)
+        (routing,) = unpacked_routing(results, 1)
         return routing
 
     def _about_path(self) -> str:
