@@ -133,14 +133,10 @@ class Router:
             The routing, in the order of descending scores.
 
         Raises:
-            RoutingError: on CPU, a logit is not finite.
+            RoutingError: on CPU, a logit or a correction is not finite.
         """
-        if logits.device.type == "cpu" and not torch.compiler.is_compiling() and not logits.isfinite().all():
-            bad = int((~logits.isfinite().all(-1)).sum())
-            raise RoutingError(
-                f"The router's logits are not finite for {bad} of {logits.shape[0]} tokens. The hidden states or the "
-                "router's weights hold NaN or infinity: check the learning rate, or load an earlier checkpoint."
-            )
+        if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_finite(logits, correction)
         if self.score == "softmax_of_chosen":
             logits = _wide(logits)
             experts = _taken(experts, logits.detach().topk(experts_per_token, dim=-1).indices)
@@ -168,6 +164,21 @@ class Router:
         best = grouped.topk(self.best_of_group, dim=-1).values.sum(-1).topk(self.chosen_groups, dim=-1).indices
         kept = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=choice.device).scatter_(1, best, True)
         return grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
+
+
+def _check_finite(logits: torch.Tensor, correction: torch.Tensor | None) -> None:
+    if not logits.isfinite().all():
+        bad = int((~logits.isfinite().all(-1)).sum())
+        raise RoutingError(
+            f"The router's logits are not finite for {bad} of {logits.shape[0]} tokens. The hidden states or the "
+            "router's weights hold NaN or infinity: check the learning rate, or load an earlier checkpoint."
+        )
+    if correction is not None and not correction.isfinite().all():  # every token would choose an expert with NaN
+        bad = int((~correction.isfinite()).sum())
+        raise RoutingError(
+            f"The router's correction bias is not finite for {bad} of {correction.numel()} experts. Load an earlier "
+            "checkpoint."
+        )
 
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:

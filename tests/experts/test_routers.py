@@ -228,6 +228,11 @@ def test_nan_in_the_router_is_named():
     x[3, 1] = float("nan")
     with pytest.raises(ps.RoutingError, match="not finite for 1 of 5 tokens"):
         ours(x)
+    ours = layer(ps.Router(score="sigmoid", correction_bias=True))
+    with torch.no_grad():
+        ours.correction[2] = float("nan")
+    with pytest.raises(ps.RoutingError, match=f"correction bias is not finite for 1 of {EXPERTS} experts"):
+        ours(torch.randn(5, HIDDEN))
 
 
 def test_recomputation_replays_the_experts_of_its_forward_pass():

@@ -8,7 +8,7 @@ from support.engines import engine
 from support.models.experts import VOCAB, routers_of_transformers, save_moe
 
 import polyshard as ps
-from polyshard.adapters.vllm.engines.rollout import refuse_chunked_seeds
+from polyshard.adapters.vllm.engines.rollout import check_sampling, refuse_chunked_seeds
 from polyshard.cli.verify_exact import random_prompts
 
 pytestmark = pytest.mark.vllm
@@ -31,6 +31,8 @@ def test_routing_of_chunked_and_cached_prompts_is_that_of_transformers(tmp_path)
         routing = ps.served_routing(llm, sequences)
         with pytest.raises(ps.ConfigurationError, match="the engine has no routing of 3 tokens"):
             ps.served_routing(llm, [[1, 2, 3, 4]])
+        with pytest.raises(ps.ConfigurationError, match=r"stop=\['a'\] is unsupported: .* Use stop_token_ids="):
+            check_sampling({"stop": ["a"], "stop_token_ids": [3]})
         refuse_chunked_seeds(llm, {"seed": 3}, [[1] * 20] * 3, 1)
         refuse_chunked_seeds(llm, {"seed": None}, [[1] * 20] * 4, 1)
         with pytest.raises(ps.ConfigurationError, match="got 84 tokens for 2 prompts and samples=2, expected at most"):

@@ -79,6 +79,16 @@ def check_known(sampling: Mapping[str, Any]) -> None:
             raise ConfigurationError(
                 f"unknown sampling parameter {name!r}: expected samples or one of {', '.join(sorted(known))}"
             )
+    refuse_stop_strings(sampling)
+
+
+def refuse_stop_strings(sampling: Mapping[str, Any]) -> None:
+    """Raise `ConfigurationError` for stop strings: vLLM looks for them in text, which is not requested."""
+    if sampling.get("stop"):
+        raise ConfigurationError(
+            f"stop={sampling['stop']!r} is unsupported: engines return token IDs and look for no text. Use "
+            "stop_token_ids=, or cut the completions where the text appears."
+        )
 
 
 def refuse_chunked_seeds(llm: Any, sampling: Mapping[str, Any], prompts: Sequence[Sequence[int]], samples: int) -> None:

@@ -161,8 +161,7 @@ class RolloutEngine:
         """Begin to sample completions of each prompt, and return at once; `collect` returns them.
 
         The engines sample while the trainer trains. A sync interrupts completions, which then go on with the new
-        weights: `Rollout.versions` tells the weights of each token. Completions with penalties or stop strings begin
-        again.
+        weights: `Rollout.versions` tells the weights of each token. Completions with penalties begin again.
 
         Args:
             prompts: token IDs, the same on every rank.
