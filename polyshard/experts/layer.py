@@ -223,8 +223,9 @@ class Gate(nn.Module):
         self.axis = context.axis("tensor") if context.layout.sequence_parallel else None
         self.dtype = router.dtype
         bound = hidden_size**-0.5
-        # Trainers keep master weights in float32, and FSDP2 takes one dtype only.
-        dtype = torch.float32 if router.float32_weight and context.attention is not None else None
+        # Not in trainers: FSDP2 takes one dtype only. Not in exact mode: a trainer rounds it to the model's dtype.
+        keeps = router.float32_weight and context.attention is not None and context.exact is None
+        dtype = torch.float32 if keeps else None
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=dtype, device=context.device))
         if context.initialize_weights:
             nn.init.uniform_(self.weight, -bound, bound)

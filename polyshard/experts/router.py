@@ -45,7 +45,8 @@ class Router:
         bias: add a bias to the logits.
         scale_input: multiply an expert's input by the weight, instead of its output.
         dtype: of the logits' matrix product; None for the model's.
-        float32_weight: an engine keeps the matrix in float32, also if the model has another dtype (ERNIE 4.5).
+        float32_weight: an engine keeps the matrix in float32, also if the model has another dtype (ERNIE 4.5). In exact
+            mode, trainer and engine both have it in the model's dtype.
 
     Raises:
         ConfigurationError: the score is unknown, or the groups are contradictory.
