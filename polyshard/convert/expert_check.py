@@ -1,4 +1,4 @@
-"""Checks of experts that are stored one by one, by their numbers: every family's names have the same form."""
+"""Checks of experts by their number: each block has all of its experts, stored one by one or stacked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from polyshard.core.errors import CheckpointError
 
 _PART = re.compile(r"(.+\.experts)\.(\d+)\.([^.]+)")
 _STACKED = re.compile(r"\.experts\.(gate_up_proj|down_proj)\w*$")
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_ALL = re.compile(r"\.experts\.(gate_up_proj|down_proj)$|\.block_sparse_moe\.(input|output)_linear\.weight$")
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def check_experts(foreign: Foreign, where: Path) -> None:
@@ -24,14 +25,15 @@ def check_experts(foreign: Foreign, where: Path) -> None:
         where: its path, for errors.
 
     Raises:
-        CheckpointError: an expert or a part of one is missing, there are more experts than the configuration states, or
-            a block stores its experts both one by one and stacked.
+        CheckpointError: an expert or a part of one is missing, there are more experts than the configuration states, a
+            stacked tensor has another number of experts, or a block stores its experts both one by one and stacked.
     """
     blocks: dict[str, dict[int, set[str]]] = {}
     for match in filter(None, map(_PART.match, foreign.tensors)):
         blocks.setdefault(match[1], {}).setdefault(int(match[2]), set()).add(match[3])
     stacked = {name.rpartition(".")[0]: name for name in foreign.tensors if _STACKED.search(name)}
     field, count = _stated(foreign.config or {})
+    _check_stacked(foreign, where, field, count)
     missing: list[str] = []
     for block, experts in blocks.items():
         if block in stacked:
@@ -57,6 +59,24 @@ def check_experts(foreign: Foreign, where: Path) -> None:
             f"{where} is incomplete: {len(missing)} parts of experts are missing: {some(missing)}{stated}. Copy the "
             "whole checkpoint."
         )
+
+
+def _check_stacked(foreign: Foreign, where: Path, field: str, count: int | None) -> None:
+    held = {name: tensor.shape[0] for name, tensor in foreign.tensors.items() if _ALL.search(name)}
+    for name, number in held.items():
+        if count is not None and number != count:
+            raise CheckpointError(
+                f"{where} has the wrong number of experts: got {number} in {name}, expected {count} by the "
+                f"configuration's {field}={count}. Copy the whole checkpoint, or correct {field}."
+            )
+    pairs = (("gate_up_proj", "down_proj"), ("input_linear.weight", "output_linear.weight"))
+    for name in held:
+        for first, second in (*pairs, *(pair[::-1] for pair in pairs)):
+            other = name.removesuffix(first) + second
+            if name.endswith(f".{first}") and other not in foreign.tensors:
+                raise CheckpointError(
+                    f"{where} is incomplete: {other} is missing beside {name}. Copy the whole checkpoint."
+                )
 
 
 def _stated(config: Mapping[str, Any]) -> tuple[str, int | None]:

@@ -42,17 +42,28 @@ class ExpertStorage:
             the name of the parameter that holds the gate and up projections of all experts,
             `[experts, hidden, 2 * expert size]`, beside `down` `[experts, expert size, hidden]`.
         interleaved: of stacked experts, whether gate and up alternate, instead of all gates before all ups.
+        transposed: of stacked experts, whether the matrices are transposed, as above; else `[experts, 2 * expert size,
+            hidden]` and `[experts, hidden, expert size]`.
+        beside_router: of stacked experts, whether their parameters are stored beside the router, instead of in
+            `experts`.
 
     Examples:
         >>> ExpertStorage(gate="w1", up="w3", down="w2")  # Mixtral
-        ExpertStorage(gate='w1', up='w3', down='w2', stacked=None, interleaved=False)
-    """
+        ExpertStorage(gate='w1', up='w3', down='w2', stacked=None, interleaved=False, transposed=True, beside_router=False)
+    """  # noqa: E501
 
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
     stacked: str | None = None
     interleaved: bool = False
+    transposed: bool = True
+    beside_router: bool = False
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the matrices of the experts are `[in, out]`; experts that are stored one by one are `[out, in]`."""
+        return self.stacked is not None and self.transposed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +71,7 @@ class ExpertBank:
     """The experts of one layer, as given to `create_experts` of a `LinearAdapter`.
 
     An expert computes `down(activation(gate x, up x))`. The bank's parameters are `gate_up`
-    `[local experts, 2 * local size, hidden]` and `down` `[local experts, hidden, local size]`; of stacked storage,
+    `[local experts, 2 * local size, hidden]` and `down` `[local experts, hidden, local size]`; of transposed storage,
     `[local experts, hidden, 2 * local size]` and `[local experts, local size, hidden]`. With `bias` they are followed
     by `gate_up_bias` `[local experts, 2 * local size]` and `down_bias` `[local experts, hidden]`. The local size is the
     expert size divided by the tensor-parallel size.
@@ -120,9 +131,11 @@ class ExpertBank:
             }
         # Interleaved, a gate and its up projection are one block.
         segments = (Segment(size=2 * size, unit=2),) if storage.interleaved else (Segment(size=size),) * 2
+        gate_up, rows = ((count, hidden, 2 * size), 2) if storage.transposed else ((count, 2 * size, hidden), 1)
+        down, columns = ((count, size, hidden), 1) if storage.transposed else ((count, hidden, size), 2)
         result = {
-            "gate_up": WeightLayout(shape=(count, hidden, 2 * size), dim=2, segments=segments, experts=experts),
-            "down": WeightLayout(shape=(count, size, hidden), dim=1, experts=experts),
+            "gate_up": WeightLayout(shape=gate_up, dim=rows, segments=segments, experts=experts),
+            "down": WeightLayout(shape=down, dim=columns, experts=experts),
         }
         if self.bias:
             result["gate_up_bias"] = WeightLayout(shape=(count, 2 * size), dim=1, segments=segments, experts=experts)

@@ -130,8 +130,8 @@ def attach_layouts(module: nn.Module, layouts: Mapping[str, WeightLayout], tenso
 
 
 def set_layouts(module: nn.Module, layouts: Mapping[str, tuple[str, WeightLayout]]) -> None:
-    """Store canonical names and layouts of a layer's parameters on the layer, by their names in it."""
-    setattr(module, _ATTRIBUTE, dict(layouts))
+    """Store canonical names and layouts of a layer's parameters on the layer, by their names in it. Others are kept."""
+    setattr(module, _ATTRIBUTE, {**getattr(module, _ATTRIBUTE, {}), **layouts})
 
 
 def store_as(owner: nn.Module, child: str, name: str) -> None:
@@ -140,11 +140,12 @@ def store_as(owner: nn.Module, child: str, name: str) -> None:
     Args:
         owner: the module that contains the layer.
         child: the attribute of `owner` that is the layer; its parameters must have layouts.
-        name: the name in checkpoints.
+        name: the name in checkpoints; empty to store the parameters as the owner's own.
     """
     known: dict[str, tuple[str, WeightLayout]] = vars(getattr(owner, child)).pop(_ATTRIBUTE)
-    moved = {f"{child}.{inner}": (f"{name}.{canonical}", layout) for inner, (canonical, layout) in known.items()}
-    setattr(owner, _ATTRIBUTE, {**getattr(owner, _ATTRIBUTE, {}), **moved})
+    prefix = f"{name}." if name else ""
+    moved = {f"{child}.{inner}": (f"{prefix}{canonical}", layout) for inner, (canonical, layout) in known.items()}
+    set_layouts(owner, moved)
 
 
 def rename_in_checkpoints(owner: nn.Module, child: str, name: str) -> None:

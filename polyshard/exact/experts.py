@@ -72,8 +72,8 @@ class ExactExpertProducts:
 
     def _matrices(self, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the matrix `[out, in]` of each expert."""
-        stacked = self._bank.storage.stacked is not None
-        return (weights.transpose(1, 2).contiguous() if stacked else weights).unbind(0)
+        transposed = self._bank.storage.is_transposed
+        return (weights.transpose(1, 2).contiguous() if transposed else weights).unbind(0)
 
     def _activated(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the activation of `[rows, 2 * size]`, the clamped one computed in float32 and rounded once."""

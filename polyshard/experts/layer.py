@@ -13,7 +13,7 @@ from polyshard.core.context import ParallelContext
 from polyshard.core.errors import AdapterError, ConfigurationError, LayoutError
 from polyshard.core.experts import ClampedSwiglu, ExpertBank, ExpertStorage
 from polyshard.core.linear_adapter import adapter_with, choose_adapter
-from polyshard.core.weight_table import set_layouts
+from polyshard.core.weight_table import set_layouts, store_as
 from polyshard.experts.balance import Balance
 from polyshard.experts.observed import Observed, in_backward, observe
 from polyshard.experts.router import Router
@@ -148,6 +148,8 @@ class MixtureOfExperts(nn.Module):
         self.add_module(router_name, _gate(bank, router, context))
         self.experts = adapter.create_experts(bank, context)
         attach_expert_layouts(self.experts, bank, context)
+        if bank.storage.beside_router:
+            store_as(self, "experts", "")
         if shared is not None:
             self.add_module(shared.name, _SharedMLP(bank.hidden_size, shared.size, context))
             if shared.gated:
@@ -169,7 +171,8 @@ class MixtureOfExperts(nn.Module):
     @property
     def correction(self) -> torch.Tensor | None:
         """The bias on the router's scores for the choice, float32 `[experts]`; None without one."""
-        return getattr(self.matrix, "e_score_correction_bias", None)
+        bias = getattr(self.matrix, "e_score_correction_bias", None)
+        return bias if bias is None or bias.dim() == 1 else bias.view(-1)  # ERNIE 4.5 stores [1, experts]
 
     def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
         """Return the sum of the experts' outputs for each token, `[..., hidden]`, in the shape of the input."""
@@ -220,7 +223,10 @@ class Gate(nn.Module):
         self.axis = context.axis("tensor") if context.layout.sequence_parallel else None
         self.dtype = router.dtype
         bound = hidden_size**-0.5
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=context.device))
+        # Not in trainers: FSDP2 takes one dtype only. Not in exact mode: a trainer rounds it to the model's dtype.
+        keeps = router.float32_weight and context.attention is not None and context.exact is None
+        dtype = torch.float32 if keeps else None
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=dtype, device=context.device))
         if context.initialize_weights:
             nn.init.uniform_(self.weight, -bound, bound)
         self.bias = nn.Parameter(torch.zeros(num_experts, device=context.device)) if router.bias else None

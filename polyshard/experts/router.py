@@ -26,7 +26,9 @@ class Router:
     | DeepSeek-V2 | `Router(groups=8, chosen_groups=3, best_of_group=1, scale=16.0, dtype=torch.float32)` |
     | DeepSeek-V3 | `Router(score="sigmoid", normalize=True, correction_bias=True, groups=8, chosen_groups=4, scale=2.5, dtype=torch.float32)` |
     | Llama 4 | `Router(score="sigmoid", scale_input=True)`, one expert per token |
+    | ERNIE 4.5 | `Router(normalize=True, least_sum=1e-12, correction_bias=True, dtype=torch.float32)` |
     | gpt-oss | `Router(score="softmax_of_chosen", bias=True)` |
+    | Granite | `Router(score="softmax_of_chosen")` |
 
     Attributes:
         score: `"softmax"` over all experts, `"sigmoid"` of each logit, or `"softmax_of_chosen"`: softmax over the
@@ -37,11 +39,14 @@ class Router:
         chosen_groups: experts are chosen within this many groups, those with the largest sum of their best scores.
         best_of_group: number of best scores of a group that are added to rank it: 2 in DeepSeek-V3, 1 in DeepSeek-V2.
         epsilon: added to the sum by which weights are divided (`normalize`); by default 1e-20 for `"sigmoid"`, else 0.
+        least_sum: the sum by which weights are divided is at least this (`normalize`; ERNIE 4.5).
         correction_bias: add a bias `e_score_correction_bias` `[experts]` to the scores for the choice, not for the
             weights. It is float32 and has no gradient; see `polyshard.update_router_bias`.
         bias: add a bias to the logits.
         scale_input: multiply an expert's input by the weight, instead of its output.
         dtype: of the logits' matrix product; None for the model's.
+        float32_weight: an engine keeps the matrix in float32, also if the model has another dtype (ERNIE 4.5). In exact
+            mode, trainer and engine both have it in the model's dtype.
 
     Raises:
         ConfigurationError: the score is unknown, or the groups are contradictory.
@@ -59,10 +64,12 @@ class Router:
     chosen_groups: int = 1
     best_of_group: int = 2
     epsilon: float | None = None
+    least_sum: float = 0.0
     correction_bias: bool = False
     bias: bool = False
     scale_input: bool = False
     dtype: torch.dtype | None = None
+    float32_weight: bool = False
 
     def __post_init__(self) -> None:
         if self.score not in get_args(Score):
@@ -74,10 +81,10 @@ class Router:
                 f"The router's groups are invalid: got {self.chosen_groups} chosen of {self.groups}, expected at least "
                 "one and at most all."
             )
-        if self.best_of_group < 1 or (self.epsilon is not None and self.epsilon < 0):
+        if self.best_of_group < 1 or (self.epsilon is not None and self.epsilon < 0) or self.least_sum < 0:
             raise ConfigurationError(
-                f"The router is invalid: got best_of_group={self.best_of_group} and epsilon={self.epsilon}, expected "
-                "at least 1 and at least 0."
+                f"The router is invalid: got best_of_group={self.best_of_group}, epsilon={self.epsilon} and "
+                f"least_sum={self.least_sum}, expected at least 1, 0 and 0."
             )
         if self.score == "softmax_of_chosen" and (self.normalize or self.groups > 1 or self.correction_bias):
             raise ConfigurationError(
@@ -127,14 +134,10 @@ class Router:
             The routing, in the order of descending scores.
 
         Raises:
-            RoutingError: on CPU, a logit is not finite.
+            RoutingError: on CPU, a logit or a correction is not finite.
         """
-        if logits.device.type == "cpu" and not torch.compiler.is_compiling() and not logits.isfinite().all():
-            bad = int((~logits.isfinite().all(-1)).sum())
-            raise RoutingError(
-                f"The router's logits are not finite for {bad} of {logits.shape[0]} tokens. The hidden states or the "
-                "router's weights hold NaN or infinity: check the learning rate, or load an earlier checkpoint."
-            )
+        if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_finite(logits, correction)
         if self.score == "softmax_of_chosen":
             logits = _wide(logits)
             experts = _taken(experts, logits.detach().topk(experts_per_token, dim=-1).indices)
@@ -151,7 +154,9 @@ class Router:
             for weight in rest:  # one by one, not in an order of a reduction's own
                 total = total + weight
             default = 1e-20 if self.score == "sigmoid" else 0.0
-            weights = weights / (total.unsqueeze(-1) + (default if self.epsilon is None else self.epsilon))
+            total = total + (default if self.epsilon is None else self.epsilon)
+            total = total.clamp(min=self.least_sum) if self.least_sum else total
+            weights = weights / total.unsqueeze(-1)
         return Routing(weights=weights * self.scale if self.scale != 1.0 else weights, experts=experts)
 
     def _within_groups(self, choice: torch.Tensor) -> torch.Tensor:
@@ -160,6 +165,21 @@ class Router:
         best = grouped.topk(self.best_of_group, dim=-1).values.sum(-1).topk(self.chosen_groups, dim=-1).indices
         kept = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=choice.device).scatter_(1, best, True)
         return grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
+
+
+def _check_finite(logits: torch.Tensor, correction: torch.Tensor | None) -> None:
+    if not logits.isfinite().all():
+        bad = int((~logits.isfinite().all(-1)).sum())
+        raise RoutingError(
+            f"The router's logits are not finite for {bad} of {logits.shape[0]} tokens. The hidden states or the "
+            "router's weights hold NaN or infinity: check the learning rate, or load an earlier checkpoint."
+        )
+    if correction is not None and not correction.isfinite().all():  # every token would choose an expert with NaN
+        bad = int((~correction.isfinite()).sum())
+        raise RoutingError(
+            f"The router's correction bias is not finite for {bad} of {correction.numel()} experts. Load an earlier "
+            "checkpoint."
+        )
 
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ from polyshard.layers.pipeline import pipeline_stage, stage_layers
 from polyshard.layers.vocabulary import lm_head, vocab_embedding
 
 EXPERT_FAMILIES = ("deepseek_v3", "mixtral", "qwen3_moe")
-_EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
+_EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
 
 
 def number_of_experts(fields: Mapping[str, Any]) -> int:

@@ -22,7 +22,7 @@ class StoredBlock:
     Attributes:
         path: the block's path.
         experts: how the experts are stored.
-        names: the names, below `path`, of the tensors that are not experts, by their names in the block.
+        names: the names, below `path`, of the tensors that are not stored expert by expert, by those in the block.
         children: the names, below `path`, of the layer's children that are not experts, by attribute.
     """
 
@@ -60,11 +60,14 @@ def stored_block(model: Any, path: str, block: Any, sizes: Mapping[str, Any]) ->
     transposed = is_transposed(experts, sizes["hidden_size"])
     stored = _converted(model, marks | ({} if transposed else dict(zip(names, (gate_up, down)))))
     values = {float(tensor): name for name, tensor in stored.items() if tensor.numel() == 1}
+    stacked: dict[str, str] = {}
     if transposed:
         interleaved = not getattr(experts, "is_concatenated", True)
         storage, own = ExpertStorage(stacked="gate_up_proj", down="down_proj", interleaved=interleaved), path
-    elif set(stored) & set(names):
-        raise NotRecognised("checkpoints store its experts stacked as [experts, 2 * size, hidden]")
+    elif any(tensor.shape == gate_up.shape for tensor in stored.values()):
+        if sizes["bias"]:
+            raise NotRecognised("checkpoints store its experts stacked as [experts, 2 * size, hidden], with biases")
+        storage, own, stacked = _stacked(path, gate_up, down, stored)
     else:
         storage, own = _one_by_one(path, count, values, stored)
     below = {name: values.get(-0.25 - index, "") for index, name in enumerate(others)}
@@ -72,7 +75,7 @@ def stored_block(model: Any, path: str, block: Any, sizes: Mapping[str, Any]) ->
     if strangers:
         raise NotRecognised(f"checkpoints store its tensors under other names: {strangers[0] or 'unknown ones'}")
     below = {name: stored.removeprefix(f"{own}.") for name, stored in below.items()}
-    return StoredBlock(path=own, experts=storage, names=below, children=_children(below, sizes))
+    return StoredBlock(path=own, experts=storage, names=below | stacked, children=_children(below, sizes))
 
 
 def _converted(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -82,6 +85,26 @@ def _converted(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.
         return revert_weight_conversion(model, tensors)
     except Exception as error:  # transformers' code may raise anything
         raise NotRecognised(f"the storage of its experts is unknown: {type(error).__name__}: {error}") from error
+
+
+def _stacked(
+    path: str, gate_up: torch.Tensor, down: torch.Tensor, stored: Mapping[str, torch.Tensor]
+) -> tuple[ExpertStorage, str, dict[str, str]]:
+    """Return the names of experts that are stacked as in memory, the path of their block, and the names below it."""
+    parent = path.rpartition(".")[0]
+    found = {}
+    for part, wanted in (("experts.gate_up_proj", gate_up), ("experts.down_proj", down)):
+        names = [name for name, tensor in stored.items() if torch.equal(tensor, wanted)]
+        if len(names) != 1 or not names[0].startswith(f"{parent}."):
+            raise NotRecognised(f"checkpoints store its experts under other names: {min(stored)}")
+        found[part] = names[0].removeprefix(f"{parent}.").partition(".")
+    blocks, below = {name[0] for name in found.values()}, {part: name[2] for part, name in found.items()}
+    inside = {name.startswith("experts.") for name in below.values()}
+    if len(blocks) != 1 or len(inside) != 1:
+        raise NotRecognised(f"checkpoints store its experts under other names: {min(stored)}")
+    gate_up_name, down_name = (name.removeprefix("experts.") for name in below.values())
+    storage = ExpertStorage(stacked=gate_up_name, down=down_name, transposed=False, beside_router=not inside.pop())
+    return storage, f"{parent}.{blocks.pop()}", below
 
 
 def _one_by_one(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -32,6 +33,7 @@ class Mixture:
         matrix: path of the router's matrix in the block.
         router_bias: path of the bias of the logits; None without one.
         correction: path of the correction bias; None without one.
+        correction_shape: its shape in checkpoints, `[experts]` or `[1, experts]`.
         stored: the block's names in checkpoints.
         pair: whether the block returns its output as the first of two.
     """
@@ -45,6 +47,7 @@ class Mixture:
     matrix: str
     router_bias: str | None
     correction: str | None
+    correction_shape: tuple[int, ...]
     shared: SharedExperts | None
     activation: str | ClampedSwiglu
     bias: bool
@@ -96,6 +99,7 @@ def find_mixtures(model: Any) -> dict[str, Mixture]:
             if key not in seen:
                 seen[key] = _recognised(module, model.config)
             sizes, router, pair = seen[key]
+            router = replace(router, float32_weight=_stays_float32(model, f"{path}.{sizes['matrix']}"))
             stored = stored_block(model, path, module, sizes)
         except NotRecognised as error:
             raise ConfigurationError(
@@ -119,7 +123,9 @@ def store_mixtures(model: nn.Module, found: dict[str, Mixture]) -> None:
                 rename_in_checkpoints(layer, inner, stored)
         if mixture.correction is not None:
             own = f"{mixture.router_name}.e_score_correction_bias"
-            layout = replicated(layer.get_parameter(own).shape)
+            bias = layer.get_parameter(own).view(mixture.correction_shape)
+            layer.matrix.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
+            layout = replicated(mixture.correction_shape)
             set_layouts(layer, {own: (mixture.stored.names[mixture.correction], layout)})
 
 
@@ -127,6 +133,12 @@ def _is_block(module: nn.Module) -> bool:
     """Whether a module is the parent of experts whose weights are stacked."""
     experts: Any = getattr(module, "experts", None)
     return isinstance(experts, nn.Module) and isinstance(getattr(experts, "gate_up_proj", None), nn.Parameter)
+
+
+def _stays_float32(model: Any, name: str) -> bool:
+    """Whether transformers keeps a parameter in float32 in a model of any dtype."""
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    return any(re.search(rf"(^|\.){re.escape(part)}($|\.)", name) for part in kept)
 
 
 def _identity(block: nn.Module) -> str:
@@ -168,6 +180,7 @@ def _recognised(block: Any, config: Any) -> tuple[dict[str, Any], Router, bool]:
         "num_experts": count,
         "per_token": first_number(_PER_TOKEN, children[router_name], block, config),
         **parts,
+        "correction_shape": tuple(tensor_at(block, parts["correction"]).shape) if parts["correction"] else (),
         "shared": SharedExperts(size=_shared_size(children[shared]), gated=gated, name=shared) if shared else None,
         "activation": ClampedSwiglu(alpha=float(limits[0]), limit=float(limits[1])) if clamped else "silu",  # pyrefly: ignore  # numbers
         "bias": bias,
@@ -181,7 +194,7 @@ def _recognised(block: Any, config: Any) -> tuple[dict[str, Any], Router, bool]:
 def _router_parts(block: nn.Module) -> dict[str, str | None]:
     """Return the router's attribute, and the paths of its matrix, of its bias and of the correction bias in the block.
 
-    The correction bias is a tensor `[experts]` without gradient, of the router or of the block itself.
+    The correction bias is a tensor `[experts]` or `[1, experts]` without gradient, of the router or of the block.
     """
     router = next((name for name in _ROUTERS if name in dict(block.named_children())), None)
     inner = {name: tensor for name, tensor in tensors_of(block).items() if name.startswith(f"{router}.")}
@@ -193,7 +206,7 @@ def _router_parts(block: nn.Module) -> dict[str, str | None]:
     corrections = [
         name
         for name, tensor in (inner | own).items()
-        if tuple(tensor.shape) == (count,) and tensor.is_floating_point() and not tensor.requires_grad
+        if tuple(tensor.shape) in ((count,), (1, count)) and tensor.is_floating_point() and not tensor.requires_grad
     ]
     return {
         "router_name": router,

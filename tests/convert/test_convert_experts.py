@@ -3,12 +3,13 @@
 The oracle is each library's own model: transformers' logits of the converted files are those of the library.
 """
 
+import json
 import re
 import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.oracles.expert_checkpoints import (
     EXPERTS,
     expert_config,
@@ -246,3 +247,24 @@ def test_deepspeed_with_experts_to_hugging_face(tmp_path):
     dense = {**expert_config("qwen3_moe"), "model_type": "qwen3"}
     with pytest.raises(ps.CheckpointError, match="holds 8 files of experts, and the configuration has none"):
         convert(tmp_path / "1", tmp_path / "no", options=Options(config=dense, allow_pickle=True))
+
+
+def test_stacked_experts_of_another_number_than_the_configurations_are_refused(tmp_path):
+    config = {"model_type": "granitemoe", "architectures": ["GraniteMoeForCausalLM"], "num_local_experts": 4}
+    block = "model.layers.0.block_sparse_moe"
+    whole = {f"{block}.input_linear.weight": torch.ones(4, 12, 8), f"{block}.output_linear.weight": torch.ones(4, 8, 6)}
+    cases = {
+        r"got 3 in .*input_linear.weight, expected 4 by the configuration's num_local_experts=4": {
+            **whole,
+            f"{block}.input_linear.weight": torch.ones(3, 12, 8),
+        },
+        r"output_linear.weight is missing beside .*input_linear.weight": {
+            f"{block}.input_linear.weight": torch.ones(4, 12, 8)
+        },
+    }
+    for number, (message, tensors) in enumerate(cases.items()):
+        (source := tmp_path / str(number)).mkdir()
+        (source / "config.json").write_text(json.dumps(config))
+        save_file(tensors, source / "model.safetensors")
+        with pytest.raises(ps.CheckpointError, match=message):
+            convert(source, tmp_path / "no")

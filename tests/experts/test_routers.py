@@ -6,7 +6,9 @@ import transformers
 from torch.nn import functional as F
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeSparseMoeBlock, Ernie4_5_MoeTopKRouter
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeMoE
 from transformers.models.lfm2_moe.modeling_lfm2_moe import Lfm2MoeTopKRouter
 from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
@@ -56,13 +58,25 @@ def blocks():
     options = {"storage": stacked, "bias": True, "activation": ps.ClampedSwiglu(), "router_name": "router"}
     yield "gpt_oss", GptOssMLP(config), layer(ps.Router(score="softmax_of_chosen", bias=True), **options), {}
 
+    config = transformers.GraniteMoeConfig(**SIZES, num_local_experts=EXPERTS)
+    stacked = ps.ExpertStorage(stacked="gate_up_proj", down="down_proj", transposed=False)
+    ours = layer(ps.Router(score="softmax_of_chosen"), storage=stacked, router_name="router")
+    yield "granitemoe", GraniteMoeMoE(config), ours, {}
+    config = transformers.Ernie4_5_MoeConfig(
+        hidden_size=HIDDEN, moe_intermediate_size=SIZE, moe_num_experts=EXPERTS, moe_k=3, moe_num_shared_experts=2
+    )
+    router = ps.Router(normalize=True, least_sum=1e-12, correction_bias=True, dtype=torch.float32)
+    ours = layer(router, shared=ps.SharedExperts(size=2 * SIZE))
+    names = {"gate.e_score_correction_bias": "gate.moe_statics.e_score_correction_bias"}
+    yield "ernie4_5_moe", Ernie4_5_MoeSparseMoeBlock(config), ours, names
 
-def copied(block, ours):
+
+def copied(block, ours, renamed):
     """Pairs of parameters, by the canonical names of ours; both get the same random values."""
     theirs = {**dict(block.named_parameters()), **{n: b for n, b in block.named_buffers() if "correction" in n}}
     pairs = []
     for name, parameter in ours.named_parameters():
-        names = {"experts.gate_up": "experts.gate_up_proj", "experts.down": "experts.down_proj"}
+        names = {"experts.gate_up": "experts.gate_up_proj", "experts.down": "experts.down_proj", **renamed}
         names |= {f"{ours_}_bias": f"{theirs_}_bias" for ours_, theirs_ in names.items()}
         source = names.get(name, name)
         if source.endswith("gate_up.weight"):  # of shared experts, fused in ours
@@ -73,16 +87,16 @@ def copied(block, ours):
         for part in parts:
             torch.nn.init.normal_(part, std=0.3)
         with torch.no_grad():
-            parameter.copy_(torch.cat(list(parts)))
+            parameter.copy_(torch.cat(list(parts)).view_as(parameter))
     assert sum(len(parts) for parts, _ in pairs) == len(theirs)
     return pairs
 
 
 @pytest.mark.parametrize("case", blocks(), ids=lambda case: case[0])
 def test_output_and_gradients_equal_transformers(case):
-    _, block, ours, _ = case
+    _, block, ours, renamed = case
     torch.manual_seed(0)
-    pairs = copied(block, ours)
+    pairs = copied(block, ours, renamed)
     x = torch.randn(2, 9, HIDDEN)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     outputs = [block(inputs[0]), ours(inputs[1])]
@@ -106,8 +120,22 @@ def test_low_scores_are_normalized_with_the_familys_epsilon():
     found = ours.route(F.linear(x, theirs.weight), 3, bias)
     assert torch.equal(found.experts, experts)
     torch.testing.assert_close(found.weights, weights, rtol=1e-5, atol=0)
-    with pytest.raises(ps.ConfigurationError, match="got best_of_group=0 and epsilon=None"):
+    with pytest.raises(ps.ConfigurationError, match="got best_of_group=0, epsilon=None and least_sum=0.0"):
         ps.Router(best_of_group=0)
+
+
+def test_weights_are_divided_by_a_least_sum_if_the_bias_chooses_experts_without_scores():
+    config = transformers.Ernie4_5_MoeConfig(hidden_size=HIDDEN, moe_num_experts=EXPERTS, moe_k=3)
+    theirs, router = Ernie4_5_MoeTopKRouter(config), ps.Router(normalize=True, least_sum=1e-12, correction_bias=True)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(theirs.weight, std=10.0)
+    x, bias = torch.randn(20, HIDDEN), 20 * torch.rand(EXPERTS)
+    theirs.moe_statics.e_score_correction_bias.copy_(bias)
+    _, weights, experts = theirs(x)
+    found = router.route(F.linear(x, theirs.weight), 3, bias)
+    assert torch.equal(found.experts, experts)
+    assert 0 < weights.sum(-1).min() < 1e-3
+    torch.testing.assert_close(found.weights, weights, rtol=1e-5, atol=0)
 
 
 def test_the_sum_over_experts_is_float32_in_bfloat16():
@@ -200,6 +228,11 @@ def test_nan_in_the_router_is_named():
     x[3, 1] = float("nan")
     with pytest.raises(ps.RoutingError, match="not finite for 1 of 5 tokens"):
         ours(x)
+    ours = layer(ps.Router(score="sigmoid", correction_bias=True))
+    with torch.no_grad():
+        ours.correction[2] = float("nan")
+    with pytest.raises(ps.RoutingError, match=f"correction bias is not finite for 1 of {EXPERTS} experts"):
+        ours(torch.randn(5, HIDDEN))
 
 
 def test_recomputation_replays_the_experts_of_its_forward_pass():

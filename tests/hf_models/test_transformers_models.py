@@ -7,11 +7,13 @@ import dataclasses
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from support.engines import engine, greedy
-from support.models.transformers_configs import ALL, HEADS, LFM2, MIXTRAL, SHARDED, WHOLE
+from support.models.transformers_configs import ALL, EXPERTS, HEADS, LFM2, MIXTRAL, SHARDED, WHOLE
 from support.oracles.greedy import assert_same_generation, greedy_transformers
 from support.scripts import on_engine_ranks
 from support.workers.colocated import serve_all
+from support.workers.on_families import families_on_axes, original_outcome
 from support.workers.on_ranks import dropped_logits, transformers_outcome
 
 import polyshard as ps
@@ -34,9 +36,9 @@ def saved(tmp_path_factory):
     def save(name):
         if name not in directories:
             torch.manual_seed(0)
-            model = transformers.AutoModelForCausalLM.from_config({**ALL, "mixtral": MIXTRAL}[name])
-            for weight in model.parameters():
-                torch.nn.init.normal_(weight, std=0.15)  # far from uniform
+            model = transformers.AutoModelForCausalLM.from_config({**ALL, **EXPERTS, "mixtral": MIXTRAL}[name])
+            for key, weight in model.named_parameters():
+                torch.nn.init.normal_(weight, std=0.02 if key.endswith("correction_bias") else 0.15)  # far from uniform
             directories[name] = tmp_path_factory.mktemp("transformers") / "model"
             model.save_pretrained(directories[name])
         return directories[name]
@@ -86,6 +88,24 @@ def test_loss_logits_and_gradients_equal_the_originals(saved, name, tensor, adap
     assert set(got["gradients"]) == set(gradients)
     for stored, gradient in gradients.items():
         torch.testing.assert_close(got["gradients"][stored], gradient, rtol=2e-3, atol=2e-5, msg=stored)
+
+
+def test_experts_in_other_tensors_than_one_by_one(saved):
+    directories = {name: saved(name) for name in EXPERTS}
+    originals = {name: original_outcome(directory) for name, directory in directories.items()}
+    axes = {"tensor": directories, "expert": {"granitemoe": directories["granitemoe"]}}
+    for got in run_ranks(families_on_axes, 2, axes)[0]:
+        for name in got:
+            expected = originals[name]
+            for part in ("logits", "packed"):
+                torch.testing.assert_close(got[name][part], expected[part], rtol=1e-5, atol=1e-5)
+            for stored, gradient in expected["gradients"].items():
+                near = 1e-5 * float(gradient.abs().max()) + 1e-9
+                found = got[name]["gradients"][stored]  # float64, also where transformers keeps float32
+                torch.testing.assert_close(found, gradient.double(), rtol=0, atol=near, msg=stored)
+    stored, again = (load_file(directories["granitemoe"] / part / "model.safetensors") for part in (".", "again"))
+    assert set(stored) == set(again)  # saved at expert parallel 2
+    assert all(torch.equal(again[name].float(), tensor) for name, tensor in stored.items())
 
 
 def test_dropout_does_not_depend_on_the_tensor_parallel_size(tmp_path):
@@ -147,7 +167,7 @@ def test_overridden_rotary_parameters_without_a_base_take_that_of_vllms_own_mode
 
 @pytest.mark.vllm
 def test_served_at_tensor_parallel_2(saved):
-    directories = [saved(name) for name in ("gemma3", "mixtral", "cohere", "olmo2")]
+    directories = [saved(name) for name in ("gemma3", "mixtral", "cohere", "olmo2", "granitemoe")]
     asked = [("vllm", directory, "polyshard:transformers_model") for directory in directories]
     for directory, result in zip(directories, on_engine_ranks(serve_all, 2, asked, PROMPTS, TOKENS)[0], strict=True):
         assert_same_generation(result, greedy_transformers(directory, PROMPTS, TOKENS), BOUND)

@@ -5,19 +5,13 @@ import pytest
 import support.vllm_required  # noqa: F401
 import torch
 from support.engines import engine
-from support.models.experts import VOCAB, load_reference, save_moe
+from support.models.experts import VOCAB, routers_of_transformers, save_moe
 
 import polyshard as ps
+from polyshard.adapters.vllm.engines.rollout import check_sampling, refuse_chunked_seeds
 from polyshard.cli.verify_exact import random_prompts
 
 pytestmark = pytest.mark.vllm
-
-
-def routers_of_transformers(directory, sequence):
-    """The set of experts of each token but the last, by layer."""
-    with torch.no_grad():
-        output = load_reference(directory, torch.float32)(torch.tensor([sequence[:-1]]), output_router_logits=True)
-    return [logits.topk(2).indices.sort(-1).values for logits in output.router_logits]
 
 
 def test_routing_of_chunked_and_cached_prompts_is_that_of_transformers(tmp_path):
@@ -37,11 +31,23 @@ def test_routing_of_chunked_and_cached_prompts_is_that_of_transformers(tmp_path)
         routing = ps.served_routing(llm, sequences)
         with pytest.raises(ps.ConfigurationError, match="the engine has no routing of 3 tokens"):
             ps.served_routing(llm, [[1, 2, 3, 4]])
+        with pytest.raises(ps.ConfigurationError, match=r"stop=\['a'\] is unsupported: .* Use stop_token_ids="):
+            check_sampling({"stop": ["a"], "stop_token_ids": [3]})
+        refuse_chunked_seeds(llm, {"seed": 3}, [[1] * 20] * 3, 1)
+        refuse_chunked_seeds(llm, {"seed": None}, [[1] * 20] * 4, 1)
+        with pytest.raises(ps.ConfigurationError, match="got 84 tokens for 2 prompts and samples=2, expected at most"):
+            refuse_chunked_seeds(llm, {"seed": 3}, [[1] * 20] * 2, 2)
     assert sum(output.num_cached_tokens for output in outputs) > 96
     for sequence, experts in zip(sequences, routing, strict=True):
         assert list(experts) == ["model.layers.0.mlp", "model.layers.1.mlp"]
         for layer, expected in zip(experts.values(), routers_of_transformers(directory, sequence), strict=True):
             assert torch.equal(layer.sort(-1).values, expected)
+
+
+def test_generators_on_cpu_still_have_no_offset():
+    """Why seeds are refused for chunked prompts: vLLM moves the offset of a request's generator."""
+    with pytest.raises(RuntimeError, match="CPU Generator does not use offset"):
+        torch.Generator().set_offset(0)
 
 
 def test_an_engine_without_routing_says_how_to_start_it(tmp_path):

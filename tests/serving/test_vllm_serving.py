@@ -12,6 +12,7 @@ import pytest
 import support.vllm_required  # noqa: F401
 import torch
 from support.engines import engine, greedy
+from support.models.experts import routers_of_transformers, save_moe
 from support.models.tiny import save_tiny
 from support.oracles.greedy import assert_same_generation, greedy_transformers
 from support.paths import WORKERS
@@ -134,9 +135,15 @@ STAGES = {
 }
 
 
-def test_pipeline_parallel_2_with_tied_weights(models):
-    directory, expected = models["llama-tied"]
-    arguments = [str(directory), "1", "torch", json.dumps(PROMPTS), str(TOKENS), json.dumps(STAGES)]
+def test_pipeline_parallel_2_with_tied_weights_and_the_experts_of_all_stages(tmp_path):
+    directory = save_moe(tmp_path / "model", "qwen3_moe", head_dim=32, tie_word_embeddings=True)
+    options = {**STAGES, "factory": "support.workers.experts:tied", "worker_extension_cls": ps.ROUTING_WORKER}
+    arguments = [str(directory), "1", "torch", json.dumps(PROMPTS), str(TOKENS), json.dumps(options)]
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TORCH_COMPILE_DISABLE": "0"}
     result = run_forked(WORKERS / "serving_script.py", *arguments, **settings)
-    assert_same_generation(result, expected, TINY_BOUND)
+    assert_same_generation(result["generated"], greedy_transformers(directory, PROMPTS, TOKENS), TINY_BOUND)
+    for prompt, (tokens, _), experts in zip(PROMPTS, result["generated"], result["routing"], strict=True):
+        expected = routers_of_transformers(directory, [*prompt, *tokens])
+        assert list(experts) == [f"model.layers.{layer}.mlp" for layer in range(len(expected))]
+        for layer, chosen in zip(experts.values(), expected, strict=True):
+            assert torch.equal(torch.tensor(layer).sort(-1).values, chosen)

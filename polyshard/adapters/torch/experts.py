@@ -86,17 +86,17 @@ class TorchExperts(nn.Module):
 
     def _outputs(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Return the outputs of this rank's experts for rows that are sorted by expert."""
-        bank, stacked = self.bank, self.bank.storage.stacked is not None
+        bank, transposed = self.bank, self.bank.storage.is_transposed
         multiply = partial(grouped_matmul, counts=counts)
         gate_up, down = self.weight_for("gate_up", rows), self.weight_for("down", rows)
-        hidden = multiply(rows, gate_up if stacked else gate_up.transpose(1, 2))
+        hidden = multiply(rows, gate_up if transposed else gate_up.transpose(1, 2))
         if bank.bias:
             hidden = hidden + self.weight_for("gate_up_bias", rows).repeat_interleave(counts, 0, output_size=len(rows))
         if bank.storage.interleaved:
             hidden = torch.cat((hidden[..., ::2], hidden[..., 1::2]), dim=-1)
         activation = bank.activation
         hidden = clamped_swiglu(hidden, activation) if isinstance(activation, ClampedSwiglu) else swiglu(hidden)
-        y = multiply(hidden, down if stacked else down.transpose(1, 2))
+        y = multiply(hidden, down if transposed else down.transpose(1, 2))
         if bank.bias:
             bias = self.weight_for("down_bias", rows)
             if (

@@ -20,6 +20,8 @@ from polyshard.transformers.replaced.recognize import NotRecognised
 _TOKENS, _LOW, _SIZE = 40, 8, 4  # tokens, those with low scores for all experts, and expert size
 _EPSILONS = (None, 1e-6)  # added to the sum of the weights: by default 1e-20 or 0, and in LFM2
 _GROUPS, _CHOSEN_GROUPS = ("n_group", "num_group", "n_groups"), ("topk_group", "topk_groups")
+_LEAST_SUMS = ("norm_min", "moe_norm_min")
+_WIDE = 50.0  # factor that makes the scores of most experts smaller than any least sum
 _SCALES = ("routed_scaling_factor", "router_scaling_factor", "moe_router_scaling_factor", "route_scale")
 
 
@@ -99,6 +101,7 @@ class BlockTrial:
                 output = self.block(self.x[None])
                 pair = isinstance(output, tuple)
                 wanted = self._tokens(output)
+                trials = [(self, wanted), *((wide, wide._tokens(wide.block(wide.x[None]))) for wide in self._wide())]
                 noisy = not torch.equal(self._tokens(self.block.train()(self.x[None].clone())), wanted)
                 dtype = self._router_dtype()
         except Exception as error:  # transformers' code may raise anything
@@ -106,16 +109,30 @@ class BlockTrial:
         finally:
             torch.set_default_dtype(before)
         if noisy:
-            raise NotRecognised("it adds noise in training")
+            raise NotRecognised("in training it adds noise or draws experts at random, unlike polyshard.Router")
         for router in self._candidates(config, dtype):
-            got = self._computed(router)
-            if torch.allclose(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max())):
+            if all(_near(trial._computed(router), output) for trial, output in trials):
                 return router, pair
         activation = getattr(self.block.experts, "act_fn", None)
         tried = torch.linspace(-4.0, 4.0, 17, dtype=torch.float32, device="cpu")
         if isinstance(activation, nn.Module) and not torch.allclose(activation(tried), F.silu(tried), atol=1e-5):
             raise NotRecognised(f"its experts' activation is {type(activation).__name__}, expected SiLU")
         raise NotRecognised("no polyshard.Router chooses and weights experts as it does")
+
+    def _wide(self) -> list[BlockTrial]:
+        """Return this trial with larger inputs and correction, if the sum of the weights has a least value.
+
+        The correction then makes tokens choose experts whose scores are almost 0.
+        """
+        if self.sizes["correction"] is None or self._least_sum(self.block) is None:
+            return []
+        wide = copy.copy(self)
+        wide.block, wide.x = copy.deepcopy(self.block), self.x * _WIDE
+        tensor_at(wide.block, self.sizes["correction"]).mul_(_WIDE)
+        return [wide]
+
+    def _least_sum(self, *holders: Any) -> float | None:
+        return first_number(_LEAST_SUMS, getattr(self.block, self.sizes["router_name"]), *holders)
 
     def _tokens(self, output: Any) -> torch.Tensor:
         return (output[0] if isinstance(output, tuple) else output).reshape(_TOKENS, -1)
@@ -130,11 +147,12 @@ class BlockTrial:
         ]
         scales = {1.0, float(first_number(_SCALES, *holders) or 1.0)}
         scores = ("softmax", "sigmoid", "softmax_of_chosen")
-        ways = itertools.product(scores, (True, False), grouped, scales, (False, True), _EPSILONS)
-        for score, normalize, (among, within, best), scale, scale_input, epsilon in ways:
-            if epsilon is not None and not (normalize and score == "sigmoid"):
+        least_sums = dict.fromkeys((float(self._least_sum(*holders) or 0), 0.0))
+        ways = itertools.product(scores, (True, False), grouped, scales, (False, True), _EPSILONS, least_sums)
+        for score, normalize, (among, within, best), scale, scale_input, epsilon, least in ways:
+            if (epsilon is not None and not (normalize and score == "sigmoid")) or (least and not normalize):
                 continue
-            options: dict[str, Any] = {"score": score, "normalize": normalize, "epsilon": epsilon}
+            options: dict[str, Any] = {"score": score, "normalize": normalize, "epsilon": epsilon, "least_sum": least}
             options |= {"groups": among, "chosen_groups": within, "best_of_group": best}
             correction, bias = self.sizes["correction"] is not None, self.sizes["router_bias"] is not None
             options |= {"correction_bias": correction, "bias": bias, "scale": scale, "scale_input": scale_input}
@@ -150,6 +168,7 @@ class BlockTrial:
         matrix, bias, correction = (
             tensor_at(self.block, self.sizes[part]) for part in ("matrix", "router_bias", "correction")
         )
+        correction = None if correction is None else correction.view(-1)
         routing = router.route(F.linear(self.x, matrix, bias), self.sizes["per_token"], correction)
         weights, chosen = routing.weights.unsqueeze(-1), routing.experts
         rows = (
@@ -188,3 +207,7 @@ class BlockTrial:
         with Watch():
             half(self.x[None].bfloat16())
         return torch.float32 if torch.float32 in seen else None
+
+
+def _near(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return torch.allclose(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))

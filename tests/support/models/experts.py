@@ -63,3 +63,10 @@ def save_moe(directory: Path, kind: str, **changes) -> Path:
 def load_reference(directory: Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
     options = {"experts_implementation": "eager", "attn_implementation": "eager"}
     return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options)
+
+
+def routers_of_transformers(directory: Path, sequence: list[int]) -> list[torch.Tensor]:
+    """The set of experts of each token but the last, by layer."""
+    with torch.no_grad():
+        output = load_reference(directory, torch.float32)(torch.tensor([sequence[:-1]]), output_router_logits=True)
+    return [logits.topk(2).indices.sort(-1).values for logits in output.router_logits]

@@ -50,5 +50,13 @@ WHOLE = {  # attention of these is not recognised: it keeps its own code
     ),
 }
 MIXTRAL = transformers.MixtralConfig(**HEADS, num_local_experts=4)  # its checkpoints rename the block
+EXPERTS = {  # other tensors in checkpoints than experts one by one, and a correction bias in a router with softmax
+    "granitemoe": transformers.GraniteMoeConfig(
+        **ALONE, num_local_experts=4, logits_scaling=4.0, residual_multiplier=0.5, attention_multiplier=0.2
+    ),
+    "ernie4_5_moe": transformers.Ernie4_5_MoeConfig(
+        **ALONE, moe_num_experts=4, moe_k=2, moe_intermediate_size=64, tie_word_embeddings=False
+    ),
+}
 LFM2 = transformers.Lfm2Config(**{**ALONE, "num_hidden_layers": 3}, layer_types=["conv", "full_attention", "conv"])
 ALL = {**SHARDED, **WHOLE}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import decoder
 import moe
 import pytest
 import torch
@@ -20,6 +22,16 @@ RATE = 100.0  # large, so that rounding of the weights does not hide an update
 def build(directory: Path, context: ps.ParallelContext, balance: ps.Balance | None = None) -> moe.Decoder:
     model = moe.build_model(ps.read_config(directory), context, balance)
     ps.load_checkpoint(model, directory, context)
+    return model
+
+
+def tied(config: Any, context: ps.ParallelContext) -> decoder.Decoder:
+    """A Qwen3-MoE with tied embeddings, in stages: a dense decoder whose MLPs are exchanged."""
+    model = decoder.build_model(SimpleNamespace(**{**vars(config), "model_type": "qwen3"}), context)
+    sizes = config.hidden_size, config.moe_intermediate_size, config.num_experts, config.num_experts_per_tok
+    for layer in model.model.layers:
+        layer.mlp = ps.mixture_of_experts(*sizes, context, router=ps.Router(normalize=True))
+        layer.feed = lambda x, layer=layer: x + layer.mlp(layer.post_attention_layernorm(x))
     return model
 
 

@@ -46,16 +46,20 @@ def original_outcome(directory: Path) -> dict[str, Any]:
     return {"logits": output.logits.detach(), "packed": packed, "loss": loss.item(), "gradients": names}
 
 
-def families_outcomes(directories: dict[str, Path]) -> dict[str, dict[str, Any]]:
+def families_outcomes(directories: dict[str, Path], axis: str = "tensor") -> dict[str, dict[str, Any]]:
     """The same by `transformers_model` over all ranks; packed sequences are None where the model refuses them."""
     torch.set_default_dtype(torch.float64)
     try:
-        context = ps.initialize(timeout=60, tensor=int(os.environ.get("WORLD_SIZE", "1")))
+        context = ps.initialize(timeout=60, **{axis: int(os.environ.get("WORLD_SIZE", "1"))})
         found = {name: _outcome(directory, context) for name, directory in directories.items()}
         ps.shutdown(context)
         return found
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def families_on_axes(axes: dict[str, dict[str, Path]]) -> list[dict[str, dict[str, Any]]]:
+    return [families_outcomes(directories, axis) for axis, directories in axes.items()]
 
 
 def _outcome(directory: Path, context: ps.ParallelContext) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import decoder
 import torch
 
 import polyshard as ps
+from polyshard.core.model_weights import gather_over
 from polyshard.core.weight_table import stored_parts
 
 
@@ -31,6 +32,8 @@ def full_gradients(model: torch.nn.Module, context: ps.ParallelContext) -> dict[
             for other in shards[1:]:
                 torch.testing.assert_close(other, shards[0], rtol=1e-4, atol=1e-6)  # the same on every rank
         full = entry.layout.assemble(shards)
+        if entry.layout.experts is not None:
+            full = torch.cat(gather_over(context.axis("expert"), full))
         gradients.update(zip(entry.checkpoint_names, stored_parts(entry.layout, len(entry.checkpoint_names), full)))
     return gradients
 
@@ -76,6 +79,8 @@ def training_curve(directory: Path, batches: list, sizes: dict, engine: dict, op
         shards = [shard] if axis.size == 1 else list(axis.collectives.all_gather(shard.unsqueeze(0), 0))
         entry = table[name]
         full = entry.layout.assemble(shards)
+        if entry.layout.experts is not None:
+            full = torch.cat(gather_over(context.axis("expert"), full))
         weights.update(zip(entry.checkpoint_names, stored_parts(entry.layout, len(entry.checkpoint_names), full)))
     trainer.close()
     rank = context.rank

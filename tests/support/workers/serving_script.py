@@ -34,7 +34,14 @@ def main():
         **options,
     }
     llm = LLM(model=directory, **settings)
-    print("RESULT" + json.dumps(greedy(llm, json.loads(prompts), int(tokens))))
+    found = greedy(llm, json.loads(prompts), int(tokens))
+    if "worker_extension_cls" in options:
+        sequences = [[*prompt, *ids] for prompt, (ids, _) in zip(json.loads(prompts), found, strict=True)]
+        routing = [
+            {name: experts.tolist() for name, experts in one.items()} for one in ps.served_routing(llm, sequences)
+        ]
+        found = {"generated": found, "routing": routing}
+    print("RESULT" + json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from polyshard.adapters.vllm.clients.protocol import SampleAnswer, SampleRequest, token_versions
+from polyshard.adapters.vllm.engines.rollout import refuse_stop_strings
 from polyshard.adapters.vllm.engines.routing import ROUTING_METHOD, ROUTING_WORKER, unpacked_routing
 from polyshard.core.errors import ConfigurationError
 
@@ -95,6 +96,7 @@ class HttpClient:
                 although it is requested.
         """
         self._require_known(request.sampling)
+        refuse_stop_strings(request.sampling)
         sampling = {**_NEUTRAL, **request.sampling, "n": 1, "logprobs": 0, "detokenize": False}
         body = {"request_id": request.id, "token_ids": list(request.prompt), "sampling_params": sampling}
         with self._lock:
@@ -153,7 +155,7 @@ class HttpClient:
                 f"{self.name} keeps no routing ({error}). Start the server with "
                 f"--worker-extension-cls={ROUTING_WORKER}, and with a registered model that has experts."
             ) from None
-        (routing,) = unpacked_routing(results[0], 1)
+        (routing,) = unpacked_routing(results, 1)
         return routing
 
     def _about_path(self) -> str:

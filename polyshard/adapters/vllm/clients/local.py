@@ -12,7 +12,7 @@ from typing import Any
 
 from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.clients.protocol import ABORTED, BACKEND, SampleAnswer, SampleRequest, token_versions
-from polyshard.adapters.vllm.engines.rollout import check_known
+from polyshard.adapters.vllm.engines.rollout import check_known, refuse_chunked_seeds
 from polyshard.adapters.vllm.engines.routing import served_routing
 from polyshard.core.errors import ConfigurationError
 
@@ -86,6 +86,7 @@ class LlmClient:
         from vllm import SamplingParams
 
         check_known(request.sampling)
+        refuse_chunked_seeds(self._llm, request.sampling, [request.prompt], 1)
         sampling: dict[str, Any] = {**request.sampling, "n": 1, "logprobs": 0, "detokenize": False}
         parameters = SamplingParams(**sampling)
         future: Future[SampleAnswer] = Future()

@@ -69,6 +69,7 @@ from polyshard.adapters.vllm.compat.engines import (
     model_dtype,
     raises_if_engine_dies,
     runs_pipelines,
+    seeded_tokens_per_step,
     shut_down_engine,
     unfinished_requests,
 )
@@ -180,6 +181,7 @@ __all__ = [
     "replace_lora",
     "rotate_in_place",
     "runs_pipelines",
+    "seeded_tokens_per_step",
     "shut_down_engine",
     "silu_and_mul",
     "source_metadata",

@@ -47,6 +47,18 @@ def runs_pipelines(vllm_config: VllmConfig) -> bool:
     return not (on_cpu and is_eager(vllm_config))
 
 
+def seeded_tokens_per_step(llm: Any) -> int | None:
+    """Return the number of tokens above which an engine may die of requests with a seed; None if it never does.
+
+    When a step computes a part of a prompt, vLLM takes back the random number of its discarded sample, which torch's
+    generators do not support on CPU: the engine dies of "CPU Generator does not use offset" (0.32,
+    v1/worker/gpu_model_runner.py, `set_offset`).
+    """
+    config = llm.llm_engine.vllm_config
+    on_cpu, scheduler = config.device_config.device_type == "cpu", config.scheduler_config
+    return scheduler.max_num_batched_tokens if on_cpu and scheduler.enable_chunked_prefill else None
+
+
 def unfinished_requests(llm: Any) -> list[str]:
     """Return the IDs of an engine's unfinished requests."""
     return list(llm.llm_engine.output_processor.request_states)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,30 @@ def check_known(sampling: Mapping[str, Any]) -> None:
             raise ConfigurationError(
                 f"unknown sampling parameter {name!r}: expected samples or one of {', '.join(sorted(known))}"
             )
+    refuse_stop_strings(sampling)
+
+
+def refuse_stop_strings(sampling: Mapping[str, Any]) -> None:
+    """Raise `ConfigurationError` for stop strings: vLLM looks for them in text, which is not requested."""
+    if sampling.get("stop"):
+        raise ConfigurationError(
+            f"stop={sampling['stop']!r} is unsupported: engines return token IDs and look for no text. Use "
+            "stop_token_ids=, or cut the completions where the text appears."
+        )
+
+
+def refuse_chunked_seeds(llm: Any, sampling: Mapping[str, Any], prompts: Sequence[Sequence[int]], samples: int) -> None:
+    """Raise `ConfigurationError` for requests with a seed whose prompts vLLM may compute in parts and die of it."""
+    from polyshard.adapters.vllm import compat
+
+    limit = compat.seeded_tokens_per_step(llm) if sampling.get("seed") is not None else None
+    tokens = samples * sum(len(prompt) + 1 for prompt in prompts)  # a step has sampled tokens beside prompts
+    if limit is not None and tokens > limit:
+        raise ConfigurationError(
+            f"seed={sampling['seed']} is unsupported for these prompts: got {tokens} tokens for {len(prompts)} prompts "
+            f"and samples={samples}, expected at most max_num_batched_tokens={limit}. vLLM on CPU dies if it computes "
+            "a prompt with a seed in parts. Start the engine with enable_chunked_prefill=False, or leave out the seed."
+        )
 
 
 def checked_prompts(prompts: Iterable[Iterable[Any]], samples: int) -> list[list[int]]:

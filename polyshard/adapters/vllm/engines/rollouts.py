@@ -21,7 +21,7 @@ import torch.distributed as dist
 from polyshard.adapters.vllm.clients.protocol import RolloutClient, listed_engines
 from polyshard.adapters.vllm.engines.draws import same_draws
 from polyshard.adapters.vllm.engines.pool import EnginePool
-from polyshard.adapters.vllm.engines.rollout import Rollout, check_sampling, checked_prompts
+from polyshard.adapters.vllm.engines.rollout import Rollout, check_sampling, checked_prompts, refuse_chunked_seeds
 from polyshard.adapters.vllm.engines.routing import ROUTING_WORKER, served_routing
 from polyshard.adapters.vllm.engines.scratch import engine_folder, temporary_files_in
 from polyshard.adapters.vllm.engines.start import DEFAULTS, start_colocated, start_separate
@@ -161,8 +161,7 @@ class RolloutEngine:
         """Begin to sample completions of each prompt, and return at once; `collect` returns them.
 
         The engines sample while the trainer trains. A sync interrupts completions, which then go on with the new
-        weights: `Rollout.versions` tells the weights of each token. Completions with penalties or stop strings begin
-        again.
+        weights: `Rollout.versions` tells the weights of each token. Completions with penalties begin again.
 
         Args:
             prompts: token IDs, the same on every rank.
@@ -271,6 +270,7 @@ class RolloutEngine:
 
         from polyshard.adapters.vllm import compat
 
+        refuse_chunked_seeds(self.llm, sampling, prompts, samples)
         parameters = SamplingParams(n=samples, logprobs=0, detokenize=False, **sampling)
         draws = same_draws(self._ranks, self._context.device) if self._colocated else nullcontext()
         with compat.raises_if_engine_dies(self.llm), draws:

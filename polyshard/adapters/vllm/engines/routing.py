@@ -48,29 +48,30 @@ def served_routing(
             "return_routing=True to ps.RolloutEngine."
         )
     ids = [list(sequence) for sequence in sequences]
-    return unpacked_routing(llm.collective_rpc(ROUTING_METHOD, args=(ids, list(starts)))[0], len(ids))  # equal on ranks
+    return unpacked_routing(llm.collective_rpc(ROUTING_METHOD, args=(ids, list(starts))), len(ids))
 
 
-def unpacked_routing(answer: Mapping[str, Any], count: int) -> list[dict[str, torch.Tensor]]:
-    """Return the experts of sequences, as a worker's `polyshard_routing` has sent them.
+def unpacked_routing(answers: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, torch.Tensor]]:
+    """Return the experts of sequences, as the workers' `polyshard_routing` has sent them.
 
     Args:
-        answer: of the worker.
+        answers: of all workers, in the order of their ranks. Those of a pipeline stage are equal, and those of several
+            stages have different layers.
         count: number of sequences.
 
     Raises:
-        ConfigurationError: the worker has no experts of some tokens.
+        ConfigurationError: a worker has no experts of some tokens.
     """
-    if answer["missing"]:
+    missing = max(answer["missing"] for answer in answers)
+    if missing:
         raise ConfigurationError(
-            f"the engine has no routing of {answer['missing']} tokens: it has not computed them, or no longer keeps "
+            f"the engine has no routing of {missing} tokens: it has not computed them, or no longer keeps "
             "them. Ask after each call of generate. Of several data-parallel engines of one server, only the first "
             "answers."
         )
-    return [
-        {name: _unpacked(rows[index], answer["per_token"][name]) for name, rows in answer["experts"].items()}
-        for index in range(count)
-    ]
+    experts = {name: rows for answer in answers for name, rows in answer["experts"].items()}
+    per_token = {name: number for answer in answers for name, number in answer["per_token"].items()}
+    return [{name: _unpacked(rows[index], per_token[name]) for name, rows in experts.items()} for index in range(count)]
 
 
 def _unpacked(rows: str, per_token: int) -> torch.Tensor:

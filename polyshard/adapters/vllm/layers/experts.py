@@ -92,8 +92,8 @@ class ServedExperts(QuantizeMethodBase):
         if reason is not None:
             logger.info("experts are computed by %s, not by vLLM's kernel: %s", type(self._experts).__name__, reason)
             return
-        stacked = self._bank.storage.stacked is not None
-        gate_up, down = (held[n].transpose(1, 2) if stacked else held[n] for n in ("gate_up", "down"))
+        transposed = self._bank.storage.is_transposed
+        gate_up, down = (held[n].transpose(1, 2) if transposed else held[n] for n in ("gate_up", "down"))
         down_bias = held.get("down_bias")
         if down_bias is not None and self._axis.rank:
             down_bias = torch.zeros_like(down_bias)  # added once, though the outputs are summed over the ranks

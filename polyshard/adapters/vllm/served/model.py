@@ -109,11 +109,6 @@ class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
         self.recorder = recorder_of(self.model, self.context.get_tensor_parallel_rank())
         self.routing = None
         if vllm_config.parallel_config.worker_extension_cls == ROUTING_WORKER:
-            if axis.size > 1:
-                raise RegistrationError(
-                    f"model {self.registered.name!r}: routing cannot be returned from pipeline stages. Use "
-                    "tensor_parallel_size"
-                )
             self.routing = RoutingRecorder(self.model, vllm_config.cache_config.block_size)
         can_exit = self.registered.outputs == "hidden" and self.last_stage and self.recorder is None
         can_exit = can_exit and self.routing is None  # layers after the last attention skip tokens

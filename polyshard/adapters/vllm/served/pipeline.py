@@ -40,3 +40,13 @@ def names_on_other_stages(name: str, table: WeightTable) -> frozenset[str]:
             "shows, or serve it without pipeline parallel"
         )
     return frozenset(set().union(*stages) - mine)
+
+
+def any_stage(is_true: bool) -> bool:
+    """Return whether something is true of any pipeline stage. A collective over the stages."""
+    group = get_pp_group()
+    if group.world_size == 1:
+        return is_true
+    found = [False] * group.world_size
+    dist.all_gather_object(found, is_true, group=group.cpu_group)
+    return any(found)

@@ -17,6 +17,7 @@ from torch import nn
 
 from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.layers.experts import ServedExperts
+from polyshard.adapters.vllm.served.pipeline import any_stage
 from polyshard.core.errors import RegistrationError
 from polyshard.experts.observed import expert_layers
 
@@ -27,18 +28,18 @@ class RoutingRecorder:
     """The choices of a model's mixture-of-experts layers in one worker.
 
     Args:
-        model: the user's model.
+        model: the user's model, or this worker's stage of it.
         block_size: tokens of a cache block.
 
     Raises:
-        RegistrationError: the model has no such layer.
+        RegistrationError: no pipeline stage has such a layer.
     """
 
     def __init__(self, model: nn.Module, block_size: int) -> None:
         self._layers = dict(expert_layers(model))
-        if not self._layers:
+        if not any_stage(bool(self._layers)):
             raise RegistrationError("routing was requested of a model without a mixture of experts")
-        if max(layer.bank.num_experts for layer in self._layers.values()) > 32768:
+        if max((layer.bank.num_experts for layer in self._layers.values()), default=0) > 32768:
             raise RegistrationError("routing is kept as int16: a layer has more than 32768 experts")
         for layer in self._layers.values():
             _source(layer).records = True
@@ -52,9 +53,13 @@ class RoutingRecorder:
     def add(self, input_ids: torch.Tensor | None, positions: torch.Tensor) -> None:
         """Keep the choices of the step that has just run.
 
+        Every pipeline stage gets the token IDs from vLLM.
+
         Raises:
             RegistrationError: the step cannot be attributed to tokens.
         """
+        if not self._layers:  # a stage of dense layers
+            return
         batch = compat.batch_of_step()
         if batch is None:  # a profiling run
             return
@@ -91,7 +96,7 @@ class RoutingRecorder:
                 self._places = {key: place for key, place in self._places.items() if place[0] >= self._dropped}
 
     def take(self, sequences: Sequence[Sequence[int]], starts: Sequence[int] = ()) -> dict[str, Any]:
-        """Return the choices of all tokens but the last of each sequence by layer: int16, encoded in base64.
+        """Return the choices of all tokens but the last of each sequence by layer of this stage: int16, in base64.
 
         `missing` is the number of tokens that this worker has not computed, or no longer has.
 
@@ -101,6 +106,8 @@ class RoutingRecorder:
         """
         found: dict[str, list[str]] = {name: [] for name in self._layers}
         missing = 0
+        if not self._layers:
+            return {"missing": 0, "per_token": {}, "experts": {}}
         for sequence, start in zip(sequences, starts or [0] * len(sequences), strict=True):
             ids = torch.tensor(sequence[:-1], dtype=torch.int64)
             keys = _mixed(ids, torch.arange(len(ids))).cumsum(0)[start:].tolist()
