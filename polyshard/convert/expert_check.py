@@ -33,7 +33,6 @@ def check_experts(foreign: Foreign, where: Path) -> None:
         blocks.setdefault(match[1], {}).setdefault(int(match[2]), set()).add(match[3])
     stacked = {name.rpartition(".")[0]: name for name in foreign.tensors if _STACKED.search(name)}
     field, count = _stated(foreign.config or {})
-    _check_stacked(foreign, where, field, count)
     missing: list[str] = []
     for block, experts in blocks.items():
         if block in stacked:
@@ -53,6 +52,7 @@ def check_experts(foreign: Foreign, where: Path) -> None:
             for number in range(last + 1 if count is None else count)
             for part in parts - experts.get(number, set())
         ]
+    _check_stacked(foreign, where, field, count)
     if missing:
         stated = "" if count is None else f", by the configuration's {field}={count}"
         raise CheckpointError(

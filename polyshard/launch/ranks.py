@@ -6,6 +6,7 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import sys
 import time
@@ -28,6 +29,9 @@ PRELOAD = [
     "polyshard.launch.ranks",
     "polyshard.adapters.torch.engine",
 ]
+
+_STACKS = signal.SIGUSR1  # on which a rank prints the stacks of its threads
+_HUNG = "did not finish within {:.0f} s, or within 10 s of another rank's error; its stacks are on standard error"
 
 
 class RankError(AssertionError):
@@ -122,11 +126,22 @@ def run_ranks(
         pipes.append(receiving)
     try:
         return _collect(started, pipes, timeout, silent)
+    except RankError:
+        _print_stacks([process for rank, process in enumerate(started) if rank not in silent and process.is_alive()])
+        raise
     finally:
         for process in started:
             if process.is_alive():
                 process.kill()
             process.join()
+
+
+def _print_stacks(processes: list[Any]) -> None:
+    """Let processes that hang print the stacks of their threads to standard error."""
+    for process in processes:
+        os.kill(process.pid, _STACKS)
+    if processes:
+        time.sleep(0.5)
 
 
 def _run(
@@ -136,7 +151,9 @@ def _run(
     pipe: Connection,
 ) -> None:
     os.environ.update(environment)
-    faulthandler.enable(sys.__stderr__ or sys.stderr)  # a crash in native code prints where Python was
+    stderr = sys.__stderr__ or sys.stderr
+    faulthandler.enable(stderr)  # a crash in native code prints where Python was
+    faulthandler.register(_STACKS, stderr)
     torch.set_num_threads(1)
     try:
         answer = ("returned", tree_map_only(torch.Tensor, torch.Tensor.cpu, function(*args)))
@@ -170,7 +187,7 @@ def _collect(processes: list[Any], pipes: list[Connection], timeout: float, sile
                 grace = time.monotonic() + 10.0  # wait for the errors of the other ranks
     troubles = []
     for rank in range(len(processes)):
-        kind, content = answers.get(rank, ("hung", f"did not finish within {timeout:.0f} s"))
+        kind, content = answers.get(rank, ("hung", _HUNG.format(timeout)))
         if kind == "raised" or (kind != "returned" and rank not in silent):
             troubles.append(f"--- rank {rank} {kind} ---\n{content}")
     if troubles:

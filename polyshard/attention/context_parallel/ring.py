@@ -20,6 +20,7 @@ from polyshard.attention.kernels.protocol import AttentionCall, BlockKernel
 from polyshard.attention.kernels.softmax import sinks_gradient, wide, with_sinks
 from polyshard.attention.packing import of_lengths
 from polyshard.core.context import ParallelAxis
+from polyshard.layers.forward_gradients import without_autocast
 
 Piece = tuple[int, int]
 
@@ -73,7 +74,7 @@ class _RingAttention(torch.autograd.Function):
         held = (k, v)
         for step in range(ring.axis.size):
             for rows, seen, call in _blocks(ring, step, q.device):
-                with torch.autocast(q.device.type, enabled=False):  # as in the operator of a single rank
+                with without_autocast(q.device.type):  # as in the operator of a single rank
                     part, logsumexp, _ = ring.kernel.forward(q[rows], held[0][seen], held[1][seen], call)
                 _merge(out[rows], total[rows], part, logsumexp)
             if step + 1 < ring.axis.size:
@@ -97,7 +98,7 @@ class _RingAttention(torch.autograd.Function):
         for step in range(ring.axis.size):
             for rows, seen, call in _blocks(ring, step, q.device):
                 tensors = (q[rows], held[0][seen], held[1][seen], out[rows], total[rows])
-                with torch.autocast(q.device.type, enabled=False):
+                with without_autocast(q.device.type):
                     parts = ring.kernel.backward(grad_out[rows], *tensors, none, call)
                 for target, part in zip((grad_q[rows], sums[0][seen], sums[1][seen]), parts):
                     target += part

@@ -15,6 +15,7 @@ import torch
 from polyshard.attention.kernels.arguments import Arguments, TensorArguments, named, pack, schema, unpack
 from polyshard.attention.kernels.protocol import AttentionCall, BlockKernel
 from polyshard.attention.kernels.softmax import sinks_gradient, wide, with_sinks
+from polyshard.layers.forward_gradients import without_autocast
 
 NAME = "attention"  # in the namespace `polyshard`
 _QKV = "Tensor q, Tensor k, Tensor v"
@@ -53,7 +54,7 @@ def _attention(
     kernel, sinks = _kernels[arguments.settings.kernel], arguments.tensors.sinks
     # Kernels widen where they must; autocast would narrow it again, unless a dispatch mode such as that of selective
     # recomputation has switched it off.
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         out, logsumexp, saved = kernel.forward(q, k, v, unpack(q, k, v, arguments))
     if sinks is not None and not kernel.native_sinks:
         out, logsumexp = with_sinks(out, logsumexp, sinks)
@@ -85,7 +86,7 @@ def _attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     arguments = named(flat)
     kernel, sinks = _kernels[arguments.settings.kernel], arguments.tensors.sinks
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         grads = kernel.backward(grad_out, q, k, v, out, logsumexp, saved, unpack(q, k, v, arguments))
     return *grads, q.new_empty(0) if sinks is None else sinks_gradient(grad_out, out, logsumexp, sinks)
 
