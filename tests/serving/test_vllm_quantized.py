@@ -25,6 +25,8 @@ from polyshard.core.weight_table import collect_layouts
 pytestmark = pytest.mark.vllm
 
 PROMPTS, TOKENS = [[1, 2, 3, 4, 5], [7, 9, 11]], 6
+AMX = torch.cpu._is_amx_tile_supported()
+KIND, CLOSE = ("bfloat16", 0.1) if AMX else ("float32", 1e-4)  # vLLM's int8 kernel for AMX takes no float32
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
 SCHEME = {
     "quant_method": "compressed-tensors",
@@ -68,9 +70,9 @@ def test_int8_gives_what_vllms_own_model_gives(directories):
     ps.register_model("ServedInt8", decoder.build_model)
     found = []
     for architecture in ("ServedInt8", None):
-        with engine(codes, architecture) as llm:
+        with engine(codes, architecture, dtype=KIND) as llm:
             found.append(greedy(llm, PROMPTS, TOKENS))
-    assert_same_generation(found[0], found[1], 1e-4)
+    assert_same_generation(found[0], found[1], CLOSE)
     exact = greedy_transformers(values, PROMPTS, TOKENS)
     errors = [abs(a[1][0] - b[1][0]) for a, b in zip(found[0], exact)]
     assert 0 < max(errors) < 0.1  # activations are rounded to eight bits
@@ -81,7 +83,7 @@ def test_a_reload_is_refused(directories):
     codes, _ = directories
     ps.register_model("ServedInt8", decoder.build_model)
     for architecture in ("ServedInt8", None):
-        with engine(codes, architecture) as llm:
+        with engine(codes, architecture, dtype=KIND) as llm:
             before = greedy(llm, PROMPTS, TOKENS)
             refused = contextlib.nullcontext()
             if architecture is not None:
@@ -131,7 +133,7 @@ def test_four_bits_give_what_their_values_give(tmp_path, method):
     for directory, architecture in ((tmp_path / "codes", "ServedFourBits"), (tmp_path / "values", None)):
         with engine(directory, architecture, **SHORT) as llm:
             found.append(greedy(llm, PROMPTS, TOKENS))
-    assert_same_generation(found[0], found[1], 0.05)
+    assert_same_generation(found[0], found[1], 0.15 if AMX else 0.05)  # with AMX vLLM rounds activations to eight bits
 
 
 def test_groups_out_of_order_and_biases_that_the_model_lacks_are_refused(tmp_path):
@@ -158,7 +160,7 @@ def edit_tensors(directory, change):
 
 @pytest.mark.parametrize("kind", ["float8 by channel", "fp8 in blocks"])
 def test_a_scheme_without_a_kernel_is_refused_by_name_before_weights_are_loaded(tmp_path, kind):
-    if kind.startswith("fp8") and torch.cpu._is_amx_tile_supported():
+    if kind.startswith("fp8") and AMX:
         pytest.skip("vLLM has a kernel for FP8 blocks on CPUs with AMX")
     save_quantized(tmp_path / "a", kind)
     ps.register_model("ServedFloat8", decoder.build_model)
@@ -169,7 +171,7 @@ def test_a_scheme_without_a_kernel_is_refused_by_name_before_weights_are_loaded(
         pass
 
 
-@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="vLLM serves FP8 in blocks on CPUs with AMX only")
+@pytest.mark.skipif(not AMX, reason="vLLM serves FP8 in blocks on CPUs with AMX only")
 def test_fp8_in_blocks_gives_what_its_values_give(tmp_path):
     """Its activations stay bfloat16."""
     whole_blocks = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
