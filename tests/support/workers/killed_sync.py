@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -43,6 +44,15 @@ def attempt(action):
     except Exception as error:
         return {"error": type(error).__name__, "told": str(error), "seconds": time.monotonic() - started}
     return {"error": None, "seconds": time.monotonic() - started}
+
+
+def attempt_within(seconds, action):
+    """`attempt` of something that may wait for ever: vLLM's engine process does not always end with its worker."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(attempt(action)), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else {"error": "no answer", "seconds": seconds}
 
 
 def signal_worker(rank, number):
@@ -87,7 +97,7 @@ def killed(engine, context, llm, result):
     result["worker killed"] = attempt(sync)
     if llm:
         undo()
-        result["then"] = attempt(lambda: greedy(llm, PROMPTS[:1], 4))
+        result["then"] = attempt_within(30, lambda: greedy(llm, PROMPTS[:1], 4))
     if context.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     result["trainer killed"] = attempt(sync)
