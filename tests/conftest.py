@@ -69,6 +69,7 @@ DURATIONS = Path(__file__).with_name("durations.json")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="Leave out vLLM engines and files that take long.")
+    parser.addoption("--all-families", action="store_true", help="Not one in three of transformers' model families.")
     parser.addoption("--record-durations", action="store_true", help="Write tests/durations.json from this run.")
 
 

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,10 +136,10 @@ def reason(message: str) -> str:
     raise ValueError(f"tools/transformers_models.py has no words for this refusal: {message}")
 
 
-def outcomes() -> dict[str, Outcome]:
-    """All families."""
+def outcomes(names: Sequence[str] | None = None) -> dict[str, Outcome]:
+    """Of these families, by default of all."""
     with _quiet():
-        return {name: _family(name) for name in families()}
+        return {name: _family(name) for name in (families() if names is None else names)}
 
 
 @contextlib.contextmanager
@@ -168,11 +168,9 @@ def _family(name: str) -> Outcome:
 
 def page(found: dict[str, Outcome]) -> str:
     """The page's text."""
-    supported = {name: o.cells for name, o in found.items() if o.cells["rows"] == YES}
+    supported = [name for name, o in found.items() if o.cells["rows"] == YES]
     lines = ["## Supported", "", "| model | rows | packed | tensor parallel | served |", "|---|---|---|---|---|"]
-    for name, cells in supported.items():
-        columns = (cells[column] for column in ("rows", "packed", "sharded", "served"))
-        lines.append(f"| {_shown(name)} | {' | '.join(columns)} |")
+    lines += [row(name, found[name]) for name in supported]
     lines += ["", "## Refused", "", "| refusal | models |", "|---|---|"]
     refused: dict[str, list[str]] = {}
     for name, o in found.items():
@@ -180,6 +178,12 @@ def page(found: dict[str, Outcome]) -> str:
             refused.setdefault(o.cells["rows"], []).append(_shown(name))
     lines += [f"| {words} | {', '.join(names)} |" for words, names in sorted(refused.items())]
     return _INTRODUCTION + "\n" + "\n".join(lines) + "\n"
+
+
+def row(name: str, found: Outcome) -> str:
+    """The line of a supported family."""
+    columns = (found.cells[column] for column in ("rows", "packed", "sharded", "served"))
+    return f"| {_shown(name)} | {' | '.join(columns)} |"
 
 
 def _shown(name: str) -> str:

@@ -42,6 +42,13 @@ def width() -> int:
     return _WIDTHS.get(torch.backends.cpu.get_cpu_capability(), 0)
 
 
+@functools.cache
+def has_instructions(name: str) -> bool:
+    """Return whether the processor has instructions that torch knows by this name, such as `amx_bf16`."""
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # missing in the oldest supported torch
+    return bool(able.get(name, False))
+
+
 def unavailable_reason(source: Path) -> str | None:
     """Return why the library of a source file is unavailable_reason, or None. The first call may compile."""
     found = _load_or_reason(source)
@@ -101,8 +108,7 @@ def _load_or_reason(source: Path) -> ctypes.CDLL | str:
 
 
 def _flags_of_processor(capability: str) -> list[str]:
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # missing in the oldest supported torch
-    more = [flag for name, flag in _MORE.get(capability, {}).items() if able.get(name, False)]
+    more = [flag for name, flag in _MORE.get(capability, {}).items() if has_instructions(name)]
     return [*_PROCESSORS[capability], *more]
 
 

@@ -3,11 +3,14 @@
 Measured with benchmarks/attention.py on one thread: the native kernel is the fastest; in bfloat16 it takes about half
 the time of tiles. Without a compiler, in float32 tiles are the fastest up to about a thousand tokens, and torch's flash
 operator for longer sequences; in bfloat16 tiles are the fastest at any length. Padding and block masks are slower.
+With AMX, in bfloat16, the forward pass of torch's flash operator takes 0.5 to 0.8 of the native kernel's time, and its
+backward pass more than the native one's up to a thousand tokens, so each computes one of them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -20,8 +23,10 @@ from polyshard.attention.kernels.cpu.tiles import Run, runs
 from polyshard.attention.kernels.protocol import AttentionCall, AttentionKernel, BlockKernel
 from polyshard.attention.kernels.softmax import wide
 from polyshard.core.attention import AttentionSpec
+from polyshard.native.build import has_instructions
 
 _LONG = 1024  # number of keys from which torch's operator is faster than tiles in float32
+_LONG_IN_TILES = 2048  # number of keys from which its backward pass is faster than the native one with AMX
 
 Way = Literal["tiles", "flash", "native"]
 
@@ -36,6 +41,10 @@ class _ByRun(AttentionKernel, BlockKernel):
         """Return the implementation for this run."""
         raise NotImplementedError
 
+    def forward_way(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> Way:
+        """Return that of its forward pass, another one only if neither is "tiles", which saves weights."""
+        return self.way(run, call, dtype)
+
     @override
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, sinks: torch.Tensor | None
@@ -47,7 +56,7 @@ class _ByRun(AttentionKernel, BlockKernel):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v = (_contiguous_rows(t) for t in (q, k, v))
-        work, kept = self._work(q, call)
+        work, kept = self._work(q, call, self.forward_way)
         if _filled(work, q, k):
             out = q.new_empty((*q.shape[:2], v.shape[-1]))
             logsumexp = q.new_empty(q.shape[:2], dtype=wide(q.dtype))
@@ -78,7 +87,7 @@ class _ByRun(AttentionKernel, BlockKernel):
         call: AttentionCall,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         grad_out, q, k, v, out = (_contiguous_rows(t) for t in (grad_out, q, k, v, out))
-        work, kept = self._work(q, call)
+        work, kept = self._work(q, call, self.way)
         new = torch.Tensor.new_empty if _filled(work, q, k) else torch.Tensor.new_zeros
         grads = (new(q, q.shape), new(k, k.shape), new(v, v.shape))
         for (run, way), part in zip(work, saved.split(kept)):
@@ -91,9 +100,11 @@ class _ByRun(AttentionKernel, BlockKernel):
                     chunked.backward_run(grad_out, q, k, v, out, logsumexp, part, run, call, grads)
         return grads
 
-    def _work(self, q: torch.Tensor, call: AttentionCall) -> tuple[list[tuple[Run, Way]], list[int]]:
+    def _work(
+        self, q: torch.Tensor, call: AttentionCall, way: Callable[[Run, AttentionCall, torch.dtype], Way]
+    ) -> tuple[list[tuple[Run, Way]], list[int]]:
         """Return the runs that have keys, each with its implementation, and the number of weights that each saves."""
-        work = [(run, self.way(run, call, q.dtype)) for run in runs(call) if run.keys]
+        work = [(run, way(run, call, q.dtype)) for run in runs(call) if run.keys]
         return work, [chunked.saved_elements(run, call, q) if way == "tiles" else 0 for run, way in work]
 
 
@@ -103,9 +114,9 @@ def _contiguous_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _filled(work: list[tuple[Run, Way]], q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Return whether every row of all results will be written: native runs write all rows, and cover all tokens."""
+    """Return whether every row of all results will be written: such runs write all rows, and cover all tokens."""
     rows, keys = sum(run.count * run.rows for run, _ in work), sum(run.count * run.keys for run, _ in work)
-    return all(way == "native" for _, way in work) and (rows, keys) == (len(q), len(k))
+    return all(way != "tiles" for _, way in work) and (rows, keys) == (len(q), len(k))
 
 
 class Chunked(_ByRun):
@@ -144,9 +155,14 @@ class Cpu(Chunked):
         if call.alibi_slopes is not None:  # the spec of the custom operator lacks the slopes, which are a tensor
             return "tiles"
         if native.is_faster(run, call) and native.unsupported_reason(call.spec, dtype) is None:
-            return "native"
-        long = run.keys >= _LONG and cpu_flash.supports(run, call) and flash_unsupported_reason(call.spec) is None
-        return "flash" if long else "tiles"
+            return "flash" if run.keys >= _LONG_IN_TILES and _takes_tiles(run, call, dtype) else "native"
+        return "flash" if run.keys >= _LONG and _flash_supports(run, call) else "tiles"
+
+    @override
+    def forward_way(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> Way:
+        """Return "flash" in place of "native" where the processor multiplies tiles of bfloat16."""
+        way = self.way(run, call, dtype)
+        return "flash" if way == "native" and _takes_tiles(run, call, dtype) else way
 
 
 class CpuNative(_ByRun):
@@ -183,6 +199,15 @@ class CpuFlash(_ByRun):
     def way(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> Way:
         """Return "flash", or "tiles" for alignments that torch's operator does not support."""
         return "flash" if cpu_flash.supports(run, call) else "tiles"
+
+
+def _takes_tiles(run: Run, call: AttentionCall, dtype: torch.dtype) -> bool:
+    """Return whether torch's operator supports the run and multiplies tiles of bfloat16 (AMX)."""
+    return dtype == torch.bfloat16 and has_instructions("amx_bf16") and _flash_supports(run, call)
+
+
+def _flash_supports(run: Run, call: AttentionCall) -> bool:
+    return cpu_flash.supports(run, call) and flash_unsupported_reason(call.spec) is None
 
 
 def flash_unsupported_reason(spec: AttentionSpec) -> str | None:
