@@ -116,11 +116,20 @@ class LlmClient:
 
     @contextmanager
     def _between_steps(self) -> Iterator[None]:
-        """Hold the engine, which no other thread then steps or calls."""
+        """Hold the engine, which no other thread then steps or calls.
+
+        Raises:
+            ConnectionError: the engine died while another thread waits for its answer, which vLLM lets it do for ever.
+        """
         self._callers += 1  # a hint: the engine's thread looks at it, and nothing depends on its value
         try:
-            with self._changed:
+            while not self._changed.acquire(timeout=1.0):
+                if not self.is_reachable():
+                    raise ConnectionError(f"{self.name} died, and has not answered an earlier call")
+            try:
                 yield
+            finally:
+                self._changed.release()
         finally:
             self._callers -= 1
 

@@ -50,6 +50,7 @@ class RemoteEngine:
         """Raise if requests are unfinished; abort them if a partially updated model has refused them."""
         requests = self._client.unfinished()
         if requests and self._incomplete:
+            self._await_earlier_call("abort", -1, time.monotonic())
             self._client.abort(requests)
         elif requests:
             raise WeightSyncError(
@@ -129,10 +130,7 @@ class RemoteEngine:
                 errors.append(error)
 
         started = time.monotonic()
-        if self._pending is not None:
-            self._pending.join(self._timeout)  # vLLM answers calls in order
-            if self._pending.is_alive():
-                raise self._error(method, index, time.monotonic() - started, "an earlier call is still unanswered")
+        self._await_earlier_call(method, index, started)
         self._pending = thread = threading.Thread(target=run, name=f"polyshard-{method}", daemon=True)
         thread.start()
         while thread.is_alive() and time.monotonic() - started < self._timeout:
@@ -145,6 +143,16 @@ class RemoteEngine:
             raise self._error(method, index, time.monotonic() - started, "no answer")
         if errors:
             raise self._error(method, index, time.monotonic() - started, _first_line(errors[0])) from errors[0]
+
+    def _await_earlier_call(self, method: str, index: int, started: float) -> None:
+        """Raise if an earlier call is unanswered after the timeout, or a worker died; vLLM answers calls in order."""
+        pending = self._pending
+        while pending is not None and pending.is_alive():
+            pending.join(1.0)
+            waited = time.monotonic() - started
+            gone = any(_process_state(report["pid"]) == "gone" for report in self._reports())
+            if pending.is_alive() and (waited > self._timeout or gone):
+                raise self._error(method, index, waited, "an earlier call is still unanswered")
 
     def _error(self, method: str, index: int, waited: float, seen: str) -> WeightSyncError:
         problems, ranks = [], []
