@@ -7,12 +7,13 @@ READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-slow test-families test-fast docs release lint format lock bench gpu-check gpu-check-vllm test-torch-2.11 test-transformers test-newest clean
+.PHONY: help setup demo test test-slow test-all test-families test-fast docs release lint format lock bench gpu-check gpu-check-vllm test-torch-2.11 test-transformers test-newest clean
 
 help:
 	@echo "make demo    train a real model, serve it in vLLM, prove that both are the same (about six minutes, set-up included)"
 	@echo "make test    the test suite, in less than a quarter of an hour"
 	@echo "make test-slow   rehearsals: documented commands, several machines, kills, the GPU check, model families"
+	@echo "make test-all   both, as CI runs them"
 	@echo "make test-families   all of transformers' model families, in four minutes: after a change of polyshard/transformers"
 	@echo "make test-fast   the tests without vLLM engines, in three minutes"
 	@echo "make docs    the documentation's site, into site/"
@@ -51,6 +52,10 @@ test: $(READY)
 # Rehearsals of documented commands, of several machines, of kills, of the GPU check, and of a third of transformers' model families.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
+
+# Both at once, as CI does: the end of one, where a worker waits for the other, is filled by the other.
+test-all: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # All of transformers' model families, of which test-slow takes one in three.
 test-families: $(READY)
