@@ -226,7 +226,7 @@ def check_micro_batches(micro_batches: Any) -> None:
 def warn_of_unshifted_labels(micro_batches: Any) -> None:
     """Warn if the labels are the tokens themselves and not the tokens after them, as in transformers.
 
-    This is for the first micro-batch. What is no list of micro-batches is left to `check_micro_batches`.
+    This is for the first micro-batch. Values that are not lists of micro-batches are left to `check_micro_batches`.
     """
     if not isinstance(micro_batches, Sequence) or not micro_batches or not isinstance(micro_batches[0], Mapping):
         return

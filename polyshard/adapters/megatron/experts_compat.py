@@ -130,7 +130,7 @@ def run_experts(
         counts: int64 `[experts]`, rows of each expert.
         probabilities: `[rows]`, which scale the outputs.
     """
-    # Since indexing gives each expert a gradient of the whole bank.
+    # `unbind`, since indexing gives each expert a gradient of the whole bank.
     weights = {}
     for index, (first, second) in enumerate(zip(unbind(gate_up), unbind(down))):
         weights[f"local_experts.{index}.linear_fc1.weight"] = first

@@ -84,9 +84,8 @@ def check_elementwise(
         return
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ConfigurationError("LBFGS is unsupported: it evaluates the loss several times in a step. Use AdamW.")
-    if (
-        isinstance(optimizer, torch.optim.Adagrad) and held == "flat"
-    ):  # zero/stage_1_and_2.py and stage3.py of DeepSpeed
+    # Source: zero/stage_1_and_2.py and stage3.py of DeepSpeed.
+    if isinstance(optimizer, torch.optim.Adagrad) and held == "flat":
         raise ConfigurationError(
             "Adagrad is unsupported with ZeRO: DeepSpeed builds it again, without the rates and decays of parameter "
             "groups. Use AdamW, or zero_stage=0."

@@ -1,4 +1,4 @@
-"""`Tensor.unbind` for many large matrices, whose gradients are written where they belong as they arrive."""
+"""`Tensor.unbind` for many large matrices, with a backward pass that writes each gradient directly into the result."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Upload:
 def undo_late(save: Upload, name: str, record: FileRecord) -> None:
     """Raise `CheckpointError`, and mark the directory if it is a checkpoint of which this save has replaced a file."""
     refresh(save.target)
-    theirs = read_manifest(save.target) if (save.target / MANIFEST).is_file() else None
+    theirs = read_manifest(save.target)
     if theirs is None or name not in theirs.files or theirs.files[name] == record:
         check_own(save)  # the other save will find the file
         return

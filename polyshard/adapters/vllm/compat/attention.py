@@ -241,18 +241,15 @@ def uses_latent_cache(vllm_config: VllmConfig) -> bool:
 def latent_unsupported_reason(vllm_config: VllmConfig, spec: AttentionSpec, latent: LatentSpec) -> str | None:
     """Return why vLLM cannot cache latents on this platform; None if it can.
 
-    vLLM checks a CPU backend for nothing: that of AMX would take float32 for bfloat16.
+    vLLM itself does not check whether its CPU backends support a dtype or a size.
 
     Args:
         vllm_config: vLLM's configuration.
         spec: the attention of one layer on this rank.
         latent: its latents.
     """
-    size, dtype, cache = (
-        latent.kv_rank + latent.rope_dim,
-        model_dtype(vllm_config),
-        vllm_config.cache_config.cache_dtype,
-    )
+    size, dtype = latent.kv_rank + latent.rope_dim, model_dtype(vllm_config)
+    cache = vllm_config.cache_config.cache_dtype
     try:
         backend = get_attn_backend(size, dtype, cache, use_mla=True, num_heads=spec.num_heads)
     except (ValueError, NotImplementedError) as error:
@@ -264,6 +261,6 @@ def latent_unsupported_reason(vllm_config: VllmConfig, spec: AttentionSpec, late
     if not backend.supports_dtype(dtype):
         reason = f"{name} does not support {dtype}"
     elif name == "AMX_MLA" and (latent.nope_dim % 32 or spec.v_dim % 32):
-        sizes = f"{latent.nope_dim} and {spec.v_dim}"
-        reason = f"{name} needs multiples of 32 as qk_nope_head_dim and v_head_dim, got {sizes}"
+        got = f"{latent.nope_dim} and {spec.v_dim}"
+        reason = f"{name} needs multiples of 32 as qk_nope_head_dim and v_head_dim, got {got}"
     return reason and f"{reason}. Start the engine with attention_backend='CPU_MLA'"

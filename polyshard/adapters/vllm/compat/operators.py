@@ -11,6 +11,8 @@ from vllm import envs
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.platforms import current_platform
 
+from polyshard.native.build import has_instructions
+
 
 def vllm_matmul(layer: Any, remove_weight: bool) -> Any:
     """Pack `layer.weight` for vLLM's CPU matmul, and return the matmul `(x, weight, bias) -> x Wᵀ + b`."""
@@ -22,9 +24,8 @@ def has_vllm_only_instructions(dtype: torch.dtype) -> bool:
     """Whether vLLM's CPU matmul uses instructions for this dtype that the native one does not, or AMD's zentorch."""
     if current_platform.is_zen_cpu() and hasattr(torch.ops.zentorch, "zentorch_linear_unary"):
         return True
-    capabilities = torch.cpu.get_capabilities()
     instructions = {torch.bfloat16: ("amx_bf16",), torch.float16: ("avx512_fp16", "amx_fp16")}
-    return any(capabilities.get(name, False) for name in instructions.get(dtype, ()))
+    return any(has_instructions(name) for name in instructions.get(dtype, ()))
 
 
 def cpu_packed_matmul(weight: torch.Tensor) -> Any:
@@ -37,9 +38,10 @@ def cpu_packed_matmul(weight: torch.Tensor) -> Any:
 
 @functools.cache
 def allow_amx() -> None:
-    """Ask the kernel of the operating system for AMX tiles, if the processor has them; without it, they are illegal.
+    """Request the use of AMX tiles from the operating system, if the processor has them.
 
-    vLLM's attention and experts use them without asking: oneDNN has asked before them, unless another matmul is used.
+    Without the request, an AMX instruction ends the process with SIGILL. vLLM's attention and experts do not request
+    it: they rely on oneDNN's matmul, which does.
     """
     torch.cpu._init_amx()
 
@@ -50,7 +52,7 @@ def is_row_invariant(dtype: torch.dtype) -> bool:
     Measured with 0.32.0 at up to 3072 input features. With AMX, in bfloat16, rows differ from 576 input features on.
     """
     if dtype == torch.bfloat16:
-        return not torch.cpu.get_capabilities().get("amx_bf16", False)
+        return not has_instructions("amx_bf16")
     return dtype == torch.float32
 
 

@@ -92,7 +92,7 @@ def refuse_stop_strings(sampling: Mapping[str, Any]) -> None:
 
 
 def refuse_chunked_seeds(llm: Any, sampling: Mapping[str, Any], prompts: Sequence[Sequence[int]], samples: int) -> None:
-    """Raise `ConfigurationError` for requests with a seed whose prompts vLLM may compute in parts and die of it."""
+    """Raise `ConfigurationError` for seeded prompts that vLLM may split into chunks: its CPU engine would end."""
     from polyshard.adapters.vllm import compat
 
     limit = compat.seeded_tokens_per_step(llm) if sampling.get("seed") is not None else None

@@ -42,7 +42,7 @@ class _ByRun(AttentionKernel, BlockKernel):
         raise NotImplementedError
 
     def forward_way(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> Way:
-        """Return that of its forward pass, another one only if neither is "tiles", which saves weights."""
+        """Return the implementation of this run's forward pass: "tiles" exactly if `way` is, as it saves weights."""
         return self.way(run, call, dtype)
 
     @override
@@ -160,7 +160,7 @@ class Cpu(Chunked):
 
     @override
     def forward_way(self, run: Run, call: AttentionCall, dtype: torch.dtype) -> Way:
-        """Return "flash" in place of "native" where the processor multiplies tiles of bfloat16."""
+        """Return "flash" instead of "native" for bfloat16 on processors with AMX, else what `way` returns."""
         way = self.way(run, call, dtype)
         return "flash" if way == "native" and _takes_tiles(run, call, dtype) else way
 
