@@ -112,6 +112,8 @@ class TransformersModel(nn.Module):
             inputs_embeds = inputs_embeds if inputs_embeds is None else inputs_embeds.unsqueeze(0)
         tokens = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         bounds = {} if cu_seqlens is None else {"cu_seq_lens_q": cu_seqlens}
+        if positions.is_meta:  # a plan: without a mask, transformers looks for sequences in the positions' values
+            bounds["attention_mask"] = torch.ones_like(positions)
         body = getattr(self, self._body)
         hidden = body(**tokens, position_ids=positions, use_cache=False, return_dict=True, **bounds).last_hidden_state
         hidden = hidden.squeeze(0) if packed else hidden
@@ -124,7 +126,7 @@ class TransformersModel(nn.Module):
 
     def _refuse_packed(self, positions: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None:
         several = cu_seqlens is not None and len(cu_seqlens) > 2
-        if several or bool((positions[..., 1:] == 0).any()):
+        if several or (not positions.is_meta and bool((positions[..., 1:] == 0).any())):
             raise ConfigurationError(f"{self.packed_refusal}. Pass one sequence in each row, [batch, seq].")
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:

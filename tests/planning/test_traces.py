@@ -61,6 +61,24 @@ def test_flops_are_those_of_torchs_counter_on_transformers_model(family):
     assert flops.matmul + flops.attention_square == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral", "qwen3_moe"])
+def test_a_model_of_transformers_is_planned_as_the_model_of_its_config(family, tensor):
+    fields = {**FAMILIES[family], "model_type": family, "norm_topk_prob": True, "max_position_embeddings": 64}
+    own, planned = (
+        record(factory, make(**fields), ps.ParallelLayout(tensor=tensor), rows=2, length=64)[0]
+        for factory, make in (
+            (ps.transformers_model, transformers.AutoConfig.for_model),
+            (planned_decoder, ps.ModelConfig),
+        )
+    )
+    assert sorted(own.sizes.dense_each) == sorted(planned.sizes.dense_each)  # the order of modules is another
+    assert sorted(own.sizes.expert_each) == sorted(planned.sizes.expert_each)
+    assert own.flops == planned.flops
+    assert own.traffic == planned.traffic
+    assert own.held == pytest.approx(planned.held, rel=0.05)  # its norms and rotary embeddings are other code
+
+
 EXPERT_LAYOUTS = [
     ps.ParallelLayout(),
     ps.ParallelLayout(data=4, expert=4),

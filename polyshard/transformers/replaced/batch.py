@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from polyshard.attention.functional import packed_attention
+from polyshard.attention.packing import batch_of
 from polyshard.attention.positions import check_positions
 from polyshard.core.errors import ConfigurationError
 from polyshard.transformers.replaced.dense import allow_dense, masked_attention, warn_once, windowed_attention
@@ -48,11 +49,10 @@ def attend_batch(
             "masked tokens from the row instead of passing a mask, and put sequences that continue into separate rows."
         )
     if mask is None:
-        if cu_seqlens is None:
-            cu_seqlens = torch.arange(batch + 1, device=q.device) * length
-        key_bounds = None if keys == length else torch.arange(batch + 1, device=q.device) * keys
+        bounds = batch_of(batch, length, q.device) if cu_seqlens is None else cu_seqlens
+        key_bounds = None if keys == length else batch_of(batch, keys, q.device)
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-        return packed_attention(q, k, v, cu_seqlens, keys=key_bounds, **features).unflatten(0, (batch, length))
+        return packed_attention(q, k, v, bounds, keys=key_bounds, **features).unflatten(0, (batch, length))
     if mask.dim() == 4:
         kernel = features.pop("kernel", None)
         allow_dense(kernel, "a mask for every pair of query and key")
@@ -190,6 +190,8 @@ def packed_boundaries(
         return None
     if mask is not None and mask.dim() != 2:
         return None  # a dense mask already separates sequences
+    if position_ids.is_meta:
+        return None  # in a plan each row is one sequence
     position_ids = position_ids.expand(batch, -1)
     if mask is None and torch.compiler.is_compiling():
         return _boundaries(position_ids)

@@ -90,7 +90,7 @@ def slot_mask(
         )
     counts = attention_mask[:, first : first + used].bool()
     counts = torch.nn.functional.pad(counts, (0, used - counts.shape[1]))  # tokens beyond the mask are masked
-    if used == kv_length and bool(counts.all()):
+    if used == kv_length and (counts.is_meta or bool(counts.all())):  # a plan's tokens all count
         return None
     counts = counts.clone() if counts is attention_mask else counts
     setattr(counts, _CUT, True)
