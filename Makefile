@@ -7,13 +7,14 @@ READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-slow test-all test-families test-fast docs release lint format lock bench gpu-check gpu-check-vllm test-torch-2.11 test-transformers test-newest clean
+.PHONY: help setup demo test test-slow test-all test-ci test-families test-fast docs release lint format lock bench gpu-check gpu-check-vllm test-torch-2.11 test-transformers test-newest clean
 
 help:
 	@echo "make demo    train a real model, serve it in vLLM, prove that both are the same (about six minutes, set-up included)"
 	@echo "make test    the test suite, in less than a quarter of an hour"
 	@echo "make test-slow   rehearsals: documented commands, several machines, kills, the GPU check, model families"
-	@echo "make test-all   both, as CI runs them"
+	@echo "make test-all   both"
+	@echo "make test-ci   both, without the rehearsals that 20 minutes do not hold; each commit begins with another one"
 	@echo "make test-families   all of transformers' model families, in four minutes: after a change of polyshard/transformers"
 	@echo "make test-fast   the tests without vLLM engines, in three minutes"
 	@echo "make docs    the documentation's site, into site/"
@@ -53,9 +54,14 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
-# Both at once, as CI does: the end of one, where a worker waits for the other, is filled by the other.
+# Both at once: the end of one, where a worker waits for the other, is filled by the other.
 test-all: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Both, in at most 20 minutes on a slow machine, too: no rehearsal begins that may end later, and the last lines name
+# those. Each commit begins with another file, so that a few commits run them all.
+test-ci: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --seconds 1200 --slow-from `git rev-list --count HEAD`
 
 # All of transformers' model families, of which test-slow takes one in three.
 test-families: $(READY)

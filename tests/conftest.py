@@ -44,6 +44,7 @@ torch.set_num_threads(1)
 from multiprocessing import forkserver  # noqa: E402
 
 import pytest  # noqa: E402
+from support import slow_time  # noqa: E402
 
 from polyshard.launch import ranks  # noqa: E402
 
@@ -70,6 +71,8 @@ DURATIONS = Path(__file__).with_name("durations.json")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="Leave out vLLM engines and files that take long.")
     parser.addoption("--all-families", action="store_true", help="Not one in three of transformers' model families.")
+    parser.addoption("--seconds", type=float, help="Begin no slow file that may end later; name those left out.")
+    parser.addoption("--slow-from", type=int, default=0, help="With --seconds: which slow file comes first.")
     parser.addoption("--record-durations", action="store_true", help="Write tests/durations.json from this run.")
 
 
@@ -80,8 +83,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     seconds = json.loads(DURATIONS.read_text())
 
     def takes_long(item: pytest.Item) -> bool:
-        name = item.path.relative_to(ROOT / "tests").as_posix()
-        return item.get_closest_marker("vllm") is not None or seconds.get(name, 0) >= LONG
+        return item.get_closest_marker("vllm") is not None or seconds.get(_file(item), 0) >= LONG
 
     if config.getoption("--fast"):
         config.hook.pytest_deselected(items=[item for item in items if takes_long(item)])
@@ -90,10 +92,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("vllm"):
                 item.add_marker(pytest.mark.skip(reason="needs vLLM"))
-    items.sort(key=lambda item: -seconds.get(item.path.relative_to(ROOT / "tests").as_posix(), 0))
+    items.sort(key=lambda item: -seconds.get(_file(item), 0))
+    budget = config.getoption("--seconds")
+    if budget is not None:
+        slow = sorted({_file(item) for item in items if item.get_closest_marker("slow")})
+        places = {name: place for place, name in enumerate(slow_time.turned(slow, config.getoption("--slow-from")))}
+        items.sort(key=lambda item: places.get(_file(item), -1))  # after all others
+        config.pluginmanager.register(slow_time.TimeForSlow(budget, seconds))
+
+
+def _file(item: pytest.Item) -> str:
+    return item.path.relative_to(ROOT / "tests").as_posix()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    skipped = [report for report in skipped if slow_time.REASON in str(report.longrepr)]
+    for name in sorted({report.nodeid.partition("::")[0] for report in skipped}):
+        terminalreporter.write_line(f"not run, {slow_time.REASON}: {name}", yellow=True)
     if not config.getoption("--record-durations"):
         return
     seconds: dict[str, float] = {}
