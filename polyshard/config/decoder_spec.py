@@ -20,6 +20,7 @@ from polyshard.config.family_defaults import (
     size,
     windows,
 )
+from polyshard.config.latent_spec import LatentSpec
 from polyshard.core.errors import CheckpointError
 
 _REQUIRED = {
@@ -129,6 +130,7 @@ class DecoderSpec:
         qk_norm: whether queries and keys are normalized, with one weight for each channel of a head.
         windows: sliding window of each layer; None for full attention.
         experts: the experts of the layers that have some; None for a dense model.
+        latent: multi-head latent attention, which has no `kv_heads`; None for other attention.
     """
 
     family: str
@@ -149,6 +151,7 @@ class DecoderSpec:
     rope: Rope
     windows: tuple[int | None, ...]
     experts: ExpertSpec | None = None
+    latent: LatentSpec | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any], *, experts: bool = False) -> DecoderSpec:
@@ -174,6 +177,7 @@ class DecoderSpec:
             heads, hidden, layers = (
                 size(config, n) for n in ("num_attention_heads", "hidden_size", "num_hidden_layers")
             )
+            latent = LatentSpec.of(config)
             qkv_bias, output_bias = attention_biases(config, family)
             head_dim = config.get("head_dim", 128 if family == "qwen3" else None)
             if family == "qwen3" and head_dim is None:
@@ -185,7 +189,7 @@ class DecoderSpec:
                 layers=layers,
                 heads=heads,
                 kv_heads=kv_heads(config, family, heads),
-                head_dim=head_dim or hidden // heads,
+                head_dim=latent.plain + latent.rotated if latent else head_dim or hidden // heads,
                 vocabulary=size(config, "vocab_size"),
                 tied=bool(config.get("tie_word_embeddings", False)),
                 qkv_bias=qkv_bias,
@@ -197,6 +201,7 @@ class DecoderSpec:
                 rope=Rope.of(rope_fields(config, family), 1e6 if family == "mixtral" else 10000.0),
                 windows=windows(config, family, layers),
                 experts=ExpertSpec.of(config, layers),
+                latent=latent,
             )
         except KeyError as error:
             raise CheckpointError(
@@ -254,6 +259,9 @@ def expected_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
             layer |= {f"mlp.{n}_proj.bias": (size,) for n, size in (("gate", f), ("up", f), ("down", h))}
         if spec.qk_norm:
             layer |= {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)}
+        if spec.latent is not None:
+            layer = {name: size for name, size in layer.items() if not name.startswith("self_attn.")}
+            layer |= spec.latent.shapes(h, spec.heads)
         if spec.experts is not None and spec.experts.sparse[i]:
             layer = {name: size for name, size in layer.items() if not name.startswith("mlp.")}
             result |= spec.experts.shapes(i, h)

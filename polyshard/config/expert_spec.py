@@ -11,8 +11,26 @@ from typing import Any
 
 from polyshard.config.family_defaults import number, size
 
-EXPERT_FAMILIES = ("dots1", "glm4_moe", "mixtral", "qwen2_moe", "qwen3_moe")
+EXPERT_FAMILIES = ("deepseek_v3", "dots1", "glm4_moe", "mixtral", "qwen2_moe", "qwen3_moe")
 _QWEN = {"qwen2_moe": (60, 4, 1408), "qwen3_moe": (128, 8, 768)}  # experts, experts per token, width
+# Defaults of families with the routers of DeepSeek-V3; None where the field is needed.
+_DEEPSEEK: Mapping[str, Mapping[str, Any]] = {
+    "deepseek_v3": {
+        **{"n_routed_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 2048, "n_shared_experts": 1},
+        **{"first_k_dense_replace": 3, "n_group": 8, "topk_group": 4, "norm_topk_prob": True},
+        "routed_scaling_factor": 2.5,
+    },
+    "dots1": {
+        **{"n_routed_experts": None, "num_experts_per_tok": None, "moe_intermediate_size": 1408},
+        **{"n_shared_experts": None, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1},
+        **{"norm_topk_prob": False, "routed_scaling_factor": 1.0},
+    },
+    "glm4_moe": {
+        **{"n_routed_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1408, "n_shared_experts": 1},
+        **{"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True},
+        "routed_scaling_factor": 1.0,
+    },
+}
 _GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -93,7 +111,7 @@ class ExpertSpec:
                 sparse=tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers)),
                 shared=None if family == "qwen3_moe" else _shared_qwen(config),
             )
-        return _like_deepseek(cls, config, layers, family) if family in ("dots1", "glm4_moe") else None
+        return _like_deepseek(cls, config, layers, family) if family in _DEEPSEEK else None
 
     def router(self, layer: int) -> str:
         """Return the name of a layer's router weight, `[count, hidden]`."""
@@ -150,20 +168,20 @@ def _shared_qwen(config: Mapping[str, Any]) -> SharedSpec:
 
 def _like_deepseek(cls: type[ExpertSpec], config: Mapping[str, Any], layers: int, family: str) -> ExpertSpec:
     """Return the experts of a family whose routers and experts are those of DeepSeek-V3."""
-    glm = family == "glm4_moe"
-    width = _size(config, ("moe_intermediate_size",), 1408)
-    shared = _size(config, ("n_shared_experts",), 1 if glm else None)
-    dense = config.get("first_k_dense_replace", 1 if glm else 0) or 0
-    groups = _size(config, ("n_group",), 1), _size(config, ("topk_group",), 1)
+    default = _DEEPSEEK[family]
+    width = _size(config, ("moe_intermediate_size",), default["moe_intermediate_size"])
+    shared = _size(config, ("n_shared_experts",), default["n_shared_experts"])
+    dense = config.get("first_k_dense_replace", default["first_k_dense_replace"]) or 0
+    groups = tuple(_size(config, (name,), default[name]) for name in ("n_group", "topk_group"))
     return cls(
-        count=_size(config, ("n_routed_experts", "num_local_experts"), 128 if glm else None),
-        top_k=_size(config, ("num_experts_per_tok",), 8 if glm else None),
+        count=_size(config, ("n_routed_experts", "num_local_experts"), default["n_routed_experts"]),
+        top_k=_size(config, ("num_experts_per_tok",), default["num_experts_per_tok"]),
         intermediate=width,
-        normalized=bool(config.get("norm_topk_prob", glm)),
+        normalized=bool(config.get("norm_topk_prob", default["norm_topk_prob"])),
         sparse=tuple(layer >= dense for layer in range(layers)),
         score="sigmoid",
-        scale=number(config, "routed_scaling_factor", 1.0),
-        groups=groups if groups[1] < groups[0] else (1, 1),
+        scale=number(config, "routed_scaling_factor", default["routed_scaling_factor"]),
+        groups=(groups[0], groups[1]) if groups[1] < groups[0] else (1, 1),
         shared=SharedSpec(width=shared * width, name="shared_experts"),
     )
 

@@ -39,6 +39,8 @@ def number(config: Mapping[str, Any], name: str, default: float) -> float:
 
 def kv_heads(config: Mapping[str, Any], family: str, heads: int) -> int:
     """Return the number of key and value heads."""
+    if family == "deepseek_v3":
+        return heads  # of latent attention; transformers does not use the field
     found = config.get("num_key_value_heads", _KV_HEADS[family]) or heads
     return size({"num_key_value_heads": found}, "num_key_value_heads")
 
@@ -72,7 +74,7 @@ def windows(config: Mapping[str, Any], family: str, layers: int) -> tuple[int | 
     Raises:
         CheckpointError: a field is invalid.
     """
-    if family in ("glm4_moe", "llama"):
+    if family in ("deepseek_v3", "glm4_moe", "llama"):
         return (None,) * layers
     if family.startswith("qwen") and not config.get("use_sliding_window", False):
         window = None

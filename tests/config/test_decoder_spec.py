@@ -64,6 +64,12 @@ EXPERT_OPTIONAL = ("num_local_experts", "num_experts_per_tok", "moe_intermediate
 EXPERT_OPTIONAL += ("decoder_sparse_step", "mlp_only_layers", "num_experts", "shared_expert_intermediate_size")
 EXPERT_OPTIONAL += ("qkv_bias", "first_k_dense_replace", "routed_scaling_factor", "n_group", "topk_group")
 EXPERT_OPTIONAL += ("n_routed_experts", "n_shared_experts", "use_qk_norm")
+LATENT_CHANGES = (
+    {"n_group": 2, "topk_group": 1},
+    {"q_lora_rank": None, "attention_bias": True, "rope_interleave": False, "n_group": 1, "topk_group": 1},
+)
+EXPERT_OPTIONAL += ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank")
+EXPERT_OPTIONAL += ("rope_interleave",)
 NEEDED = {"dots1": ("num_experts_per_tok", "n_routed_experts", "n_shared_experts")}  # they have no default
 
 
@@ -72,6 +78,7 @@ NEEDED = {"dots1": ("num_experts_per_tok", "n_routed_experts", "n_shared_experts
     [
         *itertools.product(("mixtral", "qwen2_moe", "qwen3_moe"), EXPERT_CHANGES),
         *itertools.product(("dots1", "glm4_moe"), LIKE_DEEPSEEK),
+        *itertools.product(("deepseek_v3",), LATENT_CHANGES),
     ],
 )
 def test_experts_are_read_as_transformers_reads_them(family, changes, tmp_path):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.oracles.expert_checkpoints import (
     EXPERTS,
+    YARN,
     expert_config,
     save_deepspeed_experts,
     save_megatron_experts,
@@ -33,6 +34,10 @@ def allowed(family, **changes):
 
 # Cases of the checkpoints: what the configuration has beside `expert_config`'s fields.
 CHANGES = {"dots1": {"n_group": 2, "topk_group": 1}, "qwen2_moe": {"norm_topk_prob": False}}
+CHANGES["deepseek_v3"] = {
+    **{"n_group": 2, "topk_group": 1},
+    "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, **YARN},
+}
 GROUPED = {"moe_grouped_gemm": True}
 
 
@@ -48,11 +53,19 @@ def assert_converted(folder, case, logits):
 def test_megatron_with_expert_parallel_to_hugging_face(tmp_path):
     """Of two expert ranks: `torch_dist`, `mp_rank_TT_EEE`, and with two pipeline stages `mp_rank_TT_PPP_EEE`."""
     cases = {"mixtral": ("mixtral", {}), "glm4_moe": ("glm4_moe", {}), "dots1": ("dots1", GROUPED)}
+    cases["deepseek_v3"] = ("deepseek_v3", {})
     logits = run_ranks(save_megatron_experts, 2, tmp_path, 1, 2, cases)[0]
     for case in cases:
         notes = assert_converted(tmp_path, case, logits).notes
         assert any("e_score_correction_bias is written as zeros" in n for n in notes) == (case == "dots1")
     legacy = tmp_path / "mixtral" / "legacy" / "iter_0000003"
+    other_epsilon = allowed("deepseek_v3", **CHANGES["deepseek_v3"], rms_norm_eps=1e-5)
+    bare = files_of(tmp_path / "deepseek_v3")
+    for state in bare:
+        del state["args"]
+    save_files(tmp_path / "bare", bare)
+    done = convert(tmp_path / "bare", tmp_path / "hf-bare", options=other_epsilon)
+    assert any("the norms of latents add 1e-05 in Megatron and 1e-06 in transformers" in note for note in done.notes)
     files = files_of(legacy)
     save_stages(tmp_path / "stages", files)
     convert(tmp_path / "stages", tmp_path / "hf-stages", options=allowed("mixtral"))
@@ -108,6 +121,9 @@ def test_megatron_with_expert_parallel_to_hugging_face(tmp_path):
         convert(tmp_path / "mixtral" / "legacy", tmp_path / "no", options=allowed("mixtral"))
 
 
+_LATENT = CHANGES["deepseek_v3"]
+_ROPE = _LATENT["rope_parameters"]
+
 # Family, changes of the configuration, arguments of the checkpoint, and the error.
 ROUTERS = [
     (
@@ -146,6 +162,34 @@ ROUTERS = [
         *("dots1", {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 1}, {"moe_router_topk": 1}),
         "topk_group: Megatron ranks groups by the sum of their 1 best experts",
     ),
+    (
+        *("deepseek_v3", {**_LATENT, "kv_lora_rank": 21}, {}),
+        "kv_lora_rank: the checkpoint's arguments say 20, the configuration 21",
+    ),
+    (
+        *("deepseek_v3", _LATENT, {"mscale": 0.9}),
+        "mscale: the checkpoint's arguments say 0.9, the configuration 0.7",
+    ),
+    (
+        *("deepseek_v3", {**_LATENT, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, {}),
+        "rotary scaling: the checkpoint's arguments say yarn by 4.0, the configuration default",
+    ),
+    (
+        *("deepseek_v3", _LATENT, {"multi_latent_attention": False}),
+        "multi_latent_attention: the checkpoint's arguments say False, the configuration True",
+    ),
+    (
+        *("deepseek_v3", {**_LATENT, "rope_interleave": False}, {}),
+        "rope_interleave=false: Megatron's latent attention rotates neighbouring channels",
+    ),
+    (
+        *("deepseek_v3", {**_LATENT, "rope_parameters": {**_ROPE, "attention_factor": 2.0}}, {}),
+        "Megatron's latent attention has none",
+    ),
+    (
+        *("mixtral", {}, {"multi_latent_attention": True}),
+        "its arguments say multi_latent_attention=True",
+    ),
 ]
 
 
@@ -183,7 +227,7 @@ def save_stages(folder, files):
 
 
 def test_megatron_with_experts_on_two_tensor_ranks_to_hugging_face(tmp_path):
-    cases = {"qwen3_moe": ("qwen3_moe", {}), "qwen2_moe": ("qwen2_moe", GROUPED)}
+    cases = {"qwen3_moe": ("qwen3_moe", {}), "qwen2_moe": ("qwen2_moe", GROUPED), "deepseek_v3": ("deepseek_v3", {})}
     logits = run_ranks(save_megatron_experts, 2, tmp_path, 2, 1, cases)[0]
     for case in cases:
         assert_converted(tmp_path, case, logits)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from polyshard.adapters.megatron.expert_arguments import NEUTRAL_OF_EXPERTS, expected_of_experts, expert_differences
+from polyshard.adapters.megatron.latent import latent_differences, with_latent
 from polyshard.config.decoder_spec import DecoderSpec, Rope, foreign_fields
 from polyshard.core.errors import CheckpointError
 
@@ -126,6 +127,8 @@ def check_arguments(where: object, held: Mapping[str, Any], spec: DecoderSpec) -
         CheckpointError: the arguments describe another model.
     """
     neutral = {**NEUTRAL, **NEUTRAL_OF_EXPERTS} if spec.experts else NEUTRAL
+    if spec.latent:
+        neutral = {name: same for name, same in neutral.items() if name != "multi_latent_attention"}
     wrong = [f"{name}={held[name]!r}" for name, same in neutral.items() if name in held and held[name] not in same]
     if wrong:
         raise CheckpointError(
@@ -137,7 +140,8 @@ def check_arguments(where: object, held: Mapping[str, Any], spec: DecoderSpec) -
         if held.get(name) is not None and not _equal(held[name], expected)
     ]
     differences += expert_differences(spec, held)
-    differences += _rope_differences(held, spec.rope) + _window_differences(held, spec)
+    differences += latent_differences(spec, held) if spec.latent else _rope_differences(held, spec.rope)
+    differences += _window_differences(held, spec)
     if differences:
         raise CheckpointError(
             f"{where} is of another model than the configuration: {'; '.join(differences)}. Pass --config with the "
@@ -188,7 +192,7 @@ def _expected(spec: DecoderSpec, held: Mapping[str, Any]) -> dict[str, Any]:
         expected["vocab_size"] = spec.vocabulary
     if spec.experts and all(spec.experts.sparse):
         del expected["ffn_hidden_size"]  # no layer has this width
-    return expected | expected_of_experts(spec, held)
+    return with_latent(spec, expected, held) | expected_of_experts(spec, held)
 
 
 def _rope_differences(held: Mapping[str, Any], rope: Rope) -> list[str]:

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import DefaultSavePlanner, save
 from polyshard.adapters.megatron.arguments import arguments_of, check_arguments, padded_rows, plain_arguments
 from polyshard.adapters.megatron.expert_arguments import capacity_note
 from polyshard.adapters.megatron.expert_names import COUNTERS, expert_notes, unstacked
+from polyshard.adapters.megatron.latent import latent_notes
 from polyshard.adapters.megatron.names import LAYERS, from_hugging_face, padding_note, to_hugging_face
 from polyshard.adapters.megatron.reference_logits import independent
 from polyshard.adapters.shared.distributed_checkpoint import stored_tensors
@@ -65,7 +66,7 @@ class MegatronDistFormat:
         check_arguments(path, arguments, spec)
         tensors = to_hugging_face(path, held, spec, padded_rows(arguments, spec, options.padded_vocabulary))
         notes = (f"left out {len(left)} tensors of the training state, such as {left[0]}",) if left else ()
-        notes += padding_note(held, spec) + expert_notes(held, spec) + capacity_note(arguments)
+        notes += padding_note(held, spec) + expert_notes(held, spec) + capacity_note(arguments) + latent_notes(spec)
         notes += () if arguments else (NO_ARGUMENTS,)
         return Foreign(tensors=tensors, config=config, companions=path, notes=notes)
 

@@ -24,6 +24,7 @@ from polyshard.adapters.megatron.expert_names import (
     local_expert,
     one_by_one,
 )
+from polyshard.adapters.megatron.latent import latent_notes
 from polyshard.adapters.megatron.names import LAYERS, padding_note, to_hugging_face
 from polyshard.adapters.megatron.reference_logits import independent
 from polyshard.config.decoder_spec import DecoderSpec
@@ -42,11 +43,17 @@ _DIMENSIONS = {
     "linear_qkv.weight": 0,
     "linear_qkv.bias": 0,
     "linear_proj.weight": 1,
+    "linear_q_proj.weight": 0,
+    "linear_q_up_proj.weight": 0,
+    "linear_kv_up_proj.weight": 0,
     "linear_fc1.weight": 0,
     "linear_fc1.bias": 0,
     "linear_fc2.weight": 1,
     "output_layer.weight": 0,
 }
+
+# Projections to latents: local layers shard their rows, Transformer Engine has all of them on each rank.
+_SHARDED_OR_NOT = ("linear_q_down_proj.weight", "linear_kv_down_proj.weight")
 
 # On the first and on the last stage: ranks that hold both are no pipeline.
 _FIRST, _LAST = "embedding.word_embeddings.weight", "decoder.final_layernorm.weight"
@@ -95,7 +102,7 @@ class MegatronLegacyFormat:
             first += _add(held, place, states, first)
         rows = padded_rows(arguments, spec, options.padded_vocabulary)
         tensors = to_hugging_face(path, held, spec, rows)
-        notes = padding_note(held, spec) + expert_notes(held, spec) + capacity_note(arguments)
+        notes = padding_note(held, spec) + expert_notes(held, spec) + capacity_note(arguments) + latent_notes(spec)
         notes += () if arguments else (NO_ARGUMENTS,)
         left = sorted({key for content in files.values() for key in content if not key.startswith("model")})
         counters = {name for state in _models(files) for name in state if COUNTERS.search(name)}
@@ -269,6 +276,8 @@ def _experts_of_a_rank(place: Path, parts: list[dict[str, list[torch.Tensor]]]) 
 
 def _joined(place: Path, parts: list[torch.Tensor], name: str) -> LazyTensor:
     dim = next((d for end, d in _DIMENSIONS.items() if name.endswith(end)), None)
+    if name.endswith(_SHARDED_OR_NOT) and not all(torch.equal(parts[0], part) for part in parts[1:]):
+        dim = 0
     if dim is None or len(parts) == 1:
         if any(not torch.equal(parts[0], part) for part in parts[1:]):
             raise CheckpointError(

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from polyshard.adapters.megatron.expert_names import experts_to_hugging_face
+from polyshard.adapters.megatron.latent import latent_names
 from polyshard.adapters.shared.hugging_face_names import same_head
 from polyshard.checkpoint.quantization.detect import short
 from polyshard.config.decoder_spec import DecoderSpec, expected_shapes
@@ -31,9 +32,14 @@ Single = tuple[tuple[tuple[str, ...], str], ...]
 
 def _single(spec: DecoderSpec) -> Single:
     """Return Megatron's names (the first is written) and Hugging Face's name of each unfused tensor in a layer."""
-    found: list[tuple[tuple[str, ...], str]] = [
-        ((f"{QKV}.layer_norm_weight", "input_layernorm.weight"), "input_layernorm.weight"),
-        (("self_attention.linear_proj.weight",), "self_attn.o_proj.weight"),
+    if spec.latent is None:
+        found = [
+            ((f"{QKV}.layer_norm_weight", "input_layernorm.weight"), "input_layernorm.weight"),
+            (("self_attention.linear_proj.weight",), "self_attn.o_proj.weight"),
+        ]
+    else:
+        found = latent_names(spec.latent)
+    found += [
         ((f"{GATE_UP}.layer_norm_weight", "pre_mlp_layernorm.weight"), "post_attention_layernorm.weight"),
         (("mlp.linear_fc2.weight",), "mlp.down_proj.weight"),
     ]
@@ -77,7 +83,7 @@ def to_hugging_face(
         )
 
     result = {"model.embed_tokens.weight": _rows(need(EMBEDDING), "the embedding", spec.vocabulary, padded)}
-    for leaf in _leaves(spec.qkv_bias):
+    for leaf in _leaves(spec.qkv_bias) if spec.latent is None else ():
         for i in range(spec.layers):
             fused = need(f"{LAYERS}{i}.{QKV}.{leaf}")
             for part, name in enumerate("qkv"):

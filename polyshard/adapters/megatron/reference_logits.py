@@ -18,12 +18,17 @@ from typing import Any
 import torch
 
 from polyshard.adapters.megatron.expert_arguments import router_settings
+from polyshard.adapters.megatron.latent import latent_settings
+from polyshard.adapters.megatron.latent_compat import with_local_attention
 from polyshard.config.decoder_spec import DecoderSpec
 from polyshard.convert.format import Independent, NotComparableError, Options
 from polyshard.convert.pickles import load_pickle
 from polyshard.core.errors import CheckpointError
 
 TIMEOUT = 600
+_LATENT = ("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+_LATENT += ("rope_type", "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+_LATENT += ("mscale", "mscale_all_dim")
 _REFUSED = "polyshard: Megatron-Core refuses the weights: "
 
 
@@ -90,7 +95,7 @@ def _settings(spec: DecoderSpec, arguments: Mapping[str, Any]) -> dict[str, Any]
         "untie_embeddings_and_output_weights": not spec.tied,
         "window_size": None if window is None else "mixed" if len(windows) > 1 else (window - 1, 0),
     }
-    if not arguments and rope.kind not in ("default", "linear", "llama3"):
+    if not arguments and not spec.latent and rope.kind not in ("default", "linear", "llama3"):
         raise NotComparableError(f"Megatron-Core's GPT does not support {rope.kind} rotary scaling")
     settings = {name: arguments.get(name, value) for name, value in by_config.items()}
     if arguments.get("group_query_attention") is False:
@@ -114,6 +119,7 @@ def _settings(spec: DecoderSpec, arguments: Mapping[str, Any]) -> dict[str, Any]
             "moe_layer_freq": 1 if all(experts.sparse) else [int(sparse) for sparse in experts.sparse],
         }
     )
+    settings |= latent_settings(spec)
     return {"settings": settings, "vocabulary": spec.vocabulary, "padded": arguments.get("padded_vocab_size")}
 
 
@@ -178,7 +184,7 @@ def _load(model: Any, job: Mapping[str, Any], parallel_state: Any) -> None:
 def _gpt(job: Mapping[str, Any]) -> Any:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
     from torch.nn import functional as F
 
     said = job["settings"]
@@ -189,7 +195,8 @@ def _gpt(job: Mapping[str, Any]) -> Any:
         if not hasattr(moe_utils, "te_general_gemm"):
             moe_utils.te_general_gemm = None  # without Transformer Engine, Megatron reads it but does not set it
         experts |= {"moe_router_load_balancing_type": "none", "moe_token_dispatcher_type": "allgather"}
-    settings = TransformerConfig(
+    latent = {name: said[name] for name in _LATENT if name in said}
+    settings: Any = (MLATransformerConfig if latent else TransformerConfig)(
         num_layers=said["num_layers"],
         hidden_size=said["hidden_size"],
         num_attention_heads=said["num_attention_heads"],
@@ -213,12 +220,15 @@ def _gpt(job: Mapping[str, Any]) -> Any:
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         **experts,
+        **({**latent, "rotary_base": said["rotary_base"]} if latent else {}),
     )
     layers: Any = (
         get_gpt_decoder_block_spec(settings, use_transformer_engine=False, normalization="RMSNorm")
         if experts
         else get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=said["qk_layernorm"])
     )
+    if latent:
+        layers = with_local_attention(layers)
     model = GPTModel(
         config=settings,
         transformer_layer_spec=layers,

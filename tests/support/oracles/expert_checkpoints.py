@@ -16,10 +16,13 @@ import torch.distributed as dist
 import transformers
 
 import polyshard as ps
+from polyshard.adapters.megatron.latent_compat import with_local_attention
 from support.models.tiny import tiny_config, tiny_model
 from support.oracles.library_checkpoints import IDS, SIZES, megatron_on_cpu, megatron_settings
 
 EXPERTS, TOP_K, WIDTH = 4, 2, 48
+LATENT = {"q_lora_rank": 24, "kv_lora_rank": 20, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7, "mscale_all_dim": 0.9}
 
 
 def expert_config(family: str, **changes: Any) -> dict[str, Any]:
@@ -29,7 +32,10 @@ def expert_config(family: str, **changes: Any) -> dict[str, Any]:
         sizes |= {"num_local_experts": EXPERTS, "intermediate_size": WIDTH, "rope_theta": 10000.0}
     else:
         sizes |= {"moe_intermediate_size": WIDTH, "norm_topk_prob": True, "head_dim": 16}
-    if family in ("dots1", "glm4_moe"):
+    if family == "deepseek_v3":
+        del sizes["head_dim"]
+        sizes |= LATENT | {"num_key_value_heads": SIZES["num_attention_heads"], "rms_norm_eps": 1e-6}
+    if family in ("deepseek_v3", "dots1", "glm4_moe"):
         sizes |= {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1}
         sizes |= {"routed_scaling_factor": 2.5}
     elif family != "mixtral":
@@ -52,6 +58,15 @@ MEGATRON: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"qk_layernorm": True},
     "dots1": {**_SHARED, **_SIGMOID, "qk_layernorm": True, "moe_router_num_groups": 2, "moe_router_group_topk": 1},
     "glm4_moe": {**_SHARED, **_SIGMOID, "moe_router_enable_expert_bias": True},
+    "deepseek_v3": {
+        **{**_SHARED, **_SIGMOID, "moe_router_enable_expert_bias": True, "qk_layernorm": True},
+        **{"moe_router_num_groups": 2, "moe_router_group_topk": 1, "multi_latent_attention": True},
+        **{"q_lora_rank": LATENT["q_lora_rank"], "kv_lora_rank": LATENT["kv_lora_rank"], "rope_type": "yarn"},
+        **{"qk_head_dim": LATENT["qk_nope_head_dim"], "qk_pos_emb_head_dim": LATENT["qk_rope_head_dim"]},
+        **{"v_head_dim": LATENT["v_head_dim"], "rotary_scaling_factor": YARN["factor"], "mscale": YARN["mscale"]},
+        **{name: YARN[name] for name in ("original_max_position_embeddings", "mscale_all_dim")},
+        "layernorm_epsilon": 1e-6,
+    },
 }
 
 
@@ -83,27 +98,31 @@ def megatron_model(
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.moe import moe_utils
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     moe_utils.te_general_gemm = None
-    settings = TransformerConfig(
-        **megatron_settings(),
-        kv_channels=16,
-        tensor_model_parallel_size=tensor,
-        expert_model_parallel_size=expert,
-        num_moe_experts=EXPERTS,
-        moe_router_topk=TOP_K,
-        moe_ffn_hidden_size=WIDTH,
-        moe_token_dispatcher_type="allgather",
-        moe_router_load_balancing_type="none",
-        **{**MEGATRON[family], **changes},
+    latent = MEGATRON[family].get("multi_latent_attention")
+    heads = {"num_query_groups": SIZES["num_attention_heads"]} if latent else {"kv_channels": 16}
+    settings = (MLATransformerConfig if latent else TransformerConfig)(
+        **{
+            **megatron_settings(),
+            **heads,
+            "tensor_model_parallel_size": tensor,
+            "expert_model_parallel_size": expert,
+            "num_moe_experts": EXPERTS,
+            "moe_router_topk": TOP_K,
+            "moe_ffn_hidden_size": WIDTH,
+            "moe_token_dispatcher_type": "allgather",
+            "moe_router_load_balancing_type": "none",
+            **MEGATRON[family],
+            **changes,
+        }
     )
+    layers = get_gpt_decoder_block_spec(settings, use_transformer_engine=False, normalization="RMSNorm")
     torch.manual_seed(11)
     model = GPTModel(
         config=settings,
-        transformer_layer_spec=get_gpt_decoder_block_spec(
-            settings, use_transformer_engine=False, normalization="RMSNorm"
-        ),
+        transformer_layer_spec=with_local_attention(layers) if latent else layers,
         vocab_size=SIZES["vocab_size"],
         max_sequence_length=64,
         position_embedding_type="rope",
@@ -180,7 +199,7 @@ def _save_megatron(
         "moe_router_pre_softmax": False,
         "rotary_base": 10000,
         "rotary_percent": 0.5 if family == "glm4_moe" else 1.0,
-        "norm_epsilon": SIZES["rms_norm_eps"],
+        "norm_epsilon": MEGATRON[family].get("layernorm_epsilon", SIZES["rms_norm_eps"]),
         "kv_channels": 16,
         **MEGATRON[family],
         **changes,
