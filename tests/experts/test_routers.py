@@ -1,8 +1,11 @@
 """Routers against transformers' own, and the errors of layers that cannot be."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
+from support.models import transformers_configs
 from torch.nn import functional as F
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
@@ -18,6 +21,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBl
 import polyshard as ps
 from polyshard.core.context import ParallelAxis
 from polyshard.training.recompute import apply_recomputation
+from polyshard.transformers.mixtures import find_mixtures
 
 HIDDEN, SIZE, EXPERTS = 32, 24, 8
 CONTEXT = ps.initialize("torch")
@@ -148,6 +152,27 @@ def test_the_sum_over_experts_is_float32_in_bfloat16():
     narrow.replay = wide.replay = ids
     exact = wide.double()(x.double())
     assert (narrow(x).double() - exact).abs().max() < 2**-7 * exact.abs().max()  # two roundings to 8 bits
+
+
+def test_an_engine_keeps_a_router_in_float32_that_the_family_keeps_there():
+    """ERNIE 4.5: transformers keeps its matrix in float32 in models of any dtype."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers_configs.EXPERTS["ernie4_5_moe"])
+    assert all(mixture.router.float32_weight for mixture in find_mixtures(model).values())
+    router, x = ps.Router(dtype=torch.float32, float32_weight=True), torch.randn(5, 16, dtype=torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layers = [
+            ps.mixture_of_experts(16, 8, 4, 2, context, router=router)
+            for context in (CONTEXT, replace(CONTEXT, attention=lambda *_: None))
+        ]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    trained, served = layers
+    assert (trained.gate.weight.dtype, served.gate.weight.dtype) == (torch.bfloat16, torch.float32)
+    assert served.experts.gate_up.dtype == torch.bfloat16
+    assert torch.equal(served.gate(x), x.float() @ served.gate.weight.T)
+    assert served(x).dtype == torch.bfloat16
 
 
 def test_replayed_experts_are_taken_and_weighted_by_the_logits():
