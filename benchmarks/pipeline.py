@@ -4,7 +4,8 @@
 
 The ideal is the step of the full model in one process divided by the number of ranks, with all ranks busy at it. The
 bubble is that of the schedule's order if each computation took its median time and communication none. "By hand" is the
-same stages under `torch.distributed.pipelining` without polyshard's engine; both alternate in one launch. Memory is the
+same stages under `torch.distributed.pipelining` without polyshard's engine, with what a training script logs and the
+engine returns, the loss on every rank and the gradient's norm; both alternate in one launch. Memory is the
 peak of a step above the level before it. `--check` exits with status 1 if a step of 50 ms or more takes more than 1.02
 of the time by hand. `--events` writes who computed when, which tools/pipeline_picture.py draws. All of it takes about
 five minutes on two idle cores.
@@ -82,7 +83,7 @@ class HandStage(torch.nn.Module):
 
 
 def by_hand(stages: ps.Stages, context: ps.ParallelContext, schedule: str, count: int) -> Any:
-    """Return a function that runs a step with torch's schedule and SGD."""
+    """Return a function that runs a step with torch's schedule and SGD, and returns loss and gradient norm."""
     batches = micro_batches(count)
     tokens = count * BATCH * LENGTH
     axis, total = context.axis("pipeline"), stages.plan.num_stages
@@ -110,12 +111,19 @@ def by_hand(stages: ps.Stages, context: ps.ParallelContext, schedule: str, count
     labels = torch.cat([batch["labels"] for batch in batches])
     positions = torch.arange(LENGTH).expand_as(ids).contiguous()
 
-    def step() -> None:
+    def step() -> tuple[float, float]:
         arguments = (ids,) if 0 in stages.numbers else ()
         target = labels if stages.last is not None else None
-        runner.step(*arguments, target=target, positions=positions, return_outputs=False)
+        losses: list[torch.Tensor] = []
+        runner.step(*arguments, target=target, losses=losses, positions=positions, return_outputs=False)
+        total = torch.stack(losses).detach().sum() if losses else torch.zeros(())
+        dist.all_reduce(total, group=axis.group)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in stages.parameters() if p.grad is not None])
+        square = norm.square()
+        dist.all_reduce(square, group=axis.group)
         optimizer.step()
         optimizer.zero_grad()
+        return float(total), float(square.sqrt())
 
     return step
 
@@ -147,7 +155,7 @@ def measured(schedule: str, count: int, layers: int, rounds: int) -> dict[str, A
         single.train_batch(batches)
         single.step()
 
-    actions = {"polyshard": ours, "by hand": by_hand(built(), context, schedule, count), "whole": ideal}
+    actions: dict[str, Any] = {"polyshard": ours, "by hand": by_hand(built(), context, schedule, count), "whole": ideal}
     times: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(rounds + 1):
         for name, action in actions.items():
