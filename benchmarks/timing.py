@@ -39,7 +39,7 @@ def alternating(
 
 def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
     """Return the FLOP/s of a large square matmul on random data, the peak against which utilization is measured."""
-    size = 8192 if device.type == "cuda" else 1024
+    size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
     for _ in range(3):
         a @ b

@@ -5,18 +5,20 @@
 MODEL is `qwen3-0.6b` (the published shape with random weights), `qwen3-half` (hidden size 896, six layers), `smollm2`
 (SmolLM2-135M's shape) or `tiny`. The step is forward, loss, backward and torch's fused AdamW on parameters of the given
 dtype. transformers uses the fastest of the installed attention implementations; Megatron-Core's GPTModel takes part
-where it is installed. Every contestant starts from the same weights, and the first losses must agree. Utilization is
-the model's FLOPs (6 per weight and token, and attention's) over a matmul's measured rate; the ratio is polyshard's time
-over the row's. `--check` exits with status 1 if polyshard takes more than 0.90 of transformers' time, more than 0.75 of
-GPTModel's, or more memory.
+where it is installed. Eager and compiled steps have a process each. Every contestant starts from the same weights, and
+the first losses must agree. Utilization is the model's FLOPs (6 per weight and token, and attention's) over a matmul's
+measured rate; the ratio is polyshard's time over the row's. `--check` exits with status 1 if polyshard takes more than
+0.90 of transformers' time, more than 0.75 of GPTModel's, or more memory.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,8 +29,9 @@ import typer
 from report import Report
 from rich.progress import Progress
 from timing import alternating, matmul_peak, peak_bytes
-from training_contestants import Contestant, free, of_megatron, of_polyshard, of_transformers, save_random
+from training_contestants import Contestant, of_megatron, of_polyshard, of_transformers, save_random
 
+COLUMNS = ("model", "load", "mode", "contestant", "attention", "ms", "tokens/s", "utilisation", "peak GiB", "ratio")
 GOALS = {"transformers": 0.90, "megatron": 0.75}  # of their time
 LOADS = {"cuda": ((8, 1024), (1, 8192)), "cpu": ((4, 128), (1, 1024))}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -115,19 +118,23 @@ def main(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind, shape = getattr(torch, dtype), SHAPES[model]
     chosen = [tuple(map(int, load.split("x"))) for load in loads.split(",")] if loads else LOADS[where.type]
-    columns = ("model", "load", "mode", "contestant", "attention", "ms", "tokens/s", "utilisation", "peak GiB", "ratio")
-    report = Report(columns, lines)
+    report = Report(COLUMNS, lines)
     peak = matmul_peak(kind, where)
     with tempfile.TemporaryDirectory(prefix="polyshard-bench-") as work, Progress(transient=True) as bar:
         save_random(shape, Path(work), kind)
         modes = (False, True) if compiled else (False,)
-        task = bar.add_task("measuring", total=len(modes) * len(chosen))
+        task = bar.add_task("measuring", total=len(modes))
         for with_compiler in modes:
             also = megatron and not with_compiler and find_spec("megatron") is not None
             others = ("transformers", "megatron") if also else ("transformers",)
-            _measure_mode(
-                report, model, Path(work), kind, where, with_compiler, others, chosen, rounds, peak, bar, task
-            )
+            # A process for each: after other models have run, the memory of a process is in pieces.
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                found = process.submit(
+                    _measure_mode, model, Path(work), kind, where, with_compiler, others, chosen, rounds, peak, lines
+                ).result()
+            report.rows += found.rows
+            report.missed += found.missed
+            bar.advance(task)
     report.show()
     report.save(json_file, where)
     if check and report.missed:
@@ -135,7 +142,6 @@ def main(
 
 
 def _measure_mode(
-    report: Report,
     model: str,
     directory: Path,
     dtype: torch.dtype,
@@ -145,9 +151,10 @@ def _measure_mode(
     loads: Any,
     rounds: int,
     peak: float,
-    bar: Progress,
-    task: Any,
-) -> None:
+    lines: Path | None,
+) -> Report:
+    """Measure eager or compiled steps of every contestant at every load."""
+    report = Report(COLUMNS, lines)
     shape, mode = SHAPES[model], "compiled" if compiled else "eager"
     batches = {load: _batch(shape["vocab_size"], *load, device) for load in loads}
     some = next(iter(batches.values()))
@@ -191,9 +198,7 @@ def _measure_mode(
                 report.missed.append(
                     f"{where}: {memory['polyshard'] / 2**30:.2f} GiB, {name} {memory[name] / 2**30:.2f}"
                 )
-        bar.advance(task)
-    contestants.clear()
-    free(device)
+    return report
 
 
 def _batch(vocabulary: int, rows: int, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
