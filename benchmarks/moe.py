@@ -17,6 +17,7 @@ than 1.02 of a library's layer, or if outputs differ.
 
 from __future__ import annotations
 
+import statistics
 import sys
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ import torch.distributed as dist
 import typer
 from report import Report
 from rich.progress import track
-from timing import alternating
+from timing import ratio_of_rounds, times_of_rounds
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -43,7 +44,7 @@ GOALS = {"transformers": 0.8, "by hand": 1.02}  # of their time at 64 experts
 
 def main(
     device: Annotated[str, typer.Option(help="cuda or cpu; default cuda if there is one.")] = "",
-    rounds: int = 5,
+    rounds: int = 9,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     lines: Annotated[Path | None, typer.Option(help="Append each row here as soon as it is measured.")] = None,
     check: Annotated[bool, typer.Option(help="Exit status 1 if a goal is missed.")] = False,
@@ -97,7 +98,7 @@ def expert_parallel(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
 
 
 def compared(layers: dict[str, Any], rounds: int, together: bool = False) -> dict[str, Any]:
-    """Seconds of a step by name, and the largest difference of outputs over the largest output."""
+    """Seconds of a step in each round by name, and the largest difference of outputs over the largest output."""
     values = next(next(iter(layers.values())).module.parameters())
     x = torch.randn(1, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1)).to(values.device, values.dtype)
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(x)
@@ -109,23 +110,24 @@ def compared(layers: dict[str, Any], rounds: int, together: bool = False) -> dic
 
     base, other = (layer.output(x).float() for layer in layers.values())
     apart = float((other - base).abs().max() / base.abs().max())
-    seconds = alternating({name: partial(step, layer) for name, layer in layers.items()}, x.device, rounds)
-    return {"seconds": seconds, "apart": apart}
+    times = times_of_rounds({name: partial(step, layer) for name, layer in layers.items()}, x.device, rounds)
+    return {"times": times, "apart": apart}
 
 
 def add(
     report: Report, against: str, experts: int, dtype: torch.dtype, found: dict[str, Any], first: dict[str, float]
 ) -> None:
     """Add a row for each layer, and the goals that were missed."""
-    base = next(iter(found["seconds"].values()))
-    kind = str(dtype).removeprefix("torch.")
-    for name, seconds in found["seconds"].items():
+    times, kind = found["times"], str(dtype).removeprefix("torch.")
+    base = next(iter(times))
+    for name in times:
+        seconds, ratio = statistics.median(times[name]), ratio_of_rounds(times, name, base)
         report.add(
             **{"against": against, "experts": experts, "dtype": kind, "layer": name, "ms": seconds * 1e3},
-            ratio=seconds / base,
+            ratio=ratio,
             growth=seconds / first.setdefault(name, seconds),
         )
-    ratio, goal = seconds / base, GOALS.get(against)
+    goal = GOALS.get(against)
     if goal is not None and experts == COMPARED and ratio > goal:
         report.missed.append(f"{name}, {kind}: {ratio:.2f} of the time of {against}, expected {goal}")
     if found["apart"] > (1e-5 if dtype == torch.float32 else 5e-2):

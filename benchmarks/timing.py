@@ -30,11 +30,27 @@ def alternating(
     actions: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int, repeats: int = 1
 ) -> dict[str, float]:
     """Return the median seconds of each action over `rounds` alternating rounds, after one round of warm-up."""
+    found = times_of_rounds(actions, device, rounds, repeats)
+    return {name: statistics.median(spent) for name, spent in found.items()}
+
+
+def times_of_rounds(
+    actions: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int, repeats: int = 1
+) -> dict[str, list[float]]:
+    """Return the seconds of each action in each of `rounds` alternating rounds, after one round of warm-up."""
     times: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(rounds + 1):
-        for name, action in actions.items():
-            times[name].append(seconds(action, device, repeats))
-    return {name: statistics.median(spent[1:]) for name, spent in times.items()}
+    for turn in range(rounds + 1):
+        for name in list(actions)[:: -1 if turn % 2 else 1]:
+            times[name].append(seconds(actions[name], device, repeats))
+    return {name: spent[1:] for name, spent in times.items()}
+
+
+def ratio_of_rounds(times: Mapping[str, list[float]], name: str, other: str) -> float:
+    """Return the median, over the rounds, of the time of an action over that of another.
+
+    In one round both meet the same machine, whose speed may drift by half within minutes.
+    """
+    return statistics.median(mine / theirs for mine, theirs in zip(times[name], times[other]))
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:

@@ -74,11 +74,13 @@ class TorchExperts(nn.Module):
             make = Exchange.of if rows.device.type != "meta" else partial(Exchange.balanced, len(rows))
             exchange = make(counts, self.expert_axis, self.guard)
             y = exchange.back(outputs(exchange.to_experts(rows), exchange.counts))
-        y = _Permute.apply(y, slots, order).view(tokens, per_token, -1)
-        y = y.to(weights.dtype)
         if self.products is not None:
-            return _added_in_order(y, torch.ones_like(weights) if self.bank.scale_input else weights).to(x.dtype)
-        combined = y.sum(1) if self.bank.scale_input else (y * weights.unsqueeze(-1)).sum(1)
+            by_token = _Permute.apply(y, slots, order).view(tokens, per_token, -1).to(weights.dtype)
+            return _added_in_order(by_token, torch.ones_like(weights) if self.bank.scale_input else weights).to(x.dtype)
+        if self.bank.scale_input:
+            combined = _Permute.apply(y, slots, order).view(tokens, per_token, -1).to(weights.dtype).sum(1)
+        else:
+            combined = _Combine.apply(y, weights, order, slots)
         combined = combined.to(x.dtype)
         if self.sequence_parallel:
             return scatter_sum_sequence(combined, self.tensor_axis, dim=0)
@@ -227,6 +229,28 @@ class _Dispatch(torch.autograd.Function):
         (inverse,) = ctx.saved_tensors
         by_token = gradients[0].index_select(0, inverse).unflatten(0, (-1, ctx.per_token))
         return by_token.sum(1), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """The weighted sum of each token's rows, in the dtype of the weights: `[slots, hidden]` to `[tokens, hidden]`.
+
+    Autograd's own would keep the rows of all slots in the weights' dtype, which is float32, for the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(rows, weights, order, inverse)
+        by_token = rows.index_select(0, inverse).unflatten(0, weights.shape)  # [tokens, slots, hidden]
+        return by_token.to(weights.dtype).mul_(weights.unsqueeze(-1)).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        rows, weights, order, inverse = ctx.saved_tensors
+        by_slot = gradients[0].index_select(0, order.div(weights.shape[1], rounding_mode="floor"))
+        of_weights = torch.linalg.vecdot(by_slot, rows.to(weights.dtype)).index_select(0, inverse).view_as(weights)
+        return (by_slot * weights.reshape(-1, 1)[order]).to(rows.dtype), of_weights, None, None
 
 
 class _AllToAll(torch.autograd.Function):
