@@ -154,6 +154,20 @@ def test_the_sum_over_experts_is_float32_in_bfloat16():
     assert (narrow(x).double() - exact).abs().max() < 2**-7 * exact.abs().max()  # two roundings to 8 bits
 
 
+def test_the_backward_pass_keeps_outputs_of_experts_in_their_own_dtype():
+    narrow, kept = layer(ps.Router(normalize=True)).bfloat16(), []
+
+    def keep(tensor):
+        kept.append((tensor.dtype, tensor.numel()))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        narrow(torch.randn(16, HIDDEN, dtype=torch.bfloat16, requires_grad=True))
+    rows = 16 * 3 * HIDDEN
+    assert (torch.bfloat16, rows) in kept
+    assert (torch.float32, rows) not in kept
+
+
 def test_an_engine_keeps_a_router_in_float32_that_the_family_keeps_there():
     """ERNIE 4.5: transformers keeps its matrix in float32 in models of any dtype."""
     with torch.device("meta"):
