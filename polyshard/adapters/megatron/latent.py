@@ -73,13 +73,10 @@ def with_latent(spec: DecoderSpec, expected: Mapping[str, Any], held: Mapping[st
     if spec.latent is None:
         return dict(expected)
     found = {name: value for name, value in expected.items() if name not in _NOT_OF_LATENT} | latent_settings(spec)
-    kind = _kind(held)
-    if spec.rope.kind == "default" and (kind == "rope" or held.get("rotary_scaling_factor") == 1):
-        del found["rope_type"]  # YaRN with the factor 1 changes nothing
-        if _magnitude(held.get("rotary_scaling_factor") or 1.0, held.get("mscale_all_dim") or 0.0) == 1:
+    if spec.rope.kind == "default" and (_kind(held) == "rope" or _factor(held) == 1):
+        del found["rope_type"]  # YaRN by 1 changes nothing
+        if _magnitude(_factor(held), held.get("mscale_all_dim") or 0.0) == 1:
             del found["mscale_all_dim"]
-    elif kind is not None and held.get("rope_type") is None and kind == found["rope_type"]:
-        del found["rope_type"]
     return found
 
 
@@ -98,10 +95,9 @@ def latent_differences(spec: DecoderSpec, held: Mapping[str, Any]) -> list[str]:
         found.append(f"rotary scaling {rope.kind} with {dict(rope.parameters)}: Megatron's latent attention has none")
     if held and not held.get("multi_latent_attention"):
         found.append("multi_latent_attention: the checkpoint's arguments say False, the configuration True")
-    if _kind(held) == "yarn" and rope.kind == "default" and held.get("rotary_scaling_factor") not in (None, 1):
+    if _kind(held) == "yarn" and rope.kind == "default" and _factor(held) != 1:
         found.append(
-            f"rotary scaling: the checkpoint's arguments say yarn by {held['rotary_scaling_factor']}, the "
-            "configuration default"
+            f"rotary scaling: the checkpoint's arguments say yarn by {_factor(held)}, the configuration default"
         )
     return found
 
@@ -119,6 +115,12 @@ def latent_notes(spec: DecoderSpec) -> tuple[str, ...]:
 def _kind(held: Mapping[str, Any]) -> str | None:
     """Return the type of rotary embedding in a checkpoint's arguments; that of latent attention is YaRN by default."""
     return held.get("rope_type") or ("yarn" if held.get("multi_latent_attention") else None)
+
+
+def _factor(held: Mapping[str, Any]) -> float:
+    """Return the factor of a checkpoint's rotary scaling, by default that of `MLATransformerConfig`."""
+    value = held.get("rotary_scaling_factor")
+    return 40.0 if value is None else value
 
 
 def _yarn(rope: Rope) -> dict[str, Any]:
