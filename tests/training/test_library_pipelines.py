@@ -6,7 +6,7 @@ from support.models.tiny import VOCAB, save_tiny
 from support.oracles.expert_pipelines import judge as judge_experts
 from support.oracles.pipeline_training import judge
 from support.workers.expert_pipelines import ExpertCase, train_all
-from support.workers.library_pipelines import LibraryCase
+from support.workers.library_pipelines import LibraryCase, groups_of_engines
 from support.workers.pipelines import train
 
 from polyshard.testing import run_ranks
@@ -103,3 +103,8 @@ def test_three_axes(tied):
         case("deepspeed", "tensor, context", tied, sizes={**both, "context": 2}, options=ZERO_0),
     ]
     judge(cases, run_ranks(train, 8, cases, timeout=300))
+
+
+def test_engines_that_are_built_one_after_the_other_do_not_wait_for_ranks_of_destroyed_groups():
+    """torch names groups by their ranks and number: a group with a destroyed one's name finds old addresses."""
+    assert run_ranks(groups_of_engines, 2, 60, timeout=120) == [[2.0] * 60] * 2

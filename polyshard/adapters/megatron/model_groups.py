@@ -8,7 +8,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from polyshard.adapters.shared.groups import destroy
 from polyshard.core.context import ParallelAxis, ParallelContext
 from polyshard.core.model_weights import gather_over
 
@@ -21,34 +20,29 @@ class ModelGroups:
         model: the ranks of one replica: the tensor and the pipeline axis together.
         experts: the ranks that together hold all experts once: these axes and the expert axis.
         one: this rank.
-        made: those that the engine created.
+
+    They live until `ps.shutdown`. torch names such a group by its ranks and the number of groups that exist, so those of
+    a next engine would have the names of destroyed ones, and a rank could find the address at which another rank of
+    the old group listened: it waits there for ever.
     """
 
     model: Any
     experts: Any
     one: Any
-    made: tuple[Any, ...]
 
     @classmethod
     def of(cls, context: ParallelContext) -> ModelGroups:
         """Return the groups of this rank. A collective over the tensor, the pipeline and the expert axis."""
         tensor, pipeline, expert = (context.axis(name) for name in ("tensor", "pipeline", "expert"))
-        ranks, model, one, made = list(tensor.ranks), tensor.group, pipeline.group, []  # of `adopt`
+        ranks, model, one = list(tensor.ranks), tensor.group, pipeline.group  # of `adopt`
         with context.guard("model groups setup"):
             if pipeline.size > 1:
                 ranks = _together(pipeline, ranks)
-                made = [_group(members, context) for members in ([pipeline.ranks[pipeline.rank]], ranks)]
-                one, model = made
+                one, model = (_group(members, context) for members in ([pipeline.ranks[pipeline.rank]], ranks))
             experts = model
             if expert.size > 1:
                 experts = _group(_together(expert, ranks), context)
-                made.append(experts)
-        return cls(model=model, experts=experts, one=one, made=tuple(made))
-
-    def close(self) -> None:
-        """Destroy the groups that were created."""
-        for group in self.made:
-            destroy(group)
+        return cls(model=model, experts=experts, one=one)
 
 
 def _together(axis: ParallelAxis, ranks: list[int]) -> list[int]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 import polyshard as ps
+from polyshard.adapters.megatron.model_groups import ModelGroups
 from support.workers.pipelines import SGD, Case
 
 # DistributedOptimizer has Adam only. With such an epsilon its update is the gradient: SGD at learning rate 1.
@@ -38,3 +39,15 @@ def in_bfloat16(function, *arguments):
         return function(*arguments)
     finally:
         torch.set_default_dtype(before)
+
+
+def groups_of_engines(count):
+    """The sums over the model's ranks by the groups of several Megatron engines, one after the other."""
+    context = ps.initialize("megatron", pipeline=2, timeout=60)
+    sums = []
+    for _ in range(count):
+        total = torch.ones(1)
+        torch.distributed.all_reduce(total, group=ModelGroups.of(context).model)
+        sums.append(float(total))
+    ps.shutdown(context)
+    return sums
