@@ -121,3 +121,33 @@ def test_a_file_of_records_must_hold_records(tmp_path):
     with pytest.raises(ps.ConfigurationError, match="holds other lines than records: got 'started"):
         ps.JsonLines(tmp_path / "log.txt")(ps.StepRecord(step=1, loss=1.0))
     assert (tmp_path / "log.txt").read_text() == "started\n"
+
+
+def changed(model, how):
+    weight = model.layers[0].weight
+    if how == "frozen":
+        weight.requires_grad_(False)
+    elif how == "cast":
+        model.bfloat16()
+    else:
+        model.layers[0].weight = torch.nn.Parameter(weight.detach().clone())
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("frozen", "got requires_grad=False, expected True"),
+        ("cast", "got torch.bfloat16, expected torch.float32"),
+        ("replaced", "got another tensor, expected the one that the engine trains"),
+    ],
+)
+def test_a_model_that_changes_after_its_engine_was_built(engine, how, message):
+    changed(engine.module, how)
+    with pytest.raises(ps.ConfigurationError, match=f"was changed after the engine was built: {message}"):
+        engine.train_batch([BATCH])
+
+
+@pytest.mark.parametrize("disabled", [torch.no_grad, torch.inference_mode])
+def test_training_without_gradients(engine, disabled):
+    with disabled(), pytest.raises(ps.ConfigurationError, match="train_batch needs gradients"):
+        engine.train_batch([BATCH])

@@ -209,3 +209,40 @@ def test_deepspeeds_own_accumulation_is_refused(directory):
     with pytest.raises(ps.ConfigurationError, match="gradient_accumulation_steps'] must be 1"):
         ps.load_adapter("deepspeed").engine(model, ps.AdamW(), context, config={"gradient_accumulation_steps": 2})
     ps.shutdown(context)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_between_micro_batches_leaves_no_gradients_to_the_next_step(directory, caplog, error):
+    context = ps.initialize("torch")
+    engine = ps.load_adapter("torch").engine(build(directory, context), ps.AdamW(), context)
+    batch = {"input_ids": rows(2)[:, :-1], "labels": rows(2)[:, 1:]}
+
+    def count(batch):
+        return (batch["labels"] != -100).sum()
+
+    def loss(output, batch):
+        if batch is second:
+            raise error
+        return ps.lm_loss(output, engine.module.compute_logits, batch["labels"], context, reduction="sum")
+
+    first, second = {**batch}, {**batch}
+    with pytest.raises(error):
+        engine.train_batch([first, second], loss, count)
+    assert "the gradients of this step are discarded" in caplog.text
+    assert not engine.has_gradients
+    assert all(parameter.grad is None for parameter in engine.module.parameters())
+
+
+def test_masters_follow_values_written_into_the_model(directory):
+    context = ps.initialize("torch")
+    model = build(directory, context).bfloat16()
+    engine = ps.load_adapter("torch").engine(model, ps.AdamW(lr=0.0, weight_decay=0.0), context)
+    batch = {"input_ids": rows(2)[:, :-1], "labels": rows(2)[:, 1:]}
+    loaded = {name: torch.full_like(value, 0.25) for name, value in model.state_dict().items()}
+    model.load_state_dict(loaded)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(2.0)
+    engine.train_batch([batch])
+    engine.step()
+    assert model.model.norm.weight.eq(2.0).all()
+    assert all(value.eq(0.25).all() for name, value in model.state_dict().items() if name != "model.norm.weight")

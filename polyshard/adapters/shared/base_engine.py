@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from polyshard.adapters.shared import optimizer_state
+from polyshard.adapters.shared.built_parameters import BuiltParameters, check_grad_enabled
 from polyshard.adapters.shared.devices import check_devices
 from polyshard.adapters.shared.grad_norm import check_max_grad_norm, scale_gradients
 from polyshard.adapters.shared.learning_rate import LearningRate, set_scales
@@ -72,6 +74,8 @@ class BaseEngine(ABC):
     _trains_distributed_experts = False  # averages their gradients over the ranks that hold the same experts only
 
     optimizer: Any  # the library's optimizer
+    _built: BuiltParameters
+    _loaded: RemovableHandle | None = None  # of a hook that refreshes copies after `load_state_dict`
     _rate: LearningRate
     _first_lr: float
     _settings: dict[str, GroupSettings]  # of each trained parameter, by its canonical name
@@ -144,6 +148,9 @@ class BaseEngine(ABC):
     def _start_rate(self, lr: float | None = None) -> None:
         """Set the first learning rate, after `optimizer` has been set; by default that of the one that was built."""
         mark_held(self._module, self._holds)
+        self._built = BuiltParameters.of(self._module, sharded=self._holds == "shards")
+        if self._holds == "copies":
+            self._loaded = self._module.register_load_state_dict_post_hook(lambda *_: self.weights_written())
         self._rate = LearningRate(self.optimizer, self._first_lr if lr is None else lr, self._scheduler)
 
     @property
@@ -200,7 +207,7 @@ class BaseEngine(ABC):
         """Run the forward and backward passes of one step's micro-batches; see `polyshard.train_batch`.
 
         In a pipeline all its ranks pass the same micro-batches, which contain `input_ids`. The `loss` is called on the
-        ranks of the last stage only.
+        ranks of the last stage only. An error after the first backward pass discards the gradients of the step.
         """
         if loss is None and getattr(self._wrapped, "find_unused_parameters", False):
             raise ConfigurationError(
@@ -211,8 +218,11 @@ class BaseEngine(ABC):
         if loss is None and not self._has_seen_labels:
             warn_of_unshifted_labels(micro_batches)
             self._has_seen_labels = True
+        check_grad_enabled()
+        self._built.check(self._module)
         if self._stages is None:
-            return train_batch(self, self.context, micro_batches, loss, tokens)
+            with self._passes.complete(self.zero_grad):
+                return train_batch(self, self.context, micro_batches, loss, tokens)
         step = self._pipeline_step(self._stages, micro_batches, loss, tokens)
         self._passes.note_backward()
         with self._generators.watching():
@@ -381,6 +391,8 @@ class BaseEngine(ABC):
 
     def close(self) -> None:
         """Release the wrapper and the process group that it holds."""
+        if self._loaded is not None:
+            self._loaded.remove()
         self._undo_recomputation()
         self._undo_compile()
         self._wrapped = self._module

@@ -24,6 +24,7 @@ class Masters:
                 narrow = parameter.dtype.itemsize < dtype.itemsize
                 master = nn.Parameter(parameter.detach().to(dtype)) if narrow else parameter
                 self._held[name] = (parameter, master)
+        self._versions = self._current()
 
     def __getitem__(self, name: str) -> nn.Parameter:
         return self._held[name][1]
@@ -33,11 +34,13 @@ class Masters:
 
     def named(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield each master by the name of its parameter."""
+        self._follow()
         for name, (_, master) in self._held.items():
             yield name, master
 
     def narrow(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the masters that are not parameters themselves."""
+        self._follow()
         for name, (parameter, master) in self._held.items():
             if parameter is not master:
                 yield name, master
@@ -45,10 +48,21 @@ class Masters:
     def write_parameters(self) -> None:
         """Round the masters into the parameters."""
         round_masters(self._held.values())
+        self._versions = self._current()
 
     def read_parameters(self) -> None:
         """Set masters from parameters that no longer are their rounded values; others keep all their bits."""
         refresh_masters(self._held.values())
+        self._versions = self._current()
+
+    def _follow(self) -> None:
+        """Take over values that a program wrote into parameters, which the next update would overwrite."""
+        if self._versions != self._current():
+            self.read_parameters()
+
+    def _current(self) -> list[int]:
+        """Return the number of in-place changes of each parameter that has a master, by torch's count."""
+        return [parameter._version for parameter, master in self._held.values() if parameter is not master]
 
 
 @torch.no_grad()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from polyshard.core.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -20,6 +24,7 @@ class PassOrder:
         averaging_forward: whether one has run after which the wrapper averages gradients.
         averaged: whether averaged gradients wait for a step.
         gradients: whether any gradients do.
+        backwards: the number of backward passes that have begun.
     """
 
     averages: Callable[[], bool]
@@ -27,6 +32,7 @@ class PassOrder:
     averaging_forward: bool = False
     averaged: bool = False
     gradients: bool = False
+    backwards: int = 0
 
     def note_forward(self) -> None:
         """Note that the engine's forward pass begins."""
@@ -78,7 +84,24 @@ class PassOrder:
     def note_backward(self) -> None:
         """Note that a backward pass begins."""
         self.gradients = True
+        self.backwards += 1
 
     def note_step(self) -> None:
         """Note that no gradients are left, after a step or because they were discarded."""
         self.averaged = self.gradients = False
+
+    @contextmanager
+    def complete(self, discard: Callable[[], None]) -> Iterator[None]:
+        """Discard gradients, with a warning, if an error leaves those of some micro-batches only.
+
+        Args:
+            discard: clears all gradients of the step. A program that goes on would add the next step's to them.
+        """
+        before = self.backwards
+        try:
+            yield
+        except BaseException as error:
+            if self.backwards > before:
+                logger.warning("%s within train_batch: the gradients of this step are discarded", type(error).__name__)
+                discard()
+            raise
