@@ -246,3 +246,11 @@ def test_masters_follow_values_written_into_the_model(directory):
     engine.step()
     assert model.model.norm.weight.eq(2.0).all()
     assert all(value.eq(0.25).all() for name, value in model.state_dict().items() if name != "model.norm.weight")
+
+
+def test_float64_models_train_in_float64(directory):
+    context = ps.initialize("torch")
+    engine = ps.load_adapter("torch").engine(build(directory, context).double(), ps.AdamW(), context)
+    engine.train_batch([{"input_ids": rows(2)[:, :-1], "labels": rows(2)[:, 1:]}])
+    squares = [parameter.grad.square().sum() for parameter in engine.module.parameters()]
+    assert engine.step().grad_norm == pytest.approx(float(sum(squares).sqrt()), rel=1e-6)

@@ -41,11 +41,16 @@ def counted_square(gradient: torch.Tensor, layout: WeightLayout, rank: int, size
         for index, segment in enumerate(layout.segments):
             start, length = layout.local_offset(index, rank, size)
             part = gradient.narrow(layout.dim or 0, start, length)
-            total += torch.linalg.vector_norm(part, dtype=torch.float32).square() / segment.replicas(size)
+            total += _square(part) / segment.replicas(size)
         return total
     if layout.dim is None and rank != 0:
         return torch.zeros((), device=gradient.device)
-    return torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
+    return _square(gradient)
+
+
+def _square(gradient: torch.Tensor) -> torch.Tensor:
+    """Return the squared norm in float32; torch sums float64 gradients in float64 only."""
+    return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32)).square().float()
 
 
 def counted_parts(entry: WeightEntry, values: torch.Tensor, start: int, rank: int, size: int) -> list[torch.Tensor]:
