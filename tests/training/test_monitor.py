@@ -116,7 +116,7 @@ def read_back(directory, name):
     return [(event.step, event.value) for event in events.Scalars(name)]
 
 
-def test_steps_that_a_restart_does_again_stand_once(tmp_path):
+def test_steps_that_a_restart_does_again_stand_once(tmp_path, caplog):
     def write(*steps):
         sinks = [ps.JsonLines(tmp_path / "steps.jsonl"), ps.TensorBoard(tmp_path / "tensorboard")]
         for step, loss in steps:
@@ -129,6 +129,7 @@ def test_steps_that_a_restart_does_again_stand_once(tmp_path):
     with (tmp_path / "steps.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # killed while it was writing
     write((3, 3.0), (4, 2.0))
+    assert "holds records of step 3 and later: 2 are replaced" in caplog.text
     expected = [(1, 5.0), (2, 4.0), (3, 3.0), (4, 2.0)]
     lines = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == expected

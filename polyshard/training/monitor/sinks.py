@@ -7,15 +7,19 @@ resumed does some steps again: the first record replaces those of its own step a
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from dataclasses import asdict
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TextIO
 
 from polyshard.core.errors import ConfigurationError, MissingDependencyError
 from polyshard.training.monitor.record import StepRecord
+
+logger = logging.getLogger(__name__)
 
 
 class JsonLines:
@@ -68,12 +72,11 @@ def _keep_before(path: Path, step: int) -> None:
     """Drop lines of `step` and later steps, and a last line that a kill left incomplete."""
     if not path.exists():
         return
-    kept = []
-    with path.open() as lines:
-        for line in lines:
-            if not line.endswith("\n") or _step_of(line, path) >= step:
-                break
-            kept.append(line)
+    lines = path.read_text().splitlines(keepends=True)
+    kept = list(takewhile(lambda line: line.endswith("\n") and _step_of(line, path) < step, lines))
+    replaced = sum(line.endswith("\n") for line in lines[len(kept) :])
+    if replaced:
+        logger.warning("%s holds records of step %s and later: %s are replaced", path, step, replaced)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text("".join(kept))
     part.replace(path)
