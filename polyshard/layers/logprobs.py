@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from polyshard.core.context import ParallelContext
 from polyshard.layers.differentiable import gather_last
-from polyshard.layers.token_ids import check_labels, check_present
+from polyshard.layers.token_ids import check_labels, check_of_logits, check_present
 from polyshard.layers.vocabulary import token_losses
 
 _NO_LABEL = -(2**62)  # not a token ID, so that no label is ignored
@@ -37,14 +39,22 @@ def token_logprobs(
         float32 `[...]`, the same on every tensor-parallel rank.
 
     Raises:
-        ValueError: a token ID is outside the vocabulary (on a GPU, an asynchronous assertion).
+        ValueError: a token ID is outside the vocabulary (on a GPU, an asynchronous assertion), IDs have another shape
+            or are no integers, `vocab_size` is larger than the logits, or the temperature is not positive.
 
     Examples:
         >>> context = ps.initialize("torch")
         >>> ps.token_logprobs(torch.zeros(2, 4), torch.tensor([1, 3]), context)
         tensor([-1.3863, -1.3863])
     """
-    size = vocab_size or logits.shape[-1] * parallel_context.get_tensor_parallel_world_size()
+    ranks = parallel_context.get_tensor_parallel_world_size()
+    check_of_logits(token_ids, logits, vocab_size, ranks)
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(
+            f"temperature is invalid: got {temperature}, expected a positive number. For greedy sampling pass 1.0, at "
+            "which servers report its log-probabilities."
+        )
+    size = vocab_size or logits.shape[-1] * ranks
     check_labels(token_ids, size, None)
     if parallel_context.exact is None:
         scaled = logits if temperature == 1.0 else logits.float() / temperature

@@ -56,6 +56,33 @@ def check_labels(labels: torch.Tensor, vocab_size: int, ignore_index: int | None
         )
 
 
+def check_of_logits(ids: torch.Tensor, logits: torch.Tensor, vocab_size: int | None, size: int) -> None:
+    """Check that IDs are integers, one for each row of the logits, whose columns hold the vocabulary.
+
+    Args:
+        ids: `[...]`, token IDs or labels.
+        logits: `[..., local vocabulary]`.
+        vocab_size: logical size as given; None for all columns.
+        size: of the tensor axis.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if logits.shape[:-1] != ids.shape:
+        raise ValueError(
+            f"targets have the wrong shape: got {tuple(ids.shape)}, expected {tuple(logits.shape[:-1])}, that of the "
+            "logits without the last dimension"
+        )
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"targets have the wrong dtype: got {ids.dtype}, expected torch.int64. Convert them.")
+    columns = logits.shape[-1] * size
+    if vocab_size is not None and not 1 <= vocab_size <= columns:
+        raise ValueError(
+            f"vocab_size is invalid: got {vocab_size}, expected 1 to {columns}, the columns of the logits on all "
+            "tensor-parallel ranks. Pass the vocabulary size of the head."
+        )
+
+
 def check_present(losses: torch.Tensor, labels: torch.Tensor) -> None:
     """Check that no label has a logit of -inf, which padding columns of the vocabulary have; see `check_ids`.
 

@@ -13,7 +13,7 @@ from polyshard.core.discovery import load_adapter
 from polyshard.core.linear_adapter import adapter_with, choose_adapter, name_of, tensor_rank_and_size
 from polyshard.core.weight_sharding import Segment, WeightLayout
 from polyshard.core.weight_table import attach_layouts
-from polyshard.layers.token_ids import check_ids_of, check_labels, check_present
+from polyshard.layers.token_ids import check_ids_of, check_labels, check_of_logits, check_present
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +121,9 @@ def vocab_parallel_cross_entropy(
         logits).
 
     Raises:
-        ValueError: the reduction is unknown, the label smoothing is outside [0, 1], or a label is neither in the
-            vocabulary nor `ignore_index` (on a GPU, an asynchronous assertion).
+        ValueError: the reduction is unknown, the label smoothing is outside [0, 1], `vocab_size` is larger than the
+            logits, targets have another shape or no integers, or a label is neither in the vocabulary nor
+            `ignore_index` (on a GPU, an asynchronous assertion).
 
     Examples:
         >>> context = ps.initialize("torch")
@@ -133,11 +134,7 @@ def vocab_parallel_cross_entropy(
         raise ValueError(f"reduction is invalid: got {reduction!r}, expected 'mean', 'sum' or 'none'")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing is invalid: got {label_smoothing}, expected a number in [0, 1]")
-    if logits.shape[:-1] != targets.shape:
-        raise ValueError(
-            f"targets have the wrong shape: got {tuple(targets.shape)}, expected {tuple(logits.shape[:-1])}, that of "
-            "the logits without the last dimension"
-        )
+    check_of_logits(targets, logits, vocab_size, _tensor_size(parallel_context))
     check_labels(targets, vocab_size or logits.shape[-1] * _tensor_size(parallel_context), ignore_index)
     losses = token_losses(
         logits,

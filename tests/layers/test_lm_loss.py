@@ -104,3 +104,22 @@ def test_wrong_calls_are_refused():
         ps.lm_loss(hidden, head, torch.zeros(2, dtype=torch.int64), context)
     with pytest.raises(ValueError, match="label 9 is outside the vocabulary"):
         ps.lm_loss(hidden, head, torch.tensor([1, 9, 2]), context)
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [
+        (torch.zeros(3, 2, dtype=torch.int64), {}, r"wrong shape: got \(3, 2\), expected \(2, 3\)"),
+        (torch.zeros(2, 3), {}, "wrong dtype: got torch.float32"),
+        (torch.full((2, 3), 9), {"vocab_size": 12}, "vocab_size is invalid: got 12, expected 1 to 8"),
+        (torch.zeros(2, 3, dtype=torch.int64), {"temperature": 0.0}, "temperature is invalid: got 0.0"),
+    ],
+)
+def test_wrong_calls_of_token_logprobs_are_refused(ids, options, message):
+    with pytest.raises(ValueError, match=message):
+        ps.token_logprobs(torch.randn(2, 3, 8), ids, ps.initialize("torch"), **options)
+
+
+def test_a_vocabulary_larger_than_the_logits_is_refused():
+    with pytest.raises(ValueError, match="vocab_size is invalid: got 12, expected 1 to 8"):
+        ps.vocab_parallel_cross_entropy(torch.randn(1, 8), torch.tensor([9]), ps.initialize("torch"), vocab_size=12)
