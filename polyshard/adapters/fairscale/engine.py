@@ -286,5 +286,6 @@ def _check_precision(precision: Precision) -> None:
     if precision.reduce != precision.parameters:
         raise ConfigurationError(
             f"FairScale reduces gradients in the dtype of the parameters: got reduce={precision.reduce}, expected "
-            f"{precision.parameters}."
+            f"{precision.parameters}. Pass precision=Precision(parameters={precision.parameters}, "
+            f"reduce={precision.parameters})."
         )
