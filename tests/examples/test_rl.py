@@ -18,7 +18,7 @@ from support.warm_spawn import descendants
 
 import polyshard as ps
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",

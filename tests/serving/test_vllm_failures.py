@@ -22,7 +22,7 @@ from support.scripts import run
 import polyshard as ps
 from polyshard.registry import ENVIRONMENT_VARIABLE
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
 @pytest.fixture
