@@ -14,7 +14,7 @@ help:
 	@echo "make test    the test suite, in less than a quarter of an hour"
 	@echo "make test-slow   rehearsals: documented commands, several machines, kills, the GPU check, model families"
 	@echo "make test-all   both"
-	@echo "make test-ci   both, without the rehearsals that 20 minutes do not hold; each commit begins with another one"
+	@echo "make test-ci   both, but files of slow tests start only if they can end within 20 minutes; it names those left out"
 	@echo "make test-families   all of transformers' model families, in four minutes: after a change of polyshard/transformers"
 	@echo "make test-fast   the tests without vLLM engines, in three minutes"
 	@echo "make docs    the documentation's site, into site/"
@@ -58,8 +58,8 @@ test-slow: $(READY)
 test-all: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Both, in at most 20 minutes on a slow machine, too: no rehearsal begins that may end later, and the last lines name
-# those. Each commit begins with another file, so that a few commits run them all.
+# The fast tests, then files of slow tests, which start only if they can end within 20 minutes. The last lines name the
+# files that were left out. The file that comes first differs from commit to commit, so that a few commits run them all.
 test-ci: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --seconds 1200 --slow-from `git rev-list --count HEAD`
 

@@ -46,9 +46,9 @@ def times_of_rounds(
 
 
 def ratio_of_rounds(times: Mapping[str, list[float]], name: str, other: str) -> float:
-    """Return the median, over the rounds, of the time of an action over that of another.
+    """Return the median, over the rounds, of the time of an action divided by that of another.
 
-    In one round both meet the same machine, whose speed may drift by half within minutes.
+    Both run in every round, so the ratio is not affected if the machine is slower in some rounds than in others.
     """
     return statistics.median(mine / theirs for mine, theirs in zip(times[name], times[other]))
 

@@ -5,10 +5,11 @@
 MODEL is `qwen3-0.6b` (the published shape with random weights), `qwen3-half` (hidden size 896, six layers), `smollm2`
 (SmolLM2-135M's shape) or `tiny`. The step is forward, loss, backward and torch's fused AdamW on parameters of the given
 dtype. transformers uses the fastest of the installed attention implementations; Megatron-Core's GPTModel takes part
-where it is installed. Eager and compiled steps have a process each. Every contestant starts from the same weights, and
-the first losses must agree. Utilization is the model's FLOPs (6 per weight and token, and attention's) over a matmul's
-measured rate; the ratio is polyshard's time over the row's, the median of that of each round. `--check` exits with
-status 1 if polyshard takes more than 0.90 of transformers' time, more than 0.75 of GPTModel's, or more memory.
+where it is installed. Eager and compiled steps run in separate processes. Every contestant starts from the same
+weights, and the first losses must agree. Utilization is the model's FLOPs (6 per weight and token, and attention's)
+over a matmul's measured rate. The ratio is the median over the rounds of polyshard's time divided by the row's.
+`--check` exits with status 1 if polyshard takes more than 0.90 of transformers' time, more than 0.75 of GPTModel's, or
+more memory.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def main(
         for with_compiler in modes:
             also = megatron and not with_compiler and find_spec("megatron") is not None
             others = ("transformers", "megatron") if also else ("transformers",)
-            # A process for each: after other models have run, the memory of a process is in pieces.
+            # A process for each mode, so that models which ran before do not affect the memory of those that follow.
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
                 found = process.submit(
                     _measure_mode, model, Path(work), kind, where, with_compiler, others, chosen, rounds, peak, lines

@@ -83,7 +83,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     seconds = json.loads(DURATIONS.read_text())
 
     def takes_long(item: pytest.Item) -> bool:
-        return item.get_closest_marker("vllm") is not None or seconds.get(_file(item), 0) >= LONG
+        return item.get_closest_marker("vllm") is not None or seconds.get(slow_time.file_of(item), 0) >= LONG
 
     if config.getoption("--fast"):
         config.hook.pytest_deselected(items=[item for item in items if takes_long(item)])
@@ -92,17 +92,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("vllm"):
                 item.add_marker(pytest.mark.skip(reason="needs vLLM"))
-    items.sort(key=lambda item: -seconds.get(_file(item), 0))
+    items.sort(key=lambda item: -seconds.get(slow_time.file_of(item), 0))
     budget = config.getoption("--seconds")
     if budget is not None:
-        slow = sorted({_file(item) for item in items if item.get_closest_marker("slow")})
+        slow = sorted({slow_time.file_of(item) for item in items if item.get_closest_marker("slow")})
         places = {name: place for place, name in enumerate(slow_time.turned(slow, config.getoption("--slow-from")))}
-        items.sort(key=lambda item: places.get(_file(item), -1))  # after all others
+        items.sort(key=lambda item: places.get(slow_time.file_of(item), -1))  # after all others
         config.pluginmanager.register(slow_time.TimeForSlow(budget, seconds))
-
-
-def _file(item: pytest.Item) -> str:
-    return item.path.relative_to(ROOT / "tests").as_posix()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

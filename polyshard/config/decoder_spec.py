@@ -130,7 +130,7 @@ class DecoderSpec:
         qk_norm: whether queries and keys are normalized, with one weight for each channel of a head.
         windows: sliding window of each layer; None for full attention.
         experts: the experts of the layers that have some; None for a dense model.
-        latent: multi-head latent attention, which has no `kv_heads`; None for other attention.
+        latent: multi-head latent attention, for which `kv_heads` is `heads`; None for other attention.
     """
 
     family: str
@@ -188,7 +188,7 @@ class DecoderSpec:
                 intermediate=size(config, "intermediate_size"),
                 layers=layers,
                 heads=heads,
-                kv_heads=kv_heads(config, family, heads),
+                kv_heads=heads if latent else kv_heads(config, family, heads),
                 head_dim=latent.plain + latent.rotated if latent else head_dim or hidden // heads,
                 vocabulary=size(config, "vocab_size"),
                 tied=bool(config.get("tie_word_embeddings", False)),

@@ -13,7 +13,7 @@ from polyshard.config.family_defaults import number, size
 
 EXPERT_FAMILIES = ("deepseek_v3", "dots1", "glm4_moe", "mixtral", "qwen2_moe", "qwen3_moe")
 _QWEN = {"qwen2_moe": (60, 4, 1408), "qwen3_moe": (128, 8, 768)}  # experts, experts per token, width
-# Defaults of families with the routers of DeepSeek-V3; None where the field is needed.
+# Default values of config.json's fields, for families with the router of DeepSeek-V3. None: the field is required.
 _DEEPSEEK: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v3": {
         **{"n_routed_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 2048, "n_shared_experts": 1},

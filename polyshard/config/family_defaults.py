@@ -39,8 +39,6 @@ def number(config: Mapping[str, Any], name: str, default: float) -> float:
 
 def kv_heads(config: Mapping[str, Any], family: str, heads: int) -> int:
     """Return the number of key and value heads."""
-    if family == "deepseek_v3":
-        return heads  # of latent attention; transformers does not use the field
     found = config.get("num_key_value_heads", _KV_HEADS[family]) or heads
     return size({"num_key_value_heads": found}, "num_key_value_heads")
 

@@ -57,7 +57,7 @@ def check_labels(labels: torch.Tensor, vocab_size: int, ignore_index: int | None
 
 
 def check_of_logits(ids: torch.Tensor, logits: torch.Tensor, vocab_size: int | None, size: int) -> None:
-    """Check that IDs are integers, one for each row of the logits, whose columns hold the vocabulary.
+    """Check that each row of logits has one integer ID, and that the logits have a column for each token.
 
     Args:
         ids: `[...]`, token IDs or labels.
@@ -66,7 +66,7 @@ def check_of_logits(ids: torch.Tensor, logits: torch.Tensor, vocab_size: int | N
         size: of the tensor axis.
 
     Raises:
-        ValueError: they are not.
+        ValueError: the shape or dtype of the IDs is wrong, or `vocab_size` is larger than the number of columns.
     """
     if logits.shape[:-1] != ids.shape:
         raise ValueError(

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 import pytest
 
+from support.paths import ROOT
+
 REASON = "no time is left for this file's slow tests (make test-slow)"
 MARGIN = 1.5  # of a file's recorded seconds, on a slower machine
 
@@ -16,7 +18,7 @@ class TimeForSlow:
 
     Args:
         budget: seconds of the whole run.
-        seconds: recorded ones of each file.
+        seconds: those that each file took in a recorded run.
     """
 
     def __init__(self, budget: float, seconds: Mapping[str, float]) -> None:
@@ -28,15 +30,20 @@ class TimeForSlow:
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         if item.get_closest_marker("slow") is None:
             return
-        name = item.location[0].removeprefix("tests/")
+        name = file_of(item)
         if name not in self.begins:
             self.begins[name] = time.monotonic() + MARGIN * self.seconds.get(name, 60.0) <= self.end
         if not self.begins[name]:
             pytest.skip(REASON)
 
 
+def file_of(item: pytest.Item) -> str:
+    """Return the path of a test's file within `tests`."""
+    return item.path.relative_to(ROOT / "tests").as_posix()
+
+
 def turned(names: list[str], start: int) -> list[str]:
-    """Return names in an order that begins with another one in every run.
+    """Return names rotated by `start`.
 
     Examples:
         >>> turned(["a", "b", "c"], 4)

@@ -58,6 +58,7 @@ def latent_settings(spec: DecoderSpec) -> dict[str, Any]:
         "qk_pos_emb_head_dim": latent.rotated,
         "v_head_dim": latent.value,
         "qk_layernorm": True,  # of the latents
+        "rotary_base": spec.rope.theta,
         **(_yarn(spec.rope) if spec.rope.kind == "yarn" else {"rope_type": "rope", "mscale_all_dim": 0.0}),
     }
 
@@ -93,8 +94,8 @@ def latent_differences(spec: DecoderSpec, held: Mapping[str, Any]) -> list[str]:
     yarn = rope.kind == "yarn" and set(dict(rope.parameters)) <= _KNOWN_YARN and bool(_yarn(rope))
     if rope.kind != "default" and not yarn:
         found.append(f"rotary scaling {rope.kind} with {dict(rope.parameters)}: Megatron's latent attention has none")
-    if held and not held.get("multi_latent_attention"):
-        found.append("multi_latent_attention: the checkpoint's arguments say False, the configuration True")
+    if held and held.get("multi_latent_attention") is None:  # `with_latent` compares it if it is there
+        found.append("multi_latent_attention: the checkpoint's arguments lack it, the configuration says True")
     if _kind(held) == "yarn" and rope.kind == "default" and _factor(held) != 1:
         found.append(
             f"rotary scaling: the checkpoint's arguments say yarn by {_factor(held)}, the configuration default"

@@ -1,4 +1,4 @@
-"""Megatron-Core's latent attention without Transformer Engine, whose attention it needs (0.16)."""
+"""Megatron-Core's latent attention without Transformer Engine, which Megatron-Core 0.16 requires for it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def with_local_attention(block: Any) -> Any:
-    """Return the specification of a decoder whose latent attention computes by `DotProductAttention`.
+    """Let a decoder's latent attention use `DotProductAttention`, and return the decoder's specification.
 
-    `MLASelfAttention` passes the widths of keys and values, which only `TEDotProductAttention` accepts. The local class
-    takes both for `kv_channels`, which it uses for the shape of its output alone.
+    `MLASelfAttention` passes the head sizes of keys and values. Only `TEDotProductAttention` accepts them.
+    `DotProductAttention` assumes that both are `kv_channels`, and uses that size only for the shape of its output.
 
     Args:
         block: Megatron's `TransformerBlockSubmodules`.
@@ -22,11 +22,11 @@ def with_local_attention(block: Any) -> Any:
         module.TELinear = type("TELinear", (), {})  # MLASelfAttention asks whether a layer is an instance of it
 
     class LatentDotProductAttention(DotProductAttention):
-        """Megatron's attention with values of their own width."""
+        """`DotProductAttention` for values whose head size differs from that of the keys."""
 
         def __init__(self, *args: Any, k_channels: int = 0, v_channels: int = 0, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            if v_channels:  # the base class of MLASelfAttention builds one that is replaced, without them
+            if v_channels:  # the base class of MLASelfAttention first builds one without sizes, which is then replaced
                 self.hidden_size_per_attention_head = k_channels
                 self.hidden_size_per_partition = self.num_attention_heads_per_partition * v_channels
 

@@ -21,9 +21,9 @@ class ModelGroups:
         experts: the ranks that together hold all experts once: these axes and the expert axis.
         one: this rank.
 
-    They live until `ps.shutdown`. torch names such a group by its ranks and by how many groups exist. Those of a next
-    engine would have the names of destroyed ones, and a rank could find the address at which another rank of the old
-    group listened: it waits there for ever.
+    They exist until `ps.shutdown`, also after the engine is closed. torch names such a group after its ranks and the
+    number of existing groups. If groups were destroyed earlier, the groups of a later engine could get the same names.
+    A rank would then read the address of a destroyed group from the store, and wait there without end.
     """
 
     model: Any

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,6 @@ from polyshard.convert.pickles import load_pickle
 from polyshard.core.errors import CheckpointError
 
 TIMEOUT = 600
-_LATENT = ("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
-_LATENT += ("rope_type", "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
-_LATENT += ("mscale", "mscale_all_dim")
 _REFUSED = "polyshard: Megatron-Core refuses the weights: "
 
 
@@ -119,8 +117,10 @@ def _settings(spec: DecoderSpec, arguments: Mapping[str, Any]) -> dict[str, Any]
             "moe_layer_freq": 1 if all(experts.sparse) else [int(sparse) for sparse in experts.sparse],
         }
     )
-    settings |= latent_settings(spec)
-    return {"settings": settings, "vocabulary": spec.vocabulary, "padded": arguments.get("padded_vocab_size")}
+    latent = latent_settings(spec)
+    settings |= latent
+    sizes = {"vocabulary": spec.vocabulary, "padded": arguments.get("padded_vocab_size")}
+    return {"settings": settings, "latent": latent, **sizes}
 
 
 def main(path: str) -> None:
@@ -195,8 +195,8 @@ def _gpt(job: Mapping[str, Any]) -> Any:
         if not hasattr(moe_utils, "te_general_gemm"):
             moe_utils.te_general_gemm = None  # without Transformer Engine, Megatron reads it but does not set it
         experts |= {"moe_router_load_balancing_type": "none", "moe_token_dispatcher_type": "allgather"}
-    latent = {name: said[name] for name in _LATENT if name in said}
-    settings: Any = (MLATransformerConfig if latent else TransformerConfig)(
+    make: Any = partial(MLATransformerConfig, **job["latent"]) if job["latent"] else TransformerConfig
+    settings = make(
         num_layers=said["num_layers"],
         hidden_size=said["hidden_size"],
         num_attention_heads=said["num_attention_heads"],
@@ -220,14 +220,13 @@ def _gpt(job: Mapping[str, Any]) -> Any:
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         **experts,
-        **({**latent, "rotary_base": said["rotary_base"]} if latent else {}),
     )
     layers: Any = (
         get_gpt_decoder_block_spec(settings, use_transformer_engine=False, normalization="RMSNorm")
         if experts
         else get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=said["qk_layernorm"])
     )
-    if latent:
+    if job["latent"]:
         layers = with_local_attention(layers)
     model = GPTModel(
         config=settings,

@@ -26,7 +26,7 @@ class BuiltParameters:
 
     @classmethod
     def of(cls, module: nn.Module, *, sharded: bool) -> BuiltParameters:
-        """Note the parameters of a model whose engine has been built."""
+        """Record the parameters of a model after its engine was built."""
         named = dict(module.named_parameters())
         held = {} if sharded else {name: (parameter, parameter.dtype) for name, parameter in named.items()}
         return cls({name: parameter.requires_grad for name, parameter in named.items()}, held)

@@ -74,13 +74,14 @@ class TorchExperts(nn.Module):
             make = Exchange.of if rows.device.type != "meta" else partial(Exchange.balanced, len(rows))
             exchange = make(counts, self.expert_axis, self.guard)
             y = exchange.back(outputs(exchange.to_experts(rows), exchange.counts))
-        if self.products is not None:
-            by_token = _Permute.apply(y, slots, order).view(tokens, per_token, -1).to(weights.dtype)
-            return _added_in_order(by_token, torch.ones_like(weights) if self.bank.scale_input else weights).to(x.dtype)
-        if self.bank.scale_input:
-            combined = _Permute.apply(y, slots, order).view(tokens, per_token, -1).to(weights.dtype).sum(1)
-        else:
+        if self.products is None and not self.bank.scale_input:
             combined = _Combine.apply(y, weights, order, slots)
+        else:
+            by_token = _Permute.apply(y, slots, order).view(tokens, per_token, -1).to(weights.dtype)
+            if self.products is not None:
+                factors = torch.ones_like(weights) if self.bank.scale_input else weights
+                return _added_in_order(by_token, factors).to(x.dtype)
+            combined = by_token.sum(1)
         combined = combined.to(x.dtype)
         if self.sequence_parallel:
             return scatter_sum_sequence(combined, self.tensor_axis, dim=0)
