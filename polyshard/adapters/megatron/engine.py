@@ -274,6 +274,11 @@ class MegatronEngine(BaseEngine):
                     pieces.append(Piece(parameter=name, slot=slot, start=found.start, values=value.view(-1)))
         return self._state(pieces)
 
+    def close(self) -> None:
+        """Release the wrappers and the process groups that the engine created."""
+        super().close()
+        self._groups.close()
+
     def _loss_scale_state(self) -> Mapping[str, float]:
         return compat.loss_scale_state(self.optimizer)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from polyshard.adapters.shared.devices import default_backend
 from polyshard.adapters.shared.draining import drain, drain_all
@@ -46,11 +48,39 @@ def with_groups(context: GroupContext, names: Sequence[Axis]) -> GroupContext:
     for name in names:
         axis = context.axis(name)
         if axis.group is None:
-            group: Any = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+            group: Any = group_of([dist.get_rank()])
             axes[name] = dataclasses.replace(axis, group=group)
             if not alone:
                 undo.append(partial(destroy, group))
     return dataclasses.replace(context, axes=axes, on_shutdown=(*undo, *context.on_shutdown))
+
+
+def group_of(ranks: Sequence[int], timeout: float | None = None) -> dist.ProcessGroup:
+    """Return a new process group, with a timeout in seconds. Its ranks call this, and no others.
+
+    `torch.distributed.new_group` with local synchronization names a group after its ranks and the number of existing
+    groups. After another group was destroyed, this name may be that of an existing group, which torch refuses, or of a
+    destroyed one: a rank then reads its address from the store, and waits there without end. Here the name counts the
+    groups that these ranks have created.
+    """
+    world = distributed_c10d._get_default_group()
+    named, store = distributed_c10d._world.pg_map[world]
+    backend = dist.Backend(named)
+    members, rank = sorted(ranks), dist.get_rank()
+    listed = "_".join(map(str, members))
+    name = f"polyshard:{listed}:{store.add(f'polyshard/groups/{listed}/{rank}', 1)}"
+    made: Any = distributed_c10d._new_process_group_helper(
+        len(members),
+        members.index(rank),
+        members,
+        backend,
+        store,
+        distributed_c10d.GroupName(name),
+        timeout=distributed_c10d._get_default_timeout(backend) if timeout is None else timedelta(seconds=timeout),
+        device_id=world.bound_device_id,
+    )
+    distributed_c10d._world.pg_group_ranks[made[0]] = {member: place for place, member in enumerate(members)}
+    return made[0]
 
 
 def is_alive(group: dist.ProcessGroup) -> bool:

@@ -42,12 +42,16 @@ def in_bfloat16(function, *arguments):
 
 
 def groups_of_engines(count):
-    """The sums over the model's ranks by the groups of several Megatron engines, one after the other."""
+    """The sums over the model's ranks by the groups of Megatron engines, each closed when the next one is built."""
     context = ps.initialize("megatron", pipeline=2, timeout=60)
-    sums = []
+    sums, earlier = [], []
     for _ in range(count):
+        earlier.append(ModelGroups.of(context))
         total = torch.ones(1)
-        torch.distributed.all_reduce(total, group=ModelGroups.of(context).model)
+        torch.distributed.all_reduce(total, group=earlier[-1].model)
         sums.append(float(total))
+        for groups in earlier[:-1]:
+            groups.close()
+        del earlier[:-1]
     ps.shutdown(context)
     return sums
