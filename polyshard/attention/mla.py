@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from polyshard.attention.computation import describe_attention
 from polyshard.attention.context_parallel.parallel import Way
 from polyshard.attention.defaults import rotary_at, sequences_at
 from polyshard.attention.dispatch import dispatch_attention
@@ -136,6 +137,7 @@ class TrainableMLA(nn.Module):
             head_offset=context.get_tensor_parallel_rank() * (num_heads // size),
         )
         check_spec(self.spec)
+        describe_attention(self, self.spec, num_heads, num_heads, None, interleaved)
         self._call_spec = without_layer(self.spec)
         self.rotary, self.interleaved, self.kernel = rotary, interleaved, kernel
         self.context_parallel = context_parallel

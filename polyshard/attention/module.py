@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from polyshard.attention.alibi import slopes_of_heads
+from polyshard.attention.computation import describe_attention
 from polyshard.attention.context_parallel.parallel import Way
 from polyshard.attention.defaults import rotary_at, sequences_at
 from polyshard.attention.dispatch import dispatch_attention
@@ -150,6 +151,7 @@ class TrainableFlashAttention(nn.Module):
             head_offset=first,
         )
         check_spec(self.spec)
+        describe_attention(self, self.spec, num_heads, num_kv_heads, slopes, interleaved)
         self._call_spec = without_layer(self.spec)
         self.sinks: nn.Parameter | None = None
         if sinks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from polyshard.core.computation import Setting, describe
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import AdapterError, ConfigurationError, LayoutError
 from polyshard.core.experts import ClampedSwiglu, ExpertBank, ExpertStorage
@@ -145,6 +147,7 @@ class MixtureOfExperts(nn.Module):
         self.bank, self.rule, self.balance, self.context = bank, router, balance, context
         self.experts_per_token = experts_per_token
         self._gate, self._shared = router_name, shared
+        describe(self, experts_per_token=experts_per_token, activation=str(bank.activation), **_settings(router))
         self.add_module(router_name, _gate(bank, router, context))
         self.experts = adapter.create_experts(bank, context)
         attach_expert_layouts(self.experts, bank, context)
@@ -241,6 +244,13 @@ class Gate(nn.Module):
             return F.linear(x, weight, bias)
         with without_autocast(x.device.type):
             return F.linear(x.to(self.dtype), weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
+
+
+def _settings(router: Router) -> dict[str, Setting]:
+    """Return the router's settings; where an engine keeps its matrix in float32 is not one of the computation."""
+    fields = {f"router_{field.name}": getattr(router, field.name) for field in dataclasses.fields(router)}
+    del fields["router_float32_weight"]
+    return {**fields, "router_dtype": str(router.dtype)}
 
 
 def _gate(bank: ExpertBank, router: Router, context: ParallelContext) -> nn.Module:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from polyshard.core.computation import describe
 from polyshard.core.context import ParallelContext
 from polyshard.core.linear_adapter import adapter_with, choose_adapter
 
@@ -39,4 +40,6 @@ def rms_norm(
     if partial_gradient is None:
         partial_gradient = parallel_context.layout.sequence_parallel
     adapter = adapter_with(choose_adapter(linear, parallel_context), "create_norm")
-    return adapter.create_norm(hidden_size, parallel_context, eps=eps, partial_gradient=partial_gradient)
+    norm = adapter.create_norm(hidden_size, parallel_context, eps=eps, partial_gradient=partial_gradient)
+    describe(norm, eps=eps)
+    return norm

@@ -151,6 +151,11 @@ def test_another_model_is_refused_before_anything_is_sent(trained, tmp_path):
         sync = ps.WeightSync(trained.model, trained.context, ps.LlmClient(llm), timeout=30)
         with pytest.raises(ps.WeightSyncError, match=r"has the wrong shape for the engine: got \[80, 48\], expected"):
             sync()
+        config = {**ps.read_config(other).to_dict(), "rms_norm_eps": 1e-3}
+        model = decoder.build_model(ps.ModelConfig(**config), trained.context)
+        sync = ps.WeightSync(model, trained.context, ps.LlmClient(llm, "far"), timeout=30)
+        with pytest.raises(ps.WeightSyncError, match=r"far: The models compute differently .* eps of the layer of"):
+            sync()
         assert greedy(llm, PROMPTS[:1], TOKENS) == before, "it goes on with its own weights"
 
 

@@ -47,6 +47,9 @@ def test_generation_equals_transformers_before_and_after_a_sync(tmp_path, kind, 
             llm.reset_prefix_cache()
             assert greedy(llm, PROMPTS, TOKENS) == before
         else:
+            other = ps.ModelConfig(**{**ps.read_config(old).to_dict(), "num_experts_per_tok": 1})
+            with pytest.raises(ps.ConfigurationError, match="experts_per_token .* is 1 in the trainer and 2 in engine"):
+                ps.WeightSync(moe.build_model(other, context), context, llm)
             ps.WeightSync(model, context, llm)()
             after = greedy(llm, PROMPTS, TOKENS)
             assert_same_generation(after, greedy_transformers(new, PROMPTS, TOKENS), BOUND)

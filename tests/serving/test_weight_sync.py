@@ -166,7 +166,12 @@ def test_what_does_not_fit_is_named(trained):
     case = trained["untied"]
     source = dict(LayoutSource(case.model, case.context))
     name = "model.layers.1.mlp.up_proj.weight"
+    other = ps.ModelConfig(
+        **{**ps.read_config(case.old).to_dict(), "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    )
     with engine(case.old, "Livevllm") as llm:
+        with pytest.raises(ps.ConfigurationError, match=r"rotary_frequencies .* in the trainer and .* in engine 0"):
+            ps.WeightSync(decoder.build_model(other, case.context), case.context, llm)
         receiver = receiver_of(llm)
         for sent, message in (
             ({"model.extra": torch.ones(2)}, "'model.extra' is not a weight of model 'Livevllm'"),

@@ -42,6 +42,7 @@ class LocalEngine:
         self.receiver = receiver_for(worker.model, worker.vllm_config)
         self.dtype = compat.engine_dtype(llm)
         self.exact = identity_of(getattr(worker.model, "context", None))
+        self.computation = self.receiver.computation()
         self.tensor_size: int = worker.vllm_config.parallel_config.tensor_parallel_size
         # Captured CUDA graphs hold addresses, so parameters must keep their memory.
         self._share = share and bool(worker.vllm_config.model_config.enforce_eager)

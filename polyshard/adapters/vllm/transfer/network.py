@@ -17,6 +17,7 @@ from polyshard.adapters.vllm.clients.protocol import Client
 from polyshard.adapters.vllm.transfer.link import CHUNK_BYTES, Link, first_line, local_address, make_store, open_store
 from polyshard.adapters.vllm.transfer.network_engine import NetworkEngine
 from polyshard.adapters.vllm.transfer.network_sender import NetworkSender, check_names, held_regions
+from polyshard.core.computation import Computation, check_same_computation, merged
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError, PolyshardError, WeightSyncError
 from polyshard.core.exact_identity import ExactIdentity, check_same_mode, identity_of
@@ -36,6 +37,7 @@ class NetworkLeg:
         view: the trainer's weights.
         parallel_context: the context that the model was built with.
         shapes: full shape of each stored tensor that this rank's part of the model has.
+        computation: what the layers of the whole model compute with.
         timeout: seconds after which an engine that does not answer, or a message that is not received, is an error.
         interface: network interface or address of this rank; see `local_address`.
         chunk_bytes: size of a message.
@@ -46,11 +48,12 @@ class NetworkLeg:
         view: WeightView,
         parallel_context: ParallelContext,
         shapes: Mapping[str, tuple[int, ...]],
+        computation: Computation,
         timeout: float,
         interface: str | None = None,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
-        self._view, self._context = view, parallel_context
+        self._view, self._context, self._computation = view, parallel_context, computation
         self._ranks, self._axis = Ranks.of(parallel_context), parallel_context.axis("tensor")
         self._timeout, self._interface, self._chunk_bytes = timeout, interface, chunk_bytes
         self._engines: list[NetworkEngine] = []
@@ -191,6 +194,8 @@ class NetworkLeg:
         reports = [first, *(engine.ready(hello, worker) for worker in range(1, first["workers"]))]
         exact = None if first["exact"] is None else ExactIdentity(*first["exact"])
         check_same_mode(identity_of(self._context), exact, engine.name)
+        served = merged(report["computation"] for report in reports)
+        check_same_computation(self._computation, served, ("the trainer", engine.name))
         everything = [Need(name=n, shape=s, boxes=(((0,) * len(s), s),)) for n, s in self._shapes.items()]
         if self._ranks.rank == 0 and any(report["needs"] is None for report in reports):
             hello.publish("tensors", [need.to_json() for need in everything])

@@ -17,6 +17,7 @@ from torch import nn
 from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.transfer.guard import WeightGuard
 from polyshard.attention.module import TrainableFlashAttention
+from polyshard.core.computation import Computation, computation_of
 from polyshard.core.errors import WeightSyncError
 from polyshard.core.weight_table import WeightEntry, stored_shape
 from polyshard.weights.fingerprint import fingerprint
@@ -28,6 +29,10 @@ class Receiver(Protocol):
     """One worker's side of an update."""
 
     guard: WeightGuard
+
+    def computation(self) -> Computation:
+        """Return what the model's layers compute with besides their weights, as far as it is known."""
+        ...
 
     def begin(self, version: str) -> None:
         """Start an update; the model refuses to compute until `finish`."""
@@ -93,6 +98,10 @@ class ServedReceiver:
         self._received: set[str] = set()
         self._shards: dict[str, torch.Tensor] = {}
         self._shared: set[str] = set()  # parameters in the trainer's memory
+
+    def computation(self) -> Computation:
+        """Return what the model's layers compute with besides their weights."""
+        return computation_of(self._model, self.table)
 
     def begin(self, version: str) -> None:
         """Start an update; the model refuses to compute until `finish`.
@@ -244,6 +253,10 @@ class NativeReceiver:
         self._received: set[str] = set()
         self._names = {name for name, _ in model.named_parameters()}
         model.register_forward_pre_hook(lambda *_: self.guard.check())
+
+    def computation(self) -> Computation:
+        """Return nothing: what vLLM's own layers compute with is not known."""
+        return {}
 
     def begin(self, version: str) -> None:
         """Start an update; the model refuses to compute until `finish`."""

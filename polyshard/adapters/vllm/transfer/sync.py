@@ -26,6 +26,7 @@ from polyshard.adapters.vllm.transfer.remote import RemoteEngine
 from polyshard.adapters.vllm.transfer.report import SyncReport
 from polyshard.adapters.vllm.transfer.verification import Arrived, DirectRecord, EngineKind, verify_chunk, verify_direct
 from polyshard.checkpoint.part import without_part
+from polyshard.core.computation import Computation, check_same_computation, computation_of, merged
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError, WeightSyncError
 from polyshard.core.exact_identity import check_same_mode, identity_of
@@ -34,7 +35,7 @@ from polyshard.core.ranks import Ranks
 from polyshard.core.weight_table import stored_shape
 from polyshard.weights.fingerprint import total
 from polyshard.weights.movement import put_pieces, shared_run
-from polyshard.weights.view import view_weights
+from polyshard.weights.view import WeightView, view_weights
 
 if TYPE_CHECKING:
     from polyshard.adapters.vllm.transfer.local import LocalEngine
@@ -64,8 +65,8 @@ class WeightSync:
             its address. By default `GLOO_SOCKET_IFNAME`, or the interface on the route to the engine.
 
     Raises:
-        ConfigurationError: an engine cannot receive weights, the engines have different dtypes, or only one of trainer
-            and engine is in exact mode.
+        ConfigurationError: an engine cannot receive weights, the engines have different dtypes, only one of trainer
+            and engine is in exact mode, or a layer computes with other settings, such as the experts per token.
         WeightSyncError: the engine's model does not match the trainer's weights.
 
     Examples:
@@ -100,8 +101,9 @@ class WeightSync:
 
         given = [] if engines is None else listed_engines(engines)
         clients = [engine for engine in given if is_client(engine)]
+        computation = _whole_computation(self._view, parallel_context, self._ranks)
         self._network = NetworkLeg(
-            self._view, parallel_context, self._shapes, timeout, interface, min(bucket_bytes, CHUNK_BYTES)
+            self._view, parallel_context, self._shapes, computation, timeout, interface, min(bucket_bytes, CHUNK_BYTES)
         )
         self._network.join(clients)
 
@@ -110,6 +112,7 @@ class WeightSync:
             self._connect([engine for engine in given if not is_client(engine)], timeout, share)
             for connected in (*self._local, *self._remote):
                 check_same_mode(identity_of(parallel_context), connected.exact, connected.name)
+                check_same_computation(computation, connected.computation, ("the trainer", connected.name))
 
         self._ranks.run_on_all(connect, "the engines cannot take weights", WeightSyncError)
         self._dtype = self._common_dtype()
@@ -311,3 +314,9 @@ class WeightSync:
             (piece, *shared_run(piece, table[piece.parameter].layout.local_shape(rank, size)))
             for piece in self._view.owned_pieces()
         ]
+
+
+def _whole_computation(view: WeightView, context: ParallelContext, ranks: Ranks) -> Computation:
+    """Return what all layers of the trainer's model compute with. A collective."""
+    first = all(context.axis(name).rank == 0 for name in ("tensor", "context", "expert", "data"))
+    return merged(ranks.gather(computation_of(view.module, view.local_table) if first else {}))

@@ -27,6 +27,7 @@ from polyshard.adapters.vllm.transfer.bucket import Bucket, chunk_from
 from polyshard.adapters.vllm.transfer.link import Link, local_address, open_store
 from polyshard.adapters.vllm.transfer.network_receiver import NetworkReceiver, needs_of
 from polyshard.adapters.vllm.transfer.receiver import Receiver, receiver_for
+from polyshard.core.computation import Computation
 from polyshard.core.errors import WeightSyncError
 from polyshard.core.exact_identity import identity_of
 from polyshard.weights.movement import Moved
@@ -90,7 +91,7 @@ class PolyshardTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._connect()
         else:
             self._reports, self._link, self._network = Path(init_info.reports), None, None
-            self._report("ready", -1)
+            self._report("ready", -1, computation=self._receiver.computation())
 
     def _announce(self, info: InitInfo) -> None:
         """Tell a trainer what this worker keeps. If its store cannot be reached, it sees that nothing was written."""
@@ -109,7 +110,9 @@ class PolyshardTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._network = NetworkReceiver(self._link, self._receiver, self._rank, workers, info.senders, dtype)
         needs = needs_of(self._receiver)
         wanted = None if needs is None else [need.to_json() for need in needs]
-        self._link.publish(f"ready/{self._rank}", {**self._facts(), "needs": wanted})
+        self._link.publish(
+            f"ready/{self._rank}", {**self._facts(), "needs": wanted, "computation": self._receiver.computation()}
+        )
 
     def _connect(self) -> None:
         """Join the trainer's group; the model keeps its weights if that fails."""
@@ -190,6 +193,7 @@ class PolyshardTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         moved: list[Moved] | None = None,
         error: str | None = None,
         tensors: Sequence[str] = (),
+        computation: Computation | None = None,
     ) -> None:
         report = {
             **self._facts(),
@@ -199,6 +203,7 @@ class PolyshardTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
             "moved": [asdict(m) for m in moved or ()],
             "error": error,
             "tensors": list(tensors[:100]),
+            "computation": computation,
         }
         if self._link is not None:
             try:

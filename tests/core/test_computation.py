@@ -1,0 +1,88 @@
+"""Models with the same weights that compute with other settings are told apart, at every size of every axis."""
+
+import decoder
+import moe
+import pytest
+import transformers
+from support.models.experts import save_moe
+from support.models.tiny import save_tiny
+
+import polyshard as ps
+from polyshard.core.computation import check_same_computation, computation_of, merged
+from polyshard.launch.ranks import run_ranks
+
+
+def described(build, config, **sizes):
+    context = ps.initialize("torch", **sizes)
+    model = build(config, context)
+    found = computation_of(model, ps.collect_layouts(model))
+    ps.shutdown(context)
+    return found
+
+
+def described_on_a_rank(directory, sizes):
+    return described(moe.build_model, ps.read_config(directory), **sizes)
+
+
+def changed(directory, **fields):
+    return ps.ModelConfig(**{**ps.read_config(directory).to_dict(), **fields})
+
+
+FIRST = r"model\.layers\.0\."
+DENSE = {
+    "norms": ({"rms_norm_eps": 1e-6}, rf"eps of the layer of '{FIRST}input_layernorm.weight' is 1e-05 in .* and 1e-06"),
+    "theta": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        r"rotary_frequencies of the layer of 'RotaryEmbedding 0' is \[1, .*\] in",
+    ),
+    "scaling": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        r"rotary_frequencies .* \[0\.5, ",
+    ),
+    "heads": (
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32},
+        rf"num_heads of the layer of '{FIRST}self_attn.q_proj.weight' is 4 in a and 2 in b",
+    ),
+}
+EXPERTS = {
+    "per token": ({"num_experts_per_tok": 3}, rf"experts_per_token of the layer of '{FIRST}mlp.gate.weight' is 2 in"),
+    "normalized": ({"norm_topk_prob": False}, "router_normalize .* is True in a and False in b"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [(kind, *case) for kind, cases in (("dense", DENSE), ("experts", EXPERTS)) for case in cases.values()],
+    ids=[*DENSE, *EXPERTS],
+)
+def test_what_differs_is_named_with_its_layer(tmp_path, kind, changes, message):
+    save, build = (save_tiny, decoder.build_model) if kind == "dense" else (save_moe, moe.build_model)
+    directory = save(tmp_path, "qwen3" if kind == "dense" else "qwen3_moe")
+    first, second = (described(build, changed(directory, **fields)) for fields in ({}, changes))
+    check_same_computation(first, first, ("a", "b"))
+    with pytest.raises(ps.ConfigurationError, match=message):
+        check_same_computation(first, second, ("a", "b"))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_the_description_does_not_depend_on_sizes(tmp_path, kind):
+    directory = save_moe(tmp_path, kind)
+    whole = described_on_a_rank(directory, {})
+    assert len(whole) > 4
+    for sizes in ({"tensor": 2}, {"pipeline": 2}, {"expert": 2}):
+        assert merged(run_ranks(described_on_a_rank, 2, directory, sizes)) == whole
+
+
+def test_models_of_transformers_are_described(tmp_path):
+    config = transformers.AutoConfig.from_pretrained(save_tiny(tmp_path, "llama"))
+    first = described(ps.transformers_model, config)
+    config.rope_parameters = {**config.rope_parameters, "rope_theta": 5e5}
+    second = described(ps.transformers_model, config)
+    with pytest.raises(ps.ConfigurationError, match="rotary_frequencies of the layer of 'LlamaRotaryEmbedding 0'"):
+        check_same_computation(first, second, ("a", "b"))
+
+
+def test_settings_of_layers_that_one_model_lacks_are_not_compared():
+    check_same_computation({"a": {"eps": 1.0}}, {"b": {"eps": 2.0}}, ("one", "two"))
+    check_same_computation({"a": {"eps": 1.0}}, {"a": {"scale": 2.0}}, ("one", "two"))
+    assert merged([{"a": {"eps": 1.0, "scale": 1.0}}, {"a": {"eps": 2.0}}]) == {"a": {"scale": 1.0}}
