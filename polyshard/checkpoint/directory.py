@@ -10,6 +10,7 @@ import ctypes
 import errno
 import logging
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -27,6 +28,17 @@ logger = logging.getLogger(__name__)
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+
+
+def behind_link(target: Path) -> Path:
+    """Return the directory that a symbolic link names, which a save replaces instead of the link; else `target`."""
+    return target.resolve() if target.is_symlink() else target
+
+
+def reason(error: Exception, staging: Path, target: Path) -> str:
+    """Return the text of an error, with the target in place of the hidden directory in which it was built."""
+    name = re.escape(target.name)
+    return re.sub(rf"{re.escape(str(staging))}(/(\.{name}\.saving-[^/']+|target(?=[/';]|$)))?", str(target), str(error))
 
 
 def staging_name(target: Path) -> str:
@@ -102,6 +114,7 @@ def find(directory: str | Path) -> Path:
     path = as_path(directory)
     if is_remote(path):
         return published(path)
+    path = path if path.exists() else behind_link(path)
     if not path.exists():
         for kept in sorted(path.parent.glob(f".{path.name}.replaced-*")):
             logger.warning("%s is missing because a save was killed while replacing it; reading %s", path, kept)

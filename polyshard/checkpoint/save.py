@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException, save
 
 from polyshard.checkpoint.companions import copy_companions
-from polyshard.checkpoint.directory import begin, publish, staging_name
+from polyshard.checkpoint.directory import begin, behind_link, publish, staging_name
 from polyshard.checkpoint.files import INDEX
 from polyshard.checkpoint.location import as_path, is_remote
 from polyshard.checkpoint.manifest import FileRecord, Manifest, record_files, write_manifest
@@ -264,12 +264,13 @@ class SaveJob:
 
     def _run(self, ranks: Ranks, tensor_rank: int, tensor_size: int, progress: Progress | None) -> Path:
         what = f"saving {self.directory} failed; nothing was changed"
-        staging = self.directory.parent / ranks.broadcast(staging_name(self.directory))
+        target = behind_link(self.directory)
+        staging = target.parent / ranks.broadcast(staging_name(target))
         writer = LayoutWriter(staging, self.files, progress)
         stored = {tensor.key: tensor for file in self.files for tensor in file.tensors}
         planner = LayoutPlanner(self.pieces, self.table, tensor_rank, tensor_size, stored)
         try:
-            ranks.raise_on_all(_attempt(begin, self.directory, staging) if ranks.rank == 0 else None, what)
+            ranks.raise_on_all(_attempt(begin, target, staging) if ranks.rank == 0 else None, what)
             ranks.raise_on_all(None if staging.is_dir() else CheckpointError(_NOT_SHARED), what)
             try:
                 with ranks.guard("world checkpoint write"), warnings.catch_warnings():
@@ -285,7 +286,7 @@ class SaveJob:
             error = None
             if ranks.rank == 0:
                 manifest = self.manifest(records, writer.fingerprints)
-                error = _attempt(write_manifest, staging, manifest) or _attempt(publish, staging, self.directory)
+                error = _attempt(write_manifest, staging, manifest) or _attempt(publish, staging, target)
             ranks.raise_on_all(error, what)
         finally:
             if ranks.rank == 0:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from polyshard.checkpoint.directory import begin, publish, staging_name
+from polyshard.checkpoint.directory import begin, behind_link, publish, reason, staging_name
 from polyshard.checkpoint.files import INDEX
 from polyshard.checkpoint.manifest import Manifest, record_files, write_manifest
 from polyshard.checkpoint.plan import StoredTensor, index_of, plan_files
@@ -55,11 +55,12 @@ def write_tensors(
     files = plan_files("model", stored, max_shard_bytes)
     where = {tensor.key: (file, tensor) for file in files for tensor in file.tensors}
     dtypes = {name: dtype for name, _, dtype, _ in listed}
-    staging = directory.parent / staging_name(directory)
+    target = behind_link(directory)
+    staging = target.parent / staging_name(target)
     prints: dict[str, int] = {}
     done, total = 0, sum(tensor.nbytes for tensor in stored)
     try:
-        begin(directory, staging)
+        begin(target, staging)
         for file in files:
             allocate(staging / file.path, file)
         for name, shape, dtype, load in listed:
@@ -86,9 +87,11 @@ def write_tensors(
         fingerprints = {WEIGHT: {name: text(value) for name, value in prints.items()}}
         records = record_files(staging, Ranks())
         write_manifest(staging, Manifest(kind="weights", files=records, fingerprints=fingerprints))
-        publish(staging, directory)
+        publish(staging, target)
     except OSError as error:
-        raise CheckpointError(f"writing {directory} failed; nothing was changed: {error}") from error
+        raise CheckpointError(
+            f"writing {directory} failed; nothing was changed: {reason(error, staging, target)}"
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return prints

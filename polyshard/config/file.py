@@ -15,9 +15,18 @@ REQUIRED = (
 SIZES = (
     *REQUIRED[:-1],
     *("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", "max_window_layers"),
+    *("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "n_shared_experts"),
+    *("moe_intermediate_size", "shared_expert_intermediate_size", "n_group", "topk_group", "first_k_dense_replace"),
 )
-NUMBERS = ("rms_norm_eps", "layer_norm_eps", "rope_theta", "partial_rotary_factor", "attention_dropout")
-SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+NUMBERS = (
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "rope_theta",
+    "partial_rotary_factor",
+    "attention_dropout",
+    "routed_scaling_factor",
+)
+SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "norm_topk_prob")
 NO_FIELDS = ("self", "cls", "to_dict")  # names that configuration classes use themselves
 
 

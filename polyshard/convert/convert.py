@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -15,7 +13,7 @@ from typing import Any
 import torch
 
 from polyshard.checkpoint.companions import companions, has_tokenizer
-from polyshard.checkpoint.directory import publish
+from polyshard.checkpoint.directory import begin, behind_link, publish, reason, staging_name
 from polyshard.checkpoint.location import as_path, is_remote
 from polyshard.checkpoint.model_code import check_code
 from polyshard.checkpoint.quantization.dequantize import dequantized
@@ -147,21 +145,26 @@ def convert(
         notes += dropped
     foreign = replace(foreign, config=_completed(foreign, dtype))
     written, casts = (foreign, None) if dtype is None else cast(foreign, dtype)
-    staging = target.parent / f".{target.name}.converting-{os.getpid()}-{secrets.token_hex(4)}"
+    real = behind_link(target)
+    staging = real.parent / staging_name(real)
     place = staging / "target"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging.mkdir()
     proof: Proof | None = None
     try:
+        begin(real, staging)
         notes += _write(written, writer, place, options, reader.name, progress)
         notes += casts.notes() if casts is not None else ()
         if verify:
             ours = Side(format=reader, path=source, options=replace(options, allow_pickle=True, config=foreign.config))
             theirs = Side(format=writer, path=place, options=Options(allow_pickle=True))  # written by this process
             proof = prove(written, ours, theirs, rounded=dtype)
-        publish(place, target)
+        publish(place, real)
     except OSError as error:
-        raise CheckpointError(f"writing {target} failed; nothing was changed: {error}") from error
+        told = reason(error, staging, target)
+        raise CheckpointError(f"writing {target} failed; nothing was changed: {told}") from error
+    except CheckpointError as error:
+        if str(staging) not in str(error):
+            raise
+        raise CheckpointError(reason(error, staging, target)) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return Conversion(

@@ -291,3 +291,16 @@ def test_loading_and_saving_take_one_bucket_beside_the_weights(smollm2, tmp_path
         # The parameters' own pages may be touched first while they are filled.
         assert found["load"] <= found["shard"] + BUCKET_BYTES + (16 << 20)
         assert found["save"] <= BUCKET_BYTES + (16 << 20)
+
+
+def test_a_save_to_a_symbolic_link_replaces_the_directory_behind_it(original, copy, tmp_path):
+    model, context = load(original)
+    link, dangling = tmp_path / "link", tmp_path / "dangling"
+    link.symlink_to("model")
+    dangling.symlink_to(tmp_path / "disk" / "new")
+    for path, real in ((link, copy), (dangling, tmp_path / "disk" / "new")):
+        ps.save_checkpoint(model, path, context, config=ps.read_config(original))
+        assert path.is_symlink()
+        assert (real / "polyshard.json").is_file()
+        load(path)
+    assert sorted(os.listdir(tmp_path)) == ["dangling", "disk", "link", "model"]

@@ -12,6 +12,7 @@ from support.oracles.conversions import ALLOW, with_config
 
 import polyshard as ps
 from polyshard.config.decoder_spec import FAMILIES
+from polyshard.config.file import check_fields
 from polyshard.convert import convert
 
 
@@ -48,6 +49,12 @@ WRONG = {
         )
     },
 }
+
+
+@pytest.mark.parametrize(("field", "value"), [("num_local_experts", "8"), ("norm_topk_prob", "yes"), ("n_group", 1.5)])
+def test_sizes_of_experts_have_their_types(field, value):
+    with pytest.raises(ps.CheckpointError, match=f"config.json: {field} is wrong: got {value!r}, expected"):
+        check_fields({field: value}, "config.json")
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from support.oracles.library_checkpoints import (
 from typer.testing import CliRunner
 
 import polyshard as ps
+from polyshard.checkpoint import stream
 from polyshard.cli.app import app
 from polyshard.convert import convert
 from polyshard.convert.format import Options
@@ -244,3 +245,44 @@ def test_a_target_that_is_there_is_not_touched(original, tmp_path):
     assert (target / "model.safetensors").read_bytes() == before
     with pytest.raises(ps.CheckpointError, match=r"model.safetensors exists and is a file. Name a new directory"):
         convert(original, target / "model.safetensors")
+
+
+def test_a_target_behind_a_symbolic_link_is_written_there(original, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "disk" / "new")
+    convert(original, link)
+    assert link.is_symlink()
+    assert (tmp_path / "disk" / "new" / "model.safetensors").is_file()
+
+
+def test_a_target_that_cannot_be_created_is_named(original, tmp_path):
+    file = original / "config.json"
+    result = CliRunner().invoke(app, ["convert", str(original), str(file / "below")])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, ps.CheckpointError)
+    assert f"writing {file / 'below'} failed; nothing was changed" in str(result.exception)
+
+
+def test_a_full_disk_is_told_with_the_targets_name(original, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", str(next(tmp_path.glob(".new.saving-*")) / "target" / "x"))
+
+    monkeypatch.setattr(stream, "put", full)
+    with pytest.raises(ps.CheckpointError, match=f"No space left on device: '{tmp_path / 'new' / 'x'}'"):
+        convert(original, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(original, tmp_path):
+    killed = f"""
+import os, signal
+from polyshard.checkpoint import stream
+from polyshard.convert import convert
+stream.put = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+convert({str(original)!r}, {str(tmp_path / "new")!r})
+"""
+    assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -9
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".new.saving-")
+    convert(original, tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]

@@ -6,7 +6,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from polyshard.checkpoint.directory import begin, find, publish, staging_name
+from polyshard.checkpoint.directory import begin, behind_link, find, publish, staging_name
 from polyshard.checkpoint.location import as_path, file_system, is_remote, key, local_path
 from polyshard.checkpoint.manifest import MANIFEST, read_manifest, verify_files
 from polyshard.checkpoint.remote.publish import Upload, begin_upload, commit, remote_files, upload, withdraw
@@ -39,7 +39,7 @@ def download_checkpoint(url: str | Path, directory: str | Path) -> Path:
         >>> sorted(path.name for path in download_checkpoint("memory://bucket/model", "model").iterdir())
         ['config.json', 'model.safetensors', 'polyshard.json']
     """
-    source, target = find(url), local_path(directory, "directory")
+    source, target = find(url), behind_link(local_path(directory, "directory"))
     if not is_remote(source):
         raise CheckpointError(f"url must be of a remote file system: got {url}. Use the directory itself.")
     fs = file_system(source)
