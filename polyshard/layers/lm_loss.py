@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -12,11 +13,45 @@ from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
 from polyshard.layers.forward_gradients import sum_with_gradients
 from polyshard.layers.logprobs import token_logprobs
-from polyshard.layers.vocabulary import mean_loss, vocab_parallel_cross_entropy
+from polyshard.layers.vocabulary import check_z_loss, mean_loss, vocab_parallel_cross_entropy
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
 CHUNK_TOKENS = 1024
+
+
+@overload
+def lm_loss(
+    hidden: torch.Tensor,
+    head: Head,
+    labels: torch.Tensor,
+    parallel_context: ParallelContext,
+    *,
+    vocab_size: int | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    z_loss: float = ...,
+    return_z_loss: Literal[False] = ...,
+    chunk_tokens: int = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def lm_loss(
+    hidden: torch.Tensor,
+    head: Head,
+    labels: torch.Tensor,
+    parallel_context: ParallelContext,
+    *,
+    vocab_size: int | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    z_loss: float = ...,
+    return_z_loss: Literal[True],
+    chunk_tokens: int = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def lm_loss(
@@ -29,8 +64,10 @@ def lm_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    return_z_loss: bool = False,
     chunk_tokens: int = CHUNK_TOKENS,
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Compute the cross-entropy of `head(hidden)` without the logits of all tokens in memory.
 
     The losses of tokens are those of `vocab_parallel_cross_entropy`, bit for bit. For a sum or a mean, the gradients of
@@ -49,10 +86,12 @@ def lm_loss(
         ignore_index: as in torch.
         reduction: `"mean"`, `"sum"` or `"none"`, as in `vocab_parallel_cross_entropy`.
         label_smoothing: as in torch.
+        z_loss: factor of the square of the logits' log-sum-exp, added to each token's loss.
+        return_z_loss: also return the part of the loss that is the z-loss, detached, reduced in the same way.
         chunk_tokens: tokens whose logits are in memory at once.
 
     Returns:
-        A scalar, or `[...]` with `"none"`; float32 (float64 for float64 logits).
+        A scalar, or `[...]` with `"none"`; float32 (float64 for float64 logits). With `return_z_loss`, a pair of these.
 
     Raises:
         ConfigurationError: the chunk size is not positive, or labels and hidden states have different shapes.
@@ -68,9 +107,11 @@ def lm_loss(
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is invalid: got {reduction!r}, expected 'mean', 'sum' or 'none'")
+    check_z_loss(z_loss)
+    squares: list[torch.Tensor] = []  # z-losses of the chunks
 
     def losses(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return vocab_parallel_cross_entropy(
+        found, square = vocab_parallel_cross_entropy(
             head(hidden),
             labels,
             parallel_context,
@@ -78,17 +119,32 @@ def lm_loss(
             ignore_index=ignore_index,
             reduction="none",
             label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            return_z_loss=True,
         )
+        if return_z_loss:
+            squares.append(square)
+        return found
+
+    def reduced(total: torch.Tensor) -> torch.Tensor:
+        if reduction == "sum":
+            return total
+        return mean_loss(total, (labels != ignore_index).sum(), parallel_context.axis("context"))
 
     chunks = _Chunks.of(hidden, labels, parallel_context, chunk_tokens)
-    if reduction == "none":
-        return _each(losses, chunks)
-    total = sum_with_gradients(losses, hidden, chunks.rows, chunks.ids) if torch.is_grad_enabled() else None
-    if total is None:
-        total = _each(losses, chunks).sum()
-    if reduction == "sum":
-        return total
-    return mean_loss(total, (labels != ignore_index).sum(), parallel_context.axis("context"))
+    total: torch.Tensor | None = None
+    if reduction != "none" and torch.is_grad_enabled():
+        total = sum_with_gradients(losses, hidden, chunks.rows, chunks.ids)
+    if total is not None:
+        found = reduced(total)
+    else:
+        squares.clear()  # of chunks that are computed once more
+        each = _each(losses, chunks)
+        found = each if reduction == "none" else reduced(each.sum())
+    if not return_z_loss:
+        return found
+    each = chunks.joined(squares)
+    return found, each if reduction == "none" else reduced(each.sum())
 
 
 def lm_logprobs(

@@ -58,7 +58,8 @@ def token_logprobs(
     check_labels(token_ids, size, None)
     if parallel_context.exact is None:
         scaled = logits if temperature == 1.0 else logits.float() / temperature
-        return -token_losses(scaled, token_ids, parallel_context, vocab_size=vocab_size, ignore_index=_NO_LABEL)
+        losses, _ = token_losses(scaled, token_ids, parallel_context, vocab_size=vocab_size, ignore_index=_NO_LABEL)
+        return -losses
     full = gather_last(logits, parallel_context.axis("tensor"))[..., :vocab_size]
     if temperature != 1.0:
         full = full.float() / full.new_full((1,), temperature, dtype=torch.float32)  # as vLLM's sampler

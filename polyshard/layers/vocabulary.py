@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+import math
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
@@ -89,6 +90,38 @@ def lm_head(
     return layer
 
 
+@overload
+def vocab_parallel_cross_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    parallel_context: ParallelContext,
+    *,
+    vocab_size: int | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    z_loss: float = ...,
+    return_z_loss: Literal[False] = ...,
+    linear: Any = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def vocab_parallel_cross_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    parallel_context: ParallelContext,
+    *,
+    vocab_size: int | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    z_loss: float = ...,
+    return_z_loss: Literal[True],
+    linear: Any = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
 def vocab_parallel_cross_entropy(
     logits: torch.Tensor,
     targets: torch.Tensor,
@@ -98,8 +131,10 @@ def vocab_parallel_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    return_z_loss: bool = False,
     linear: Any = None,
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Compute the cross-entropy of vocabulary-parallel logits, with the semantics of torch's `cross_entropy`.
 
     Args:
@@ -114,16 +149,19 @@ def vocab_parallel_cross_entropy(
             of labels, train with `engine.train_batch`, which weights by tokens. The mean over no label is 0 with
             gradients of 0. Sums and unreduced losses cover this rank's tokens.
         label_smoothing: as in torch, over the logical vocabulary.
+        z_loss: factor of the square of the logits' log-sum-exp, which is added to each token's loss (PaLM, OLMo). A
+            positive factor takes the torch adapter's loss.
+        return_z_loss: also return the part of the loss that is the z-loss, detached, reduced in the same way.
         linear: the linear adapter whose loss is used.
 
     Returns:
         A scalar, or `[...]` with `"none"`, the same on every tensor-parallel rank; float32 (float64 for float64
-        logits).
+        logits). With `return_z_loss`, a pair of these.
 
     Raises:
-        ValueError: the reduction is unknown, the label smoothing is outside [0, 1], `vocab_size` is larger than the
-            logits, targets have another shape or no integers, or a label is neither in the vocabulary nor
-            `ignore_index` (on a GPU, an asynchronous assertion).
+        ValueError: the reduction is unknown, the label smoothing is outside [0, 1], `z_loss` is negative, `vocab_size`
+            is larger than the logits, targets have another shape or no integers, or a label is neither in the
+            vocabulary nor `ignore_index` (on a GPU, an asynchronous assertion).
 
     Examples:
         >>> context = ps.initialize("torch")
@@ -134,22 +172,34 @@ def vocab_parallel_cross_entropy(
         raise ValueError(f"reduction is invalid: got {reduction!r}, expected 'mean', 'sum' or 'none'")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing is invalid: got {label_smoothing}, expected a number in [0, 1]")
+    check_z_loss(z_loss)
     check_of_logits(targets, logits, vocab_size, _tensor_size(parallel_context))
     check_labels(targets, vocab_size or logits.shape[-1] * _tensor_size(parallel_context), ignore_index)
-    losses = token_losses(
+    losses, squares = token_losses(
         logits,
         targets,
         parallel_context,
         vocab_size=vocab_size,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
+        z_loss=z_loss,
         linear=linear,
     )
-    if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    return mean_loss(losses.sum(), (targets != ignore_index).sum(), parallel_context.axis("context"))
+
+    def reduced(each: torch.Tensor) -> torch.Tensor:
+        if reduction == "none":
+            return each
+        if reduction == "sum":
+            return each.sum()
+        return mean_loss(each.sum(), (targets != ignore_index).sum(), parallel_context.axis("context"))
+
+    return (reduced(losses), reduced(squares)) if return_z_loss else reduced(losses)
+
+
+def check_z_loss(z_loss: float) -> None:
+    """Raise `ValueError` unless the factor of the z-loss is a finite number that is not negative."""
+    if not (z_loss >= 0.0 and math.isfinite(z_loss)):
+        raise ValueError(f"z_loss is invalid: got {z_loss}, expected 0 or a positive number")
 
 
 def token_losses(
@@ -160,26 +210,32 @@ def token_losses(
     vocab_size: int | None,
     ignore_index: int,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     linear: Any = None,
-) -> torch.Tensor:
-    """Return the loss of each token, `[...]`; see `vocab_parallel_cross_entropy`, which checks the arguments first."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of each token, `[...]`, and its z-loss; `vocab_parallel_cross_entropy` checks the arguments."""
     adapter = adapter_with(choose_adapter(linear, parallel_context), "vocab_parallel_cross_entropy")
     if label_smoothing and not getattr(adapter, "smooths_labels", True):
         logger.info(
             "%s cannot smooth labels over the full vocabulary; the torch adapter's loss is used", name_of(adapter)
         )
         adapter = load_adapter("torch").linear
-    losses = adapter.vocab_parallel_cross_entropy(
-        logits,
-        targets,
-        parallel_context,
-        vocab_size=vocab_size or logits.shape[-1] * _tensor_size(parallel_context),
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": vocab_size or logits.shape[-1] * _tensor_size(parallel_context),
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+    }
+    if z_loss:
+        torch_adapter: Any = load_adapter("torch").linear
+        losses, squares = torch_adapter.cross_entropy_with_z_loss(
+            logits, targets, parallel_context, z_loss=z_loss, **settings
+        )
+    else:
+        losses = adapter.vocab_parallel_cross_entropy(logits, targets, parallel_context, **settings)
+        squares = losses.detach().new_zeros(losses.shape)
     if vocab_size is None:  # then a label may select a padding column
         check_present(losses, targets)
-    return losses
+    return losses, squares
 
 
 def _tensor_size(context: ParallelContext) -> int:

@@ -93,25 +93,29 @@ def test_sizes_that_do_not_divide_are_named():
     assert "8 query heads cannot share 3 key-value heads evenly" in messages[3]
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.02), (0.1, 0.02)])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_cross_entropy_equals_torchs(smoothing, reduction, tensor):
+def test_cross_entropy_equals_torchs(smoothing, z_loss, reduction, tensor):
     generator = torch.Generator().manual_seed(0)
     logits = 5 * torch.randn(3, 4, 11, dtype=torch.float64, generator=generator)
     targets = torch.randint(0, 11, (3, 4), generator=generator)
     targets[0, 1] = targets[2, 2] = -100
     leaf = logits.clone().requires_grad_()
     want = F.cross_entropy(leaf.transpose(1, 2), targets, reduction=reduction, label_smoothing=smoothing)
+    squares = z_loss * leaf.logsumexp(-1).square() * (targets != -100)
+    squares = {"none": squares, "sum": squares.sum(), "mean": squares.sum() / (targets != -100).sum()}[reduction]
+    want = want + squares
     want.sum().backward()
-    results = run_ranks(parallel_loss, tensor, logits, targets, tensor, reduction, smoothing)
-    for loss, gradient, untouched in results:
+    results = run_ranks(parallel_loss, tensor, logits, targets, tensor, reduction, smoothing, z_loss)
+    for loss, square, gradient, untouched in results:
         torch.testing.assert_close(loss, want.detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(square, squares.detach(), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(gradient, leaf.grad, rtol=1e-12, atol=1e-12)
         assert untouched
 
 
-def parallel_loss(logits, targets, tensor, reduction, smoothing):
+def parallel_loss(logits, targets, tensor, reduction, smoothing, z_loss):
     context = ps.initialize("torch", tensor=tensor, timeout=30)
     layout = ps.WeightLayout(shape=(11,), dim=0, segments=(ps.Segment(size=11, pad_multiple=1),))
     moved = logits.movedim(-1, 0)
@@ -119,15 +123,15 @@ def parallel_loss(logits, targets, tensor, reduction, smoothing):
     padded[:11] = moved
     local = padded.chunk(tensor)[context.get_tensor_parallel_rank()].movedim(0, -1).contiguous().requires_grad_()
     before = local.detach().clone()
-    loss = ps.vocab_parallel_cross_entropy(
-        local, targets, context, vocab_size=11, reduction=reduction, label_smoothing=smoothing
-    )
+    settings = {"vocab_size": 11, "reduction": reduction, "label_smoothing": smoothing, "z_loss": z_loss}
+    loss, square = ps.vocab_parallel_cross_entropy(local, targets, context, return_z_loss=True, **settings)
     loss.sum().backward()
     untouched = torch.equal(local.detach(), before)
     shards = local.grad.movedim(-1, 0)
     axis = context.axis("tensor")
     gathered = shards if tensor == 1 else axis.collectives.all_gather(shards.contiguous(), 0)
-    result = loss.detach(), gathered[:11].movedim(0, -1), untouched
+    assert not square.requires_grad
+    result = loss.detach(), square, gathered[:11].movedim(0, -1), untouched
     assert layout.shape == (11,)
     ps.shutdown(context)
     return result
@@ -143,6 +147,9 @@ def test_bad_targets_and_settings_of_the_loss(context):
         ps.vocab_parallel_cross_entropy(logits, torch.tensor([1, 2, 3]), context)
     with pytest.raises(ValueError, match=r"label_smoothing is invalid: got .*, expected a number in \[0, 1\]"):
         ps.vocab_parallel_cross_entropy(logits, torch.tensor([1, 2]), context, label_smoothing=2.0)
+    for factor in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"z_loss is invalid: got {factor}, expected 0 or a positive number"):
+            ps.vocab_parallel_cross_entropy(logits, torch.tensor([1, 2]), context, z_loss=factor)
 
 
 def initial_weights(tensor, constructed):

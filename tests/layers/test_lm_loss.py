@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.workers.chunked_loss import losses_and_gradients
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -93,6 +94,30 @@ def test_the_gradient_of_a_bfloat16_head_is_accumulated_in_float32():
     ps.lm_loss(hidden.bfloat16(), head, labels, context, chunk_tokens=16).backward()
     error = (head.weight.grad - exact).norm() / exact.norm()
     assert error < 0.006  # 0.003, as one product of all tokens; 256 sums in bfloat16 are 0.02 off
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_z_loss_is_that_of_torchs_log_sum_exp(reduction, dtype):
+    context = ps.initialize("torch")
+    head = ps.lm_head(16, 64, context).to(dtype)
+    hidden = (3 * torch.randn(32, 16)).to(dtype).requires_grad_()
+    labels = torch.randint(0, 64, (32,))
+    labels[5] = -100
+    settings = {"reduction": reduction, "z_loss": 0.01, "return_z_loss": True, "chunk_tokens": 8}
+    loss, square = ps.lm_loss(hidden, head, labels, context, **settings)
+    loss.sum().backward()
+
+    leaf, weight = (t.detach().double().requires_grad_() for t in (hidden, head.weight))
+    logits = leaf @ weight.T
+    counted = (labels != -100).double()
+    squares = 0.01 * logits.logsumexp(-1).square() * counted
+    squares = {"none": squares, "sum": squares.sum(), "mean": squares.sum() / counted.sum()}[reduction]
+    want = F.cross_entropy(logits, labels, reduction=reduction) + squares
+    want.sum().backward()
+    bound = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for found, expected in ((loss, want), (square, squares), (hidden.grad, leaf.grad), (head.weight.grad, weight.grad)):
+        assert (found.detach().double() - expected.detach()).norm() <= bound * expected.detach().norm()
 
 
 def test_wrong_calls_are_refused():

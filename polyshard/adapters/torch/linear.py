@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from polyshard.adapters.shared.weights import new_weight
-from polyshard.adapters.torch.cross_entropy import vocab_parallel_cross_entropy
+from polyshard.adapters.torch.cross_entropy import cross_entropy_with_z_loss, vocab_parallel_cross_entropy
 from polyshard.adapters.torch.norm import RMSNorm
 from polyshard.core.context import ParallelContext
 from polyshard.core.experts import ExpertBank
@@ -236,3 +236,9 @@ class TorchLinearAdapter:
     ) -> torch.Tensor:
         """Return the loss of each token; see `polyshard.vocab_parallel_cross_entropy`."""
         return vocab_parallel_cross_entropy(logits, targets, parallel_context.axis("tensor"), **options)
+
+    def cross_entropy_with_z_loss(
+        self, logits: torch.Tensor, targets: torch.Tensor, parallel_context: ParallelContext, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of each token, and its part that is `z_loss` times the square of the log-sum-exp."""
+        return cross_entropy_with_z_loss(logits, targets, parallel_context.axis("tensor"), **options)
