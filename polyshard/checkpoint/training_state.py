@@ -56,6 +56,7 @@ from polyshard.checkpoint.state_files import (
 )
 from polyshard.checkpoint.storage import Progress
 from polyshard.core.adapter import TrainingEngine
+from polyshard.core.computation import difference, whole_computation
 from polyshard.core.context import ParallelContext
 from polyshard.core.pieces import OptimizerState, Piece
 from polyshard.core.ranks import Ranks
@@ -179,6 +180,7 @@ def save_training_state(
             "optimizer": describe(state, slot_dtypes, started, ranks),
             "data": positions,
             "layout": sizes(layout),
+            "computation": whole_computation(engine.module, model.table, parallel_context),
             **base,
         },
         blobs={f"{FOLDER}/{RANDOM}.safetensors": random_states(ranks)},
@@ -257,6 +259,10 @@ def load_training_state(
         other = check_same_base(opened.manifest.state["base"], found, part.what)
         if other and ranks.rank == 0:
             logger.warning("%s frozen tensors have another dtype than in %s and were not compared", len(other), path)
+    computed = whole_computation(engine.module, model.table, parallel_context)
+    other = difference(opened.manifest.state.get("computation", {}), computed, ("the state", "the engine's model"))
+    if other is not None and ranks.rank == 0:
+        logger.warning("the model computes differently than when %s was saved: %s", path, other)
     if data is not None:
         ranks.run_on_all(lambda: restore_data(data, position, len(positions)), what)
 

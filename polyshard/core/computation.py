@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
+from polyshard.core.ranks import Ranks
 from polyshard.core.weight_table import WeightTable
 
 _ATTRIBUTE = "polyshard_computation"
@@ -67,8 +69,14 @@ def merged(parts: Iterable[Computation]) -> Computation:
     return result
 
 
-def check_same_computation(first: Computation, second: Computation, names: tuple[str, str]) -> None:
-    """Raise `ConfigurationError` if a layer of both models computes with another setting.
+def whole_computation(model: nn.Module, table: WeightTable, context: ParallelContext) -> Computation:
+    """Return the settings of all layers of a model on every rank. A collective."""
+    first = all(context.axis(name).rank == 0 for name in ("tensor", "context", "expert", "data"))
+    return merged(Ranks.of(context).gather(computation_of(model, table) if first else {}))
+
+
+def difference(first: Computation, second: Computation, names: tuple[str, str]) -> str | None:
+    """Return the first setting with which a layer of both models computes differently, in words, or None.
 
     Args:
         first: the settings of a model.
@@ -80,11 +88,20 @@ def check_same_computation(first: Computation, second: Computation, names: tuple
         others = second.get(layer, {})
         for name, value in settings.items():
             if name in others and not _same(value, others[name]):
-                raise ConfigurationError(
-                    f"The models compute differently with the same weights: {name} of the layer of {layer!r} is "
-                    f"{_text(value)} in {names[0]} and {_text(others[name])} in {names[1]}. Build both from the same "
-                    "config."
+                return (
+                    f"{name} of the layer of {layer!r} is {_text(value)} in {names[0]} and {_text(others[name])} in "
+                    f"{names[1]}"
                 )
+    return None
+
+
+def check_same_computation(first: Computation, second: Computation, names: tuple[str, str]) -> None:
+    """Raise `ConfigurationError` if a layer of both models computes with another setting; see `difference`."""
+    found = difference(first, second, names)
+    if found is not None:
+        raise ConfigurationError(
+            f"The models compute differently with the same weights: {found}. Build both from the same config."
+        )
 
 
 def _first_tensor(module: nn.Module, path: str, table: WeightTable) -> str:

@@ -5,10 +5,12 @@ import logging
 import random
 import shutil
 
+import decoder
 import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.models.tiny import tiny_config
 
 import polyshard as ps
 from polyshard.testing import run_ranks
@@ -318,3 +320,19 @@ def test_an_error_of_one_rank_is_one_on_every_rank(tmp_path):
     for missing, stored in run_ranks(bad_states, 2, tmp_path / "state"):
         assert "/nonexistent/state is not a directory" in missing
         assert "the state 'eta' cannot be stored" in stored, "and no rank waits for the timeout"
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-3])
+def test_a_model_that_computes_differently_than_when_it_was_saved_is_named(tmp_path, caplog, eps):
+    context = ps.initialize("torch")
+    fields = tiny_config("llama").to_dict()
+
+    def engine(**changes):
+        model = decoder.build_model(ps.ModelConfig(**{**fields, **changes}), context)
+        return ps.load_adapter("torch").engine(model, ps.AdamW(), context)
+
+    ps.save_training_state(engine(), tmp_path / "state", context, step=1, config=fields)
+    ps.load_training_state(engine(rms_norm_eps=eps), tmp_path / "state", context)
+    told = "eps of the layer of 'model.layers.0.input_layernorm.weight' is 1e-05 in the state and 0.001 in the engine's"
+    assert (told in caplog.text) == (eps != 1e-5)
+    ps.shutdown(context)

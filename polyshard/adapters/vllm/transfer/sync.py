@@ -26,7 +26,7 @@ from polyshard.adapters.vllm.transfer.remote import RemoteEngine
 from polyshard.adapters.vllm.transfer.report import SyncReport
 from polyshard.adapters.vllm.transfer.verification import Arrived, DirectRecord, EngineKind, verify_chunk, verify_direct
 from polyshard.checkpoint.part import without_part
-from polyshard.core.computation import Computation, check_same_computation, computation_of, merged
+from polyshard.core.computation import check_same_computation, whole_computation
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError, WeightSyncError
 from polyshard.core.exact_identity import check_same_mode, identity_of
@@ -35,7 +35,7 @@ from polyshard.core.ranks import Ranks
 from polyshard.core.weight_table import stored_shape
 from polyshard.weights.fingerprint import total
 from polyshard.weights.movement import put_pieces, shared_run
-from polyshard.weights.view import WeightView, view_weights
+from polyshard.weights.view import view_weights
 
 if TYPE_CHECKING:
     from polyshard.adapters.vllm.transfer.local import LocalEngine
@@ -101,7 +101,7 @@ class WeightSync:
 
         given = [] if engines is None else listed_engines(engines)
         clients = [engine for engine in given if is_client(engine)]
-        computation = _whole_computation(self._view, parallel_context, self._ranks)
+        computation = whole_computation(self._view.module, self._view.table, parallel_context)
         self._network = NetworkLeg(
             self._view, parallel_context, self._shapes, computation, timeout, interface, min(bucket_bytes, CHUNK_BYTES)
         )
@@ -314,9 +314,3 @@ class WeightSync:
             (piece, *shared_run(piece, table[piece.parameter].layout.local_shape(rank, size)))
             for piece in self._view.owned_pieces()
         ]
-
-
-def _whole_computation(view: WeightView, context: ParallelContext, ranks: Ranks) -> Computation:
-    """Return what all layers of the trainer's model compute with. A collective."""
-    first = all(context.axis(name).rank == 0 for name in ("tensor", "context", "expert", "data"))
-    return merged(ranks.gather(computation_of(view.module, view.local_table) if first else {}))
