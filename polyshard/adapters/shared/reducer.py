@@ -35,7 +35,8 @@ class GradientReducer:
     """Moves each parameter's gradient to its master, over the replicas.
 
     Buckets follow the reverse order of the parameters, about that in which backward computes them, and are sent in
-    one order on every rank. A parameter without a gradient on this rank counts as zero.
+    one order on every rank. A parameter without a gradient on this rank counts as zero. A parameter of one rank that is
+    its own master is left to autograd.
 
     Args:
         named_parameters: of the model.
@@ -64,6 +65,8 @@ class GradientReducer:
         capacity = int(bucket_cap_mb * (1 << 20))
         filled = capacity
         for name, parameter in reversed([(n, p) for n, p in named_parameters if p.requires_grad]):
+            if groups[name] is None and masters[name] is parameter and parameter.dtype == dtype:
+                continue  # autograd accumulates where the optimizer reads
             nbytes = parameter.numel() * dtype.itemsize
             if filled + nbytes > capacity or self._buckets[-1].group is not groups[name]:
                 self._buckets.append(_Bucket(groups[name]))
