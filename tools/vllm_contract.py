@@ -19,6 +19,10 @@ COMPAT = Path(__file__).resolve().parents[1] / "polyshard" / "adapters" / "vllm"
 
 # Parameters that we pass or are passed, by module and function.
 SIGNATURES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("vllm.v1.engine.llm_engine", "LLMEngine.reset_prefix_cache"): ("reset_connector",),
+    ("vllm.distributed.kv_transfer.kv_connector.factory", "KVConnectorFactory.get_connector_class"): (
+        "kv_transfer_config",
+    ),
     ("vllm.model_executor.layers.linear", "ColumnParallelLinear.__init__"): (
         *("input_size", "output_size", "bias", "gather_output", "return_bias", "quant_config", "prefix"),
     ),

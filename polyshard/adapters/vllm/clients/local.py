@@ -70,11 +70,11 @@ class LlmClient:
                     self._settle(name, ABORTED)
 
     def forget_cached(self, version: str) -> bool:
-        """Reset the prefix cache, and set the weight version."""
+        """Reset the prefix cache and the connectors' caches, and set the weight version."""
         with self._between_steps():
             self._version = version
             self._llm.llm_engine.set_weight_version(version)
-            return bool(self._llm.llm_engine.reset_prefix_cache())
+            return compat.reset_caches(self._llm)
 
     def generate(self, request: SampleRequest) -> SampleAnswer:
         """Sample one completion, and wait for it.

@@ -59,6 +59,7 @@ from polyshard.adapters.vllm.compat.attention import (
     uses_latent_cache,
 )
 from polyshard.adapters.vllm.compat.batch import batch_of_step
+from polyshard.adapters.vllm.compat.connectors import connector_without_reset, reset_caches
 from polyshard.adapters.vllm.compat.engines import (
     LocalWorker,
     captures_graphs,
@@ -141,6 +142,7 @@ __all__ = [
     "batch_of_step",
     "begin_reload",
     "captures_graphs",
+    "connector_without_reset",
     "cpu_attention",
     "cpu_cache",
     "cpu_head_size",
@@ -179,6 +181,7 @@ __all__ = [
     "register_loader",
     "register_transfer",
     "replace_lora",
+    "reset_caches",
     "rotate_in_place",
     "runs_pipelines",
     "seeded_tokens_per_step",

@@ -146,7 +146,7 @@ class LocalEngine:
         if self.shared_bytes:
             self.receiver.guard.accept(version, watch)
         self._llm.llm_engine.set_weight_version(version)
-        if not self._llm.llm_engine.reset_prefix_cache():
+        if not compat.reset_caches(self._llm):
             self.receiver.guard.refuse(f"its prefix cache was not reset after the update to weights {version!r}")
             raise WeightSyncError(
                 f"{self.name} did not reset its prefix cache, because requests are unfinished. Abort them, and sync "

@@ -156,6 +156,12 @@ class LoraSync:
                     f"engine {index} has a smaller max_lora_rank than the adapter: got {config.max_lora_rank}, "
                     f"expected at least {rank}."
                 )
+            connector = compat.connector_without_reset(llm.llm_engine.vllm_config)
+            if connector is not None:
+                raise ConfigurationError(
+                    f"engine {index} has the KV connector {connector}, which has no reset_cache, so that prompts would "
+                    "continue from KV cache of the old adapter. Start it without this connector."
+                )
             if compat.local_worker(llm) is None and self._ranks.rank:
                 raise ConfigurationError(
                     f"engine {index} runs in separate processes, but was passed on rank {self._ranks.rank}. Pass it "
@@ -173,15 +179,15 @@ class LoraSync:
     def _replace(self, index: int, request: Any, version: str) -> None:
         llm = self._engines[index]
         self._call(index, lambda: compat.replace_lora(llm, request))
-        if not self._call(index, llm.llm_engine.reset_prefix_cache):
+        if not self._call(index, lambda: compat.reset_caches(llm)):
             raise WeightSyncError(f"engine {index} did not reset its prefix cache, because requests are unfinished.")
         self._call(index, lambda: llm.llm_engine.set_weight_version(version))
 
     def _withdraw(self, index: int) -> None:
         """Make an engine load the version before from its files at its next request."""
-        engine = self._engines[index].llm_engine
-        self._call(index, lambda: engine.remove_lora(self._id))
-        self._call(index, engine.reset_prefix_cache)
+        llm = self._engines[index]
+        self._call(index, lambda: llm.llm_engine.remove_lora(self._id))
+        self._call(index, lambda: compat.reset_caches(llm))
 
     def _call(self, index: int, action: Callable[[], Any]) -> Any:
         """Call an engine; one in separate processes must answer within the timeout."""

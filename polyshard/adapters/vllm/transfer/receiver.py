@@ -51,13 +51,20 @@ def receiver_for(model: nn.Module, vllm_config: Any) -> Receiver:
     """Return the receiver of a worker's model; there is one per model.
 
     Raises:
-        WeightSyncError: the engine serves a quantized checkpoint.
+        WeightSyncError: the engine serves a quantized checkpoint, or keeps KV cache outside that it cannot drop.
     """
     receiver = getattr(model, "polyshard_receiver", None)
     if receiver is None:
         if getattr(model, "quantized", None) is not None:
             raise WeightSyncError(
                 "weight sync is unsupported for quantized checkpoints. Serve a floating-point checkpoint"
+            )
+        connector = compat.connector_without_reset(vllm_config)
+        if connector is not None:
+            raise WeightSyncError(
+                f"weight sync is unsupported with the KV connector {connector}: it has no reset_cache, so that prompts "
+                "would continue from KV cache of the old weights. Start the engine without it, or with a connector "
+                "that vLLM can reset"
             )
         receiver = ServedReceiver(model) if hasattr(model, "table") else NativeReceiver(model, vllm_config)
         object.__setattr__(model, "polyshard_receiver", receiver)
