@@ -5,7 +5,7 @@ import pytest
 import support.vllm_required  # noqa: F401
 import torch
 from support.engines import engine, greedy
-from support.models.tiny import save_tiny
+from support.models.tiny import VOCAB, save_tiny
 
 import polyshard as ps
 from polyshard.adapters.vllm import compat
@@ -321,3 +321,27 @@ def test_buckets_of_dead_processes_are_removed_and_others_are_kept(tmp_path):
         path.touch()
     remove_abandoned(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+
+def test_what_a_connector_keeps_is_dropped_with_the_old_weights(trained, tmp_path):
+    case = trained["untied"]
+    prompts = [[token % VOCAB for token in range(200)]]  # more than a block of the cache
+    disk = {
+        "kv_connector": "DiskConnector",
+        "kv_connector_module_path": "support.kv_connector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path / "kept")},
+    }
+    without_reset = {**disk, "kv_connector": "ExampleConnector", "kv_connector_module_path": None}
+    with engine(case.new, "Livevllm") as llm:
+        want = greedy(llm, prompts, TOKENS)
+    with engine(case.old, "Livevllm", kv_transfer_config=disk) as llm:
+        assert greedy(llm, prompts, TOKENS) != want
+        assert list((tmp_path / "kept").iterdir())
+        ps.WeightSync(case.model, case.context, llm)()
+        assert greedy(llm, prompts, TOKENS) == want
+    with (
+        engine(case.old, "Livevllm", kv_transfer_config=without_reset) as llm,
+        pytest.raises(ps.WeightSyncError, match="unsupported with the KV connector ExampleConnector: it has no reset"),
+    ):
+        ps.WeightSync(case.model, case.context, llm)
