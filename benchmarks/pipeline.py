@@ -6,9 +6,9 @@ The ideal is the step of the full model in one process divided by the number of 
 bubble is that of the schedule's order if each computation took its median time and communication none. "By hand" is the
 same stages under `torch.distributed.pipelining` without polyshard's engine, with what a training script logs and the
 engine returns, the loss on every rank and the gradient's norm; both alternate in one launch, and the ratio is the
-median of that of each round. Memory is the peak of a step above the level before it. `--check` exits with status 1 if a
-step of 50 ms or more takes more than 1.02 of the time by hand. `--events` writes who computed when, which
-tools/pipeline_picture.py draws. All of it takes about ten minutes on two idle cores.
+median of that of each round of several launches. Memory is the peak of a step above the level before it. `--check`
+exits with status 1 if a step of 50 ms or more takes more than 1.02 of the time by hand. `--events` writes who computed
+when, which tools/pipeline_picture.py draws. All of it takes about a quarter of an hour on two idle cores.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
+from rich.progress import track
 from torch.distributed import pipelining
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -179,9 +180,9 @@ def measured(schedule: str, count: int, layers: int, rounds: int) -> dict[str, A
     return {"times": found, "memory": memory.bytes, "events": recorded}
 
 
-def fastest(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def fastest(runs: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
     """Return the events of each rank in the fastest of the recorded steps, which other programs disturbed least."""
-    steps = list(zip(*(result["events"] for result in results)))
+    steps = [step for run in runs for step in zip(*(result["events"] for result in run))]
 
     def span(step: tuple[list[dict[str, Any]], ...]) -> float:
         events = [event for of_rank in step for event in of_rank]
@@ -223,7 +224,8 @@ def bubble(of_ranks: list[list[dict[str, Any]]]) -> float:
 def main(
     ranks: int = 2,
     layers: int = 8,
-    rounds: int = 15,
+    rounds: Annotated[int, typer.Option(help="Of each launch.")] = 5,
+    launches: Annotated[int, typer.Option(help="Of each case; one process may be faster or slower throughout.")] = 3,
     micro_batches: Annotated[str, typer.Option(help="Numbers of micro-batches, separated by commas.")] = "4,8,16",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
     events_file: Annotated[Path | None, typer.Option("--events", help="Write who computed when here.")] = None,
@@ -232,28 +234,29 @@ def main(
     """Measure every schedule with every number of micro-batches."""
     report = Report(("schedule", "micro-batches", "ms", "over ideal", "bubble", "over bubble", "over by hand", "MiB"))
     drawn: dict[str, Any] = {}
-    for schedule in SCHEDULES:
-        for count in (int(part) for part in micro_batches.split(",")):
-            results = run_ranks(measured, ranks, schedule, count, layers, rounds, timeout=900)
-            ours, whole = (statistics.median(results[0]["times"][name]) for name in ("polyshard", "whole"))
-            over_hand = ratio_of_rounds(results[0]["times"], "polyshard", "by hand")
-            events = fastest(results)
-            own = bubble(events)
-            row = {
-                "schedule": schedule,
-                "micro-batches": count,
-                "ms": round(ours * 1e3, 1),
-                "over ideal": round(ours / (whole / ranks), 3),
-                "bubble": round(own, 3),
-                "over bubble": round(ours / (whole / ranks) / own, 3),
-                "over by hand": round(over_hand, 3),
-                "MiB": round(max(result["memory"] for result in results) / 2**20, 1),
-            }
-            report.add(**row)
-            if row["over by hand"] > GOAL and row["ms"] >= SMALLEST:
-                report.missed.append(f"{schedule}, {count} micro-batches: {row['over by hand']} of the time by hand")
-            if count == 8 or schedule not in drawn:
-                drawn[schedule] = events
+    cases = [(schedule, int(count)) for schedule in SCHEDULES for count in micro_batches.split(",")]
+    for schedule, count in track(cases, "measuring", transient=True):
+        runs = [run_ranks(measured, ranks, schedule, count, layers, rounds, timeout=900) for _ in range(launches)]
+        times = {name: [seconds for run in runs for seconds in run[0]["times"][name]] for name in runs[0][0]["times"]}
+        ours, whole = (statistics.median(times[name]) for name in ("polyshard", "whole"))
+        over_hand = ratio_of_rounds(times, "polyshard", "by hand")
+        events = fastest(runs)
+        own = bubble(events)
+        row = {
+            "schedule": schedule,
+            "micro-batches": count,
+            "ms": round(ours * 1e3, 1),
+            "over ideal": round(ours / (whole / ranks), 3),
+            "bubble": round(own, 3),
+            "over bubble": round(ours / (whole / ranks) / own, 3),
+            "over by hand": round(over_hand, 3),
+            "MiB": round(max(result["memory"] for run in runs for result in run) / 2**20, 1),
+        }
+        report.add(**row)
+        if row["over by hand"] > GOAL and row["ms"] >= SMALLEST:
+            report.missed.append(f"{schedule}, {count} micro-batches: {row['over by hand']} of the time by hand")
+        if count == 8 or schedule not in drawn:
+            drawn[schedule] = events
     report.show()
     report.save(json_file, torch.device("cpu"))
     if events_file is not None:
