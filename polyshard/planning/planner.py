@@ -24,6 +24,7 @@ from polyshard.planning.library import Library
 from polyshard.planning.memory import Memory, memory_of
 from polyshard.planning.result import Plan, PlannedLayout
 from polyshard.planning.serving import serving_plans
+from polyshard.planning.shapes import ShapeCache
 from polyshard.planning.strategy import (
     CASTS,
     MASTERS,
@@ -168,6 +169,7 @@ class _Planner:
     progress: Callable[[str], None]
     traces: Traces
     refused: Counter[str] = field(default_factory=Counter)
+    shapes: ShapeCache = field(default_factory=ShapeCache)
     _planned: set[tuple[str, Strategy]] = field(default_factory=set)  # by adapter, in the precision in which it runs
 
     def refuse(self, reason: str) -> None:
@@ -266,7 +268,14 @@ class _Planner:
             options: dict[str, Any] = {"rows": strategy.rows, "length": self.length, "recompute": strategy.recompute}
             try:
                 self.traces[key] = record(
-                    self.factory, self.config, alone, dtype=dtype, stage=stage, hidden=hidden, **options
+                    self.factory,
+                    self.config,
+                    alone,
+                    dtype=dtype,
+                    stage=stage,
+                    hidden=hidden,
+                    shapes=self.shapes,
+                    **options,
                 )
             except (LayoutError, ConfigurationError) as error:
                 self.traces[key] = str(error)

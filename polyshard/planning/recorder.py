@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from polyshard.attention.kernels.arguments import named
 from polyshard.layers import collective_operators as operators
 from polyshard.planning.contexts import ROTATE, axis_of_key
+from polyshard.planning.shapes import ShapeCache
 
 _COLLECTIVES = {
     operators.all_reduce: "all_reduce",
@@ -108,8 +109,9 @@ class Recorder(TorchDispatchMode):
             the input of an all-to-all or a send.
     """
 
-    def __init__(self, held: Iterable[torch.Tensor]) -> None:
+    def __init__(self, held: Iterable[torch.Tensor], shapes: ShapeCache | None = None) -> None:
         super().__init__()
+        self._shapes = shapes or ShapeCache()
         self.live = self.gradients = 0
         self.in_block = self.in_loss = False
         self._levels: dict[tuple[bool, bool, bool, int], int] = {}
@@ -148,7 +150,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count it."""
-        out = func(*args, **(kwargs or {}))
+        out = self._shapes.call(func, args, kwargs or {})
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == "meta":
                 self._hold(tensor)

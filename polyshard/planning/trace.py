@@ -19,6 +19,7 @@ from polyshard.planning.blocks import record_equal_blocks_once
 from polyshard.planning.contexts import planned_context
 from polyshard.planning.experts import expert_parameters
 from polyshard.planning.recorder import Flops, Level, Recorder
+from polyshard.planning.shapes import ShapeCache
 from polyshard.training.recompute import Mode, apply_recomputation
 
 Factory = Callable[[Any, ParallelContext], nn.Module]
@@ -153,6 +154,7 @@ def record(
     recompute: Mode = "none",
     stage: int = 0,
     hidden: torch.Size | None = None,
+    shapes: ShapeCache | None = None,
 ) -> tuple[Trace, torch.Size]:
     """Record the forward and backward pass of one micro-batch; return it with the shape of the hidden states.
 
@@ -166,6 +168,7 @@ def record(
         recompute: see `apply_recomputation`.
         stage: the pipeline stage.
         hidden: shape of the hidden states that a later stage receives.
+        shapes: of operations in earlier recordings, which save time.
 
     Raises:
         LayoutError: the model or the sequence cannot be divided in this way.
@@ -177,7 +180,7 @@ def record(
     if length % layout.context:
         raise LayoutError(f"{length} tokens cannot be divided by context-parallel size {layout.context}")
     ids = torch.zeros(rows, length // layout.context, dtype=torch.int64, device="meta")
-    recorder = Recorder((*model.parameters(), *model.buffers(), ids))
+    recorder = Recorder((*model.parameters(), *model.buffers(), ids), shapes)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(recorder.accumulated)

@@ -14,6 +14,7 @@ import polyshard as ps
 from polyshard.planning import trace as traces
 from polyshard.planning.decoder import planned_decoder
 from polyshard.planning.recorder import _kept_pairs
+from polyshard.planning.shapes import ShapeCache
 from polyshard.planning.trace import build, record, sizes_of
 
 SMALL = {**CONFIG, "num_hidden_layers": 5}
@@ -77,6 +78,25 @@ def test_a_model_of_transformers_is_planned_as_the_model_of_its_config(family, t
     assert own.flops == planned.flops
     assert own.traffic == planned.traffic
     assert own.held == pytest.approx(planned.held, rel=0.05)  # its norms and rotary embeddings are other code
+
+
+class Forgetful(ShapeCache):
+    def call(self, func, args, kwargs):
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shapes_of_earlier_recordings_change_nothing(family, recompute):
+    shapes = ShapeCache()
+    sizes = []
+    for tensor in (1, 2, 2):
+        options = {"rows": 2, "length": 64, "recompute": recompute}
+        case = planned_decoder, fields_of(family), ps.ParallelLayout(tensor=tensor)
+        assert record(*case, shapes=shapes, **options) == record(*case, shapes=Forgetful(), **options)
+        sizes.append(len(shapes._known))
+    # The same layout asks for no other shapes, but for collectives of other groups.
+    assert sizes[2] - sizes[1] < (sizes[1] - sizes[0]) / 4
 
 
 EXPERT_LAYOUTS = [
