@@ -339,11 +339,25 @@ def test_one_side_alone_in_exact_mode_is_refused(directory):
         ids = torch.tensor([1, 2, 3, *after[0]])
         logits = model.compute_logits(model(ids))[2:-1]
         assert ps.token_logprobs(logits, ids[3:], exact, vocab_size=VOCAB).tolist() == after[1]
+        samples = sampled(llm, [1, 2, 3], 4)
+        assert len({tuple(tokens) for tokens, _ in samples}) == 4, "equal bits are no equal draws"
+        for tokens, logprobs in samples:
+            ids = torch.tensor([1, 2, 3, *tokens])
+            logits = model.compute_logits(model(ids))[2:-1]
+            assert ps.token_logprobs(logits, ids[3:], exact, vocab_size=VOCAB).tolist() == logprobs
     with (
         engines.engine(directory, "Ordinarily") as llm,
         pytest.raises(ps.ConfigurationError, match="does not serve in exact mode"),
     ):
         ps.WeightSync(model, exact, llm)
+
+
+def sampled(llm, prompt, samples):
+    """Tokens of several samples of one prompt, and their log-probabilities."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(n=samples, temperature=1.0, max_tokens=8, logprobs=0, ignore_eos=True)
+    return engines.generated(llm.generate([{"prompt_token_ids": prompt}], parameters, use_tqdm=False))
 
 
 @pytest.mark.vllm
