@@ -56,6 +56,7 @@ FOREIGN_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "scale_emb": (None, 1, 1.0),
     "use_qk_norm": (None, False),
 }
+_OF_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "num_nextn_predict_layers", "use_qk_norm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,11 +221,15 @@ class DecoderSpec:
 
 
 def foreign_fields(config: Mapping[str, Any]) -> list[str]:
-    """Return the fields of other families whose values change the output there, as `field=value`."""
+    """Return the fields of other families whose values change the output there, as `field=value`.
+
+    Layers of multi-token prediction, of which families with experts have a number, change no output.
+    """
+    own = _OF_EXPERTS if config.get("model_type") in EXPERT_FAMILIES else ()
     return [
         f"{name}={config[name]!r}"
         for name, same in FOREIGN_FIELDS.items()
-        if name in config and config[name] not in same
+        if name in config and config[name] not in same and name not in own
     ]
 
 

@@ -130,7 +130,7 @@ def narrowed(foreign: Foreign, where: Path) -> tuple[Foreign, tuple[str, ...]]:
     """Return the checkpoint without tensors that a format for decoder weights does not need, and notes.
 
     Args:
-        foreign: a Llama-like decoder.
+        foreign: a Llama-like decoder, with or without experts.
         where: its path, for errors.
 
     Raises:
@@ -138,8 +138,14 @@ def narrowed(foreign: Foreign, where: Path) -> tuple[Foreign, tuple[str, ...]]:
     """
     if foreign.config is None:
         return foreign, ()
-    spec = DecoderSpec.of(foreign.config)
+    spec = DecoderSpec.of(foreign.config, experts=True)
     expected = expected_shapes(spec)
+    predicting = _multi_token_prediction(foreign, spec)
+    notes = ()
+    if predicting:
+        notes = (f"left out {len(predicting)} tensors of multi-token prediction: {some(predicting)}",)
+        kept = {name: tensor for name, tensor in foreign.tensors.items() if name not in predicting}
+        foreign = replace(foreign, tensors=kept)
     left = sorted(set(foreign.tensors) - set(expected))
     tied = [name for name in left if name == "lm_head.weight"]
     if tied and not torch.equal(foreign.tensors[tied[0]].load(), foreign.tensors["model.embed_tokens.weight"].load()):
@@ -152,8 +158,16 @@ def narrowed(foreign: Foreign, where: Path) -> tuple[Foreign, tuple[str, ...]]:
         if FREQUENCIES.search(name):
             check_frequencies(where, name, foreign.tensors[name].load(), spec)
     if not left:
-        return foreign, ()
+        return foreign, notes
     kept = {name: tensor for name, tensor in foreign.tensors.items() if name in expected}
     return replace(foreign, tensors=kept), (
+        *notes,
         f"left out {len(left)} tensors that derive from the others or from the configuration: {some(left)}",
     )
+
+
+def _multi_token_prediction(foreign: Foreign, spec: DecoderSpec) -> set[str]:
+    """Return the tensors of the layers after the last, which predict further tokens; transformers ignores them."""
+    count = (foreign.config or {}).get("num_nextn_predict_layers") if spec.experts is not None else None
+    prefixes = tuple(f"model.layers.{spec.layers + layer}." for layer in range(count or 0))
+    return {name for name in foreign.tensors if prefixes and name.startswith(prefixes)}

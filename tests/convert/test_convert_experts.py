@@ -9,7 +9,9 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
+from support.models.tiny import tiny_model
 from support.oracles.expert_checkpoints import (
     EXPERTS,
     YARN,
@@ -20,10 +22,14 @@ from support.oracles.expert_checkpoints import (
 )
 
 import polyshard as ps
+from polyshard.adapters.megatron.dist_format import _weights
 from polyshard.adapters.megatron.expert_names import local_expert
+from polyshard.adapters.megatron.names import to_hugging_face
+from polyshard.config.decoder_spec import DecoderSpec
 from polyshard.convert import convert
 from polyshard.convert.format import Options
 from polyshard.testing import run_ranks
+from polyshard.weights.lazy_tensor import LazyTensor
 
 CLOSE = {"rtol": 0, "atol": 2e-5}
 
@@ -241,6 +247,67 @@ def test_names_of_megatrons_grouped_experts():
     assert local_expert("mlp.experts.linear_fc2.weight13") == (13, "linear_fc2.weight")
     assert local_expert("mlp.experts.local_experts.3.linear_fc1.weight") == (3, "linear_fc1.weight")
     assert local_expert("mlp.shared_experts.linear_fc1.weight") is None
+
+
+WRITTEN = ("mixtral", "qwen2_moe", "qwen3_moe", "dots1", "glm4_moe", "deepseek_v3")
+
+
+def save_hugging_face(directory, family, **changes):
+    fields = expert_config(family, **{**CHANGES.get(family, {}), **changes})
+    fields.pop("model_type")
+    config = transformers.AutoConfig.for_model(family, **fields)
+    config._experts_implementation = "eager"
+    tiny_model(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("family", WRITTEN)
+def test_hugging_face_with_experts_to_megatron_and_back(tmp_path, family):
+    """Megatron's own GPT, loaded by its own code, has transformers' logits."""
+    source = save_hugging_face(tmp_path / "hf", family)
+    done = convert(source, tmp_path / "megatron", to_format="megatron-torch-dist", verify=True)
+    assert "Megatron-Core's GPTModel" in done.compared[-1], done.not_compared
+    assert done.logits < 1e-5
+    convert(tmp_path / "megatron", tmp_path / "back", options=Options(allow_pickle=True))
+    stored, back = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "back"))
+    assert set(stored) == set(back)
+    assert all(torch.equal(stored[name], back[name]) for name in stored)
+
+
+def test_what_megatron_cannot_express_of_experts_is_refused_and_what_is_left_out_is_said(tmp_path):
+    alone = save_hugging_face(tmp_path / "alone", "dots1", norm_topk_prob=False)
+    with pytest.raises(ps.CheckpointError, match="cannot express this model: got norm_topk_prob: Megatron divides"):
+        convert(alone, tmp_path / "no", to_format="megatron-torch-dist")
+    interleaved = save_hugging_face(tmp_path / "halves", "deepseek_v3", rope_interleave=False)
+    with pytest.raises(ps.CheckpointError, match="rope_interleave=false: Megatron's latent attention rotates neighbo"):
+        convert(interleaved, tmp_path / "no", to_format="megatron-torch-dist")
+    with pytest.raises(ps.CheckpointError, match="model_type is unsupported: got 'dots1'"):
+        convert(alone, tmp_path / "no", to_format="llama")
+
+    source = save_hugging_face(tmp_path / "predicting", "glm4_moe")
+    tensors = load_file(source / "model.safetensors")
+    tensors |= {"model.layers.2.eh_proj.weight": torch.ones(64, 128), "model.layers.2.enorm.weight": torch.ones(64)}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    done = convert(source, tmp_path / "megatron", to_format="megatron-torch-dist")
+    assert any("left out 2 tensors of multi-token prediction: model.layers.2.eh_proj" in note for note in done.notes)
+    tensors["model.layers.3.enorm.weight"] = torch.ones(64)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ps.CheckpointError, match=r"model\.layers\.3\.enorm\.weight"):
+        convert(source, tmp_path / "no", to_format="megatron-torch-dist")
+
+
+def test_a_norm_that_has_two_values_under_two_names_is_refused(tmp_path):
+    """It is written under the names that it has on both kinds of Megatron's layers."""
+    source, target = save_hugging_face(tmp_path / "hf", "mixtral"), tmp_path / "megatron"
+    convert(source, target, to_format="megatron-torch-dist")
+    held, _ = _weights(target / "iter_0000000", Options(allow_pickle=True))
+    spec = DecoderSpec.of(expert_config("mixtral"), experts=True)
+    assert to_hugging_face(target, held, spec, None)
+    held["decoder.layers.1.pre_mlp_layernorm.weight"] = LazyTensor((64,), torch.float32, lambda: torch.zeros(64))
+    with pytest.raises(
+        ps.CheckpointError, match=r"pre_mlp_layernorm\.weight differ, expected one norm under two names"
+    ):
+        to_hugging_face(target, held, spec, None)
 
 
 def test_deepspeed_with_experts_to_hugging_face(tmp_path):

@@ -10,8 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from polyshard.adapters.megatron.expert_arguments import NEUTRAL_OF_EXPERTS, expected_of_experts, expert_differences
-from polyshard.adapters.megatron.latent import latent_differences, with_latent
+from polyshard.adapters.megatron.expert_arguments import (
+    NEUTRAL_OF_EXPERTS,
+    expected_of_experts,
+    expert_arguments,
+    expert_differences,
+)
+from polyshard.adapters.megatron.latent import latent_differences, latent_settings, with_latent
 from polyshard.config.decoder_spec import DecoderSpec, Rope, foreign_fields
 from polyshard.core.errors import CheckpointError
 
@@ -68,11 +73,12 @@ def arguments_of(spec: DecoderSpec, config: Mapping[str, Any], padded: int, mult
     if len({window for window in spec.windows if window is not None}) > 1:
         unsupported.append(f"sliding windows {sorted({str(window) for window in spec.windows})}")
     rope = spec.rope
-    extra = {k: v for k, v in rope.parameters if k != "factor"}
+    extra = {k: v for k, v in rope.parameters if k not in ("factor", "partial_rotary_factor")}
     linear = rope.kind == "linear" and not extra and float(rope.get("factor", 0.5)).is_integer()
     llama3 = rope.kind == "llama3" and extra == LLAMA3
-    if not (linear or llama3 or (rope.kind == "default" and not rope.parameters)):
+    if not (spec.latent or linear or llama3 or (rope.kind == "default" and not extra)):
         unsupported.append(f"rotary scaling {rope.kind} with {dict(rope.parameters)}")
+    unsupported += expert_differences(spec, expert_arguments(spec)) + latent_differences(spec, latent_settings(spec))
     if unsupported:
         raise CheckpointError(
             f"Megatron's arguments cannot express this model: got {'; '.join(unsupported)}, expected a decoder "
@@ -81,7 +87,7 @@ def arguments_of(spec: DecoderSpec, config: Mapping[str, Any], padded: int, mult
         )
     sliding = [int(window is not None) for window in spec.windows]
     window = next((window for window in spec.windows if window is not None), None)
-    return {
+    arguments = {
         "num_layers": spec.layers,
         "hidden_size": spec.hidden,
         "ffn_hidden_size": spec.intermediate,
@@ -94,7 +100,7 @@ def arguments_of(spec: DecoderSpec, config: Mapping[str, Any], padded: int, mult
         "add_position_embedding": False,
         "use_rotary_position_embeddings": True,
         "rotary_base": int(rope.theta) if rope.theta.is_integer() else rope.theta,
-        "rotary_percent": 1.0,
+        "rotary_percent": rope.get("partial_rotary_factor", 1.0),
         "rotary_interleaved": False,
         "rotary_seq_len_interpolation_factor": int(rope.get("factor")) if linear else None,
         "use_rope_scaling": llama3,
@@ -117,7 +123,9 @@ def arguments_of(spec: DecoderSpec, config: Mapping[str, Any], padded: int, mult
         "num_experts": None,
         "attention_dropout": config.get("attention_dropout") or 0.0,  # Megatron's own default is 0.1
         "hidden_dropout": 0.0,
+        **expert_arguments(spec),
     }
+    return with_latent(spec, arguments, {})
 
 
 def check_arguments(where: object, held: Mapping[str, Any], spec: DecoderSpec) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import warnings
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,14 @@ from polyshard.adapters.megatron.arguments import arguments_of, check_arguments,
 from polyshard.adapters.megatron.expert_arguments import capacity_note
 from polyshard.adapters.megatron.expert_names import COUNTERS, expert_notes, unstacked
 from polyshard.adapters.megatron.latent import latent_notes
-from polyshard.adapters.megatron.names import LAYERS, from_hugging_face, padding_note, to_hugging_face
+from polyshard.adapters.megatron.names import (
+    LAYERS,
+    from_hugging_face,
+    has_equal_layers,
+    linear_layers,
+    padding_note,
+    to_hugging_face,
+)
 from polyshard.adapters.megatron.reference_logits import independent
 from polyshard.adapters.shared.distributed_checkpoint import stored_tensors
 from polyshard.config.decoder_spec import DecoderSpec
@@ -29,7 +37,6 @@ from polyshard.weights.lazy_tensor import LazyTensor
 
 METADATA = "metadata.json"
 COMMON = "common.pt"
-_LINEAR = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 LATEST = "latest_checkpointed_iteration.txt"
 TRAINING_STATE = re.compile(r"^(chained_\d+\.)?(optimizer|opt_param_scheduler|rng_state|rerun_state_machine)(\.|/|_|$)")
 NO_ARGUMENTS = (
@@ -73,16 +80,15 @@ class MegatronDistFormat:
     def write(self, foreign: Foreign, path: Path, options: Options) -> tuple[str, ...]:
         """Write a GPT's weights and arguments in the layout of Megatron's own saving; the files are torch's pickles."""
         assert foreign.config is not None
-        spec = DecoderSpec.of(foreign.config)
+        spec = DecoderSpec.of(foreign.config, experts=True)
         multiple = math.lcm(max(1, options.padded_vocabulary), options.tensor_parallel)
         padded = -(-spec.vocabulary // multiple) * multiple
         arguments = arguments_of(spec, foreign.config, padded, max(1, options.padded_vocabulary))
         place = path / "iter_0000000"
         place.mkdir()
         content: dict[str, Any] = dict(from_hugging_face(foreign.tensors, spec, padded))
-        for layer in range(spec.layers):
-            for name in _LINEAR:  # Megatron's loading requires an empty extra state of each linear layer
-                content[f"{LAYERS}{name}._extra_state/shard_{layer}_{spec.layers}"] = [None]
+        # Megatron's loading requires an empty extra state of each linear layer.
+        content |= {f"{LAYERS}{name}": [None] for name in _extra_states(spec)}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # expected in one process
             planner = DefaultSavePlanner(flatten_state_dict=False)
@@ -97,7 +103,8 @@ class MegatronDistFormat:
             )
         )
         (path / LATEST).write_text("0")
-        return ("fields of the configuration without an argument of Megatron are in config.json beside the checkpoint",)
+        kept = "fields of the configuration without an argument of Megatron are in config.json beside the checkpoint"
+        return (kept, *latent_notes(spec))
 
     def independent(self, path: Path, options: Options) -> Independent:
         """Return Megatron-Core's own GPT, loaded by its own code."""
@@ -105,6 +112,22 @@ class MegatronDistFormat:
         return independent(
             place, "torch_dist", options.need_config("Megatron's", place, path), stored_arguments(place, options)
         )
+
+
+def _extra_states(spec: DecoderSpec) -> Iterator[str]:
+    """Yield the names of the linear layers' extra states, which count layers and experts if these are stacked."""
+    equal = has_equal_layers(spec)
+    for layer in range(spec.layers):
+        place, shard = ("", f"{layer}_{spec.layers}") if equal else (f"{layer}.", "0_1")
+        for name in linear_layers(spec, layer):
+            yield f"{place}{name}._extra_state/shard_{shard}"
+        if spec.experts is None or not spec.experts.sparse[layer]:
+            continue
+        count = spec.experts.count
+        for expert in range(count):
+            shard = f"{layer}.{expert}_{spec.layers}.{count}" if equal else f"{expert}_{count}"
+            for number in (1, 2):
+                yield f"{place}mlp.experts.experts.linear_fc{number}._extra_state/shard_{shard}"
 
 
 def iteration(path: Path) -> Path:

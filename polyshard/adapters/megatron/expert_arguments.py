@@ -49,6 +49,22 @@ def router_settings(experts: ExpertSpec) -> dict[str, Any]:
     }
 
 
+def expert_arguments(spec: DecoderSpec) -> dict[str, Any]:
+    """Return Megatron's arguments of a configuration's experts; empty without any."""
+    experts = spec.experts
+    if experts is None:
+        return {}
+    return {
+        "num_experts": experts.count,
+        "moe_router_topk": experts.top_k,
+        "moe_ffn_hidden_size": experts.intermediate,
+        "moe_layer_freq": 1 if all(experts.sparse) else [int(sparse) for sparse in experts.sparse],
+        "moe_router_pre_softmax": experts.score == "softmax" and not experts.normalized,
+        "moe_router_enable_expert_bias": experts.score == "sigmoid",
+        **router_settings(experts),
+    }
+
+
 def expert_differences(spec: DecoderSpec, held: Mapping[str, Any]) -> list[str]:
     """Return where arguments that may be absent, which then have Megatron's default, contradict a configuration."""
     experts = spec.experts

@@ -18,6 +18,8 @@ from polyshard.config.expert_spec import ExpertSpec
 from polyshard.core.errors import CheckpointError
 from polyshard.weights.lazy_tensor import LazyTensor
 
+Load = Callable[[str], torch.Tensor]
+
 ROUTER, EXPERT_BIAS = "mlp.router.weight", "mlp.router.expert_bias"
 SHARED = "mlp.shared_experts"
 COUNTERS = re.compile(r"mlp\.router\.(local_tokens_per_expert|global_tokens_per_expert|ga_steps)$")
@@ -134,6 +136,46 @@ def experts_to_hugging_face(
             found[experts.shared_projection(layer, 2)] = need(f"{layers}{layer}.{SHARED}.linear_fc2.weight")
         if gate := experts.shared_gate(layer):
             found[gate] = need(f"{layers}{layer}.{SHARED}.gate_weight")
+    return found
+
+
+def expert_makers(experts: ExpertSpec, layer: int, load: Load) -> dict[str, Callable[[], torch.Tensor]]:
+    """Return functions that make Megatron's tensors of a layer's router and experts, by their names in the layer.
+
+    Experts are stacked, as in every `torch_dist` checkpoint.
+
+    Args:
+        experts: of the model.
+        layer: number of a layer with experts.
+        load: returns a tensor by Hugging Face's name.
+    """
+
+    def stacked(make: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        first = make(0)
+        full = first.new_empty((experts.count, *first.shape))
+        for expert in range(experts.count):  # one copy of an expert at a time beside the result
+            full[expert] = make(expert)
+        return full
+
+    def fused(expert: int) -> torch.Tensor:
+        return torch.cat([load(experts.projection(layer, expert, part)) for part in range(2)])
+
+    found: dict[str, Callable[[], torch.Tensor]] = {
+        ROUTER: lambda: load(experts.router(layer)),
+        "mlp.experts.experts.linear_fc1.weight": lambda: stacked(fused),
+        "mlp.experts.experts.linear_fc2.weight": lambda: stacked(lambda i: load(experts.projection(layer, i, 2))),
+    }
+    if correction := experts.correction(layer):
+        found[EXPERT_BIAS] = lambda: load(correction)
+    if experts.shared is not None:
+        found |= {
+            f"{SHARED}.linear_fc1.weight": lambda: torch.cat(
+                [load(experts.shared_projection(layer, part)) for part in range(2)]
+            ),
+            f"{SHARED}.linear_fc2.weight": lambda: load(experts.shared_projection(layer, 2)),
+        }
+    if gate := experts.shared_gate(layer):
+        found[f"{SHARED}.gate_weight"] = lambda: load(gate)
     return found
 
 

@@ -7,12 +7,12 @@ checkpoint) or are separate (local layers).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from polyshard.adapters.megatron.expert_names import experts_to_hugging_face
+from polyshard.adapters.megatron.expert_names import SHARED, Load, expert_makers, experts_to_hugging_face
 from polyshard.adapters.megatron.latent import latent_names
 from polyshard.adapters.shared.hugging_face_names import same_head
 from polyshard.checkpoint.quantization.detect import short
@@ -73,10 +73,13 @@ def to_hugging_face(
     used: set[str] = set()
 
     def need(*names: str) -> LazyTensor:
-        for name in names:
-            if name in held:
-                used.add(name)
-                return held[name]
+        found = [name for name in names if name in held]
+        used.update(found)
+        for other in found[1:]:
+            if not torch.equal(held[found[0]].load(), held[other].load()):
+                raise CheckpointError(f"{where}: {found[0]} and {other} differ, expected one norm under two names.")
+        if found:
+            return held[found[0]]
         raise CheckpointError(
             f"{where}: {names[0]} is missing. Pass --config with the configuration that belongs to this checkpoint, or "
             "the full checkpoint."
@@ -116,7 +119,7 @@ def padding_note(held: Mapping[str, LazyTensor], spec: DecoderSpec) -> tuple[str
 
 
 def from_hugging_face(tensors: Mapping[str, LazyTensor], spec: DecoderSpec, padded: int) -> dict[str, torch.Tensor]:
-    """Return Megatron's tensors, with layers stacked on a leading dimension as in `torch_dist`.
+    """Return Megatron's tensors as `torch_dist` has them: equal layers are stacked on a leading dimension.
 
     Args:
         tensors: Hugging Face's tensors.
@@ -137,33 +140,82 @@ def from_hugging_face(tensors: Mapping[str, LazyTensor], spec: DecoderSpec, padd
         read.append(name)
         return tensors[name].load()
 
-    def stacked(make: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    def checked(make: Callable[[], torch.Tensor]) -> torch.Tensor:
         read.clear()
-        full = torch.stack([make(i) for i in range(spec.layers)])
+        made = make()
         dtypes = {tensors[name].dtype: name for name in read}
-        if len(dtypes) > 1:  # torch would widen some of them
+        if len(dtypes) > 1:  # torch would widen or round some of them
             held = " and ".join(f"{name} in {short(dtype)}" for dtype, name in dtypes.items())
             raise CheckpointError(
                 f"{held} have different dtypes, but Megatron stores them in one tensor. Pass --dtype to write one "
                 "dtype."
             )
+        return made
+
+    def stacked(makers: Sequence[Callable[[], torch.Tensor]]) -> torch.Tensor:
+        first = makers[0]()
+        full = first.new_empty((len(makers), *first.shape))
+        full[0] = first
+        for layer, make in enumerate(makers[1:], 1):
+            full[layer] = make()
         return full
 
     result = {EMBEDDING: _padded(load("model.embed_tokens.weight"), padded)}
-    for leaf in _leaves(spec.qkv_bias):
-        result[f"{LAYERS}{QKV}.{leaf}"] = stacked(
-            lambda i, leaf=leaf: _fused([load(f"model.layers.{i}.self_attn.{n}_proj.{leaf}") for n in "qkv"], spec)
-        )
-    for leaf in _leaves(spec.mlp_bias):
-        result[f"{LAYERS}{GATE_UP}.{leaf}"] = stacked(
-            lambda i, leaf=leaf: torch.cat([load(f"model.layers.{i}.mlp.{n}_proj.{leaf}") for n in ("gate", "up")])
-        )
-    for names, theirs in _single(spec):
-        result[f"{LAYERS}{names[0]}"] = stacked(lambda i, theirs=theirs: load(f"model.layers.{i}.{theirs}"))
+    layers = [_makers(spec, layer, load) for layer in range(spec.layers)]
+    if has_equal_layers(spec):
+        for name in layers[0]:
+            result[f"{LAYERS}{name}"] = checked(lambda name=name: stacked([layer[name] for layer in layers]))
+    else:
+        for number, layer in enumerate(layers):
+            result |= {f"{LAYERS}{number}.{name}": checked(make) for name, make in layer.items()}
     result[FINAL_NORM] = load("model.norm.weight")
     if not spec.tied:
         result[HEAD] = _padded(load("lm_head.weight"), padded)
     return result
+
+
+def has_equal_layers(spec: DecoderSpec) -> bool:
+    """Whether all layers have the same tensors, which `torch_dist` then stacks."""
+    return spec.experts is None or len(set(spec.experts.sparse)) == 1
+
+
+def linear_layers(spec: DecoderSpec, layer: int) -> list[str]:
+    """Return the linear layers of a layer without its experts, which Megatron stores one by one."""
+    names = [name for names, _ in latent_names(spec.latent) for name in names] if spec.latent else [f"{QKV}.weight"]
+    found = [
+        name.removesuffix(".weight") for name in (*names, "self_attention.linear_proj.weight") if ".linear_" in name
+    ]
+    block = "mlp"
+    if spec.experts is not None and spec.experts.sparse[layer]:
+        block = SHARED if spec.experts.shared is not None else ""
+    found += [f"{block}.linear_fc{number}" for number in (1, 2) if block]
+    return list(dict.fromkeys(name for name in found if not name.endswith("layer_norm_weight")))
+
+
+def _makers(spec: DecoderSpec, layer: int, load: Load) -> dict[str, Callable[[], torch.Tensor]]:
+    """Return functions that make Megatron's tensors of a layer, by their names in it.
+
+    Norms have another name on Transformer Engine's layers than on Megatron's own before experts and in latent
+    attention. They are written under both; Megatron reads the one that its layers have.
+    """
+    place = f"model.layers.{layer}."
+    experts = spec.experts
+    sparse = experts is not None and experts.sparse[layer]
+    found: dict[str, Callable[[], torch.Tensor]] = {}
+
+    def joined(names: Sequence[str], leaf: str) -> list[torch.Tensor]:
+        return [load(f"{place}{name}_proj.{leaf}") for name in names]
+
+    for leaf in _leaves(spec.qkv_bias) if spec.latent is None else ():
+        found[f"{QKV}.{leaf}"] = lambda leaf=leaf: _fused(joined([f"self_attn.{n}" for n in "qkv"], leaf), spec)
+    for leaf in _leaves(spec.mlp_bias) if not sparse else ():
+        found[f"{GATE_UP}.{leaf}"] = lambda leaf=leaf: torch.cat(joined(("mlp.gate", "mlp.up"), leaf))
+    for names, theirs in _single(spec):
+        if not (sparse and theirs.startswith("mlp.")):
+            both = spec.latent is not None or (sparse and theirs.startswith("post_attention"))
+            for name in names if both else names[:1]:
+                found[name] = lambda theirs=theirs: load(place + theirs)
+    return found | (expert_makers(experts, layer, load) if experts is not None and sparse else {})
 
 
 def _rows(full: LazyTensor, name: str, rows: int, padded: int | None) -> LazyTensor:
