@@ -194,7 +194,7 @@ class NetworkLeg:
         reports = [first, *(engine.ready(hello, worker) for worker in range(1, first["workers"]))]
         exact = None if first["exact"] is None else ExactIdentity(*first["exact"])
         check_same_mode(identity_of(self._context), exact, engine.name)
-        served = merged(report["computation"] for report in reports)
+        served = merged(report.get("computation") or {} for report in reports)
         check_same_computation(self._computation, served, ("the trainer", engine.name))
         everything = [Need(name=n, shape=s, boxes=(((0,) * len(s), s),)) for n, s in self._shapes.items()]
         if self._ranks.rank == 0 and any(report["needs"] is None for report in reports):

@@ -39,7 +39,7 @@ class RemoteEngine:
         self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, True)  # also at exit
         self._call("init_weight_transfer_engine", {"init_info": {"reports": str(self._folder)}})
         first = self._reports()[0]
-        self.computation = merged(report["computation"] for report in self._reports())
+        self.computation = merged(report["computation"] or {} for report in self._reports())
         self._workers: int = first["workers"]
         self.tensor_size: int = first["tensor_size"]
         self.dtype: torch.dtype = getattr(torch, first["dtype"])
