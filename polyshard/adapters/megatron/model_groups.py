@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from polyshard.adapters.shared.groups import destroy, group_of
+from polyshard.adapters.shared.groups import destroy, group_of, is_alive
 from polyshard.core.context import ParallelAxis, ParallelContext
 from polyshard.core.model_weights import gather_over
 
@@ -44,7 +44,8 @@ class ModelGroups:
     def close(self) -> None:
         """Destroy the groups that were created."""
         for group in self.made:
-            destroy(group)
+            if is_alive(group):
+                destroy(group)
 
 
 def _together(axis: ParallelAxis, ranks: list[int]) -> list[int]:

@@ -176,7 +176,7 @@ def from_hugging_face(tensors: Mapping[str, LazyTensor], spec: DecoderSpec, padd
 
 def has_equal_layers(spec: DecoderSpec) -> bool:
     """Whether all layers have the same tensors, which `torch_dist` then stacks."""
-    return spec.experts is None or len(set(spec.experts.sparse)) == 1
+    return spec.experts is None or all(spec.experts.sparse)
 
 
 def linear_layers(spec: DecoderSpec, layer: int) -> list[str]:
