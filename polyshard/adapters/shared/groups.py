@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -67,7 +68,7 @@ def group_of(ranks: Sequence[int], timeout: float | None = None) -> dist.Process
     named, store = distributed_c10d._world.pg_map[world]
     backend = dist.Backend(named)
     members, rank = sorted(ranks), dist.get_rank()
-    listed = "_".join(map(str, members))
+    listed = hashlib.sha1("_".join(map(str, members)).encode(), usedforsecurity=False).hexdigest()
     name = f"polyshard:{listed}:{store.add(f'polyshard/groups/{listed}/{rank}', 1)}"
     made: Any = distributed_c10d._new_process_group_helper(
         len(members),
