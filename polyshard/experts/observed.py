@@ -156,7 +156,16 @@ def _rows(
 
 
 def expert_layers(model: nn.Module) -> Iterator[tuple[str, MixtureOfExperts]]:
-    """Yield the mixture-of-experts layers of a model, with their names."""
+    """Yield the mixture-of-experts layers of a model, with their names.
+
+    Raises:
+        ConfigurationError: `model` is not a module, such as a training engine.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(
+            f"model is invalid: got {type(model).__name__}, expected a torch.nn.Module. Pass the model, or a training "
+            "engine's `module`."
+        )
     for name, module in model.named_modules():
         if isinstance(getattr(module, "observed", None), Observed):
             yield name, module  # pyrefly: ignore  # the only module with that attribute

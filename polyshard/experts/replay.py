@@ -80,8 +80,9 @@ def replay_routing(model: nn.Module, experts: Experts | Sequence[Experts]) -> It
             layers.
 
     Raises:
-        ConfigurationError: a layer is missing or unknown, an expert does not exist, or a token takes one twice; or, in
-            the forward pass or the step, the shape or the number of micro-batches is wrong.
+        ConfigurationError: `experts` is not such a mapping or sequence, a layer is missing or unknown, an expert does
+            not exist, or a token takes one twice; or, in the forward pass or the step, the shape or the number of
+            micro-batches is wrong.
 
     Examples:
         >>> layer = ps.mixture_of_experts(16, 32, 8, 2, ps.initialize("torch"))
@@ -93,7 +94,7 @@ def replay_routing(model: nn.Module, experts: Experts | Sequence[Experts]) -> It
         True
     """
     layers = dict(expert_layers(model))
-    passes: Sequence[Experts] = (experts,) if isinstance(experts, Mapping) else tuple(experts)
+    passes = _passes(experts)
     if layers and not passes:
         raise ConfigurationError("the replayed experts are empty. Pass one mapping for each micro-batch.")
     in_stages = _in_stages(model, layers.values())
@@ -119,15 +120,33 @@ def replay_routing(model: nn.Module, experts: Experts | Sequence[Experts]) -> It
             layer.given = layer.replay = None
 
 
+def _passes(experts: Any) -> tuple[Experts, ...]:
+    """Return the experts of each micro-batch."""
+    if isinstance(experts, Mapping):
+        return (experts,)
+    expected = "expected a mapping from layers to tensors, or a sequence of such mappings, one for each micro-batch"
+    if not isinstance(experts, Sequence) or isinstance(experts, str):
+        raise ConfigurationError(f"experts is invalid: got {type(experts).__name__}, {expected}.")
+    for index, given in enumerate(experts):
+        if not isinstance(given, Mapping):
+            raise ConfigurationError(f"experts[{index}] is invalid: got {type(given).__name__}, {expected}.")
+    return tuple(experts)
+
+
 def _in_stages(model: nn.Module, layers: Iterable[MixtureOfExperts]) -> bool:
     """Whether the model is one of several pipeline stages."""
     staged = isinstance(model, Stages) and model.plan.num_stages > 1
     return staged or any(layer.context.axis("pipeline").size > 1 for layer in layers)
 
 
-def _checked(experts: torch.Tensor, name: str, layer: MixtureOfExperts) -> torch.Tensor:
+def _checked(experts: Any, name: str, layer: MixtureOfExperts) -> torch.Tensor:
     """Return experts as int64 `[tokens, experts per token]` on the layer's device."""
-    if experts.dim() < 2 or experts.is_floating_point():
+    if not isinstance(experts, torch.Tensor):
+        raise ConfigurationError(
+            f"the replayed experts of {name} are invalid: got {type(experts).__name__}, expected an int64 tensor "
+            "[tokens, experts per token]."
+        )
+    if experts.dim() < 2 or experts.is_floating_point() or experts.dtype == torch.bool:
         raise ConfigurationError(
             f"the replayed experts of {name} are invalid: got {tuple(experts.shape)} {experts.dtype}, expected int64 "
             "[tokens, experts per token]."
@@ -160,7 +179,7 @@ def packed_routing(rollouts: Sequence[Any]) -> dict[str, torch.Tensor]:
         -1: its router chooses.
 
     Raises:
-        ConfigurationError: a rollout has no routing, or there is no rollout.
+        ConfigurationError: a rollout has no routing or that of other layers, or there is no rollout.
 
     Examples:
         >>> rollout = ps.Rollout(
@@ -172,9 +191,24 @@ def packed_routing(rollouts: Sequence[Any]) -> dict[str, torch.Tensor]:
                 [ 1,  2],
                 [-1, -1]])
     """
+    if not isinstance(rollouts, Sequence):
+        raise ConfigurationError(f"rollouts is invalid: got {type(rollouts).__name__}, expected a list of rollouts.")
+    for index, rollout in enumerate(rollouts):
+        if not hasattr(rollout, "routing"):
+            nested = " Flatten the groups that generate returns." if isinstance(rollout, Sequence) else ""
+            raise ConfigurationError(
+                f"rollouts[{index}] is invalid: got {type(rollout).__name__}, expected a Rollout.{nested}"
+            )
     if not rollouts or any(rollout.routing is None for rollout in rollouts):
         raise ConfigurationError("a rollout has no routing. Create the engine with return_routing=True.")
+    names = list(rollouts[0].routing)
+    for index, rollout in enumerate(rollouts):
+        if set(rollout.routing) != set(names):
+            raise ConfigurationError(
+                f"rollouts[{index}] has routing of other layers: got {sorted(rollout.routing)}, expected "
+                f"{sorted(names)}, those of rollouts[0]. Pack rollouts of one model."
+            )
     return {
         name: torch.cat([F.pad(rollout.routing[name], (0, 0, 0, 1), value=-1) for rollout in rollouts])
-        for name in rollouts[0].routing
+        for name in names
     }

@@ -346,6 +346,44 @@ def test_experts_that_cannot_be_replayed_are_refused(message, count, changed):
         ours(torch.randn(5, HIDDEN))
 
 
+ROUTED = {"prompt": (1, 2), "tokens": (7,), "logprobs": (-0.5,), "finished": True, "version": "4"}
+
+
+@pytest.mark.parametrize(
+    ("message", "wrong"),
+    [
+        ("experts is invalid: got NoneType, expected a mapping", lambda model: replay(model, None)),
+        ("experts is invalid: got Tensor, expected a mapping", lambda model: replay(model, torch.zeros(5, 3).long())),
+        (r"experts\[1\] is invalid: got NoneType", lambda model: replay(model, [{"": torch.zeros(5, 3)}, None])),
+        ("the layer are invalid: got list, expected an int64 tensor", lambda model: replay(model, {"": [[0, 1, 2]]})),
+        ("the layer are invalid: got .* torch.bool", lambda model: replay(model, {"": torch.ones(5, 3).bool()})),
+        ("rollouts is invalid: got NoneType", lambda model: ps.packed_routing(None)),
+        (r"rollouts\[0\] is invalid: got list, .* Flatten the groups", lambda model: ps.packed_routing([[]])),
+        (
+            r"rollouts\[1\] has routing of other layers: got \['b'\], expected \['a'\]",
+            lambda model: ps.packed_routing(
+                [ps.Rollout(**ROUTED, routing={name: torch.zeros(2, 3).long()}) for name in "ab"]
+            ),
+        ),
+        ("got Engine, expected a torch.nn.Module. .* engine's `module`", lambda model: replay(Engine(), {})),
+        ("got Engine, expected a torch.nn.Module", lambda model: ps.record_routing(Engine()).__enter__()),
+        ("got Engine, expected a torch.nn.Module", lambda model: ps.router_loss(Engine())),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(message, wrong):
+    with pytest.raises(ps.ConfigurationError, match=message):
+        wrong(layer(ps.Router()))
+
+
+class Engine:
+    """No module, as a training engine."""
+
+
+def replay(model, experts):
+    with ps.replay_routing(model, experts):
+        model(torch.randn(5, HIDDEN))
+
+
 def test_engines_that_average_experts_over_all_replicas_refuse_distributed_ones():
     from polyshard.adapters.fairscale.engine import FairscaleEngine
 
