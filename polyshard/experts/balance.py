@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -25,7 +26,7 @@ class Balance:
         bias_rate: step of `polyshard.update_router_bias`, which balances without a loss (DeepSeek-V3: 0.001).
 
     Raises:
-        ConfigurationError: a coefficient is negative.
+        ConfigurationError: a coefficient is negative or not a finite number.
 
     Examples:
         >>> Balance(batch=0.01, z=0.001).batch
@@ -39,10 +40,9 @@ class Balance:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if not getattr(self, field.name) >= 0:
-                raise ConfigurationError(
-                    f"Balance.{field.name} is invalid: got {getattr(self, field.name)}, expected 0 or more."
-                )
+            value = getattr(self, field.name)
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ConfigurationError(f"Balance.{field.name} is invalid: got {value!r}, expected 0 or more.")
 
     @property
     def has_loss(self) -> bool:

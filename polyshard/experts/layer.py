@@ -35,6 +35,9 @@ class SharedExperts:
         gated: multiply the output by `sigmoid(shared_expert_gate x)` (Qwen2-MoE).
         name: name of the MLP in checkpoints.
 
+    Raises:
+        ConfigurationError: the size is not a positive integer.
+
     Examples:
         >>> SharedExperts(size=64, gated=True, name="shared_expert")
         SharedExperts(size=64, gated=True, name='shared_expert')
@@ -43,6 +46,9 @@ class SharedExperts:
     size: int
     gated: bool = False
     name: str = "shared_experts"
+
+    def __post_init__(self) -> None:
+        _check_size("SharedExperts.size", self.size)
 
 
 def mixture_of_experts(
@@ -87,7 +93,7 @@ def mixture_of_experts(
 
     Raises:
         LayoutError: the experts or their size cannot be divided by the size of their axis.
-        ConfigurationError: the router does not fit the experts.
+        ConfigurationError: the router does not fit the experts, or an argument is of the wrong kind.
         AdapterError: the context is in exact mode, which does not support the experts of this library.
 
     Examples:
@@ -96,6 +102,11 @@ def mixture_of_experts(
         >>> layer(torch.ones(5, 16)).shape
         torch.Size([5, 16])
     """
+    _check_types(router=(router, Router), shared=(shared, SharedExperts), balance=(balance, Balance))
+    _check_types(storage=(storage, ExpertStorage))
+    sizes = {"hidden_size": hidden_size, "expert_size": expert_size, "num_experts": num_experts}
+    for name, size in {**sizes, "experts_per_token": experts_per_token}.items():
+        _check_size(f"mixture_of_experts: {name}", size)
     router = router or Router()
     router.check(num_experts, experts_per_token)
     bank = ExpertBank(
@@ -294,6 +305,19 @@ def attach_expert_layouts(experts: nn.Module, bank: ExpertBank, context: Paralle
             "adapter's create_experts create this rank's shards."
         )
     set_layouts(experts, {name: (canonical[name], layout) for name, layout in layouts.items()})
+
+
+def _check_types(**given: tuple[Any, type]) -> None:
+    for name, (value, kind) in given.items():
+        if value is not None and not isinstance(value, kind):
+            raise ConfigurationError(
+                f"mixture_of_experts: {name} is invalid: got {value!r}, expected a ps.{kind.__name__}."
+            )
+
+
+def _check_size(name: str, size: Any) -> None:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ConfigurationError(f"{name} is invalid: got {size!r}, expected a positive integer.")
 
 
 def _check_divides(bank: ExpertBank, context: ParallelContext) -> None:

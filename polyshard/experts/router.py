@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -49,7 +50,7 @@ class Router:
             mode, trainer and engine both have it in the model's dtype.
 
     Raises:
-        ConfigurationError: the score is unknown, or the groups are contradictory.
+        ConfigurationError: the score is unknown, the groups are contradictory, or a value is of the wrong kind.
 
     Examples:
         >>> router = Router(normalize=True)
@@ -72,6 +73,16 @@ class Router:
     float32_weight: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("scale", "least_sum", "epsilon"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and math.isfinite(value)) and (name, value) != ("epsilon", None):
+                raise ConfigurationError(f"Router.{name} is invalid: got {value!r}, expected a finite number.")
+        for name in ("groups", "chosen_groups", "best_of_group"):
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise ConfigurationError(f"Router.{name} is invalid: got {value!r}, expected an integer.")
+        if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
+            raise ConfigurationError(f"Router.dtype is invalid: got {self.dtype!r}, expected a torch.dtype or None.")
         if self.score not in get_args(Score):
             raise ConfigurationError(
                 f"The router's score is unknown: got {self.score!r}, expected {', '.join(get_args(Score))}."

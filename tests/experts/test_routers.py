@@ -236,6 +236,11 @@ def test_the_router_chooses_where_replayed_experts_are_missing(score):
         ("got 4 groups of 8 experts, of which 1", {"router": ps.Router(groups=4)}),
         ("biases are unsupported: got storage expert by expert", {"router": ps.Router(), "bias": True}),
         ("activation is unknown: got 'gelu'", {"router": ps.Router(), "activation": "gelu"}),
+        ("router is invalid: got 'softmax', expected a ps.Router", {"router": "softmax"}),
+        ("balance is invalid: got 0.01, expected a ps.Balance", {"router": None, "balance": 0.01}),
+        ("shared is invalid: got 2, expected a ps.SharedExperts", {"router": None, "shared": 2}),
+        ("storage is invalid: got 'w1', expected a ps.ExpertStorage", {"router": None, "storage": "w1"}),
+        ("experts_per_token is invalid: got '2', expected a positive integer", {"router": None, "per_token": "2"}),
     ],
 )
 def test_a_layer_that_cannot_be_is_refused(message, options):
@@ -250,6 +255,13 @@ def test_a_router_that_cannot_be_is_refused():
         ps.Router(groups=2, chosen_groups=3)
     with pytest.raises(ps.ConfigurationError, match="contradictory"):
         ps.Router(score="softmax_of_chosen", normalize=True)
+    for field, value in {"scale": float("nan"), "groups": "2", "dtype": "float32", "epsilon": "1"}.items():
+        with pytest.raises(ps.ConfigurationError, match=f"Router.{field} is invalid: got {value!r}, expected"):
+            ps.Router(**{field: value})
+    with pytest.raises(ps.ConfigurationError, match="Balance.batch is invalid: got '1', expected 0 or more"):
+        ps.Balance(batch="1")
+    with pytest.raises(ps.ConfigurationError, match="SharedExperts.size is invalid: got -1"):
+        ps.SharedExperts(size=-1)
 
 
 def test_experts_that_do_not_divide_are_refused():
