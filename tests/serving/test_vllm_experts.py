@@ -12,6 +12,7 @@ from support.scripts import on_engine_ranks
 from support.workers.experts import PROMPTS, TOKENS, sent, synced
 
 import polyshard as ps
+from polyshard.adapters.vllm.clients.protocol import SampleRequest
 from polyshard.launch.ranks import run_ranks
 
 pytestmark = pytest.mark.vllm
@@ -69,6 +70,59 @@ def test_sync_between_unequal_expert_and_tensor_sizes(tmp_path):
     for name in trainers:
         assert_same_generation(found[name], greedy_transformers(tmp_path / name, PROMPTS, TOKENS), BOUND)
         assert found[name] != found["before"]
+
+
+def test_a_sync_repairs_an_engine_whose_requests_have_failed(tmp_path, caplog):
+    """The router raises for weights with NaN, and vLLM keeps the requests of the failed step for ever."""
+    from vllm import SamplingParams
+
+    directory = save_moe(tmp_path / "model", "qwen3_moe", head_dim=32)
+    context = ps.initialize("torch")
+    model = moe.build_model(ps.read_config(directory), context)
+    ps.load_checkpoint(model, directory, context)
+    gate = next(parameter for name, parameter in model.named_parameters() if name.endswith("gate.weight"))
+    correct = gate.detach().clone()
+    prompt = {"prompt_token_ids": [1, 2, 3]}
+    options = {"max_num_seqs": 2, "dtype": "float32", "weight_transfer_config": {"backend": "polyshard"}}
+    with ps.RolloutEngine(
+        directory, "Expertsvllm", model, context, kv_cache_memory_bytes=1 << 26, **options
+    ) as rollouts:
+        llm, sync = rollouts.llm, ps.WeightSync(model, context, rollouts.llm, share=False)
+        core = llm.llm_engine
+
+        def break_and(act, error):
+            with torch.no_grad():
+                gate.fill_(float("nan"))
+            sync()
+            with pytest.raises(error, match="The router's logits are not finite"):
+                act()
+            with torch.no_grad():
+                gate.copy_(correct)
+
+        expected = greedy(llm, PROMPTS, TOKENS)
+        break_and(lambda: greedy(llm, PROMPTS, TOKENS), ps.RoutingError)
+        assert core.has_unfinished_requests()
+        sync()
+        assert f"engine 0: {len(PROMPTS)} requests were aborted: a forward pass" in caplog.text
+        assert greedy(llm, PROMPTS, TOKENS) == expected
+
+        break_and(lambda: greedy(llm, PROMPTS, TOKENS), ps.RoutingError)
+        core.add_request("living", prompt, SamplingParams(max_tokens=2, detokenize=False))
+        with pytest.raises(ps.WeightSyncError, match="has 1 unfinished requests"):
+            sync()
+        core.abort_request(["living"])
+        sync()
+
+        client = ps.LlmClient(llm, "first")
+        request = SampleRequest("a", (1, 2, 3), {"max_tokens": 2})
+        break_and(lambda: client.generate(request), ConnectionError)
+        assert not core.has_unfinished_requests()
+        sync()
+        for _ in range(2):  # with two lost requests in its two places, the engine would step for ever
+            break_and(lambda: rollouts.generate([[1, 2, 3]], max_tokens=2), ps.RoutingError)
+            assert not core.has_unfinished_requests()
+        sync()
+        assert greedy(llm, PROMPTS, TOKENS) == expected
 
 
 def test_expert_parallel_in_the_server_is_refused(tmp_path):

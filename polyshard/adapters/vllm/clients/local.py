@@ -14,6 +14,7 @@ from polyshard.adapters.vllm import compat
 from polyshard.adapters.vllm.clients.protocol import ABORTED, BACKEND, SampleAnswer, SampleRequest, token_versions
 from polyshard.adapters.vllm.engines.rollout import check_known, refuse_chunked_seeds
 from polyshard.adapters.vllm.engines.routing import served_routing
+from polyshard.adapters.vllm.transfer.local import abandoned_if_failed
 from polyshard.core.errors import ConfigurationError
 
 
@@ -139,7 +140,7 @@ class LlmClient:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting)
                 try:
-                    with compat.raises_if_engine_dies(self._llm):
+                    with compat.raises_if_engine_dies(self._llm), abandoned_if_failed(self._llm):
                         self._step()
                 except Exception as error:
                     self._lose(ConnectionError(f"{self.name} died: {type(error).__name__}: {error}"))

@@ -62,6 +62,7 @@ from polyshard.adapters.vllm.compat.batch import batch_of_step
 from polyshard.adapters.vllm.compat.connectors import connector_without_reset, reset_caches
 from polyshard.adapters.vllm.compat.engines import (
     LocalWorker,
+    abort_requests_until,
     captures_graphs,
     engine_dtype,
     engine_is_dead,
@@ -135,6 +136,7 @@ __all__ = [
     "WeightTransferInitInfo",
     "WeightTransferUpdateInfo",
     "WeightsMapper",
+    "abort_requests_until",
     "absorb_latents",
     "allow_amx",
     "base_layer",

@@ -64,6 +64,19 @@ def unfinished_requests(llm: Any) -> list[str]:
     return list(llm.llm_engine.output_processor.request_states)
 
 
+def abort_requests_until(llm: Any, moment: float) -> int:
+    """Abort the requests that an engine in this process had at a time (`time.time`); return their number.
+
+    After a step that raised, vLLM (0.32) keeps its requests as running: `LLM.generate` has lost their outputs, and
+    steps that engine for ever once such requests take up `max_num_seqs`.
+    """
+    known = llm.llm_engine.engine_core.engine_core.scheduler.requests
+    found = [name for name, request in known.items() if request.arrival_time <= moment]
+    if found:
+        llm.llm_engine.abort_request(found, internal=True)
+    return len(found)
+
+
 @dataclass(frozen=True, slots=True)
 class LocalWorker:
     """The worker of an engine that runs in this process."""

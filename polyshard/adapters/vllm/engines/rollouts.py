@@ -269,11 +269,12 @@ class RolloutEngine:
         from vllm import SamplingParams
 
         from polyshard.adapters.vllm import compat
+        from polyshard.adapters.vllm.transfer.local import abandoned_if_failed
 
         refuse_chunked_seeds(self.llm, sampling, prompts, samples)
         parameters = SamplingParams(n=samples, logprobs=0, detokenize=False, **sampling)
         draws = same_draws(self._ranks, self._context.device) if self._colocated else nullcontext()
-        with compat.raises_if_engine_dies(self.llm), draws:
+        with compat.raises_if_engine_dies(self.llm), abandoned_if_failed(self.llm), draws:
             outputs = self.llm.generate(
                 [{"prompt_token_ids": p} for p in prompts],
                 parameters,

@@ -142,16 +142,16 @@ class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
                 f"model {self.registered.name!r} was given unsupported inputs by vLLM: got {', '.join(unknown)}, "
                 "expected token IDs or embeddings with positions. Switch off the feature that adds them"
             )
-        self.weights.check()
-        if not self.first_stage:
-            inputs_embeds = intermediate_tensors[HIDDEN]
-        with explain_trace_errors(self.registered.name):
-            hidden = self.model_forward(None if inputs_embeds is not None else input_ids, positions, inputs_embeds)
-        if self.routing is not None:
-            self.routing.add(input_ids, positions)
-        if not self.last_stage:
-            return IntermediateTensors({HIDDEN: hidden})
-        return self.full_logits(hidden) if self.registered.outputs == "logits" else hidden
+        with self.weights.computing():
+            if not self.first_stage:
+                inputs_embeds = intermediate_tensors[HIDDEN]
+            with explain_trace_errors(self.registered.name):
+                hidden = self.model_forward(None if inputs_embeds is not None else input_ids, positions, inputs_embeds)
+            if self.routing is not None:
+                self.routing.add(input_ids, positions)
+            if not self.last_stage:
+                return IntermediateTensors({HIDDEN: hidden})
+            return self.full_logits(hidden) if self.registered.outputs == "logits" else hidden
 
     def make_empty_intermediate_tensors(
         self, batch_size: int, dtype: torch.dtype, device: torch.device
@@ -162,12 +162,12 @@ class ServedModel(nn.Module, SupportsPP, SupportsLoRA):
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return logits `[tokens, vocabulary]` of all tensor-parallel ranks."""
-        self.weights.check()  # here as well, since a captured graph replaces forward
-        if self.registered.outputs == "logits":
-            return hidden_states
-        if self.early_exit:
-            hidden_states = self.model.finish(hidden_states)  # pyrefly: ignore  # checked when built
-        return self.full_logits(self.model.compute_logits(hidden_states))  # pyrefly: ignore  # checked when built
+        with self.weights.computing():  # here as well, since a captured graph replaces forward
+            if self.registered.outputs == "logits":
+                return hidden_states
+            if self.early_exit:
+                hidden_states = self.model.finish(hidden_states)  # pyrefly: ignore  # checked when built
+            return self.full_logits(self.model.compute_logits(hidden_states))  # pyrefly: ignore  # checked when built
 
     def full_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """Gather logits over the vocabulary, and drop its padding."""

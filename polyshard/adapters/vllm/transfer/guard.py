@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from polyshard.core.errors import WeightSyncError
 
@@ -24,10 +26,13 @@ class WeightGuard:
 
     Attributes:
         version: version of the weights after a complete update; None for those of a checkpoint.
+        failed: the time (`time.time`) of the last forward that raised; None if none did. vLLM counts the tokens of its
+            requests as computed, although their KV cache was not written: these requests never end.
     """
 
     def __init__(self) -> None:
         self.version: str | None = None
+        self.failed: float | None = None
         self._problem: str | None = None
         self._watch: Callable[[], str | None] | None = None
 
@@ -50,6 +55,16 @@ class WeightGuard:
             watch: called before each forward if the trainer's memory is shared; see `shared_memory_watch`.
         """
         self.version, self._problem, self._watch = version, None, watch
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Run the model inside this context if the weights may be used, and note whether that fails."""
+        try:
+            self.check()
+            yield
+        except BaseException:  # also an interrupt by the user
+            self.failed = time.time()
+            raise
 
     def check(self) -> None:
         """Raise `WeightSyncError` if the weights must not be used."""

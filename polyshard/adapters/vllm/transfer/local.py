@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from polyshard.adapters.vllm import compat
+from polyshard.adapters.vllm.transfer.guard import WeightGuard
 from polyshard.adapters.vllm.transfer.receiver import ServedReceiver, receiver_for
 from polyshard.core.errors import WeightSyncError
 from polyshard.core.exact_identity import identity_of
@@ -16,6 +19,8 @@ from polyshard.core.weight_table import WeightEntry, WeightTable
 from polyshard.weights.fingerprint import fingerprint, total
 from polyshard.weights.movement import Moved, rectangle, take_region
 from polyshard.weights.regions import Region, regions
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,8 @@ class LocalEngine:
         self.shared_bytes = 0
 
     def require_idle(self) -> None:
-        """Raise if requests are unfinished; abort them if a partially updated model has refused them."""
+        """Raise if requests are unfinished; abort those that the model has refused, or whose forward has raised."""
+        abort_failed_requests(self._llm, self.name)
         requests = compat.unfinished_requests(self._llm)
         if requests and self.receiver.guard.problem is not None:
             self._llm.llm_engine.abort_request(requests, internal=True)
@@ -180,6 +186,36 @@ class LocalEngine:
             and shard.is_contiguous()
             and (lasting or kind.only_packed)
         )
+
+
+def abort_failed_requests(llm: Any, name: str) -> None:
+    """Abort the requests that an engine had when a forward of its model raised: they would never end.
+
+    Requests that were added later are left as they are. Engines in other processes die of such an error themselves.
+    """
+    worker = compat.local_worker(llm)
+    guard = None if worker is None else getattr(worker.model, "weights", None)
+    if not isinstance(guard, WeightGuard) or guard.failed is None:
+        return
+    aborted = compat.abort_requests_until(llm, guard.failed)
+    guard.failed = None
+    if aborted:
+        logger.warning("%s: %d requests were aborted: a forward pass of the model raised an error", name, aborted)
+
+
+@contextmanager
+def abandoned_if_failed(llm: Any) -> Iterator[None]:
+    """Abort all requests of an engine in this process if the calls inside this context raise, and drop its caches.
+
+    The prefix cache names blocks that the failed step has not written.
+    """
+    try:
+        yield
+    except BaseException:
+        if compat.local_worker(llm) is not None:
+            llm.llm_engine.abort_request(compat.unfinished_requests(llm), internal=True)
+            compat.reset_caches(llm)
+        raise
 
 
 def _covering(region: Region, held: list[Region]) -> Region | None:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from polyshard.adapters.vllm import compat
+from polyshard.adapters.vllm.transfer.local import abort_failed_requests
 from polyshard.adapters.vllm.transfer.report import SyncReport
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError, WeightSyncError
@@ -169,6 +170,7 @@ class LoraSync:
                 )
 
     def _require_idle(self, index: int) -> None:
+        abort_failed_requests(self._engines[index], f"engine {index}")
         requests = compat.unfinished_requests(self._engines[index])
         if requests:
             raise WeightSyncError(
