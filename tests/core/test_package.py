@@ -118,3 +118,9 @@ def test_the_command_line_tells_the_version(capfd):
     from support.command_line import polyshard
 
     assert polyshard(capfd, "--version").stdout == f"polyshard {ps.__version__}\n"
+
+
+def test_the_package_runs_as_the_command_line():
+    command = [sys.executable, "-m", "polyshard"]
+    run = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, f"polyshard {ps.__version__}\n"), run.stderr
