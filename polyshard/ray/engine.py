@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -150,18 +151,21 @@ def ray_engine(
 
     Raises:
         MissingDependencyError: Ray is not installed.
-        ConfigurationError: Ray has not been initialized.
+        ConfigurationError: Ray has not been initialized, or an argument is invalid.
 
     Examples:
         >>> client = ray_engine("model", "MyModel", resources={"GPU": 1})  # needs Ray and vLLM  # doctest: +SKIP
     """
+    needs = checked_resources(resources)
+    given = checked_environment(environment)
+    if isinstance(max_restarts, bool) or not isinstance(max_restarts, int) or max_restarts < -1:
+        raise ConfigurationError(f"max_restarts is invalid: got {max_restarts!r}, expected -1, 0 or more.")
     ray = require_ray()
-    needs = dict(resources or {"CPU": 1})
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(all(machine.get(what, 0) >= amount for what, amount in needs.items()) for machine in machines):
         logger.warning("no machine of the Ray cluster has %s: the engine %s waits for one", needs, name)
     models = os.environ.get(ENVIRONMENT_VARIABLE)
-    variables = {**({} if models is None else {ENVIRONMENT_VARIABLE: models}), **(environment or {})}
+    variables = {**({} if models is None else {ENVIRONMENT_VARIABLE: models}), **given}
     actor = (
         ray.remote(Engine)
         .options(
@@ -189,6 +193,36 @@ def require_ray() -> Any:
     if not ray.is_initialized():
         raise ConfigurationError("Ray has not been initialized. Call ray.init() first.")
     return ray
+
+
+def checked_resources(resources: Any) -> dict[str, float]:
+    """Return what Ray reserves, one CPU by default.
+
+    Raises:
+        ConfigurationError: it is not a mapping from names to numbers, of which at least one is positive.
+    """
+    needs = {"CPU": 1} if resources is None else resources
+    valid = isinstance(needs, Mapping) and all(
+        isinstance(name, str) and isinstance(amount, (int, float)) and 0 <= amount < math.inf
+        for name, amount in needs.items()
+    )
+    if not valid or not any(needs.values()):
+        raise ConfigurationError(
+            f"resources is invalid: got {resources!r}, expected positive numbers by name, such as {{'GPU': 1}}."
+        )
+    return dict(needs)
+
+
+def checked_environment(environment: Any) -> dict[str, str]:
+    """Return environment variables.
+
+    Raises:
+        ConfigurationError: it is not a mapping from strings to strings.
+    """
+    given = {} if environment is None else environment
+    if not isinstance(given, Mapping) or not all(isinstance(text, str) for item in given.items() for text in item):
+        raise ConfigurationError(f"environment is invalid: got {environment!r}, expected strings by name.")
+    return dict(given)
 
 
 def actor_options(resources: Mapping[str, float]) -> dict[str, Any]:

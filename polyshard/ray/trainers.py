@@ -6,15 +6,17 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch.distributed as dist
 
 from polyshard.core.errors import ConfigurationError, RankFailureError
-from polyshard.ray.engine import actor_options, require_ray
+from polyshard.ray.engine import actor_options, checked_environment, checked_resources, require_ray
 from polyshard.registry import ENVIRONMENT_VARIABLE
 
 logger = logging.getLogger(__name__)
+
+Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 
 
 class Rank:
@@ -31,7 +33,7 @@ def run_on_ray(
     ranks: int,
     *arguments: Any,
     resources: Mapping[str, float] | None = None,
-    strategy: str = "PACK",
+    strategy: Strategy = "PACK",
     restarts: int = 0,
     environment: Mapping[str, str] | None = None,
     timeout: float = 60.0,
@@ -58,19 +60,28 @@ def run_on_ray(
 
     Raises:
         MissingDependencyError: Ray is not installed.
-        ConfigurationError: Ray has not been initialized, or does not have the resources; or `ranks` is not positive.
+        ConfigurationError: Ray has not been initialized, or does not have the resources; or an argument is invalid.
         RankFailureError: a rank died more than `restarts` times.
 
     Examples:
         >>> losses = run_on_ray(train, 2, "runs/1", restarts=3)  # needs Ray  # doctest: +SKIP
     """
+    if not callable(function):
+        raise ConfigurationError(f"function is invalid: got {function!r}, expected a function.")
+    if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
+        raise ConfigurationError(f"ranks is invalid: got {ranks!r}, expected a positive integer.")
+    if strategy not in get_args(Strategy):
+        raise ConfigurationError(
+            f"strategy is unknown: got {strategy!r}, expected one of {', '.join(get_args(Strategy))}."
+        )
+    if isinstance(restarts, bool) or not isinstance(restarts, int) or restarts < 0:
+        raise ConfigurationError(f"restarts is invalid: got {restarts!r}, expected 0 or a positive integer.")
+    needs = checked_resources(resources)
+    variables = checked_environment(environment)
     ray = require_ray()
-    if ranks < 1:
-        raise ConfigurationError(f"ranks is invalid: got {ranks}, expected a positive integer.")
-    needs = dict(resources or {"CPU": 1})
     for left in range(restarts, -1, -1):
         try:
-            return _run_once(ray, function, ranks, arguments, needs, strategy, environment or {}, timeout)
+            return _run_once(ray, function, ranks, arguments, needs, strategy, variables, timeout)
         except RankFailureError as error:
             if left == 0:
                 raise
@@ -84,7 +95,7 @@ def _run_once(
     ranks: int,
     arguments: tuple[Any, ...],
     resources: dict[str, float],
-    strategy: str,
+    strategy: Strategy,
     environment: Mapping[str, str],
     timeout: float,
 ) -> list[Any]:

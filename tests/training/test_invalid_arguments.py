@@ -151,3 +151,23 @@ def test_a_model_that_changes_after_its_engine_was_built(engine, how, message):
 def test_training_without_gradients(engine, disabled):
     with disabled(), pytest.raises(ps.ConfigurationError, match="train_batch needs gradients"):
         engine.train_batch([BATCH])
+
+
+@pytest.mark.parametrize(
+    ("message", "start"),
+    [
+        ("strategy is unknown: got 'FOO', expected one of PACK, ", lambda: ps.run_on_ray(print, 2, strategy="FOO")),
+        ("function is invalid: got 2", lambda: ps.run_on_ray(2, print)),
+        ("ranks is invalid: got '2', expected a positive integer", lambda: ps.run_on_ray(print, "2")),
+        ("restarts is invalid: got -1", lambda: ps.run_on_ray(print, 2, restarts=-1)),
+        ("resources is invalid: got 'GPU', expected positive", lambda: ps.run_on_ray(print, 2, resources="GPU")),
+        (r"resources is invalid: got {'GPU': -1}", lambda: ps.run_on_ray(print, 2, resources={"GPU": -1})),
+        (r"environment is invalid: got {'A': 1}", lambda: ps.run_on_ray(print, 2, environment={"A": 1})),
+        (r"resources is invalid: got {'GPU': '1'}", lambda: ps.ray_engine("model", resources={"GPU": "1"})),
+        (r"environment is invalid: got \['A'\]", lambda: ps.ray_engine("model", environment=["A"])),
+        ("max_restarts is invalid: got -2", lambda: ps.ray_engine("model", max_restarts=-2)),
+    ],
+)
+def test_settings_of_ray(message, start):
+    with pytest.raises(ps.ConfigurationError, match=message):
+        start()
