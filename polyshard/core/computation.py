@@ -105,7 +105,8 @@ def check_same_computation(first: Computation, second: Computation, names: tuple
 
 
 def _first_tensor(module: nn.Module, path: str, table: WeightTable) -> str:
-    for name, _ in module.named_parameters(prefix=path):
+    for served, _ in module.named_parameters(prefix=path):
+        name = served.replace(".base_layer.", ".")  # a vLLM engine with LoRA has wrapped the layer since
         if name in table:
             return table[name].checkpoint_names[0]
     return path

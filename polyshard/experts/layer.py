@@ -158,7 +158,9 @@ class MixtureOfExperts(nn.Module):
         self.bank, self.rule, self.balance, self.context = bank, router, balance, context
         self.experts_per_token = experts_per_token
         self._gate, self._shared = router_name, shared
-        describe(self, experts_per_token=experts_per_token, activation=str(bank.activation), **_settings(router))
+        describe(
+            self, experts_per_token=experts_per_token, activation=str(bank.activation), **_settings(router, context)
+        )
         self.add_module(router_name, _gate(bank, router, context))
         self.experts = adapter.create_experts(bank, context)
         attach_expert_layouts(self.experts, bank, context)
@@ -257,8 +259,12 @@ class Gate(nn.Module):
             return F.linear(x.to(self.dtype), weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
 
 
-def _settings(router: Router) -> dict[str, Setting]:
-    """Return the router's settings; where an engine keeps its matrix in float32 is not one of the computation."""
+def _settings(router: Router, context: ParallelContext) -> dict[str, Setting]:
+    """Return the router's settings; where an engine keeps its matrix in float32 is not one of the computation.
+
+    Settings that compute the same have the same description, except in exact mode, in which their bits may differ.
+    """
+    router = router if context.exact is not None else router.simplest()
     fields = {f"router_{field.name}": getattr(router, field.name) for field in dataclasses.fields(router)}
     del fields["router_float32_weight"]
     return {**fields, "router_dtype": str(router.dtype)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -118,6 +118,25 @@ class Router:
                 f"experts or more, that hold {experts_per_token} experts per token."
             )
 
+    def simplest(self) -> Router:
+        """Return a router that computes the same up to rounding, without settings that have no effect.
+
+        A softmax over the chosen experts is a softmax over all experts that is normalized over the chosen ones.
+        """
+        router = self
+        if router.score == "softmax_of_chosen":
+            router = replace(router, score="softmax", normalize=True, epsilon=0.0, least_sum=0.0)
+        if router.chosen_groups == router.groups:
+            router = replace(router, groups=1, chosen_groups=1, best_of_group=2)
+        if not router.normalize:
+            return replace(router, epsilon=0.0, least_sum=0.0)
+        return replace(router, epsilon=router._added)
+
+    @property
+    def _added(self) -> float:
+        """The number that is added to the sum by which weights are divided."""
+        return self.epsilon if self.epsilon is not None else 1e-20 if self.score == "sigmoid" else 0.0
+
     def scores(self, logits: torch.Tensor, sigmoid: Sigmoid = torch.sigmoid) -> torch.Tensor:
         """Return the scores `[tokens, experts]` of all experts, in float32 (float64 for float64)."""
         logits = _wide(logits)
@@ -164,8 +183,7 @@ class Router:
             total, *rest = weights.unbind(-1)
             for weight in rest:  # one by one, not in an order of a reduction's own
                 total = total + weight
-            default = 1e-20 if self.score == "sigmoid" else 0.0
-            total = total + (default if self.epsilon is None else self.epsilon)
+            total = total + self._added
             total = total.clamp(min=self.least_sum) if self.least_sum else total
             weights = weights / total.unsqueeze(-1)
         return Routing(weights=weights * self.scale if self.scale != 1.0 else weights, experts=experts)

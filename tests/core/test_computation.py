@@ -3,9 +3,11 @@
 import decoder
 import moe
 import pytest
+import torch
 import transformers
 from support.models.experts import save_moe
 from support.models.tiny import save_tiny
+from torch import nn
 
 import polyshard as ps
 from polyshard.core.computation import check_same_computation, computation_of, merged
@@ -80,6 +82,44 @@ def test_models_of_transformers_are_described(tmp_path):
     second = described(ps.transformers_model, config)
     with pytest.raises(ps.ConfigurationError, match="rotary_frequencies of the layer of 'LlamaRotaryEmbedding 0'"):
         check_same_computation(first, second, ("a", "b"))
+
+
+def test_routers_that_compute_the_same_are_described_alike(tmp_path):
+    directory = save_moe(tmp_path, "gpt_oss")
+    ours = described(moe.build_model, ps.read_config(directory))
+    theirs = described(ps.transformers_model, transformers.AutoConfig.from_pretrained(directory))
+    gate = "model.layers.0.mlp.router.weight"
+    assert {gate} <= set(ours) & set(theirs)
+    check_same_computation(ours, theirs, ("moe.py", "transformers"))
+    torch.manual_seed(0)
+    logits = torch.randn(7, 8)
+    for router, same in (
+        (ps.Router(normalize=True), ps.Router(score="softmax_of_chosen")),
+        (ps.Router(epsilon=1.0, least_sum=2.0), ps.Router()),
+        (ps.Router(groups=2, chosen_groups=2, best_of_group=1), ps.Router()),
+        (ps.Router(score="sigmoid", normalize=True), ps.Router(score="sigmoid", normalize=True, epsilon=1e-20)),
+    ):
+        assert router.simplest() == same.simplest() != ps.Router(scale=2.0).simplest()
+        first, second = router.route(logits, 3), same.route(logits, 3)
+        assert torch.equal(first.experts, second.experts)
+        torch.testing.assert_close(first.weights, second.weights)
+
+
+def test_attention_that_an_engine_has_wrapped_for_lora_is_described(tmp_path):
+    class Wrapped(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.base_layer = layer
+
+    context = ps.initialize("torch")
+    model = decoder.build_model(ps.read_config(save_tiny(tmp_path, "qwen3")), context)
+    table = ps.collect_layouts(model)
+    expected = computation_of(model, table)
+    for module in list(model.modules()):
+        for name in ("qkv", "o_proj", "gate_up"):
+            if hasattr(module, name):
+                setattr(module, name, Wrapped(getattr(module, name)))
+    assert computation_of(model, table) == expected
 
 
 def test_settings_of_layers_that_one_model_lacks_are_not_compared():
