@@ -20,11 +20,13 @@ def test_routing_of_chunked_and_cached_prompts_is_that_of_transformers(tmp_path)
     directory = save_moe(tmp_path / "model", "qwen3_moe", head_dim=32)
     ps.register_model("Routed", moe.build_model)
     options = {"worker_extension_cls": ps.ROUTING_WORKER, "max_num_batched_tokens": 64, "max_num_seqs": 8}
+    options["block_size"] = 32
+    at_once = [[*range(40, 75), last] for last in range(4)]  # each continues a block of the first, in one step
     prompts, parameters = random_prompts(VOCAB), SamplingParams(max_tokens=12, detokenize=False)
     with engine(directory, "Routed", enable_prefix_caching=True, **options) as llm:
         outputs = [
             output
-            for batch in (prompts[:4], prompts[4:])  # prompts of the second call share prefixes with the first
+            for batch in (at_once, prompts[:4], prompts[4:])  # prompts of the last call share prefixes with others
             for output in llm.generate([{"prompt_token_ids": p} for p in batch], parameters, use_tqdm=False)
         ]
         sequences = [[*output.prompt_token_ids, *output.outputs[0].token_ids] for output in outputs]

@@ -76,14 +76,12 @@ class RoutingRecorder:
             grown[: len(self._prefixes)] = self._prefixes
             self._prefixes = grown
         first = bounds[:-1][bounds.diff() > 0]  # the first token of each sequence in this step
-        before = torch.zeros(len(bounds) - 1, dtype=torch.int64)
         inner = first[at[first] > 0]
-        before[rows[inner]] = self._prefixes[self._slots(table, rows[inner], at[inner] - 1)]
+        last = self._slots(table, rows[inner], at[inner] - 1)  # of the tokens before this step's
         sums = _mixed(tokens, at).cumsum(0)
         start = torch.zeros(len(bounds) - 1, dtype=torch.int64)
         start[rows[first]] = sums[first] - _mixed(tokens[first], at[first])
-        prefixes = sums - start[rows] + before[rows]
-        self._prefixes[slots] = prefixes
+        prefixes = self._add_prefixes(sums - start[rows], rows, rows[inner], last, slots)
         step = self._dropped + len(self._steps)
         recorded = [_source(layer).recorded[:count].to(torch.int16) for layer in self._layers.values()]
         self._steps[step] = torch.cat(recorded, dim=1).cpu()
@@ -94,6 +92,30 @@ class RoutingRecorder:
             self._dropped += 1
             if self._dropped % 1024 == 0:
                 self._places = {key: place for key, place in self._places.items() if place[0] >= self._dropped}
+
+    def _add_prefixes(
+        self, sums: torch.Tensor, rows: torch.Tensor, inner: torch.Tensor, last: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """Keep and return the hashes of the prefixes that end in this step's tokens.
+
+        A prompt may continue a block that another prompt of the same step computes: vLLM has it in the prefix cache as
+        soon as it is scheduled. Then the hashes of that one come first.
+
+        Args:
+            sums: of the hashes of the sequence's tokens in this step, up to each token.
+            rows: the sequence of each token.
+            inner: the sequences that continue earlier tokens.
+            last: the cache slots of the last of these.
+            slots: the cache slots of the tokens.
+        """
+        before = torch.zeros(int(rows.max()) + 1 if len(rows) else 0, dtype=torch.int64)
+        chained = bool(torch.isin(last, slots).any())
+        while True:
+            before[inner] = self._prefixes[last]
+            prefixes = sums + before[rows]
+            self._prefixes[slots] = prefixes
+            if not chained or torch.equal(before[inner], self._prefixes[last]):
+                return prefixes
 
     def take(self, sequences: Sequence[Sequence[int]], starts: Sequence[int] = ()) -> dict[str, Any]:
         """Return the choices of all tokens but the last of each sequence by layer of this stage: int16, in base64.
