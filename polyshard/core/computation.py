@@ -22,6 +22,7 @@ from polyshard.core.weight_table import WeightTable
 _ATTRIBUTE = "polyshard_computation"
 _FREQUENCIES = ("inverse_frequencies", "original_inv_freq", "inv_freq")  # transformers changes the last with lengths
 _FACTORS = ("factor", "attention_scaling")
+_OF_LAYERS = "_original_inv_freq"  # after the type of layer
 _SAMPLES = 5
 
 Setting = bool | int | float | str | None | list[float]
@@ -113,14 +114,28 @@ def _first_tensor(module: nn.Module, path: str, table: WeightTable) -> str:
 
 
 def _rotary(module: nn.Module) -> dict[str, Setting] | None:
-    frequencies: Any = next((f for f in (getattr(module, name, None) for name in _FREQUENCIES) if f is not None), None)
-    if not isinstance(frequencies, torch.Tensor) or frequencies.is_meta or frequencies.dim() != 1:
-        return None
-    factor: Any = next((f for f in (getattr(module, name, None) for name in _FACTORS) if f is not None), 1.0)
-    last = len(frequencies) - 1
-    chosen = sorted({round(last * sample / (_SAMPLES - 1)) for sample in range(_SAMPLES)})
-    values = [float(value) for value in frequencies[chosen].float()]
-    return {"rotary_dim": 2 * (last + 1), "rotary_frequencies": values, "rotary_factor": float(factor)}
+    """Return the settings of a rotary embedding, which may have several, by type of layer (Gemma 3); else None."""
+    kinds = [
+        name.removesuffix(_OF_LAYERS) for name, _ in module.named_buffers(recurse=False) if name.endswith(_OF_LAYERS)
+    ]
+    found: dict[str, Setting] = {}
+    for prefix in ("", *(f"{kind}_" for kind in kinds)):
+        frequencies = _first(module, prefix, _FREQUENCIES)
+        if not isinstance(frequencies, torch.Tensor) or frequencies.is_meta or frequencies.dim() != 1:
+            continue
+        factor: Any = _first(module, prefix, _FACTORS)
+        last = len(frequencies) - 1
+        chosen = sorted({round(last * sample / (_SAMPLES - 1)) for sample in range(_SAMPLES)})
+        found[f"{prefix}rotary_dim"] = 2 * (last + 1)
+        found[f"{prefix}rotary_frequencies"] = [float(value) for value in frequencies[chosen].float()]
+        found[f"{prefix}rotary_factor"] = 1.0 if factor is None else float(factor)
+    return found or None
+
+
+def _first(module: nn.Module, prefix: str, names: Iterable[str]) -> Any:
+    """Return the first of these attributes that a module has; None if it has none."""
+    found = (getattr(module, f"{prefix}{name}", None) for name in names)
+    return next((value for value in found if value is not None), None)
 
 
 def _same(first: Any, second: Any) -> bool:

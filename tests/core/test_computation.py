@@ -122,6 +122,19 @@ def test_attention_that_an_engine_has_wrapped_for_lora_is_described(tmp_path):
     assert computation_of(model, table) == expected
 
 
+def test_rotary_embeddings_of_each_type_of_layer_are_described():
+    types = ["sliding_attention", "full_attention"]
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 96}
+    config = transformers.Gemma3TextConfig(**sizes, intermediate_size=64, num_hidden_layers=2, layer_types=types)
+    first = described(ps.transformers_model, config)
+    full = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    config.rope_parameters = {**config.rope_parameters, "full_attention": full}
+    second = described(ps.transformers_model, config)
+    message = "full_attention_rotary_frequencies of the layer of 'Gemma3RotaryEmbedding 0' is"
+    with pytest.raises(ps.ConfigurationError, match=message):
+        check_same_computation(first, second, ("a", "b"))
+
+
 def test_settings_of_layers_that_one_model_lacks_are_not_compared():
     check_same_computation({"a": {"eps": 1.0}}, {"b": {"eps": 2.0}}, ("one", "two"))
     check_same_computation({"a": {"eps": 1.0}}, {"a": {"scale": 2.0}}, ("one", "two"))
