@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from polyshard.attention.context_parallel.parallel import Way, context_parallel_attention
@@ -46,7 +48,7 @@ def dispatch_attention(
     lead = q.shape[:-2]
     q, k, v = (t.reshape(-1, *t.shape[-2:]) for t in (q, k, v))
     if core is not None:
-        return core(q, k, v, sequences).reshape(*lead, -1)
+        return _shaped(core(q, k, v, sequences), lead)
     assert sequences is not None
     if parallel_context.axis("context").size == 1:
         kernel = exact_kernel(parallel_context, kernel)
@@ -56,4 +58,9 @@ def dispatch_attention(
         out = context_parallel_attention(
             q, k, v, sequences, spec, parallel_context, way, training=training, rows=rows, sinks=sinks, kernel=kernel
         )
-    return out.reshape(*lead, -1)
+    return _shaped(out, lead)
+
+
+def _shaped(out: torch.Tensor, lead: torch.Size) -> torch.Tensor:
+    """Return `[tokens, ...]` as `[*lead, channels]`; -1 would be ambiguous without tokens."""
+    return out.reshape(*lead, math.prod(out.shape[1:]))

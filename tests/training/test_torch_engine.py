@@ -53,6 +53,18 @@ def test_micro_batches_add_up_to_the_batch(directory, ranks, data_parallel):
             assert close.float().mean() > 0.999, name
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0), (0,)])
+def test_a_micro_batch_without_tokens_contributes_nothing(directory, shape):
+    ids = rows(2)
+    full = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+    empty = {name: value.new_zeros(shape) for name, value in full.items()}
+    context, found = ps.initialize("torch"), []
+    for micro_batches in ([full], [empty, full]):
+        engine = ps.load_adapter("torch").engine(build(directory, context), ps.AdamW(), context)
+        found.append((float(engine.train_batch(micro_batches).loss), engine.step().grad_norm))
+    assert found[0] == found[1]
+
+
 def test_a_gradient_that_is_not_finite_leaves_the_weights(directory, caplog):
     context = ps.initialize("torch")
     engine = ps.load_adapter("torch").engine(build(directory, context), ps.AdamW(), context)
