@@ -2,8 +2,11 @@
 
 import dataclasses
 
+import moe
 import pytest
 import torch
+from support.models.experts import VOCAB as MOE_VOCAB
+from support.models.experts import moe_config
 from support.models.tiny import VOCAB, save_tiny, tiny_config
 from support.workers.compiled import (
     compiled_steps,
@@ -155,6 +158,21 @@ def test_transformers_models_have_no_graph_break_and_find_packed_sequences_in_it
         outcomes.append(trained(engine, [{**batch, "labels": batch["input_ids"]} for batch in batches]))
     assert_equal_within_rounding(*outcomes)
     assert (outcomes[1]["graphs"], outcomes[1]["breaks"]) == (2, 0)  # positions that rows share have other strides
+
+
+@pytest.mark.usefixtures("captured")
+def test_experts_run_outside_of_the_graph_and_the_warning_says_why(caplog):
+    context, config = ps.initialize("torch"), moe_config("qwen3_moe")
+    ids = torch.randint(0, MOE_VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
+    outcomes = []
+    for compile in (False, True):
+        model = moe.build_model(config, context)
+        ps.initialize_weights(model, context, seed=0)
+        engine = ps.load_adapter("torch").engine(model, ps.AdamW(lr=1e-3), context, compile=compile)
+        outcomes.append(trained(engine, [{"input_ids": ids, "labels": ids.roll(-1, 1)}]))
+        engine.close()
+    assert_equal_within_rounding(*outcomes)
+    assert "the numbers of tokens of experts depend on the routing" in caplog.text
 
 
 @pytest.mark.usefixtures("captured")

@@ -47,7 +47,7 @@ class DeepspeedExperts(nn.Module):
         # A tuple, which hides the experts without weights from `parameters()`.
         self._experts = new_grouped_experts(hidden, size, count)
 
-    @torch.compiler.disable  # sizes depend on the routing
+    @torch.compiler.disable(reason="the numbers of tokens of experts depend on the routing")
     @override
     def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         tokens, weights = (copy_to_region(part, self.tensor_axis) for part in (x, routing.weights))

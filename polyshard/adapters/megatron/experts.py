@@ -54,7 +54,7 @@ class MegatronExperts(nn.Module):
             token_dispatcher, self._config, range(first, first + count), group, context.device
         )
 
-    @torch.compiler.disable  # sizes depend on the routing
+    @torch.compiler.disable(reason="the numbers of tokens of experts depend on the routing")
     @override
     def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         enter = partial(gather_sequence, dim=0) if self.sequence_parallel else copy_to_region

@@ -48,7 +48,8 @@ class TorchExperts(nn.Module):
         for name, parameter in new_experts(bank, context).items():
             self.register_parameter(name, parameter)
 
-    @torch.compiler.disable  # dynamo fails in grouped_mm for an unknown number of rows (torch 2.13)
+    # Dynamo fails in grouped_mm for an unknown number of rows (torch 2.13).
+    @torch.compiler.disable(reason="the numbers of tokens of experts depend on the routing")
     @override
     def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         weights, experts = routing.weights, routing.experts
