@@ -11,6 +11,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from polyshard.core.attention import AttentionFactory, LatentFactory
+from polyshard.core.errors import ConfigurationError
 from polyshard.core.exact_mode import ExactMode
 from polyshard.core.parallel_layout import AXES, Axis, ParallelLayout
 from polyshard.core.weight_sharding import WeightLayout
@@ -210,6 +211,19 @@ class ParallelContext(Protocol):
     def get_expert_parallel_rank(self) -> int: ...  # noqa: D102
     def get_expert_parallel_world_size(self) -> int: ...  # noqa: D102
     def get_expert_parallel_group(self) -> ProcessGroup | None: ...  # noqa: D102
+
+
+def check_context(context: Any, taker: str) -> None:
+    """Raise `ConfigurationError` if an argument is no parallel context, for what takes it.
+
+    Examples:
+        >>> check_context(ps.initialize("torch"), "StepLoader")
+    """
+    if not callable(getattr(context, "axis", None)):
+        raise ConfigurationError(
+            f"The parallel context of {taker} is invalid: got {type(context).__name__}, expected what ps.initialize "
+            "returned. Check the order of the arguments."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

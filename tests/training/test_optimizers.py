@@ -238,6 +238,15 @@ def test_groups_keep_their_ratio_when_the_rate_is_set():
     assert [group["lr"] for group in engine.optimizer.param_groups] == [0.8, 0.2]
 
 
+def test_a_parameter_that_an_optimizer_leaves_out_must_be_frozen():
+    # Nothing would clear its gradient, which would count in the norm of every later step.
+    def first_only(named):
+        return torch.optim.SGD([next(parameter for _, parameter in named)], lr=0.1)
+
+    with pytest.raises(ps.ConfigurationError, match="SGD leaves out parameters that require a gradient: .*bias"):
+        engine_of(first_only)
+
+
 def test_the_first_group_that_matches_counts():
     groups = (ps.ParameterGroup("bias", weight_decay=0.7), ps.ParameterGroup("*", lr_scale=0.5))
     made = ps.AdamW(lr=0.1, groups=groups)(torch.nn.Linear(3, 2).named_parameters())

@@ -21,14 +21,19 @@ from polyshard.adapters.shared.grad_norm import check_max_grad_norm, scale_gradi
 from polyshard.adapters.shared.learning_rate import LearningRate, set_scales
 from polyshard.adapters.shared.loss_scale import LossScale
 from polyshard.adapters.shared.parameter_groups import Held as Parts
-from polyshard.adapters.shared.parameter_groups import check_elementwise, check_patterns, settings_of_groups
+from polyshard.adapters.shared.parameter_groups import (
+    check_built,
+    check_elementwise,
+    check_patterns,
+    settings_of_groups,
+)
 from polyshard.adapters.shared.pass_order import PassOrder
 from polyshard.adapters.shared.pipeline_checks import check_not_interrupted, check_trained_stages, refuse_in_pipeline
 from polyshard.adapters.shared.weights import check_unsharded
 from polyshard.core.adapter import StepResult
 from polyshard.core.batch import BatchResult, CountTokens, MicroBatch, SumLoss
 from polyshard.core.build_stages import as_stages
-from polyshard.core.context import ParallelContext, holder_axis
+from polyshard.core.context import ParallelContext, check_context, holder_axis
 from polyshard.core.engine_copies import Held, mark_held
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.model_weights import ModelWeights
@@ -67,8 +72,9 @@ class BaseEngine(ABC):
         scheduler: makes a scheduler of torch, which sets the learning rate of each update.
 
     Raises:
-        ConfigurationError: the norm is not positive, parameters are not on the context's device, or the model's experts
-            are distributed over ranks and the engine cannot train them.
+        ConfigurationError: the model is no module, the context is no context, the norm is not positive, parameters are
+            not on the context's device, or the model's experts are distributed over ranks and the engine cannot train
+            them.
     """
 
     _trains_distributed_experts = False  # averages their gradients over the ranks that hold the same experts only
@@ -92,6 +98,9 @@ class BaseEngine(ABC):
         scheduler: SchedulerFactory | None = None,
         compile: Compile = False,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigurationError(f"model is invalid: got {type(model).__name__}, expected a torch.nn.Module.")
+        check_context(context, type(self).__name__)
         check_max_grad_norm(max_grad_norm)
         self._stages = as_stages(model, context) if context.axis("pipeline").size > 1 else None
         model = _only_stage(model) if self._stages is None else self._stages
@@ -140,6 +149,7 @@ class BaseEngine(ABC):
         canonical = {self.table[name].name: parameter for name, parameter in named}
         factory = optimizer.on(self.table, self.context) if isinstance(optimizer, Muon) else optimizer
         built = factory(canonical.items())
+        check_built(built, canonical)
         check_elementwise(built, self.table.values(), canonical, self.context.axis("tensor").size, held)
         self._first_lr = set_scales(built)
         self._settings = settings_of_groups(built, canonical)

@@ -25,7 +25,8 @@ def check_patterns(optimizer: Any, table: WeightTable, context: ParallelContext)
     A frozen parameter counts, and so does one that an earlier group takes.
 
     Raises:
-        ConfigurationError: a pattern matches nothing, the groups are not groups, or the optimizer has been built.
+        ConfigurationError: a pattern matches nothing, the groups are not groups, or the optimizer has been built or is
+            no function.
     """
     if isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigurationError(
@@ -33,10 +34,20 @@ def check_patterns(optimizer: Any, table: WeightTable, context: ParallelContext)
             "may replace the parameters. Pass ps.AdamW(...), ps.TorchOptimizer(cls, ...) or a function of named "
             "parameters."
         )
+    if not callable(optimizer):
+        raise ConfigurationError(
+            f"the optimizer is invalid: got {optimizer!r}, expected ps.AdamW(...), ps.TorchOptimizer(cls, ...), "
+            "ps.Muon(...) or a function of named parameters."
+        )
     groups = getattr(optimizer, "groups", ())
     if not isinstance(groups, Sequence) or not all(isinstance(group, ParameterGroup) for group in groups):
         raise ConfigurationError(f"the optimizer's groups are invalid: got {groups!r}, expected ParameterGroups.")
-    patterns = [*getattr(optimizer, "exclude", ()), *(group.pattern for group in groups)]
+    exclude = getattr(optimizer, "exclude", ())
+    if isinstance(exclude, str):
+        raise ConfigurationError(
+            f"the optimizer's exclude is invalid: got {exclude!r}, expected a tuple of patterns. Pass ({exclude!r},)."
+        )
+    patterns = [*exclude, *(group.pattern for group in groups)]
     if not patterns:
         return
     names = [entry.name for entry in table.values()]
@@ -52,6 +63,38 @@ def check_patterns(optimizer: Any, table: WeightTable, context: ParallelContext)
         f"{', ...' if len(names) > 8 else ''}, expected a pattern of one of these names."
         f"{''.join(f' {text}.' for text in meant[:2])}"
     )
+
+
+def check_built(built: Any, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Check that a function has returned an optimizer of exactly the parameters that require a gradient.
+
+    Nothing would clear the gradient of a parameter that is left out, and it would count in the norm.
+
+    Args:
+        built: what the function returned.
+        parameters: those that it was given, by canonical name.
+
+    Raises:
+        ConfigurationError: it is no optimizer of torch, a parameter is missing, or the optimizer has other parameters.
+    """
+    if not isinstance(built, torch.optim.Optimizer):
+        raise ConfigurationError(
+            f"the optimizer's function returns no optimizer: got {type(built).__name__}, expected a "
+            "torch.optim.Optimizer of the named parameters that it is given."
+        )
+    updated = {id(parameter) for group in built.param_groups for parameter in group["params"]}
+    if updated - {id(parameter) for parameter in parameters.values()}:
+        raise ConfigurationError(
+            f"{type(built).__name__} updates other parameters than the engine trains: expected only those that its "
+            "function is given, because the engine may have replaced those of the model."
+        )
+    missing = [name for name, p in parameters.items() if p.requires_grad and id(p) not in updated]
+    if missing:
+        raise ConfigurationError(
+            f"{type(built).__name__} leaves out parameters that require a gradient: got none of "
+            f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. Add them to the optimizer, or freeze them "
+            "with requires_grad_(False) before the engine is built."
+        )
 
 
 def check_elementwise(
