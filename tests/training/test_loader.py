@@ -187,6 +187,23 @@ def test_documents_that_are_no_token_ids_are_refused():
         ps.packed_batch([{"input_ids": torch.arange(3), "labels": torch.arange(3)}])
 
 
+def test_a_loader_names_the_argument_that_it_cannot_use(documents):
+    context, rows = ps.initialize("torch"), ps.PackedDocuments(documents, LENGTH)
+    for build, message in (
+        (lambda: ps.StepLoader(rows, None, batch=1), "context of StepLoader is invalid: got NoneType"),
+        (lambda: ps.StepLoader(context, rows, batch=1), "context of StepLoader is invalid: got PackedDocuments"),
+        (lambda: ps.StepLoader(iter(documents), context, batch=1), "rows is invalid: got list_iterator"),
+        (lambda: ps.StepLoader(rows, context, batch=1, collate=None), "collate is invalid: got None"),
+        (lambda: ps.StepLoader(rows, context, batch=1, shuffle="yes"), "shuffle is invalid: got 'yes'"),
+        (lambda: ps.StepLoader(rows, context, batch=1, seed=2**70), "seed is invalid: got 1180591620717411303424"),
+        (lambda: ps.StepLoader(rows, context, batch=1).load_state_dict(None), "the position is invalid: got NoneType"),
+        (lambda: next(iter(ps.StepLoader(rows, context, batch=1, collate=list))), "no micro-batch: got list"),
+        (lambda: ps.PackedDocuments([1, 2, 3], 2), r"document 0 holds no token IDs: got int.*Pass \[documents\]"),
+    ):
+        with pytest.raises(ps.ConfigurationError, match=message):
+            build()
+
+
 def test_workers_draw_nothing_from_the_generator_of_dropout(documents):
     loader = ps.StepLoader(ps.PackedDocuments(documents, LENGTH), ps.initialize("torch"), batch=2, workers=1)
     before = torch.get_rng_state()

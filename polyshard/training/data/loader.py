@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from polyshard.attention.context_parallel.shards import context_shard
 from polyshard.core.batch import MicroBatch
-from polyshard.core.context import ParallelContext
+from polyshard.core.context import ParallelContext, check_context
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.ranks import Ranks
 from polyshard.training.data.order import Last, Position, RowOrder, is_count
@@ -46,8 +46,8 @@ class StepLoader:
         collate: makes a micro-batch of a list of rows; default: `packed_batch`.
 
     Raises:
-        ConfigurationError: the batch cannot be divided over ranks and micro-batches, the dataset is too small, or ranks
-            have different datasets or settings.
+        ConfigurationError: an argument is invalid, the batch cannot be divided over ranks and micro-batches, the
+            dataset is too small, or ranks have different datasets or settings.
 
     Examples:
         >>> context = ps.initialize("torch")
@@ -74,9 +74,19 @@ class StepLoader:
         workers: int = 0,
         collate: Callable[[Sequence[Any]], MicroBatch] = packed_batch,
     ) -> None:
+        check_context(parallel_context, "StepLoader")
         axis = parallel_context.axis("data")
 
         def divided() -> tuple[RowOrder, int]:
+            if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+                raise ConfigurationError(
+                    f"rows is invalid: got {type(rows).__name__}, expected a dataset with __len__ and __getitem__. For "
+                    "a stream use torchdata's StatefulDataLoader."
+                )
+            if not callable(collate):
+                raise ConfigurationError(
+                    f"collate is invalid: got {collate!r}, expected a function from a list of rows to a micro-batch."
+                )
             for name, value, least in (("batch", batch, 1), ("workers", workers, 0)):
                 if not is_count(value, least):
                     raise ConfigurationError(
@@ -162,6 +172,10 @@ class StepLoader:
         """
         if self._iterating:
             raise ConfigurationError("the loader is being iterated. Load its position before.")
+        if not isinstance(state, Mapping):
+            raise ConfigurationError(
+                f"the position is invalid: got {type(state).__name__}, expected what state_dict() returned."
+            )
         mine = {name: value for name, value in self.state_dict().items() if name not in Position._fields}
         saved = {name: state.get(name) for name in mine}
         if saved != mine:
@@ -193,4 +207,13 @@ class _Split:
         self.size, self.collate = size, collate
 
     def __call__(self, rows: Sequence[Any]) -> list[MicroBatch]:
-        return [self.collate(rows[begin : begin + self.size]) for begin in range(0, len(rows), self.size)]
+        return [self._collated(rows[begin : begin + self.size]) for begin in range(0, len(rows), self.size)]
+
+    def _collated(self, rows: Sequence[Any]) -> MicroBatch:
+        micro_batch = self.collate(rows)
+        if not isinstance(micro_batch, Mapping):
+            raise ConfigurationError(
+                f"collate returns no micro-batch: got {type(micro_batch).__name__}, expected a mapping of the "
+                "arguments of the model's forward, and labels."
+            )
+        return micro_batch

@@ -59,8 +59,10 @@ class RowOrder:
             raise ConfigurationError(f"last is invalid: got {self.last!r}, expected one of {', '.join(get_args(Last))}")
         if not is_count(self.batch, 1):
             raise ConfigurationError(f"batch is invalid: got {self.batch!r}, expected at least 1 row.")
-        if not isinstance(self.seed, numbers.Integral):
-            raise ConfigurationError(f"seed is invalid: got {self.seed!r}, expected an integer.")
+        if not isinstance(self.shuffle, bool):
+            raise ConfigurationError(f"shuffle is invalid: got {self.shuffle!r}, expected True or False.")
+        if not isinstance(self.seed, numbers.Integral) or not -(2**63) <= self.seed < 2**63:
+            raise ConfigurationError(f"seed is invalid: got {self.seed!r}, expected an integer of 64 bits.")
         if self.rows < 1 or (self.last != "carry" and self.rows < self.batch):
             raise ConfigurationError(f"the dataset is too small: got {self.rows} rows for steps of {self.batch}.")
         if self.last == "error" and self.rows % self.batch:

@@ -71,7 +71,7 @@ class PackedDocuments(Dataset[Row]):
                 f"documents is invalid: got {type(documents).__name__}, expected a sequence with __len__ and "
                 "__getitem__. Pass list(...) of it."
             )
-        counts = [len(_ids(document)) for document in documents] if lengths is None else [int(n) for n in lengths]
+        counts = _counts(documents) if lengths is None else [int(n) for n in lengths]
         if len(counts) != len(documents):
             raise ConfigurationError(f"lengths is invalid: got {len(counts)}, expected one of each document.")
         plan = (_best_fit if whole else _cut)(counts, length)
@@ -154,6 +154,21 @@ def packed_batch(rows: Sequence[Mapping[str, torch.Tensor]]) -> Row:
     lengths = torch.cat([row["cu_seqlens"].diff() for row in rows])
     batch["cu_seqlens"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     return batch
+
+
+def _counts(documents: Sequence[Any]) -> list[int]:
+    """Return the number of tokens of each document."""
+    counts = []
+    for index, document in enumerate(documents):
+        ids = _ids(document)
+        if isinstance(ids, (str, bytes)) or not hasattr(ids, "__len__") or getattr(ids, "ndim", 1) != 1:
+            hint = "Pass [documents] of one document." if isinstance(ids, int) else "Tokenize the documents first."
+            raise ConfigurationError(
+                f"document {index} holds no token IDs: got {type(ids).__name__}, expected a sequence of integers. "
+                f"{hint}"
+            )
+        counts.append(len(ids))
+    return counts
 
 
 def _ids(document: Any) -> Any:
