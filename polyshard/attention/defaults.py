@@ -19,9 +19,14 @@ def sequences_at(
     """Return the boundaries of the tokens of all context-parallel ranks, for local input of shape `[*lead, hidden]`.
 
     Raises:
-        ConfigurationError: `cu_seqlens` is given for a batch, or is invalid.
+        ConfigurationError: `cu_seqlens` is given for a batch, or is invalid, or `lead` has neither one nor two
+            dimensions.
     """
     shards = context.axis("context").size
+    if len(lead) not in (1, 2):
+        raise ConfigurationError(
+            f"the input has the wrong shape: got tokens {tuple(lead)}, expected [batch, seq] or packed [tokens]."
+        )
     if len(lead) == 2:
         if cu_seqlens is not None:
             raise ConfigurationError(

@@ -41,6 +41,11 @@ def pack(cu_seqlens: torch.Tensor, tokens: int) -> PackedSequences:
         >>> pack(torch.tensor([0, 3, 7]), tokens=7).lengths
         (3, 4)
     """
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise ConfigurationError(
+            f"cu_seqlens is no tensor: got {type(cu_seqlens).__name__}, expected integers [sequences + 1]. Pass "
+            "torch.tensor(...) of it."
+        )
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
         raise ConfigurationError(
             f"cu_seqlens is invalid: got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, expected integers "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,8 @@ class AdamW:
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay"):
             check_setting(f"AdamW.{name}", getattr(self, name))
+        if not isinstance(self.betas, Sequence) or len(self.betas) != 2:
+            raise ConfigurationError(f"AdamW.betas is invalid: got {self.betas!r}, expected a pair of numbers.")
         for beta in self.betas:
             check_setting("AdamW.betas", beta, below=1.0)
 
@@ -99,7 +101,7 @@ class TorchOptimizer:
         groups: other rates and decays by parameter name; see `AdamW`.
 
     Raises:
-        ConfigurationError: the optimizer has no learning rate.
+        ConfigurationError: the optimizer has no learning rate, or rejects a setting when it is built.
 
     Examples:
         >>> sgd = TorchOptimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -126,9 +128,13 @@ class TorchOptimizer:
         """Return the optimizer of the parameters that require a gradient."""
         try:
             return build_optimizer(self.cls, named_parameters, self.groups, self.settings)
-        except ValueError as error:
-            if isinstance(error, ConfigurationError) or self.cls is not getattr(torch.optim, "Muon", None):
+        except (TypeError, ValueError) as error:
+            if isinstance(error, ConfigurationError):
                 raise
+            if self.cls is not getattr(torch.optim, "Muon", None):
+                raise ConfigurationError(
+                    f"{self.cls.__name__} rejects its settings: got {dict(self.settings)}: {error}"
+                ) from error
             raise ConfigurationError(
                 f"torch.optim.Muon rejects the model or its settings: {error}. Use polyshard.Muon, which updates "
                 "vectors by AdamW."

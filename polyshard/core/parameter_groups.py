@@ -33,7 +33,7 @@ class ParameterGroup:
         weight_decay: None for the optimizer's, which is not applied to vectors.
 
     Raises:
-        ConfigurationError: `lr_scale` is not positive, or `weight_decay` is negative.
+        ConfigurationError: the pattern is no string, `lr_scale` is not positive, or `weight_decay` is negative.
 
     Examples:
         >>> optimizer = ps.AdamW(lr=1e-3, groups=(ps.ParameterGroup("embed*", lr_scale=0.1, weight_decay=0.0),))
@@ -47,6 +47,10 @@ class ParameterGroup:
     weight_decay: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise ConfigurationError(
+                f"The pattern of a ParameterGroup is invalid: got {self.pattern!r}, expected a string such as '*norm*'."
+            )
         if not (self.lr_scale > 0 and math.isfinite(self.lr_scale)):
             raise ConfigurationError(
                 f"The lr_scale of ParameterGroup({self.pattern!r}) is invalid: got {self.lr_scale}, expected a "

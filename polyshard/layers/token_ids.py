@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from polyshard.core.errors import ConfigurationError
+
 
 def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
     """Check that token IDs are in `[0, vocab_size)`.
@@ -18,12 +20,21 @@ def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
 
     Raises:
         IndexError: an ID is outside the vocabulary (on the CPU).
+        ConfigurationError: the IDs are no tensor of int64 or int32.
 
     Examples:
         >>> check_ids(torch.tensor([0, 5]), vocab_size=5)
         Traceback (most recent call last):
         IndexError: token ID 5 is outside the vocabulary: expected 0 to 4
     """
+    if not isinstance(input_ids, torch.Tensor):
+        raise ConfigurationError(
+            f"input_ids are no tensor: got {type(input_ids).__name__}, expected int64 token IDs. Convert them."
+        )
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ConfigurationError(
+            f"input_ids have the wrong dtype: got {input_ids.dtype}, expected torch.int64. Convert them."
+        )
     if not input_ids.numel() or input_ids.device.type == "meta":
         return
     if input_ids.device.type != "cpu" or torch.compiler.is_compiling():

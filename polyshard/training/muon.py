@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -13,11 +13,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from polyshard.core.context import FailureGuard, ParallelAxis, ParallelContext, no_guard
 from polyshard.core.errors import ConfigurationError
-from polyshard.core.optimizer import AdamW
+from polyshard.core.optimizer import AdamW, check_setting
 from polyshard.core.parameter_groups import LR_SCALE, NamedParameters, ParameterGroup, group_settings
 from polyshard.core.weight_sharding import WeightLayout, replicated
 from polyshard.core.weight_table import WeightTable
 from polyshard.weights.gather import gather_shards
+
+AdjustRate = Literal["original", "match_rms_adamw"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +44,7 @@ class Muon:
         groups: other rates and decays by parameter name; see `AdamW`.
 
     Raises:
-        ConfigurationError: `adamw` has groups, or a rate is not positive.
+        ConfigurationError: a setting is out of its range, `adamw` has groups, or a rate is not positive.
 
     Source: Jordan 2024, "Muon: An optimizer for hidden layers in neural networks"; `torch.optim.Muon`.
 
@@ -59,11 +61,28 @@ class Muon:
     nesterov: bool = True
     weight_decay: float = 0.1
     ns_steps: int = 5
-    adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original"
+    adjust_lr_fn: AdjustRate = "original"
     adamw: AdamW = field(default_factory=AdamW)
     groups: tuple[ParameterGroup, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.exclude, str):
+            raise ConfigurationError(
+                f"Muon.exclude is invalid: got {self.exclude!r}, expected a tuple of patterns. Pass "
+                f"({self.exclude!r},)."
+            )
+        for name in ("lr", "weight_decay"):
+            check_setting(f"Muon.{name}", getattr(self, name))
+        check_setting("Muon.momentum", self.momentum, below=1.0)
+        if isinstance(self.ns_steps, bool) or not isinstance(self.ns_steps, int) or not 1 <= self.ns_steps < 100:
+            raise ConfigurationError(f"Muon.ns_steps is invalid: got {self.ns_steps!r}, expected 1 to 99.")
+        if self.adjust_lr_fn not in get_args(AdjustRate):
+            raise ConfigurationError(
+                f"Muon.adjust_lr_fn is invalid: got {self.adjust_lr_fn!r}, expected one of "
+                f"{', '.join(map(repr, get_args(AdjustRate)))}."
+            )
+        if not isinstance(self.adamw, AdamW):
+            raise ConfigurationError(f"Muon.adamw is invalid: got {self.adamw!r}, expected ps.AdamW(...).")
         if self.adamw.groups:
             raise ConfigurationError("Muon.adamw has groups: got some, expected none. Pass them as Muon(groups=...).")
         if not (self.lr > 0 and self.adamw.lr > 0):
@@ -203,7 +222,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         momentum: float,
         nesterov: bool,
         ns_steps: int,
-        adjust_lr_fn: Literal["original", "match_rms_adamw"],
+        adjust_lr_fn: AdjustRate,
         fused: bool | None = None,
     ) -> None:
         settings = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn}

@@ -22,7 +22,9 @@ from polyshard.training.pipeline_agreement import agree_over_pipeline
 from polyshard.training.prepared import attempt, check_default_labels
 from polyshard.training.train_batch import (
     balanced_tokens,
+    check_functions,
     check_micro_batches,
+    check_summed,
     counted_tokens,
     lm_loss_of,
     total_tokens,
@@ -105,6 +107,7 @@ class PipelineStep:
     ) -> list[torch.Tensor]:
         """Check and pad the micro-batches, without communication; return the numbers of tokens that count."""
         check_micro_batches(micro_batches)
+        check_functions(loss, tokens)
         for micro_batch in micro_batches:
             if not isinstance(micro_batch.get("input_ids"), torch.Tensor):
                 raise ConfigurationError(
@@ -234,8 +237,7 @@ class PipelineStep:
             micro_batch = self._micro_batches[index]
         with self._computing():
             value = self._loss(output, micro_batch)
-        if value.dim():
-            raise ConfigurationError(f"the loss has the wrong shape: got {tuple(value.shape)}, expected a scalar sum")
+        check_summed(value)
         self._sums += value.detach().double()
         return value * self._factor.to(value.dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,8 @@ def train_batch(
 
     Raises:
         ConfigurationError: there is no micro-batch, ranks have different numbers of them, a micro-batch has no labels
-            and `tokens` is not given, or the model has no `compute_logits` and `loss` is not given.
+            and `tokens` is not given, the model has no `compute_logits` and `loss` is not given, the loss is no scalar
+            with a gradient, or `tokens` returns no number.
         RankFailureError: another replica has raised an error before its first pass.
 
     Examples:
@@ -81,11 +83,14 @@ def train_batch(
         with routing.micro_batch(index), nullcontext() if index == last else engine.accumulate():
             with engine.computing():
                 value = sum_loss(engine(**arguments), micro_batch)
-            if not isinstance(value, torch.Tensor) or value.dim():
-                got = tuple(value.shape) if isinstance(value, torch.Tensor) else value
-                raise ConfigurationError(f"the loss has the wrong shape: got {got}, expected a scalar tensor, the sum.")
+            check_summed(value)
             balance = router_loss(engine.module)
             share = value if balance is None else value + balance.to(value.dtype) * balanced[index].to(value.dtype)
+            if not share.requires_grad:
+                raise ConfigurationError(
+                    "the loss has no gradient: got a tensor that does not depend on the model's output. Compute it "
+                    "from the output; for a micro-batch without tokens return output.sum() * 0."
+                )
             engine.backward(share * factor.to(value.dtype))
         summed += value.detach().double()
     if replicas.size > 1:
@@ -112,7 +117,9 @@ def eval_batch(
         for index, micro_batch in enumerate(micro_batches):
             arguments = {name: value for name, value in micro_batch.items() if name != "labels"}
             with routing.micro_batch(index), engine.computing():
-                summed += sum_loss(engine(**arguments), micro_batch).double()
+                value = sum_loss(engine(**arguments), micro_batch)
+            check_summed(value)
+            summed += value.double()
     replicas = replica_axis(context)
     if replicas.size > 1:
         assert replicas.collectives is not None
@@ -130,6 +137,7 @@ def _prepare(
 ) -> tuple[SumLoss, list[torch.Tensor]]:
     """Return the loss, and the number of tokens of each micro-batch that count, without communication."""
     check_micro_batches(micro_batches)
+    check_functions(loss, tokens)
     sum_loss = lm_loss_of(engine.module, context) if loss is None else loss
     routing.check(len(micro_batches))
     counted = counted_tokens(micro_batches, tokens, context)
@@ -142,8 +150,41 @@ def counted_tokens(
     micro_batches: Sequence[MicroBatch], tokens: CountTokens | None, context: ParallelContext
 ) -> list[torch.Tensor]:
     """Return the number of tokens of each micro-batch that count, as float64 scalars."""
-    counted = [(tokens or count_labels)(micro_batch) for micro_batch in micro_batches]
-    return [torch.as_tensor(count, device=context.device).double() for count in counted]
+    return [
+        _as_count((tokens or count_labels)(micro_batch), index, context)
+        for index, micro_batch in enumerate(micro_batches)
+    ]
+
+
+def _as_count(count: Any, index: int, context: ParallelContext) -> torch.Tensor:
+    try:
+        found = torch.as_tensor(count, device=context.device).double()
+    except (TypeError, ValueError, RuntimeError):
+        found = None
+    if found is None or found.numel() != 1 or (found.device.type == "cpu" and not 0.0 <= float(found) < math.inf):
+        got = repr(count) if found is None or found.numel() == 1 else f"shape {tuple(found.shape)}"
+        raise ConfigurationError(
+            f"tokens= returns no number of tokens for micro-batch {index}: got {got}, expected a scalar of 0 or more, "
+            "such as mask.sum()."
+        )
+    return found.reshape(())
+
+
+def check_summed(value: Any) -> None:
+    """Raise `ConfigurationError` unless a loss has returned a scalar tensor."""
+    if not isinstance(value, torch.Tensor) or value.dim():
+        got = tuple(value.shape) if isinstance(value, torch.Tensor) else value
+        raise ConfigurationError(f"the loss has the wrong shape: got {got}, expected a scalar tensor, the sum.")
+
+
+def check_functions(loss: Any, tokens: Any) -> None:
+    """Raise `ConfigurationError` if a loss or a count of tokens is given that cannot be called."""
+    for name, function, example in (
+        ("loss", loss, "the output and a micro-batch, which returns the sum of its losses"),
+        ("tokens", tokens, "a micro-batch, which returns its number of tokens"),
+    ):
+        if function is not None and not callable(function):
+            raise ConfigurationError(f"{name} is invalid: got {function!r}, expected None or a function of {example}.")
 
 
 def total_tokens(

@@ -2,8 +2,10 @@
 
 import logging
 
+import decoder
 import pytest
 import torch
+from support.models.tiny import tiny_config
 from torch.optim import lr_scheduler
 
 import polyshard as ps
@@ -25,6 +27,7 @@ class Model(torch.nn.Module):
 
 IDS = torch.tensor([[1, 2, 3, 4]])
 BATCH = {"input_ids": IDS, "labels": torch.tensor([[2, 3, 4, -100]])}
+TORCH = ps.load_adapter("torch")
 BUILT = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
 
 
@@ -43,6 +46,19 @@ def engine_of(optimizer=None, **options):
         (lambda: ps.AdamW(lr="1e-4"), "AdamW.lr is invalid: got '1e-4'"),
         (lambda: ps.AdamW(lr=-1.0), "AdamW.lr is invalid: got -1.0"),
         (lambda: ps.AdamW(betas=(0.9, 1.0)), "AdamW.betas is invalid: got 1.0, expected a finite number below 1"),
+        (lambda: ps.AdamW(betas=0.9), "AdamW.betas is invalid: got 0.9, expected a pair"),
+        (lambda: ps.ParameterGroup(3), "pattern of a ParameterGroup is invalid: got 3"),
+        (lambda: ps.Muon(exclude="*embed*"), r"Muon.exclude is invalid.*Pass \('\*embed\*',\)"),
+        (lambda: ps.Muon(exclude=(), momentum=2), "Muon.momentum is invalid: got 2"),
+        (lambda: ps.Muon(exclude=(), ns_steps=2.5), "Muon.ns_steps is invalid: got 2.5"),
+        (lambda: ps.Muon(exclude=(), adjust_lr_fn="rms"), "Muon.adjust_lr_fn is invalid: got 'rms'"),
+        (lambda: ps.Muon(exclude=(), adamw=1e-3), "Muon.adamw is invalid: got 0.001"),
+        (lambda: engine_of("adamw"), "the optimizer is invalid: got 'adamw'"),
+        (lambda: engine_of(lambda named: None), "returns no optimizer: got NoneType"),
+        (lambda: engine_of(lambda named: torch.optim.SGD(Model().parameters(), lr=0.1)), "updates other parameters"),
+        (lambda: engine_of(ps.TorchOptimizer(torch.optim.SGD, lr=0.1, foo=1)), "SGD rejects its settings.*'foo'"),
+        (lambda: TORCH.engine("model", ps.AdamW(), ps.initialize("torch")), "model is invalid: got str"),
+        (lambda: TORCH.engine(Model(), ps.initialize("torch"), ps.AdamW()), "parallel context of TorchEngine.*AdamW"),
         (lambda: engine_of(BUILT), "the optimizer has been built: got SGD"),
         (lambda: engine_of(ps.AdamW(groups=ps.ParameterGroup("*"))), "groups are invalid"),
         (lambda: engine_of(scheduler=lr_scheduler.StepLR(BUILT, 1)), "scheduler is invalid: got StepLR"),
@@ -71,11 +87,55 @@ def test_a_learning_rate_must_be_a_number(engine):
         ([{**BATCH, "labels": BATCH["labels"].float()}], None, "labels have the wrong dtype: got torch.float32"),
         ([{**BATCH, "labels": [[2, 3, 4, 5]]}], None, "labels are no tensor: got list"),
         ([BATCH], lambda output, batch: 3.0, "got 3.0, expected a scalar tensor"),
+        ([BATCH], lambda output, batch: torch.zeros(()), "the loss has no gradient"),
+        ([BATCH], "mean", "loss is invalid: got 'mean'"),
     ],
 )
 def test_micro_batches_and_losses(engine, micro_batches, loss, message):
     with pytest.raises(ps.ConfigurationError, match=message):
         engine.train_batch(micro_batches, loss)
+
+
+def test_a_loss_of_the_wrong_shape_is_refused_without_gradients_too(engine):
+    with pytest.raises(ps.ConfigurationError, match="the loss has the wrong shape: got 3.0"):
+        engine.eval_batch([BATCH], lambda output, batch: 3.0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (12, "tokens is invalid: got 12"),
+        (lambda batch: None, "micro-batch 0: got None"),
+        (lambda batch: -3, "micro-batch 0: got -3"),
+        (lambda batch: float("nan"), "micro-batch 0: got nan"),
+        (lambda batch: batch["labels"] != -100, r"micro-batch 0: got shape \(1, 4\)"),
+    ],
+)
+def test_counts_of_tokens(engine, tokens, message):
+    with pytest.raises(ps.ConfigurationError, match=message):
+        engine.train_batch([BATCH], lambda output, batch: output.sum(), tokens)
+
+
+def decoder_engine():
+    context = ps.initialize("torch")
+    model = decoder.build_model(tiny_config("llama"), context)
+    ps.initialize_weights(model, context, seed=0)
+    return ps.load_adapter("torch").engine(model, ps.AdamW(), context)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_ids": IDS.float()}, "input_ids have the wrong dtype: got torch.float32"),
+        ({"input_ids": IDS.to(torch.uint8)}, "input_ids have the wrong dtype: got torch.uint8"),
+        ({"input_ids": IDS.tolist()}, "input_ids are no tensor: got list"),
+        ({"input_ids": IDS[None], "labels": IDS[None]}, r"got tokens \(1, 1, 4\), expected \[batch, seq\]"),
+        ({"input_ids": IDS[0], "labels": IDS[0], "cu_seqlens": [0, 4]}, "cu_seqlens is no tensor: got list"),
+    ],
+)
+def test_inputs_of_a_decoder(changes, message):
+    with pytest.raises(ps.ConfigurationError, match=message):
+        decoder_engine().train_batch([{**BATCH, **changes}])
 
 
 def test_int32_labels_are_converted(engine):
