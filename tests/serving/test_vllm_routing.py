@@ -33,6 +33,18 @@ def test_routing_of_chunked_and_cached_prompts_is_that_of_transformers(tmp_path)
         routing = ps.served_routing(llm, sequences)
         with pytest.raises(ps.ConfigurationError, match="the engine has no routing of 3 tokens"):
             ps.served_routing(llm, [[1, 2, 3, 4]])
+        for given, starts, message in (
+            (
+                [1, 2, 3],
+                (),
+                "sequences are invalid: 'int' object is not iterable, expected a list of token IDs for each",
+            ),
+            (["text"], (), "sequences are invalid: 'str' object cannot be interpreted as an integer"),
+            (sequences[:2], [0], "starts are invalid: got 1 for 2 sequences"),
+            (sequences[:1], [-1], r"starts\[0\] is invalid: got -1, expected a token of the sequence of"),
+        ):
+            with pytest.raises(ps.ConfigurationError, match=message):
+                ps.served_routing(llm, given, starts)
         with pytest.raises(ps.ConfigurationError, match=r"stop=\['a'\] is unsupported: .* Use stop_token_ids="):
             check_sampling({"stop": ["a"], "stop_token_ids": [3]})
         refuse_chunked_seeds(llm, {"seed": 3}, [[1] * 20] * 3, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def served_routing(
 
     Raises:
         ConfigurationError: the engine was started without `worker_extension_cls=ps.ROUTING_WORKER`, or it has not
-            computed a token since its weights were loaded, or no longer keeps it.
+            computed a token since its weights were loaded, or no longer keeps it; or an argument is invalid.
 
     Examples:
         >>> llm = LLM("model", worker_extension_cls=ps.ROUTING_WORKER)  # needs vLLM  # doctest: +SKIP
@@ -47,8 +48,27 @@ def served_routing(
             "the engine keeps no routing. Start it with worker_extension_cls=ps.ROUTING_WORKER, or pass "
             "return_routing=True to ps.RolloutEngine."
         )
-    ids = [list(sequence) for sequence in sequences]
+    ids = _checked_sequences(sequences, starts)
     return unpacked_routing(llm.collective_rpc(ROUTING_METHOD, args=(ids, list(starts))), len(ids))
+
+
+def _checked_sequences(sequences: Any, starts: Sequence[int]) -> list[list[int]]:
+    """Return the token IDs as lists, after a check of them and of the first tokens."""
+    try:
+        ids = [[operator.index(token) for token in sequence] for sequence in sequences]
+    except TypeError as error:
+        raise ConfigurationError(
+            f"sequences are invalid: {error}, expected a list of token IDs for each request, its prompt and its "
+            "sampled tokens."
+        ) from None
+    if len(starts) and len(starts) != len(ids):
+        raise ConfigurationError(f"starts are invalid: got {len(starts)} for {len(ids)} sequences.")
+    for index, (sequence, start) in enumerate(zip(ids, starts)):
+        if not 0 <= start < max(1, len(sequence)):
+            raise ConfigurationError(
+                f"starts[{index}] is invalid: got {start}, expected a token of the sequence of {len(sequence)}."
+            )
+    return ids
 
 
 def unpacked_routing(answers: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, torch.Tensor]]:
