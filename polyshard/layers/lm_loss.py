@@ -209,6 +209,9 @@ class _Chunks:
     def of(cls, hidden: torch.Tensor, ids: torch.Tensor, context: ParallelContext, chunk_tokens: int) -> _Chunks:
         if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
             raise ConfigurationError(f"chunk_tokens is invalid: got {chunk_tokens!r}, expected a positive integer.")
+        if not isinstance(hidden, torch.Tensor) or not isinstance(ids, torch.Tensor):
+            wrong, got = ("labels", ids) if isinstance(hidden, torch.Tensor) else ("hidden states", hidden)
+            raise ConfigurationError(f"{wrong} are no tensor: got {type(got).__name__}. Check the order of arguments.")
         ranks = context.get_tensor_parallel_world_size() if context.layout.sequence_parallel else 1
         expected = hidden.shape[:-1] if ranks == 1 else (*hidden.shape[:-2], hidden.shape[-2] * ranks)
         if ids.shape != tuple(expected):
@@ -224,7 +227,7 @@ class _Chunks:
             return cls(flat.split(chunk_tokens), ids.reshape(-1).split(chunk_tokens), ids.shape, 1)
         # The head gathers a chunk over the ranks: its tokens are those of rank 0, then those of rank 1, ...
         sequences = hidden.shape[:-2].numel()
-        length = max(1, chunk_tokens // (ranks * sequences))
+        length = max(1, chunk_tokens // (ranks * max(1, sequences)))
         by_rank = ids.unflatten(-1, (ranks, hidden.shape[-2]))
         parts = tuple(part.flatten(-2) for part in by_rank.split(length, dim=-1))
         return cls(hidden.split(length, dim=-2), parts, ids.shape, ranks)

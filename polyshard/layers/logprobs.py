@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 
@@ -49,10 +50,10 @@ def token_logprobs(
     """
     ranks = parallel_context.get_tensor_parallel_world_size()
     check_of_logits(token_ids, logits, vocab_size, ranks)
-    if not 0.0 < temperature < math.inf:
+    if not isinstance(temperature, numbers.Real) or not 0.0 < temperature < math.inf:
         raise ValueError(
-            f"temperature is invalid: got {temperature}, expected a positive number. For greedy sampling pass 1.0, at "
-            "which servers report its log-probabilities."
+            f"temperature is invalid: got {temperature!r}, expected a positive number. For greedy sampling pass 1.0, "
+            "at which servers report its log-probabilities."
         )
     size = vocab_size or logits.shape[-1] * ranks
     check_labels(token_ids, size, None)

@@ -79,6 +79,8 @@ def check_of_logits(ids: torch.Tensor, logits: torch.Tensor, vocab_size: int | N
     Raises:
         ValueError: the shape or dtype of the IDs is wrong, or `vocab_size` is larger than the number of columns.
     """
+    if not isinstance(ids, torch.Tensor):
+        raise ValueError(f"targets are no tensor: got {type(ids).__name__}, expected int64 token IDs. Convert them.")
     if logits.shape[:-1] != ids.shape:
         raise ValueError(
             f"targets have the wrong shape: got {tuple(ids.shape)}, expected {tuple(logits.shape[:-1])}, that of the "

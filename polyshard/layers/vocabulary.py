@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 from typing import Any, Literal, overload
 
 import torch
@@ -170,8 +171,8 @@ def vocab_parallel_cross_entropy(
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is invalid: got {reduction!r}, expected 'mean', 'sum' or 'none'")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing is invalid: got {label_smoothing}, expected a number in [0, 1]")
+    if not isinstance(label_smoothing, numbers.Real) or not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing is invalid: got {label_smoothing!r}, expected a number in [0, 1]")
     check_z_loss(z_loss)
     check_of_logits(targets, logits, vocab_size, _tensor_size(parallel_context))
     check_labels(targets, vocab_size or logits.shape[-1] * _tensor_size(parallel_context), ignore_index)
@@ -198,8 +199,8 @@ def vocab_parallel_cross_entropy(
 
 def check_z_loss(z_loss: float) -> None:
     """Raise `ValueError` unless the factor of the z-loss is a finite number that is not negative."""
-    if not (z_loss >= 0.0 and math.isfinite(z_loss)):
-        raise ValueError(f"z_loss is invalid: got {z_loss}, expected 0 or a positive number")
+    if not isinstance(z_loss, numbers.Real) or not (z_loss >= 0.0 and math.isfinite(z_loss)):
+        raise ValueError(f"z_loss is invalid: got {z_loss!r}, expected 0 or a positive number")
 
 
 def token_losses(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.workers.chunked_loss import losses_and_gradients
+from support.workers.chunked_loss import losses_and_gradients, losses_without_rows
 from torch.utils.flop_counter import FlopCounterMode
 
 import polyshard as ps
@@ -28,6 +28,11 @@ def test_losses_and_gradients_are_those_of_all_logits(adapter, sequence_parallel
         torch.testing.assert_close(chunked["mean"], plain["mean"], rtol=1e-6, atol=0)
         for name in ("hidden", "weight", *(["bias"] if bias else [])):
             torch.testing.assert_close(chunked[name], plain[name], rtol=1e-5, atol=1e-7)
+
+
+def test_no_row_has_no_loss_under_sequence_parallel():
+    for found in run_ranks(losses_without_rows, 2, {"tensor": 2, "sequence_parallel": True}):
+        assert found == [0.0, 0.0]
 
 
 @pytest.mark.vllm
@@ -123,6 +128,18 @@ def test_the_z_loss_is_that_of_torchs_log_sum_exp(reduction, dtype):
 def test_wrong_calls_are_refused():
     context = ps.initialize("torch")
     head, hidden = ps.lm_head(4, 8, context), torch.randn(3, 4)
+    labels = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ps.ConfigurationError, match="labels are no tensor: got list"):
+        ps.lm_loss(hidden, head, [1, 2, 3], context)
+    with pytest.raises(ps.ConfigurationError, match="hidden states are no tensor: got"):
+        ps.lm_loss(head, hidden, labels, context)
+    for options, message in (({"z_loss": "1"}, "z_loss is invalid: got '1'"), ({"label_smoothing": "1"}, "got '1'")):
+        with pytest.raises(ValueError, match=message):
+            ps.lm_loss(hidden, head, labels, context, **options)
+    with pytest.raises(ValueError, match="temperature is invalid: got '1'"):
+        ps.token_logprobs(head(hidden), labels, context, temperature="1")
+    with pytest.raises(ValueError, match="targets are no tensor: got list"):
+        ps.token_logprobs(head(hidden), [1, 2, 3], context)
     with pytest.raises(ps.ConfigurationError, match="chunk_tokens is invalid: got 0"):
         ps.lm_loss(hidden, head, torch.zeros(3, dtype=torch.int64), context, chunk_tokens=0)
     with pytest.raises(ps.ConfigurationError, match=r"labels have the wrong shape: got \(2,\), expected \(3,\)"):

@@ -7,6 +7,20 @@ import torch
 import polyshard as ps
 
 
+def losses_without_rows(sizes: dict) -> list[float]:
+    """The sum of the losses and of the log-probabilities of no row, and the norm of the gradient."""
+    context = ps.initialize("torch", timeout=60, **sizes)
+    head = ps.lm_head(16, 101, context)
+    hidden, labels = torch.ones(0, 7, 16, requires_grad=True), torch.zeros(0, 14, dtype=torch.int64)
+    loss = ps.lm_loss(hidden, head, labels, context, vocab_size=101)
+    loss.backward()
+    logprobs = ps.lm_logprobs(hidden, head, labels, context, vocab_size=101)
+    gradients = [parameter.grad for parameter in head.parameters()]
+    ps.shutdown(context)
+    assert logprobs.shape == labels.shape
+    return [loss.item(), *(0.0 if gradient is None else gradient.norm().item() for gradient in gradients)]
+
+
 def losses_and_gradients(adapter: str, sizes: dict, bias: bool = False) -> tuple[dict, dict]:
     """In chunks, and of all logits: losses, log-probabilities, mean, gradients of hidden states and weight."""
     context = ps.initialize(adapter, timeout=60, **sizes)
