@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from polyshard.core.errors import ConfigurationError
+
 # Names of the safetensors format: https://github.com/huggingface/safetensors#format
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -91,7 +93,12 @@ def plan_files(stem: str, tensors: Iterable[StoredTensor], limit: int) -> list[P
         stem: `model` results in `model.safetensors`, or `model-00001-of-00002.safetensors` and so on.
         tensors: in the order in which they are stored.
         limit: maximum size of a file in bytes.
+
+    Raises:
+        ConfigurationError: the limit is no positive number.
     """
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit >= 1:
+        raise ConfigurationError(f"max_shard_bytes is invalid: got {limit!r}, expected a number of bytes from 1.")
     groups: list[list[StoredTensor]] = [[]]
     used = 0
     for tensor in tensors:

@@ -31,7 +31,7 @@ from polyshard.checkpoint.remote.save import save_remotely
 from polyshard.checkpoint.storage import LayoutPlanner, LayoutWriter, Progress, storage_key
 from polyshard.config.fields import MODEL_TYPE, config_fields
 from polyshard.core.context import ParallelContext
-from polyshard.core.errors import CheckpointError
+from polyshard.core.errors import CheckpointError, ConfigurationError
 from polyshard.core.pieces import WEIGHT, Piece
 from polyshard.core.ranks import Ranks
 from polyshard.core.serving import RegisteredModel, as_entry
@@ -96,6 +96,7 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: a rank could not write; raised on every rank, naming the rank. Or the model has a LoRA adapter.
+        ConfigurationError: an argument is invalid.
 
     Examples:
         >>> context = ps.initialize("torch")
@@ -111,6 +112,7 @@ def save_checkpoint(
             f"the model has a {part.what}, which is no part of a Hugging Face checkpoint. Save the adapter with "
             "polyshard.save_lora, or the sum of both with polyshard.save_merged_lora."
         )
+    check_stored_dtype(dtype)
     dtypes = {name: dtype or found for name, found in view.dtypes.items()}
     job = SaveJob(
         directory=as_path(directory),
@@ -122,6 +124,14 @@ def save_checkpoint(
         companions=None if companions is None else as_path(companions),
     )
     return job.start(parallel_context, asynchronous, progress)
+
+
+def check_stored_dtype(dtype: Any) -> None:
+    """Raise `ConfigurationError` unless weights can be converted to a dtype: None, or one of floating point."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigurationError(
+            f"dtype is invalid: got {dtype!r}, expected None or a floating-point dtype, such as torch.bfloat16."
+        )
 
 
 def stored_tensors(table: WeightTable, dtypes: Mapping[str, torch.dtype], slot: str = WEIGHT) -> list[StoredTensor]:
@@ -159,6 +169,18 @@ def model_documents(
     `own_architecture` is that of the model, used if the config names none.
     """
     fields = config_fields(config)
+    if architecture is not None and not isinstance(architecture, str):
+        raise ConfigurationError(
+            f"architecture is invalid: got {architecture!r}, expected the name under which a server registers the "
+            "model, such as 'MyModel'."
+        )
+    if factory is not None and not isinstance(factory, RegisteredModel):
+        module, _, attribute = factory.partition(":") if isinstance(factory, str) else ("", "", "")
+        if not module or not attribute:
+            raise ConfigurationError(
+                f"factory is invalid: got {factory!r}, expected 'module:attribute', such as 'my_model:build_model', or "
+                "what ps.register_model returned."
+            )
     if not copied and fields.pop("quantization_config", None):
         logger.warning("quantization_config is left out of config.json because the weights beside it are not quantized")
     if not fields.get("model_type"):

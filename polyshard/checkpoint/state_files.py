@@ -83,6 +83,9 @@ def check_engine(engine: Any) -> None:
 def checked_step(step: Any) -> int:
     """Return a step as an integer, by which `latest_checkpoint` orders; raise `ConfigurationError` if it is none."""
     try:
-        return operator.index(step)
+        number = operator.index(step)
     except TypeError:
-        raise ConfigurationError(f"step is invalid: got {step!r}, expected an integer.") from None
+        number = -1
+    if number < 0:
+        raise ConfigurationError(f"step is invalid: got {step!r}, expected an integer of 0 or more.")
+    return number

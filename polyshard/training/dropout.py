@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Literal, get_args
 
 import torch
@@ -48,8 +49,8 @@ class Dropout(nn.Module):
 
     def __init__(self, p: float, parallel_context: ParallelContext, *, region: Region = "residual") -> None:
         super().__init__()
-        if not 0.0 <= p <= 1.0:
-            raise ConfigurationError(f"the dropout probability is invalid: got {p}, expected a number in [0, 1]")
+        if not isinstance(p, numbers.Real) or not 0.0 <= p <= 1.0:
+            raise ConfigurationError(f"the dropout probability is invalid: got {p!r}, expected a number in [0, 1]")
         if region not in get_args(Region):
             raise ConfigurationError(f"region is unsupported: got {region!r}, expected one of {get_args(Region)}")
         self.p, self.region, self.context = p, region, parallel_context

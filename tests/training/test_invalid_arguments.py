@@ -157,7 +157,7 @@ def test_labels_that_are_not_shifted_are_reported_once(caplog):
 
 def test_training_states(engine, tmp_path, caplog):
     context = ps.initialize("torch")
-    for step in ("5", 5.0, None):
+    for step in ("5", 5.0, None, -1):
         with pytest.raises(ps.ConfigurationError, match="step is invalid"):
             ps.save_training_state(engine, tmp_path / "state", context, step=step, config={})
     with pytest.raises(ps.ConfigurationError, match="a training state is that of an engine"):
@@ -174,6 +174,40 @@ def test_training_states(engine, tmp_path, caplog):
     assert other.learning_rate == 0.1
     assert "the learning rate continues at 0.1" in caplog.text
     ps.load_training_state(engine_of(ps.AdamW(lr=0.01)), state, context, scheduler=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "bfloat16"}, "dtype is invalid: got 'bfloat16'"),
+        ({"dtype": torch.int8}, "dtype is invalid: got torch.int8, expected None or a floating-point dtype"),
+        ({"max_shard_bytes": 0}, "max_shard_bytes is invalid: got 0"),
+        ({"max_shard_bytes": "5GB"}, "max_shard_bytes is invalid: got '5GB'"),
+        ({"architecture": ["A"]}, r"architecture is invalid: got \['A'\]"),
+        ({"factory": "decoder.build_model"}, "factory is invalid: got 'decoder.build_model', expected 'module:attr"),
+        ({"factory": Model}, "factory is invalid: got <class"),
+    ],
+)
+def test_checkpoints(engine, tmp_path, options, message):
+    with pytest.raises(ps.ConfigurationError, match=message):
+        ps.save_checkpoint(engine, tmp_path / "out", ps.initialize("torch"), config={}, **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ps.initialize("torch", timeout="60"), "timeout must be positive seconds, got '60'"),
+        (lambda: ps.initialize("torch", device="gpu"), "device is invalid: got 'gpu'"),
+        (lambda: ps.Dropout("0.1", ps.initialize("torch")), "dropout probability is invalid: got '0.1'"),
+        (lambda: ps.model_flops(Model()), "engine is invalid: got Model"),
+        (lambda: ps.Monitor(ps.initialize("torch"), lambda record: None), "sinks are invalid"),
+        (lambda: ps.Monitor(ps.initialize("torch"), ["steps.jsonl"]), r"sinks are invalid: got \['steps.jsonl'\]"),
+    ],
+)
+def test_parts_of_a_run(call, message):
+    with pytest.raises(ps.ConfigurationError, match=message):
+        call()
 
 
 def test_a_file_of_records_must_hold_records(tmp_path):

@@ -38,11 +38,15 @@ def pick_device(device: str | torch.device | None, backend: str | None = None) -
     With the `gloo` backend, ranks beyond the number of GPUs share them in turn.
 
     Raises:
-        ConfigurationError: this rank's GPU does not exist, or NCCL was requested for another device.
+        ConfigurationError: the device is unknown, this rank's GPU does not exist, or NCCL was requested for another
+            device.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = torch.device(device)
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ConfigurationError(f"device is invalid: got {device!r}, expected 'cpu', 'cuda' or 'cuda:N'.") from None
     if where.type != "cuda":
         if backend == "nccl":
             raise ConfigurationError(f"backend nccl needs GPUs: got device {where}. Use backend='gloo'.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import numbers
 import os
 import sys
 from collections.abc import Callable
@@ -60,8 +61,8 @@ def initialize(
         LayoutError: `layout` does not fill the world.
         ConfigurationError: torchrun's environment is incomplete, or the timeout is not positive.
     """
-    if timeout <= 0:
-        raise ConfigurationError(f"timeout must be positive seconds, got {timeout}")
+    if not isinstance(timeout, numbers.Real) or not timeout > 0:
+        raise ConfigurationError(f"timeout must be positive seconds, got {timeout!r}")
     world_size = world_size_from_environment()
     layout.validate(world_size)
     backend = pick_backend(backend)

@@ -67,8 +67,8 @@ def model_flops(engine: TrainingEngine) -> ModelFlops:
         engine: the training engine. Of a pipeline, the parts of all stages must be added.
 
     Raises:
-        ConfigurationError: a weight outside of `mixture_of_experts` has more than two dimensions, so that its FLOPs are
-            unknown.
+        ConfigurationError: `engine` is no training engine, or a weight outside of `mixture_of_experts` has more than
+            two dimensions, so that its FLOPs are unknown.
 
     Examples:
         >>> context = ps.initialize("torch")
@@ -76,6 +76,10 @@ def model_flops(engine: TrainingEngine) -> ModelFlops:
         >>> model_flops(ps.load_adapter("torch").engine(model, ps.AdamW(), context)).per_token
         384
     """
+    if not hasattr(engine, "table"):
+        raise ConfigurationError(
+            f"engine is invalid: got {type(engine).__name__}, expected the training engine around a model."
+        )
     module = engine.module
     lookups = [f"{name}." if name else "" for name, part in module.named_modules() if looks_up(part)]
     parameters = dict(module.named_parameters())

@@ -51,6 +51,11 @@ class Monitor:
         flops: Callable[[Iterable[int]], float] | None = None,
         peak_flops: float | None = None,
     ) -> None:
+        if not isinstance(sinks, Sequence) or not all(callable(sink) for sink in sinks):
+            raise ConfigurationError(
+                f"sinks are invalid: got {sinks!r}, expected a list of functions of a record, such as "
+                "[ps.ProgressBar(9)]."
+            )
         self._context, self._flops, self._peak = parallel_context, flops, peak_flops
         self._ranks = Ranks.of(parallel_context)
         self._sinks = sinks if self._ranks.rank == 0 else ()
