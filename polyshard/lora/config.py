@@ -37,6 +37,10 @@ def check_config(config: Any) -> None:
 
     if not isinstance(config, LoraConfig):
         raise ConfigurationError(f"config is invalid: got {type(config).__name__}, expected peft.LoraConfig.")
+    if type(config).__name__ != "LoraConfig" and type(config).__module__.startswith("peft."):
+        raise ConfigurationError(
+            f"config is unsupported: got {type(config).__name__}, another method of PEFT, expected peft.LoraConfig."
+        )
     plain = LoraConfig()
     other = [
         f"{field.name}={getattr(config, field.name)!r}"
@@ -81,8 +85,13 @@ def rank_and_scale(config: Any, name: str) -> tuple[int, float]:
 
     r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
-    if r < 1:
-        raise ConfigurationError(f"the LoRA rank of {name!r} is invalid: got {r}, expected at least 1.")
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ConfigurationError(f"the LoRA rank of {name!r} is invalid: got {r!r}, expected an integer of at least 1.")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or not alpha:
+        raise ConfigurationError(
+            f"lora_alpha of {name!r} is invalid: got {alpha!r}, expected a number other than 0, which scales the "
+            "matrices."
+        )
     return r, alpha / (math.sqrt(r) if config.use_rslora else r)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from polyshard.checkpoint.location import as_path, is_remote
 from polyshard.checkpoint.manifest import Manifest, read_manifest, verify_files
 from polyshard.checkpoint.part import StoredPart, part_of
 from polyshard.checkpoint.pending import PendingSave
-from polyshard.checkpoint.save import SaveJob, stored_tensors
+from polyshard.checkpoint.save import SaveJob, check_stored_dtype, stored_tensors
 from polyshard.checkpoint.storage import Progress
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import CheckpointError, ConfigurationError
@@ -37,7 +38,7 @@ def save_lora(
     directory: str | Path,
     parallel_context: ParallelContext,
     *,
-    base_model: str | None = None,
+    base_model: str | Path | None = None,
     dtype: torch.dtype | None = None,
     asynchronous: bool = False,
     progress: Progress | None = None,
@@ -71,13 +72,16 @@ def save_lora(
         >>> sorted(path.name for path in save_lora(model, "adapter", context).iterdir())
         ['adapter_config.json', 'adapter_model.safetensors', 'polyshard.json']
     """
+    if base_model is not None and not isinstance(base_model, (str, PathLike)):
+        raise ConfigurationError(f"base_model is invalid: got {base_model!r}, expected a name or a directory.")
+    check_stored_dtype(dtype)
     view = view_weights(model, parallel_context)
     part = lora_part_of(view.module)
     table = part.table(view.table)
     dtypes = {name: dtype or held for name, held in view.dtypes.items()}
     documents = {name: dict(fields) for name, fields in part.documents().items()}
     if base_model is not None:
-        documents[DOCUMENT]["base_model_name_or_path"] = base_model
+        documents[DOCUMENT]["base_model_name_or_path"] = str(base_model)
     job = SaveJob(
         directory=as_path(directory),
         kind=KIND,

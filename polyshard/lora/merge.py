@@ -13,7 +13,7 @@ from torch import nn
 from polyshard.checkpoint.location import as_path
 from polyshard.checkpoint.part import part_of
 from polyshard.checkpoint.pending import PendingSave
-from polyshard.checkpoint.save import MAX_SHARD_BYTES, SaveJob, model_documents, weight_files
+from polyshard.checkpoint.save import MAX_SHARD_BYTES, SaveJob, check_stored_dtype, model_documents, weight_files
 from polyshard.checkpoint.storage import Progress
 from polyshard.core.context import ParallelContext
 from polyshard.core.pieces import Piece
@@ -61,6 +61,7 @@ def save_merged_lora(
         >>> sorted(path.name for path in save_merged_lora(model, "merged", context, config={}).iterdir())
         ['config.json', 'model.safetensors', 'polyshard.json']
     """
+    check_stored_dtype(dtype)
     view = view_weights(model, parallel_context)
     layers = lora_layers(view.module)
     part = part_of(view.module)

@@ -253,12 +253,21 @@ def model_with(config, directory, **options):
         ({"target_modules": ["lm_head"]}, "an embedding or an output projection is unsupported: got target 'lm_head'"),
         ({"target_modules": ["q_proj", "query"]}, "the model does not have or that are excluded: got query"),
         ({"target_modules": "none"}, "matches no linear layer: got 'none', expected names among .*q_proj"),
+        ({"r": 2.5}, "LoRA rank of .* is invalid: got 2.5"),
+        ({"lora_alpha": 0}, "lora_alpha of .* is invalid: got 0"),
+        ({"lora_alpha": "8"}, "lora_alpha of .* is invalid: got '8'"),
         ({"rank_pattern": {"k_proj": 2}}, "rank_pattern has a pattern that matches no projection: got 'k_proj'"),
     ],
 )
 def test_what_is_unsupported_is_refused_by_name(base, fields, message):
     config = peft.LoraConfig(**{**FIELDS, "rank_pattern": {}, **fields})
     with pytest.raises(ps.ConfigurationError, match=message):
+        model_with(config, base)
+
+
+def test_other_methods_of_peft_are_refused_by_name(base):
+    config = peft.AdaLoraConfig(init_r=4, target_modules=["q_proj"], total_step=10)
+    with pytest.raises(ps.ConfigurationError, match="config is unsupported: got AdaLoraConfig"):
         model_with(config, base)
 
 
@@ -329,6 +338,10 @@ def test_other_files_and_models_are_refused(base, tmp_path):
     saved = ps.save_lora(model, tmp_path / "adapter", context, base_model="the-base")
     fields = json.loads((saved / "adapter_config.json").read_text())
     assert fields["base_model_name_or_path"] == "the-base"
+    ps.save_lora(model, tmp_path / "adapter", context, base_model=base)
+    assert json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    with pytest.raises(ps.ConfigurationError, match="base_model is invalid: got 3"):
+        ps.save_lora(model, tmp_path / "adapter", context, base_model=3)
     with pytest.raises(ps.ConfigurationError, match="already has a LoRA adapter"):
         ps.add_lora(model, config, context)
     with pytest.raises(ps.CheckpointError, match=r"has a LoRA adapter.*save_lora.*save_merged_lora"):
