@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -127,9 +128,10 @@ def pipeline_plan(
         ends: time of the embedding, and of the head with its loss, in the unit of `costs`.
 
     Raises:
-        ConfigurationError: the schedule is unknown or does not take that number of stages, or both `layers` and `costs`
-            are given.
-        LayoutError: there are fewer layers than stages, or a list has the wrong length or sum.
+        ConfigurationError: the schedule is unknown or does not take that number of stages, both `layers` and `costs`
+            are given, or `ends` is given without `costs`.
+        LayoutError: there are fewer layers than stages, a number is no positive integer, or a list has the wrong length
+            or sum.
 
     Examples:
         >>> pipeline_plan(5, 2)
@@ -143,8 +145,16 @@ def pipeline_plan(
         raise ConfigurationError(
             f"The pipeline schedule is unknown: got {schedule!r}, expected one of {', '.join(SCHEDULES)}."
         )
-    if ranks < 1:
-        raise LayoutError(f"The number of pipeline ranks is invalid: got {ranks}, expected a positive integer.")
+    for what, number in (("layers", num_layers), ("pipeline ranks", ranks)):
+        if isinstance(number, bool) or not isinstance(number, numbers.Integral) or number < 1:
+            raise LayoutError(f"The number of {what} is invalid: got {number!r}, expected a positive integer.")
+    for what, given in (("layers of the stages", layers), ("costs of the layers", costs), ("ends", ends)):
+        if given is not None and (isinstance(given, str) or not isinstance(given, Sequence)):
+            raise LayoutError(f"The {what} are invalid: got {given!r}, expected a sequence of numbers.")
+    if len(ends) != 2:
+        raise LayoutError(f"The ends are invalid: got {ends!r}, expected the times of the embedding and of the head.")
+    if costs is None and any(ends):
+        raise ConfigurationError(f"ends has no effect: got {ends!r} without costs. Pass costs=, or leave it out.")
     if layers is not None and costs is not None:
         raise ConfigurationError("Both layers and costs are given. Pass one of them.")
     placement = _placement(schedule, ranks, stages_per_rank)
@@ -156,7 +166,8 @@ def pipeline_plan(
         )
     if layers is not None:
         # A list for several ranks is also valid on one rank, which holds all layers.
-        if sum(layers) != num_layers or (ranks > 1 and len(layers) != count):
+        integers = all(isinstance(size, numbers.Integral) for size in layers)
+        if not integers or sum(layers) != num_layers or (ranks > 1 and len(layers) != count):
             raise LayoutError(
                 f"The layers of the stages are invalid: got {tuple(layers)}, expected {count} numbers with the sum "
                 f"{num_layers}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 from polyshard.core.batch import MicroBatch, SumLoss
 from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
-from polyshard.training.train_batch import lm_loss_of
+from polyshard.training.train_batch import count_labels, lm_loss_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,8 @@ def measure_layers(
         rounds: number of rounds, after one that is not counted.
 
     Raises:
-        ConfigurationError: the model has no ModuleList, or is a part of a pipeline.
+        ConfigurationError: the model has no ModuleList, or is a part of a pipeline, or the micro-batch is no mapping or
+            has no labels.
 
     Examples:
         >>> class Model(nn.Module):
@@ -74,6 +75,14 @@ def measure_layers(
         >>> len(costs.layers), all(seconds > 0 for seconds in (*costs.layers, *costs.ends))
         (3, True)
     """
+    if not isinstance(model, nn.Module) or not isinstance(micro_batch, Mapping):
+        raise ConfigurationError(
+            f"the arguments of measure_layers are invalid: got {type(model).__name__} and "
+            f"{type(micro_batch).__name__}, expected a torch.nn.Module and one micro-batch, a mapping "
+            "of the arguments of its forward, and labels."
+        )
+    if loss is None:
+        count_labels(micro_batch)  # raises an error without labels
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not lists or parallel_context.axis("pipeline").size > 1:
         raise ConfigurationError(

@@ -122,8 +122,31 @@ def test_plans_divide_layers_by_number_list_and_cost():
         ({"costs": (1.0, 2.0)}, "got 2 numbers, expected 4"),
         ({"costs": (1.0, 2.0, 3.0, float("nan"))}, "finite"),
         ({"layers": (2, 2), "costs": (1.0,) * 4}, "Pass one of them"),
+        ({"layers": (2.0, 2.0)}, r"layers of the stages are invalid: got \(2.0, 2.0\)"),
+        ({"layers": 2}, "layers of the stages are invalid: got 2, expected a sequence"),
+        ({"costs": [1] * 4, "ends": 3}, "ends are invalid: got 3"),
+        ({"ends": (1, 3)}, r"ends has no effect: got \(1, 3\) without costs"),
     ],
 )
 def test_plans_that_cannot_be_are_refused(settings, told):
     with pytest.raises(ps.PolyshardError, match=told):
         ps.pipeline_plan(4, 2, **settings)
+
+
+@pytest.mark.parametrize("arguments", [(4.0, 2), ("4", 2), (4, "2"), (4, True)])
+def test_numbers_of_a_plan_are_integers(arguments):
+    with pytest.raises(ps.LayoutError, match="is invalid: got .*, expected a positive integer"):
+        ps.pipeline_plan(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.nn.Linear(2, 2), [{}]), "got Linear and list"),
+        (({}, torch.nn.Linear(2, 2)), "got dict and Linear"),
+        ((torch.nn.Linear(2, 2), {"input": torch.ones(2)}), "a micro-batch has no labels: got input"),
+    ],
+)
+def test_layers_are_measured_of_a_module_on_a_micro_batch(arguments, message):
+    with pytest.raises(ps.ConfigurationError, match=message):
+        ps.measure_layers(*arguments, ps.initialize("torch"))
