@@ -29,7 +29,8 @@ class ParallelLayout:
         sequence_parallel: shard activations over the tensor axis, along the sequence, between parallel layers.
 
     Raises:
-        LayoutError: a size is not a positive integer, or `expert` does not divide `data`.
+        LayoutError: a size is not a positive integer, `expert` does not divide `data`, or `sequence_parallel` is no
+            bool.
 
     Examples:
         >>> layout = ParallelLayout(tensor=2, data=2)
@@ -49,6 +50,8 @@ class ParallelLayout:
             size = getattr(self, axis)
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise LayoutError(f"The {axis}-parallel size is invalid: got {size!r}, expected a positive integer.")
+        if not isinstance(self.sequence_parallel, bool):
+            raise LayoutError(f"sequence_parallel is invalid: got {self.sequence_parallel!r}, expected True or False.")
         if self.data % self.expert:
             raise LayoutError(
                 f"The expert-parallel size is invalid: got {self.expert}, expected a divisor of the data-parallel size "

@@ -25,6 +25,11 @@ def test_a_size_is_a_positive_integer(size):
         ps.ParallelLayout(tensor=size)
 
 
+def test_sequence_parallel_is_a_bool():
+    with pytest.raises(ps.LayoutError, match="sequence_parallel is invalid: got 'yes'"):
+        ps.ParallelLayout(sequence_parallel="yes")
+
+
 def test_expert_ranks_divide_data_ranks():
     with pytest.raises(ps.LayoutError, match="expert-parallel size is invalid: got 3, .*data-parallel size 4"):
         ps.ParallelLayout(data=4, expert=3)
