@@ -64,7 +64,7 @@ def test_an_engine_serves_the_adapter_of_the_last_sync(directories, tmp_path, co
 
         # A sync that fails leaves all requests at the version before.
         with monkeypatch.context() as patched:
-            patched.setattr(engine.llm.llm_engine, "reset_prefix_cache", lambda: False)
+            patched.setattr(engine.llm.llm_engine, "reset_prefix_cache", lambda **_: False)
             with pytest.raises(ps.WeightSyncError, match="did not reset its prefix cache"):
                 engine.sync()
         for before, after in zip(served[1], sample(engine)):
