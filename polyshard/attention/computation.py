@@ -17,8 +17,12 @@ def describe_attention(
     num_kv_heads: int,
     alibi_slopes: Sequence[float] | None,
     interleaved: bool,
+    rotary: object,
 ) -> None:
-    """Describe an attention layer by the settings of its spec, and by its numbers for all tensor-parallel ranks."""
+    """Describe an attention layer by the settings of its spec, and by its numbers for all tensor-parallel ranks.
+
+    The frequencies of the layer's rotary embedding are read when models are compared; `rotary` is None without one.
+    """
     describe(
         module,
         num_heads=num_heads,
@@ -31,4 +35,5 @@ def describe_attention(
         softcap=spec.softcap,
         alibi_slopes=None if alibi_slopes is None else [float(slope) for slope in alibi_slopes],
         interleaved=interleaved,
+        has_rotary=rotary is not None,
     )

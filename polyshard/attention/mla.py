@@ -137,7 +137,7 @@ class TrainableMLA(nn.Module):
             head_offset=context.get_tensor_parallel_rank() * (num_heads // size),
         )
         check_spec(self.spec)
-        describe_attention(self, self.spec, num_heads, num_heads, None, interleaved)
+        describe_attention(self, self.spec, num_heads, num_heads, None, interleaved, rotary)
         self._call_spec = without_layer(self.spec)
         self.rotary, self.interleaved, self.kernel = rotary, interleaved, kernel
         self.context_parallel = context_parallel

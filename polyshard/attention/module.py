@@ -151,7 +151,7 @@ class TrainableFlashAttention(nn.Module):
             head_offset=first,
         )
         check_spec(self.spec)
-        describe_attention(self, self.spec, num_heads, num_kv_heads, slopes, interleaved)
+        describe_attention(self, self.spec, num_heads, num_kv_heads, slopes, interleaved, rotary)
         self._call_spec = without_layer(self.spec)
         self.sinks: nn.Parameter | None = None
         if sinks:

@@ -135,6 +135,15 @@ def test_rotary_embeddings_of_each_type_of_layer_are_described():
         check_same_computation(first, second, ("a", "b"))
 
 
+def test_a_layer_without_a_rotary_embedding_is_told_from_one_with_it():
+    layers = [ps.TrainableFlashAttention(64, 4, rotary=rotary) for rotary in (None, ps.RotaryEmbedding(16))]
+    first, second = (computation_of(layer, ps.collect_layouts(layer)) for layer in layers)
+    with pytest.raises(
+        ps.ConfigurationError, match=r"has_rotary of the layer of 'q_proj.weight' is False in a and True"
+    ):
+        check_same_computation(first, second, ("a", "b"))
+
+
 def test_settings_of_layers_that_one_model_lacks_are_not_compared():
     check_same_computation({"a": {"eps": 1.0}}, {"b": {"eps": 2.0}}, ("one", "two"))
     check_same_computation({"a": {"eps": 1.0}}, {"a": {"scale": 2.0}}, ("one", "two"))
