@@ -54,7 +54,7 @@ def dispatch_attention(
         kernel = exact_kernel(parallel_context, kernel)
         out = run_kernel(q, k, v, sequences, spec, training, kernel, sinks=sinks)
     else:
-        rows = 1 if len(lead) == 1 else lead[0]
+        rows = 1 if len(lead) == 1 else max(1, lead[0])  # a batch may have none
         out = context_parallel_attention(
             q, k, v, sequences, spec, parallel_context, way, training=training, rows=rows, sinks=sinks, kernel=kernel
         )

@@ -46,6 +46,13 @@ def test_a_module_over_two_ranks_equals_the_module_alone(way, packed):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("way", ["ulysses", "ring"])
+def test_a_batch_without_rows_has_no_output(way):
+    for shape, gradients in run_ranks(on_context_ranks.without_rows, 2, way):
+        assert shape == (0, 8, 32)
+        assert not any(gradients)
+
+
 def test_what_does_not_fit_is_refused_with_the_way_out():
     for messages in run_ranks(on_context_ranks.misuse, 2):
         assert "context-parallel size 2: got 6, expected a multiple of 4. Pad" in messages[0]

@@ -98,6 +98,17 @@ def misuse():
     return messages
 
 
+def without_rows(way):
+    """A module's output for a batch without rows, and the gradients of its parameters."""
+    context = ps.initialize("torch", context=2, timeout=60)
+    module = ps.TrainableFlashAttention(32, 4, 2, parallel_context=context, context_parallel=way)
+    out = module(torch.ones(0, 8, 32))
+    out.sum().backward()
+    gradients = [parameter.grad for parameter in module.parameters()]
+    ps.shutdown(context)
+    return out.shape, [float(gradient.abs().max()) for gradient in gradients if gradient is not None]
+
+
 def over_the_tensor_axis(sequence_parallel):
     """A module with every feature over two tensor-parallel ranks, beside the module alone; dropout included."""
     context = ps.initialize("torch", tensor=2, timeout=60, sequence_parallel=sequence_parallel)
