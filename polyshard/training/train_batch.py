@@ -86,11 +86,7 @@ def train_batch(
             check_summed(value)
             balance = router_loss(engine.module)
             share = value if balance is None else value + balance.to(value.dtype) * balanced[index].to(value.dtype)
-            if not share.requires_grad:
-                raise ConfigurationError(
-                    "the loss has no gradient: got a tensor that does not depend on the model's output. Compute it "
-                    "from the output; for a micro-batch without tokens return output.sum() * 0."
-                )
+            check_has_gradient(share)
             engine.backward(share * factor.to(value.dtype))
         summed += value.detach().double()
     if replicas.size > 1:
@@ -175,6 +171,15 @@ def check_summed(value: Any) -> None:
     if not isinstance(value, torch.Tensor) or value.dim():
         got = tuple(value.shape) if isinstance(value, torch.Tensor) else value
         raise ConfigurationError(f"the loss has the wrong shape: got {got}, expected a scalar tensor, the sum.")
+
+
+def check_has_gradient(loss: torch.Tensor) -> None:
+    """Raise `ConfigurationError` if a loss cannot be differentiated, for which torch would name no reason."""
+    if not loss.requires_grad:
+        raise ConfigurationError(
+            "the loss does not depend on the model's output, so that it has no gradient. Multiply the output by zero "
+            "where a micro-batch has no tokens."
+        )
 
 
 def check_functions(loss: Any, tokens: Any) -> None:

@@ -54,6 +54,7 @@ def test_what_a_library_lacks_is_refused_with_the_reason(directory):
     ("library", "schedule", "how", "word"),
     [
         ("megatron", INTERLEAVED, "dies", "crashed"),
+        ("torch", "1f1b", "has no gradient", "raised ConfigurationError: the loss does not depend on the model"),
         ("deepspeed", "1f1b", "has no gradient", "raised ConfigurationError: the loss does not depend on the model"),
     ],
 )

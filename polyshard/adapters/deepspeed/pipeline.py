@@ -13,6 +13,7 @@ from polyshard.core.context import ParallelContext
 from polyshard.core.errors import ConfigurationError
 from polyshard.core.stages import Stages
 from polyshard.training.pipeline_step import PipelineStep, check_stage_interface
+from polyshard.training.train_batch import check_has_gradient
 
 # Stages exchange full hidden states. DeepSpeed's default divides them over the tensor axis, by a shape that it keeps
 # from the first micro-batch.
@@ -88,11 +89,8 @@ class DeepspeedPipeline:
         del label
         assert self._step is not None
         share = self._step.loss(self._index, output)
-        if torch.is_grad_enabled() and not share.requires_grad:
-            raise ConfigurationError(
-                "the loss does not depend on the model's output, so that it has no gradient. Multiply the output by "
-                "zero where a micro-batch has no tokens."
-            )
+        if torch.is_grad_enabled():
+            check_has_gradient(share)
         return share
 
 

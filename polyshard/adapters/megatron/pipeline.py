@@ -14,6 +14,7 @@ from polyshard.core.errors import ConfigurationError
 from polyshard.core.model_weights import ModelWeights, gather_over
 from polyshard.core.stages import Stages
 from polyshard.training.pipeline_step import PipelineStep, check_stage_interface
+from polyshard.training.train_batch import check_has_gradient
 
 SCHEDULES = ("1f1b", "interleaved-1f1b")
 
@@ -82,11 +83,8 @@ class MegatronPipeline:
 
             def loss(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
                 share = step.loss(index, output)
-                if backward and not share.requires_grad:
-                    raise ConfigurationError(
-                        "the loss does not depend on the model's output, so that it has no gradient. Multiply the "
-                        "output by zero where a micro-batch has no tokens."
-                    )
+                if backward:
+                    check_has_gradient(share)
                 return share * count, {}  # Megatron divides by the number of micro-batches, in place
 
             return chunk(compute), loss

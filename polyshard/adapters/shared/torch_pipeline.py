@@ -16,6 +16,7 @@ from polyshard.core.errors import AdapterError, ConfigurationError
 from polyshard.core.model_weights import gather_over
 from polyshard.core.stages import Stages
 from polyshard.training.pipeline_step import PipelineStep, check_stage_interface
+from polyshard.training.train_batch import check_has_gradient
 
 
 class StageModule(nn.Module):
@@ -137,6 +138,8 @@ class TorchPipeline:
         started = time.perf_counter()
         try:
             loss = self._scaled(self._step.loss(index, output))
+            if torch.is_grad_enabled():
+                check_has_gradient(loss)
         except Exception as error:
             self._loss_error = error
             raise
