@@ -14,7 +14,7 @@ import torch
 _MISSING = object()
 
 
-class _NotEqualError(Exception):
+class _DependsOnValuesError(Exception):
     """An argument whose value decides the result."""
 
 
@@ -30,7 +30,7 @@ class ShapeCache:
             return func(*args, **kwargs)
         try:
             key = (func, _frozen(args), _frozen(tuple(kwargs.items())))
-        except _NotEqualError:
+        except _DependsOnValuesError:
             return func(*args, **kwargs)
         known = self._known.get(key, _MISSING)
         if known is _MISSING:
@@ -51,7 +51,7 @@ def _frozen(value: Any) -> Any:
     """Return a hashable value that is equal for arguments of equal results."""
     if isinstance(value, torch.Tensor):
         if value.device.type != "meta":
-            raise _NotEqualError
+            raise _DependsOnValuesError
         return value.shape, value.stride(), value.dtype
     if isinstance(value, (tuple, list)):
         return tuple([_frozen(item) for item in value])
