@@ -30,7 +30,8 @@ class ShapeCache:
             return func(*args, **kwargs)
         try:
             key = (func, _frozen(args), _frozen(tuple(kwargs.items())))
-        except _DependsOnValuesError:
+            hash(key)
+        except (_DependsOnValuesError, TypeError):  # or an argument that cannot be a key
             return func(*args, **kwargs)
         known = self._known.get(key, _MISSING)
         if known is _MISSING:
