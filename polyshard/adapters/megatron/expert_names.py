@@ -139,6 +139,16 @@ def experts_to_hugging_face(
     return found
 
 
+def stacked(count: int, make: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    """Return the tensors `make(0)`, `make(1)`, ... on a new first dimension, with one of them in memory at a time."""
+    first = make(0)
+    full = first.new_empty((count, *first.shape))
+    full[0] = first
+    for index in range(1, count):
+        full[index] = make(index)
+    return full
+
+
 def expert_makers(experts: ExpertSpec, layer: int, load: Load) -> dict[str, Callable[[], torch.Tensor]]:
     """Return functions that make Megatron's tensors of a layer's router and experts, by their names in the layer.
 
@@ -150,20 +160,15 @@ def expert_makers(experts: ExpertSpec, layer: int, load: Load) -> dict[str, Call
         load: returns a tensor by Hugging Face's name.
     """
 
-    def stacked(make: Callable[[int], torch.Tensor]) -> torch.Tensor:
-        first = make(0)
-        full = first.new_empty((experts.count, *first.shape))
-        for expert in range(experts.count):  # one copy of an expert at a time beside the result
-            full[expert] = make(expert)
-        return full
-
     def fused(expert: int) -> torch.Tensor:
         return torch.cat([load(experts.projection(layer, expert, part)) for part in range(2)])
 
     found: dict[str, Callable[[], torch.Tensor]] = {
         ROUTER: lambda: load(experts.router(layer)),
-        "mlp.experts.experts.linear_fc1.weight": lambda: stacked(fused),
-        "mlp.experts.experts.linear_fc2.weight": lambda: stacked(lambda i: load(experts.projection(layer, i, 2))),
+        "mlp.experts.experts.linear_fc1.weight": lambda: stacked(experts.count, fused),
+        "mlp.experts.experts.linear_fc2.weight": lambda: stacked(
+            experts.count, lambda expert: load(experts.projection(layer, expert, 2))
+        ),
     }
     if correction := experts.correction(layer):
         found[EXPERT_BIAS] = lambda: load(correction)

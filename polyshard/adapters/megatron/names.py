@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from polyshard.adapters.megatron.expert_names import SHARED, Load, expert_makers, experts_to_hugging_face
+from polyshard.adapters.megatron.expert_names import SHARED, Load, expert_makers, experts_to_hugging_face, stacked
 from polyshard.adapters.megatron.latent import latent_names
 from polyshard.adapters.shared.hugging_face_names import same_head
 from polyshard.checkpoint.quantization.detect import short
@@ -152,19 +152,13 @@ def from_hugging_face(tensors: Mapping[str, LazyTensor], spec: DecoderSpec, padd
             )
         return made
 
-    def stacked(makers: Sequence[Callable[[], torch.Tensor]]) -> torch.Tensor:
-        first = makers[0]()
-        full = first.new_empty((len(makers), *first.shape))
-        full[0] = first
-        for layer, make in enumerate(makers[1:], 1):
-            full[layer] = make()
-        return full
-
     result = {EMBEDDING: _padded(load("model.embed_tokens.weight"), padded)}
     layers = [_makers(spec, layer, load) for layer in range(spec.layers)]
     if has_equal_layers(spec):
         for name in layers[0]:
-            result[f"{LAYERS}{name}"] = checked(lambda name=name: stacked([layer[name] for layer in layers]))
+            result[f"{LAYERS}{name}"] = checked(
+                lambda name=name: stacked(len(layers), lambda number: layers[number][name]())
+            )
     else:
         for number, layer in enumerate(layers):
             result |= {f"{LAYERS}{number}.{name}": checked(make) for name, make in layer.items()}
