@@ -21,6 +21,9 @@ def table() -> str:
         for name in names:
             module = importlib.import_module(f"polyshard.{name}")
             summary = (module.__doc__ or "").strip().partition("\n\n")[0].replace("\n", " ")
+            if not hasattr(module, "__path__"):  # a module, not a package
+                rows.append((level, f"`{name}`", summary, 1))
+                continue
             modules = [path for path in Path(module.__file__ or "").parent.rglob("*.py") if path.name != "__init__.py"]
             rows.append((level, f"`{name}`", summary, len(modules)))
     return markdown(("layer", "package", "what it holds", "modules"), rows)
